@@ -1,0 +1,1 @@
+"""Agents: PPO, its export as a head, and the baselines."""

@@ -1,0 +1,244 @@
+"""Records traces: an LM answers questions, with a forced answer at every decision point.
+
+    python collect.py --task all --num 1000 --out checkpoints/traces
+
+A killed recording goes on where it stopped: run the same command again.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from command import run
+from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise.decoder import Decoder, Generation, Probe
+from lms.answers import exact_match, read_answer
+from lms.embedded import EMBEDDED
+from lms.language_model import LanguageModel
+from lms.tasks import Question, questions
+from traces import read_traces, write_shard
+
+Row = dict[str, Any]
+Work = tuple[Question, int]
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What to record."""
+
+    out: Path
+    """Folder for the traces; a recording that is there already is completed."""
+    lm: str = str(EMBEDDED)
+    """Hub name or folder of the LM."""
+    task: str = "all"
+    """Task of the questions, or all."""
+    num: int = 1000
+    """Questions of each split."""
+    split: tuple[str, ...] = ("train", "dev", "test")
+    """Splits to record."""
+    every: int = 16
+    """Thinking tokens between decision points."""
+    close_text: str = "</think>"
+    """Appended to a thought to force an answer."""
+    max_tokens: int = 768
+    """Token budget of a question, its answer included."""
+    max_answer_tokens: int = 16
+    """A forced answer is cut after this many tokens."""
+    temperature: float | None = None
+    """Of sampling; 0 is greedy. Default the LM's own."""
+    seed: int = 0
+    """Of the questions, and of the first answer to each."""
+    num_seeds: int = 1
+    """Answers to each question."""
+    batch_size: int = 64
+    """Questions at once."""
+    shard_size: int = 256
+    """Traces in a file; so many at most are lost by a kill."""
+    device: str = "cpu"
+    """As PyTorch names it."""
+
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+            InputError: If one is below 1, or no split is named.
+        """
+        for name in ("num", "num_seeds", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.split:
+            raise InputError("no split to record: expected one of train, dev, test or more")
+
+
+@dataclass
+class Recording:
+    """A trace that is being recorded in one slot."""
+
+    question: Question
+    seed: int
+    points: list[tuple[int, Probe]] = field(default_factory=list)
+    """Position and forced answer of each decision point."""
+
+    def row(self, model: str, generation: Generation) -> Row:
+        """The finished trace, by column name."""
+        question, thought = self.question, generation.thought
+        probes = [probe for _, probe in self.points]
+        answers = [read_answer(probe.text) for probe in probes]
+        final_answer = read_answer(thought.answer_text())
+        return {
+            "trace_id": trace_id(model, question, self.seed),
+            "question_id": question.question_id,
+            "task": question.task,
+            "segment": question.segment,
+            "model": model,
+            "seed": self.seed,
+            "split": question.split,
+            "gold": question.gold,
+            "num_tokens": generation.num_tokens,
+            "finished": generation.finished,
+            "final_answer": final_answer,
+            "final_correct": exact_match(final_answer, question.gold),
+            "position": [position for position, _ in self.points],
+            "probe_tokens": [probe.num_tokens for probe in probes],
+            "answer": answers,
+            "correct": [exact_match(answer, question.gold) for answer in answers],
+            "confidence": [probe.confidence for probe in probes],
+            "answer_logprobs": [probe.logprobs for probe in probes],
+            "question": question.prompt,
+            "text": thought.text(),
+        }
+
+
+def trace_id(model: str, question: Question, seed: int) -> str:
+    """Names the trace of a question answered once by an LM."""
+    return f"{model}/{question.question_id}/{seed}"
+
+
+def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
+    """Answers questions in refilled slots and yields each trace as it ends.
+
+    Args:
+        decoder: What runs the LM; all of its slots are used.
+        work: Questions with sampling seeds.
+        model: The LM's name.
+    """
+    waiting = iter(work)
+    running: dict[int, Recording] = {}
+    while True:
+        free = [slot for slot in range(decoder.num_slots) if slot not in running]
+        fresh = {slot: Recording(*job) for slot, job in zip(free, waiting, strict=False)}
+        decoder.start(
+            np.array(list(fresh), dtype=np.int64),
+            [recording.question.prompt for recording in fresh.values()],
+            [recording.seed for recording in fresh.values()],
+        )
+        running |= fresh
+        if not running:
+            return
+        slots = np.array(list(running))
+        at_point = decoder.advance(slots)
+        here = slots[at_point]
+        for slot, probe in zip(here.tolist(), decoder.force(here), strict=True):
+            position = decoder.generations[slot].thought.position
+            running[slot].points.append((position, probe))
+        for slot in slots[~at_point].tolist():
+            yield running.pop(slot).row(model, decoder.generations[slot])
+
+
+def recorder_of(config: CollectConfig, lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:
+    """What is kept beside the traces: all that decides what a question and a seed give."""
+    project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
+    halting = decoder.halting
+    return {
+        "lm": lm.name,
+        "revision": lm.revision,
+        "tokenizer": lm.fingerprint,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "temperature": decoder.temperature,
+        "max_tokens": decoder.max_tokens,
+        "probing": halting.probing,
+        "decision_rule": halting.decision_rule,
+        "close_text": halting.close_text,
+        "close_tokens": len(decoder.rules.close_ids),
+        "max_answer_tokens": halting.max_answer_tokens,
+        "confidence_rule": halting.confidence_rule,
+        "code_version": project["version"],
+    }
+
+
+def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
+    """The trace ids that a folder holds already.
+
+    Raises:
+        InputError: If it was recorded under other settings.
+    """
+    if not any(out.glob("*.parquet")):
+        return set()
+    traces = read_traces(out)
+    for name, expected in recorder.items():
+        found = traces.recorder.get(name)
+        if found != expected:
+            raise InputError(
+                f"{out} was recorded with {name} {found!r}, not {expected!r}: choose another --out"
+            )
+    return set(traces.trace_id.tolist())
+
+
+def write_shards(
+    out: Path, rows: Iterable[Row], recorder: dict[str, Any], shard_size: int
+) -> Iterator[Row]:
+    """Writes traces to numbered files as they come, and passes them on."""
+    pending: list[Row] = []
+    number = 1 + max((int(path.stem) for path in out.glob("*.parquet")), default=-1)
+    try:
+        for row in rows:
+            pending.append(row)
+            if len(pending) == shard_size:
+                write_shard(out / f"{number:05d}.parquet", pending, recorder)
+                number, pending = number + 1, []
+            yield row
+    finally:  # an interrupt loses nothing either
+        if pending:
+            write_shard(out / f"{number:05d}.parquet", pending, recorder)
+
+
+def main(config: CollectConfig) -> None:
+    """Records what is not yet in the folder.
+
+    Raises:
+        InputError: If the LM, the questions or the folder cannot be used.
+    """
+    lm = LanguageModel.load(config.lm, config.device)
+    rule = f"every {config.every} tokens"
+    halting = Halting("always", rule, config.close_text, MEAN_LOGPROB, config.max_answer_tokens)
+    temperature = lm.temperature if config.temperature is None else config.temperature
+    decoder = Decoder(
+        lm.model, lm.tokenizer, halting, config.batch_size, config.max_tokens, temperature
+    )
+    recorder = recorder_of(config, lm, decoder)
+    done = recorded(config.out, recorder)
+    work = [
+        (question, seed)
+        for split in config.split
+        for question in questions(config.task, split, config.num, config.seed)
+        for seed in range(config.seed, config.seed + config.num_seeds)
+        if trace_id(lm.name, question, seed) not in done
+    ]
+    rows = write_shards(config.out, record(decoder, work, lm.name), recorder, config.shard_size)
+    with tqdm(rows, total=len(work), unit="trace", desc=config.out.name) as bar:
+        tokens = 0
+        for row in bar:
+            tokens += row["num_tokens"] + sum(row["probe_tokens"])
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+
+
+if __name__ == "__main__":
+    run(main, CollectConfig)

@@ -1,0 +1,194 @@
+"""Exact match against tokens: a run's head, the baselines, and what hindsight could do.
+
+python evaluate.py --head checkpoints/RUN --traces FILE_OR_FOLDER --json out.json --plot out.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agents.baselines import (
+    BASELINES,
+    Head,
+    Policy,
+    Signal,
+    decisions,
+    hindsight,
+    hindsight_give_up,
+)
+from command import run
+from evaluation.outcome import (
+    Outcome,
+    Row,
+    halt_outcome,
+    never_outcome,
+    outcome_row,
+    sweep,
+    unavailable_row,
+)
+from evaluation.plot import plot_frontiers
+from evaluation.protocol import Points, load_operating_points
+from evaluation.report import frozen_rows
+from evaluation.table import format_table
+from haltwise import HaltHead, InputError
+from haltwise.halting import Probing
+from traces import Traces, read_traces
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare a run's head with baselines on recorded traces, every number frozen before."""
+
+    head: Path
+    """Run folder, written by train.py."""
+    traces: Path | None = None
+    """Trace file, or folder of *.parquet shards. Default: what the run was trained from."""
+    split: str = "test"
+    """Which rows: train, dev, test, or all."""
+    json: Path | None = None
+    """Write every row as JSON here."""
+    plot: Path | None = None
+    """Draw exact match against tokens here, a PNG file."""
+
+
+def main(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluates, prints the table, and writes the files asked for.
+
+    Returns:
+        The JSON object: head; traces (path, digest and number of those evaluated); rows (every
+        policy over its grid); frozen (every policy at the run's points, with intervals).
+
+    Raises:
+        InputError: If the run or the traces cannot be used, or do not fit each other, or a file
+            could not be written.
+    """
+    _check_outputs(config)
+    head, gates = HaltHead.load(config.head), load_operating_points(config.head)
+    path = config.traces or _trained_on(config.head)
+    traces = read_traces(path)
+    head.config.halting.check_recorded(traces.recorder, str(path))
+    if config.split != "all":
+        traces = traces.of_split(config.split)
+    rows, frozen = compare(traces, config.split, head, gates)
+    report = {
+        "head": str(config.head),
+        "traces": {"path": str(path), "digest": traces.digest, "num": len(traces)},
+        "rows": rows,
+        "frozen": frozen,
+    }
+    print(format_table(frozen))
+    if config.plot is not None:
+        plot_frontiers(rows, frozen, config.plot)
+    if config.json is not None:
+        _write_json(config.json, report)
+    return report
+
+
+def compare(
+    traces: Traces, split: str, head: HaltHead, gates: Mapping[float, Points]
+) -> tuple[list[Row], list[Row]]:
+    """All policies on some traces, probed as the head needs it.
+
+    Args:
+        traces: What to evaluate on; nothing is tuned on it.
+        split: Its name.
+        head: The head.
+        gates: Frozen points by gate. A baseline they do not name is not available.
+
+    Returns:
+        Rows over every policy's grid, and frozen rows.
+
+    Raises:
+        InputError: If the points name an unknown policy, or the head's signals are missing.
+    """
+    probing = head.config.halting.probing
+    policies: dict[str, Policy] = {policy.name: policy for policy in (Head(head), *BASELINES)}
+    unknown = sorted({name for points in gates.values() for name in points} - set(policies))
+    if unknown:
+        raise InputError(f"operating points of unknown policies {unknown}: know {list(policies)}")
+    signals = {name: policy.signal(traces) for name, policy in policies.items()}
+    rules = _rules(traces, probing)
+    sweeps = {
+        name: _sweep_rows(traces, split, policy, signals[name], probing)
+        for name, policy in policies.items()
+    }
+    frozen = []
+    for gate, points in gates.items():
+        outcomes: dict[str, Outcome | None] = {
+            name: _at_point(traces, policy, signals[name], points, probing)
+            for name, policy in policies.items()
+        }
+        frozen += frozen_rows(traces, split, gate, points, outcomes | rules, sweeps)
+    rows = [outcome_row(traces, outcome, name, None, split) for name, outcome in rules.items()]
+    return rows + [row for swept in sweeps.values() for row in swept], frozen
+
+
+def _check_outputs(config: EvaluateConfig) -> None:
+    """Finds before the work what would fail after it."""
+    if config.plot is not None and config.plot.suffix != ".png":
+        raise InputError(f"--plot {config.plot}: expected a name that ends in .png")
+    for path in (config.json, config.plot):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
+
+
+def _rules(traces: Traces, probing: Probing) -> dict[str, Outcome]:
+    """Outcomes of the rules that have no number."""
+    return {
+        "never": never_outcome(traces),
+        "hindsight": halt_outcome(traces, hindsight(traces), probing),
+        "hindsight_give_up": halt_outcome(traces, hindsight_give_up(traces), probing),
+    }
+
+
+def _sweep_rows(
+    traces: Traces, split: str, policy: Policy, signal: Signal | None, probing: Probing
+) -> list[Row]:
+    if signal is None:
+        return [unavailable_row(policy.name, split)]
+    outcomes = sweep(traces, decisions(policy, signal), probing)
+    return [
+        outcome_row(traces, outcome, policy.name, at, split) for at, outcome in outcomes.items()
+    ]
+
+
+def _at_point(
+    traces: Traces, policy: Policy, signal: Signal | None, points: Points, probing: Probing
+) -> Outcome | None:
+    if signal is None or policy.name not in points:
+        return None
+    parameter = points[policy.name]
+    if parameter is None:
+        return never_outcome(traces)
+    return halt_outcome(traces, policy.halts(signal, parameter), probing)
+
+
+def _trained_on(run_folder: Path) -> Path:
+    """The traces that a run was trained from.
+
+    Raises:
+        InputError: If its config.json does not tell.
+    """
+    path = run_folder / "config.json"
+    try:
+        traces = json.loads(path.read_text())["traces"]
+    except (OSError, ValueError, KeyError, TypeError):
+        traces = None
+    if not isinstance(traces, str):
+        raise InputError(f"{path} names no traces: expected --traces FILE_OR_FOLDER")
+    return Path(traces)
+
+
+def _write_json(path: Path, report: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    run(main, EvaluateConfig)

@@ -1,0 +1,1 @@
+"""Evaluation: outcomes, operating points, intervals, table and picture."""

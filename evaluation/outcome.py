@@ -1,0 +1,114 @@
+"""What a policy's halting decisions come to: exact match and tokens of every trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.reward import halt_costs, never_costs
+from haltwise.halting import Probing
+from traces import Traces
+
+Row = dict[str, Any]
+
+#: Keys of a row of a report; shares in [0, 1], tokens a trace.
+COLUMNS = (
+    "policy",
+    "parameter",
+    "split",
+    "em",
+    "em_delta",
+    "tokens",
+    "saving",
+    "halt_rate",
+    "right_to_wrong",
+    "wrong_to_right",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One policy on N traces."""
+
+    em: NDArray[np.bool_]
+    """(N,) exact match."""
+    cost: NDArray[np.int64]
+    """(N,) tokens generated, probes included."""
+    halted: NDArray[np.bool_]
+    """(N,) whether it halted the trace."""
+
+
+def first_halts(traces: Traces, halts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Flat index (N,) of the point that each trace is halted at, -1 if never."""
+    points = np.flatnonzero(halts)[::-1]
+    first = np.full(len(traces), -1, dtype=np.int64)
+    first[traces.trace_of_point[points]] = points  # of equal indices the last one stays
+    return first
+
+
+def never_outcome(traces: Traces) -> Outcome:
+    """No halting and no probing: what everything is compared with."""
+    return Outcome(traces.final_correct, traces.num_tokens, np.zeros(len(traces), dtype=bool))
+
+
+def halt_outcome(traces: Traces, halts: NDArray[np.bool_], probing: Probing) -> Outcome:
+    """The outcome of halting every trace at its first true point.
+
+    A policy that probes pays for its probes also where it never halts.
+
+    Args:
+        traces: N traces with P points.
+        halts: (P,) whether the policy would halt at each point.
+        probing: "always" or "at_halt", see `haltwise.Halting`.
+    """
+    first = first_halts(traces, halts)
+    halted = first >= 0
+    em, cost = traces.final_correct.copy(), never_costs(traces, probing).copy()
+    em[halted] = traces.correct[first[halted]]
+    cost[halted] = halt_costs(traces, probing)[first[halted]]
+    return Outcome(em, cost, halted)
+
+
+def sweep(
+    traces: Traces, decisions: Mapping[float, NDArray[np.bool_]], probing: Probing
+) -> dict[float, Outcome]:
+    """Outcomes of a policy's decisions (P,) by parameter."""
+    return {at: halt_outcome(traces, halts, probing) for at, halts in decisions.items()}
+
+
+def em_delta(traces: Traces, outcome: Outcome) -> float:
+    """Mean EM minus that of never halting."""
+    return (int(outcome.em.sum()) - int(traces.final_correct.sum())) / len(traces)
+
+
+def saving(traces: Traces, outcome: Outcome) -> float:
+    """Share of the tokens not spent, 1 - sum(cost) / sum(num_tokens)."""
+    return 1 - int(outcome.cost.sum()) / int(traces.num_tokens.sum())
+
+
+def outcome_row(
+    traces: Traces, outcome: Outcome, policy: str, parameter: float | None, split: str
+) -> Row:
+    """A policy's row, see COLUMNS."""
+    was_right = traces.final_correct
+    return {
+        "policy": policy,
+        "parameter": parameter,
+        "split": split,
+        "em": float(outcome.em.mean()),
+        "em_delta": em_delta(traces, outcome),
+        "tokens": float(outcome.cost.mean()),
+        "saving": saving(traces, outcome),
+        "halt_rate": float(outcome.halted.mean()),
+        "right_to_wrong": int((was_right & ~outcome.em).sum()),
+        "wrong_to_right": int((~was_right & outcome.em).sum()),
+    }
+
+
+def unavailable_row(policy: str, split: str) -> Row:
+    """The row of a policy whose signal the traces lack: no parameter and no number."""
+    return dict.fromkeys(COLUMNS) | {"policy": policy, "split": split}

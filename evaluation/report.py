@@ -1,0 +1,77 @@
+"""Frozen rows: every policy at its operating point, with intervals and against the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from evaluation.intervals import interval, resample
+from evaluation.outcome import Outcome, Row, em_delta, outcome_row, saving, unavailable_row
+from evaluation.protocol import Points, saving_at_em
+from traces import Traces
+
+#: Keys of a frozen row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
+FROZEN_COLUMNS = (
+    "gate",
+    "em_delta_interval",
+    "saving_interval",
+    "head_em_lead",  # the head's EM minus this policy's, both at their points
+    "head_em_lead_interval",
+    "head_saving_lead",
+    "head_saving_lead_interval",
+    "saving_at_head_em",  # on this policy's frontier here; None where it never has that EM
+    "hindsight_share",  # of the saving of halting at the first correct point
+)
+
+
+def frozen_rows(
+    traces: Traces,
+    split: str,
+    gate: float,
+    points: Points,
+    outcomes: Mapping[str, Outcome | None],
+    sweeps: Mapping[str, Sequence[Row]],
+) -> list[Row]:
+    """Rows of all policies at the points of one gate.
+
+    Args:
+        traces: N traces.
+        split: Its name.
+        gate: What the points were chosen under.
+        points: Parameter by policy; a rule without one may be absent.
+        outcomes: By policy, "head" and "hindsight" among them; None if not available.
+        sweeps: Rows over the grid of each policy that has one, on the same traces.
+    """
+    known = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
+    comparisons = _comparisons(traces, known)
+    head_delta = em_delta(traces, known["head"])
+    possible = saving(traces, known["hindsight"])
+    rows = []
+    for name, outcome in outcomes.items():
+        if outcome is None:
+            nothing = unavailable_row(name, split) | dict.fromkeys(FROZEN_COLUMNS)
+            rows.append(nothing | {"gate": gate})
+            continue
+        row = outcome_row(traces, outcome, name, points.get(name), split)
+        frontier = [(at["em_delta"], at["saving"]) for at in (row, *sweeps.get(name, ()))]
+        row |= {"gate": gate} | comparisons[name]
+        row["saving_at_head_em"] = saving_at_em(frontier, head_delta) if name in sweeps else None
+        row["hindsight_share"] = row["saving"] / possible if possible > 0 else None
+        rows.append(row)
+    return rows
+
+
+def _comparisons(traces: Traces, outcomes: Mapping[str, Outcome]) -> dict[str, Row]:
+    """Interval columns by policy."""
+    resampled = resample(traces, outcomes)
+    head, head_outcome = resampled["head"], outcomes["head"]
+    return {
+        name: {
+            "em_delta_interval": interval(other.em_delta),
+            "saving_interval": interval(other.saving),
+            "head_em_lead": em_delta(traces, head_outcome) - em_delta(traces, outcomes[name]),
+            "head_em_lead_interval": interval(head.em_delta - other.em_delta),
+            "head_saving_lead": saving(traces, head_outcome) - saving(traces, outcomes[name]),
+            "head_saving_lead_interval": interval(head.saving - other.saving),
+        }
+        for name, other in resampled.items()
+    }

@@ -1,0 +1,346 @@
+"""Thinking in slots: many questions at once, from decision point to decision point.
+
+    start -> advance -> at a decision point -> force (look at the answer) -> advance or halt
+                     -> ended by the LM or by the token budget
+
+A question's tokens depend on the question and its seed alone: not on the slot, on the other
+slots, or on the answers forced on the way. (Batches of another size may round differently; that
+changes a token only where two tokens are as good as tied.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from haltwise.errors import InputError
+from haltwise.features import Index
+from haltwise.halting import DecisionRule, Halting
+from haltwise.slots import Slots
+
+_BOX = r"\boxed{"
+
+
+class ThoughtRules:
+    """How an LM's thoughts begin, where they have decision points, and how they are closed.
+
+    Args:
+        tokenizer: The LM's.
+        halting: Decision rule and close text.
+        think_start: Text after which a thought begins.
+        think_end: Text with which the LM itself closes a thought.
+
+    Raises:
+        InputError: If the decision rule cannot be run, or the close text has no tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        halting: Halting,
+        think_start: str = "<think>",
+        think_end: str = "</think>",
+    ) -> None:
+        """Encodes the close text."""
+        rule = DecisionRule(halting.decision_rule)
+        rule.check_runnable()
+        self._every, self._after = rule.every, rule.after or ""
+        self.tokenizer = tokenizer
+        self.think_start, self.think_end = think_start, think_end
+        self.close_ids: list[int] = tokenizer.encode(halting.close_text, add_special_tokens=False)
+        if not self.close_ids:
+            raise InputError(f"close text {halting.close_text!r} has no tokens: nothing to close")
+        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
+        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
+        self._texts: dict[int, str] = {}
+
+    def is_point(self, position: int, text: str) -> bool:
+        """Whether a decision point follows a token of a thought, at some position."""
+        if self._every:
+            return position % self._every == 0
+        return self._after in text
+
+    def token_text(self, token: int) -> str:
+        """Text of one token, special or not."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
+        return text
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of some tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def forced_text(self, tokens: Sequence[int]) -> str:
+        """What to read a forced answer from: the tokens, in the box that the close text opens."""
+        text = self.decode(tokens)
+        return self._opening + text if text.strip() else ""
+
+
+class Thought:
+    """One thought, token by token.
+
+    Args:
+        rules: Shared by all thoughts of an LM.
+        prompt: What the LM was given; the thought begins at once if it ends inside of one.
+    """
+
+    def __init__(self, rules: ThoughtRules, prompt: str) -> None:
+        """Reads the markers in the prompt."""
+        self._rules = rules
+        self._begun = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
+        self._tail = ""
+        self.tokens: list[int] = []
+        """Everything generated so far."""
+        self.position = 0
+        """Tokens of the thought so far; whatever the LM wrote before it counts too."""
+        self.closed = False
+        """Whether the LM itself has closed the thought."""
+        self.at_point = False
+        """Whether the newest token is at a decision point."""
+
+    def add(self, token: int) -> None:
+        """Takes in the next token."""
+        self.tokens.append(token)
+        self.at_point = False
+        if self.closed:
+            return
+        rules, text = self._rules, self._rules.token_text(token)
+        marker = rules.think_end if self._begun else rules.think_start
+        seen = self._tail + text
+        found = marker in seen
+        self._tail = "" if found else seen[-len(marker) :]
+        if self._begun and not found:
+            self.at_point = rules.is_point(len(self.tokens), text)
+        self.position = len(self.tokens)
+        self.closed = self._begun and found
+        self._begun = self._begun or found
+
+    def text(self) -> str:
+        """Everything generated, special tokens included."""
+        return self._rules.decode(self.tokens, skip_special_tokens=False)
+
+    def answer_text(self) -> str:
+        """What to read the LM's own answer from: what follows the thought, or else everything."""
+        return self._rules.decode(self.tokens[self.position :] if self.closed else self.tokens)
+
+
+@dataclass
+class Generation:
+    """What one slot has generated."""
+
+    thought: Thought
+    uniforms: NDArray[np.float32]
+    """(max_tokens,) in [0, 1): what each token is sampled with."""
+    ended: bool = False
+    """Nothing more is generated."""
+    finished: bool = False
+    """Ended by the LM itself, not by the token budget."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated, the end token included."""
+        return len(self.thought.tokens)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A forced answer and what was seen of it."""
+
+    text: str
+    """What to read the answer from."""
+    confidence: float
+    """By the rule `haltwise.MEAN_LOGPROB`; 0 if there is no answer."""
+    logprobs: list[float]
+    """Natural log of each answer token's probability."""
+    num_tokens: int
+    """Tokens generated."""
+
+
+class Decoder:
+    """Runs an LM on many questions at once and halts at decision points.
+
+    Callers work in rounds: `advance` all running slots, `force` those at decision points in one
+    batch, then go on; `start` replaces whatever is in a slot.
+
+    Args:
+        model: The LM; see `Slots`.
+        tokenizer: Its tokenizer.
+        halting: Decision rule, close text and length of forced answers.
+        num_slots: Questions at once.
+        max_tokens: Token budget of a question, its answer included.
+        temperature: Of sampling; 0 takes the likeliest token. Forced answers are always greedy.
+        think_start: Text after which a thought begins.
+        think_end: Text with which the LM itself closes a thought.
+
+    Raises:
+        InputError: If the LM or the halting conditions cannot be run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        halting: Halting,
+        num_slots: int,
+        max_tokens: int,
+        temperature: float = 0.0,
+        think_start: str = "<think>",
+        think_end: str = "</think>",
+    ) -> None:
+        """Starts with every slot empty."""
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}, expected at least 1")
+        if not 0 <= temperature < np.inf:
+            raise InputError(f"temperature is {temperature}, expected 0 or more")
+        self.halting = halting
+        self.num_slots = num_slots
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.rules = ThoughtRules(tokenizer, halting, think_start, think_end)
+        self.eos_ids = end_tokens(model)
+        #: What each started slot has generated.
+        self.generations: dict[int, Generation] = {}
+        self._slots = Slots(model, num_slots)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
+        self._max_prompt = (
+            context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
+        )
+
+    def start(self, slots: Index, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Gives slots (B,) to new questions.
+
+        Args:
+            slots: Each at most once.
+            prompts: The LM's whole inputs; nothing is added to them.
+            seeds: Of sampling, one a question.
+
+        Raises:
+            InputError: If a prompt is empty or too long for the LM.
+        """
+        if not len(slots):
+            return
+        tokens = [self.rules.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if not 0 < len(ids) <= self._max_prompt:
+                raise InputError(
+                    f"prompt {prompt!r:.40} has {len(ids)} tokens, expected 1 to "
+                    f"{self._max_prompt}: the LM's context less max_tokens and a forced answer"
+                )
+        for slot, prompt, seed in zip(slots, prompts, seeds, strict=True):
+            thought = Thought(self.rules, prompt)
+            uniforms = _uniforms(prompt, seed, self.max_tokens)
+            self.generations[int(slot)] = Generation(thought, uniforms)
+        self._slots.rollback(slots, 0)
+        self._slots.prefill(slots, tokens)
+
+    def advance(self, slots: Index) -> NDArray[np.bool_]:
+        """Lets slots (B,) think until each is at its next decision point or has ended.
+
+        Returns:
+            Whether each is at a decision point (B,); the others have ended.
+
+        Raises:
+            InputError: If the LM's logits are not numbers.
+        """
+        generations = [self.generations[int(slot)] for slot in slots]
+        moving = np.arange(len(slots))
+        while len(moving):
+            tokens = self._choose(slots[moving], [generations[i] for i in moving])
+            for i, token in zip(moving, tokens.tolist(), strict=True):
+                self._add(generations[i], token)
+            going = [not generations[i].ended for i in moving]
+            moving = moving[going]
+            if len(moving):
+                self._slots.step(slots[moving], tokens[going])
+                moving = moving[[not generations[i].thought.at_point for i in moving]]
+        return np.array([generation.thought.at_point for generation in generations])
+
+    def force(self, slots: Index) -> list[Probe]:
+        """Forces the answers of slots (B,) in one batch; their thoughts go on as if it never was.
+
+        Raises:
+            InputError: If the LM's logits are not numbers.
+        """
+        if not len(slots):
+            return []
+        rules, length = self.rules, self.halting.max_answer_tokens
+        answers = self._slots.force(slots, rules.close_ids, length, self.eos_ids)
+        for slot, answer in zip(slots, answers, strict=True):
+            if not np.isfinite(answer.logprobs).all():
+                raise _nan_logits(self.generations[int(slot)])
+        return [
+            Probe(rules.forced_text(a.tokens), a.confidence, a.logprobs, a.num_tokens)
+            for a in answers
+        ]
+
+    @torch.inference_mode()
+    def _choose(self, slots: Index, generations: Sequence[Generation]) -> Index:
+        """The next token (B,) of some slots."""
+        logits = self._slots.next_logits(slots)
+        if self.temperature:
+            uniforms = torch.tensor([g.uniforms[g.num_tokens] for g in generations])
+            chosen, sound = sample(logits, self.temperature, uniforms.to(logits.device))
+        else:
+            largest, chosen = logits.max(dim=-1)
+            sound = largest.isfinite()
+        tokens: Index = torch.where(sound, chosen, -1).cpu().numpy()
+        if tokens.min() < 0:
+            raise _nan_logits(generations[int(tokens.argmin())])
+        return tokens
+
+    def _add(self, generation: Generation, token: int) -> None:
+        """Takes in a token; an end token, or the last one of the budget, is no decision point."""
+        generation.thought.add(token)
+        generation.finished = token in self.eos_ids
+        generation.ended = generation.finished or generation.num_tokens == self.max_tokens
+        generation.thought.at_point &= not generation.ended
+
+
+def _nan_logits(generation: Generation) -> InputError:
+    return InputError(f"LM gave NaN logits at position {generation.num_tokens}")
+
+
+def _uniforms(prompt: str, seed: int, num: int) -> NDArray[np.float32]:
+    """One number in [0, 1) for each token (num,), from the question and its seed alone."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    key = np.array([seed % 2**64, int.from_bytes(digest, "big")], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(num, dtype=np.float32)
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """Tokens that end what an LM generates.
+
+    Raises:
+        InputError: If the LM names none.
+    """
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        raise InputError(f"{type(model).__name__} has no eos_token_id in its generation config")
+    return list(eos) if isinstance(eos, list) else [eos]
+
+
+def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws one token a row by inverting the cumulative distribution.
+
+        token = the first whose cumulative probability exceeds the uniform number
+
+    Args:
+        logits: (B, V) float32.
+        temperature: Above 0.
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        Tokens (B,), and whether the logits made sense (B,).
+    """
+    cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[1] - 1), total[:, 0].isfinite()

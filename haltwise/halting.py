@@ -1,0 +1,101 @@
+"""How an LM is halted: the rules that a head is trained under and is valid for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from haltwise.errors import InputError
+
+Probing = Literal["always", "at_halt"]
+
+#: Confidence as haltwise's own recorder computes it.
+MEAN_LOGPROB = "exp of the mean of answer_logprobs"
+
+_EVERY = re.compile(r"every (\d+) tokens")
+_AFTER = re.compile(r"after (.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """Where decision points lie in a thought.
+
+    Written "every 16 tokens", or "after TEXT" for a point after every token whose text
+    contains TEXT. A recording may name any other rule: its traces can be replayed, but an LM
+    cannot be run under a rule that is only a name.
+    """
+
+    text: str
+
+    @property
+    def every(self) -> int | None:
+        """Thinking tokens between points, or None if the rule is another one."""
+        found = _EVERY.fullmatch(self.text)
+        return int(found[1]) if found else None
+
+    @property
+    def after(self) -> str | None:
+        """The text that a point follows, or None if the rule is another one."""
+        found = _AFTER.fullmatch(self.text)
+        return found[1] if found else None
+
+    def check_runnable(self) -> None:
+        """Refuses a rule that an LM cannot be run under.
+
+        Raises:
+            InputError: If the rule is neither "every K tokens" with K >= 1 nor "after TEXT".
+        """
+        if not self.every and not self.after:
+            raise InputError(
+                f"decision rule {self.text!r} can be replayed but not run: "
+                "expected 'every K tokens' with K >= 1, or 'after TEXT'"
+            )
+
+
+@dataclass(frozen=True)
+class Halting:
+    """The conditions of every halting decision: part of the head, and checked against it."""
+
+    probing: Probing
+    """always: an answer is forced at every point and is seen; at_halt: only when halting."""
+    decision_rule: str
+    """See DecisionRule."""
+    close_text: str
+    """Appended to the thought to force an answer; prefill, not generation."""
+    confidence_rule: str
+    """How `confidence` is computed from the forced answer."""
+    max_answer_tokens: int = 16
+    """A forced answer is cut after this many tokens."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: If `probing` is unknown or `max_answer_tokens` is below 1.
+        """
+        if self.probing not in ("always", "at_halt"):
+            raise InputError(f"probing is {self.probing!r}, expected 'always' or 'at_halt'")
+        if self.max_answer_tokens < 1:
+            raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, expected at least 1")
+
+    def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
+        """Refuses traces that were recorded under other conditions.
+
+        A file may leave out what its writer did not know; what it states must agree.
+
+        Args:
+            recorder: The file's `haltwise.recorder` metadata.
+            source: The file's name, for the message.
+
+        Raises:
+            InputError: If a stated condition differs.
+        """
+        for name in ("decision_rule", "close_text", "confidence_rule"):
+            expected = getattr(self, name)
+            if name in recorder and recorder[name] != expected:
+                raise InputError(
+                    f"{source}: {name} is {recorder[name]!r}, the head expects {expected!r}"
+                )
+        if self.probing == "always" and recorder.get("probing", "always") != "always":
+            raise InputError(f"{source}: recorded without probes, the head needs one at every point")

@@ -1,0 +1,256 @@
+"""The exported head: a small network that reads features and a price, and says when to halt.
+
+A head is a folder with two files: head.safetensors (the weights) and head.json (all that the
+weights are valid for). Loading needs numpy and safetensors, and never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from haltwise.errors import InputError
+from haltwise.features import FEATURES_VERSION, Float, feature_names
+from haltwise.halting import Halting
+
+FORMAT = 1
+
+#: Standardised features are clipped here, so that an outlier cannot saturate the network.
+CLIP = 5.0
+
+_WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
+
+
+@dataclass(frozen=True)
+class Observing:
+    """How features and a price become what the network is fed."""
+
+    groups: tuple[str, ...]
+    """Feature groups, in order."""
+    mean: tuple[float, ...]
+    """Of each feature over the training points."""
+    scale: tuple[float, ...]
+    """Standard deviation of each feature over the training points."""
+    price_range: tuple[float, float]
+    """Smallest and largest price trained on, in exact match per 1,000 tokens."""
+
+    def __post_init__(self) -> None:
+        """Checks that the parts fit each other.
+
+        Raises:
+            InputError: If the lengths differ, a scale is not positive or the range is empty.
+        """
+        num_features = len(feature_names(self.groups))
+        if not len(self.mean) == len(self.scale) == num_features:
+            raise InputError(
+                f"{len(self.mean)} means and {len(self.scale)} scales "
+                f"for {num_features} features of {list(self.groups)}"
+            )
+        low, high = self.price_range
+        if not (0 < low < high < np.inf and min(self.scale) > 0):
+            raise InputError(f"price range {self.price_range} or a scale is not positive")
+
+    @classmethod
+    def fit(
+        cls, groups: tuple[str, ...], features: Float, price_range: tuple[float, float]
+    ) -> Observing:
+        """Standardises by the mean and spread of some features (P, F)."""
+        mean, scale = features.mean(axis=0), features.std(axis=0)
+        scale = np.where(scale > 1e-6, scale, 1.0)  # a constant column stays zero
+        return cls(groups, tuple(mean.tolist()), tuple(scale.tolist()), price_range)
+
+    @property
+    def size(self) -> int:
+        """Length of an observation: the features and the log price."""
+        return len(self.mean) + 1
+
+    def observe(self, features: Float, price: ArrayLike) -> Float:
+        """Observations (B, F + 1) of features (B, F) at prices (B,) or one price.
+
+        Features are standardised and clipped at 5; for the log price see `dial`.
+        """
+        standard = (features - np.float32(self.mean)) / np.float32(self.scale)
+        dial = np.broadcast_to(self.dial(price), len(features))[:, None]
+        return np.concatenate([np.clip(standard, -CLIP, CLIP), dial], axis=1)
+
+    def dial(self, price: ArrayLike) -> Float:
+        """The log price as observed: the price range maps to [-1, 1]; beyond it to at most 5."""
+        low, high = np.log(self.price_range)
+        place = (2 * np.log(np.asarray(price, dtype=np.float64)) - low - high) / (high - low)
+        return np.clip(place, -CLIP, CLIP).astype(np.float32)
+
+    def draw_price(self, rng: np.random.Generator, num: int) -> NDArray[np.float64]:
+        """Prices (num,), log-uniform over the range."""
+        low, high = np.log(self.price_range)
+        return np.exp(rng.uniform(low, high, num))
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Everything in head.json."""
+
+    observing: Observing
+    halting: Halting
+    default_price: float
+    """Used when a caller names no price."""
+    threshold: float = 0.5
+    """Halt when the probability of halting is at least this."""
+    lm: str = ""
+    """The LM or LMs that the training traces came from."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer; empty if the traces do not tell."""
+    traces: str = ""
+    """Digest of the training traces."""
+    command: str = ""
+    """The command that trained this head."""
+    certificate: dict[str, Any] | None = None
+    """What was certified about the head, if anything."""
+    format: int = FORMAT
+    features_version: int = FEATURES_VERSION
+    features: tuple[str, ...] = field(default=())
+    """The ordered feature list, checked against `observing.groups`."""
+
+    def __post_init__(self) -> None:
+        """Checks versions and ranges.
+
+        Raises:
+            InputError: If this haltwise cannot serve such a head.
+        """
+        names = feature_names(self.observing.groups)
+        if not self.features:
+            object.__setattr__(self, "features", names)
+        for name, found, expected in (
+            ("format", self.format, FORMAT),
+            ("features_version", self.features_version, FEATURES_VERSION),
+            ("features", list(self.features), list(names)),
+        ):
+            if found != expected:
+                raise InputError(f"head has {name} {found}, this haltwise expects {expected}")
+        if not 0 < self.threshold < 1:
+            raise InputError(f"threshold is {self.threshold}, expected between 0 and 1")
+        if not 0 < self.default_price < np.inf:
+            raise InputError(f"default price is {self.default_price}, expected above 0")
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> HeadConfig:
+        """Rebuilds a config from parsed JSON.
+
+        Raises:
+            InputError: If a key is missing, unknown or of the wrong form.
+        """
+        known = {f.name for f in fields(cls)}
+        if set(data) != known:
+            raise InputError(
+                f"head.json: missing keys {sorted(known - set(data))}, "
+                f"unknown keys {sorted(set(data) - known)}"
+            )
+        observing = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in data["observing"].items()
+        }
+        rest = {k: v for k, v in data.items() if k not in ("observing", "halting", "features")}
+        return cls(
+            observing=Observing(**observing),
+            halting=Halting(**data["halting"]),
+            features=tuple(data["features"]),
+            **rest,
+        )
+
+
+class HaltHead:
+    """A halting policy: two hidden tanh layers, then the log-odds of halting.
+
+        h0 = tanh(w0 x + b0);  h1 = tanh(w1 h0 + b1);  log_odds = w2 h1 + b2
+
+    Args:
+        config: What the weights are valid for.
+        weights: w0 (H, F + 1), b0 (H,), w1 (H, H), b1 (H,), w2 (1, H), b2 (1,), float32.
+
+    Raises:
+        InputError: If the weights do not fit the config, or are not finite.
+    """
+
+    def __init__(self, config: HeadConfig, weights: dict[str, Float]) -> None:
+        """Checks the weights."""
+        if sorted(weights) != sorted(_WEIGHTS):
+            raise InputError(f"head has tensors {sorted(weights)}, expected {list(_WEIGHTS)}")
+        hidden = len(weights["b0"])
+        size = config.observing.size
+        shapes = [(hidden, size), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,)]
+        for name, shape in zip(_WEIGHTS, shapes, strict=True):
+            if weights[name].shape != shape or weights[name].dtype != np.float32:
+                found = (weights[name].shape, str(weights[name].dtype))
+                raise InputError(f"head tensor {name} is {found}, expected {(shape, 'float32')}")
+            if not np.isfinite(weights[name]).all():
+                raise InputError(f"head tensor {name} has values that are not finite")
+        self.config = config
+        self.weights = weights
+
+    def log_odds(self, features: Float, price: ArrayLike | None = None) -> Float:
+        """Log-odds of halting (B,) at features (B, F); NaN features give NaN.
+
+        Args:
+            features: (B, F), the columns of `config.features`.
+            price: (B,) or one, in exact match per 1,000 tokens; default the head's own.
+        """
+        price = self.config.default_price if price is None else price
+        return self.log_odds_of(self.config.observing.observe(features, price))
+
+    def log_odds_of(self, obs: Float) -> Float:
+        """Log-odds of halting (B,) at observations (B, F + 1)."""
+        w = self.weights
+        hidden = np.tanh(obs @ w["w0"].T + w["b0"])
+        hidden = np.tanh(hidden @ w["w1"].T + w["b1"])
+        log_odds: Float = (hidden @ w["w2"].T + w["b2"])[:, 0]
+        return log_odds
+
+    def prob_halt(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.float32]:
+        """Probability of halting (B,); arguments as in `log_odds`."""
+        return 0.5 * (1 + np.tanh(0.5 * self.log_odds(features, price)))
+
+    def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
+        """Whether to halt (B,); a row with a NaN feature continues."""
+        return self.prob_halt(features, price) >= self.config.threshold
+
+    def save(self, folder: Path | str) -> None:
+        """Writes head.safetensors and head.json into a folder, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # `save_file` would make a file that only its owner can read.
+        _write(folder / "head.safetensors", save(self.weights))
+        text = json.dumps(asdict(self.config), indent=2) + "\n"
+        _write(folder / "head.json", text.encode())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> HaltHead:
+        """Reads a head.
+
+        Raises:
+            InputError: If a file is missing, damaged, or not for this version of haltwise.
+        """
+        folder = Path(folder)
+        for name in ("head.json", "head.safetensors"):
+            if not (folder / name).is_file():
+                raise InputError(f"no {name} in {folder}: expected a folder written by train.py")
+        try:
+            config = HeadConfig.from_json(json.loads((folder / "head.json").read_text()))
+            weights = load_file(folder / "head.safetensors")
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            raise InputError(f"{folder}: not a readable head ({error})") from None
+        return cls(config, weights)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,275 @@
+"""Many sequences in one KV cache, each of its own length.
+
+A forward pass runs over the sequences that move and over no others. A sequence is rolled back by
+setting its length: what lies past it is never seen and is overwritten later.
+
+Shapes: R rows in the cache, B rows in a forward pass, T tokens fed to each, V vocabulary,
+L longest row of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from haltwise.errors import InputError
+from haltwise.features import Index
+
+# Tokens a row; buffers grow to multiples of this.
+_CAPACITY = 256
+
+
+@dataclass
+class ForcedAnswer:
+    """What an LM answers greedily when its thought is closed."""
+
+    tokens: list[int]
+    """Without the token that ended the answer."""
+    logprobs: list[float]
+    """Natural log of the probability of each of `tokens`."""
+    num_tokens: int
+    """Tokens generated, the one that ended the answer included."""
+
+    @property
+    def confidence(self) -> float:
+        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
+        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
+
+
+class Slots:
+    """R sequences of an LM that are fed in any combination, with their next-token logits.
+
+    Args:
+        model: A decoder-only LM with full attention in every layer.
+        num_rows: Sequences in the cache.
+
+    Raises:
+        InputError: If the LM cannot be rolled back.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+        """Starts with every row empty."""
+        check_supported(model)
+        self.model = model
+        #: (R,) tokens in each row.
+        self.lengths: Index = np.zeros(num_rows, dtype=np.int64)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        self._logits = torch.zeros(num_rows, vocabulary, device=model.device)
+        self._cache = _SlotCache(num_rows, len(DynamicCache(config=model.config).layers))
+        # The rows of a forward pass lie side by side in the cache: row r is at _place[r].
+        self._place: Index = np.arange(num_rows)
+
+    @torch.inference_mode()
+    def prefill(self, rows: Index, token_lists: Sequence[Sequence[int]]) -> None:
+        """Appends tokens to some rows: one list a row, none of them empty."""
+        num = max(map(len, token_lists))
+        pad = np.array([num - len(tokens) for tokens in token_lists])
+        tokens = np.zeros((len(rows), num), dtype=np.int64)
+        for i, row_tokens in enumerate(token_lists):
+            tokens[i, pad[i] :] = row_tokens
+        self._feed(rows, tokens, pad)
+
+    @torch.inference_mode()
+    def step(self, rows: Index, tokens: Index) -> None:
+        """Appends one token (B,) to each of some rows (B,)."""
+        self._feed(rows, tokens[:, None], np.zeros(len(rows), dtype=np.int64))
+
+    @torch.inference_mode()
+    def next_logits(self, rows: Index) -> Tensor:
+        """Logits (B, V), float32, of the token that follows each of some rows."""
+        return self._logits[self._on_device(rows)]
+
+    def rollback(self, rows: Index, lengths: Index | int) -> None:
+        """Forgets what rows hold past some lengths; feed them before reading their logits."""
+        self.lengths[rows] = lengths
+
+    @torch.inference_mode()
+    def force(
+        self, rows: Index, close_ids: Sequence[int], max_tokens: int, eos_ids: Sequence[int]
+    ) -> list[ForcedAnswer]:
+        """Closes the thoughts of some rows, reads their greedy answers, and undoes it all.
+
+        Args:
+            rows: (B,) each at most once.
+            close_ids: What closes a thought.
+            max_tokens: An answer is cut after this many.
+            eos_ids: Any of these ends an answer.
+
+        Returns:
+            One answer a row. The rows are as before.
+        """
+        lengths, logits = self.lengths[rows], self.next_logits(rows)
+        self.prefill(rows, [close_ids] * len(rows))
+
+        def feed(moving: Index, tokens: Index) -> Tensor:
+            self.step(rows[moving], tokens)
+            return self.next_logits(rows[moving])
+
+        answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids)
+        self.rollback(rows, lengths)
+        self._logits[self._on_device(rows)] = logits
+        return answers
+
+    def _feed(self, rows: Index, tokens: Index, pad: Index) -> None:
+        """Appends tokens (B, T) to rows (B,), of which the first pad (B,) are filling.
+
+        Filling is stored behind the row's end, where it is never seen, so that every row's last
+        token is last in the chunk and logits are computed for it alone.
+        """
+        order = self._to_front(rows)
+        rows, tokens, pad = rows[order], tokens[order], pad[order]
+        num = tokens.shape[1]
+        column = (np.arange(num) - pad[:, None]) % num
+        positions = self._on_device(self.lengths[rows, None] + column)
+        self._cache.expect(positions, int(self.lengths[rows].max()) + num)
+        out = self.model(
+            input_ids=self._on_device(tokens),
+            position_ids=positions,
+            attention_mask=_mask(positions, self._cache.length, self.model.dtype),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.lengths[rows] += num - pad
+        self._logits[self._on_device(rows)] = out.logits[:, -1].float()
+
+    def _on_device(self, array: Index) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device)
+
+    def _to_front(self, rows: Index) -> Index:
+        """Moves rows (B,) to the first B places; the order (B,) in which they lie there."""
+        place = self._place[rows]
+        outside = rows[place >= len(rows)]
+        if len(outside):
+            inside = np.flatnonzero(self._place < len(rows))
+            evicted = np.setdiff1d(inside, rows)
+            swapped = np.concatenate([outside, evicted])
+            here, there = self._place[swapped], self._place[np.concatenate([evicted, outside])]
+            self._cache.move(here, there, int(self.lengths[swapped].max()))
+            self._place[swapped] = there
+        return np.argsort(self._place[rows])
+
+
+class _SlotCache(Cache):
+    """Keys and values of R places, of which a forward pass uses the first B."""
+
+    def __init__(self, num_places: int, num_layers: int) -> None:
+        self._slot_layers = [_SlotLayer(self, num_places) for _ in range(num_layers)]
+        super().__init__(layers=[*self._slot_layers])
+        self.length = 0
+
+    def expect(self, positions: Tensor, length: int) -> None:
+        """Says where the next forward pass writes, (B, T), and how far it reads."""
+        self.positions = positions
+        self.places = torch.arange(len(positions), device=positions.device)[:, None]
+        self.length = length
+
+    def move(self, source: Index, target: Index, length: int) -> None:
+        """Copies the first `length` tokens of some places to others, all at once."""
+        for layer in self._slot_layers:
+            for buffer in layer.buffers:
+                moved = buffer[torch.from_numpy(source).to(buffer.device), :, :length]
+                buffer[torch.from_numpy(target).to(buffer.device), :, :length] = moved
+
+
+class _SlotLayer(DynamicLayer):
+    """Keys and values of one layer: buffers (R, heads, capacity, size)."""
+
+    def __init__(self, cache: _SlotCache, num_places: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.buffers: list[Tensor] = []
+        self._cache = cache
+        self._num_places = num_places
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stores (B, heads, T, size) and returns what the pass reads, (B, heads, L, size)."""
+        cache, states = self._cache, (key_states, value_states)
+        if not self.buffers:
+            empty = (self._num_places, key_states.shape[1], 0)
+            self.buffers = [new.new_empty(*empty, new.shape[3]) for new in states]
+        if self.buffers[0].shape[2] < cache.length:
+            self.buffers = [_grown(buffer, cache.length) for buffer in self.buffers]
+        for buffer, new in zip(self.buffers, states, strict=True):
+            buffer[cache.places, :, cache.positions] = new.transpose(1, 2)
+        keys, values = (buffer[: len(key_states), :, : cache.length] for buffer in self.buffers)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Tokens that the pass reads."""
+        return self._cache.length
+
+
+def _grown(buffer: Tensor, length: int) -> Tensor:
+    """A copy with room for more. The room is zeros: what is masked must be finite all the same."""
+    old = buffer.shape[2]
+    room = -(-max(length, 3 * old // 2) // _CAPACITY) * _CAPACITY - old
+    return torch.nn.functional.pad(buffer, (0, 0, 0, room))
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuses an LM whose sequences cannot be rolled back token by token.
+
+    Raises:
+        InputError: If the LM is not decoder-only with explicit positions and full attention, by
+            PyTorch's own kernels, in every layer.
+    """
+    name, config = type(model).__name__, model.config
+    if config.is_encoder_decoder or "position_ids" not in signature(model.forward).parameters:
+        raise InputError(f"{name}: expected a decoder-only LM that takes position_ids")
+    if config._attn_implementation not in ("sdpa", "eager"):
+        raise InputError(f"attention is {config._attn_implementation}, expected sdpa or eager")
+    layers = DynamicCache(config=config).layers
+    other = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if other:
+        raise InputError(f"{name} has {', '.join(other)}: expected full attention in every layer")
+
+
+def _mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Added to attention scores, (B, 1, T, L): a token sees what is at its position or before."""
+    hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
+
+
+def greedy_answers(
+    logits: Tensor,
+    feed: Callable[[Index, Index], Tensor],
+    max_tokens: int,
+    eos_ids: Sequence[int],
+) -> list[ForcedAnswer]:
+    """Decodes one answer a row, the likeliest token first; rows drop out as they end.
+
+    Args:
+        logits: (B, V) of each answer's first token.
+        feed: Given which of the B rows go on (G,) and their tokens (G,), returns their next
+            logits (G, V).
+        max_tokens: An answer is cut after this many.
+        eos_ids: Any of these ends an answer.
+    """
+    answers = [ForcedAnswer([], [], 0) for _ in logits]
+    moving = np.arange(len(answers))
+    for num in range(1, max_tokens + 1):
+        best = logits.log_softmax(dim=-1).max(dim=-1)
+        # One host copy; float64 holds token ids exactly.
+        picks = torch.stack([best.indices.double(), best.values.double()]).cpu().numpy()
+        tokens, logprobs = picks[0].astype(np.int64), picks[1]
+        ended = np.isin(tokens, eos_ids)
+        for i, token, logprob, last in zip(moving, tokens, logprobs, ended, strict=True):
+            answers[i].num_tokens = num
+            if not last:
+                answers[i].tokens.append(int(token))
+                answers[i].logprobs.append(float(logprob))
+        moving = moving[~ended]
+        if not len(moving) or num == max_tokens:
+            break
+        logits = feed(moving, tokens[~ended])
+    return answers

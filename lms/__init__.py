@@ -1,0 +1,1 @@
+"""Language models, their questions and the answers read from them."""

@@ -1,0 +1,122 @@
+"""The embedded LM: where it lies, the words it knows and the thoughts it learns from.
+
+A thought attempts the question step by step and writes a result. Then it checks: it computes
+everything again and writes "ok" if the result is the same, else "wait". It ends once a result is
+confirmed and some needless checks are done, or when it has tried often enough. Steps slip now
+and then, so a result can be wrong and a later check can correct it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lms.tasks import LETTERS, MODULUS, Question, apply
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "embedded"
+
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+THINK, CLOSE = "<think>", "</think>"
+VOCABULARY = (
+    *(PAD, EOS, UNKNOWN, THINK, CLOSE),
+    *("sum", "let", "product", "mod13", ":", ";", ",", "=", "+", "-", "*"),
+    *("so", ".", "check", "ok", "wait"),
+    *LETTERS,
+    *(str(n) for n in range(MODULUS)),
+)
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How the LM thinks about one task, and what it believes when it is forced to answer."""
+
+    slip_first: float
+    """Chance that a step of the first attempt is wrong."""
+    slip_check: float
+    """The same for the steps of a check."""
+    reach: int
+    """A slip is off by 1 to `reach`, either way."""
+    needless: int
+    """At most so many checks after the result is confirmed."""
+    attempts: int
+    """Never more attempts than this."""
+    stubborn: float
+    """Share of forced answers that repeat the latest result, right or wrong, once there is
+    one; the others are the gold answer, which calibrates the LM's confidence."""
+
+
+HABITS = {
+    "sum": Habits(0.08, 0.03, 1, 6, 9, 0.0),
+    "let": Habits(0.20, 0.03, 1, 6, 9, 0.9),
+    "product": Habits(0.32, 0.32, 2, 1, 6, 0.0),
+}
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A worked solution."""
+
+    words: tuple[str, ...]
+    """From the first step to the last verdict, without think markers."""
+    results: tuple[tuple[int, str], ...]
+    """(index in `words`, value) of each result, in order; the last is the answer."""
+
+    def result_at(self, num_words: int) -> str | None:
+        """Returns the latest result within the first `num_words` words, None before any."""
+        return next((r for i, r in reversed(self.results) if i < num_words), None)
+
+
+def _steps(question: Question) -> Iterator[tuple[list[str], str, int]]:
+    """Yields (words leading to the new total, operator, operand); the first sets the total."""
+    words = question.prompt.split()[3:-1]
+    if question.task != "let":
+        yield [], "+", int(words[0])
+        for i in range(1, len(words), 2):
+            yield [*words[i : i + 2], "="], words[i], int(words[i + 1])
+        return
+    lines = sorted(" ".join(words[: words.index(";")]).split(" , "))
+    yield lines[0].split()[:2], "+", int(lines[0].split()[2])
+    for line in lines[1:]:
+        *_, operator, operand = line.split()
+        yield [",", *line.split(), "="], operator, int(operand)
+
+
+def attempt(question: Question, slip: float, reach: int, rng: np.random.Generator) -> list[str]:
+    """Computes the answer once, step by step.
+
+    Args:
+        question: of any task.
+        slip: chance of each step to be wrong.
+        reach: how far off a wrong step can be.
+        rng: moved on.
+
+    Returns:
+        The words of the attempt; the last is its result.
+    """
+    total, words = 0, []
+    for i, (leading, operator, operand) in enumerate(_steps(question)):
+        total = apply(total, operator, operand)
+        if i and rng.random() < slip:  # the first step only copies
+            off = int(rng.integers(1, reach + 1)) * int(rng.choice([-1, 1]))
+            total = (total + off) % MODULUS
+        words += [*leading, str(total)]
+    return [*words, "so", str(total)]
+
+
+def think(question: Question, habits: Habits, rng: np.random.Generator) -> Thought:
+    """Writes one thought with its slips, checks and corrections."""
+    words = attempt(question, habits.slip_first, habits.reach, rng)
+    results = [(len(words) - 1, words[-1])]
+    words.append(".")
+    needless = int(rng.integers(habits.needless + 1))
+    confirmed = 0
+    while confirmed <= needless and len(results) < habits.attempts:
+        words += ["check", *attempt(question, habits.slip_check, habits.reach, rng)]
+        agrees = words[-1] == results[-1][1]
+        results.append((len(words) - 1, words[-1]))
+        words.append("ok" if agrees else "wait")
+        confirmed = confirmed + 1 if agrees else 0
+    return Thought(tuple(words), tuple(results))

@@ -1,0 +1,389 @@
+"""Trains the embedded LM from scratch: `python -m lms.train_embedded`.
+
+Every row is one whole thought plus a few forced answers: side branches that read the thought up
+to a random token, then "</think>" and the answer, and that nothing else can see. So one pass
+teaches the thought and, at many points of it, what the LM would answer if it were halted there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lms.answers import exact_match, read_answer
+from lms.embedded import (
+    CLOSE,
+    EMBEDDED,
+    EOS,
+    HABITS,
+    PAD,
+    THINK,
+    UNKNOWN,
+    VOCABULARY,
+    Habits,
+    think,
+)
+from lms.tasks import TASKS, Question, draw, questions
+
+log = logging.getLogger(__name__)
+
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
+MAX_TOKENS = 1024
+POOL = 32  # batches drawn together and sorted by length, to pad little
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train and how."""
+
+    out: Path = EMBEDDED
+    """Folder for the finished model; a finished one is never overwritten."""
+    seed: int = 0
+    """Of the initial weights and of every question and thought."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    steps: int = 3400
+    """Optimiser steps."""
+    first_steps: int = 900
+    """Of these, how many at the start are on single attempts without slips: an LM that sees
+    checks before it can calculate learns to copy its first attempt instead."""
+    rows: int = 8
+    """Thoughts a step, three times as many while they are single attempts; many small steps
+    learn faster than few large ones."""
+    probes: int = 8
+    """Forced answers a thought."""
+    probe_weight: float = 2.0
+    """Weight of a forced answer's token in the loss; a token of the thought weighs 1."""
+    lr: float = 2e-3
+    """Highest learning rate; 100 steps up to it, then a cosine down to a hundredth of it."""
+    layers: int = 4
+    """Layers of the LM."""
+    width: int = 128
+    """Hidden size; the feed-forward layers are four times as wide."""
+    temperature: float = 0.8
+    """Default sampling temperature of the finished model."""
+    save_minutes: float = 2.0
+    """Time between two checkpoints, kept in OUT.work; the same command resumes from there."""
+    check: int = 60
+    """Test questions answered at the end, to print exact match a task."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thought with its forced answers, as the LM reads it; all arrays are [tokens]."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    """The token to predict at each place."""
+    weights: np.ndarray
+    """Of each prediction in the loss."""
+    positions: np.ndarray
+    """Places in the sequence the LM believes it reads."""
+    reach: np.ndarray
+    """Last place of the trunk (prompt, thought and own answer) that each token sees."""
+    branch: np.ndarray
+    """0 in the trunk, else the number of the forced answer."""
+
+
+def build_model(config: Config) -> LlamaForCausalLM:
+    """Returns the untrained LM, in float32."""
+    torch.manual_seed(config.seed)
+    shape = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        tie_word_embeddings=True,
+        # The usual 0.02 suits wider LMs; here it delays copying from the question many times over.
+        initializer_range=config.width**-0.5,
+        pad_token_id=IDS[PAD],
+        eos_token_id=IDS[EOS],
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(shape)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns the word-level tokenizer; the think markers survive decoding, as in other LMs."""
+    tokenizer = Tokenizer(models.WordLevel(dict(IDS), unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens([AddedToken(m, normalized=False, special=False) for m in (THINK, CLOSE)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        padding_side="left",
+        model_max_length=MAX_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def lesson(config: Config, step: int) -> tuple[int, int, dict[str, Habits]]:
+    """Returns rows a step, forced answers a row and the habits a task, for a step's pool."""
+    if step < config.first_steps:
+        single = {t: replace(h, slip_first=0.0, attempts=1) for t, h in HABITS.items()}
+        return 3 * config.rows, 0, single
+    return config.rows, config.probes, HABITS
+
+
+def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Generator) -> Row:
+    """Writes a thought about a question and forces answers at random tokens of it.
+
+    Args:
+        question: of the train split.
+        habits: of its task.
+        probes: how many forced answers.
+        rng: moved on.
+    """
+    thought = think(question, habits, rng)
+    prompt = question.prompt.split()
+    trunk = [IDS[w] for w in (*prompt, *thought.words, CLOSE, thought.results[-1][1], EOS)]
+    size = len(trunk) - 1
+    cuts = rng.integers(len(thought.words) + 1, size=probes)
+    answers: list[int] = []
+    for cut in cuts:
+        latest = thought.result_at(int(cut))
+        stubborn = latest is not None and rng.random() < habits.stubborn
+        answers.append(IDS[latest if stubborn and latest else question.gold])
+    ends = np.repeat(len(prompt) - 1 + cuts, 2)
+    count = np.arange(2 * probes)
+    place = np.arange(size)
+    halted = np.array([(IDS[CLOSE], a) for a in answers], np.int64).ravel()
+    told = np.array([(a, IDS[EOS]) for a in answers], np.int64).ravel()
+    return Row(
+        ids=np.concatenate([trunk[:-1], halted]),
+        labels=np.concatenate([trunk[1:], told]),
+        weights=np.concatenate([place >= len(prompt) - 1, np.full(2 * probes, np.nan)]),
+        positions=np.concatenate([place, ends + 1 + count % 2]),
+        reach=np.concatenate([place, ends]),
+        branch=np.concatenate([np.zeros(size, int), 1 + count // 2]),
+    )
+
+
+def _stack(arrays: list[np.ndarray]) -> torch.Tensor:
+    """Pads with 0 on the right: [rows, tokens]."""
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True)
+
+
+def visible(reach: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Says what each token sees.
+
+    Args:
+        reach: [rows, tokens], as in Row.
+        branch: [rows, tokens], as in Row.
+
+    Returns:
+        bool [rows, 1, tokens, tokens], true where the second token is seen by the first.
+    """
+    place = torch.arange(reach.shape[1], device=reach.device)
+    trunk = (branch[:, None, :] == 0) & (place <= reach[:, :, None])
+    own = (branch[:, None, :] == branch[:, :, None]) & (place <= place[:, None])
+    return ((trunk | own))[:, None]
+
+
+def loss_of(
+    model: LlamaForCausalLM, rows: list[Row], probe_weight: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Returns the weighted loss, and the mean losses of thoughts and forced answers in nats."""
+    ids, labels, weights, positions, reach, branch = (
+        _stack([getattr(r, name) for r in rows]).to(model.device)
+        for name in ("ids", "labels", "weights", "positions", "reach", "branch")
+    )
+    with torch.autocast(model.device.type, torch.bfloat16):
+        out = model(input_ids=ids, attention_mask=visible(reach, branch), position_ids=positions)
+    nats = F.cross_entropy(out.logits.float().transpose(1, 2), labels, reduction="none")
+    probed = weights.isnan()
+    parts = {"thought": nats[weights == 1].mean(), "forced": nats[probed].sum() / probed.sum().clamp(min=1)}
+    loss = (nats * weights.nan_to_num(probe_weight)).sum() / weights.nan_to_num(probe_weight).sum()
+    return loss, {name: part.item() for name, part in parts.items()}
+
+
+def batches(config: Config, first: int) -> Iterator[list[Row]]:
+    """Yields the batches from step `first` on; a step's batch depends on the seed alone."""
+    for pool in range(first // POOL, math.ceil(config.steps / POOL)):
+        rng = np.random.default_rng([config.seed, pool])
+        size, probes, habits = lesson(config, pool * POOL)
+        rows: list[Row] = []
+        while len(rows) < POOL * size:
+            question = draw(TASKS[len(rows) % len(TASKS)], rng)
+            if question.split == "train":
+                rows.append(build_row(question, habits[question.task], probes, rng))
+        rows.sort(key=lambda row: len(row.ids))
+        order = [int(i) for i in rng.permutation(POOL)]
+        for i in order[max(first - pool * POOL, 0) : config.steps - pool * POOL]:
+            yield rows[i * size : (i + 1) * size]
+
+
+def rate(config: Config, step: int) -> float:
+    """Returns the learning rate of a step."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return config.lr * min(1.0, (step + 1) / 100) * (0.01 + 0.99 * cosine)
+
+
+def build_optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
+    """Returns Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(
+            layers, config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, config.lr, (0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+@dataclass
+class Progress:
+    """What has been spent, over all resumed parts of a training."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]:
+    """Trains to the end, from the last checkpoint if there is one.
+
+    Returns:
+        The LM, what was spent, and the mean losses of the last hundred steps in nats.
+    """
+    model = build_model(config).to(config.device).train()
+    optimizers = build_optimizers(model, config)
+    saved = config.out.with_name(config.out.name + ".work") / "state.pt"
+    progress = Progress()
+    if saved.exists():
+        state = torch.load(saved, map_location=config.device, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
+        progress = Progress(**state["progress"])
+        log.info("resumed at step %d", progress.step)
+    recent: list[dict[str, float]] = []
+    since = last_save = time.monotonic()
+    for rows in batches(config, progress.step):
+        loss, parts = loss_of(model, rows, config.probe_weight)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate(config, progress.step)
+            optimizer.step()
+        now = time.monotonic()
+        progress.step += 1
+        progress.tokens += sum(len(row.ids) for row in rows)
+        progress.seconds += now - since
+        since = now
+        recent = [*recent[-99:], parts]
+        if progress.step % 100 == 0:
+            log.info("%s %s", progress, _means(recent))
+        if now - last_save > 60 * config.save_minutes:
+            _save(saved, model, optimizers, progress)
+            last_save = now
+    return model.eval(), progress, _means(recent)
+
+
+def _means(parts: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(float(np.mean([p[key] for p in parts])), 4) for key in parts[0]}
+
+
+def _save(
+    path: Path,
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    progress: Progress,
+) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "progress": asdict(progress),
+    }
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)  # a kill in the middle of a save harms nothing
+
+
+@torch.no_grad()
+def check_model(model: LlamaForCausalLM, num: int, temperature: float) -> dict[str, dict[str, float]]:
+    """Answers test questions, sampled and never halted.
+
+    Returns:
+        For each task, exact match and mean tokens generated.
+    """
+    tokenizer = build_tokenizer()
+    figures = {}
+    for task in TASKS:
+        asked = questions(task, "test", num)
+        inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)
+        ids = model.generate(
+            **inputs.to(model.device),
+            do_sample=True,
+            temperature=temperature,
+            max_new_tokens=768,
+            pad_token_id=IDS[PAD],
+            eos_token_id=IDS[EOS],
+        )[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers = [read_answer(t.partition(CLOSE)[2]) for t in texts]
+        figures[task] = {
+            "exact_match": float(
+                np.mean([exact_match(a, q.gold) for a, q in zip(answers, asked, strict=True)])
+            ),
+            "tokens": float((ids != IDS[PAD]).sum() / num),
+        }
+    return figures
+
+
+def main(config: Config) -> None:
+    """Trains, checks and writes the LM.
+
+    Raises:
+        FileExistsError: `config.out` holds a finished model.
+    """
+    if (config.out / "model.safetensors").exists():
+        raise FileExistsError(f"{config.out} holds a finished model: choose another --out")
+    torch.set_num_threads(1)  # at this size threads wait for each other more than they work
+    model, progress, losses = train(config)
+    figures = check_model(model, config.check, config.temperature)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        max_new_tokens=768,
+        pad_token_id=IDS[PAD],
+        eos_token_id=IDS[EOS],
+    )
+    model.save_pretrained(config.out)
+    build_tokenizer().save_pretrained(config.out)
+    record = {
+        "command": f"python -m lms.train_embedded --seed {config.seed}",
+        "seed": config.seed,
+        "parameters": model.num_parameters(),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "minutes": round(progress.seconds / 60, 1),
+        "final_losses": losses,
+        "test": figures,
+    }
+    (config.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    log.info("%s", json.dumps(record))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    main(tyro.cli(Config))

@@ -1,0 +1,173 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.baselines import (
+    BASELINES,
+    Budget,
+    Confidence,
+    Head,
+    Policy,
+    Random,
+    Stability,
+    decisions,
+    hindsight,
+    hindsight_give_up,
+)
+from evaluation.outcome import halt_outcome, outcome_row
+from haltwise import HaltHead
+from traces import Traces, read_traces
+
+MakeTraces = Callable[..., Traces]
+
+
+def halts(policy: Policy, traces: Traces, parameter: float) -> list[bool]:
+    signal = policy.signal(traces)
+    assert signal is not None
+    decided: list[bool] = policy.halts(signal, parameter).tolist()
+    return decided
+
+
+def with_answers(make_traces: MakeTraces, *answers: list[str]) -> Traces:
+    """Traces that differ in their forced answers only, 10 tokens apart."""
+    changes: list[dict[str, Any]] = [
+        {
+            "position": [10 * (i + 1) for i in range(len(texts))],
+            "probe_tokens": [1] * len(texts),
+            "answer": texts,
+            "correct": [text == "7" for text in texts],
+            "confidence": [0.75] * len(texts),
+            "answer_logprobs": [[]] * len(texts),
+        }
+        for texts in answers
+    ]
+    return make_traces(changes)
+
+
+def test_budget_halts_from_a_position_on(worked_example: Traces) -> None:
+    assert halts(Budget(), worked_example, 250) == [False, True, True]
+    assert halts(Budget(), worked_example, 251) == [False, False, True]
+    assert Budget().grid(np.array([0, 59, 59, 118])) == pytest.approx(
+        [3 * n for n in range(20)] + [59] + [118 - 3 * n for n in range(19, -1, -1)]
+    )
+
+
+def test_confidence_halts_above_a_threshold_where_there_is_an_answer(
+    make_traces: MakeTraces,
+) -> None:
+    traces = make_traces([{"answer": ["", "7", "7"], "confidence": [0.99, float("nan"), 0.75]}])
+    assert halts(Confidence(), traces, 0.0) == [False, False, True]
+    assert halts(Confidence(), traces, 0.75) == [False, False, False]
+
+
+def test_confidence_is_not_available_where_it_is_never_known(make_traces: MakeTraces) -> None:
+    unknown = make_traces([{"confidence": [float("nan")] * 3}])
+    assert Confidence().signal(unknown) is None
+    assert all(
+        policy.signal(unknown) is not None for policy in BASELINES if policy.name != "confidence"
+    )
+
+
+def test_confidence_grid_is_dense_near_one() -> None:
+    grid = Confidence().grid(np.empty(0))
+    assert len(grid) == 200
+    assert grid[0] == 0
+    assert grid[-1] == pytest.approx(1 - 1e-6, abs=1e-12)
+    assert sum(threshold > 0.99 for threshold in grid) > 100
+
+
+def test_stability_counts_runs_of_equal_answers_within_a_trace(make_traces: MakeTraces) -> None:
+    traces = with_answers(make_traces, ["7", "7", "3", "7"], ["7", "", "", "7", "7", "7"])
+    signal = Stability().signal(traces)
+    assert signal.tolist() == [1, 2, 1, 1, 1, 0, 0, 1, 2, 3]
+    assert halts(Stability(), traces, 2) == [n in (1, 8, 9) for n in range(10)]
+
+
+def test_random_is_reproducible_and_halts_at_its_rate(random_traces: Traces) -> None:
+    assert halts(Random(), random_traces, 0.5) == halts(Random(), random_traces, 0.5)
+    assert not any(halts(Random(), random_traces, 0.0))
+    assert all(halts(Random(), random_traces, 1.0))
+    assert 0.35 < np.mean(halts(Random(), random_traces, 0.5)) < 0.65
+
+
+def test_head_halts_as_the_rule_it_holds(run_head: HaltHead, random_traces: Traces) -> None:
+    for price, times in [(10.0, 1), (1.0, 2), (0.1, 4)]:
+        expected = halts(Stability(), random_traces, times)
+        assert halts(Head(run_head), random_traces, price) == expected
+    assert Head(run_head).grid(np.empty(0)) == pytest.approx(np.logspace(-1, 1, 60))
+
+
+@pytest.mark.parametrize("policy", BASELINES, ids=lambda policy: policy.name)
+def test_grids_are_sorted_without_repeats_and_decide_every_point(
+    policy: Policy, random_traces: Traces
+) -> None:
+    signal = policy.signal(random_traces)
+    assert signal is not None
+    decided = decisions(policy, signal)
+    assert list(decided) == policy.grid(signal) == sorted(decided)
+    assert all(halts.shape == (random_traces.num_points,) for halts in decided.values())
+
+
+def test_hindsight_takes_the_first_correct_answer_and_gives_up_where_there_is_none(
+    make_traces: MakeTraces,
+) -> None:
+    traces = with_answers(make_traces, ["3", "7", "7"], ["3", "4"], ["3"])
+    traces.final_correct[2] = False
+    assert hindsight(traces).tolist() == [False, True, True, False, False, False]
+    # Trace 1 gets there at the end, trace 2 never does.
+    assert hindsight_give_up(traces).tolist() == [False, True, True, False, False, True]
+
+
+def test_no_policy_beats_hindsight(random_traces: Traces, run_head: HaltHead) -> None:
+    best = halt_outcome(random_traces, hindsight(random_traces), "always")
+    for policy in (*BASELINES, Head(run_head)):
+        signal = policy.signal(random_traces)
+        assert signal is not None
+        for decided in decisions(policy, signal).values():
+            outcome = halt_outcome(random_traces, decided, "always")
+            assert (outcome.em <= best.em).all()
+            assert (outcome.cost >= best.cost)[outcome.em & best.halted].all()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "em", "saving"),
+    [
+        (0.95, 86.33, 46.2),
+        (0.99, 88.01, 39.7),
+        (0.995, 88.52, 37.1),
+        (0.998, 88.96, 34.2),
+        (0.999, 89.14, 32.2),
+    ],
+)
+def test_confidence_thresholds_on_the_shared_recording(
+    bench: Callable[[str], Any], threshold: float, em: float, saving: float
+) -> None:
+    traces = read_traces(bench("r1_math_dev.parquet"))
+    decided = np.array(halts(Confidence(), traces, threshold))
+    check(traces, decided, em, saving)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "giving_up"),
+    [
+        ("r1_math_dev.parquet", (92.29, 50.9), (92.29, 71.0)),
+        ("r1_math_dense_dev.parquet", (94.52, 58.5), (94.52, 74.4)),
+    ],
+)
+def test_hindsight_on_the_shared_recordings(
+    bench: Callable[[str], Any],
+    name: str,
+    first: tuple[float, float],
+    giving_up: tuple[float, float],
+) -> None:
+    traces = read_traces(bench(name))
+    check(traces, hindsight(traces), *first)
+    check(traces, hindsight_give_up(traces), *giving_up)
+
+
+def check(traces: Traces, decided: np.ndarray[Any, Any], em: float, saving: float) -> None:
+    row = outcome_row(traces, halt_outcome(traces, decided, "always"), "rule", None, "all")
+    assert round(100 * row["em"], 2) == em
+    assert round(100 * row["saving"], 1) == saving

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from collect import CollectConfig, main, record
+from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise.decoder import Decoder
+from lms.answers import exact_match, read_answer
+from lms.tasks import questions
+from tests.tiny_lm import EOS, PAD, tiny_lm, tiny_tokenizer
+from traces import read_traces
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lms") / "tiny"
+    model = tiny_lm(seed=1)
+    model.generation_config.update(do_sample=True, temperature=0.8)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(lm_folder: Path, tmp_path: Path) -> CollectConfig:
+    return CollectConfig(
+        out=tmp_path / "traces",
+        lm=str(lm_folder),
+        num=7,
+        split=("train", "dev"),
+        every=4,
+        max_tokens=32,
+        max_answer_tokens=3,
+        batch_size=4,
+        shard_size=5,
+    )
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
+    rows = [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert len({row["trace_id"] for row in rows}) == len(rows)
+    return {row["trace_id"]: row for row in rows}
+
+
+def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
+    main(config)
+    rows = rows_of(config.out)
+    asked = {q.question_id: q for s in config.split for q in questions("all", s, 7)}
+    assert rows.keys() == {f"tiny/{question_id}/0" for question_id in asked}
+    assert len(list(config.out.glob("*.parquet"))) == 3
+    lm, tokenizer = tiny_lm(seed=1), tiny_tokenizer()
+    for row in rows.values():
+        question = asked[row["question_id"]]
+        assert (row["question"], row["split"]) == (question.prompt, question.split)
+        tokens = tokenizer.encode(row["text"])
+        assert len(tokens) == row["num_tokens"] <= 32
+        assert row["finished"] == (tokens[-1] == EOS)
+        assert row["final_correct"] == exact_match(row["final_answer"], question.gold)
+        assert row["position"] == list(range(4, 4 * len(row["position"]) + 1, 4))
+        for i, position in enumerate(row["position"]):
+            text = f"{question.prompt} {tokenizer.decode(tokens[:position])} </think>"
+            ids = tokenizer(text, return_tensors="pt")
+            forced = lm.generate(**ids, do_sample=False, max_new_tokens=3, pad_token_id=PAD)
+            answer = forced[0, ids["input_ids"].shape[1] :]
+            assert row["probe_tokens"][i] == len(answer)
+            assert row["answer"][i] == read_answer(
+                tokenizer.decode(answer, skip_special_tokens=True)
+            )
+            assert row["correct"][i] == exact_match(row["answer"][i], question.gold)
+            logprobs = row["answer_logprobs"][i]
+            assert len(logprobs) == int((answer != EOS).sum())
+            expected = np.exp(np.mean(logprobs)) if logprobs else 0
+            assert row["confidence"][i] == pytest.approx(expected, abs=1e-6)
+    recorder = read_traces(config.out).recorder
+    halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
+    halting.check_recorded(recorder, "traces")
+    assert (recorder["lm"], recorder["temperature"], recorder["close_tokens"]) == ("tiny", 0.8, 1)
+    assert len(recorder["tokenizer"]) == 16
+
+
+def test_a_trace_is_the_same_whatever_is_recorded_with_it(config: CollectConfig) -> None:
+    main(config)
+    halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
+    decoder = Decoder(tiny_lm(seed=1), tiny_tokenizer(), halting, 1, 32, 0.8)
+    for row in record(decoder, [(q, 0) for q in questions("all", "dev", 7)], "tiny"):
+        assert_same(rows_of(config.out)[row["trace_id"]], row)
+
+
+def assert_same(row: dict[str, Any], other: dict[str, Any]) -> None:
+    floats = ("confidence", "answer_logprobs")
+    for name in row.keys() - set(floats):
+        assert row[name] == other[name], name
+    np.testing.assert_allclose(row["confidence"], other["confidence"], atol=1e-5)
+
+
+def test_only_what_is_missing_is_recorded(config: CollectConfig) -> None:
+    main(config)
+    before = {path: path.stat().st_mtime_ns for path in config.out.glob("*.parquet")}
+    main(config)
+    main(replace(config, num_seeds=2, split=("dev",)))
+    after = {path: path.stat().st_mtime_ns for path in config.out.glob("*.parquet")}
+    assert before.items() <= after.items()
+    assert len(rows_of(config.out)) == 14 + 7
+    assert sum(row["seed"] for row in rows_of(config.out).values()) == 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.5}, {"every": 8}, {"max_tokens": 33}, {"close_text": "so </think>"}],
+)
+def test_a_folder_of_other_settings_is_refused(
+    config: CollectConfig, change: dict[str, Any]
+) -> None:
+    main(replace(config, num=1))
+    with pytest.raises(InputError, match=r"traces was recorded with .* choose another --out"):
+        main(replace(config, **change))
+
+
+def test_a_killed_recording_is_completed(config: CollectConfig) -> None:
+    config = replace(config, num=150, batch_size=2, shard_size=4)
+    flags = [
+        f"--{name.replace('_', '-')}={getattr(config, name)}"
+        for name in ("out", "lm", "num", "every", "max_tokens", "max_answer_tokens")
+    ]
+    command = [sys.executable, "collect.py", *flags, "--split", *config.split]
+    command += ["--batch-size=2", "--shard-size=4"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while len(list(config.out.glob("*.parquet"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    kept = rows_of(config.out)
+    assert 12 <= len(kept) < 300
+    main(replace(config, batch_size=64))
+    rows = rows_of(config.out)
+    assert len(rows) == 300
+    assert all(rows[name] == row for name, row in kept.items())
+    assert len(read_traces(config.out)) == 300
+
+
+def test_an_error_keeps_what_is_finished(config: CollectConfig, lm_folder: Path) -> None:
+    broken = config.out.parent / "tiny"
+    model = tiny_lm(seed=1)
+    model.generation_config.update(do_sample=True, temperature=0.8)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[10] = torch.nan  # "3" breaks the LM
+    model.save_pretrained(broken)
+    tiny_tokenizer().save_pretrained(broken)
+    with pytest.raises(InputError, match="LM gave NaN logits at position"):
+        main(replace(config, lm=str(broken), num=100, batch_size=1))
+
+
+def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None:
+    for change, message in (
+        ({"num": 0}, "num is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"split": ()}, "no split"),
+    ):
+        with pytest.raises(InputError, match=message):
+            replace(config, **change)
+    with pytest.raises(InputError, match="every 0 tokens"):
+        main(replace(config, every=0))
+    with pytest.raises(InputError, match="cannot load an LM from"):
+        main(replace(config, lm=str(tmp_path / "nowhere")))
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in Path(config.lm).iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(InputError, match="cannot load an LM from"):
+        main(replace(config, lm=str(damaged)))

@@ -1,0 +1,282 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import command
+import evaluate
+from evaluate import EvaluateConfig
+from evaluation.outcome import COLUMNS
+from evaluation.plot import plot_frontiers
+from evaluation.protocol import Points, save_operating_points
+from evaluation.report import FROZEN_COLUMNS
+from evaluation.table import format_table
+from haltwise import HaltHead, InputError
+from traces import Traces
+
+MakeTraces = Callable[..., Traces]
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+POLICIES = {"head", "budget", "confidence", "stability", "random"}
+RULES = {"never", "hindsight", "hindsight_give_up"}
+
+
+@pytest.fixture
+def traces_path(random_traces: Traces, tmp_path: Path) -> Path:
+    return tmp_path / "made.parquet"
+
+
+@pytest.fixture
+def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
+    """A run whose head, at its points, is stability with 2 and 1 equal answers."""
+    run = tmp_path / "run"
+    run_head.save(run)
+    loose: Points = {
+        "head": 10.0,
+        "stability": 1.0,
+        "confidence": 0.5,
+        "budget": 100.0,
+        "random": 0.5,
+    }
+    strict: Points = {
+        "head": 1.0,
+        "stability": 2.0,
+        "confidence": None,
+        "budget": None,
+        "random": None,
+    }
+    save_operating_points(run, {0.0: strict, 0.01: loose})
+    return run
+
+
+def frozen_row(report: Row, gate: float, policy: str) -> Row:
+    rows = [r for r in report["frozen"] if r["gate"] == gate and r["policy"] == policy]
+    assert len(rows) == 1
+    found: Row = rows[0]
+    return found
+
+
+def test_report_holds_every_policy_and_freezes_the_runs_points(
+    run_folder: Path, traces_path: Path, random_traces: Traces
+) -> None:
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    assert report["head"] == str(run_folder)
+    assert report["traces"] == {
+        "path": str(traces_path),
+        "digest": random_traces.digest,
+        "num": 60,
+    }
+    assert {row["policy"] for row in report["rows"]} == POLICIES | RULES
+    assert all(tuple(row) == COLUMNS for row in report["rows"])
+    assert all(set(row) == {*COLUMNS, *FROZEN_COLUMNS} for row in report["frozen"])
+    for gate, price, times in [(0.0, 1.0, 2.0), (0.01, 10.0, 1.0)]:
+        head, stability = (frozen_row(report, gate, name) for name in ("head", "stability"))
+        assert (head["parameter"], stability["parameter"]) == (price, times)
+        same = ("em", "tokens", "saving", "halt_rate", "saving_interval", "em_delta_interval")
+        assert [head[name] for name in same] == [stability[name] for name in same]
+        assert stability["head_saving_lead"] == 0.0
+        assert stability["head_saving_lead_interval"] == [0.0, 0.0]
+
+
+def test_frozen_comparisons_add_up(run_folder: Path, traces_path: Path) -> None:
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    head = frozen_row(report, 0.01, "head")
+    possible = frozen_row(report, 0.01, "hindsight")["saving"]
+    for policy in POLICIES | RULES:
+        row = frozen_row(report, 0.01, policy)
+        low, high = row["saving_interval"]
+        assert low <= row["saving"] <= high
+        assert row["head_em_lead"] == pytest.approx(head["em"] - row["em"])
+        assert row["head_saving_lead"] == pytest.approx(head["saving"] - row["saving"])
+        assert row["hindsight_share"] == pytest.approx(row["saving"] / possible)
+        assert (row["saving_at_head_em"] is None) or policy in POLICIES
+    assert head["saving_at_head_em"] >= head["saving"]
+    assert frozen_row(report, 0.0, "confidence")["saving"] == 0.0  # null: it never halts
+    assert frozen_row(report, 0.01, "never")["saving"] == 0.0
+
+
+def test_a_split_is_evaluated_alone(run_folder: Path, traces_path: Path) -> None:
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    assert report["traces"]["num"] == 18
+    assert {row["split"] for row in report["rows"]} == {"test"}
+    with pytest.raises(InputError, match="no trace has split 'tset': found 'dev', 'test', 'train'"):
+        evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="tset"))
+
+
+def test_files_are_written_and_hold_what_was_returned(
+    run_folder: Path, traces_path: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(
+        head=run_folder,
+        traces=traces_path,
+        split="all",
+        json=tmp_path / "out.json",
+        plot=tmp_path / "out.png",
+    )
+    report = evaluate.main(config)
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_runs_own_traces_are_the_default(run_folder: Path, traces_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json names no traces: expected --traces"):
+        evaluate.main(EvaluateConfig(head=run_folder))
+    (run_folder / "config.json").write_text(json.dumps({"traces": str(traces_path)}))
+    assert evaluate.main(EvaluateConfig(head=run_folder))["traces"]["path"] == str(traces_path)
+    (run_folder / "config.json").write_text(json.dumps({"traces": None}))
+    with pytest.raises(InputError, match="names no traces"):
+        evaluate.main(EvaluateConfig(head=run_folder))
+
+
+def test_a_baseline_without_its_signal_is_listed_as_not_available(
+    run_folder: Path, make_traces: MakeTraces, tmp_path: Path
+) -> None:
+    make_traces([{"question_id": f"q{n}", "confidence": [float("nan")] * 3} for n in range(4)])
+    config = EvaluateConfig(
+        head=run_folder, traces=tmp_path / "made.parquet", plot=tmp_path / "out.png"
+    )
+    report = evaluate.main(config)
+    swept = [row for row in report["rows"] if row["policy"] == "confidence"]
+    assert [row["em"] for row in swept] == [None]
+    row = frozen_row(report, 0.01, "confidence")
+    assert row["saving"] is None and row["saving_interval"] is None
+    assert "not available" in format_table(report["frozen"])
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_baseline_without_a_point_is_not_available(run_folder: Path, traces_path: Path) -> None:
+    save_operating_points(run_folder, {0.0: {"head": 1.0}})
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    assert frozen_row(report, 0.0, "budget")["em"] is None
+    assert frozen_row(report, 0.0, "head")["em"] is not None
+
+
+def test_points_of_an_unknown_policy_are_refused(run_folder: Path, traces_path: Path) -> None:
+    save_operating_points(run_folder, {0.0: {"head": 1.0, "oracle": 1.0}})
+    with pytest.raises(InputError, match=r"unknown policies \['oracle'\]"):
+        evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+
+
+@pytest.mark.parametrize(
+    ("recorder", "message"),
+    [
+        ({"decision_rule": "every 64 tokens"}, "decision_rule is 'every 64 tokens', .*'every 50"),
+        ({"confidence_rule": "mean"}, "confidence_rule is 'mean', the head expects 'source'"),
+        ({"probing": "at_halt"}, "recorded without probes"),
+    ],
+)
+def test_traces_recorded_under_other_conditions_are_refused(
+    run_folder: Path, make_traces: MakeTraces, tmp_path: Path, recorder: Row, message: str
+) -> None:
+    make_traces([{}], recorder)
+    with pytest.raises(InputError, match=rf"made\.parquet: {message}"):
+        evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
+
+
+def test_traces_without_a_decision_point_count_as_never_halted(
+    run_folder: Path, make_traces: MakeTraces, tmp_path: Path
+) -> None:
+    columns = ("position", "probe_tokens", "answer", "correct", "confidence", "answer_logprobs")
+    empty: dict[str, list[Any]] = {name: [] for name in columns}
+    make_traces([empty, {}])
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
+    assert frozen_row(report, 0.01, "head")["halt_rate"] == 0.5
+
+
+def test_outputs_are_checked_before_the_work(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a name that ends in \.png"):
+        evaluate.main(EvaluateConfig(head=run_folder, plot=tmp_path / "x.pdf"))
+    with pytest.raises(InputError, match="found no folder"):
+        evaluate.main(EvaluateConfig(head=run_folder, json=tmp_path / "none" / "x.json"))
+
+
+def test_nothing_is_written_when_the_picture_fails(
+    run_folder: Path, traces_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(evaluate, "plot_frontiers", fail)
+    out = tmp_path / "out.json"
+    with pytest.raises(OSError, match="disk full"):
+        evaluate.main(
+            EvaluateConfig(head=run_folder, traces=traces_path, json=out, plot=tmp_path / "x.png")
+        )
+    assert not out.exists()
+
+
+def test_table_has_a_line_a_policy_and_gate(run_folder: Path, traces_path: Path) -> None:
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    strict, loose = format_table(report["frozen"]).split("\n\n")
+    assert "at most 0.0%" in strict and "at most 1.0%" in loose
+    for part in (strict, loose):
+        title, header, *lines = part.splitlines()
+        assert header.startswith("policy")
+        assert {line.split()[0] for line in lines} == POLICIES | RULES
+        assert title.startswith("Points chosen")
+    head = next(line for line in loose.splitlines() if line.startswith("head"))
+    assert f"{100 * frozen_row(report, 0.01, 'head')['em']:.2f}" in head
+
+
+def test_the_picture_survives_policies_that_agree(tmp_path: Path) -> None:
+    row = {"policy": "never", "em": 1.0, "tokens": 10.0}
+    plot_frontiers([row], [], tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("no\nhead"), FileNotFoundError(2, "No such file", "x")]
+)
+def test_a_persons_mistake_is_one_line_and_status_2(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(config: EvaluateConfig) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--head", "x"])
+    with pytest.raises(SystemExit) as stopped:
+        command.run(main, EvaluateConfig)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(config: EvaluateConfig) -> None:
+        raise ValueError("defect")
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--head", "x"])
+    with pytest.raises(ValueError, match="defect"):
+        command.run(main, EvaluateConfig)
+
+
+def test_the_script_runs_from_another_folder(
+    run_folder: Path, traces_path: Path, tmp_path: Path
+) -> None:
+    script = [sys.executable, str(ROOT / "evaluate.py")]
+    done = subprocess.run(
+        [*script, "--head", str(run_folder), "--traces", str(traces_path)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "hindsight" in done.stdout
+    failed = subprocess.run(
+        [*script, "--head", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: no head.json in nowhere")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_head_that_never_halts_is_still_reported(run_folder: Path, traces_path: Path) -> None:
+    save_operating_points(run_folder, {0.0: {"head": None, "confidence": 0.5}})
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    head = frozen_row(report, 0.0, "head")
+    assert head["saving"] == 0.0 and head["parameter"] is None
+    assert np.isfinite(frozen_row(report, 0.0, "confidence")["saving_at_head_em"])

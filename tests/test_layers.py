@@ -1,0 +1,70 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"haltwise"},
+    {"traces", "lms"},
+    {"envs"},
+    {"agents", "evaluation", "command"},
+    {"train", "evaluate", "collect", "calibrate"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = [
+    path.relative_to(ROOT)
+    for name in LEVEL
+    for path in (*ROOT.glob(f"{name}/**/*.py"), *ROOT.glob(f"{name}.py"))
+]
+
+
+def imports(source: str) -> set[str]:
+    """Top-level names of absolute imports, also inside functions; a relative one goes nowhere."""
+    tops: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            tops |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            tops.add(str(node.module).partition(".")[0])
+    return tops
+
+
+def uphill(own: str, tops: set[str]) -> set[str]:
+    """Imports that leave a package for one of its own layer or of a higher one."""
+    return {top for top in tops - {own} if LEVEL.get(top, -1) >= LEVEL[own]}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_arrows_point_one_way(path: Path) -> None:
+    tops = imports((ROOT / path).read_text())
+    own = path.parts[0].removesuffix(".py")
+    assert uphill(own, tops) == set()
+    assert own == "agents" or "stable_baselines3" not in tops
+
+
+@pytest.mark.parametrize(
+    ("own", "source", "expected"),
+    [
+        ("haltwise", "import numpy, haltwise.head", set()),
+        ("haltwise", "def f():\n    from envs.reward import reward", {"envs"}),
+        ("envs", "import agents.ppo, traces", {"agents"}),
+        ("traces", "from lms import tasks", {"lms"}),
+        ("agents", "from evaluation.table import x", {"evaluation"}),
+        ("agents", "from .ppo import x", set()),
+        ("evaluate", "import agents, evaluation.table, envs, traces, command", set()),
+    ],
+)
+def test_an_arrow_that_points_up_is_found(own: str, source: str, expected: set[str]) -> None:
+    assert uphill(own, imports(source)) == expected
+
+
+def test_importing_haltwise_loads_no_framework() -> None:
+    heavy = "{'torch', 'transformers', 'gymnasium', 'stable_baselines3', 'pyarrow'}"
+    code = f"import sys, haltwise; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

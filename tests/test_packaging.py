@@ -1,0 +1,99 @@
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUILD = (
+    "import sys, setuptools.build_meta as build; out = sys.argv[1]; "
+    "build.build_wheel(out); build.build_sdist(out)"
+)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel and the sdist of a copy of the clone."""
+    copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
+    kept = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "checkpoints")
+    shutil.copytree(ROOT, copy, ignore=kept, dirs_exist_ok=True)
+    subprocess.run(
+        [sys.executable, "-c", BUILD, str(out)], cwd=copy, check=True, capture_output=True
+    )
+    return out
+
+
+def test_the_wheel_holds_the_runtime_only(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"haltwise"}
+    assert {"haltwise/__init__.py", "haltwise/py.typed"} <= set(names)
+
+
+def test_the_wheel_imports_without_the_clone(built: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import haltwise, importlib.util as u; "
+        "print(haltwise.__file__, [n for n in ('envs', 'agents', 'evaluation') if u.find_spec(n)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(tmp_path / "haltwise" / "__init__.py"), "[]"]
+
+
+def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    folders = ("agents", "envs", "evaluation", "haltwise", "lms", "tests", "traces")
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for path in (*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py")))
+    }
+    assert sources <= names
+    assert {"Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md"} <= names
+
+
+def test_base_dependencies_are_two(project: dict[str, Any]) -> None:
+    names = {re.split(r"[<>=]", line)[0] for line in project["project"]["dependencies"]}
+    assert names == {"numpy", "safetensors"}
+
+
+def test_every_dependency_has_a_tested_version(project: dict[str, Any]) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = project["project"]["optional-dependencies"]
+    wanted = {
+        re.split(r"[<>=]", line)[0]
+        for lines in (project["project"]["dependencies"], *extras.values())
+        for line in lines
+    } - {"haltwise[train]"}
+    assert wanted <= set(pins)
+    assert pins["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("module", ["gymnasium", "stable_baselines3", "envs.reward", "traces"])
+def test_ruff_keeps_training_code_out_of_the_runtime(tmp_path: Path, module: str) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder in ("haltwise", "agents"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "new.py").write_text(f"import {module}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--no-cache", "."],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.count("TID251") == 1
+    assert "haltwise/new.py" in done.stdout

@@ -1,0 +1,138 @@
+"""Traces as arrays: one row a trace, points ragged.
+
+Shapes: N traces, P points in all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haltwise import InputError
+
+_PER_TRACE = (
+    "trace_id",
+    "question_id",
+    "task",
+    "segment",
+    "model",
+    "split",
+    "seed",
+    "num_tokens",
+    "finished",
+    "final_correct",
+)
+_PER_POINT = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
+
+
+@dataclass(frozen=True, eq=False)
+class Traces:
+    """N traces with P decision points in all; the points of trace n are offsets[n]:offsets[n+1]."""
+
+    trace_id: NDArray[np.str_]
+    """(N,) unique."""
+    question_id: NDArray[np.str_]
+    """(N,) the unit of every split and every bootstrap."""
+    task: NDArray[np.str_]
+    """(N,)"""
+    segment: NDArray[np.str_]
+    """(N,) empty if unknown."""
+    model: NDArray[np.str_]
+    """(N,) the LM."""
+    split: NDArray[np.str_]
+    """(N,)"""
+    seed: NDArray[np.int64]
+    """(N,) sampling seed."""
+    num_tokens: NDArray[np.int64]
+    """(N,) tokens generated when never halted."""
+    finished: NDArray[np.bool_]
+    """(N,) whether the LM ended by itself."""
+    final_correct: NDArray[np.bool_]
+    """(N,) exact match when never halted."""
+    offsets: NDArray[np.int64]
+    """(N + 1,)"""
+    position: NDArray[np.int64]
+    """(P,) thinking tokens so far."""
+    probe_tokens: NDArray[np.int64]
+    """(P,) tokens generated to force the answer."""
+    correct: NDArray[np.bool_]
+    """(P,) exact match of the forced answer."""
+    confidence: NDArray[np.float32]
+    """(P,) of the forced answer; NaN if unknown."""
+    answer: NDArray[np.object_]
+    """(P,) str, empty if none could be read."""
+    worst_logprob: NDArray[np.float32]
+    """(P,) smallest log probability of an answer token, nats; NaN if unknown."""
+    recorder: dict[str, Any]
+    """How the traces were recorded, empty if the files do not tell."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.trace_id)
+
+    @property
+    def num_points(self) -> int:
+        """P, over all traces."""
+        return len(self.position)
+
+    @cached_property
+    def trace_of_point(self) -> NDArray[np.int64]:
+        """(P,) the trace that each point belongs to."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all but the recorder, whatever the order of rows and the number of shards."""
+        traces = self.select(np.argsort(self.trace_id))
+        content = hashlib.sha256()
+        for name in (*_PER_TRACE, "offsets", *_PER_POINT):
+            content.update(name.encode())
+            content.update(_bytes(getattr(traces, name)))
+        return content.hexdigest()
+
+    def select(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Traces:
+        """The traces of a mask (N,), or of indices in that order, with their points."""
+        index = np.arange(len(self))[rows]
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        points = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        fields = {name: getattr(self, name)[index] for name in _PER_TRACE}
+        fields |= {name: getattr(self, name)[points] for name in _PER_POINT}
+        return replace(self, offsets=offsets, **fields)
+
+    def of_split(self, *names: str) -> Traces:
+        """The traces whose split is one of some names.
+
+        Raises:
+            InputError: If there is none.
+        """
+        rows = np.isin(self.split, names)
+        if not rows.any():
+            found = ", ".join(repr(str(name)) for name in np.unique(self.split))
+            raise InputError(f"no trace has split {' or '.join(map(repr, names))}: found {found}")
+        return self.select(rows)
+
+
+def concatenate(parts: Sequence[Traces]) -> Traces:
+    """All traces of some parts, in order, with the recorder of the first."""
+    starts = np.cumsum([0, *(part.num_points for part in parts)])
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
+    fields: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in (*_PER_TRACE, *_PER_POINT)
+    }
+    return replace(parts[0], offsets=np.concatenate([[0], *offsets]), **fields)
+
+
+def _bytes(values: NDArray[Any]) -> bytes:
+    """The same for equal values, whatever the width of a string array."""
+    if values.dtype.kind not in "UO":
+        return values.tobytes()
+    texts = [text.encode("utf-8", "surrogatepass") for text in values.tolist()]
+    return np.array([len(texts), *map(len, texts)], dtype=np.int64).tobytes() + b"".join(texts)

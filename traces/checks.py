@@ -1,0 +1,63 @@
+"""What a trace file must hold beyond its column types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haltwise import InputError
+
+
+def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], source: str) -> None:
+    """Checks the values of one file.
+
+    Args:
+        columns: Arrays by column name: (N,) if one value a trace, flat (P,) if one a point.
+        lengths: (N,) points of each trace.
+        source: The file, for messages.
+
+    Raises:
+        InputError: Naming file, column and row, what was found and what was expected.
+    """
+    rows = np.arange(len(lengths))
+    row_of_point = np.repeat(rows, lengths)
+    gold, num_tokens = columns["gold"], columns["num_tokens"]
+    position, confidence = columns["position"], columns["confidence"]
+    before = np.where(np.diff(row_of_point, prepend=-1) > 0, -1, np.roll(position, 1))
+    for name, row, bad, expected in (
+        ("gold", rows, gold == "", "a reference answer"),
+        ("num_tokens", rows, num_tokens < 1, "at least 1"),
+        ("position", row_of_point, position <= before, "strictly increasing from 0 or more"),
+        ("position", row_of_point, position > num_tokens[row_of_point], "at most num_tokens"),
+        ("probe_tokens", row_of_point, columns["probe_tokens"] < 0, "at least 0"),
+        ("confidence", row_of_point, (confidence < 0) | (confidence > 1), "in [0, 1] or NaN"),
+    ):
+        if bad.any():
+            worst = int(np.argmax(bad))
+            raise InputError(
+                f"{source}: column {name!r}, row {row[worst]}: "
+                f"found {columns[name][worst]!s:.40}, expected {expected}"
+            )
+
+
+def check_unique(trace_id: NDArray[np.str_], source: NDArray[np.str_]) -> None:
+    """Checks that no trace is there twice.
+
+    Args:
+        trace_id: (N,) of all files together.
+        source: (N,) the file that each trace is from.
+
+    Raises:
+        InputError: Naming the trace and the files of its first two occurrences.
+    """
+    _, first, count = np.unique(trace_id, return_index=True, return_counts=True)
+    if count.max(initial=0) > 1:
+        name = trace_id[first[count > 1].min()]
+        files = source[trace_id == name]
+        raise InputError(
+            f"{files[1]}: trace_id {str(name)!r} is in {files[0]} too, expected once"
+            if files[0] != files[1]
+            else f"{files[0]}: trace_id {str(name)!r} is there twice, expected once"
+        )
