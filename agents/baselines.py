@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.replay import point_features
-from haltwise import HaltHead, feature_names
+from haltwise import HaltHead, Observing, feature_names
 from traces import Traces
 
 Halts = NDArray[np.bool_]
@@ -137,12 +137,17 @@ class Head:
 
     def grid(self, signal: Signal) -> list[float]:
         """60 prices over the range that the head was trained for."""
-        prices: list[float] = np.geomspace(*self.head.config.observing.price_range, 60).tolist()
-        return prices
+        return price_grid(self.head.config.observing)
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
         """The head's own decision at a price of `parameter`."""
         return self.head.halts(signal, parameter)
+
+
+def price_grid(observing: Observing) -> list[float]:
+    """60 prices over the range that a head is trained for."""
+    prices: list[float] = np.geomspace(*observing.price_range, 60).tolist()
+    return prices
 
 
 BASELINES: tuple[Policy, ...] = (Budget(), Confidence(), Stability(), Random())

@@ -11,17 +11,25 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
+from agents.balance import balance
+from haltwise import Observing
 
-class BatchedVecEnv(VecEnv):
+
+class BalancedVecEnv(VecEnv):
     """Passes whole batches through; for environments that restart episodes in the same step.
 
+    The agent is paid the environment's rewards times the episode's weight, see `balance`.
+
     The info of a finished episode holds "halt" (what the environment says of it) and "episode"
-    (stable-baselines3's own return and length, in decisions).
+    (stable-baselines3's own: its return before any weight, and its length in decisions).
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], seed: int | None = None) -> None:
-        """Wraps an environment; the seed is used at the first reset."""
+    def __init__(
+        self, env: VectorEnv[Any, Any, Any], observing: Observing, seed: int | None = None
+    ) -> None:
+        """Wraps an environment with a `price` (B,); the seed is used at the first reset."""
         self.env = env
+        self._observing = observing
         self._seed = seed
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._return = np.zeros(env.num_envs)
@@ -41,6 +49,7 @@ class BatchedVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         """Steps the whole batch."""
+        weight = balance(self.env.price, self._observing)
         obs, rewards, terminated, truncated, infos = self.env.step(self._actions)
         done = terminated | truncated
         self._return += rewards
@@ -52,7 +61,7 @@ class BatchedVecEnv(VecEnv):
             rows[row] = {"halt": final, "episode": episode}
         self._return[done] = 0
         self._length[done] = 0
-        return obs, rewards.astype(np.float32), done, rows
+        return obs, (rewards * weight).astype(np.float32), done, rows
 
     def close(self) -> None:
         """Closes the environment."""

@@ -13,13 +13,15 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from envs.replay import spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
-from haltwise.decoder import Decoder, Probe
-from haltwise.features import GROUP_SIGNALS, Float, Index
+from haltwise.decoder import Decoder, Probe, check_seen
+from haltwise.features import Float, Index
 from lms.answers import exact_match, read_answer
 from lms.language_model import LanguageModel
 from lms.tasks import Question
@@ -150,10 +152,8 @@ class Table:
         temperature: float,
     ) -> None:
         """Starts with every slot empty."""
+        check_seen(observing.groups, halting)
         self._probes = halting.probing == "always"
-        blind = [g for g in observing.groups if GROUP_SIGNALS[g] != ("position",)]
-        if blind and not self._probes:
-            raise InputError(f"features {blind} need a forced answer, but probing is at_halt")
         self._decoder = Decoder(lm.model, lm.tokenizer, halting, num_slots, max_tokens, temperature)
         self._observing = observing
         self._state = FeatureState(num_slots, observing.groups)
@@ -217,11 +217,16 @@ class Table:
         self.obs[slots] = self._observing.observe(features, prices)
 
 
-class LiveEnv:
-    """Many live episodes in one batch of the LM.
+class LiveEnv(VectorEnv[Float, Index, NDArray[Any]]):
+    """Many episodes of halting a running LM, stepped together: `HaltEnv` in batches.
 
-    A finished episode is replaced in the same step. Some spare slots keep episodes waiting at
-    their first decision points, so that no step has to run the LM for a few newcomers alone.
+    One forward pass of the LM moves all episodes by a token. A finished episode starts anew in
+    the same step. Some spare slots keep newcomers waiting at their first decision points, so that
+    no step has to run the LM for a few of them alone.
+
+    `infos["final_info"]` holds arrays (B,) of what `HaltEnv` tells about a finished episode, and
+    `infos["final_obs"]` its last observation (B, F + 1); `infos["_final_info"]` and
+    `infos["_final_obs"]` mark the finished ones.
 
     Args:
         lm: What thinks.
@@ -232,11 +237,12 @@ class LiveEnv:
         max_tokens: Token budget of a question.
         temperature: Of sampling; 0 is greedy. Default the LM's own.
         price: A fixed price instead of a random one an episode.
-        seed: Of questions, prices and sampling.
 
     Raises:
         InputError: If the questions or conditions cannot be used.
     """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
 
     def __init__(
         self,
@@ -248,40 +254,41 @@ class LiveEnv:
         max_tokens: int,
         temperature: float | None = None,
         price: float | None = None,
-        seed: int = 0,
     ) -> None:
         """Prepares the LM; nothing is generated before `reset`."""
         self.num_envs = num_envs
-        self.observation_space, self.action_space = spaces(observing)
+        self.single_observation_space, self.single_action_space = spaces(observing)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self._num_slots = num_envs + num_envs // _ENVS_PER_SPARE
         temperature = lm.temperature if temperature is None else temperature
         self._table = Table(lm, halting, observing, self._num_slots, max_tokens, temperature)
         self._draws = Draws(questions, observing, price)
-        self._draws.seed(np.random.default_rng(seed))
 
-    def reset(self) -> Float:
+    @property
+    def price(self) -> NDArray[np.float64]:
+        """Of each episode (B,), in exact match per 1,000 tokens."""
+        return np.array([episode.price for episode in self._playing()])
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float, dict[str, Any]]:
         """Starts every episode anew; observations (B, F + 1)."""
+        super().reset(seed=seed)
+        self._draws.seed(self.np_random)
         self._free = list(range(self._num_slots))
         self._ready: deque[int] = deque()
         self._slots = np.empty(self.num_envs, dtype=np.int64)
         self._misses = 0
         self._seat(np.arange(self.num_envs))
-        return self._table.obs[self._slots]
+        return self._table.obs[self._slots], {}
 
     def step(
         self, actions: Index
-    ) -> tuple[Float, NDArray[np.float64], NDArray[np.bool_], list[dict[str, Any]]]:
-        """Continues (0) or halts (1) every episode; actions (B,).
-
-        Returns:
-            Observations (B, F + 1), of the new episode where one is over; rewards (B,); which are
-            over (B,); and of those what `Episode.info` tells, with their last observation as
-            "terminal_observation".
-        """
-        table, slots = self._table, self._slots.copy()
-        halted = np.asarray(actions) == 1
-        last_obs = table.obs[slots]
-        played = [table.episodes[slot] for slot in slots.tolist()]
+    ) -> tuple[Float, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """Continues (0) or halts (1) every episode; actions (B,)."""
+        table, slots, played = self._table, self._slots.copy(), self._playing()
+        halted, last_obs = actions == 1, table.obs[slots]
         table.halt(slots[halted])
         rewards = np.array([episode.pay() for episode in played])
         self._free += slots[halted].tolist()
@@ -290,12 +297,17 @@ class LiveEnv:
         ended = over & ~halted
         self._free += slots[ended].tolist()
         rewards[ended] += [played[i].pay() for i in np.flatnonzero(ended)]
-        self._seat(np.flatnonzero(over))
-        infos = [
-            played[i].info() | {"terminal_observation": last_obs[i]} if over[i] else {}
-            for i in range(self.num_envs)
-        ]
-        return table.obs[self._slots], rewards, over, infos
+        infos: dict[str, Any] = {}
+        if over.any():
+            told = [episode.info() for episode in played]
+            final = {name: np.array([info[name] for info in told]) for name in told[0]}
+            infos = {"final_info": final, "_final_info": over}
+            infos |= {"final_obs": last_obs, "_final_obs": over}
+            self._seat(np.flatnonzero(over))
+        return table.obs[self._slots], rewards, over, np.zeros_like(over), infos
+
+    def _playing(self) -> list[Episode]:
+        return [self._table.episodes[slot] for slot in self._slots.tolist()]
 
     def _round(self, going: Index) -> NDArray[np.bool_]:
         """Runs some slots together with newcomers in all that are free.
@@ -322,7 +334,7 @@ class LiveEnv:
             self._slots[env] = self._ready.popleft()
 
 
-class HaltEnv(gym.Env[Float, np.int64]):
+class HaltEnv(gym.Env[NDArray[Any], np.int64]):
     """Halting a running LM: one question an episode.
 
     ## Description

@@ -34,7 +34,7 @@ def point_features(traces: Traces, groups: tuple[str, ...]) -> Float:
     state = FeatureState(len(traces), groups)
     features = np.empty((traces.num_points, len(feature_names(groups))), dtype=np.float32)
     lengths = np.diff(traces.offsets)
-    keys = answer_keys(traces.answer)
+    keys = answer_keys(traces.answer.tolist())
     for i in range(lengths.max(initial=0)):
         rows = np.flatnonzero(lengths > i)
         at = traces.offsets[rows] + i
@@ -124,7 +124,7 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
         everyone = np.arange(self.num_envs)
         self._trace = np.empty(self.num_envs, dtype=np.int64)
         self._point = np.empty(self.num_envs, dtype=np.int64)
-        self._price = np.empty(self.num_envs)
+        self.price = np.empty(self.num_envs)
         self._dial = np.empty(self.num_envs, dtype=np.float32)
         self._spent = np.zeros(self.num_envs)
         self._start(everyone)
@@ -137,7 +137,7 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
         at = self._point
         cost = self._costs[at, actions]
         em = self._ems[at, actions]
-        rewards = reward(em, cost, self._price)
+        rewards = reward(em, cost, self.price)
         self._spent += cost
         done = (actions == 1) | (at == self._last[self._trace])
         infos: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
                 "em": em,
                 "cost": self._spent.copy(),
                 "halted": actions == 1,
-                "price": self._price.copy(),
+                "price": self.price.copy(),
                 "trace": self._trace.copy(),
             }
             infos = {"final_info": final, "_final_info": done}
@@ -168,7 +168,7 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
             price = np.full(len(rows), self._fixed_price)
         else:
             price = self._observing.draw_price(self.np_random, len(rows))
-        self._price[rows] = price
+        self.price[rows] = price
         self._dial[rows] = self._observing.dial(price)
 
     def _draw(self, num: int) -> Index:

@@ -104,8 +104,8 @@ def outcome_row(
         "tokens": float(outcome.cost.mean()),
         "saving": saving(traces, outcome),
         "halt_rate": float(outcome.halted.mean()),
-        "right_to_wrong": int((was_right & ~outcome.em).sum()),
-        "wrong_to_right": int((~was_right & outcome.em).sum()),
+        "right_to_wrong": float((was_right & ~outcome.em).mean()),
+        "wrong_to_right": float((~was_right & outcome.em).mean()),
     }
 
 

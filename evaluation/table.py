@@ -54,8 +54,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         _with_interval(row["saving"], row["saving_interval"], ".1f"),
         "" if at_head_em is None else f"{100 * at_head_em:.1f}",
         f"{100 * row['halt_rate']:.1f}",
-        str(row["right_to_wrong"]),
-        str(row["wrong_to_right"]),
+        f"{100 * row['right_to_wrong']:.1f}",
+        f"{100 * row['wrong_to_right']:.1f}",
         "" if row["policy"] == "head" else _with_interval(*lead, "+.1f"),
     )
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.errors import InputError
-from haltwise.features import Index
+from haltwise.features import GROUP_SIGNALS, Index
 from haltwise.halting import DecisionRule, Halting
 from haltwise.slots import Slots
 
@@ -205,7 +205,7 @@ class Decoder:
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.rules = ThoughtRules(tokenizer, halting, think_start, think_end)
-        self.eos_ids = end_tokens(model)
+        self.eos_ids = end_tokens(model.generation_config)
         #: What each started slot has generated.
         self.generations: dict[int, Generation] = {}
         self._slots = Slots(model, num_slots)
@@ -261,7 +261,7 @@ class Decoder:
             if len(moving):
                 self._slots.step(slots[moving], tokens[going])
                 moving = moving[[not generations[i].thought.at_point for i in moving]]
-        return np.array([generation.thought.at_point for generation in generations])
+        return np.array([g.thought.at_point for g in generations], dtype=bool)
 
     def force(self, slots: Index) -> list[Probe]:
         """Forces the answers of slots (B,) in one batch; their thoughts go on as if it never was.
@@ -315,16 +315,27 @@ def _uniforms(prompt: str, seed: int, num: int) -> NDArray[np.float32]:
     return np.random.Generator(np.random.Philox(key=key)).random(num, dtype=np.float32)
 
 
-def end_tokens(model: PreTrainedModel) -> list[int]:
+def end_tokens(config: GenerationConfig) -> list[int]:
     """Tokens that end what an LM generates.
 
     Raises:
-        InputError: If the LM names none.
+        InputError: If there is none.
     """
-    eos = model.generation_config.eos_token_id
+    eos = config.eos_token_id
     if eos is None:
-        raise InputError(f"{type(model).__name__} has no eos_token_id in its generation config")
+        raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
     return list(eos) if isinstance(eos, list) else [eos]
+
+
+def check_seen(groups: Sequence[str], halting: Halting) -> None:
+    """Refuses features of forced answers that nobody looks at.
+
+    Raises:
+        InputError: If probing is at_halt and a feature group needs more than positions.
+    """
+    unseen = [group for group in groups if GROUP_SIGNALS[group] != ("position",)]
+    if unseen and halting.probing == "at_halt":
+        raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
 
 
 def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:

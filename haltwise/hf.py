@@ -12,9 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from torch import LongTensor, Tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from haltwise.decoder import Thought, ThoughtRules
+from haltwise.decoder import Thought, ThoughtRules, check_seen, end_tokens
 from haltwise.errors import InputError
 from haltwise.features import Index, Signals, answer_keys
 from haltwise.head import HaltHead
@@ -104,6 +104,7 @@ class Halter:
         expected, found = head.config.tokenizer, tokenizer_fingerprint(tokenizer)
         if expected and found != expected:
             raise InputError(f"tokenizer is {found}, but the head was trained with {expected}")
+        check_seen(head.config.observing.groups, head.config.halting)
         self.head = head
         self.price = price
         self.read_answer = read_answer
@@ -125,16 +126,224 @@ class Halter:
         Raises:
             InputError: If this kind of generation cannot be halted.
         """
-        cache = model_kwargs.get("past_key_values")
-        _check(model, generation_config, cache)
+        _check(model, generation_config, model_kwargs.get("past_key_values"))
         batch = _Batch(self, model, input_ids, generation_config, model_kwargs)
-        self.report = [row.report for row in batch.rows]
-        # transformers' own loop runs; a processor in the last place watches it and interferes.
-        ids = model._sample(
+        # transformers' own loop runs: one that is watched, and told what to take.
+        out: Any = GenerationMixin._sample(
+            cast(Any, model),
             input_ids,
             logits_processor=LogitsProcessorList([*logits_processor, batch]),
-            stopping_criteria=StoppingCriteriaList([*stopping_criteria, _AllKnown(batch)]),
+            stopping_criteria=_Watched(stopping_criteria, batch),
             generation_config=generation_config,
             **model_kwargs,
         )
+        if batch.ends_early:
+            out = batch.append_known(out, stopping_criteria)
+        self.report = batch.report()
+        return out
+
+
+@dataclass
+class _Row:
+    """One row of a batch."""
+
+    thought: Thought
+    report: RowReport
+    pending: deque[int] = field(default_factory=deque)
+    """Tokens of a halted row that are known but not generated."""
+    ended: bool = False
+    """Whether a stopping criterion has been met."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether what follows needs no LM."""
+        return self.ended or self.report.halted
+
+
+class _Batch(LogitsProcessor):
+    """A batch that transformers generates: decides at its decision points and forces tokens."""
+
+    def __init__(
+        self,
+        halter: Halter,
+        model: PreTrainedModel,
+        input_ids: LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        head, self.rules = halter.head, halter.rules
+        price = head.config.default_price if halter.price is None else halter.price
+        if np.shape(price) not in ((), (len(input_ids),)):
+            raise InputError(f"{np.size(price)} prices for {len(input_ids)} rows")
+        self.monitor = HaltMonitor(head, len(input_ids), price)
+        self.read_answer = halter.read_answer
+        self.model, self.halting = model, head.config.halting
+        self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        self.eos_ids = end_tokens(generation_config)
+        pad = generation_config._pad_token_tensor
+        assert pad is not None  # transformers pads with the end token if there is no other
+        self.pad_id = int(pad)
+        # Scores and the like are wanted for every step.
+        self.ends_early = not generation_config.return_dict_in_generate
+        prompts = [self.rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
+        self.rows = [
+            _Row(Thought(self.rules, prompt), RowReport(float(price)))
+            for prompt, price in zip(prompts, self.monitor.price, strict=True)
+        ]
+
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
+        """Called between the LM and the choice of its next tokens."""
+        points = [i for i, row in enumerate(self.rows) if row.thought.at_point and not row.is_known]
+        if points:
+            self.decide(np.array(points))
+        forced = [i for i, row in enumerate(self.rows) if row.pending]
+        if forced:
+            scores[forced] = -torch.inf
+            scores[forced, [self.rows[i].pending.popleft() for i in forced]] = 0.0
+        return scores
+
+    @property
+    def is_known(self) -> bool:
+        """Whether what follows needs no LM in any row."""
+        return all(row.is_known for row in self.rows)
+
+    def take_in(self, tokens: list[int], done: list[int]) -> None:
+        """Reads the newest token of every row, and whether the row ends with it."""
+        for row, token, ends in zip(self.rows, tokens, done, strict=True):
+            if not row.is_known:
+                row.thought.add(token)
+            row.ended |= bool(ends)
+
+    def decide(self, points: Index) -> None:
+        """Halts those rows at decision points that the head wants to halt."""
+        looks = self.halting.probing == "always"
+        answers: dict[int, ForcedAnswer] = {}
+        if looks:
+            answers = self.probe(points)
+            points = np.array(list(answers), dtype=np.int64)
+        halting = points[self.monitor.observe(self.signals(points, answers), points)]
+        if not looks:
+            answers = self.probe(halting)
+        for i in halting.tolist():
+            if i in answers:
+                self.halt(self.rows[i], answers[i])
+
+    def signals(self, points: Index, answers: dict[int, ForcedAnswer]) -> Signals:
+        """What the head sees at some rows' decision points, whether anybody looked or not."""
+        found = [answers.get(i) for i in points.tolist()]
+        position = [self.rows[i].thought.position for i in points.tolist()]
+        return Signals(
+            np.array(position, dtype=np.int64),
+            np.array([a.confidence if a else np.nan for a in found], dtype=np.float32),
+            answer_keys([self.read(a) if a else "" for a in found]),
+        )
+
+    def read(self, answer: ForcedAnswer) -> str:
+        """The text of a forced answer."""
+        return self.read_answer(self.rules.forced_text(answer.tokens))
+
+    def halt(self, row: _Row, answer: ForcedAnswer) -> None:
+        """Closes a thought with the answer that was tried out."""
+        row.report.reason, row.report.answer = "halted", self.read(answer)
+        row.pending.extend([*self.rules.close_ids, *answer.tokens, self.eos_ids[0]])
+
+    def probe(self, rows: Index) -> dict[int, ForcedAnswer]:
+        """Forces the answers of some rows; those whose logits are not numbers are left out."""
+        if not len(rows):
+            return {}
+        fork = _Fork(self.model, self.cache, self.mask, rows)
+        logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
+        answers = greedy_answers(logits, fork.step, self.halting.max_answer_tokens, self.eos_ids)
+        sound = {}
+        for i, answer in zip(rows.tolist(), answers, strict=True):
+            report = self.rows[i].report
+            report.num_probe_tokens += answer.num_tokens
+            if np.isfinite(answer.logprobs).all():
+                sound[i] = answer
+            else:
+                report.num_bad_signals += 1
+        return sound
+
+    def append_known(self, ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
+        """Adds what is pending in each row (B, T), without running the LM for it."""
+        while any(row.pending and not row.ended for row in self.rows):
+            column = [
+                row.pending.popleft() if row.pending and not row.ended else self.pad_id
+                for row in self.rows
+            ]
+            ids = torch.cat([ids, ids.new_tensor(column)[:, None]], dim=1)
+            self.take_in(column, criteria(ids, None).tolist())
         return ids
+
+    def report(self) -> list[RowReport]:
+        """The final report, one entry a row."""
+        for row in self.rows:
+            thought, row.report.position = row.thought, row.thought.position
+            if not row.report.halted and (thought.closed or thought.tokens[-1] in self.eos_ids):
+                row.report.reason = "closed by the LM"
+        return [row.report for row in self.rows]
+
+
+class _Watched(StoppingCriteriaList):
+    """Stopping criteria that show a batch what it has generated, and stop it when all is known."""
+
+    def __init__(self, criteria: StoppingCriteriaList, batch: _Batch) -> None:
+        super().__init__(criteria)
+        self._batch = batch
+
+    def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
+        """Called after each step: which rows to stop, (B,)."""
+        done = super().__call__(input_ids, scores, **kwargs)
+        newest = torch.stack([input_ids[:, -1], done.long()])
+        self._batch.take_in(*newest.tolist())
+        return done | self._batch.ends_early & self._batch.is_known
+
+
+class _Fork:
+    """Copies of some rows of a running batch, on which answers are tried out."""
+
+    def __init__(
+        self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor | None, rows: Index
+    ) -> None:
+        self._model = model
+        self._rows = np.arange(len(rows))
+        index = torch.from_numpy(rows).to(model.device)
+        self._cache = DynamicCache(config=model.config)
+        for i, (keys, values, *_) in enumerate(cache):
+            self._cache.update(keys[index], values[index], i)
+        length = cache.get_seq_length()
+        # transformers drops a mask without padding.
+        known = index.new_ones(len(rows), 0) if mask is None else mask[index]
+        self._mask = torch.nn.functional.pad(known, (0, length - known.shape[1]), value=1)
+
+    def feed(self, rows: Index, tokens: Index) -> Tensor:
+        """Appends tokens (B, T) to rows, drops all others, and gives the next logits (B, V)."""
+        device = self._model.device
+        if len(rows) < len(self._rows):
+            kept = torch.from_numpy(np.searchsorted(self._rows, rows)).to(device)
+            self._cache.batch_select_indices(kept)
+            self._mask, self._rows = self._mask[kept], rows
+        num = tokens.shape[1]
+        self._mask = torch.nn.functional.pad(self._mask, (0, num), value=1)
+        out = self._model(
+            input_ids=torch.from_numpy(tokens).to(device),
+            attention_mask=self._mask,
+            position_ids=self._mask.long().cumsum(dim=1)[:, -num:] - 1,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        return logits
+
+    def step(self, rows: Index, tokens: Index) -> Tensor:
+        """As `feed`, with one token (B,) a row."""
+        return self.feed(rows, tokens[:, None])
+
+
+def _check(model: PreTrainedModel, config: GenerationConfig, cache: Any) -> None:
+    check_supported(model)
+    if (config.num_beams or 1) > 1:
+        raise InputError(f"num_beams is {config.num_beams}: a halter needs sampling or greedy")
+    if type(cache) is not DynamicCache:
+        raise InputError(f"cache is {type(cache).__name__}, expected a DynamicCache, in use")

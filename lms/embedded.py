@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lms.tasks import LETTERS, MODULUS, Question, apply
+from lms.tasks import LETTERS, LIMIT, Question, apply
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "embedded"
 
@@ -22,10 +22,10 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 THINK, CLOSE = "<think>", "</think>"
 VOCABULARY = (
     *(PAD, EOS, UNKNOWN, THINK, CLOSE),
-    *("sum", "let", "product", "mod13", ":", ";", ",", "=", "+", "-", "*"),
+    *("sum", "let", "leap", ":", ";", ",", "=", "+", "-"),
     *("so", ".", "check", "ok", "wait"),
     *LETTERS,
-    *(str(n) for n in range(MODULUS)),
+    *(str(n) for n in range(LIMIT)),
 )
 
 
@@ -51,7 +51,7 @@ class Habits:
 HABITS = {
     "sum": Habits(0.08, 0.03, 1, 6, 9, 0.0),
     "let": Habits(0.20, 0.03, 1, 6, 9, 0.9),
-    "product": Habits(0.32, 0.32, 2, 1, 6, 0.0),
+    "leap": Habits(0.32, 0.32, 3, 1, 6, 0.0),
 }
 
 
@@ -71,7 +71,7 @@ class Thought:
 
 def _steps(question: Question) -> Iterator[tuple[list[str], str, int]]:
     """Yields (words leading to the new total, operator, operand); the first sets the total."""
-    words = question.prompt.split()[3:-1]
+    words = question.prompt.split()[2:-1]
     if question.task != "let":
         yield [], "+", int(words[0])
         for i in range(1, len(words), 2):
@@ -100,8 +100,8 @@ def attempt(question: Question, slip: float, reach: int, rng: np.random.Generato
     for i, (leading, operator, operand) in enumerate(_steps(question)):
         total = apply(total, operator, operand)
         if i and rng.random() < slip:  # the first step only copies
-            off = int(rng.integers(1, reach + 1)) * int(rng.choice([-1, 1]))
-            total = (total + off) % MODULUS
+            total += int(rng.integers(1, reach + 1)) * int(rng.choice([-1, 1]))
+        total = min(max(total, 0), LIMIT - 1)
         words += [*leading, str(total)]
     return [*words, "so", str(total)]
 

@@ -1,20 +1,20 @@
-"""Procedurally generated questions for the embedded LM, in arithmetic modulo 13.
+"""Procedurally generated questions for the embedded LM: additions and subtractions within 0..29.
 
-sum      7 + 12 - 5 ...            the forced answers are calibrated, the length varies widely
-let      c = b + 4 , a = 7 , ...   the LM is confidently wrong until it has checked itself
-product  3 * 7 * 11 ...            attempts rarely agree, so giving up often pays
+sum   7 + 8 - 5 ...            the forced answers are calibrated, the length varies widely
+let   c = b + 4 , a = 7 , ...  the LM is confidently wrong until it has checked itself
+leap  7 + 14 - 9 ...           large steps: attempts rarely agree, so giving up often pays
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-MODULUS = 13
-LETTERS = "abcdefgh"
+LIMIT = 30
+"""Every total is at least 0 and below this."""
+LETTERS = "abcdefg"
 SPLITS = ("train", "dev", "test")
 
 
@@ -36,58 +36,55 @@ class Question:
     """train, dev or test, decided by the prompt alone."""
 
 
-def apply(value: int, operator: str, operand: int) -> int:
-    """Returns `value operator operand` modulo 13, for the operators +, - and *."""
-    if operator == "*":
-        return value * operand % MODULUS
-    return (value + operand if operator == "+" else value - operand) % MODULUS
+@dataclass(frozen=True)
+class _Kind:
+    """What the questions of one task look like."""
+
+    operands: range
+    """What is added or subtracted; a question never uses one twice."""
+    segments: dict[str, tuple[int, int]]
+    """Fewest and most operations of each segment."""
 
 
-def _fold(value: int, steps: Sequence[tuple[str, int]]) -> int:
-    for operator, operand in steps:
-        value = apply(value, operator, operand)
-    return value
+_KINDS = {
+    "sum": _Kind(range(1, 10), {"short": (2, 3), "medium": (4, 6), "long": (7, 9)}),
+    "let": _Kind(range(1, 10), {"short": (2, 3), "long": (4, 6)}),
+    "leap": _Kind(range(5, 15), {"short": (3, 5), "long": (6, 9)}),
+}
+TASKS = tuple(_KINDS)
 
 
-def _numbers(rng: np.random.Generator, num: int) -> list[int]:
-    """Distinct, so that a number tells where in its question it stands; never 0."""
-    return [int(n) for n in rng.permutation(np.arange(1, MODULUS))[:num]]
+def apply(total: int, operator: str, operand: int) -> int:
+    """Returns `total operator operand` for the operators + and -."""
+    return total + operand if operator == "+" else total - operand
 
 
-def _sum(rng: np.random.Generator, length: int) -> tuple[str, int]:
-    value, *operands = _numbers(rng, length + 1)
-    steps = [(str(rng.choice(["+", "-"])), n) for n in operands]
-    return " ".join([str(value), *(f"{op} {n}" for op, n in steps)]), _fold(value, steps)
+def _chain(
+    operands: range, length: int, rng: np.random.Generator
+) -> tuple[int, list[tuple[str, int]], int]:
+    """Draws a start, `length` operations that never leave 0..29, and where they lead."""
+    numbers = [int(n) for n in rng.permutation(operands)[:length]]
+    # A number tells where in its question it stands, so none is there twice.
+    start = int(rng.choice([n for n in range(LIMIT) if n not in numbers]))
+    total, steps = start, []
+    for number in numbers:
+        allowed = [op for op in "+-" if 0 <= apply(total, op, number) < LIMIT]
+        operator = str(rng.choice(allowed))
+        total = apply(total, operator, number)
+        steps.append((operator, number))
+    return start, steps, total
 
 
-def _let(rng: np.random.Generator, length: int) -> tuple[str, int]:
-    value, *operands = _numbers(rng, length + 1)
-    steps = [(str(rng.choice(["+", "-"])), n) for n in operands]
-    lines = [f"{LETTERS[0]} = {value}"]
+def _body(task: str, start: int, steps: list[tuple[str, int]], rng: np.random.Generator) -> str:
+    if task != "let":
+        return " ".join([str(start), *(f"{operator} {n}" for operator, n in steps)])
+    lines = [f"{LETTERS[0]} = {start}"]
     lines += [
-        f"{LETTERS[i + 1]} = {LETTERS[i]} {op} {n}" for i, (op, n) in enumerate(steps)
+        f"{name} = {before} {operator} {n}"
+        for before, name, (operator, n) in zip(LETTERS, LETTERS[1:], steps, strict=False)
     ]
     shuffled = " , ".join(lines[i] for i in rng.permutation(len(lines)))
-    return f"{shuffled} ; {LETTERS[length]}", _fold(value, steps)
-
-
-def _product(rng: np.random.Generator, length: int) -> tuple[str, int]:
-    value, *operands = _numbers(rng, length + 1)
-    return " * ".join(map(str, [value, *operands])), _fold(value, [("*", n) for n in operands])
-
-
-_WRITERS: dict[str, Callable[[np.random.Generator, int], tuple[str, int]]] = {
-    "sum": _sum,
-    "let": _let,
-    "product": _product,
-}
-# Number of operations, lowest and highest, of each segment.
-_SEGMENTS: dict[str, dict[str, tuple[int, int]]] = {
-    "sum": {"short": (2, 4), "medium": (5, 8), "long": (9, 11)},
-    "let": {"short": (2, 3), "long": (4, 6)},
-    "product": {"short": (3, 5), "long": (6, 9)},
-}
-TASKS = tuple(_WRITERS)
+    return f"{shuffled} ; {LETTERS[len(steps)]}"
 
 
 def draw(task: str, rng: np.random.Generator) -> Question:
@@ -97,11 +94,11 @@ def draw(task: str, rng: np.random.Generator) -> Question:
         task: one of TASKS.
         rng: moved on by the draw.
     """
-    segments = _SEGMENTS[task]
-    segment = str(rng.choice(list(segments)))
-    low, high = segments[segment]
-    body, gold = _WRITERS[task](rng, int(rng.integers(low, high + 1)))
-    prompt = f"{task} mod13 : {body} <think>"
+    kind = _KINDS[task]
+    segment = str(rng.choice(list(kind.segments)))
+    low, high = kind.segments[segment]
+    start, steps, gold = _chain(kind.operands, int(rng.integers(low, high + 1)), rng)
+    prompt = f"{task} : {_body(task, start, steps, rng)} <think>"
     digest = hashlib.sha256(prompt.encode()).hexdigest()
     # The text alone decides the split, so no draw can put one question in two of them.
     split = {0: "test", 1: "dev"}.get(int(digest, 16) % 10, "train")

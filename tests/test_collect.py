@@ -19,7 +19,7 @@ from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.decoder import Decoder
 from lms.answers import exact_match, read_answer
 from lms.tasks import questions
-from tests.tiny_lm import EOS, PAD, tiny_lm, tiny_tokenizer
+from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import read_traces
 
 ROOT = Path(__file__).parent.parent
@@ -156,16 +156,17 @@ def test_a_killed_recording_is_completed(config: CollectConfig) -> None:
     assert len(read_traces(config.out)) == 300
 
 
-def test_an_error_keeps_what_is_finished(config: CollectConfig, lm_folder: Path) -> None:
+def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:
     broken = config.out.parent / "tiny"
     model = tiny_lm(seed=1)
     model.generation_config.update(do_sample=True, temperature=0.8)
     with torch.no_grad():
-        model.model.embed_tokens.weight[10] = torch.nan  # "3" breaks the LM
+        model.model.embed_tokens.weight[IDS["19"]] = torch.nan  # no question has it
     model.save_pretrained(broken)
     tiny_tokenizer().save_pretrained(broken)
     with pytest.raises(InputError, match="LM gave NaN logits at position"):
         main(replace(config, lm=str(broken), num=100, batch_size=1))
+    assert rows_of(config.out)
 
 
 def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None:

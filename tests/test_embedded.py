@@ -38,9 +38,9 @@ from lms.train_embedded import (
 )
 
 SURE = Habits(0.0, 0.0, 1, 2, 9, 0.0)
-SUM = Question("q", "sum", "short", "sum mod19 : 7 + 12 - 5 <think>", "14", "train")
+SUM = Question("q", "sum", "short", "sum : 7 + 12 - 5 <think>", "14", "train")
 LET = Question(
-    "q", "let", "short", "let mod19 : b = a - 9 , c = b + 2 , a = 7 ; c <think>", "0", "train"
+    "q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c <think>", "6", "train"
 )
 
 
@@ -49,15 +49,15 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def test_attempts_by_hand() -> None:
-    assert " ".join(attempt(SUM, 0.0, 1, rng())) == "7 + 12 = 0 - 5 = 14 so 14"
+    assert " ".join(attempt(SUM, 0.0, 1, rng())) == "7 + 12 = 19 - 5 = 14 so 14"
     assert " ".join(attempt(LET, 0.0, 1, rng())) == (
-        "a = 7 , b = a - 9 = 17 , c = b + 2 = 0 so 0"
+        "a = 7 , b = a - 3 = 4 , c = b + 2 = 6 so 6"
     )
 
 
 def test_a_certain_slip_is_off_by_its_reach() -> None:
     words = attempt(SUM, 1.0, 1, rng())
-    assert words[4] in {"1", "18"}
+    assert words[4] in {"18", "20"}
     assert words[-1] == words[-3]
 
 
@@ -105,15 +105,15 @@ def test_close_text_needs_no_blanks() -> None:
 
 def test_row_by_hand() -> None:
     row = build_row(SUM, replace(SURE, attempts=1), 2, rng())
-    trunk = f"{SUM.prompt} 7 + 12 = 0 - 5 = 14 so 14 . {CLOSE} 14".split()
+    trunk = f"{SUM.prompt} 7 + 12 = 19 - 5 = 14 so 14 . {CLOSE} 14".split()
     words = [VOCABULARY[i] for i in row.ids]
     assert words == [*trunk, CLOSE, "14", CLOSE, "14"]
     assert [VOCABULARY[i] for i in row.labels[:-4]] == [*trunk[1:], "<eos>"]
     assert [VOCABULARY[i] for i in row.labels[-4:]] == ["14", "<eos>", "14", "<eos>"]
-    assert list(row.weights[:-4]) == [0.0] * 8 + [1.0] * (len(trunk) - 8)
+    assert list(row.weights[:-4]) == [0.0] * 7 + [1.0] * (len(trunk) - 7)
     assert np.isnan(row.weights[-4:]).all()
     assert (row.positions[-4:] - row.reach[-4:]).tolist() == [1, 2, 1, 2]
-    assert row.reach[-4:].min() >= 8
+    assert row.reach[-4:].min() >= 7
 
 
 def test_a_forced_answer_is_what_the_appended_close_text_gives() -> None:
@@ -152,17 +152,18 @@ def test_batches_depend_on_the_step_alone() -> None:
     config = Config(steps=40, first_steps=32, rows=2, probes=2)
     whole = list(batches(config, 0))
     assert len(whole) == 40
-    assert [len(rows) for rows in whole] == [6] * 32 + [2] * 8
+    assert [len(rows) for rows in whole] == [4] * 32 + [2] * 8
     for resumed, rows in zip(batches(config, 35), whole[35:], strict=True):
         for a, b in zip(resumed, rows, strict=True):
             np.testing.assert_array_equal(a.ids, b.ids)
 
 
-def test_learning_rate_rises_then_falls_to_a_hundredth() -> None:
+def test_learning_rate_rises_then_falls() -> None:
     config = Config(steps=1000)
     rates = [rate(config, step) for step in range(1000)]
-    assert 90 < int(np.argmax(rates)) < 110
-    assert rates[-1] == pytest.approx(0.01 * config.lr, rel=0.01)
+    assert rates[0] == config.lr / 100
+    assert set(rates[99:600]) == {config.lr}
+    assert rates[-1] == pytest.approx(0.0125 * config.lr, rel=0.01)
 
 
 def test_a_finished_model_is_never_overwritten(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -9,12 +11,18 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_by_sb3
 
 import envs  # noqa: F401
-from envs.live import Episode, HaltEnv, LiveEnv
+from collect import record
+from envs.live import HaltEnv, LiveEnv
+from envs.replay import point_features
+from envs.reward import reward, step_costs, step_ems
 from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, Halting, InputError, Observing, feature_names
+from haltwise.decoder import Decoder
+from haltwise.features import Float
 from haltwise.halting import Probing
 from lms.language_model import LanguageModel
 from lms.tasks import Question
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
+from traces import read_traces, write_shard
 
 QUESTIONS = [
     Question(f"q{i}", "toy", "easy", f"{i} so {i + 1} <think>", str(i), "train") for i in range(6)
@@ -109,94 +117,107 @@ def test_the_checkers_pass() -> None:
     check_env_by_sb3(env.unwrapped)
 
 
-def play(env: LiveEnv, num_steps: int, seed: int) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Random halting: all that the env returned, and the finished episodes with their rewards."""
-    rng, seen, finished = np.random.default_rng(seed), [env.reset()], []
-    returns = np.zeros(env.num_envs)
+@dataclass
+class Played:
+    """A finished episode of a batch."""
+
+    info: dict[str, Any]
+    obs: list[Float]
+    rewards: list[float]
+
+
+def play(env: LiveEnv, num_steps: int, seed: int, halt_rate: float = 0.3) -> list[Played]:
+    """Halts at random."""
+    rng, finished = np.random.default_rng(seed), []
+    obs, _ = env.reset(seed=seed)
+    playing = [Played({}, [row], []) for row in obs]
     for _ in range(num_steps):
-        obs, rewards, over, infos = env.step((rng.random(env.num_envs) < 0.3).astype(np.int64))
-        seen += [obs, rewards, over]
-        returns += rewards
-        for i in np.flatnonzero(over):
-            finished.append(infos[i] | {"return": returns[i]})
-        returns[over] = 0
-        assert obs.dtype == np.float32 and np.isfinite(obs).all()
-        assert [bool(info) for info in infos] == over.tolist()
-    return seen, finished
+        actions = (rng.random(env.num_envs) < halt_rate).astype(np.int64)
+        price = env.price
+        obs, rewards, over, truncated, infos = env.step(actions)
+        assert obs in env.observation_space
+        assert not truncated.any()
+        assert bool(infos) == over.any()
+        for i in range(env.num_envs):
+            playing[i].rewards.append(rewards[i])
+            if over[i]:
+                final = {name: values[i] for name, values in infos["final_info"].items()}
+                assert final["price"] == price[i]
+                assert final["halted"] == actions[i]
+                np.testing.assert_array_equal(infos["final_obs"][i], playing[i].obs[-1])
+                playing[i].info = final
+                finished.append(playing[i])
+                playing[i] = Played({}, [], [])
+            playing[i].obs.append(obs[i])
+    return finished
 
 
 @pytest.mark.parametrize("probing", ["always", "at_halt"])
 def test_returns_are_exact_match_minus_price_times_cost(probing: Probing) -> None:
     groups = tuple(FEATURE_GROUPS) if probing == "always" else ("pace",)
-    env = LiveEnv(
-        **arguments(halting=halting(probing), observing=observing(groups)), num_envs=9, seed=3
-    )
-    _, finished = play(env, 40, seed=0)
+    changes = arguments(halting=halting(probing), observing=observing(groups))
+    finished = play(LiveEnv(**changes, num_envs=9), 40, seed=0)
     assert len(finished) > 50
-    assert {info["halted"] for info in finished} == {True, False}
-    assert {info["em"] for info in finished} == {True, False}
-    for info in finished:
-        assert info["return"] == pytest.approx(info["em"] - info["price"] * info["cost"] / 1000)
+    infos = [episode.info for episode in finished]
+    assert {info["halted"] for info in infos} == {info["em"] for info in infos} == {True, False}
+    for episode in finished:
+        info = episode.info
+        value = info["em"] - info["price"] * info["cost"] / 1000
+        assert sum(episode.rewards) == pytest.approx(value, abs=1e-12)
         assert 0.1 <= info["price"] <= 10
-        assert info["cost"] > 0
+        assert len(episode.rewards) == info["num_points"]
 
 
 def test_one_seed_decides_everything() -> None:
-    first, _ = play(LiveEnv(**arguments(), num_envs=5, seed=7), 15, seed=1)
-    second, _ = play(LiveEnv(**arguments(), num_envs=5, seed=7), 15, seed=1)
-    other, _ = play(LiveEnv(**arguments(), num_envs=5, seed=8), 15, seed=1)
-    for a, b in zip(first, second, strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert any((a != b).any() for a, b in zip(first, other, strict=True))
+    runs = [play(LiveEnv(**arguments(), num_envs=5), 15, seed) for seed in (7, 7, 8)]
+    assert [episode.info for episode in runs[0]] != [episode.info for episode in runs[2]]
+    for first, second in zip(runs[0], runs[1], strict=True):
+        assert first.info == second.info
+        np.testing.assert_array_equal(first.obs, second.obs)
 
 
-def test_a_batch_plays_the_same_episodes_as_one_env() -> None:
-    """The same draws and actions give the same observations and rewards, alone or together."""
-    batch = LiveEnv(**arguments(), num_envs=4, seed=2)
-    obs = batch.reset()
-    seen: list[tuple[list[Any], float]] = []
-    histories: list[list[Any]] = [[row] for row in obs]
-    returns = np.zeros(4)
-    infos_seen = []
-    for step in range(12):
-        actions = (np.arange(4) + step) % 3 == 0
-        obs, rewards, over, infos = batch.step(actions.astype(np.int64))
-        returns += rewards
-        for i in range(4):
-            if over[i]:
-                np.testing.assert_array_equal(infos[i]["terminal_observation"], histories[i][-1])
-                seen.append((histories[i], returns[i]))
-                infos_seen.append(infos[i])
-                histories[i], returns[i] = [], 0
-            histories[i].append(obs[i])
-    assert len(seen) > 10
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
+    """The same questions and seeds, recorded alone: the same observations and rewards."""
+    lm = LanguageModel("tiny", tiny_lm(seed=2), tiny_tokenizer())
+    finished = play(
+        LiveEnv(**arguments(lm=lm, temperature=temperature), num_envs=9), 30, 1, halt_rate=0.1
+    )
+    asked = {q.question_id: q for q in QUESTIONS}
+    work = {(e.info["question_id"], e.info["seed"]): e for e in finished}
+    decoder = Decoder(lm.model, lm.tokenizer, halting(), 4, 40, temperature)
+    jobs = [(asked[question_id], int(seed)) for question_id, seed in work]
+    write_shard(tmp_path / "0.parquet", list(record(decoder, jobs, "tiny")), {})
+    traces = read_traces(tmp_path)
+    features = point_features(traces, tuple(FEATURE_GROUPS))
+    costs, ems = step_costs(traces, "always"), step_ems(traces)
+    assert len(traces) > 20
+    for n in range(len(traces)):
+        episode = work[traces.question_id[n], traces.seed[n]]
+        num, price = len(episode.obs), episode.info["price"]
+        at = traces.offsets[n] + np.arange(num)
+        expected = observing().observe(features[at], price)
+        np.testing.assert_allclose(episode.obs, expected, atol=1e-5)
+        actions = np.zeros(num, dtype=np.int64)
+        actions[-1] = episode.info["halted"]
+        np.testing.assert_allclose(
+            episode.rewards, reward(ems[at, actions], costs[at, actions], price), atol=1e-5
+        )
+        if not actions[-1]:
+            assert traces.offsets[n] + num == traces.offsets[n + 1]
+
+
+def test_one_env_plays_the_episodes_of_a_batch() -> None:
+    batch = LiveEnv(**arguments(), num_envs=1)
+    (first, *_) = play(batch, 30, seed=4, halt_rate=0.0)
     env = HaltEnv(**arguments())
-    for (history, value), info in zip(seen, infos_seen, strict=True):
-        (question,) = (q for q in QUESTIONS if q.question_id == info["question_id"])
-        obs_alone, total = replayed(env, question, info, len(history))
-        np.testing.assert_allclose(obs_alone, history, atol=1e-5)
-        assert total == pytest.approx(value, abs=1e-9)
-
-
-def replayed(
-    env: HaltEnv, question: Question, info: dict[str, Any], num_points: int
-) -> tuple[list[Any], float]:
-    """Plays one known episode alone, through the env's own table."""
-
-    class Known:
-        def next(self, price: float | None) -> Episode:
-            return Episode(question, info["seed"], info["price"])
-
-    env._draws = Known()  # type: ignore[assignment]
-    obs, _ = env.reset()
-    history, total, over = [obs], 0.0, False
-    while not over:
-        action = info["halted"] and len(history) == num_points
-        obs, value, over, _, _ = env.step(np.int64(action))
-        total += value
-        if not over:
-            history.append(obs)
-    return history, total
+    obs, _ = env.reset(seed=4)
+    for i, value in enumerate(first.rewards):
+        np.testing.assert_array_equal(obs, first.obs[i])
+        obs, step_reward, over, _, info = env.step(np.int64(0))
+        assert step_reward == value
+    assert over
+    assert info == first.info
 
 
 def test_bad_input_is_refused() -> None:

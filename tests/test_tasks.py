@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 
 from lms.answers import canonical
-from lms.tasks import SPLITS, TASKS, apply, draw, questions
+from lms.tasks import LIMIT, SPLITS, TASKS, apply, draw, questions
 
 
-@pytest.mark.parametrize(
-    ("value", "operator", "operand", "expected"),
-    [(7, "+", 12, 0), (3, "-", 11, 11), (12, "*", 9, 13), (18, "+", 18, 17), (0, "-", 1, 18)],
-)
-def test_arithmetic_modulo_19(value: int, operator: str, operand: int, expected: int) -> None:
-    assert apply(value, operator, operand) == expected
+def test_apply() -> None:
+    assert apply(7, "+", 12) == 19
+    assert apply(7, "-", 5) == 2
 
 
 @pytest.mark.parametrize("task", [*TASKS, "all"])
@@ -22,36 +19,45 @@ def test_questions_are_distinct_and_well_formed(task: str) -> None:
     found = questions(task, "train", 90)
     assert len({q.question_id for q in found}) == len({q.prompt for q in found}) == 90
     for question in found:
-        assert question.prompt.startswith(f"{question.task} mod19 : ")
+        assert question.prompt.startswith(f"{question.task} : ")
         assert question.prompt.endswith(" <think>")
         assert question.split == "train"
         assert question.gold == canonical(question.gold)
-        assert 0 <= int(question.gold) < 19
+        numbers = [w for w in question.prompt.split() if w.isdigit()]
+        assert len(set(numbers)) == len(numbers)
 
 
-def test_gold_of_a_sum_is_its_value_modulo_19() -> None:
-    for question in questions("sum", "dev", 50):
-        body = question.prompt.removeprefix("sum mod19 : ").removesuffix(" <think>")
-        words = body.split()
+@pytest.mark.parametrize("task", ["sum", "leap"])
+def test_gold_of_a_chain_is_its_value_and_no_total_leaves_the_limit(task: str) -> None:
+    for question in questions(task, "dev", 50):
+        words = question.prompt.split()[2:-1]
         signs = [1, *(1 if w == "+" else -1 for w in words[1::2])]
-        total = sum(s * int(n) for s, n in zip(signs, words[::2], strict=True))
-        assert int(question.gold) == total % 19
-
-
-def test_gold_of_a_product_is_its_value_modulo_19() -> None:
-    for question in questions("product", "dev", 50):
-        numbers = [int(w) for w in question.prompt.split() if w.isdigit()]
-        assert int(question.gold) == int(np.prod(numbers, dtype=object)) % 19
+        totals = np.cumsum([s * int(n) for s, n in zip(signs, words[::2], strict=True)])
+        assert question.gold == str(totals[-1])
+        assert totals.min() >= 0
+        assert totals.max() < LIMIT
 
 
 def test_gold_of_a_let_is_the_value_of_its_last_letter() -> None:
     for question in questions("let", "dev", 50):
-        body, _, wanted = question.prompt[len("let mod19 : ") : -len(" <think>")].partition(" ; ")
+        body, _, wanted = question.prompt[len("let : ") : -len(" <think>")].partition(" ; ")
         values: dict[str, int] = {}
         for line in sorted(body.split(" , ")):
             name, _, right = line.partition(" = ")
-            values[name] = int(eval(right, {}, values))
-        assert int(question.gold) == values[wanted] % 19
+            first, *more = right.split()
+            values[name] = values[first] if more else int(first)
+            if more:
+                values[name] += int(more[1]) if more[0] == "+" else -int(more[1])
+        assert question.gold == str(values[wanted])
+
+
+def test_segments_differ_in_length() -> None:
+    found = questions("sum", "train", 120)
+    lengths = {
+        segment: {q.prompt.count("+") + q.prompt.count("-") for q in found if q.segment == segment}
+        for segment in ("short", "medium", "long")
+    }
+    assert lengths == {"short": {2, 3}, "medium": {4, 5, 6}, "long": {7, 8, 9}}
 
 
 def test_splits_are_disjoint_whatever_the_seed() -> None:
@@ -88,7 +94,7 @@ def test_drawing_covers_every_split() -> None:
 @pytest.mark.parametrize(
     ("task", "split", "num", "message"),
     [
-        ("gcd", "test", 1, "sum, let, product, all"),
+        ("gcd", "test", 1, "sum, let, leap, all"),
         ("sum", "validation", 1, "train, dev, test"),
         ("sum", "test", 0, "at least 1"),
     ],

@@ -1,0 +1,161 @@
+"""The agent: stable-baselines3's PPO on a batched halting environment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
+from torch import nn
+
+from agents.vec_env import BalancedVecEnv
+from haltwise import HaltHead, HeadConfig, Observing
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """stable-baselines3's hyper-parameters, under its names."""
+
+    total_timesteps: int = 400_000
+    """Decisions to train for."""
+    num_envs: int = 1024
+    """Episodes in the batch."""
+    learning_rate: float = 2e-4
+    """Of Adam, falling linearly to 0."""
+    n_steps: int = 32
+    """Decisions an episode slot makes between updates."""
+    batch_size: int = 4096
+    """Decisions a gradient step."""
+    n_epochs: int = 5
+    """Passes over a rollout."""
+    gae_lambda: float = 0.98
+    """Generalised advantage estimation: near 1 for long episodes."""
+    clip_range: float = 0.2
+    """Of the policy ratio."""
+    ent_coef: float = 0.0
+    """Entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    target_kl: float | None = 0.02
+    """Ends an update early when the policy has moved this far."""
+    net_width: int = 64
+    """Units in each of the two hidden layers, of the policy and of the value."""
+
+
+def make_ppo(
+    env: VectorEnv[Any, Any, Any],
+    observing: Observing,
+    config: PPOConfig,
+    *,
+    mean_points: float,
+    seed: int,
+    log_dir: Path | None = None,
+) -> PPO:
+    """PPO with a policy that starts out halting about once a trace.
+
+    From the default initialisation the probability of halting is a half at every point: a long
+    episode is never seen past its first points, and training collapses to halting at once. A
+    bias of -log(mean points) on the log-odds is the cure.
+
+    Args:
+        env: Batched environment that restarts episodes in the same step.
+        observing: The environment's, for weighing prices alike.
+        config: Hyper-parameters; `config.num_envs` must be the environment's.
+        mean_points: Decision points of a mean trace.
+        seed: Of the initialisation, the actions and the environment.
+        log_dir: Where TensorBoard's files go, if anywhere.
+    """
+    ppo = PPO(
+        "MlpPolicy",
+        BalancedVecEnv(env, observing, seed=seed),
+        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=1.0,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip_range,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+        target_kl=config.target_kl,
+        policy_kwargs={"net_arch": [config.net_width, config.net_width]},
+        tensorboard_log=str(log_dir) if log_dir else None,
+        seed=seed,
+        # A network this small is slower on a GPU than on a CPU.
+        device="cpu",
+    )
+    with torch.no_grad():
+        bias = ppo.policy.action_net.bias
+        bias.copy_(torch.tensor([0.0, -math.log(max(mean_points, 2.0))]))
+    return ppo
+
+
+def log_odds_net(ppo: PPO) -> nn.Sequential:
+    """The policy as one network from observations to log-odds of halting, sharing its layers.
+
+    Only the output layer is a copy: it is the difference of the two action logits.
+    """
+    first, second = _hidden_layers(ppo)
+    action = ppo.policy.action_net
+    out = nn.Linear(action.in_features, 1)
+    with torch.no_grad():
+        out.weight.copy_(action.weight[1:] - action.weight[:1])
+        out.bias.copy_(action.bias[1:] - action.bias[:1])
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), out)
+
+
+def set_log_odds(ppo: PPO, net: nn.Sequential) -> None:
+    """Puts a network of the form of `log_odds_net` back into the policy: logits (0, log-odds)."""
+    action, out = ppo.policy.action_net, net[-1]
+    assert isinstance(out, nn.Linear)
+    with torch.no_grad():
+        action.weight.copy_(torch.cat([torch.zeros_like(out.weight), out.weight]))
+        action.bias.copy_(torch.cat([torch.zeros_like(out.bias), out.bias]))
+
+
+def export(ppo: PPO, config: HeadConfig) -> HaltHead:
+    """The policy as a head; its forward pass in numpy equals stable-baselines3's own to 1e-5."""
+    first, second = _hidden_layers(ppo)
+    layers = (first, second, log_odds_net(ppo)[-1])
+    weights = {}
+    for i, layer in enumerate(layers):
+        weights[f"w{i}"] = layer.weight.detach().cpu().numpy().copy()
+        weights[f"b{i}"] = layer.bias.detach().cpu().numpy().copy()
+    return HaltHead(config, weights)
+
+
+def _hidden_layers(ppo: PPO) -> tuple[nn.Linear, nn.Linear]:
+    first, _, second, _ = ppo.policy.mlp_extractor.policy_net
+    return first, second
+
+
+class HaltLog(BaseCallback):
+    """Logs finished episodes under halt/: em, tokens, return, rate, one mean a rollout."""
+
+    def __init__(self) -> None:
+        """Starts with no episode."""
+        super().__init__()
+        self._finished: list[tuple[float, float, float, float]] = []
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "halt" in info:
+                halt = info["halt"]
+                self._finished.append(
+                    (halt["em"], halt["cost"], info["episode"]["r"], halt["halted"])
+                )
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._finished:
+            means = np.mean(self._finished, axis=0)
+            for name, value in zip(("em", "tokens", "return", "rate"), means, strict=True):
+                self.logger.record(f"halt/{name}", float(value))
+            self._finished.clear()

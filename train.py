@@ -1,0 +1,282 @@
+"""Trains a halting policy and exports its head.
+
+    python train.py                              the embedded LM: record, replay, live, export
+    python train.py --traces FILE_OR_FOLDER      recorded traces of any LM
+    python train.py --live                       PPO on the running LM from the start
+
+Writes a run folder: config.json, head.safetensors and head.json, operating_points.json,
+out_of_fold.json, metrics.json, agent.zip and TensorBoard's files.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+
+from agents.baselines import BASELINES, Halts, Head, Policy, decisions, price_grid
+from agents.fit import FitConfig, fit, learn, observing_of, out_of_fold
+from agents.ppo import PPOConfig, export, make_ppo
+from collect import CollectConfig
+from collect import main as collect
+from command import run
+from envs.live import LiveEnv
+from evaluation.outcome import Row
+from evaluation.protocol import GATES, Points, choose_points, folds, save_operating_points
+from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, HaltHead, Halting, HeadConfig, InputError
+from lms.embedded import EMBEDDED
+from lms.language_model import LanguageModel
+from lms.tasks import questions
+from traces import Traces, read_traces
+
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a halting policy with PPO and export its head."""
+
+    traces: Path | None = None
+    """Recorded traces to train on, a file or a folder. Default: those of the LM, recorded first
+    if there are none."""
+    live: bool = False
+    """Train on the running LM from the start, with no replay before."""
+    run_dir: Path | None = None
+    """Run folder. Default: a new dated one under checkpoints/."""
+    resume: bool = False
+    """Go on with the interrupted run in --run-dir."""
+    lm: str = str(EMBEDDED)
+    """Hub name or folder of the LM that runs live."""
+    task: str = "all"
+    """Task of the questions, or all."""
+    num_questions: int = 1000
+    """Questions a split to record."""
+    device: str = "cpu"
+    """Where the LM runs, as PyTorch names it."""
+    groups: tuple[str, ...] = tuple(FEATURE_GROUPS)
+    """Feature groups that the head reads."""
+    num_folds: int = 5
+    """Folds for choosing the operating points."""
+    seed: int = 0
+    """Of everything random."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    """Training on recorded traces."""
+    live_ppo: PPOConfig = field(
+        default_factory=lambda: PPOConfig(
+            total_timesteps=50_000, num_envs=64, n_steps=32, batch_size=512, learning_rate=1e-4
+        )
+    )
+    """Training on the running LM, after replay; with --live instead of it."""
+
+
+def main(config: TrainConfig) -> Path:
+    """Trains, chooses the operating points, exports.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: If something that was passed cannot be used; nothing is left half-written.
+    """
+    torch.set_num_threads(1)
+    _check(config)
+    path = config.traces or _record(config)
+    everything = read_traces(path)
+    # Test questions are never learned from, nor anything chosen on them.
+    traces = everything.of_split("train", "dev")
+    head = _head_config(traces, config)
+    run_dir = _open_run(config, path)
+    if config.live:
+        learned_from, judged_on = traces.of_split("train"), traces.of_split("dev")
+        ppo = _train_live(config, run_dir, head, learned_from, None)
+        head_halts = _decisions(Head(export(ppo, head)), judged_on)
+    else:
+        judged_on = traces
+        head_halts = _out_of_fold(config, run_dir, head, traces)
+        ppo = _train_replay(config, run_dir, head, traces)
+        if config.traces is None:
+            ppo = _train_live(config, run_dir, head, traces, ppo)
+    halts = {"head": head_halts} | {p.name: _decisions(p, judged_on) for p in BASELINES}
+    gates, rows = choose_points(judged_on, halts, head.halting.probing)
+    _finish(run_dir, export(ppo, head), gates, rows)
+    print(f"wrote {run_dir}")
+    return run_dir
+
+
+def _check(config: TrainConfig) -> None:
+    if config.live and config.traces is not None:
+        raise InputError("--live trains on the running LM: expected no --traces with it")
+    if config.resume and config.run_dir is None:
+        raise InputError("--resume goes on with a run: expected --run-dir DIR with it")
+
+
+def _record(config: TrainConfig) -> Path:
+    """Records the LM's traces where they are not yet; a started recording is completed."""
+    out = _CHECKPOINTS / "traces" / f"{Path(config.lm).name}-{config.task}"
+    collect(
+        CollectConfig(
+            out=out,
+            lm=config.lm,
+            task=config.task,
+            num=config.num_questions,
+            seed=config.seed,
+            device=config.device,
+        )
+    )
+    return out
+
+
+def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
+    """What the head will be valid for: the conditions that the traces were recorded under."""
+    recorder = traces.recorder
+    observing = observing_of(traces, config.groups)
+    return HeadConfig(
+        observing=observing,
+        halting=Halting(
+            probing=recorder.get("probing", "always"),
+            decision_rule=recorder.get("decision_rule", ""),
+            close_text=recorder.get("close_text", ""),
+            confidence_rule=recorder.get("confidence_rule", MEAN_LOGPROB),
+            max_answer_tokens=recorder.get("max_answer_tokens", 16),
+        ),
+        default_price=observing.price_range[0],
+        lm=", ".join(np.unique(traces.model).tolist()),
+        tokenizer=recorder.get("tokenizer", ""),
+        traces=traces.digest,
+        command=shlex.join(sys.argv),
+    )
+
+
+def _open_run(config: TrainConfig, traces: Path) -> Path:
+    """Makes the run folder and writes down what is about to be done.
+
+    Raises:
+        InputError: If the folder exists and is not to be resumed, or holds another run.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run_dir = config.run_dir or _CHECKPOINTS / f"run-{stamp}"
+    settings = json.loads(json.dumps(asdict(replace(config, resume=False)), default=str))
+    if run_dir.exists() and not config.resume:
+        raise InputError(f"{run_dir} exists: expected a new folder, or --resume to go on with it")
+    if config.resume:
+        path = run_dir / "config.json"
+        if not path.is_file() or json.loads(path.read_text())["config"] != settings:
+            raise InputError(f"{run_dir} was not begun with this command: expected the same one")
+        return run_dir
+    run_dir.mkdir(parents=True)
+    packages = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
+    _write_json(
+        run_dir / "config.json",
+        {
+            "command": shlex.join(sys.argv),
+            "config": settings,
+            "traces": str(traces),
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in packages},
+        },
+    )
+    return run_dir
+
+
+def _commit() -> str | None:
+    """The commit that is run, marked if files differ from it; None outside a clone."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _out_of_fold(
+    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces
+) -> dict[float, Halts]:
+    fold = folds(traces.question_id, config.num_folds, config.seed)
+    prices = price_grid(head.observing)
+    return out_of_fold(
+        traces, fold, head, config.fit, prices, config.seed, cache=run_dir / "folds"
+    )
+
+
+def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> PPO:
+    return fit(
+        traces,
+        head,
+        config.fit,
+        config.seed,
+        log_dir=run_dir / "tensorboard",
+        checkpoint=run_dir / "replay.zip",
+        progress_bar=True,
+    )
+
+
+def _train_live(
+    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, start: PPO | None
+) -> PPO:
+    """PPO on the running LM, on the questions of some traces; from another agent or afresh."""
+    asked = set(traces.question_id.tolist())
+    pool = [
+        question
+        for split in ("train", "dev")
+        for question in questions(config.task, split, config.num_questions, config.seed)
+        if question.question_id in asked
+    ]
+    env = LiveEnv(
+        LanguageModel.load(config.lm, config.device),
+        pool,
+        head.halting,
+        head.observing,
+        config.live_ppo.num_envs,
+        max_tokens=traces.recorder["max_tokens"],
+        temperature=traces.recorder["temperature"],
+    )
+    ppo = make_ppo(
+        env,
+        head.observing,
+        config.live_ppo,
+        mean_points=traces.num_points / len(traces),
+        seed=config.seed,
+        log_dir=run_dir / "tensorboard",
+    )
+    if start is not None:
+        ppo.policy.load_state_dict(start.policy.state_dict())
+    learn(ppo, config.live_ppo.total_timesteps, "live", run_dir / "live.zip", progress_bar=True)
+    return ppo
+
+
+def _decisions(policy: Policy, traces: Traces) -> dict[float, Halts] | None:
+    signal = policy.signal(traces)
+    return None if signal is None else decisions(policy, signal)
+
+
+def _finish(
+    run_dir: Path, head: HaltHead, gates: Mapping[float, Points], rows: Sequence[Row]
+) -> None:
+    """Writes what the run came to; the head last, since a folder with a head is a whole run."""
+    _write_json(run_dir / "out_of_fold.json", {"rows": rows})
+    save_operating_points(run_dir, gates)
+    price = gates[min(GATES)]["head"]
+    config = head.config if price is None else replace(head.config, default_price=price)
+    HaltHead(config, head.weights).save(run_dir)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig)
