@@ -9,7 +9,6 @@ STAMP := .venv/installed
 demo: $(STAMP)
 	rm -rf checkpoints/demo
 	$(BIN)/python train.py --run-dir checkpoints/demo
-	$(BIN)/python evaluate.py --head checkpoints/demo --live --plot checkpoints/demo/frontier.png
 
 test: export OMP_NUM_THREADS := 1
 test: $(STAMP)

@@ -149,7 +149,9 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
             position = decoder.generations[slot].thought.position
             running[slot].points.append((position, probe))
         for slot in slots[~at_point].tolist():
-            yield running.pop(slot).row(model, decoder.generations[slot])
+            generation = decoder.generations[slot]
+            if generation.ended:
+                yield running.pop(slot).row(model, generation)
 
 
 def recorder_of(config: CollectConfig, lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from agents.baselines import (
     BASELINES,
@@ -22,6 +24,7 @@ from agents.baselines import (
     hindsight_give_up,
 )
 from command import run
+from evaluation.live import run_beside
 from evaluation.outcome import (
     Outcome,
     Row,
@@ -37,6 +40,8 @@ from evaluation.report import frozen_rows
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing
+from lms.language_model import LanguageModel
+from lms.tasks import questions
 from traces import Traces, read_traces
 
 
@@ -54,6 +59,8 @@ class EvaluateConfig:
     """Write every row as JSON here."""
     plot: Path | None = None
     """Draw exact match against tokens here, a PNG file."""
+    live: bool = False
+    """Also run the head beside the LM, on the questions of these traces."""
 
 
 def main(config: EvaluateConfig) -> dict[str, Any]:
@@ -69,7 +76,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     """
     _check_outputs(config)
     head, gates = HaltHead.load(config.head), load_operating_points(config.head)
-    path = config.traces or _trained_on(config.head)
+    path = config.traces or Path(_run_config(config.head)["traces"])
     traces = read_traces(path)
     head.config.halting.check_recorded(traces.recorder, str(path))
     if config.split != "all":
@@ -82,6 +89,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         "frozen": frozen,
     }
     print(format_table(frozen))
+    if config.live:
+        report["live"] = _live(config, head, traces, gates)
     if config.plot is not None:
         plot_frontiers(rows, frozen, config.plot)
     if config.json is not None:
@@ -112,7 +121,7 @@ def compare(
     if unknown:
         raise InputError(f"operating points of unknown policies {unknown}: know {list(policies)}")
     signals = {name: policy.signal(traces) for name, policy in policies.items()}
-    rules = _rules(traces, probing)
+    rules = parameter_free(traces, probing)
     sweeps = {
         name: _sweep_rows(traces, split, policy, signals[name], probing)
         for name, policy in policies.items()
@@ -137,7 +146,7 @@ def _check_outputs(config: EvaluateConfig) -> None:
             raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
 
 
-def _rules(traces: Traces, probing: Probing) -> dict[str, Outcome]:
+def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
     """Outcomes of the rules that have no number."""
     return {
         "never": never_outcome(traces),
@@ -168,20 +177,46 @@ def _at_point(
     return halt_outcome(traces, policy.halts(signal, parameter), probing)
 
 
-def _trained_on(run_folder: Path) -> Path:
-    """The traces that a run was trained from.
+def _live(
+    config: EvaluateConfig, head: HaltHead, traces: Traces, gates: Mapping[float, Points]
+) -> dict[str, Any]:
+    """Runs the head beside the LM that it was trained for, at its strictest operating point.
 
     Raises:
-        InputError: If its config.json does not tell.
+        InputError: If that point is to never halt, or the run was trained on another LM's traces.
+    """
+    price = gates[min(gates)]["head"]
+    if price is None:
+        raise InputError(f"{config.head}: the head never halts at its strictest operating point")
+    trained = _run_config(config.head)["config"]
+    lm = LanguageModel.load(trained["lm"], trained["device"])
+    if lm.name not in traces.model:
+        raise InputError(
+            f"the traces are of {traces.model[0]}, expected {lm.name} to run it beside"
+        )
+    asked = [
+        question
+        for split in np.unique(traces.split).tolist()
+        for question in questions(trained["task"], split, trained["num_questions"], trained["seed"])
+    ]
+    comparison = run_beside(head, lm, asked, traces, price)
+    print(f"\n{comparison}")
+    return asdict(comparison)
+
+
+def _run_config(run_folder: Path) -> dict[str, Any]:
+    """What train.py wrote about a run.
+
+    Raises:
+        InputError: If its config.json is missing or not readable.
     """
     path = run_folder / "config.json"
     try:
-        traces = json.loads(path.read_text())["traces"]
+        content: dict[str, Any] = json.loads(path.read_text())
+        Path(content["traces"])
     except (OSError, ValueError, KeyError, TypeError):
-        traces = None
-    if not isinstance(traces, str):
-        raise InputError(f"{path} names no traces: expected --traces FILE_OR_FOLDER")
-    return Path(traces)
+        raise InputError(f"{path} names no traces: expected a run, or --traces FILE") from None
+    return content
 
 
 def _write_json(path: Path, report: dict[str, Any]) -> None:

@@ -4,8 +4,8 @@
     python train.py --traces FILE_OR_FOLDER      recorded traces of any LM
     python train.py --live                       PPO on the running LM from the start
 
-Writes a run folder: config.json, head.safetensors and head.json, operating_points.json,
-out_of_fold.json, metrics.json, agent.zip and TensorBoard's files.
+Writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
+results out of fold and on test questions (JSON and PNG), the agent (zip) and TensorBoard's files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -33,8 +32,12 @@ from collect import CollectConfig
 from collect import main as collect
 from command import run
 from envs.live import LiveEnv
-from evaluation.outcome import Row
-from evaluation.protocol import GATES, Points, choose_points, folds, save_operating_points
+from evaluate import EvaluateConfig, parameter_free
+from evaluate import main as evaluate
+from evaluation.plot import plot_frontiers
+from evaluation.protocol import GATES, folds, save_operating_points
+from evaluation.report import Choice, choose_points
+from evaluation.table import format_table
 from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, HaltHead, Halting, HeadConfig, InputError
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
@@ -109,8 +112,20 @@ def main(config: TrainConfig) -> Path:
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
     halts = {"head": head_halts} | {p.name: _decisions(p, judged_on) for p in BASELINES}
-    gates, rows = choose_points(judged_on, halts, head.halting.probing)
-    _finish(run_dir, export(ppo, head), gates, rows)
+    probing = head.halting.probing
+    choice = choose_points(judged_on, halts, parameter_free(judged_on, probing), probing)
+    _finish(run_dir, export(ppo, head), choice)
+    print(format_table(choice.frozen))
+    if "test" in everything.split:
+        print("\nThe exported head, loaded again:\n")
+        evaluate(
+            EvaluateConfig(
+                head=run_dir,
+                json=run_dir / "test.json",
+                plot=run_dir / "test.png",
+                live=config.traces is None,
+            )
+        )
     print(f"wrote {run_dir}")
     return run_dir
 
@@ -207,9 +222,7 @@ def _out_of_fold(
 ) -> dict[float, Halts]:
     fold = folds(traces.question_id, config.num_folds, config.seed)
     prices = price_grid(head.observing)
-    return out_of_fold(
-        traces, fold, head, config.fit, prices, config.seed, cache=run_dir / "folds"
-    )
+    return out_of_fold(traces, fold, head, config.fit, prices, config.seed, cache=run_dir / "folds")
 
 
 def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> PPO:
@@ -263,13 +276,12 @@ def _decisions(policy: Policy, traces: Traces) -> dict[float, Halts] | None:
     return None if signal is None else decisions(policy, signal)
 
 
-def _finish(
-    run_dir: Path, head: HaltHead, gates: Mapping[float, Points], rows: Sequence[Row]
-) -> None:
+def _finish(run_dir: Path, head: HaltHead, choice: Choice) -> None:
     """Writes what the run came to; the head last, since a folder with a head is a whole run."""
-    _write_json(run_dir / "out_of_fold.json", {"rows": rows})
-    save_operating_points(run_dir, gates)
-    price = gates[min(GATES)]["head"]
+    _write_json(run_dir / "out_of_fold.json", {"rows": choice.rows, "frozen": choice.frozen})
+    plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
+    save_operating_points(run_dir, choice.gates)
+    price = choice.gates[min(GATES)]["head"]
     config = head.config if price is None else replace(head.config, default_price=price)
     HaltHead(config, head.weights).save(run_dir)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ class _Checkpoint(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if self._num_rollouts and self._num_rollouts % self._EVERY == 0:
-            _save(self.model, self._path)
+            _save(cast(PPO, self.model), self._path)
         self._num_rollouts += 1
 
 
@@ -193,7 +194,9 @@ def out_of_fold(
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1, context) as pool:
-        for k, halts in zip(missing, tqdm(pool.map(_fit_fold, jobs), "folds", len(jobs)), strict=True):
+        for k, halts in zip(
+            missing, tqdm(pool.map(_fit_fold, jobs), "folds", len(jobs)), strict=True
+        ):
             np.save(cache / f"{k}.npy", halts)
     decided = np.empty((len(prices), traces.num_points), dtype=bool)
     for k in numbers:

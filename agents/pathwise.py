@@ -125,7 +125,10 @@ def _lay_out(traces: Traces, observing: Observing, probing: Probing) -> _Returns
     traces = traces.select(lengths > 0)
     lengths = lengths[lengths > 0]
     num, longest = len(traces), int(lengths.max())
-    at = (traces.trace_of_point, np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths))
+    at = (
+        traces.trace_of_point,
+        np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths),
+    )
     obs = np.zeros((num, longest, observing.size), dtype=np.float32)
     obs[at] = observing.observe(point_features(traces, observing.groups), 1.0)
     real = np.zeros((num, longest), dtype=bool)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from agents.vec_env import BalancedVecEnv
+from envs.batched import BatchedEnv
 from haltwise import HaltHead, HeadConfig, Observing
 
 
@@ -50,7 +50,7 @@ class PPOConfig:
 
 
 def make_ppo(
-    env: VectorEnv[Any, Any, Any],
+    env: BatchedEnv,
     observing: Observing,
     config: PPOConfig,
     *,
@@ -92,8 +92,8 @@ def make_ppo(
         device="cpu",
     )
     with torch.no_grad():
-        bias = ppo.policy.action_net.bias
-        bias.copy_(torch.tensor([0.0, -math.log(max(mean_points, 2.0))]))
+        bias = torch.tensor([0.0, -math.log(max(mean_points, 2.0))])
+        _layers(ppo)[2].bias.copy_(bias)
     return ppo
 
 
@@ -102,8 +102,7 @@ def log_odds_net(ppo: PPO) -> nn.Sequential:
 
     Only the output layer is a copy: it is the difference of the two action logits.
     """
-    first, second = _hidden_layers(ppo)
-    action = ppo.policy.action_net
+    first, second, action = _layers(ppo)
     out = nn.Linear(action.in_features, 1)
     with torch.no_grad():
         out.weight.copy_(action.weight[1:] - action.weight[:1])
@@ -113,8 +112,7 @@ def log_odds_net(ppo: PPO) -> nn.Sequential:
 
 def set_log_odds(ppo: PPO, net: nn.Sequential) -> None:
     """Puts a network of the form of `log_odds_net` back into the policy: logits (0, log-odds)."""
-    action, out = ppo.policy.action_net, net[-1]
-    assert isinstance(out, nn.Linear)
+    action, out = _layers(ppo)[2], cast(nn.Linear, net[-1])
     with torch.no_grad():
         action.weight.copy_(torch.cat([torch.zeros_like(out.weight), out.weight]))
         action.bias.copy_(torch.cat([torch.zeros_like(out.bias), out.bias]))
@@ -122,18 +120,18 @@ def set_log_odds(ppo: PPO, net: nn.Sequential) -> None:
 
 def export(ppo: PPO, config: HeadConfig) -> HaltHead:
     """The policy as a head; its forward pass in numpy equals stable-baselines3's own to 1e-5."""
-    first, second = _hidden_layers(ppo)
-    layers = (first, second, log_odds_net(ppo)[-1])
+    linear = [layer for layer in log_odds_net(ppo) if isinstance(layer, nn.Linear)]
     weights = {}
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(linear):
         weights[f"w{i}"] = layer.weight.detach().cpu().numpy().copy()
         weights[f"b{i}"] = layer.bias.detach().cpu().numpy().copy()
     return HaltHead(config, weights)
 
 
-def _hidden_layers(ppo: PPO) -> tuple[nn.Linear, nn.Linear]:
+def _layers(ppo: PPO) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """The two hidden layers and the action layer of the policy."""
     first, _, second, _ = ppo.policy.mlp_extractor.policy_net
-    return first, second
+    return cast(nn.Linear, first), cast(nn.Linear, second), cast(nn.Linear, ppo.policy.action_net)
 
 
 class HaltLog(BaseCallback):

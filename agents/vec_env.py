@@ -1,17 +1,16 @@
-"""A gymnasium vector environment as stable-baselines3's VecEnv."""
+"""A batched environment as stable-baselines3's VecEnv."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from agents.balance import balance
+from envs.batched import BatchedEnv
 from haltwise import Observing
 
 
@@ -24,10 +23,8 @@ class BalancedVecEnv(VecEnv):
     (stable-baselines3's own: its return before any weight, and its length in decisions).
     """
 
-    def __init__(
-        self, env: VectorEnv[Any, Any, Any], observing: Observing, seed: int | None = None
-    ) -> None:
-        """Wraps an environment with a `price` (B,); the seed is used at the first reset."""
+    def __init__(self, env: BatchedEnv, observing: Observing, seed: int | None = None) -> None:
+        """Wraps an environment; the seed is used at the first reset."""
         self.env = env
         self._observing = observing
         self._seed = seed
@@ -37,7 +34,7 @@ class BalancedVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         """Starts every episode anew."""
-        obs, _ = self.env.reset(seed=self._seed)
+        obs: VecEnvObs = self.env.reset(seed=self._seed)[0]
         self._seed = None
         self._return[:] = 0
         self._length[:] = 0
@@ -82,6 +79,6 @@ class BalancedVecEnv(VecEnv):
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None
-    ) -> Sequence[bool]:  # type: ignore[override]
+    ) -> list[bool]:
         """Never: wrappers of single episodes do not apply to a batch."""
         return [False] * len(list(self._get_indices(indices)))

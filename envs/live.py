@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from envs.replay import spaces
+from envs.batched import spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
 from haltwise.decoder import Decoder, Probe, check_seen
@@ -184,7 +184,12 @@ class Table:
         Returns:
             Whether each is at a point (B,); the episodes of the others are over.
         """
-        at_point = self._decoder.advance(slots)
+        at_point = np.zeros(len(slots), dtype=bool)
+        going = np.arange(len(slots))
+        while len(going):
+            at_point[going] = self._decoder.advance(slots[going])
+            ended = [self._decoder.generations[slot].ended for slot in slots[going].tolist()]
+            going = going[~(at_point[going] | ended)]
         for slot, pauses in zip(slots.tolist(), at_point, strict=True):
             episode, generation = self.episodes[slot], self._decoder.generations[slot]
             generated = generation.thought.position if pauses else generation.num_tokens

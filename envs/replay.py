@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from envs.batched import BatchedEnv
 from envs.reward import reward, step_costs, step_ems
 from haltwise import FeatureState, InputError, Observing, Signals, answer_keys, feature_names
 from haltwise.features import Float, Index
 from haltwise.halting import Probing
-from haltwise.head import CLIP
 from traces import Traces
 
 
@@ -43,14 +40,7 @@ def point_features(traces: Traces, groups: tuple[str, ...]) -> Float:
     return features
 
 
-def spaces(observing: Observing) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
-    """The observation and action space of one episode, shared by every environment."""
-    low = np.full(observing.size, -CLIP, dtype=np.float32)
-    high = np.full(observing.size, CLIP, dtype=np.float32)
-    return gym.spaces.Box(low, high), gym.spaces.Discrete(2)
-
-
-class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
+class ReplayEnv(BatchedEnv):
     """Many episodes of halting recorded traces, stepped together.
 
     ## Description
@@ -74,9 +64,8 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
     price drawn log-uniformly from the observing's range.
 
     ## Episode end
-    Terminated by halting or by continuing at the last point. Never truncated. A finished
-    episode starts anew in the same step; `infos["final_info"]` holds em, cost, halted, price and
-    trace (B,) of the finished ones, marked in `infos["_final_info"]`.
+    Terminated by halting or by continuing at the last point. Never truncated. The final info also
+    holds the index of the trace.
 
     Args:
         traces: What to replay.
@@ -89,8 +78,6 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
         InputError: If no trace has a decision point.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
-
     def __init__(
         self,
         traces: Traces,
@@ -100,10 +87,7 @@ class ReplayEnv(VectorEnv[Float, Index, NDArray[Any]]):
         price: float | None = None,
     ) -> None:
         """Lays out every point's observation, costs and EM."""
-        self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = spaces(observing)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        super().__init__(observing, num_envs)
         self._observing = observing
         self._fixed_price = price
         self._obs = observing.observe(point_features(traces, observing.groups), 1.0)

@@ -25,16 +25,19 @@ def reward(em: ArrayLike, cost: ArrayLike, price: ArrayLike) -> NDArray[np.float
         cost: Tokens generated.
         price: Exact match per 1,000 tokens.
     """
-    return np.asarray(em, dtype=np.float64) - np.asarray(price) * np.asarray(cost) / 1000
+    paid: NDArray[np.float64] = np.asarray(price) * np.asarray(cost) / 1000
+    return np.asarray(em, dtype=np.float64) - paid
 
 
 def halt_costs(traces: Traces, probing: Probing) -> Tokens:
     """Tokens (P,) spent on a trace that is halted at each of its points."""
     if probing == "at_halt":
-        return traces.position + traces.probe_tokens
+        at_halt: Tokens = traces.position + traces.probe_tokens
+        return at_halt
     total = np.concatenate([[0], np.cumsum(traces.probe_tokens)])
     before = total[traces.offsets[:-1]][traces.trace_of_point]
-    return traces.position + total[1:] - before
+    always: Tokens = traces.position + total[1:] - before
+    return always
 
 
 def never_costs(traces: Traces, probing: Probing) -> Tokens:

@@ -13,24 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcome import (
-    Outcome,
-    Row,
-    em_delta,
-    outcome_row,
-    saving,
-    sweep,
-    unavailable_row,
-)
+from evaluation.outcome import Outcome, em_delta, saving
 from haltwise import InputError
-from haltwise.halting import Probing
 from traces import Traces
 
 #: How much mean EM an operating point may lose on the traces that it is chosen on.
 GATES = (0.0, 0.01)
-
-#: Split that rows carry whose decisions were made out of fold.
-OUT_OF_FOLD = "out of fold"
 
 #: Parameter by policy; None is never halting.
 Points = dict[str, float | None]
@@ -73,43 +61,6 @@ def operating_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: flo
         if saved > best_saving and em_delta(traces, outcome) >= -gate - _ROUNDING:
             best, best_saving = parameter, saved
     return best
-
-
-def choose_points(
-    traces: Traces,
-    decisions: Mapping[str, Mapping[float, NDArray[np.bool_]] | None],
-    probing: Probing,
-) -> tuple[dict[float, Points], list[Row]]:
-    """The operating points of several policies, and all that they were chosen from.
-
-    Args:
-        traces: N traces with P points.
-        decisions: Halting decisions (P,) by policy and parameter, made without having learned
-            from these questions; None for a policy whose signal the traces lack.
-        probing: See `haltwise.Halting`.
-
-    Returns:
-        Points by gate, without the policies that are not available; rows of every policy.
-    """
-    outcomes = {
-        name: None if halts is None else sweep(traces, halts, probing)
-        for name, halts in decisions.items()
-    }
-    gates = {
-        gate: {
-            name: operating_point(traces, swept, gate)
-            for name, swept in outcomes.items()
-            if swept is not None
-        }
-        for gate in GATES
-    }
-    rows = [
-        outcome_row(traces, outcome, name, parameter, OUT_OF_FOLD)
-        for name, swept in outcomes.items()
-        for parameter, outcome in (swept or {}).items()
-    ]
-    missing = [unavailable_row(name, OUT_OF_FOLD) for name, swept in outcomes.items() if not swept]
-    return gates, rows + missing
 
 
 def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> float | None:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from evaluation.intervals import interval, resample
-from evaluation.outcome import Outcome, Row, em_delta, outcome_row, saving, unavailable_row
-from evaluation.protocol import Points, saving_at_em
+from evaluation.outcome import (
+    Outcome,
+    Row,
+    em_delta,
+    outcome_row,
+    saving,
+    sweep,
+    unavailable_row,
+)
+from evaluation.protocol import GATES, Points, operating_point, saving_at_em
+from haltwise.halting import Probing
 from traces import Traces
 
 #: Keys of a frozen row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
@@ -21,6 +34,67 @@ FROZEN_COLUMNS = (
     "saving_at_head_em",  # on this policy's frontier here; None where it never has that EM
     "hindsight_share",  # of the saving of halting at the first correct point
 )
+
+
+#: Split of rows whose decisions were made without having learned from their questions.
+OUT_OF_FOLD = "out of fold"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The operating points of all policies, and what they were chosen from."""
+
+    gates: dict[float, Points]
+    """By gate; policies that are not available are left out."""
+    rows: list[Row]
+    """Every policy over its grid."""
+    frozen: list[Row]
+    """Every policy at its points, on the traces that they were chosen on."""
+
+
+def choose_points(
+    traces: Traces,
+    decisions: Mapping[str, Mapping[float, NDArray[np.bool_]] | None],
+    rules: Mapping[str, Outcome],
+    probing: Probing,
+) -> Choice:
+    """Applies the protocol for operating points to several policies.
+
+    Args:
+        traces: N traces with P points.
+        decisions: Halting decisions (P,) by policy and parameter, made without having learned
+            from these questions; None for a policy whose signal the traces lack.
+        rules: Outcomes of what has no parameter, "never" and "hindsight" among them.
+        probing: See `haltwise.Halting`.
+    """
+    swept = {
+        name: None if halts is None else sweep(traces, halts, probing)
+        for name, halts in decisions.items()
+    }
+    sweeps = {
+        name: [
+            outcome_row(traces, outcome, name, parameter, OUT_OF_FOLD)
+            for parameter, outcome in outcomes.items()
+        ]
+        if outcomes
+        else [unavailable_row(name, OUT_OF_FOLD)]
+        for name, outcomes in swept.items()
+    }
+    gates: dict[float, Points] = {}
+    frozen: list[Row] = []
+    for gate in GATES:
+        points = {name: operating_point(traces, o, gate) for name, o in swept.items() if o}
+        gates[gate] = points
+        at_points = {
+            name: None if not outcomes else _at(outcomes, points[name], rules["never"])
+            for name, outcomes in swept.items()
+        }
+        frozen += frozen_rows(traces, OUT_OF_FOLD, gate, points, at_points | dict(rules), sweeps)
+    return Choice(gates, [row for rows in sweeps.values() for row in rows], frozen)
+
+
+def _at(outcomes: Mapping[float, Outcome], parameter: float | None, never: Outcome) -> Outcome:
+    return never if parameter is None else outcomes[parameter]
 
 
 def frozen_rows(

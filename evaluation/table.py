@@ -35,7 +35,8 @@ def format_table(frozen: Sequence[Row]) -> str:
             )
             for cells in (_TITLES, *rows)
         ]
-        title = f"Points chosen to lose at most {gate:.1%} of exact match, frozen before this file"
+        split = next(row["split"] for row in frozen if row["gate"] == gate)
+        title = f"Points chosen to lose at most {gate:.1%} of exact match; traces: {split}"
         parts.append("\n".join([title, *(line.rstrip() for line in lines)]))
     return "\n\n".join(parts)
 

@@ -22,10 +22,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from haltwise.errors import InputError
 from haltwise.features import GROUP_SIGNALS, Index
-from haltwise.halting import DecisionRule, Halting
+from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 from haltwise.slots import Slots
 
 _BOX = r"\boxed{"
+# Tokens that a slot advances at most when the decision rule does not say.
+_STRIDE = 32
 
 
 class ThoughtRules:
@@ -38,7 +40,8 @@ class ThoughtRules:
         think_end: Text with which the LM itself closes a thought.
 
     Raises:
-        InputError: If the decision rule cannot be run, or the close text has no tokens.
+        InputError: If the decision or confidence rule cannot be run, or the close text has no
+            tokens.
     """
 
     def __init__(
@@ -51,7 +54,11 @@ class ThoughtRules:
         """Encodes the close text."""
         rule = DecisionRule(halting.decision_rule)
         rule.check_runnable()
-        self._every, self._after = rule.every, rule.after or ""
+        if halting.confidence_rule != MEAN_LOGPROB:
+            raise InputError(
+                f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
+            )
+        self.every, self._after = rule.every, rule.after or ""
         self.tokenizer = tokenizer
         self.think_start, self.think_end = think_start, think_end
         self.close_ids: list[int] = tokenizer.encode(halting.close_text, add_special_tokens=False)
@@ -63,8 +70,8 @@ class ThoughtRules:
 
     def is_point(self, position: int, text: str) -> bool:
         """Whether a decision point follows a token of a thought, at some position."""
-        if self._every:
-            return position % self._every == 0
+        if self.every:
+            return position % self.every == 0
         return self._after in text
 
     def token_text(self, token: int) -> str:
@@ -168,7 +175,7 @@ class Decoder:
     """Runs an LM on many questions at once and halts at decision points.
 
     Callers work in rounds: `advance` all running slots, `force` those at decision points in one
-    batch, then go on; `start` replaces whatever is in a slot.
+    batch, and go on with those that have not ended; `start` replaces whatever is in a slot.
 
     Args:
         model: The LM; see `Slots`.
@@ -244,15 +251,20 @@ class Decoder:
     def advance(self, slots: Index) -> NDArray[np.bool_]:
         """Lets slots (B,) think until each is at its next decision point or has ended.
 
+        A slot without a point in reach stops after some tokens too, so that the others need not
+        wait for a long answer: the next call takes it further.
+
         Returns:
-            Whether each is at a decision point (B,); the others have ended.
+            Whether each is at a decision point (B,); of the others, `Generation.ended` tells.
 
         Raises:
             InputError: If the LM's logits are not numbers.
         """
         generations = [self.generations[int(slot)] for slot in slots]
         moving = np.arange(len(slots))
-        while len(moving):
+        for _ in range(self.rules.every or _STRIDE):
+            if not len(moving):
+                break
             tokens = self._choose(slots[moving], [generations[i] for i in moving])
             for i, token in zip(moving, tokens.tolist(), strict=True):
                 self._add(generations[i], token)

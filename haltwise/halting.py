@@ -98,4 +98,6 @@ class Halting:
                     f"{source}: {name} is {recorder[name]!r}, the head expects {expected!r}"
                 )
         if self.probing == "always" and recorder.get("probing", "always") != "always":
-            raise InputError(f"{source}: recorded without probes, the head needs one at every point")
+            raise InputError(
+                f"{source}: recorded without probes, the head needs one at every point"
+            )

@@ -77,7 +77,8 @@ class Observing:
 
         Features are standardised and clipped at 5; for the log price see `dial`.
         """
-        standard = (features - np.float32(self.mean)) / np.float32(self.scale)
+        mean, scale = np.array([self.mean, self.scale], dtype=np.float32)
+        standard = (features - mean) / scale
         dial = np.broadcast_to(self.dial(price), len(features))[:, None]
         return np.concatenate([np.clip(standard, -CLIP, CLIP), dial], axis=1)
 
@@ -85,7 +86,8 @@ class Observing:
         """The log price as observed: the price range maps to [-1, 1]; beyond it to at most 5."""
         low, high = np.log(self.price_range)
         place = (2 * np.log(np.asarray(price, dtype=np.float64)) - low - high) / (high - low)
-        return np.clip(place, -CLIP, CLIP).astype(np.float32)
+        dial: Float = np.clip(place, -CLIP, CLIP).astype(np.float32)
+        return dial
 
     def draw_price(self, rng: np.random.Generator, num: int) -> NDArray[np.float64]:
         """Prices (num,), log-uniform over the range."""
@@ -212,9 +214,10 @@ class HaltHead:
         log_odds: Float = (hidden @ w["w2"].T + w["b2"])[:, 0]
         return log_odds
 
-    def prob_halt(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.float32]:
+    def prob_halt(self, features: Float, price: ArrayLike | None = None) -> Float:
         """Probability of halting (B,); arguments as in `log_odds`."""
-        return 0.5 * (1 + np.tanh(0.5 * self.log_odds(features, price)))
+        prob: Float = 0.5 * (1 + np.tanh(0.5 * self.log_odds(features, price)))
+        return prob
 
     def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
         """Whether to halt (B,); a row with a NaN feature continues."""

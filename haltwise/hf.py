@@ -198,6 +198,7 @@ class _Batch(LogitsProcessor):
             self.decide(np.array(points))
         forced = [i for i, row in enumerate(self.rows) if row.pending]
         if forced:
+            scores = scores.clone()  # `generate` may keep what it passed
             scores[forced] = -torch.inf
             scores[forced, [self.rows[i].pending.popleft() for i in forced]] = 0.0
         return scores

@@ -246,7 +246,9 @@ def greedy_answers(
     max_tokens: int,
     eos_ids: Sequence[int],
 ) -> list[ForcedAnswer]:
-    """Decodes one answer a row, the likeliest token first; rows drop out as they end.
+    """Decodes one answer a row, always the likeliest token; rows drop out as they end.
+
+    Logits that are not numbers give log probabilities that are not.
 
     Args:
         logits: (B, V) of each answer's first token.
@@ -262,7 +264,7 @@ def greedy_answers(
         # One host copy; float64 holds token ids exactly.
         picks = torch.stack([best.indices.double(), best.values.double()]).cpu().numpy()
         tokens, logprobs = picks[0].astype(np.int64), picks[1]
-        ended = np.isin(tokens, eos_ids)
+        ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
         for i, token, logprob, last in zip(moving, tokens, logprobs, ended, strict=True):
             answers[i].num_tokens = num
             if not last:

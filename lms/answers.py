@@ -9,7 +9,7 @@ _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def _boxed(text: str) -> str | None:
-    """Returns what is in the last \\boxed{...}, braces balanced; None if there is none."""
+    """Returns what is in the last boxed{...}, braces balanced; None if there is none."""
     starts = [match.end() for match in _BOXED.finditer(text)]
     if not starts:
         return None

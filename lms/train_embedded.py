@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -245,9 +246,7 @@ def build_optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.opti
     layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(
-            layers, config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon(layers, config.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, config.lr, (0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -261,24 +260,48 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a training needs to go on after a kill, kept in one file."""
+
+    path: Path
+    model: LlamaForCausalLM
+    optimizers: list[torch.optim.Optimizer]
+
+    def save(self, progress: Progress) -> None:
+        """Writes the state of now."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "progress": asdict(progress),
+        }
+        torch.save(state, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)  # a kill during a save harms nothing
+
+    def load(self) -> Progress:
+        """Restores the state, if there is one, and returns what was spent to reach it."""
+        if not self.path.exists():
+            return Progress()
+        state = torch.load(self.path, map_location=self.model.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return Progress(**state["progress"])
+
+
 def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]:
     """Trains to the end, from the last checkpoint if there is one.
 
     Returns:
         The LM, what was spent, and the mean losses of the last hundred steps in nats.
     """
-    model = build_model(config).to(config.device).train()
+    model = build_model(config).train()
+    model.to(config.device)
     optimizers = build_optimizers(model, config)
-    saved = config.out.with_name(config.out.name + ".work") / "state.pt"
-    progress = Progress()
-    if saved.exists():
-        state = torch.load(saved, map_location=config.device, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved_state)
-        progress = Progress(**state["progress"])
-        log.info("resumed at step %d", progress.step)
-    recent: list[dict[str, float]] = []
+    checkpoint = Checkpoint(_work(config) / "state.pt", model, optimizers)
+    progress = checkpoint.load()
+    recent: deque[dict[str, float]] = deque(maxlen=100)
     since = last_save = time.monotonic()
     for rows in batches(config, progress.step):
         loss, parts = loss_of(model, rows, config.probe_weight)
@@ -289,38 +312,28 @@ def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]
             for group in optimizer.param_groups:
                 group["lr"] = rate(config, progress.step)
             optimizer.step()
-        now = time.monotonic()
+        recent.append(parts)
         progress.step += 1
         progress.tokens += sum(len(row.ids) for row in rows)
+        now = time.monotonic()
         progress.seconds += now - since
         since = now
-        recent = [*recent[-99:], parts]
         if progress.step % 100 == 0:
             log.info("%s %s", progress, _means(recent))
         if now - last_save > 60 * config.save_minutes:
-            _save(saved, model, optimizers, progress)
+            checkpoint.save(progress)
             last_save = now
     return model.eval(), progress, _means(recent)
 
 
-def _means(parts: list[dict[str, float]]) -> dict[str, float]:
-    return {key: round(float(np.mean([p[key] for p in parts])), 4) for key in parts[0]}
+def _work(config: Config) -> Path:
+    return config.out.with_name(config.out.name + ".work")
 
 
-def _save(
-    path: Path,
-    model: LlamaForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
-    progress: Progress,
-) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "progress": asdict(progress),
-    }
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)  # a kill in the middle of a save harms nothing
+def _means(parts: Collection[dict[str, float]]) -> dict[str, float]:
+    """Returns {} for no parts."""
+    names = next(iter(parts), {})
+    return {name: round(sum(p[name] for p in parts) / len(parts), 4) for name in names}
 
 
 @torch.no_grad()
@@ -337,7 +350,7 @@ def check_model(
     for task in TASKS:
         asked = questions(task, "test", num)
         inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)
-        ids = model.generate(
+        ids = model.generate(  # type: ignore[misc]  # a mixin annotated for another class
             **inputs.to(model.device),
             do_sample=True,
             temperature=temperature,

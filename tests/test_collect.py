@@ -161,11 +161,11 @@ def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:
     model = tiny_lm(seed=1)
     model.generation_config.update(do_sample=True, temperature=0.8)
     with torch.no_grad():
-        model.model.embed_tokens.weight[IDS["19"]] = torch.nan  # no question has it
+        model.model.embed_tokens.weight[IDS["wait"]] = torch.nan  # no question has it
     model.save_pretrained(broken)
     tiny_tokenizer().save_pretrained(broken)
     with pytest.raises(InputError, match="LM gave NaN logits at position"):
-        main(replace(config, lm=str(broken), num=100, batch_size=1))
+        main(replace(config, lm=str(broken), num=100, batch_size=1, max_tokens=4))
     assert rows_of(config.out)
 
 

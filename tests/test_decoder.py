@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def answer_all(
         if probes:
             decoder.force(slots[at_point])
         for slot in slots[~at_point].tolist():
-            done[question_in.pop(slot)] = decoder.generations[slot]
+            if decoder.generations[slot].ended:
+                done[question_in.pop(slot)] = decoder.generations[slot]
     return [done[i] for i in range(len(prompts))]
 
 
@@ -109,8 +111,9 @@ def points(decoder: Decoder, prompt: str) -> list[int]:
     """Positions of all decision points of one question."""
     slot, found = np.arange(1), []
     decoder.start(slot, [prompt], [0])
-    while decoder.advance(slot)[0]:
-        found.append(decoder.generations[0].thought.position)
+    while not decoder.generations[0].ended:
+        if decoder.advance(slot)[0]:
+            found.append(decoder.generations[0].thought.position)
     return found
 
 
@@ -128,6 +131,15 @@ def test_decision_points_lie_inside_the_thought(rule: str, expected: list[int]) 
     assert generation.thought.closed
     assert generation.thought.answer_text() == "wait ."
     assert generation.thought.text().split()[-3:] == ["wait", ".", "<eos>"]
+
+
+def test_nobody_waits_for_a_long_answer() -> None:
+    model = ScriptedLM(script(p4="</think>"))
+    lm = decoder(model=model, halting=halting("every 5 tokens"), temperature=0.0)
+    lm.start(np.arange(1), ["5 <think>"], [0])
+    for num in (5, 10, 15):
+        assert not lm.advance(np.arange(1))[0]
+        assert (lm.generations[0].num_tokens, lm.generations[0].ended) == (num, False)
 
 
 def test_a_thought_that_the_lm_opens_begins_there() -> None:
@@ -175,6 +187,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ({"halting": halting("somewhere")}, "can be replayed but not run"),
         ({"halting": halting("every 0 tokens")}, "can be replayed but not run"),
         ({"halting": halting(close="")}, "has no tokens"),
+        ({"halting": replace(halting(), confidence_rule="source")}, "rule 'source' cannot be run"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),

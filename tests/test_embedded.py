@@ -39,9 +39,7 @@ from lms.train_embedded import (
 
 SURE = Habits(0.0, 0.0, 1, 2, 9, 0.0)
 SUM = Question("q", "sum", "short", "sum : 7 + 12 - 5 <think>", "14", "train")
-LET = Question(
-    "q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c <think>", "6", "train"
-)
+LET = Question("q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c <think>", "6", "train")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -50,9 +48,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 def test_attempts_by_hand() -> None:
     assert " ".join(attempt(SUM, 0.0, 1, rng())) == "7 + 12 = 19 - 5 = 14 so 14"
-    assert " ".join(attempt(LET, 0.0, 1, rng())) == (
-        "a = 7 , b = a - 3 = 4 , c = b + 2 = 6 so 6"
-    )
+    assert " ".join(attempt(LET, 0.0, 1, rng())) == ("a = 7 , b = a - 3 = 4 , c = b + 2 = 6 so 6")
 
 
 def test_a_certain_slip_is_off_by_its_reach() -> None:

@@ -126,7 +126,7 @@ def test_files_are_written_and_hold_what_was_returned(
 
 
 def test_the_runs_own_traces_are_the_default(run_folder: Path, traces_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json names no traces: expected --traces"):
+    with pytest.raises(InputError, match=r"config\.json names no traces: expected a run, or --traces"):
         evaluate.main(EvaluateConfig(head=run_folder))
     (run_folder / "config.json").write_text(json.dumps({"traces": str(traces_path)}))
     assert evaluate.main(EvaluateConfig(head=run_folder))["traces"]["path"] == str(traces_path)

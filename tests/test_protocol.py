@@ -77,7 +77,7 @@ def test_a_row_counts_what_changed(halts: list[bool]) -> None:
     traces = example_without_a_file()
     row = outcome_row(traces, halt_outcome(traces, np.array(halts), "always"), "x", 1.0, "test")
     net = row["wrong_to_right"] - row["right_to_wrong"]
-    assert row["em_delta"] == pytest.approx(net / len(traces))
+    assert row["em_delta"] == pytest.approx(net)
     assert tuple(row) == COLUMNS == tuple(unavailable_row("x", "test"))
 
 
@@ -116,8 +116,8 @@ def test_one_row_by_hand() -> None:
         "tokens": (11 + 12 + 13) / 3,
         "saving": 1 - 36 / 60,
         "halt_rate": 2 / 3,
-        "right_to_wrong": 1,
-        "wrong_to_right": 1,
+        "right_to_wrong": 1 / 3,
+        "wrong_to_right": 1 / 3,
     }
 
 

@@ -100,6 +100,16 @@ def test_an_empty_answer_has_no_confidence() -> None:
     assert (answer.tokens, answer.num_tokens, answer.confidence) == ([], 1, 0.0)
 
 
+def test_logits_that_are_not_numbers_show_in_the_answer() -> None:
+    model = tiny_lm()
+    model.lm_head.weight.data[:] = torch.nan
+    slots = Slots(model, 1)
+    slots.prefill(np.arange(1), [[2, 3]])
+    (answer,) = slots.force(np.arange(1), [CLOSE], 3, list(range(len(WORDS))))
+    assert np.isnan(answer.logprobs).all()
+    assert np.isnan(answer.confidence)
+
+
 def test_a_half_precision_lm_gives_float32_logits() -> None:
     model = tiny_lm().bfloat16()
     slots = Slots(model, 2)

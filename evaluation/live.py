@@ -1,0 +1,163 @@
+"""The head beside the running LM: do the numbers from replay hold where it counts?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from envs.replay import point_features
+from evaluation.intervals import Interval, interval, resample
+from evaluation.outcome import Outcome, halt_outcome, saving
+from haltwise import HaltHead
+from haltwise.decoder import Thought, end_tokens
+from haltwise.hf import Halter, RowReport
+from lms.answers import exact_match, read_answer
+from lms.language_model import LanguageModel
+from lms.tasks import Question
+from traces import Traces
+
+_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One head at one price, beside the running LM and replayed, on the same questions."""
+
+    num_questions: int
+    price: float
+    live_em: float
+    live_tokens: float
+    """A question, all probes included."""
+    live_saving: float
+    """Against the never halted traces of the same questions."""
+    replay_em: float
+    replay_tokens: float
+    replay_saving: float
+    em_difference: Interval
+    """Live minus replay, 95 %, paired by question."""
+    saving_difference: Interval
+    """Live minus replay, 95 %, paired by question."""
+
+    def __str__(self) -> str:
+        """Two lines for a person."""
+        em = [100 * end for end in self.em_difference]
+        saved = [100 * end for end in self.saving_difference]
+        return (
+            f"Beside the running LM, {self.num_questions} questions, price {self.price:.4g}: "
+            f"EM {100 * self.live_em:.2f} (replay {100 * self.replay_em:.2f}), "
+            f"saving {100 * self.live_saving:.1f} (replay {100 * self.replay_saving:.1f})\n"
+            f"live minus replay, 95 %: EM [{em[0]:+.2f}, {em[1]:+.2f}], "
+            f"saving [{saved[0]:+.1f}, {saved[1]:+.1f}]"
+        )
+
+
+def run_beside(
+    head: HaltHead,
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    traces: Traces,
+    price: float,
+    seed: int = 0,
+) -> Comparison:
+    """Answers questions by `generate` with the head, and compares that with replaying it.
+
+    Args:
+        head: The exported head.
+        lm: The LM that the traces came from.
+        asked: Questions of `traces`.
+        traces: One recorded trace or more of each question.
+        price: In exact match per 1,000 tokens.
+        seed: Of sampling, which is another than the traces': the same questions are thought
+            about anew.
+
+    Raises:
+        InputError: If head and LM do not fit each other.
+    """
+    kept = {question.question_id: question for question in asked}
+    traces = traces.select(np.isin(traces.question_id, list(kept)))
+    features = point_features(traces, head.config.observing.groups)
+    probing = head.config.halting.probing
+    replay = halt_outcome(traces, head.halts(features, price), probing)
+    in_order = [kept[name] for name in traces.question_id.tolist()]
+    live = answer(head, lm, in_order, price, traces.recorder["max_tokens"], seed)
+    resampled = resample(traces, {"live": live, "replay": replay})
+    return Comparison(
+        num_questions=len(kept),
+        price=price,
+        live_em=float(live.em.mean()),
+        live_tokens=float(live.cost.mean()),
+        live_saving=saving(traces, live),
+        replay_em=float(replay.em.mean()),
+        replay_tokens=float(replay.cost.mean()),
+        replay_saving=saving(traces, replay),
+        em_difference=interval(resampled["live"].em_delta - resampled["replay"].em_delta),
+        saving_difference=interval(resampled["live"].saving - resampled["replay"].saving),
+    )
+
+
+def answer(
+    head: HaltHead,
+    lm: LanguageModel,
+    asked: Sequence[Question],
+    price: float,
+    max_tokens: int,
+    seed: int = 0,
+) -> Outcome:
+    """Lets an LM answer questions with a head beside it, by transformers' `generate`.
+
+    Args:
+        head: The policy.
+        lm: What thinks, sampled as it prefers.
+        asked: N questions.
+        price: In exact match per 1,000 tokens.
+        max_tokens: Token budget of a question, its answer included.
+        seed: Of sampling.
+
+    Returns:
+        EM, cost (all probes included) and whether it was halted, of each question (N,).
+
+    Raises:
+        InputError: If head and LM do not fit each other.
+    """
+    torch.manual_seed(seed)
+    halter = Halter(head, lm.tokenizer, price, read_answer)
+    columns: list[tuple[bool, int, bool]] = []
+    for start in tqdm(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
+        batch = asked[start : start + _BATCH_SIZE]
+        inputs = lm.tokenizer(
+            [question.prompt for question in batch], return_tensors="pt", padding=True
+        ).to(lm.model.device)
+        generate = cast(Any, lm.model).generate
+        ids = generate(**inputs, max_new_tokens=max_tokens, custom_generate=halter)
+        rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        generated = [_without_padding(row, end_tokens(lm.model.generation_config)) for row in rows]
+        columns += map(partial(_outcome, halter), batch, generated, halter.report)
+    em_column, cost, halted = zip(*columns, strict=True)
+    return Outcome(np.array(em_column), np.array(cost, dtype=np.int64), np.array(halted))
+
+
+def _without_padding(tokens: list[int], eos_ids: list[int]) -> list[int]:
+    """Tokens up to the end token, if there is one."""
+    ends = [i for i, token in enumerate(tokens) if token in eos_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def _outcome(
+    halter: Halter, question: Question, generated: list[int], report: RowReport
+) -> tuple[bool, int, bool]:
+    """EM, cost and whether it was halted, of one row of a batch."""
+    if report.halted:
+        text, spent = report.answer, report.position
+    else:
+        thought = Thought(halter.rules, question.prompt)
+        for token in generated:
+            thought.add(token)
+        text, spent = thought.answer_text(), len(generated)
+    em = exact_match(read_answer(text), question.gold)
+    return em, spent + report.num_probe_tokens, report.halted

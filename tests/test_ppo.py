@@ -1,0 +1,186 @@
+"""The agent learns, starts from traces, and is exported as it is."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agents.balance import balance
+from agents.fit import FitConfig, fit, observing_of, out_of_fold
+from agents.pathwise import PathwiseConfig, start_from_traces
+from agents.ppo import PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.vec_env import BalancedVecEnv
+from envs.replay import ReplayEnv, point_features
+from envs.reward import halt_costs, never_costs
+from evaluation.outcome import halt_outcome, never_outcome
+from evaluation.protocol import folds
+from haltwise import Halting, HeadConfig
+from traces import Traces
+
+GROUPS = ("pace", "confidence", "agreement")
+HALTING = Halting("always", "every 50 tokens", "</think>", "source")
+PPO = PPOConfig(total_timesteps=4096, num_envs=64, n_steps=16, batch_size=256, net_width=16)
+NONE = PathwiseConfig(steps=0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def head_of(traces: Traces) -> HeadConfig:
+    observing = observing_of(traces, GROUPS)
+    return HeadConfig(observing, HALTING, default_price=observing.price_range[0])
+
+
+def mean_return(traces: Traces, halts: np.ndarray, price: float) -> float:
+    outcome = halt_outcome(traces, halts, "always")
+    return float((outcome.em - price * outcome.cost / 1000).mean())
+
+
+@pytest.fixture
+def telling_traces(make_traces) -> Traces:  # type: ignore[no-untyped-def]
+    """Answers become right at a random point, and confidence tells: hindsight can be reached."""
+    rng = np.random.default_rng(1)
+    changes = []
+    for n in range(80):
+        first = int(rng.integers(0, 6))
+        right = [i >= first for i in range(8)]
+        changes.append(
+            {
+                "question_id": f"q{n % 40}",
+                "num_tokens": 900,
+                "position": list(range(100, 900, 100)),
+                "probe_tokens": [2] * 8,
+                "answer": ["7" if r else str(i) for i, r in enumerate(right)],
+                "correct": right,
+                "confidence": [0.9 if r else 0.6 for r in right],
+                "answer_logprobs": [[]] * 8,
+            }
+        )
+    return make_traces(changes)  # type: ignore[no-any-return]
+
+
+def test_it_learns_to_halt_when_the_answer_is_there(telling_traces: Traces) -> None:
+    config = FitConfig(NONE, replace(PPO, total_timesteps=40_000, learning_rate=3e-3))
+    head_config = head_of(telling_traces)
+    head = export(fit(telling_traces, head_config, config, seed=0), head_config)
+    halts = head.halts(point_features(telling_traces, GROUPS), 0.3)
+    best = mean_return(telling_traces, telling_traces.correct, 0.3)
+    never = never_outcome(telling_traces)
+    full = float((never.em - 0.3 * never.cost / 1000).mean())
+    reached = mean_return(telling_traces, halts, 0.3)
+    assert reached - full > 0.9 * (best - full) > 0.05
+
+
+def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:
+    head_config = head_of(telling_traces)
+    env = ReplayEnv(telling_traces, head_config.observing, "always", PPO.num_envs)
+    ppo = make_ppo(env, head_config.observing, PPO, mean_points=8, seed=0)
+    net = log_odds_net(ppo)
+    start_from_traces(
+        net, telling_traces, head_config.observing, "always", PathwiseConfig(steps=300), seed=0
+    )
+    set_log_odds(ppo, net)
+    halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
+    best = mean_return(telling_traces, telling_traces.correct, 0.3)
+    assert mean_return(telling_traces, halts, 0.3) > best - 0.02
+
+
+def test_the_expected_return_is_that_of_the_halting_distribution(random_traces: Traces) -> None:
+    from agents.pathwise import _expected_return, _lay_out
+
+    head_config = head_of(random_traces)
+    env = ReplayEnv(random_traces, head_config.observing, "always", 4)
+    net = log_odds_net(make_ppo(env, head_config.observing, PPO, mean_points=4, seed=0))
+    with_points = np.flatnonzero(np.diff(random_traces.offsets))
+    price = np.geomspace(0.5, 5, len(with_points))
+    rows = torch.arange(len(with_points))
+    returns = _lay_out(random_traces, head_config.observing, "always")
+    found = _expected_return(net, returns, rows, price, head_config.observing).detach().numpy()
+    features = point_features(random_traces, GROUPS)
+    costs, never = halt_costs(random_traces, "always"), never_costs(random_traces, "always")
+    for k, n in enumerate(with_points):
+        reached, expected = 1.0, 0.0
+        for at in range(random_traces.offsets[n], random_traces.offsets[n + 1]):
+            obs = head_config.observing.observe(features[at : at + 1], price[k])
+            hazard = torch.sigmoid(net(torch.from_numpy(obs))).item()
+            gained = random_traces.correct[at] - price[k] * costs[at] / 1000
+            expected, reached = expected + reached * hazard * gained, reached * (1 - hazard)
+        expected += reached * (random_traces.final_correct[n] - price[k] * never[n] / 1000)
+        assert found[k] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_exported_head_is_the_policy(random_traces: Traces) -> None:
+    head_config = head_of(random_traces)
+    ppo = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0)
+    head = export(ppo, head_config)
+    obs = np.random.default_rng(0).normal(size=(50, head_config.observing.size)).astype(np.float32)
+    _, log_prob, _ = ppo.policy.evaluate_actions(torch.from_numpy(obs), torch.ones(len(obs)))
+    prob_halt = 1 / (1 + np.exp(-head.log_odds_of(obs)))
+    assert prob_halt == pytest.approx(log_prob.exp().detach().numpy(), abs=1e-5)
+
+
+def test_a_fresh_agent_halts_about_once_a_trace(random_traces: Traces) -> None:
+    head_config = head_of(random_traces)
+    env = ReplayEnv(random_traces, head_config.observing, "always", 4)
+    for mean_points in (4, 64):
+        ppo = make_ppo(env, head_config.observing, PPO, mean_points=mean_points, seed=0)
+        obs = head_config.observing.observe(point_features(random_traces, GROUPS), 1.0)
+        odds = np.exp(export(ppo, head_config).log_odds_of(obs).mean())
+        assert odds == pytest.approx(1 / mean_points, rel=0.3)
+
+
+def test_rewards_are_weighed_by_price_and_reported_as_they_are(worked_example: Traces) -> None:
+    observing = observing_of(worked_example, GROUPS)
+    env = BalancedVecEnv(ReplayEnv(worked_example, observing, "always", 1, price=0.5), observing)
+    env.reset()
+    env.step(np.array([0]))
+    _, rewards, _, infos = env.step(np.array([1]))
+    weight = balance(np.array([0.5]), observing)[0]
+    assert weight == pytest.approx(1 / (0.1 + 2 * 0.5 / (2 / 0.6)))
+    assert rewards[0] == pytest.approx(weight * (1 - 0.081))
+    assert infos[0]["episode"]["r"] == pytest.approx(0.864) and infos[0]["episode"]["l"] == 2
+    assert infos[0]["halt"]["cost"] == 272
+
+
+def test_a_seed_repeats_the_training(random_traces: Traces) -> None:
+    heads = [
+        export(
+            fit(random_traces, head_of(random_traces), FitConfig(PathwiseConfig(5), PPO), seed=3),
+            head_of(random_traces),
+        )
+        for _ in range(2)
+    ]
+    assert all((heads[0].weights[k] == heads[1].weights[k]).all() for k in heads[0].weights)
+
+
+def test_an_interrupted_training_goes_on(random_traces: Traces, tmp_path: Path) -> None:
+    head_config, checkpoint = head_of(random_traces), tmp_path / "agent.zip"
+    half = FitConfig(NONE, replace(PPO, total_timesteps=2048))
+    fit(random_traces, head_config, half, seed=0, checkpoint=checkpoint)
+    whole = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0, checkpoint=checkpoint)
+    assert whole.num_timesteps == 4096
+    again = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0, checkpoint=checkpoint)
+    same = zip(whole.policy.parameters(), again.policy.parameters(), strict=True)
+    assert all(bool((a == b).all()) for a, b in same)
+
+
+def test_out_of_fold_decisions_come_from_the_other_folds(
+    random_traces: Traces, tmp_path: Path
+) -> None:
+    head_config = head_of(random_traces)
+    config = FitConfig(PathwiseConfig(5), replace(PPO, total_timesteps=1024))
+    fold = folds(random_traces.question_id, 2)
+    prices = [0.5, 2.0]
+    decided = out_of_fold(random_traces, fold, head_config, config, prices, 0, tmp_path)
+    train = random_traces.select(fold != 0)
+    observing = replace(observing_of(train, GROUPS), price_range=head_config.observing.price_range)
+    own = HeadConfig(observing, HALTING, 1.0)
+    head = export(fit(train, own, config, seed=0), own)
+    held_out = fold[random_traces.trace_of_point] == 0
+    features = point_features(random_traces, GROUPS)[held_out]
+    for price in prices:
+        assert (decided[price][held_out] == head.halts(features, price)).all()
