@@ -100,6 +100,7 @@ def main(config: TrainConfig) -> Path:
     # Test questions are never learned from, nor anything chosen on them.
     traces = everything.of_split("train", "dev")
     head = _head_config(traces, config)
+    fold = folds(traces.question_id, config.num_folds, config.seed)
     run_dir = _open_run(config, path)
     if config.live:
         learned_from, judged_on = traces.of_split("train"), traces.of_split("dev")
@@ -107,7 +108,15 @@ def main(config: TrainConfig) -> Path:
         head_halts = _decisions(Head(export(ppo, head)), judged_on)
     else:
         judged_on = traces
-        head_halts = _out_of_fold(config, run_dir, head, traces)
+        head_halts = out_of_fold(
+            traces,
+            fold,
+            head,
+            config.fit,
+            price_grid(head.observing),
+            config.seed,
+            cache=run_dir / "folds",
+        )
         ppo = _train_replay(config, run_dir, head, traces)
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
@@ -215,14 +224,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _out_of_fold(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces
-) -> dict[float, Halts]:
-    fold = folds(traces.question_id, config.num_folds, config.seed)
-    prices = price_grid(head.observing)
-    return out_of_fold(traces, fold, head, config.fit, prices, config.seed, cache=run_dir / "folds")
 
 
 def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> PPO:

@@ -90,7 +90,8 @@ def choose_points(
             for name, outcomes in swept.items()
         }
         frozen += frozen_rows(traces, OUT_OF_FOLD, gate, points, at_points | dict(rules), sweeps)
-    return Choice(gates, [row for rows in sweeps.values() for row in rows], frozen)
+    rows = [outcome_row(traces, rule, name, None, OUT_OF_FOLD) for name, rule in rules.items()]
+    return Choice(gates, rows + [row for swept in sweeps.values() for row in swept], frozen)
 
 
 def _at(outcomes: Mapping[float, Outcome], parameter: float | None, never: Outcome) -> Outcome:

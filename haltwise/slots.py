@@ -261,8 +261,8 @@ def greedy_answers(
     moving = np.arange(len(answers))
     for num in range(1, max_tokens + 1):
         best = logits.log_softmax(dim=-1).max(dim=-1)
-        # One host copy; float64 holds token ids exactly.
-        picks = torch.stack([best.indices.double(), best.values.double()]).cpu().numpy()
+        # One host copy; float32 holds token ids exactly.
+        picks = torch.stack([best.indices.float(), best.values]).cpu().numpy()
         tokens, logprobs = picks[0].astype(np.int64), picks[1]
         ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
         for i, token, logprob, last in zip(moving, tokens, logprobs, ended, strict=True):

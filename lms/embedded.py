@@ -43,15 +43,17 @@ class Habits:
     """At most so many checks after the result is confirmed."""
     attempts: int
     """Never more attempts than this."""
+    impatient: float
+    """Chance to end on a result that has just been found to differ from the one before."""
     stubborn: float
     """Share of forced answers that repeat the latest result, right or wrong, once there is
     one; the others are the gold answer, which calibrates the LM's confidence."""
 
 
 HABITS = {
-    "sum": Habits(0.08, 0.03, 1, 6, 9, 0.0),
-    "let": Habits(0.20, 0.03, 1, 6, 9, 0.9),
-    "leap": Habits(0.32, 0.32, 3, 1, 6, 0.0),
+    "sum": Habits(0.08, 0.03, 1, 6, 9, 0.15, 0.0),
+    "let": Habits(0.20, 0.03, 1, 6, 9, 0.15, 0.6),
+    "leap": Habits(0.36, 0.36, 3, 1, 6, 0.0, 0.0),
 }
 
 
@@ -119,4 +121,6 @@ def think(question: Question, habits: Habits, rng: np.random.Generator) -> Thoug
         results.append((len(words) - 1, words[-1]))
         words.append("ok" if agrees else "wait")
         confirmed = confirmed + 1 if agrees else 0
+        if not agrees and rng.random() < habits.impatient:
+            break
     return Thought(tuple(words), tuple(results))

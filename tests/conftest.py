@@ -63,32 +63,44 @@ def worked_example(make_traces: MakeTraces) -> Traces:
     return make_traces([{}])
 
 
-@pytest.fixture
-def random_traces(make_traces: MakeTraces) -> Traces:
+def random_rows() -> list[Row]:
     """60 traces of 20 questions, 0 to 7 points each; later points are more often right and sure."""
     rng = np.random.default_rng(7)
-    changes = []
+    rows = []
     for n in range(60):
         length = int(rng.integers(0, 8))
         position = np.cumsum(rng.integers(20, 90, length))
         skill = rng.random()
         correct = rng.random(length) < skill * np.linspace(0.4, 1.2, length)
         confidence = np.clip(rng.normal(0.45 + 0.4 * correct, 0.15), 0, 1)
-        changes.append(
-            {
-                "question_id": f"q{n % 20}",
-                "split": ("train", "dev", "test")[n % 20 % 3],
-                "num_tokens": int(position[-1] if length else 10) + int(rng.integers(20, 200)),
-                "final_correct": bool(rng.random() < skill),
-                "position": position.tolist(),
-                "probe_tokens": rng.integers(1, 6, length).tolist(),
-                "answer": ["7" if c else str(rng.integers(3)) for c in correct],
-                "correct": correct.tolist(),
-                "confidence": confidence.tolist(),
-                "answer_logprobs": [[-0.5]] * length,
-            }
+        rows.append(
+            trace_row(
+                trace_id=f"t{n}",
+                question_id=f"q{n % 20}",
+                split=("train", "dev", "test")[n % 20 % 3],
+                num_tokens=int(position[-1] if length else 10) + int(rng.integers(20, 200)),
+                final_correct=bool(rng.random() < skill),
+                position=position.tolist(),
+                probe_tokens=rng.integers(1, 6, length).tolist(),
+                answer=["7" if c else str(rng.integers(3)) for c in correct],
+                correct=correct.tolist(),
+                confidence=confidence.tolist(),
+                answer_logprobs=[[-0.5]] * length,
+            )
         )
-    return make_traces(changes)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def random_traces_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("random") / "made.parquet"
+    write_shard(path, random_rows(), {})
+    return path
+
+
+@pytest.fixture
+def random_traces(random_traces_path: Path) -> Traces:
+    return read_traces(random_traces_path)
 
 
 @pytest.fixture

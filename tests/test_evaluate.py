@@ -28,8 +28,8 @@ RULES = {"never", "hindsight", "hindsight_give_up"}
 
 
 @pytest.fixture
-def traces_path(random_traces: Traces, tmp_path: Path) -> Path:
-    return tmp_path / "made.parquet"
+def traces_path(random_traces_path: Path) -> Path:
+    return random_traces_path
 
 
 @pytest.fixture
@@ -126,7 +126,9 @@ def test_files_are_written_and_hold_what_was_returned(
 
 
 def test_the_runs_own_traces_are_the_default(run_folder: Path, traces_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json names no traces: expected a run, or --traces"):
+    with pytest.raises(
+        InputError, match=r"config\.json names no traces: expected a run, or --traces"
+    ):
         evaluate.main(EvaluateConfig(head=run_folder))
     (run_folder / "config.json").write_text(json.dumps({"traces": str(traces_path)}))
     assert evaluate.main(EvaluateConfig(head=run_folder))["traces"]["path"] == str(traces_path)

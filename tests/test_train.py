@@ -1,0 +1,149 @@
+"""The whole path through the scripts' own `main`: train, export, evaluate."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import evaluate
+import train
+from agents.fit import FitConfig
+from agents.pathwise import PathwiseConfig
+from agents.ppo import PPOConfig
+from haltwise import HaltHead, InputError
+from traces import read_traces
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = FitConfig(
+    PathwiseConfig(steps=20, batch_size=32),
+    PPOConfig(total_timesteps=512, num_envs=16, n_steps=16, batch_size=64, net_width=8),
+)
+LIVE = PPOConfig(total_timesteps=64, num_envs=8, n_steps=8, batch_size=32, net_width=8)
+
+
+@pytest.fixture
+def config(random_traces_path: Path, tmp_path: Path) -> TrainConfig:
+    """Traces of all three splits, and a run folder that is not there yet."""
+    return TrainConfig(traces=random_traces_path, run_dir=tmp_path / "run", num_folds=2, fit=SMALL)
+
+
+@pytest.fixture(scope="module")
+def run_dir(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on those traces."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    return train.main(
+        TrainConfig(traces=random_traces_path, run_dir=folder, num_folds=2, fit=SMALL)
+    )
+
+
+def test_a_run_folder_is_complete(run_dir: Path) -> None:
+    assert {path.name for path in run_dir.iterdir()} >= {
+        "config.json",
+        "head.json",
+        "head.safetensors",
+        "operating_points.json",
+        "out_of_fold.json",
+        "out_of_fold.png",
+        "replay.zip",
+        "tensorboard",
+        "test.json",
+        "test.png",
+    }
+    written = json.loads((run_dir / "config.json").read_text())
+    assert written["versions"]["torch"] and written["command"] and written["traces"]
+    head, learned = HaltHead.load(run_dir), read_traces(written["traces"])
+    assert head.config.traces == learned.of_split("train", "dev").digest
+    assert list(run_dir.glob("tensorboard/replay*/events*"))
+
+
+def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:
+    content = json.loads((run_dir / "out_of_fold.json").read_text())
+    heads = [row for row in content["rows"] if row["policy"] == "head"]
+    assert len(heads) == 60
+    points = json.loads((run_dir / "operating_points.json").read_text())["gates"]
+    for gate, by_policy in points.items():
+        allowed = [r for r in heads if r["em_delta"] >= -float(gate) - 1e-12 and r["saving"] > 0]
+        best = max(allowed, key=lambda r: r["saving"], default={"parameter": None})
+        assert by_policy["head"] == best["parameter"]
+
+
+def test_test_questions_change_nothing(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
+    assert config.traces is not None
+    spoiled = tmp_path / "spoiled.parquet"
+    _spoil_test_rows(config.traces, spoiled)
+    first, second = (
+        HaltHead.load(run_dir),
+        HaltHead.load(train.main(replace(config, traces=spoiled))),
+    )
+    assert all((first.weights[k] == second.weights[k]).all() for k in first.weights)
+
+
+def _spoil_test_rows(source: Path, target: Path) -> None:
+    table = pq.read_table(source)
+    is_test = np.array(table["split"].to_pylist()) == "test"
+    final = np.array(table["final_correct"].to_pylist()) ^ is_test
+    at = table.schema.get_field_index("final_correct")
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(final)), target)
+
+
+def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
+    before = HaltHead.load(run_dir)
+    (run_dir / "head.json").unlink()
+    (run_dir / "folds" / "1.npy").unlink()
+    after = HaltHead.load(train.main(replace(config, run_dir=run_dir, resume=True)))
+    assert all((before.weights[k] == after.weights[k]).all() for k in before.weights)
+
+
+def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
+    assert config.run_dir is not None
+    config.run_dir.mkdir()
+    with pytest.raises(InputError, match="exists"):
+        train.main(config)
+    with pytest.raises(InputError, match="not begun with this command"):
+        train.main(replace(config, resume=True))
+    assert not list(config.run_dir.iterdir())
+
+
+def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
+    with pytest.raises(InputError, match="--live"):
+        train.main(replace(config, live=True))
+    with pytest.raises(InputError, match="--run-dir"):
+        train.main(replace(config, resume=True, run_dir=None))
+    with pytest.raises(InputError, match="mood"):
+        train.main(replace(config, groups=("mood",)))
+    with pytest.raises(InputError, match="expected at least 50"):
+        train.main(replace(config, num_folds=50))
+    assert config.run_dir is not None and not config.run_dir.exists()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_embedded_lm_from_recording_to_running_beside_it(
+    live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "_CHECKPOINTS", tmp_path)
+    config = TrainConfig(live=live, num_questions=10, num_folds=2, fit=SMALL, live_ppo=LIVE)
+    run_dir = train.main(config)
+    assert run_dir.parent == tmp_path
+    assert (run_dir / "live.zip").exists()
+    assert (run_dir / "replay.zip").exists() != live
+    report = evaluate.main(evaluate.EvaluateConfig(head=run_dir))
+    assert report["traces"]["num"] == 10
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--traces", tmp_path / "no.parquet"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "no.parquet" in done.stderr
