@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import gymnasium as gym
@@ -34,8 +35,6 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
-    price: NDArray[np.float64]
-    """(B,) of the episodes that are being played."""
 
     def __init__(self, observing: Observing, num_envs: int) -> None:
         """Sets the spaces."""
@@ -43,3 +42,8 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
         self.single_observation_space, self.single_action_space = spaces(observing)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+
+    @property
+    @abstractmethod
+    def price(self) -> NDArray[np.float64]:
+        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""

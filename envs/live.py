@@ -13,11 +13,9 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from envs.batched import spaces
+from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
 from haltwise.decoder import Decoder, Probe, check_seen
@@ -222,7 +220,7 @@ class Table:
         self.obs[slots] = self._observing.observe(features, prices)
 
 
-class LiveEnv(VectorEnv[Float, Index, NDArray[Any]]):
+class LiveEnv(BatchedEnv):
     """Many episodes of halting a running LM, stepped together: `HaltEnv` in batches.
 
     One forward pass of the LM moves all episodes by a token. A finished episode starts anew in
@@ -247,8 +245,6 @@ class LiveEnv(VectorEnv[Float, Index, NDArray[Any]]):
         InputError: If the questions or conditions cannot be used.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
-
     def __init__(
         self,
         lm: LanguageModel,
@@ -261,10 +257,7 @@ class LiveEnv(VectorEnv[Float, Index, NDArray[Any]]):
         price: float | None = None,
     ) -> None:
         """Prepares the LM; nothing is generated before `reset`."""
-        self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = spaces(observing)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        super().__init__(observing, num_envs)
         self._num_slots = num_envs + num_envs // _ENVS_PER_SPARE
         temperature = lm.temperature if temperature is None else temperature
         self._table = Table(lm, halting, observing, self._num_slots, max_tokens, temperature)
@@ -272,7 +265,7 @@ class LiveEnv(VectorEnv[Float, Index, NDArray[Any]]):
 
     @property
     def price(self) -> NDArray[np.float64]:
-        """Of each episode (B,), in exact match per 1,000 tokens."""
+        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
         return np.array([episode.price for episode in self._playing()])
 
     def reset(

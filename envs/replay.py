@@ -108,7 +108,7 @@ class ReplayEnv(BatchedEnv):
         everyone = np.arange(self.num_envs)
         self._trace = np.empty(self.num_envs, dtype=np.int64)
         self._point = np.empty(self.num_envs, dtype=np.int64)
-        self.price = np.empty(self.num_envs)
+        self._price = np.empty(self.num_envs)
         self._dial = np.empty(self.num_envs, dtype=np.float32)
         self._spent = np.zeros(self.num_envs)
         self._start(everyone)
@@ -121,7 +121,7 @@ class ReplayEnv(BatchedEnv):
         at = self._point
         cost = self._costs[at, actions]
         em = self._ems[at, actions]
-        rewards = reward(em, cost, self.price)
+        rewards = reward(em, cost, self._price)
         self._spent += cost
         done = (actions == 1) | (at == self._last[self._trace])
         infos: dict[str, Any] = {}
@@ -132,12 +132,17 @@ class ReplayEnv(BatchedEnv):
                 "em": em,
                 "cost": self._spent.copy(),
                 "halted": actions == 1,
-                "price": self.price.copy(),
+                "price": self._price.copy(),
                 "trace": self._trace.copy(),
             }
             infos = {"final_info": final, "_final_info": done}
             self._start(rows)
         return self._observe(), rewards, done, np.zeros_like(done), infos
+
+    @property
+    def price(self) -> NDArray[np.float64]:
+        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
+        return self._price
 
     def _observe(self) -> Float:
         obs = self._obs[self._point]
@@ -152,7 +157,7 @@ class ReplayEnv(BatchedEnv):
             price = np.full(len(rows), self._fixed_price)
         else:
             price = self._observing.draw_price(self.np_random, len(rows))
-        self.price[rows] = price
+        self._price[rows] = price
         self._dial[rows] = self._observing.dial(price)
 
     def _draw(self, num: int) -> Index:

@@ -63,7 +63,10 @@ class Slots:
         self.lengths: Index = np.zeros(num_rows, dtype=np.int64)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._logits = torch.zeros(num_rows, vocabulary, device=model.device)
-        self._cache = _SlotCache(num_rows, len(DynamicCache(config=model.config).layers))
+        self._window = _Window()
+        num_layers = len(DynamicCache(config=model.config).layers)
+        self._layers = [_SlotLayer(num_rows, self._window) for _ in range(num_layers)]
+        self._cache = Cache(layers=[*self._layers])
         # The rows of a forward pass lie side by side in the cache: row r is at _place[r].
         self._place: Index = np.arange(num_rows)
 
@@ -129,11 +132,11 @@ class Slots:
         num = tokens.shape[1]
         column = (np.arange(num) - pad[:, None]) % num
         positions = self._on_device(self.lengths[rows, None] + column)
-        self._cache.expect(positions, int(self.lengths[rows].max()) + num)
+        self._window.set(positions, int(self.lengths[rows].max()) + num)
         out = self.model(
             input_ids=self._on_device(tokens),
             position_ids=positions,
-            attention_mask=_mask(positions, self._cache.length, self.model.dtype),
+            attention_mask=_mask(positions, self._window.length, self.model.dtype),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -152,61 +155,56 @@ class Slots:
             inside = np.flatnonzero(self._place < len(rows))
             evicted = np.setdiff1d(inside, rows)
             swapped = np.concatenate([outside, evicted])
-            here, there = self._place[swapped], self._place[np.concatenate([evicted, outside])]
-            self._cache.move(here, there, int(self.lengths[swapped].max()))
+            there = self._place[np.concatenate([evicted, outside])]
+            source, target = self._on_device(self._place[swapped]), self._on_device(there)
+            length = int(self.lengths[swapped].max())
+            for layer in self._layers:
+                for buffer in layer.buffers:
+                    buffer[target, :, :length] = buffer[source, :, :length]
             self._place[swapped] = there
         return np.argsort(self._place[rows])
 
 
-class _SlotCache(Cache):
-    """Keys and values of R places, of which a forward pass uses the first B."""
+class _Window:
+    """What the next forward pass writes and reads, told to all layers at once."""
 
-    def __init__(self, num_places: int, num_layers: int) -> None:
-        self._slot_layers = [_SlotLayer(self, num_places) for _ in range(num_layers)]
-        super().__init__(layers=[*self._slot_layers])
-        self.length = 0
+    length = 0
+    """L: what is read of each place."""
 
-    def expect(self, positions: Tensor, length: int) -> None:
-        """Says where the next forward pass writes, (B, T), and how far it reads."""
+    def set(self, positions: Tensor, length: int) -> None:
+        """Writes at positions (B, T) of the first B places."""
         self.positions = positions
         self.places = torch.arange(len(positions), device=positions.device)[:, None]
         self.length = length
-
-    def move(self, source: Index, target: Index, length: int) -> None:
-        """Copies the first `length` tokens of some places to others, all at once."""
-        for layer in self._slot_layers:
-            for buffer in layer.buffers:
-                moved = buffer[torch.from_numpy(source).to(buffer.device), :, :length]
-                buffer[torch.from_numpy(target).to(buffer.device), :, :length] = moved
 
 
 class _SlotLayer(DynamicLayer):
     """Keys and values of one layer: buffers (R, heads, capacity, size)."""
 
-    def __init__(self, cache: _SlotCache, num_places: int) -> None:
+    def __init__(self, num_places: int, window: _Window) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.buffers: list[Tensor] = []
-        self._cache = cache
         self._num_places = num_places
+        self._window = window
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stores (B, heads, T, size) and returns what the pass reads, (B, heads, L, size)."""
-        cache, states = self._cache, (key_states, value_states)
+        window, states = self._window, (key_states, value_states)
         if not self.buffers:
             empty = (self._num_places, key_states.shape[1], 0)
             self.buffers = [new.new_empty(*empty, new.shape[3]) for new in states]
-        if self.buffers[0].shape[2] < cache.length:
-            self.buffers = [_grown(buffer, cache.length) for buffer in self.buffers]
+        if self.buffers[0].shape[2] < window.length:
+            self.buffers = [_grown(buffer, window.length) for buffer in self.buffers]
         for buffer, new in zip(self.buffers, states, strict=True):
-            buffer[cache.places, :, cache.positions] = new.transpose(1, 2)
-        keys, values = (buffer[: len(key_states), :, : cache.length] for buffer in self.buffers)
+            buffer[window.places, :, window.positions] = new.transpose(1, 2)
+        keys, values = (buffer[: len(key_states), :, : window.length] for buffer in self.buffers)
         return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens that the pass reads."""
-        return self._cache.length
+        return self._window.length
 
 
 def _grown(buffer: Tensor, length: int) -> Tensor:

@@ -43,8 +43,13 @@ class LanguageModel:
             device: As PyTorch names it.
 
         Raises:
-            InputError: If there is no such LM, or it is damaged.
+            InputError: If there is no such LM or device, or the LM is damaged.
         """
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"cannot use device {device!r}: {reason}") from None
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -77,9 +77,8 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
             forced = lm.generate(**ids, do_sample=False, max_new_tokens=3, pad_token_id=PAD)
             answer = forced[0, ids["input_ids"].shape[1] :]
             assert row["probe_tokens"][i] == len(answer)
-            assert row["answer"][i] == read_answer(
-                tokenizer.decode(answer, skip_special_tokens=True)
-            )
+            text = str(tokenizer.decode(answer, skip_special_tokens=True))
+            assert row["answer"][i] == read_answer(text)
             assert row["correct"][i] == exact_match(row["answer"][i], question.gold)
             logprobs = row["answer_logprobs"][i]
             assert len(logprobs) == int((answer != EOS).sum())
@@ -179,6 +178,8 @@ def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None
             replace(config, **change)
     with pytest.raises(InputError, match="every 0 tokens"):
         main(replace(config, every=0))
+    with pytest.raises(InputError, match="cannot use device 'abacus'"):
+        main(replace(config, device="abacus"))
     with pytest.raises(InputError, match="cannot load an LM from"):
         main(replace(config, lm=str(tmp_path / "nowhere")))
     damaged = tmp_path / "damaged"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from haltwise import (
     MEAN_LOGPROB,
@@ -20,7 +20,7 @@ from haltwise import (
 )
 from haltwise.halting import Probing
 from haltwise.hf import Halter, tokenizer_fingerprint
-from tests.tiny_lm import CLOSE, EOS, IDS, tiny_lm, tiny_tokenizer
+from tests.tiny_lm import CLOSE, EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = ["3 . 4 <think>", "5 <think>", "7 so 8 wait 9 <think>"]
@@ -52,7 +52,7 @@ def head(
     return HaltHead(config, {name: w.astype(np.float32) for name, w in weights.items()})
 
 
-def generate(model: LlamaForCausalLM, prompts: list[str] = PROMPTS, **arguments: Any) -> Any:
+def generate(model: Any, prompts: list[str] = PROMPTS, **arguments: Any) -> Any:
     torch.manual_seed(5)
     inputs = TOKENIZER(prompts, return_tensors="pt", padding=True)
     return model.generate(**inputs, **{"max_new_tokens": 40, "do_sample": False} | arguments)
@@ -149,7 +149,7 @@ def test_max_new_tokens_holds_for_halted_rows() -> None:
 
 def test_answers_that_are_not_numbers_halt_nothing() -> None:
     model = tiny_lm(seed=3)
-    arguments = {"bad_words_ids": [[CLOSE]]}
+    arguments: dict[str, Any] = {"bad_words_ids": [[CLOSE]]}
     plain = generate(model, **arguments)
     with torch.no_grad():
         model.model.embed_tokens.weight[CLOSE] = torch.nan
@@ -172,30 +172,59 @@ def test_a_batch_without_padding_and_a_single_row() -> None:
             assert new_tokens(row, 2)[:5] == [*new_tokens(reference, 2)[:4], CLOSE]
 
 
-def test_what_cannot_be_halted_is_refused() -> None:
+class StopAtClose(StoppingCriteria):
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        return input_ids[:, -1] == CLOSE
+
+
+def test_other_stopping_criteria_hold_for_halted_rows_too() -> None:
     model = tiny_lm(seed=3)
-    fingerprint = tokenizer_fingerprint(TOKENIZER)
-    Halter(head(tokenizer=fingerprint), TOKENIZER)
-    for changes, message in (
-        ({"tokenizer": "0123"}, f"tokenizer is {fingerprint}, but the head was trained with 0123"),
+    arguments: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([StopAtClose()])}
+    plain = generate(model, **arguments)
+    halter = Halter(head(), TOKENIZER)
+    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
+    halter = Halter(head(), TOKENIZER, price=np.array([ALWAYS, NEVER, ALWAYS]))
+    out = generate(model, **arguments, custom_generate=halter)
+    assert out[[0, 2], 10].tolist() == [CLOSE] * 2
+    assert (out[[0, 2], 11:] == PAD).all()
+    assert new_tokens(out[1]) == new_tokens(plain[1])
+    halter = Halter(head(), TOKENIZER, price=ALWAYS)
+    assert torch.equal(
+        generate(model, **arguments, custom_generate=halter)[[0, 2]], out[[0, 2], :11]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": "0123"}, "but the head was trained with 0123"),
         ({"rule": "somewhere"}, "can be replayed but not run"),
         ({"close": ""}, "has no tokens"),
         ({"probing": "at_halt"}, "need a forced answer"),
-    ):
-        with pytest.raises(InputError, match=message):
-            Halter(head(**changes), TOKENIZER)
-    for arguments, message in (
-        ({"num_beams": 2}, "num_beams is 2"),
-        ({"use_cache": False}, "expected a DynamicCache"),
-        ({"cache_implementation": "static"}, "expected a DynamicCache"),
-    ):
-        with pytest.raises(InputError, match=message):
-            generate(model, **arguments, custom_generate=Halter(head(), TOKENIZER))
-    with pytest.raises(InputError, match="2 prices for 3 rows"):
-        prices = np.array([1.0, 2.0])
-        generate(model, custom_generate=Halter(head(), TOKENIZER, price=prices))
-    with pytest.raises(InputError, match="price is 0"):
-        generate(model, custom_generate=Halter(head(), TOKENIZER, price=0.0))
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    Halter(head(tokenizer=tokenizer_fingerprint(TOKENIZER)), TOKENIZER)
+    with pytest.raises(InputError, match=message):
+        Halter(head(**changes), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("price", "arguments", "message"),
+    [
+        (NEVER, {"num_beams": 2}, "num_beams is 2"),
+        (NEVER, {"use_cache": False}, "expected a DynamicCache"),
+        (NEVER, {"cache_implementation": "static"}, "expected a DynamicCache"),
+        (np.array([1.0, 2.0]), {}, "2 prices for 3 rows"),
+        (0.0, {}, "price is 0"),
+    ],
+)
+def test_generation_that_cannot_be_halted_is_refused(
+    price: Any, arguments: dict[str, Any], message: str
+) -> None:
+    halter = Halter(head(), TOKENIZER, price=price)
+    with pytest.raises(InputError, match=message):
+        generate(tiny_lm(), **arguments, custom_generate=halter)
 
 
 def test_fingerprints_follow_the_vocabulary() -> None:

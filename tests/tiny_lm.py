@@ -45,7 +45,7 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**shape | changes)
 
 
-def tiny_lm(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+def tiny_lm(seed: int = 0, **changes: Any) -> Any:
     """An LM with random weights; its thoughts are noise that ends now and then."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny_config(**changes)).eval()
@@ -61,7 +61,7 @@ class ScriptedLM(LlamaForCausalLM):
         self.generation_config = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS)
         self.next_token = next_token
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> CausalLMOutputWithPast:  # type: ignore[override]
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> CausalLMOutputWithPast:
         logits = torch.zeros(len(input_ids), 1, len(WORDS))
         for row, (token, position) in enumerate(
             zip(input_ids[:, -1].tolist(), position_ids[:, -1].tolist(), strict=True)
