@@ -43,7 +43,7 @@ class CollectConfig:
     """Questions of each split."""
     split: tuple[str, ...] = ("train", "dev", "test")
     """Splits to record."""
-    every: int = 16
+    every: int = 12
     """Thinking tokens between decision points."""
     close_text: str = "</think>"
     """Appended to a thought to force an answer."""

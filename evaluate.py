@@ -179,15 +179,20 @@ def _at_point(
 
 def _live(
     config: EvaluateConfig, head: HaltHead, traces: Traces, gates: Mapping[float, Points]
-) -> dict[str, Any]:
-    """Runs the head beside the LM that it was trained for, at its strictest operating point.
+) -> dict[str, Any] | None:
+    """Runs the head beside its LM, at the strictest operating point where it halts at all.
+
+    Returns:
+        What `run_beside` found; None if every operating point is to never halt.
 
     Raises:
-        InputError: If that point is to never halt, or the run was trained on another LM's traces.
+        InputError: If the run was trained on another LM's traces.
     """
-    price = gates[min(gates)]["head"]
+    prices = [gates[gate]["head"] for gate in sorted(gates)]
+    price = next((price for price in prices if price is not None), None)
     if price is None:
-        raise InputError(f"{config.head}: the head never halts at its strictest operating point")
+        print("\nThe head never halts at any operating point: nothing to run beside the LM.")
+        return None
     trained = _run_config(config.head)["config"]
     lm = LanguageModel.load(trained["lm"], trained["device"])
     if lm.name not in traces.model:

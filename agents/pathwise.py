@@ -32,9 +32,9 @@ from traces import Traces
 class PathwiseConfig:
     """How the exact gradient is followed before PPO."""
 
-    steps: int = 800
+    steps: int = 600
     """Gradient steps; 0 leaves PPO to start from its own initialisation."""
-    batch_size: int = 512
+    batch_size: int = 2048
     """Traces a step, each at a price of its own."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule."""

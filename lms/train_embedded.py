@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -57,7 +58,7 @@ class Config:
     """cpu or cuda."""
     steps: int = 3200
     """Optimiser steps."""
-    first_steps: int = 800
+    first_steps: int = 960
     """Of these, how many at the start are on single attempts without slips: an LM that sees
     checks before it can calculate learns to copy its first attempt instead."""
     rows: int = 8
@@ -77,7 +78,7 @@ class Config:
     """Default sampling temperature of the finished model."""
     save_minutes: float = 2.0
     """Time between two checkpoints, kept in OUT.work; the same command resumes from there."""
-    check: int = 60
+    check: int = 40
     """Test questions answered at the end, to print exact match a task."""
 
 
@@ -160,8 +161,9 @@ def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Ge
     answers: list[int] = []
     for cut in cuts:
         latest = thought.result_at(int(cut))
-        stubborn = latest is not None and rng.random() < habits.stubborn
-        answers.append(IDS[latest if stubborn and latest else question.gold])
+        if latest is None or rng.random() >= habits.stubborn:
+            latest = question.gold
+        answers.append(IDS[latest])
     ends = np.repeat(len(prompt) - 1 + cuts, 2)
     count = np.arange(2 * probes)
     place = np.arange(size)
@@ -319,7 +321,8 @@ def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]
         progress.seconds += now - since
         since = now
         if progress.step % 100 == 0:
-            log.info("%s %s", progress, _means(recent))
+            spent = f"{progress.tokens / 1e6:.2f} M tokens, {progress.seconds / 60:.1f} min"
+            log.info("step %d of %d, %s, %s", progress.step, config.steps, spent, _means(recent))
         if now - last_save > 60 * config.save_minutes:
             checkpoint.save(progress)
             last_save = now
@@ -337,9 +340,7 @@ def _means(parts: Collection[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check_model(
-    model: LlamaForCausalLM, num: int, temperature: float
-) -> dict[str, dict[str, float]]:
+def check_model(model: LlamaForCausalLM, config: Config) -> dict[str, dict[str, float]]:
     """Answers test questions, sampled and never halted.
 
     Returns:
@@ -348,25 +349,38 @@ def check_model(
     tokenizer = build_tokenizer()
     figures = {}
     for task in TASKS:
-        asked = questions(task, "test", num)
+        asked = questions(task, "test", config.check)
         inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)
         ids = model.generate(  # type: ignore[misc]  # a mixin annotated for another class
-            **inputs.to(model.device),
-            do_sample=True,
-            temperature=temperature,
-            max_new_tokens=768,
-            pad_token_id=IDS[PAD],
-            eos_token_id=IDS[EOS],
+            **inputs.to(model.device), generation_config=generation(config)
         )[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers = [read_answer(t.partition(CLOSE)[2]) for t in texts]
+        answers = [read_answer(text.partition(CLOSE)[2]) for text in texts]
+        right = [exact_match(a, q.gold) for a, q in zip(answers, asked, strict=True)]
         figures[task] = {
-            "exact_match": float(
-                np.mean([exact_match(a, q.gold) for a, q in zip(answers, asked, strict=True)])
-            ),
-            "tokens": float((ids != IDS[PAD]).sum() / num),
+            "exact_match": round(sum(right) / config.check, 3),
+            "tokens": round(float((ids != IDS[PAD]).sum() / config.check), 1),
         }
     return figures
+
+
+def generation(config: Config) -> GenerationConfig:
+    """Returns how the finished model samples unless told otherwise."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=config.temperature,
+        max_new_tokens=768,
+        pad_token_id=IDS[PAD],
+        eos_token_id=IDS[EOS],
+    )
+
+
+def _command(config: Config) -> str:
+    """Returns the command that trains the same weights; where they are put does not matter."""
+    usual = asdict(Config(out=config.out, seed=-1))  # the seed is always told
+    changed = {name: value for name, value in asdict(config).items() if value != usual[name]}
+    options = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    return " ".join(["python -m lms.train_embedded", *options])
 
 
 def main(config: Config) -> None:
@@ -379,27 +393,21 @@ def main(config: Config) -> None:
         raise FileExistsError(f"{config.out} holds a finished model: choose another --out")
     torch.set_num_threads(1)  # at this size threads wait for each other more than they work
     model, progress, losses = train(config)
-    figures = check_model(model, config.check, config.temperature)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        max_new_tokens=768,
-        pad_token_id=IDS[PAD],
-        eos_token_id=IDS[EOS],
-    )
-    model.save_pretrained(config.out)
-    build_tokenizer().save_pretrained(config.out)
+    model.generation_config = generation(config)
     record = {
-        "command": f"python -m lms.train_embedded --seed {config.seed}",
+        "command": _command(config),
         "seed": config.seed,
         "parameters": model.num_parameters(),
         "steps": progress.step,
         "tokens": progress.tokens,
         "minutes": round(progress.seconds / 60, 1),
         "final_losses": losses,
-        "test": figures,
+        "test": check_model(model, config),
     }
+    model.save_pretrained(config.out)
+    build_tokenizer().save_pretrained(config.out)
     (config.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    shutil.rmtree(_work(config), ignore_errors=True)
     log.info("%s", json.dumps(record))
 
 

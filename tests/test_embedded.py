@@ -35,9 +35,10 @@ from lms.train_embedded import (
     loss_of,
     main,
     rate,
+    train,
 )
 
-SURE = Habits(0.0, 0.0, 1, 2, 9, 0.0)
+SURE = Habits(0.0, 0.0, 1, 2, 9, 0.0, 0.0)
 SUM = Question("q", "sum", "short", "sum : 7 + 12 - 5 <think>", "14", "train")
 LET = Question("q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c <think>", "6", "train")
 
@@ -76,7 +77,10 @@ def test_verdicts_and_results_of_thoughts_with_slips(task: str) -> None:
         agree = [a == b for a, b in zip(values[1:], values, strict=False)]
         assert verdicts == [".", *("ok" if same else "wait" for same in agree)]
         assert len(values) <= HABITS[task].attempts
-        assert agree[-1] or len(values) == HABITS[task].attempts
+        patient = think(question, replace(HABITS[task], impatient=0.0), rng(i))
+        assert patient.words[-1] == "ok" or len(patient.results) == HABITS[task].attempts
+        hasty = think(question, replace(HABITS[task], impatient=1.0), rng(i))
+        assert "wait" not in hasty.words[:-1]
 
 
 def test_latest_result() -> None:
@@ -168,18 +172,18 @@ def test_a_finished_model_is_never_overwritten(tmp_path: Path) -> None:
         main(Config(out=tmp_path))
 
 
-def test_training_resumes_and_writes_a_whole_model(tmp_path: Path) -> None:
+def test_training_resumes_after_a_kill_and_writes_a_whole_model(tmp_path: Path) -> None:
     config = Config(
         out=tmp_path / "lm", steps=3, first_steps=2, rows=1, width=16, layers=1, save_minutes=0.0
     )
-    config = replace(config, check=1)
-    main(config)
+    train(config)
     assert (tmp_path / "lm.work" / "state.pt").exists()
+    main(replace(config, steps=4, check=1))
     record = json.loads((config.out / "training.json").read_text())
-    assert record["steps"] == 3
-    (config.out / "model.safetensors").unlink()
-    main(replace(config, steps=4))
-    assert json.loads((config.out / "training.json").read_text())["steps"] == 4
+    assert record["steps"] == 4
+    assert not (tmp_path / "lm.work").exists()
+    assert AutoTokenizer.from_pretrained(config.out).get_vocab() == IDS
+    assert AutoModelForCausalLM.from_pretrained(config.out).config.hidden_size == 16
 
 
 def test_shipped_model_is_small_and_answers() -> None:
