@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from command import run
 from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise.answers import read_answer
 from haltwise.decoder import Decoder, Generation, Probe
-from lms.answers import exact_match, read_answer
+from lms.answers import exact_match
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
 from lms.tasks import Question, questions

@@ -82,7 +82,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     if config.split != "all":
         traces = traces.of_split(config.split)
     rows, frozen = compare(traces, config.split, head, gates)
-    report = {
+    report: dict[str, Any] = {
         "head": str(config.head),
         "traces": {"path": str(path), "digest": traces.digest, "num": len(traces)},
         "rows": rows,

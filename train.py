@@ -23,11 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from stable_baselines3 import PPO
 
 from agents.baselines import BASELINES, Halts, Head, Policy, decisions, price_grid
-from agents.fit import FitConfig, fit, learn, observing_of, out_of_fold
-from agents.ppo import PPOConfig, export, make_ppo
+from agents.fit import FitConfig, fit, fit_live, observing_of, out_of_fold
+from agents.ppo import Agent, PPOConfig, export
 from collect import CollectConfig
 from collect import main as collect
 from command import run
@@ -226,7 +225,7 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> PPO:
+def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> Agent:
     return fit(
         traces,
         head,
@@ -239,8 +238,8 @@ def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: 
 
 
 def _train_live(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, start: PPO | None
-) -> PPO:
+    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, start: Agent | None
+) -> Agent:
     """PPO on the running LM, on the questions of some traces; from another agent or afresh."""
     asked = set(traces.question_id.tolist())
     pool = [
@@ -258,18 +257,16 @@ def _train_live(
         max_tokens=traces.recorder["max_tokens"],
         temperature=traces.recorder["temperature"],
     )
-    ppo = make_ppo(
+    return fit_live(
         env,
-        head.observing,
+        head,
         config.live_ppo,
+        config.seed,
         mean_points=traces.num_points / len(traces),
-        seed=config.seed,
+        start=start,
         log_dir=run_dir / "tensorboard",
+        checkpoint=run_dir / "live.zip",
     )
-    if start is not None:
-        ppo.policy.load_state_dict(start.policy.state_dict())
-    learn(ppo, config.live_ppo.total_timesteps, "live", run_dir / "live.zip", progress_bar=True)
-    return ppo
 
 
 def _decisions(policy: Policy, traces: Traces) -> dict[float, Halts] | None:

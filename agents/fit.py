@@ -18,7 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, point_features
 from haltwise import HeadConfig, Observing
 from traces import Traces
@@ -57,7 +58,7 @@ def fit(
     log_dir: Path | None = None,
     checkpoint: Path | None = None,
     progress_bar: bool = False,
-) -> PPO:
+) -> Agent:
     """Trains an agent on recorded traces.
 
     Args:
@@ -83,8 +84,7 @@ def fit(
         log_dir=log_dir,
     )
     if checkpoint is not None and checkpoint.exists():
-        ppo.set_parameters(str(checkpoint))
-        ppo.num_timesteps = _timesteps(checkpoint)
+        _restore(ppo, checkpoint)
     elif config.pathwise.steps:
         net = log_odds_net(ppo)
         start_from_traces(net, traces, head.observing, head.halting.probing, config.pathwise, seed)
@@ -93,8 +93,40 @@ def fit(
     return ppo
 
 
+def fit_live(
+    env: BatchedEnv,
+    head: HeadConfig,
+    config: PPOConfig,
+    seed: int,
+    *,
+    mean_points: float,
+    start: Agent | None,
+    log_dir: Path,
+    checkpoint: Path,
+) -> Agent:
+    """Trains an agent on a running LM.
+
+    Args:
+        env: Plays it.
+        head: What the agent observes.
+        config: Schedule.
+        seed: Of everything random.
+        mean_points: Decision points of a mean trace.
+        start: An agent to go on from, trained on replay; None starts afresh.
+        log_dir: Where TensorBoard's files go.
+        checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
+    """
+    ppo = make_ppo(env, head.observing, config, mean_points=mean_points, seed=seed, log_dir=log_dir)
+    if checkpoint.exists():
+        _restore(ppo, checkpoint)
+    elif start is not None:
+        ppo.policy.load_state_dict(start.policy.state_dict())
+    learn(ppo, config.total_timesteps, "live", checkpoint, progress_bar=True)
+    return ppo
+
+
 def learn(
-    ppo: PPO, total_timesteps: int, name: str, checkpoint: Path | None, progress_bar: bool
+    ppo: Agent, total_timesteps: int, name: str, checkpoint: Path | None, progress_bar: bool
 ) -> None:
     """Runs PPO up to some number of decisions, saving it as it goes.
 
@@ -136,18 +168,19 @@ class _Checkpoint(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if self._num_rollouts and self._num_rollouts % self._EVERY == 0:
-            _save(cast(PPO, self.model), self._path)
+            _save(cast(Agent, self.model), self._path)
         self._num_rollouts += 1
 
 
-def _save(ppo: PPO, path: Path) -> None:
+def _save(ppo: Agent, path: Path) -> None:
     temporary = path.with_name(f"{path.stem}.part.zip")
     ppo.save(temporary)
     os.replace(temporary, path)
 
 
-def _timesteps(checkpoint: Path) -> int:
-    return int(PPO.load(checkpoint, device="cpu").num_timesteps)
+def _restore(ppo: Agent, checkpoint: Path) -> None:
+    ppo.set_parameters(str(checkpoint), device="cpu")
+    ppo.num_timesteps = PPO.load(checkpoint, device="cpu").num_timesteps
 
 
 @dataclass(frozen=True)

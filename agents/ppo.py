@@ -18,6 +18,9 @@ from agents.vec_env import BalancedVecEnv
 from envs.batched import BatchedEnv
 from haltwise import HaltHead, HeadConfig, Observing
 
+#: What is trained; `export` makes a head of it.
+Agent = PPO
+
 
 @dataclass(frozen=True)
 class PPOConfig:
@@ -57,7 +60,7 @@ def make_ppo(
     mean_points: float,
     seed: int,
     log_dir: Path | None = None,
-) -> PPO:
+) -> Agent:
     """PPO with a policy that starts out halting about once a trace.
 
     From the default initialisation the probability of halting is a half at every point: a long
@@ -97,7 +100,7 @@ def make_ppo(
     return ppo
 
 
-def log_odds_net(ppo: PPO) -> nn.Sequential:
+def log_odds_net(ppo: Agent) -> nn.Sequential:
     """The policy as one network from observations to log-odds of halting, sharing its layers.
 
     Only the output layer is a copy: it is the difference of the two action logits.
@@ -110,7 +113,7 @@ def log_odds_net(ppo: PPO) -> nn.Sequential:
     return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), out)
 
 
-def set_log_odds(ppo: PPO, net: nn.Sequential) -> None:
+def set_log_odds(ppo: Agent, net: nn.Sequential) -> None:
     """Puts a network of the form of `log_odds_net` back into the policy: logits (0, log-odds)."""
     action, out = _layers(ppo)[2], cast(nn.Linear, net[-1])
     with torch.no_grad():
@@ -118,7 +121,7 @@ def set_log_odds(ppo: PPO, net: nn.Sequential) -> None:
         action.bias.copy_(torch.cat([torch.zeros_like(out.bias), out.bias]))
 
 
-def export(ppo: PPO, config: HeadConfig) -> HaltHead:
+def export(ppo: Agent, config: HeadConfig) -> HaltHead:
     """The policy as a head; its forward pass in numpy equals stable-baselines3's own to 1e-5."""
     linear = [layer for layer in log_odds_net(ppo) if isinstance(layer, nn.Linear)]
     weights = {}
@@ -128,7 +131,7 @@ def export(ppo: PPO, config: HeadConfig) -> HaltHead:
     return HaltHead(config, weights)
 
 
-def _layers(ppo: PPO) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+def _layers(ppo: Agent) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """The two hidden layers and the action layer of the policy."""
     first, _, second, _ = ppo.policy.mlp_extractor.policy_net
     return cast(nn.Linear, first), cast(nn.Linear, second), cast(nn.Linear, ppo.policy.action_net)

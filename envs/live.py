@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
+from haltwise.answers import read_answer
 from haltwise.decoder import Decoder, Probe, check_seen
 from haltwise.features import Float, Index
-from lms.answers import exact_match, read_answer
+from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question
 

@@ -15,9 +15,10 @@ from envs.replay import point_features
 from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead
+from haltwise.answers import read_answer
 from haltwise.decoder import Thought, end_tokens
 from haltwise.hf import Halter, RowReport
-from lms.answers import exact_match, read_answer
+from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question
 from traces import Traces
@@ -126,7 +127,7 @@ def answer(
         InputError: If head and LM do not fit each other.
     """
     torch.manual_seed(seed)
-    halter = Halter(head, lm.tokenizer, price, read_answer)
+    halter = Halter(head, lm.tokenizer, price)
     columns: list[tuple[bool, int, bool]] = []
     for start in tqdm(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
         batch = asked[start : start + _BATCH_SIZE]

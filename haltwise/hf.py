@@ -31,6 +31,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from haltwise.answers import read_answer
 from haltwise.decoder import Thought, ThoughtRules, check_seen, end_tokens
 from haltwise.errors import InputError
 from haltwise.features import Index, Signals, answer_keys
@@ -96,7 +97,7 @@ class Halter:
         head: HaltHead,
         tokenizer: PreTrainedTokenizerBase,
         price: float | NDArray[np.float64] | None = None,
-        read_answer: Callable[[str], str] = str.strip,
+        read_answer: Callable[[str], str] = read_answer,
         think_start: str = "<think>",
         think_end: str = "</think>",
     ) -> None:

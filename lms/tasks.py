@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from haltwise import InputError
+
 LIMIT = 30
 """Every total is at least 0 and below this."""
 LETTERS = "abcdefg"
@@ -115,14 +117,14 @@ def questions(task: str, split: str, num: int, seed: int = 0) -> list[Question]:
         seed: which draw; two seeds may share questions, two splits never do.
 
     Raises:
-        ValueError: unknown task or split, or num below 1.
+        InputError: unknown task or split, or num below 1.
     """
     if task != "all" and task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}, all")
+        raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}, all")
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}")
+        raise InputError(f"num must be at least 1, got {num}")
     tasks = TASKS if task == "all" else (task,)
     rngs = {name: np.random.default_rng([seed, TASKS.index(name)]) for name in tasks}
     found: dict[str, Question] = {}

@@ -24,7 +24,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lms.answers import exact_match, read_answer
+from haltwise.answers import read_answer
+from lms.answers import exact_match
 from lms.embedded import (
     CLOSE,
     EMBEDDED,

@@ -16,8 +16,9 @@ import torch
 
 from collect import CollectConfig, main, record
 from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise.answers import read_answer
 from haltwise.decoder import Decoder
-from lms.answers import exact_match, read_answer
+from lms.answers import exact_match
 from lms.tasks import questions
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import read_traces

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lms.answers import exact_match, read_answer
+from haltwise.answers import read_answer
+from lms.answers import exact_match
 from lms.embedded import (
     CLOSE,
     EMBEDDED,

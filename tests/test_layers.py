@@ -11,7 +11,8 @@ LAYERS = [
     {"traces", "lms"},
     {"envs"},
     {"agents", "evaluation", "command"},
-    {"train", "evaluate", "collect", "calibrate"},
+    {"evaluate", "collect", "calibrate"},
+    {"train"},  # the whole job: it records and evaluates too
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [

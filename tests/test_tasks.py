@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lms.answers import canonical
+from haltwise.answers import canonical
 from lms.tasks import LIMIT, SPLITS, TASKS, apply, draw, questions
 
 
