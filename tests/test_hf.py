@@ -114,7 +114,7 @@ def test_a_halted_row_gets_its_forced_answer_and_others_go_on(
     assert new_tokens(out[1]) == expected + [EOS] * (answer[-1] != EOS)
     report = halter.report[1]
     assert (report.reason, report.position, report.price) == ("halted", 4, ALWAYS)
-    assert report.answer == read_answer(TOKENIZER.decode(answer, skip_special_tokens=True))
+    assert report.answer == read_answer(str(TOKENIZER.decode(answer, skip_special_tokens=True)))
     assert report.num_probe_tokens == len(answer)
     if probing == "at_halt":
         assert halter.report[0].num_probe_tokens == 0
