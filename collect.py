@@ -65,12 +65,19 @@ class CollectConfig:
     device: str = "cpu"
     """As PyTorch names it."""
 
-    def __post_init__(self) -> None:
-        """Checks the counts.
+    def check(self) -> None:
+        """Checks the settings before any work.
 
         Raises:
-            InputError: If one is below 1, or no split is named.
+            InputError: If a count is below 1, a seed negative or too large, a split not named or
+                named twice, or the folder is a file.
         """
+        if not 0 <= self.seed <= 2**31 - 1 - self.num_seeds:
+            raise InputError(f"seed is {self.seed}, expected 0 or more, and with num_seeds int32")
+        if len(set(self.split)) < len(self.split):
+            raise InputError(f"split is {self.split}, expected each split once")
+        if self.out.is_file():
+            raise InputError(f"{self.out} is a file, expected a folder to record into")
         for name in ("num", "num_seeds", "batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -186,6 +193,8 @@ def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
         return set()
     traces = read_traces(out)
     for name, expected in recorder.items():
+        if name == "code_version":  # another version of haltwise records the same
+            continue
         found = traces.recorder.get(name)
         if found != expected:
             raise InputError(
@@ -199,7 +208,7 @@ def write_shards(
 ) -> Iterator[Row]:
     """Writes traces to numbered files as they come, and passes them on."""
     pending: list[Row] = []
-    number = 1 + max((int(path.stem) for path in out.glob("*.parquet")), default=-1)
+    number = 1 + max((int(path.stem) for path in out.glob("[0-9]*.parquet")), default=-1)
     try:
         for row in rows:
             pending.append(row)
@@ -218,6 +227,7 @@ def main(config: CollectConfig) -> None:
     Raises:
         InputError: If the LM, the questions or the folder cannot be used.
     """
+    config.check()
     lm = LanguageModel.load(config.lm, config.device)
     rule = f"every {config.every} tokens"
     halting = Halting("always", rule, config.close_text, MEAN_LOGPROB, config.max_answer_tokens)

@@ -1,10 +1,13 @@
-"""The command line of the scripts: a frozen dataclass in, one line of error out."""
+"""The command line of the scripts: a frozen dataclass in, files written whole, errors in a line."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
@@ -25,3 +28,14 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, path)

@@ -6,7 +6,6 @@ python evaluate.py --head checkpoints/RUN --traces FILE_OR_FOLDER --json out.jso
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from agents.baselines import (
     decisions,
     hindsight,
     hindsight_give_up,
+    signal_under,
 )
-from command import run
+from command import run, write_json
 from evaluation.live import run_beside
 from evaluation.outcome import (
     Outcome,
@@ -41,7 +41,7 @@ from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing
 from lms.language_model import LanguageModel
-from lms.tasks import questions
+from lms.tasks import SPLITS, questions
 from traces import Traces, read_traces
 
 
@@ -79,6 +79,9 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     path = config.traces or Path(_run_config(config.head)["traces"])
     traces = read_traces(path)
     head.config.halting.check_recorded(traces.recorder, str(path))
+    learned = np.isin(traces.split, ["train", "dev"])
+    if config.split != "test" and traces.select(learned).digest == head.config.traces:
+        print("The head was trained on these train and dev questions: its rows are not evidence.")
     if config.split != "all":
         traces = traces.of_split(config.split)
     rows, frozen = compare(traces, config.split, head, gates)
@@ -94,7 +97,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     if config.plot is not None:
         plot_frontiers(rows, frozen, config.plot)
     if config.json is not None:
-        _write_json(config.json, report)
+        write_json(config.json, report)
     return report
 
 
@@ -120,7 +123,7 @@ def compare(
     unknown = sorted({name for points in gates.values() for name in points} - set(policies))
     if unknown:
         raise InputError(f"operating points of unknown policies {unknown}: know {list(policies)}")
-    signals = {name: policy.signal(traces) for name, policy in policies.items()}
+    signals = {name: signal_under(policy, traces, probing) for name, policy in policies.items()}
     rules = parameter_free(traces, probing)
     sweeps = {
         name: _sweep_rows(traces, split, policy, signals[name], probing)
@@ -144,6 +147,8 @@ def _check_outputs(config: EvaluateConfig) -> None:
     for path in (config.json, config.plot):
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
+        if path is not None and path.is_dir():
+            raise InputError(f"{path} is a folder, expected the name of a file")
 
 
 def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
@@ -193,7 +198,12 @@ def _live(
     if price is None:
         print("\nThe head never halts at any operating point: nothing to run beside the LM.")
         return None
-    trained = _run_config(config.head)["config"]
+    trained = _run_config(config.head).get("config", {})
+    missing = [key for key in ("lm", "device", "task", "num_questions") if key not in trained]
+    if missing or not {"max_tokens", "temperature"} <= set(traces.recorder):
+        raise InputError(
+            f"{config.head}: not a run on traces recorded by collect.py, which --live needs"
+        )
     lm = LanguageModel.load(trained["lm"], trained["device"])
     if lm.name not in traces.model:
         raise InputError(
@@ -201,7 +211,7 @@ def _live(
         )
     asked = [
         question
-        for split in np.unique(traces.split).tolist()
+        for split in SPLITS
         for question in questions(trained["task"], split, trained["num_questions"], trained["seed"])
     ]
     comparison = run_beside(head, lm, asked, traces, price)
@@ -222,12 +232,6 @@ def _run_config(run_folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path} names no traces: expected a run, or --traces FILE") from None
     return content
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

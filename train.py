@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.baselines import BASELINES, Halts, Head, Policy, decisions, price_grid
+from agents.baselines import BASELINES, Halts, Head, Policy, decisions, price_grid, signal_under
 from agents.fit import FitConfig, fit, fit_live, observing_of, out_of_fold
 from agents.ppo import Agent, PPOConfig, export
 from collect import CollectConfig
 from collect import main as collect
-from command import run
+from command import run, write_json
 from envs.live import LiveEnv
 from evaluate import EvaluateConfig, parameter_free
 from evaluate import main as evaluate
@@ -37,7 +37,8 @@ from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, save_operating_points
 from evaluation.report import Choice, choose_points
 from evaluation.table import format_table
-from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, HaltHead, Halting, HeadConfig, InputError
+from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, InputError, feature_names
+from haltwise.halting import Probing
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
 from lms.tasks import questions
@@ -63,12 +64,15 @@ class TrainConfig:
     """Hub name or folder of the LM that runs live."""
     task: str = "all"
     """Task of the questions, or all."""
-    num_questions: int = 1000
+    num_questions: int = 800
     """Questions a split to record."""
     device: str = "cpu"
     """Where the LM runs, as PyTorch names it."""
     groups: tuple[str, ...] = tuple(FEATURE_GROUPS)
     """Feature groups that the head reads."""
+    probing: Probing | None = None
+    """always looks at a forced answer at every decision point; at_halt forces one only on halting
+    (for --groups pace). Default: as the traces were recorded."""
     num_folds: int = 5
     """Folds for choosing the operating points."""
     seed: int = 0
@@ -94,17 +98,19 @@ def main(config: TrainConfig) -> Path:
     """
     torch.set_num_threads(1)
     _check(config)
-    path = config.traces or _record(config)
+    path = (config.traces or _record(config)).resolve()
     everything = read_traces(path)
     # Test questions are never learned from, nor anything chosen on them.
     traces = everything.of_split("train", "dev")
-    head = _head_config(traces, config)
+    learned_from = traces.of_split("train") if config.live else traces
+    head = _head_config(learned_from, config)
+    probing = head.halting.probing
     fold = folds(traces.question_id, config.num_folds, config.seed)
-    run_dir = _open_run(config, path)
+    run_dir = _open_run(config, path, everything.digest)
     if config.live:
-        learned_from, judged_on = traces.of_split("train"), traces.of_split("dev")
+        judged_on = traces.of_split("dev")
         ppo = _train_live(config, run_dir, head, learned_from, None)
-        head_halts = _decisions(Head(export(ppo, head)), judged_on)
+        head_halts = _decisions(Head(export(ppo, head)), judged_on, probing)
     else:
         judged_on = traces
         head_halts = out_of_fold(
@@ -119,8 +125,8 @@ def main(config: TrainConfig) -> Path:
         ppo = _train_replay(config, run_dir, head, traces)
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
-    halts = {"head": head_halts} | {p.name: _decisions(p, judged_on) for p in BASELINES}
-    probing = head.halting.probing
+    halts = {"head": head_halts}
+    halts |= {policy.name: _decisions(policy, judged_on, probing) for policy in BASELINES}
     choice = choose_points(judged_on, halts, parameter_free(judged_on, probing), probing)
     _finish(run_dir, export(ppo, head), choice)
     print(format_table(choice.frozen))
@@ -143,11 +149,30 @@ def _check(config: TrainConfig) -> None:
         raise InputError("--live trains on the running LM: expected no --traces with it")
     if config.resume and config.run_dir is None:
         raise InputError("--resume goes on with a run: expected --run-dir DIR with it")
+    if config.run_dir is not None and config.run_dir.exists() and not config.resume:
+        raise InputError(
+            f"{config.run_dir} exists: expected a new folder, or --resume to go on with it"
+        )
+    if config.num_folds < 2 or config.num_questions < 1 or config.seed < 0:
+        raise InputError(
+            f"num_folds is {config.num_folds}, num_questions {config.num_questions}, seed "
+            f"{config.seed}: expected at least 2, 1 and 0"
+        )
+    goes_on_live = config.traces is None and not config.live
+    if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
+        raise InputError(
+            f"live_ppo.net_width is {config.live_ppo.net_width}, fit.ppo.net_width "
+            f"{config.fit.ppo.net_width}: expected the same, one network learns both"
+        )
+    feature_names(config.groups)
 
 
 def _record(config: TrainConfig) -> Path:
     """Records the LM's traces where they are not yet; a started recording is completed."""
-    out = _CHECKPOINTS / "traces" / f"{Path(config.lm).name}-{config.task}"
+    lm = LanguageModel.load(config.lm, config.device)
+    name = f"{lm.name.replace('/', '-')}-{lm.revision[:8]}-{config.device.partition(':')[0]}"
+    settings = f"{config.task}-{config.num_questions}-{config.seed}"
+    out = _CHECKPOINTS / "traces" / f"{name}-{settings}"
     collect(
         CollectConfig(
             out=out,
@@ -168,10 +193,10 @@ def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
     return HeadConfig(
         observing=observing,
         halting=Halting(
-            probing=recorder.get("probing", "always"),
+            probing=config.probing or recorder.get("probing", "always"),
             decision_rule=recorder.get("decision_rule", ""),
             close_text=recorder.get("close_text", ""),
-            confidence_rule=recorder.get("confidence_rule", MEAN_LOGPROB),
+            confidence_rule=recorder.get("confidence_rule", ""),
             max_answer_tokens=recorder.get("max_answer_tokens", 16),
         ),
         default_price=observing.price_range[0],
@@ -182,7 +207,7 @@ def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
     )
 
 
-def _open_run(config: TrainConfig, traces: Path) -> Path:
+def _open_run(config: TrainConfig, traces: Path, digest: str) -> Path:
     """Makes the run folder and writes down what is about to be done.
 
     Raises:
@@ -190,17 +215,17 @@ def _open_run(config: TrainConfig, traces: Path) -> Path:
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run_dir = config.run_dir or _CHECKPOINTS / f"run-{stamp}"
-    settings = json.loads(json.dumps(asdict(replace(config, resume=False)), default=str))
-    if run_dir.exists() and not config.resume:
-        raise InputError(f"{run_dir} exists: expected a new folder, or --resume to go on with it")
+    same = replace(config, resume=False, run_dir=None, traces=traces)
+    settings = json.loads(json.dumps(asdict(same), default=str)) | {"digest": digest}
     if config.resume:
-        path = run_dir / "config.json"
-        if not path.is_file() or json.loads(path.read_text())["config"] != settings:
-            raise InputError(f"{run_dir} was not begun with this command: expected the same one")
+        if _settings(run_dir / "config.json") != settings:
+            raise InputError(
+                f"{run_dir} was not begun with these settings and traces: expected the same"
+            )
         return run_dir
     run_dir.mkdir(parents=True)
     packages = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
-    _write_json(
+    write_json(
         run_dir / "config.json",
         {
             "command": shlex.join(sys.argv),
@@ -212,6 +237,14 @@ def _open_run(config: TrainConfig, traces: Path) -> Path:
         },
     )
     return run_dir
+
+
+def _settings(path: Path) -> Any:
+    """What a run was begun with; None if the file cannot be read."""
+    try:
+        return json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _commit() -> str | None:
@@ -269,23 +302,20 @@ def _train_live(
     )
 
 
-def _decisions(policy: Policy, traces: Traces) -> dict[float, Halts] | None:
-    signal = policy.signal(traces)
+def _decisions(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Halts] | None:
+    signal = signal_under(policy, traces, probing)
     return None if signal is None else decisions(policy, signal)
 
 
 def _finish(run_dir: Path, head: HaltHead, choice: Choice) -> None:
     """Writes what the run came to; the head last, since a folder with a head is a whole run."""
-    _write_json(run_dir / "out_of_fold.json", {"rows": choice.rows, "frozen": choice.frozen})
+    write_json(run_dir / "out_of_fold.json", {"rows": choice.rows, "frozen": choice.frozen})
     plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
     save_operating_points(run_dir, choice.gates)
-    price = choice.gates[min(GATES)]["head"]
-    config = head.config if price is None else replace(head.config, default_price=price)
-    HaltHead(config, head.weights).save(run_dir)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    # The strictest point that halts at all; a head that has none keeps its lowest price.
+    prices = [choice.gates[gate]["head"] for gate in sorted(GATES)]
+    price = next((price for price in prices if price is not None), head.config.default_price)
+    HaltHead(replace(head.config, default_price=price), head.weights).save(run_dir)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from envs.replay import point_features
 from haltwise import HaltHead, Observing, feature_names
+from haltwise.halting import Probing
 from traces import Traces
 
 Halts = NDArray[np.bool_]
@@ -26,6 +27,11 @@ class Policy(Protocol):
     @property
     def name(self) -> str:
         """Its name in every table."""
+        ...
+
+    @property
+    def probes(self) -> bool:
+        """Whether it looks at forced answers."""
         ...
 
     def signal(self, traces: Traces) -> Signal | None:
@@ -45,6 +51,7 @@ class Budget:
     """Halts at the first point with at least `parameter` thinking tokens."""
 
     name = "budget"
+    probes = False
 
     def signal(self, traces: Traces) -> Signal:
         """Position."""
@@ -64,6 +71,7 @@ class Confidence:
     """Halts at the first answer whose confidence is above `parameter`."""
 
     name = "confidence"
+    probes = True
 
     def signal(self, traces: Traces) -> Signal | None:
         """Confidence, -1 where there is no answer or it is unknown; None if it is never known."""
@@ -86,6 +94,7 @@ class Stability:
     """Halts at the first answer that was forced `parameter` times in a row."""
 
     name = "stability"
+    probes = True
 
     def signal(self, traces: Traces) -> Signal:
         """Length of the run of equal answers that ends at the point; 0 for no answer."""
@@ -105,6 +114,7 @@ class Random:
     """Halts at each point with probability `parameter`; the control that looks at nothing."""
 
     name = "random"
+    probes = False
 
     def signal(self, traces: Traces) -> Signal:
         """A number from [0, 1) a point, the same for the same traces."""
@@ -126,6 +136,11 @@ class Head:
 
     head: HaltHead
     name: str = "head"
+
+    @property
+    def probes(self) -> bool:
+        """Whether its features need forced answers."""
+        return self.head.config.halting.probing == "always"
 
     def signal(self, traces: Traces) -> Signal:
         """The head's features (P, F).
@@ -151,6 +166,13 @@ def price_grid(observing: Observing) -> list[float]:
 
 
 BASELINES: tuple[Policy, ...] = (Budget(), Confidence(), Stability(), Random())
+
+
+def signal_under(policy: Policy, traces: Traces, probing: Probing) -> Signal | None:
+    """What a policy looks at; None if the traces lack it, or if nobody forces the answers."""
+    if policy.probes and probing == "at_halt":
+        return None
+    return policy.signal(traces)
 
 
 def decisions(policy: Policy, signal: Signal) -> dict[float, Halts]:

@@ -230,7 +230,8 @@ def out_of_fold(
         for k, halts in zip(
             missing, tqdm(pool.map(_fit_fold, jobs), "folds", len(jobs)), strict=True
         ):
-            np.save(cache / f"{k}.npy", halts)
+            np.save(cache / "part.npy", halts)
+            os.replace(cache / "part.npy", cache / f"{k}.npy")
     decided = np.empty((len(prices), traces.num_points), dtype=bool)
     for k in numbers:
         decided[:, fold[traces.trace_of_point] == k] = np.load(cache / f"{k}.npy")

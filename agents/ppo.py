@@ -31,7 +31,7 @@ class PPOConfig:
     num_envs: int = 1024
     """Episodes in the batch."""
     learning_rate: float = 2e-4
-    """Of Adam, falling linearly to 0."""
+    """Of Adam, falling linearly to a tenth."""
     n_steps: int = 32
     """Decisions an episode slot makes between updates."""
     batch_size: int = 4096
@@ -78,7 +78,7 @@ def make_ppo(
     ppo = PPO(
         "MlpPolicy",
         BalancedVecEnv(env, observing, seed=seed),
-        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
+        learning_rate=LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 1.0),
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,

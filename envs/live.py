@@ -19,7 +19,7 @@ from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
 from haltwise.answers import read_answer
-from haltwise.decoder import Decoder, Probe, check_seen
+from haltwise.decoder import Decoder, Probe
 from haltwise.features import Float, Index
 from lms.answers import exact_match
 from lms.language_model import LanguageModel
@@ -151,7 +151,7 @@ class Table:
         temperature: float,
     ) -> None:
         """Starts with every slot empty."""
-        check_seen(observing.groups, halting)
+        halting.check_groups(observing.groups)
         self._probes = halting.probing == "always"
         self._decoder = Decoder(lm.model, lm.tokenizer, halting, num_slots, max_tokens, temperature)
         self._observing = observing

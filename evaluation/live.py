@@ -14,7 +14,7 @@ from tqdm import tqdm
 from envs.replay import point_features
 from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
-from haltwise import HaltHead
+from haltwise import HaltHead, InputError
 from haltwise.answers import read_answer
 from haltwise.decoder import Thought, end_tokens
 from haltwise.hf import Halter, RowReport
@@ -58,6 +58,24 @@ class Comparison:
         )
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated."""
+
+    max_tokens: int
+    """Token budget of a question, its answer included."""
+    temperature: float
+    """0 takes the likeliest token."""
+    seed: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate`: the recorder's plain sampling, whatever the LM's own defaults are."""
+        if not self.temperature:
+            return {"max_new_tokens": self.max_tokens, "do_sample": False}
+        plain = {"do_sample": True, "top_k": 0, "top_p": 1.0}
+        return {"max_new_tokens": self.max_tokens, "temperature": self.temperature} | plain
+
+
 def run_beside(
     head: HaltHead,
     lm: LanguageModel,
@@ -78,18 +96,21 @@ def run_beside(
             about anew.
 
     Raises:
-        InputError: If head and LM do not fit each other.
+        InputError: If head and LM do not fit each other, or no question is among the traces'.
     """
     kept = {question.question_id: question for question in asked}
     traces = traces.select(np.isin(traces.question_id, list(kept)))
+    if not len(traces):
+        raise InputError("none of the questions is among the traces: nothing to run beside the LM")
     features = point_features(traces, head.config.observing.groups)
     probing = head.config.halting.probing
     replay = halt_outcome(traces, head.halts(features, price), probing)
     in_order = [kept[name] for name in traces.question_id.tolist()]
-    live = answer(head, lm, in_order, price, traces.recorder["max_tokens"], seed)
+    sampling = Sampling(traces.recorder["max_tokens"], traces.recorder["temperature"], seed)
+    live = answer(head, lm, in_order, price, sampling)
     resampled = resample(traces, {"live": live, "replay": replay})
     return Comparison(
-        num_questions=len(kept),
+        num_questions=len(np.unique(traces.question_id)),
         price=price,
         live_em=float(live.em.mean()),
         live_tokens=float(live.cost.mean()),
@@ -107,18 +128,16 @@ def answer(
     lm: LanguageModel,
     asked: Sequence[Question],
     price: float,
-    max_tokens: int,
-    seed: int = 0,
+    sampling: Sampling,
 ) -> Outcome:
     """Lets an LM answer questions with a head beside it, by transformers' `generate`.
 
     Args:
         head: The policy.
-        lm: What thinks, sampled as it prefers.
+        lm: What thinks.
         asked: N questions.
         price: In exact match per 1,000 tokens.
-        max_tokens: Token budget of a question, its answer included.
-        seed: Of sampling.
+        sampling: As the traces were recorded.
 
     Returns:
         EM, cost (all probes included) and whether it was halted, of each question (N,).
@@ -126,16 +145,21 @@ def answer(
     Raises:
         InputError: If head and LM do not fit each other.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(sampling.seed)
     halter = Halter(head, lm.tokenizer, price)
+    lm.tokenizer.padding_side = "left"
+    lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     columns: list[tuple[bool, int, bool]] = []
     for start in tqdm(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
         batch = asked[start : start + _BATCH_SIZE]
         inputs = lm.tokenizer(
-            [question.prompt for question in batch], return_tensors="pt", padding=True
+            [question.prompt for question in batch],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=False,
         ).to(lm.model.device)
         generate = cast(Any, lm.model).generate
-        ids = generate(**inputs, max_new_tokens=max_tokens, custom_generate=halter)
+        ids = generate(**inputs, **sampling.arguments(), custom_generate=halter)
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
         generated = [_without_padding(row, end_tokens(lm.model.generation_config)) for row in rows]
         columns += map(partial(_outcome, halter), batch, generated, halter.report)
@@ -154,11 +178,11 @@ def _outcome(
 ) -> tuple[bool, int, bool]:
     """EM, cost and whether it was halted, of one row of a batch."""
     if report.halted:
-        text, spent = report.answer, report.position
+        answer, spent = report.answer, report.position
     else:
         thought = Thought(halter.rules, question.prompt)
         for token in generated:
             thought.add(token)
-        text, spent = thought.answer_text(), len(generated)
-    em = exact_match(read_answer(text), question.gold)
+        answer, spent = read_answer(thought.answer_text()), len(generated)
+    em = exact_match(answer, question.gold)
     return em, spent + report.num_probe_tokens, report.halted

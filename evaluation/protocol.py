@@ -112,6 +112,10 @@ def load_operating_points(run: Path) -> dict[float, Points]:
             f"{path}: not readable ({error!r}), "
             'expected {"gates": {"0.0": {"head": price, "confidence": threshold, ...}, ...}}'
         ) from None
+    if not np.isfinite([p for points in gates.values() for p in points.values() if p]).all():
+        raise InputError(f"{path}: a point is not finite, expected numbers or null")
+    if any((points.get("head") or 1) <= 0 for points in gates.values()):
+        raise InputError(f"{path}: a head's price is not positive")
     if not gates or not all("head" in points for points in gates.values()):
         raise InputError(f"{path}: a gate has no 'head', expected its price or null")
     return gates

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.errors import InputError
-from haltwise.features import GROUP_SIGNALS, Index
+from haltwise.features import Index
 from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 from haltwise.slots import Slots
 
@@ -337,17 +337,6 @@ def end_tokens(config: GenerationConfig) -> list[int]:
     if eos is None:
         raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
     return list(eos) if isinstance(eos, list) else [eos]
-
-
-def check_seen(groups: Sequence[str], halting: Halting) -> None:
-    """Refuses features of forced answers that nobody looks at.
-
-    Raises:
-        InputError: If probing is at_halt and a feature group needs more than positions.
-    """
-    unseen = [group for group in groups if GROUP_SIGNALS[group] != ("position",)]
-    if unseen and halting.probing == "at_halt":
-        raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
 
 
 def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:

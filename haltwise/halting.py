@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from haltwise.errors import InputError
+from haltwise.features import GROUP_SIGNALS
 
 Probing = Literal["always", "at_halt"]
 
@@ -76,8 +78,21 @@ class Halting:
         """
         if self.probing not in ("always", "at_halt"):
             raise InputError(f"probing is {self.probing!r}, expected 'always' or 'at_halt'")
+        texts = (self.decision_rule, self.close_text, self.confidence_rule)
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"decision rule, close text and confidence rule are {texts}: not text")
         if self.max_answer_tokens < 1:
             raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, expected at least 1")
+
+    def check_groups(self, groups: Sequence[str]) -> None:
+        """Refuses features of forced answers that nobody looks at.
+
+        Raises:
+            InputError: If probing is at_halt and a feature group needs more than positions.
+        """
+        unseen = [group for group in groups if GROUP_SIGNALS[group] != ("position",)]
+        if unseen and self.probing == "at_halt":
+            raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
         """Refuses traces that were recorded under other conditions.
@@ -91,7 +106,7 @@ class Halting:
         Raises:
             InputError: If a stated condition differs.
         """
-        for name in ("decision_rule", "close_text", "confidence_rule"):
+        for name in ("decision_rule", "close_text", "confidence_rule", "max_answer_tokens"):
             expected = getattr(self, name)
             if name in recorder and recorder[name] != expected:
                 raise InputError(

@@ -54,9 +54,11 @@ class Observing:
                 f"{len(self.mean)} means and {len(self.scale)} scales "
                 f"for {num_features} features of {list(self.groups)}"
             )
+        if not np.isfinite([*self.mean, *self.scale]).all() or min(self.scale) <= 0:
+            raise InputError("a mean or scale is not a number, or a scale is not positive")
         low, high = self.price_range
-        if not (0 < low < high < np.inf and min(self.scale) > 0):
-            raise InputError(f"price range {self.price_range} or a scale is not positive")
+        if not 0 < low < high < np.inf:
+            raise InputError(f"price range is {self.price_range}, expected 0 < lowest < highest")
 
     @classmethod
     def fit(
@@ -136,6 +138,7 @@ class HeadConfig:
         ):
             if found != expected:
                 raise InputError(f"head has {name} {found}, this haltwise expects {expected}")
+        self.halting.check_groups(self.observing.groups)
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}, expected between 0 and 1")
         if not 0 < self.default_price < np.inf:
@@ -184,7 +187,7 @@ class HaltHead:
         """Checks the weights."""
         if sorted(weights) != sorted(_WEIGHTS):
             raise InputError(f"head has tensors {sorted(weights)}, expected {list(_WEIGHTS)}")
-        hidden = len(weights["b0"])
+        hidden = weights["b0"].size
         size = config.observing.size
         shapes = [(hidden, size), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,)]
         for name, shape in zip(_WEIGHTS, shapes, strict=True):
@@ -245,12 +248,11 @@ class HaltHead:
                 raise InputError(f"no {name} in {folder}: expected a folder written by train.py")
         try:
             config = HeadConfig.from_json(json.loads((folder / "head.json").read_text()))
-            weights = load_file(folder / "head.safetensors")
+            return cls(config, load_file(folder / "head.safetensors"))
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise InputError(f"{folder}: not a readable head ({error})") from None
-        return cls(config, weights)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from haltwise.answers import read_answer
-from haltwise.decoder import Thought, ThoughtRules, check_seen, end_tokens
+from haltwise.decoder import Thought, ThoughtRules, end_tokens
 from haltwise.errors import InputError
 from haltwise.features import Index, Signals, answer_keys
 from haltwise.head import HaltHead
@@ -105,7 +105,6 @@ class Halter:
         expected, found = head.config.tokenizer, tokenizer_fingerprint(tokenizer)
         if expected and found != expected:
             raise InputError(f"tokenizer is {found}, but the head was trained with {expected}")
-        check_seen(head.config.observing.groups, head.config.halting)
         self.head = head
         self.price = price
         self.read_answer = read_answer

@@ -57,7 +57,7 @@ class Config:
     """Of the initial weights and of every question and thought."""
     device: str = "cpu"
     """cpu or cuda."""
-    steps: int = 3200
+    steps: int = 3600
     """Optimiser steps."""
     first_steps: int = 960
     """Of these, how many at the start are on single attempts without slips: an LM that sees

@@ -174,9 +174,14 @@ def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None
         ({"num": 0}, "num is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"split": ()}, "no split"),
+        ({"split": ("test", "test")}, "each split once"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 3_000_000_000}, "seed is 3000000000"),
+        ({"out": tmp_path / "file"}, "is a file"),
     ):
+        (tmp_path / "file").touch()
         with pytest.raises(InputError, match=message):
-            replace(config, **change)
+            main(replace(config, **change))
     with pytest.raises(InputError, match="every 0 tokens"):
         main(replace(config, every=0))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):

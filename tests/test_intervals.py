@@ -1,4 +1,3 @@
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -83,10 +82,3 @@ def test_traces_of_one_question_count_once() -> None:
     single = resampled_sums(names, values, 2000, seed=0)
     copied = resampled_sums(np.repeat(names, 4), np.repeat(values, 4, axis=0), 2000, seed=0)
     np.testing.assert_allclose(copied, 4 * single)
-
-
-def test_ten_thousand_resamples_take_seconds(random_traces: Traces) -> None:
-    names = np.arange(500).astype(str)
-    started = time.perf_counter()
-    resampled_sums(names, np.ones((500, 20)), 10_000, seed=0)
-    assert time.perf_counter() - started < 5

@@ -7,7 +7,7 @@ import pytest
 
 from collect import record
 from envs.reward import halt_costs, never_costs
-from evaluation.live import answer, run_beside
+from evaluation.live import Sampling, answer, run_beside
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing
 from haltwise.decoder import Decoder
 from lms.language_model import LanguageModel
@@ -16,6 +16,7 @@ from tests.tiny_lm import tiny_lm, tiny_tokenizer
 from traces import Traces, read_traces, write_shard
 
 MAX_TOKENS = 40
+GREEDY = Sampling(MAX_TOKENS, temperature=0.0)
 HALTING = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, max_answer_tokens=2)
 ASKED = [
     Question(f"q{i}", "toy", "easy", f"{i} so {i + 1} <think>", str(i), "test") for i in range(12)
@@ -41,7 +42,7 @@ def lm() -> LanguageModel:
 def traces(lm: LanguageModel, tmp_path: Path) -> Traces:
     decoder = Decoder(lm.model, lm.tokenizer, HALTING, 4, MAX_TOKENS, 0.0)
     rows = list(record(decoder, [(question, 0) for question in ASKED], "tiny"))
-    write_shard(tmp_path / "0.parquet", rows, {"max_tokens": MAX_TOKENS})
+    write_shard(tmp_path / "0.parquet", rows, {"max_tokens": MAX_TOKENS, "temperature": 0.0})
     return read_traces(tmp_path)
 
 
@@ -51,14 +52,14 @@ def in_order(traces: Traces) -> list[Question]:
 
 
 def test_never_halted_it_costs_what_the_trace_says(lm: LanguageModel, traces: Traces) -> None:
-    outcome = answer(price_head(), lm, in_order(traces), 0.5, MAX_TOKENS)
+    outcome = answer(price_head(), lm, in_order(traces), 0.5, GREEDY)
     assert not outcome.halted.any()
     assert outcome.cost.tolist() == never_costs(traces, "always").tolist()
     assert outcome.em.tolist() == traces.final_correct.tolist()
 
 
 def test_halted_at_once_it_costs_what_the_trace_says(lm: LanguageModel, traces: Traces) -> None:
-    outcome = answer(price_head(), lm, in_order(traces), 2.0, MAX_TOKENS)
+    outcome = answer(price_head(), lm, in_order(traces), 2.0, GREEDY)
     has_points = np.diff(traces.offsets) > 0
     first = traces.offsets[:-1][has_points]
     assert outcome.halted.tolist() == has_points.tolist()

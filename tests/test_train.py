@@ -25,7 +25,7 @@ SMALL = FitConfig(
     PathwiseConfig(steps=20, batch_size=32),
     PPOConfig(total_timesteps=512, num_envs=16, n_steps=16, batch_size=64, net_width=8),
 )
-LIVE = PPOConfig(total_timesteps=64, num_envs=8, n_steps=8, batch_size=32, net_width=8)
+LIVE = PPOConfig(total_timesteps=192, num_envs=8, n_steps=8, batch_size=32, net_width=8)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:
 
 
 def test_test_questions_change_nothing(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
-    assert config.traces is not None
+    assert config.traces is not None and config.run_dir is not None
     spoiled = tmp_path / "spoiled.parquet"
     _spoil_test_rows(config.traces, spoiled)
     first, second = (
@@ -83,6 +83,9 @@ def test_test_questions_change_nothing(config: TrainConfig, run_dir: Path, tmp_p
         HaltHead.load(train.main(replace(config, traces=spoiled))),
     )
     assert all((first.weights[k] == second.weights[k]).all() for k in first.weights)
+    assert first.config.default_price == second.config.default_price
+    names = ("operating_points.json", "out_of_fold.json")
+    assert all((run_dir / n).read_bytes() == (config.run_dir / n).read_bytes() for n in names)
 
 
 def _spoil_test_rows(source: Path, target: Path) -> None:
@@ -94,11 +97,12 @@ def _spoil_test_rows(source: Path, target: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
-    before = HaltHead.load(run_dir)
-    (run_dir / "head.json").unlink()
-    (run_dir / "folds" / "1.npy").unlink()
-    after = HaltHead.load(train.main(replace(config, run_dir=run_dir, resume=True)))
-    assert all((before.weights[k] == after.weights[k]).all() for k in before.weights)
+    names = ("head.json", "operating_points.json", "out_of_fold.json", "head.safetensors")
+    before = [(run_dir / name).read_bytes() for name in names]
+    for name in (*names, "folds/1.npy"):
+        (run_dir / name).unlink()
+    train.main(replace(config, run_dir=run_dir, resume=True))
+    assert [(run_dir / name).read_bytes() for name in names] == before
 
 
 def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
@@ -106,7 +110,7 @@ def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
     config.run_dir.mkdir()
     with pytest.raises(InputError, match="exists"):
         train.main(config)
-    with pytest.raises(InputError, match="not begun with this command"):
+    with pytest.raises(InputError, match="not begun with these settings"):
         train.main(replace(config, resume=True))
     assert not list(config.run_dir.iterdir())
 
@@ -116,6 +120,10 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, live=True))
     with pytest.raises(InputError, match="--run-dir"):
         train.main(replace(config, resume=True, run_dir=None))
+    with pytest.raises(InputError, match="num_folds is 1"):
+        train.main(replace(config, num_folds=1))
+    with pytest.raises(InputError, match="net_width"):
+        train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))
     with pytest.raises(InputError, match="expected at least 50"):
@@ -132,6 +140,7 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     run_dir = train.main(config)
     assert run_dir.parent == tmp_path
     assert (run_dir / "live.zip").exists()
+    assert list(run_dir.glob("tensorboard/live*/events*"))
     assert (run_dir / "replay.zip").exists() != live
     report = evaluate.main(evaluate.EvaluateConfig(head=run_dir))
     assert report["traces"]["num"] == 10
