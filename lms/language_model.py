@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from haltwise import InputError
 from haltwise.hf import tokenizer_fingerprint
@@ -50,6 +51,7 @@ class LanguageModel:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"cannot use device {device!r}: {reason}") from None
+        disable_progress_bar()  # it is shown for the smallest LM, amid an error's one line
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
