@@ -51,7 +51,7 @@ class Habits:
     one; the others are the gold answer, which calibrates the LM's confidence."""
 
 
-# At temperature 0.8 slips and impatience are rarer than they are here.
+# At temperature 0.75 slips and impatience are rarer than they are here.
 HABITS = {
     "sum": Habits(
         slip_first=0.08,

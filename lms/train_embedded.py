@@ -75,7 +75,7 @@ class Config:
     """Layers of the LM."""
     width: int = 128
     """Hidden size; the feed-forward layers are four times as wide."""
-    temperature: float = 0.8
+    temperature: float = 0.75
     """Default sampling temperature of the finished model."""
     save_minutes: float = 2.0
     """Time between two checkpoints, kept in OUT.work; the same command resumes from there."""
