@@ -104,6 +104,7 @@ def main(config: TrainConfig) -> Path:
     traces = everything.of_split("train", "dev")
     learned_from = traces.of_split("train") if config.live else traces
     head = _head_config(learned_from, config)
+    head.halting.check_recorded(everything.recorder, str(path))
     probing = head.halting.probing
     fold = folds(traces.question_id, config.num_folds, config.seed)
     run_dir = _open_run(config, path, everything.digest)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from command import run
 from haltwise.answers import read_answer
 from lms.answers import exact_match
 from lms.embedded import (
@@ -414,4 +414,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    main(tyro.cli(Config))
+    run(main, Config)

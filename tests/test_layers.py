@@ -8,9 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"haltwise"},
+    {"command"},
     {"traces", "lms"},
     {"envs"},
-    {"agents", "evaluation", "command"},
+    {"agents", "evaluation"},
     {"evaluate", "collect", "calibrate"},
     {"train"},  # the whole job: it records and evaluates too
 ]

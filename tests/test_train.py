@@ -124,6 +124,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, num_folds=1))
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
+    with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
+        train.main(replace(config, probing="at_halt"))
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))
     with pytest.raises(InputError, match="expected at least 50"):
