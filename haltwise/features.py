@@ -57,14 +57,36 @@ _MEAN_DECAY = 0.7
 
 @dataclass(frozen=True)
 class Signals:
-    """What is seen at one decision point by each of B rows."""
+    """What is seen at one decision point by each of B rows; None is what nobody looked at.
+
+    All but the answer's key are (B,) numbers under their column's name in the trace schema, NaN
+    where unknown; `hidden` is (B, D). "Since" is since the previous point, or the start.
+    """
 
     position: Index
-    """(B,) thinking tokens so far."""
-    confidence: Float
-    """(B,) of the forced answer, in [0, 1]; NaN if unknown."""
-    answer: Index
-    """(B,) keys of the forced answers, see `answer_keys`; 0 for no answer."""
+    """Thinking tokens so far."""
+    confidence: Float | None = None
+    """Of the forced answer, in [0, 1]."""
+    answer: Index | None = None
+    """Keys of the forced answers, see `answer_keys`; 0 for no answer."""
+    worst_logprob: Float | None = None
+    """Smallest log probability of a token of the forced answer, nats."""
+    entropy: Float | None = None
+    """Mean entropy of the next-token distribution since, nats."""
+    max_entropy: Float | None = None
+    """Largest entropy since, nats."""
+    logprob: Float | None = None
+    """Mean log probability of the generated tokens since, nats."""
+    min_logprob: Float | None = None
+    """Smallest log probability of a generated token since, nats."""
+    margin: Float | None = None
+    """Mean difference of the two largest probabilities since."""
+    end_think_logprob: Float | None = None
+    """Log probability of the end-of-thinking token at the point, nats."""
+    num_reflections: Float | None = None
+    """Reflection words since."""
+    hidden: Float | None = None
+    """(B, D) last-layer state at the point."""
 
 
 def feature_names(groups: Iterable[str]) -> tuple[str, ...]:
