@@ -83,7 +83,7 @@ def test_a_row_counts_what_changed(halts: list[bool]) -> None:
 
 def example_without_a_file() -> Traces:
     """Points: wrong of a right trace; right of a wrong trace; wrong of a wrong trace."""
-    text = {
+    text: dict[str, Any] = {
         name: np.array(["a", "b", "c"])
         for name in ("trace_id", "question_id", "task", "segment", "model", "split")
     }

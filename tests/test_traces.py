@@ -12,13 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltwise import InputError
-from traces import SCHEMA, Traces, read_traces, write_shard
+from traces import SCHEMA, Traces, read_ids, read_traces, write_shard
+from traces.schema import POINTWISE, REQUIRED, SIGNALS
 
 Row = dict[str, Any]
 MakeRow = Callable[..., Row]
 MakeTraces = Callable[..., Traces]
 
-NO_POINTS: Row = {name: [] for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type)}
+NO_POINTS: Row = {name: [] for name in POINTWISE if name in REQUIRED}
+SIGNAL_ROW: Row = {name: [0.5, float("nan"), 2.0] for name in SIGNALS if name != "hidden"}
 
 
 def write_raw(path: Path, row: Row, schema: pa.Schema = SCHEMA, version: str | None = "1") -> None:
@@ -119,14 +121,83 @@ def test_digest_ignores_order_and_shards_and_sees_every_value(
     assert read_traces(tmp_path / "all.parquet").digest != whole.digest
 
 
+def test_signals_are_read_as_flat_arrays(tmp_path: Path, make_row: MakeRow) -> None:
+    hidden = [[1.0, -2.0], [0.1, np.nan], [65504.0, 0.0]]
+    short = {name: values[:2] for name, values in SIGNAL_ROW.items()}
+    rows = [
+        make_row(trace_id="a", **SIGNAL_ROW, hidden=list(np.array(hidden, np.float16))),
+        make_row(trace_id="b", **NO_POINTS, **{name: [] for name in SIGNALS}),
+        make_row(
+            trace_id="c", **{n: make_row()[n][:2] for n in NO_POINTS}, **short, hidden=hidden[:2]
+        ),
+    ]
+    write_shard(tmp_path / "0.parquet", rows[1:2], {})  # its hidden states are of unknown size
+    write_shard(tmp_path / "1.parquet", rows[::2], {})
+    traces = read_traces(tmp_path)
+    assert list(traces.signals) == list(SIGNALS)
+    for name in SIGNAL_ROW:
+        assert traces.signals[name].dtype == np.float32
+        np.testing.assert_array_equal(traces.signals[name], [0.5, np.nan, 2.0, 0.5, np.nan])
+    expected = np.array(hidden + hidden[:2], dtype=np.float16)
+    np.testing.assert_array_equal(traces.signals["hidden"], expected)
+    assert traces.signals["hidden"].dtype == np.float16
+    last = traces.select(np.array([2]))
+    np.testing.assert_array_equal(last.signals["hidden"], expected[3:])
+    np.testing.assert_array_equal(last.signals["margin"], [0.5, np.nan])
+
+
+def test_the_digest_sees_signals_and_stays_without_them(tmp_path: Path, make_row: MakeRow) -> None:
+    def digest(**changes: Any) -> str:
+        write_shard(tmp_path / "x.parquet", [make_row(**changes)], {})
+        return read_traces(tmp_path / "x.parquet").digest
+
+    # Heads in use name their traces by it.
+    assert digest() == "8f2c02784fc105cfc255704db38063ee100c59620896a7a18bff808bf6d8ceb4"
+    others = [digest(**{name: [1.0, 2.0, value]}) for name in SIGNAL_ROW for value in (3, 4)]
+    assert len({digest(), *others}) == 15
+
+
+def test_a_signal_is_in_all_shards_or_in_none(tmp_path: Path, make_row: MakeRow) -> None:
+    write_shard(tmp_path / "a.parquet", [make_row(entropy=[1, 2, 3])], {})
+    write_shard(tmp_path / "b.parquet", [make_row(trace_id="b")], {})
+    with pytest.raises(InputError, match=r"b\.parquet: column entropy is there or in a\.parquet"):
+        read_traces(tmp_path)
+    for name, size in (("a", 2), ("b", 3)):
+        write_shard(
+            tmp_path / f"{name}.parquet", [make_row(trace_id=name, hidden=[[0] * size] * 3)], {}
+        )
+    with pytest.raises(
+        InputError, match=r"b\.parquet: .*vectors of 3, expected 2 as in a\.parquet"
+    ):
+        read_traces(tmp_path)
+    with pytest.raises(InputError, match="column 'entropy', row 1: found null"):
+        write_shard(tmp_path / "a.parquet", [make_row(entropy=[1, 2, 3]), make_row()], {})
+    with pytest.raises(InputError, match=r"column 'hidden' does not fit .*\[2\]"):
+        write_shard(tmp_path / "a.parquet", [make_row(hidden=[[0, 0], [0], [0, 0]])], {})
+    write_raw(tmp_path / "a.parquet", make_row(hidden=[[0, 0], [0], [0, 0]]))
+    with pytest.raises(InputError, match="column 'hidden' has vectors of 1, 2, expected one size"):
+        read_traces(tmp_path / "a.parquet")
+
+
+def test_ids_are_read_alone(tmp_path: Path, make_row: MakeRow) -> None:
+    row = make_row(position=[3, 2, 1])  # wrong, but nobody looks
+    write_raw(tmp_path / "a.parquet", row)
+    write_raw(tmp_path / "b.parquet", row | {"trace_id": "other"})
+    assert read_ids(tmp_path) == ({"q0-0", "other"}, {})
+    write_shard(tmp_path / "b.parquet", [make_row()], {"LM": "y"})
+    with pytest.raises(InputError, match=r"b\.parquet: .*differs from a\.parquet's in LM"):
+        read_ids(tmp_path)
+
+
 def test_wider_types_and_further_columns_are_accepted(tmp_path: Path, make_row: MakeRow) -> None:
     wide = pa.schema(
         [(name, pa.large_string() if kind == pa.string() else kind) for name, kind in SCHEMA_TYPES]
-        + [("entropy", pa.list_(pa.float32())), ("note", pa.string())]
+        + [("notes", pa.list_(pa.float32())), ("note", pa.string())]
     )
-    row = make_row(question="1 + 6?", text="...", entropy=[0.1, 0.2, 0.3], note="x")
+    row = make_row(question="1 + 6?", text="...", notes=[0.1, 0.2, 0.3], note="x")
     write_raw(tmp_path / "wide.parquet", row, wide, version="1.3")
     assert read_traces(tmp_path / "wide.parquet").position.tolist() == [100, 250, 400]
+    assert read_traces(tmp_path / "wide.parquet").signals == {}
 
 
 SCHEMA_TYPES = [
@@ -150,6 +221,11 @@ SCHEMA_TYPES = [
         ({"gold": None}, r"'gold', row 0: found null, expected string"),
         ({"position": None}, r"'position', row 0: found null"),
         ({"correct": [True, None, True]}, r"'correct' has a null in a list"),
+        ({"answer_logprobs": [[None], [], []]}, r"'answer_logprobs' has a null in a list"),
+        ({"entropy": [0.1, 0.2]}, r"'entropy', row 0: found 2 entries, expected 3"),
+        ({"margin": [0.1, np.inf, 0.2]}, r"'margin', row 0: found inf, expected finite or NaN"),
+        ({"logprob": None}, r"'logprob', row 0: found null"),
+        ({"hidden": [[1.0], [2.0], [1e6]]}, r"'hidden', row 0: found \[inf\], expected finite"),
     ],
 )
 def test_a_bad_value_is_told_by_file_column_and_row(
@@ -235,7 +311,7 @@ def test_duplicates_in_one_file_and_unknown_columns_are_refused(
         write_shard(tmp_path / "x.parquet", [make_row(), make_row()], {})
     with pytest.raises(InputError, match=r"unknown columns \['anwser'\]"):
         write_shard(tmp_path / "x.parquet", [make_row(anwser=[])], {})
-    with pytest.raises(InputError, match="rows do not fit the schema"):
+    with pytest.raises(InputError, match=r"column 'num_tokens' does not fit int32: .*'many'"):
         write_shard(tmp_path / "x.parquet", [make_row(num_tokens="many")], {})
     assert not list(tmp_path.iterdir())
 

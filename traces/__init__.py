@@ -2,6 +2,6 @@
 
 from traces.arrays import Traces
 from traces.schema import SCHEMA
-from traces.store import read_traces, write_shard
+from traces.store import read_ids, read_traces, write_shard
 
-__all__ = ["SCHEMA", "Traces", "read_traces", "write_shard"]
+__all__ = ["SCHEMA", "Traces", "read_ids", "read_traces", "write_shard"]

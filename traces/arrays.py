@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,8 @@ class Traces:
     """(P,) smallest log probability of an answer token, nats; NaN if unknown."""
     recorder: dict[str, Any]
     """How the traces were recorded, empty if the files do not tell."""
+    signals: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Optional signals by column name, NaN if unknown: (P,) float32, "hidden" (P, D) float16."""
 
     def __len__(self) -> int:
         """N."""
@@ -94,6 +96,9 @@ class Traces:
         for name in (*_PER_TRACE, "offsets", *_PER_POINT):
             content.update(name.encode())
             content.update(_bytes(getattr(traces, name)))
+        for name in sorted(traces.signals):
+            content.update(name.encode())
+            content.update(_bytes(traces.signals[name]))
         return content.hexdigest()
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Traces:
@@ -104,7 +109,8 @@ class Traces:
         points = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
         fields = {name: getattr(self, name)[index] for name in _PER_TRACE}
         fields |= {name: getattr(self, name)[points] for name in _PER_POINT}
-        return replace(self, offsets=offsets, **fields)
+        signals = {name: values[points] for name, values in self.signals.items()}
+        return replace(self, offsets=offsets, signals=signals, **fields)
 
     def of_split(self, *names: str) -> Traces:
         """The traces whose split is one of some names.
@@ -120,14 +126,19 @@ class Traces:
 
 
 def concatenate(parts: Sequence[Traces]) -> Traces:
-    """All traces of some parts, in order, with the recorder of the first."""
+    """All traces of some parts with the same signals, in order, with the recorder of the first."""
     starts = np.cumsum([0, *(part.num_points for part in parts)])
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     fields: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in (*_PER_TRACE, *_PER_POINT)
     }
-    return replace(parts[0], offsets=np.concatenate([[0], *offsets]), **fields)
+    # The size of a hidden state is unknown where there is no point.
+    filled = [part for part in parts if part.num_points] or parts[:1]
+    signals = {
+        name: np.concatenate([part.signals[name] for part in filled]) for name in parts[0].signals
+    }
+    return replace(parts[0], offsets=np.concatenate([[0], *offsets]), signals=signals, **fields)
 
 
 def _bytes(values: NDArray[Any]) -> bytes:

@@ -8,13 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise import InputError
+from traces.schema import SIGNALS
 
 
 def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], source: str) -> None:
     """Checks the values of one file.
 
     Args:
-        columns: Arrays by column name: (N,) if one value a trace, flat (P,) if one a point.
+        columns: Arrays by column name: (N,) if one value a trace, flat (P,) if one a point,
+            (P, D) if one vector a point.
         lengths: (N,) points of each trace.
         source: The file, for messages.
 
@@ -33,6 +35,11 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
         ("position", row_of_point, position > num_tokens[row_of_point], "at most num_tokens"),
         ("probe_tokens", row_of_point, columns["probe_tokens"] < 0, "at least 0"),
         ("confidence", row_of_point, (confidence < 0) | (confidence > 1), "in [0, 1] or NaN"),
+        *(
+            (name, row_of_point, _has_inf(columns[name]), "finite or NaN")
+            for name in SIGNALS
+            if name in columns
+        ),
     ):
         if bad.any():
             worst = int(np.argmax(bad))
@@ -40,6 +47,12 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
                 f"{source}: column {name!r}, row {row[worst]}: "
                 f"found {columns[name][worst]!s:.40}, expected {expected}"
             )
+
+
+def _has_inf(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """(P,) of (P,) or (P, D)."""
+    infinite: NDArray[np.bool_] = np.isinf(values).any(axis=tuple(range(1, values.ndim)))
+    return infinite
 
 
 def check_unique(trace_id: NDArray[np.str_], source: NDArray[np.str_]) -> None:

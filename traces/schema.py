@@ -7,8 +7,20 @@ import pyarrow as pa
 #: Major version, in the file's metadata under "haltwise.schema".
 VERSION = "1"
 
+#: Signals of the LM's own distribution and text: in all shards of a recording, or in none.
+SIGNALS = (
+    "entropy",
+    "max_entropy",
+    "logprob",
+    "min_logprob",
+    "margin",
+    "end_think_logprob",
+    "num_reflections",
+    "hidden",
+)
+
 #: Columns that a file may leave out. Readers ignore any further column.
-OPTIONAL = ("question", "text")
+OPTIONAL = (*SIGNALS, "question", "text")
 
 SCHEMA = pa.schema(
     [
@@ -31,10 +43,20 @@ SCHEMA = pa.schema(
         ("correct", pa.list_(pa.bool_())),
         ("confidence", pa.list_(pa.float32())),  # in [0, 1], NaN if unknown
         ("answer_logprobs", pa.list_(pa.list_(pa.float32()))),  # nats; empty if unknown
+        # Optional, one entry a decision point, NaN if unknown; "since" the previous point:
+        ("entropy", pa.list_(pa.float32())),  # mean since, nats
+        ("max_entropy", pa.list_(pa.float32())),  # largest since, nats
+        ("logprob", pa.list_(pa.float32())),  # mean of the generated tokens since, nats
+        ("min_logprob", pa.list_(pa.float32())),  # smallest since, nats
+        ("margin", pa.list_(pa.float32())),  # mean difference of the two largest probabilities
+        ("end_think_logprob", pa.list_(pa.float32())),  # of the end-of-thinking token, nats
+        ("num_reflections", pa.list_(pa.float32())),  # reflection words since
+        ("hidden", pa.list_(pa.list_(pa.float16()))),  # last-layer state; one size in a recording
+        # Optional:
         ("question", pa.string()),
         ("text", pa.string()),
     ]
 )
 
 REQUIRED = tuple(name for name in SCHEMA.names if name not in OPTIONAL)
-POINTWISE = tuple(name for name in REQUIRED if pa.types.is_list(SCHEMA.field(name).type))
+POINTWISE = tuple(name for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type))

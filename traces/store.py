@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from haltwise import InputError
 from traces.arrays import Traces, concatenate
 from traces.checks import check_unique, check_values
-from traces.schema import POINTWISE, REQUIRED, SCHEMA, VERSION
+from traces.schema import POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
@@ -31,19 +31,29 @@ def read_traces(path: Path | str) -> Traces:
             a column or value is not as the schema says, or shards do not belong together.
     """
     paths = _shards(Path(path))
-    parts = [_read_shard(shard) for shard in paths]
+    parts = [_traces(*_read(shard, (*REQUIRED, *SIGNALS)), str(shard)) for shard in paths]
     for shard, part in zip(paths, parts, strict=True):
-        if part.recorder != parts[0].recorder:
-            keys = part.recorder.keys() | parts[0].recorder.keys()
-            differ = sorted(k for k in keys if part.recorder.get(k) != parts[0].recorder.get(k))
-            raise InputError(
-                f"{shard}: haltwise.recorder differs from {paths[0].name}'s in "
-                f"{', '.join(differ)}: expected shards of one recording"
-            )
+        _check_recorder(shard, part.recorder, paths[0], parts[0].recorder)
+        _check_signals(shard, part, paths[0], parts[0])
     traces = concatenate(parts)
     names = np.array([str(shard) for shard in paths])
     check_unique(traces.trace_id, np.repeat(names, [len(part) for part in parts]))
     return traces
+
+
+def read_ids(path: Path | str) -> tuple[set[str], dict[str, Any]]:
+    """The trace ids in a file or folder, and how it was recorded; no other column is read.
+
+    Raises:
+        InputError: As `read_traces`, of what is read.
+    """
+    paths = _shards(Path(path))
+    tables, recorders = zip(*(_read(shard, ("trace_id",)) for shard in paths), strict=True)
+    ids: set[str] = set()
+    for shard, table, recorder in zip(paths, tables, recorders, strict=True):
+        _check_recorder(shard, recorder, paths[0], recorders[0])
+        ids.update(_column(table, "trace_id", str(shard)).to_pylist())
+    return ids, recorders[0]
 
 
 def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict[str, Any]) -> None:
@@ -51,7 +61,7 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
 
     Args:
         path: The file; one that is there is replaced.
-        rows: One dict a trace, by column name. `question` and `text` may be left out of all.
+        rows: One dict a trace, by column name. An optional column may be left out of all.
         recorder: How the traces were recorded, kept in the file's metadata.
 
     Raises:
@@ -62,15 +72,32 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
     unknown = sorted(names - set(SCHEMA.names))
     if unknown:
         raise InputError(f"{path}: unknown columns {unknown}, expected {SCHEMA.names}")
-    schema = pa.schema([f for f in SCHEMA if f.name in names or f.name in REQUIRED])
-    try:
-        table = pa.Table.from_pylist(list(rows), schema=schema)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise InputError(f"{path}: rows do not fit the schema: {error}") from None
+    table = pa.table(
+        {
+            field.name: _from_rows(rows, field, str(path))
+            for field in SCHEMA
+            if field.name in names or field.name in REQUIRED
+        }
+    )
     traces = _traces(table, recorder, str(path))
     check_unique(traces.trace_id, np.full(len(traces), str(path)))
     metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: json.dumps(recorder)}
     _replace(path, table.replace_schema_metadata(metadata))
+
+
+def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> pa.Array:
+    """One column of rows; a trace that lacks it has a null."""
+    name, kind = field.name, field.type
+    values = [row.get(name) for row in rows]
+    try:
+        if name == "hidden":
+            # One size for all, told by the first point.
+            size = next((len(vector) for vectors in values for vector in vectors or ()), 1)
+            kind = pa.list_(pa.list_(pa.float16(), size))
+        return pa.array(values, kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{source}: column {name!r} does not fit {kind}: {reason}") from None
 
 
 def _replace(path: Path, table: pa.Table) -> None:
@@ -92,19 +119,49 @@ def _shards(path: Path) -> list[Path]:
     return paths
 
 
-def _read_shard(path: Path) -> Traces:
+def _read(path: Path, names: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+    """Some columns of a shard, optional ones if they are there, and the recorder's metadata."""
     try:
         with pq.ParquetFile(path) as file:
             recorder = _recorder(file.schema_arrow.metadata or {}, path)
-            missing = sorted(set(REQUIRED) - set(file.schema_arrow.names))
+            found = set(file.schema_arrow.names)
+            missing = sorted(set(names) & set(REQUIRED) - found)
             if missing:
                 raise InputError(f"{path}: column {', '.join(missing)} is missing")
-            table = file.read(columns=list(REQUIRED))
+            table = file.read(columns=[name for name in names if name in found])
             table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        found = str(error).partition("\n")[0]
-        raise InputError(f"{path}: damaged, or no Parquet file: {found}") from None
-    return _traces(table, recorder, str(path))
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{path}: damaged, or no Parquet file: {reason}") from None
+    return table, recorder
+
+
+def _check_recorder(
+    shard: Path, recorder: dict[str, Any], first: Path, expected: dict[str, Any]
+) -> None:
+    if recorder != expected:
+        keys = recorder.keys() | expected.keys()
+        differ = sorted(key for key in keys if recorder.get(key) != expected.get(key))
+        raise InputError(
+            f"{shard}: haltwise.recorder differs from {first.name}'s in "
+            f"{', '.join(differ)}: expected shards of one recording"
+        )
+
+
+def _check_signals(shard: Path, part: Traces, first: Path, expected: Traces) -> None:
+    differ = sorted(part.signals.keys() ^ expected.signals.keys())
+    if differ:
+        raise InputError(
+            f"{shard}: column {', '.join(differ)} is there or in {first.name}, not in both: "
+            "expected in all shards or in none"
+        )
+    if "hidden" in part.signals and part.num_points and expected.num_points:
+        found, size = (p.signals["hidden"].shape[1] for p in (part, expected))
+        if found != size:
+            raise InputError(
+                f"{shard}: column 'hidden' has vectors of {found}, "
+                f"expected {size} as in {first.name}"
+            )
 
 
 def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
@@ -125,16 +182,20 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     """Arrays of a checked table."""
     if not table.num_rows:
         raise InputError(f"{source}: no rows, expected at least one trace")
-    arrays = {name: _column(table, name, source) for name in REQUIRED}
-    lengths = _point_counts(arrays, source)
-    arrays |= {name: arrays[name].flatten() for name in POINTWISE}
-    for name in POINTWISE:
-        if arrays[name].null_count:
+    names = [name for name in (*REQUIRED, *SIGNALS) if name in table.column_names]
+    arrays = {name: _column(table, name, source) for name in names}
+    lists = {name: arrays[name] for name in names if name in POINTWISE}
+    lengths = _point_counts(lists, source)
+    arrays |= {name: array.flatten() for name, array in lists.items()}
+    for name in lists:
+        if _has_null(arrays[name]):
             raise InputError(f"{source}: column {name!r} has a null in a list, expected none")
     logprobs = arrays.pop("answer_logprobs")
-    columns = {name: _to_numpy(array) for name, array in arrays.items()}
+    vectors = {"hidden": _matrix(arrays.pop("hidden"), source)} if "hidden" in arrays else {}
+    columns = {name: _to_numpy(array) for name, array in arrays.items()} | vectors
     check_values(columns, lengths, source)
     del columns["gold"], columns["final_answer"]
+    signals = {name: columns.pop(name) for name in SIGNALS if name in columns}
     # Texts of traces become fixed-width strings, which sort and compare fast. Forced answers stay
     # objects: one long answer would widen them all.
     texts = {name: columns[name].astype(str) for name in _TEXTS}
@@ -143,6 +204,7 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         worst_logprob=_smallest(logprobs),
         recorder=recorder,
+        signals=signals,
     )
 
 
@@ -163,9 +225,9 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
     return array
 
 
-def _point_counts(arrays: dict[str, pa.Array], source: str) -> NDArray[np.int64]:
+def _point_counts(lists: dict[str, pa.Array], source: str) -> NDArray[np.int64]:
     """(N,) points of each trace, the same by every column."""
-    lengths = {name: arrays[name].value_lengths().to_numpy() for name in POINTWISE}
+    lengths = {name: array.value_lengths().to_numpy() for name, array in lists.items()}
     expected = lengths["position"]
     for name, found in lengths.items():
         if (found != expected).any():
@@ -180,6 +242,22 @@ def _point_counts(arrays: dict[str, pa.Array], source: str) -> NDArray[np.int64]
 def _to_numpy(array: pa.Array) -> NDArray[Any]:
     values: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return values.astype(np.int64) if pa.types.is_integer(array.type) else values
+
+
+def _has_null(array: pa.Array) -> bool:
+    """Whether an entry, or a number in a list of them, is null."""
+    inner = array.flatten() if pa.types.is_list(array.type) else array
+    return bool(array.null_count or inner.null_count)
+
+
+def _matrix(lists: pa.Array, source: str) -> NDArray[Any]:
+    """(P, D) of P lists of D numbers."""
+    sizes = np.unique(lists.value_lengths().to_numpy())
+    if len(sizes) > 1:
+        found = ", ".join(map(str, sizes))
+        raise InputError(f"{source}: column 'hidden' has vectors of {found}, expected one size")
+    values: NDArray[Any] = lists.flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(len(lists), sizes.max(initial=0))
 
 
 def _smallest(lists: pa.Array) -> NDArray[np.float32]:
