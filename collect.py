@@ -98,7 +98,7 @@ class Recording:
         """The finished trace, by column name."""
         question, thought = self.question, generation.thought
         probes = [probe for _, probe in self.points]
-        answers = [read_answer(probe.text) for probe in probes]
+        answers = [probe.answer for probe in probes]
         final_answer = read_answer(thought.answer_text())
         return {
             "trace_id": trace_id(model, question, self.seed),

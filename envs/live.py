@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
-from haltwise import FeatureState, Halting, InputError, Observing, Signals, answer_keys
+from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.answers import read_answer
 from haltwise.decoder import Decoder, Probe
 from haltwise.features import Float, Index
+from haltwise.meter import signals_of
 from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question
@@ -61,10 +62,9 @@ class Episode:
         self.cost, owed, self.owed = self.cost + self.owed, self.owed, 0
         return float(reward(self.em, owed, self.price))
 
-    def conclude(self, text: str) -> None:
-        """Reads the answer that counts and compares it with the gold answer."""
-        self.answer = read_answer(text)
-        self.em = exact_match(self.answer, self.question.gold)
+    def conclude(self, answer: str) -> None:
+        """Compares the answer that counts with the gold answer."""
+        self.answer, self.em = answer, exact_match(answer, self.question.gold)
 
     def info(self) -> dict[str, Any]:
         """What is told about an episode that is over."""
@@ -153,7 +153,15 @@ class Table:
         """Starts with every slot empty."""
         halting.check_groups(observing.groups)
         self._probes = halting.probing == "always"
-        self._decoder = Decoder(lm.model, lm.tokenizer, halting, num_slots, max_tokens, temperature)
+        self._decoder = Decoder(
+            lm.model,
+            lm.tokenizer,
+            halting,
+            num_slots,
+            max_tokens,
+            temperature,
+            signals=signals_of(observing.groups),
+        )
         self._observing = observing
         self._state = FeatureState(num_slots, observing.groups)
         self.episodes: dict[int, Episode] = {}
@@ -175,7 +183,7 @@ class Table:
             episode = self.episodes[slot]
             assert episode.probe is not None
             episode.halted = True
-            episode.conclude(episode.probe.text)
+            episode.conclude(episode.probe.answer)
 
     def run(self, slots: Index) -> NDArray[np.bool_]:
         """Lets the LM think in slots (B,) until each is at its next decision point or has ended.
@@ -197,27 +205,21 @@ class Table:
                 episode.position = generated
                 episode.num_points += 1
             else:
-                episode.conclude(generation.thought.answer_text())
+                episode.conclude(read_answer(generation.thought.answer_text()))
         self._observe(slots[at_point])
         return at_point
 
-    def _force(self, slots: Index) -> None:
-        for slot, probe in zip(slots.tolist(), self._decoder.force(slots), strict=True):
+    def _force(self, slots: Index) -> list[Probe]:
+        probes = self._decoder.force(slots)
+        for slot, probe in zip(slots.tolist(), probes, strict=True):
             self.episodes[slot].probe = probe
             self.episodes[slot].owed += probe.num_tokens
+        return probes
 
     def _observe(self, slots: Index) -> None:
-        if self._probes:
-            self._force(slots)
-        here = [self.episodes[slot] for slot in slots.tolist()]
-        probes = [episode.probe for episode in here]
-        signals = Signals(
-            np.array([episode.position for episode in here], dtype=np.int64),
-            np.array([p.confidence if p else np.nan for p in probes], dtype=np.float32),
-            answer_keys([read_answer(p.text) if p else "" for p in probes]),
-        )
-        features = self._state.update(signals, slots)
-        prices = np.array([episode.price for episode in here])
+        probes = self._force(slots) if self._probes else None
+        features = self._state.update(self._decoder.signals(slots, probes), slots)
+        prices = np.array([self.episodes[slot].price for slot in slots.tolist()])
         self.obs[slots] = self._observing.observe(features, prices)
 
 

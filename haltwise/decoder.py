@@ -11,7 +11,7 @@ changes a token only where two tokens are as good as tied.)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,122 +21,16 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.errors import InputError
-from haltwise.features import Index
-from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
+from haltwise.features import Index, Signals
+from haltwise.halting import Halting
+from haltwise.meter import SignalMeter
 from haltwise.slots import Slots
+from haltwise.thought import Probe, Thought, ThoughtRules
 
-_BOX = r"\boxed{"
+__all__ = ["Decoder", "Generation", "Probe", "Thought", "ThoughtRules", "end_tokens", "sample"]
+
 # Tokens that a slot advances at most when the decision rule does not say.
 _STRIDE = 32
-
-
-class ThoughtRules:
-    """How an LM's thoughts begin, where they have decision points, and how they are closed.
-
-    Args:
-        tokenizer: The LM's.
-        halting: Decision rule and close text.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
-
-    Raises:
-        InputError: If the decision or confidence rule cannot be run, or the close text has no
-            tokens.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        halting: Halting,
-        think_start: str = "<think>",
-        think_end: str = "</think>",
-    ) -> None:
-        """Encodes the close text."""
-        rule = DecisionRule(halting.decision_rule)
-        rule.check_runnable()
-        if halting.confidence_rule != MEAN_LOGPROB:
-            raise InputError(
-                f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
-            )
-        self.every, self._after = rule.every, rule.after or ""
-        self.tokenizer = tokenizer
-        self.think_start, self.think_end = think_start, think_end
-        self.close_ids: list[int] = tokenizer.encode(halting.close_text, add_special_tokens=False)
-        if not self.close_ids:
-            raise InputError(f"close text {halting.close_text!r} has no tokens: nothing to close")
-        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
-        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
-        self._texts: dict[int, str] = {}
-
-    def is_point(self, position: int, text: str) -> bool:
-        """Whether a decision point follows a token of a thought, at some position."""
-        if self.every:
-            return position % self.every == 0
-        return self._after in text
-
-    def token_text(self, token: int) -> str:
-        """Text of one token, special or not."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
-        return text
-
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of some tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
-
-    def forced_text(self, tokens: Sequence[int]) -> str:
-        """What to read a forced answer from: the tokens, in the box that the close text opens."""
-        text = self.decode(tokens)
-        return self._opening + text if text.strip() else ""
-
-
-class Thought:
-    """One thought, token by token.
-
-    Args:
-        rules: Shared by all thoughts of an LM.
-        prompt: What the LM was given; the thought begins at once if it ends inside of one.
-    """
-
-    def __init__(self, rules: ThoughtRules, prompt: str) -> None:
-        """Reads the markers in the prompt."""
-        self._rules = rules
-        self._begun = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
-        self._tail = ""
-        self.tokens: list[int] = []
-        """Everything generated so far."""
-        self.position = 0
-        """Tokens of the thought so far; whatever the LM wrote before it counts too."""
-        self.closed = False
-        """Whether the LM itself has closed the thought."""
-        self.at_point = False
-        """Whether the newest token is at a decision point."""
-
-    def add(self, token: int) -> None:
-        """Takes in the next token."""
-        self.tokens.append(token)
-        self.at_point = False
-        if self.closed:
-            return
-        rules, text = self._rules, self._rules.token_text(token)
-        marker = rules.think_end if self._begun else rules.think_start
-        seen = self._tail + text
-        found = marker in seen
-        self._tail = "" if found else seen[-len(marker) :]
-        if self._begun and not found:
-            self.at_point = rules.is_point(len(self.tokens), text)
-        self.position = len(self.tokens)
-        self.closed = self._begun and found
-        self._begun = self._begun or found
-
-    def text(self) -> str:
-        """Everything generated, special tokens included."""
-        return self._rules.decode(self.tokens, skip_special_tokens=False)
-
-    def answer_text(self) -> str:
-        """What to read the LM's own answer from: what follows the thought, or else everything."""
-        return self._rules.decode(self.tokens[self.position :] if self.closed else self.tokens)
 
 
 @dataclass
@@ -157,20 +51,6 @@ class Generation:
         return len(self.thought.tokens)
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A forced answer and what was seen of it."""
-
-    text: str
-    """What to read the answer from."""
-    confidence: float
-    """By the rule `haltwise.MEAN_LOGPROB`; 0 if there is no answer."""
-    logprobs: list[float]
-    """Natural log of each answer token's probability."""
-    num_tokens: int
-    """Tokens generated."""
-
-
 class Decoder:
     """Runs an LM on many questions at once and halts at decision points.
 
@@ -186,6 +66,7 @@ class Decoder:
         temperature: Of sampling; 0 takes the likeliest token. Forced answers are always greedy.
         think_start: Text after which a thought begins.
         think_end: Text with which the LM itself closes a thought.
+        signals: Names of the signals to measure beside position and forced answer.
 
     Raises:
         InputError: If the LM or the halting conditions cannot be run.
@@ -201,6 +82,7 @@ class Decoder:
         temperature: float = 0.0,
         think_start: str = "<think>",
         think_end: str = "</think>",
+        signals: Collection[str] = (),
     ) -> None:
         """Starts with every slot empty."""
         if max_tokens < 1:
@@ -215,7 +97,8 @@ class Decoder:
         self.eos_ids = end_tokens(model.generation_config)
         #: What each started slot has generated.
         self.generations: dict[int, Generation] = {}
-        self._slots = Slots(model, num_slots)
+        self._meter = SignalMeter(self.rules, signals, num_slots, model.device)
+        self._slots = Slots(model, num_slots, self._meter.needs_hidden)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
         self._max_prompt = (
             context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
@@ -245,6 +128,7 @@ class Decoder:
             thought = Thought(self.rules, prompt)
             uniforms = _uniforms(prompt, seed, self.max_tokens)
             self.generations[int(slot)] = Generation(thought, uniforms)
+        self._meter.reset(slots)
         self._slots.rollback(slots, 0)
         self._slots.prefill(slots, tokens)
 
@@ -261,6 +145,8 @@ class Decoder:
             InputError: If the LM's logits are not numbers.
         """
         generations = [self.generations[int(slot)] for slot in slots]
+        left = [generation.thought.at_point for generation in generations]
+        self._meter.reset(slots[np.array(left, dtype=bool)])
         moving = np.arange(len(slots))
         for _ in range(self.rules.every or _STRIDE):
             if not len(moving):
@@ -283,19 +169,27 @@ class Decoder:
         """
         if not len(slots):
             return []
-        rules, length = self.rules, self.halting.max_answer_tokens
-        answers = self._slots.force(slots, rules.close_ids, length, self.eos_ids)
+        length = self.halting.max_answer_tokens
+        answers = self._slots.force(slots, self.rules.close_ids, length, self.eos_ids)
         for slot, answer in zip(slots, answers, strict=True):
             if not np.isfinite(answer.logprobs).all():
                 raise _nan_logits(self.generations[int(slot)])
-        return [
-            Probe(rules.forced_text(a.tokens), a.confidence, a.logprobs, a.num_tokens)
-            for a in answers
-        ]
+        return [self.rules.read(answer) for answer in answers]
+
+    def signals(self, slots: Index, probes: Sequence[Probe] | None = None) -> Signals:
+        """What is seen of slots (B,) at their decision points.
+
+        Args:
+            slots: Each at a decision point.
+            probes: Their forced answers, if anybody looked.
+        """
+        thoughts = [self.generations[int(slot)].thought for slot in slots]
+        logits, hidden = self._slots.next_logits(slots), self._slots.last_hidden(slots)
+        return self._meter.read(slots, thoughts, logits, hidden, probes)
 
     @torch.inference_mode()
     def _choose(self, slots: Index, generations: Sequence[Generation]) -> Index:
-        """The next token (B,) of some slots."""
+        """The next token (B,) of some slots, measured."""
         logits = self._slots.next_logits(slots)
         if self.temperature:
             uniforms = torch.tensor([g.uniforms[g.num_tokens] for g in generations])
@@ -306,6 +200,7 @@ class Decoder:
         tokens: Index = torch.where(sound, chosen, -1).cpu().numpy()
         if tokens.min() < 0:
             raise _nan_logits(generations[int(tokens.argmin())])
+        self._meter.add(slots, logits, chosen)
         return tokens
 
     def _add(self, generation: Generation, token: int) -> None:

@@ -15,6 +15,7 @@ Probing = Literal["always", "at_halt"]
 #: Confidence as haltwise's own recorder computes it.
 MEAN_LOGPROB = "exp of the mean of answer_logprobs"
 
+_OF_ANSWERS = {"confidence", "answer", "worst_logprob"}
 _EVERY = re.compile(r"every (\d+) tokens")
 _AFTER = re.compile(r"after (.+)", re.DOTALL)
 
@@ -88,9 +89,9 @@ class Halting:
         """Refuses features of forced answers that nobody looks at.
 
         Raises:
-            InputError: If probing is at_halt and a feature group needs more than positions.
+            InputError: If probing is at_halt and a feature group is made from forced answers.
         """
-        unseen = [group for group in groups if GROUP_SIGNALS[group] != ("position",)]
+        unseen = [group for group in groups if not _OF_ANSWERS.isdisjoint(GROUP_SIGNALS[group])]
         if unseen and self.probing == "at_halt":
             raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -32,12 +33,14 @@ from transformers import (
 )
 
 from haltwise.answers import read_answer
-from haltwise.decoder import Thought, ThoughtRules, end_tokens
+from haltwise.decoder import end_tokens
 from haltwise.errors import InputError
-from haltwise.features import Index, Signals, answer_keys
+from haltwise.features import Index
 from haltwise.head import HaltHead
+from haltwise.meter import SignalMeter, signals_of
 from haltwise.monitor import HaltMonitor
-from haltwise.slots import ForcedAnswer, check_supported, greedy_answers
+from haltwise.slots import HiddenTap, check_supported, greedy_answers
+from haltwise.thought import Probe, Thought, ThoughtRules
 
 Reason = Literal["halted", "closed by the LM", "token budget"]
 
@@ -107,8 +110,9 @@ class Halter:
             raise InputError(f"tokenizer is {found}, but the head was trained with {expected}")
         self.head = head
         self.price = price
-        self.read_answer = read_answer
-        self.rules = ThoughtRules(tokenizer, head.config.halting, think_start, think_end)
+        self.rules = ThoughtRules(
+            tokenizer, head.config.halting, think_start, think_end, read_answer
+        )
         #: One entry a row, of the latest call.
         self.report: list[RowReport] = []
 
@@ -129,14 +133,15 @@ class Halter:
         _check(model, generation_config, model_kwargs.get("past_key_values"))
         batch = _Batch(self, model, input_ids, generation_config, model_kwargs)
         # transformers' own loop runs: one that is watched, and told what to take.
-        out: Any = GenerationMixin._sample(
-            cast(Any, model),
-            input_ids,
-            logits_processor=LogitsProcessorList([*logits_processor, batch]),
-            stopping_criteria=_Watched(stopping_criteria, batch),
-            generation_config=generation_config,
-            **model_kwargs,
-        )
+        with batch.tap or nullcontext():
+            out: Any = GenerationMixin._sample(
+                cast(Any, model),
+                input_ids,
+                logits_processor=LogitsProcessorList([_Raw(batch), *logits_processor, batch]),
+                stopping_criteria=_Watched(stopping_criteria, batch),
+                generation_config=generation_config,
+                **model_kwargs,
+            )
         if batch.ends_early:
             out = batch.append_known(out, stopping_criteria)
         self.report = batch.report()
@@ -176,7 +181,12 @@ class _Batch(LogitsProcessor):
         if np.shape(price) not in ((), (len(input_ids),)):
             raise InputError(f"{np.size(price)} prices for {len(input_ids)} rows")
         self.monitor = HaltMonitor(head, len(input_ids), price)
-        self.read_answer = halter.read_answer
+        self.meter = SignalMeter(
+            self.rules, signals_of(head.config.observing.groups), len(input_ids), model.device
+        )
+        self.everyone = np.arange(len(input_ids))
+        self.meter.reset(self.everyone)
+        self.tap = HiddenTap(model) if self.meter.needs_hidden else None
         self.model, self.halting = model, head.config.halting
         self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
         self.eos_ids = end_tokens(generation_config)
@@ -208,6 +218,16 @@ class _Batch(LogitsProcessor):
         """Whether what follows needs no LM in any row."""
         return all(row.is_known for row in self.rows)
 
+    def see(self, logits: Tensor) -> None:
+        """Keeps what the LM itself gives (B, V), before anything is done to it."""
+        # A processor may write into it.
+        self.logits = logits.clone() if self.meter.needs_logits else logits
+        self.hidden = self.tap.latest if self.tap else None
+
+    def measure(self, tokens: Tensor) -> None:
+        """Measures the newest token (B,) of every row."""
+        self.meter.add(self.everyone, self.logits, tokens)
+
     def take_in(self, tokens: list[int], done: list[int]) -> None:
         """Reads the newest token of every row, and whether the row ends with it."""
         for row, token, ends in zip(self.rows, tokens, done, strict=True):
@@ -218,37 +238,31 @@ class _Batch(LogitsProcessor):
     def decide(self, points: Index) -> None:
         """Halts those rows at decision points that the head wants to halt."""
         looks = self.halting.probing == "always"
-        answers: dict[int, ForcedAnswer] = {}
+        passed, probes = points, {}
         if looks:
-            answers = self.probe(points)
-            points = np.array(list(answers), dtype=np.int64)
-        halting = points[self.monitor.observe(self.signals(points, answers), points)]
-        if not looks:
-            answers = self.probe(halting)
-        for i in halting.tolist():
-            if i in answers:
-                self.halt(self.rows[i], answers[i])
-
-    def signals(self, points: Index, answers: dict[int, ForcedAnswer]) -> Signals:
-        """What the head sees at some rows' decision points, whether anybody looked or not."""
-        found = [answers.get(i) for i in points.tolist()]
-        position = [self.rows[i].thought.position for i in points.tolist()]
-        return Signals(
-            np.array(position, dtype=np.int64),
-            np.array([a.confidence if a else np.nan for a in found], dtype=np.float32),
-            answer_keys([self.read(a) if a else "" for a in found]),
+            probes = self.probe(points)
+            points = np.array(list(probes), dtype=np.int64)
+        signals = self.meter.read(
+            points,
+            [self.rows[i].thought for i in points.tolist()],
+            self.logits[points],
+            None if self.hidden is None else self.hidden[points],
+            list(probes.values()) if looks else None,
         )
+        self.meter.reset(passed)
+        halting = points[self.monitor.observe(signals, points)]
+        if not looks:
+            probes = self.probe(halting)
+        for i in halting.tolist():
+            if i in probes:
+                self.halt(self.rows[i], probes[i])
 
-    def read(self, answer: ForcedAnswer) -> str:
-        """The text of a forced answer."""
-        return self.read_answer(self.rules.forced_text(answer.tokens))
-
-    def halt(self, row: _Row, answer: ForcedAnswer) -> None:
+    def halt(self, row: _Row, probe: Probe) -> None:
         """Closes a thought with the answer that was tried out."""
-        row.report.reason, row.report.answer = "halted", self.read(answer)
-        row.pending.extend([*self.rules.close_ids, *answer.tokens, self.eos_ids[0]])
+        row.report.reason, row.report.answer = "halted", probe.answer
+        row.pending.extend([*self.rules.close_ids, *probe.tokens, self.eos_ids[0]])
 
-    def probe(self, rows: Index) -> dict[int, ForcedAnswer]:
+    def probe(self, rows: Index) -> dict[int, Probe]:
         """Forces the answers of some rows; those whose logits are not numbers are left out."""
         if not len(rows):
             return {}
@@ -260,7 +274,7 @@ class _Batch(LogitsProcessor):
             report = self.rows[i].report
             report.num_probe_tokens += answer.num_tokens
             if np.isfinite(answer.logprobs).all():
-                sound[i] = answer
+                sound[i] = self.rules.read(answer)
             else:
                 report.num_bad_signals += 1
         return sound
@@ -285,6 +299,18 @@ class _Batch(LogitsProcessor):
         return [row.report for row in self.rows]
 
 
+class _Raw(LogitsProcessor):
+    """Stands before all other processors and shows a batch what the LM itself gives."""
+
+    def __init__(self, batch: _Batch) -> None:
+        self._batch = batch
+
+    def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
+        """Called after each forward pass of the batch, not of its probes."""
+        self._batch.see(scores)
+        return scores
+
+
 class _Watched(StoppingCriteriaList):
     """Stopping criteria that show a batch what it has generated, and stop it when all is known."""
 
@@ -295,6 +321,7 @@ class _Watched(StoppingCriteriaList):
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
         """Called after each step: which rows to stop, (B,)."""
         done = super().__call__(input_ids, scores, **kwargs)
+        self._batch.measure(input_ids[:, -1])
         newest = torch.stack([input_ids[:, -1], done.long()])
         self._batch.take_in(*newest.tolist())
         return done | self._batch.ends_early & self._batch.is_known

@@ -10,6 +10,7 @@ L longest row of the pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -43,6 +44,11 @@ class ForcedAnswer:
         """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
         return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
 
+    @property
+    def worst_logprob(self) -> float:
+        """Smallest of `logprobs`; NaN if there is none."""
+        return min(self.logprobs, default=float("nan"))
+
 
 class Slots:
     """R sequences of an LM that are fed in any combination, with their next-token logits.
@@ -50,12 +56,13 @@ class Slots:
     Args:
         model: A decoder-only LM with full attention in every layer.
         num_rows: Sequences in the cache.
+        keep_hidden: Whether last-layer states are kept too.
 
     Raises:
-        InputError: If the LM cannot be rolled back.
+        InputError: If the LM cannot be rolled back, or its last-layer states not be seen.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int) -> None:
+    def __init__(self, model: PreTrainedModel, num_rows: int, keep_hidden: bool = False) -> None:
         """Starts with every row empty."""
         check_supported(model)
         self.model = model
@@ -63,6 +70,9 @@ class Slots:
         self.lengths: Index = np.zeros(num_rows, dtype=np.int64)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._logits = torch.zeros(num_rows, vocabulary, device=model.device)
+        self._tap = HiddenTap(model) if keep_hidden else None
+        size = self._tap.size if self._tap else 0
+        self._hidden = torch.zeros(num_rows, size, device=model.device)
         self._window = _Window()
         num_layers = len(DynamicCache(config=model.config).layers)
         self._layers = [_SlotLayer(num_rows, self._window) for _ in range(num_layers)]
@@ -90,6 +100,11 @@ class Slots:
         """Logits (B, V), float32, of the token that follows each of some rows."""
         return self._logits[self._on_device(rows)]
 
+    @torch.inference_mode()
+    def last_hidden(self, rows: Index) -> Tensor | None:
+        """Last-layer states (B, D), float32, of some rows' newest tokens, if they are kept."""
+        return self._hidden[self._on_device(rows)] if self._tap else None
+
     def rollback(self, rows: Index, lengths: Index | int) -> None:
         """Forgets what rows hold past some lengths; feed them before reading their logits."""
         self.lengths[rows] = lengths
@@ -109,7 +124,8 @@ class Slots:
         Returns:
             One answer a row. The rows are as before.
         """
-        lengths, logits = self.lengths[rows], self.next_logits(rows)
+        lengths, index = self.lengths[rows], self._on_device(rows)
+        logits, hidden = self._logits[index], self._hidden[index]
         self.prefill(rows, [close_ids] * len(rows))
 
         def feed(moving: Index, tokens: Index) -> Tensor:
@@ -118,7 +134,7 @@ class Slots:
 
         answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids)
         self.rollback(rows, lengths)
-        self._logits[self._on_device(rows)] = logits
+        self._logits[index], self._hidden[index] = logits, hidden
         return answers
 
     def _feed(self, rows: Index, tokens: Index, pad: Index) -> None:
@@ -133,16 +149,20 @@ class Slots:
         column = (np.arange(num) - pad[:, None]) % num
         positions = self._on_device(self.lengths[rows, None] + column)
         self._window.set(positions, int(self.lengths[rows].max()) + num)
-        out = self.model(
-            input_ids=self._on_device(tokens),
-            position_ids=positions,
-            attention_mask=_mask(positions, self._window.length, self.model.dtype),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self._tap or nullcontext():
+            out = self.model(
+                input_ids=self._on_device(tokens),
+                position_ids=positions,
+                attention_mask=_mask(positions, self._window.length, self.model.dtype),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.lengths[rows] += num - pad
-        self._logits[self._on_device(rows)] = out.logits[:, -1].float()
+        index = self._on_device(rows)
+        self._logits[index] = out.logits[:, -1].float()
+        if self._tap:
+            self._hidden[index] = self._tap.latest.float()
 
     def _on_device(self, array: Index) -> Tensor:
         return torch.from_numpy(array).to(self.model.device)
@@ -163,6 +183,38 @@ class Slots:
                     buffer[target, :, :length] = buffer[source, :, :length]
             self._place[swapped] = there
         return np.argsort(self._place[rows])
+
+
+class HiddenTap:
+    """Sees what the head of an LM reads: the last-layer states of the newest tokens.
+
+    A context manager around forward passes.
+
+    Raises:
+        InputError: If the LM has no head of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Finds the head."""
+        head = model.get_output_embeddings()
+        if head is None:
+            raise InputError(f"{type(model).__name__} has no output embeddings: no hidden states")
+        self._head = head
+        #: D
+        self.size = int(head.weight.shape[-1])
+        #: (B, D) of the latest pass.
+        self.latest = torch.empty(0, self.size)
+
+    def __enter__(self) -> None:
+        """Begins to look."""
+        self._handle = self._head.register_forward_pre_hook(self._see)
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves no mark on the LM."""
+        self._handle.remove()
+
+    def _see(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.latest = inputs[0][:, -1]
 
 
 class _Window:

@@ -10,6 +10,7 @@ import torch
 
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.decoder import Decoder, Generation, sample
+from haltwise.slots import ForcedAnswer
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -163,10 +164,10 @@ def test_forced_answers_are_read_from_the_box_that_the_close_text_opens() -> Non
     lm = decoder(model=model, halting=halting("every 1 tokens"), temperature=0.0)
     lm.start(np.arange(1), ["5 <think>"], [0])
     (probe,) = lm.force(np.arange(1))
-    assert (probe.text, probe.num_tokens) == ("7", 2)
+    assert (probe.text, probe.answer, probe.num_tokens) == ("7", "7", 2)
     lm.rules._opening = r"\boxed{"
-    assert lm.rules.forced_text([IDS["7"]]) == r"\boxed{7"
-    assert lm.rules.forced_text([]) == ""
+    assert lm.rules.read(ForcedAnswer([IDS["7"]], [-0.5], 2)).text == r"\boxed{7"
+    assert lm.rules.read(ForcedAnswer([], [], 1)).text == ""
 
 
 def test_logits_that_are_not_numbers_are_an_error() -> None:
