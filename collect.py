@@ -1,8 +1,13 @@
 """Records traces: an LM answers questions, with a forced answer at every decision point.
 
     python collect.py --task all --num 1000 --out checkpoints/traces
+    python collect.py --json-lines FILE --out checkpoints/traces
 
 A killed recording goes on where it stopped: run the same command again.
+
+The second form takes traces that somebody else has recorded: one JSON object a line, by column
+name of the trace schema, the same columns in every line. A first line {"haltwise.recorder": {...}}
+may tell how they were recorded.
 """
 
 from __future__ import annotations
@@ -17,14 +22,14 @@ import numpy as np
 from tqdm import tqdm
 
 from command import run
-from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise import MEAN_LOGPROB, Halting, InputError, Signals
 from haltwise.answers import read_answer
 from haltwise.decoder import Decoder, Generation, Probe
 from lms.answers import exact_match
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
-from lms.tasks import Question, questions
-from traces import read_traces, write_shard
+from lms.tasks import Question, each_question
+from traces import SIGNALS, import_json_lines, read_ids, write_shard
 
 Row = dict[str, Any]
 Work = tuple[Question, int]
@@ -36,6 +41,9 @@ class CollectConfig:
 
     out: Path
     """Folder for the traces; a recording that is there already is completed."""
+    json_lines: Path | None = None
+    """Take the traces from this file, one JSON object a line, and record none. Of the other
+    settings only --out and --shard-size count then; the folder must be new or empty."""
     lm: str = str(EMBEDDED)
     """Hub name or folder of the LM."""
     task: str = "all"
@@ -62,6 +70,8 @@ class CollectConfig:
     """Questions at once."""
     shard_size: int = 256
     """Traces in a file; so many at most are lost by a kill."""
+    hidden: bool = False
+    """Record last-layer states too: two bytes times the LM's width at every decision point."""
     device: str = "cpu"
     """As PyTorch names it."""
 
@@ -91,14 +101,26 @@ class Recording:
 
     question: Question
     seed: int
-    points: list[tuple[int, Probe]] = field(default_factory=list)
-    """Position and forced answer of each decision point."""
+    position: list[int] = field(default_factory=list)
+    """Of each decision point."""
+    probes: list[Probe] = field(default_factory=list)
+    """The forced answer at each decision point."""
+    signals: dict[str, list[Any]] = field(default_factory=dict)
+    """What else was measured at each decision point, by column name."""
+
+    def see(self, probe: Probe, signals: Signals, i: int) -> None:
+        """Takes in a decision point: its forced answer and row i of some signals."""
+        self.position.append(int(signals.position[i]))
+        self.probes.append(probe)
+        for name, values in self.signals.items():
+            value = getattr(signals, name)[i]
+            # A copy, lest a vector keep those of the whole batch.
+            values.append(value.astype(np.float16) if name == "hidden" else value)
 
     def row(self, model: str, generation: Generation) -> Row:
         """The finished trace, by column name."""
         question, thought = self.question, generation.thought
-        probes = [probe for _, probe in self.points]
-        answers = [probe.answer for probe in probes]
+        probes = self.probes
         final_answer = read_answer(thought.answer_text())
         return {
             "trace_id": trace_id(model, question, self.seed),
@@ -113,12 +135,13 @@ class Recording:
             "finished": generation.finished,
             "final_answer": final_answer,
             "final_correct": exact_match(final_answer, question.gold),
-            "position": [position for position, _ in self.points],
+            "position": self.position,
             "probe_tokens": [probe.num_tokens for probe in probes],
-            "answer": answers,
-            "correct": [exact_match(answer, question.gold) for answer in answers],
+            "answer": [probe.answer for probe in probes],
+            "correct": [exact_match(probe.answer, question.gold) for probe in probes],
             "confidence": [probe.confidence for probe in probes],
             "answer_logprobs": [probe.logprobs for probe in probes],
+            **self.signals,
             "question": question.prompt,
             "text": thought.text(),
         }
@@ -133,7 +156,7 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
     """Answers questions in refilled slots and yields each trace as it ends.
 
     Args:
-        decoder: What runs the LM; all of its slots are used.
+        decoder: What runs the LM; all of its slots are used. What it measures is recorded.
         work: Questions with sampling seeds.
         model: The LM's name.
     """
@@ -141,7 +164,10 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
     running: dict[int, Recording] = {}
     while True:
         free = [slot for slot in range(decoder.num_slots) if slot not in running]
-        fresh = {slot: Recording(*job) for slot, job in zip(free, waiting, strict=False)}
+        fresh = {
+            slot: Recording(*job, signals={name: [] for name in decoder.measured})
+            for slot, job in zip(free, waiting, strict=False)
+        }
         decoder.start(
             np.array(list(fresh), dtype=np.int64),
             [recording.question.prompt for recording in fresh.values()],
@@ -153,16 +179,17 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
         slots = np.array(list(running))
         at_point = decoder.advance(slots)
         here = slots[at_point]
-        for slot, probe in zip(here.tolist(), decoder.force(here), strict=True):
-            position = decoder.generations[slot].thought.position
-            running[slot].points.append((position, probe))
+        probes = decoder.force(here)
+        signals = decoder.signals(here, probes)
+        for i, (slot, probe) in enumerate(zip(here.tolist(), probes, strict=True)):
+            running[slot].see(probe, signals, i)
         for slot in slots[~at_point].tolist():
             generation = decoder.generations[slot]
             if generation.ended:
                 yield running.pop(slot).row(model, generation)
 
 
-def recorder_of(config: CollectConfig, lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:
+def recorder_of(lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:
     """What is kept beside the traces: all that decides what a question and a seed give."""
     project = tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]
     halting = decoder.halting
@@ -179,6 +206,7 @@ def recorder_of(config: CollectConfig, lm: LanguageModel, decoder: Decoder) -> d
         "close_tokens": len(decoder.rules.close_ids),
         "max_answer_tokens": halting.max_answer_tokens,
         "confidence_rule": halting.confidence_rule,
+        "signals": list(decoder.measured),
         "code_version": project["version"],
     }
 
@@ -191,22 +219,24 @@ def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
     """
     if not any(out.glob("*.parquet")):
         return set()
-    traces = read_traces(out)
+    ids, known = read_ids(out)
     for name, expected in recorder.items():
         if name == "code_version":  # another version of haltwise records the same
             continue
-        found = traces.recorder.get(name)
+        found = known.get(name)
         if found != expected:
             raise InputError(
                 f"{out} was recorded with {name} {found!r}, not {expected!r}: choose another --out"
             )
-    return set(traces.trace_id.tolist())
+    return ids
 
 
 def write_shards(
     out: Path, rows: Iterable[Row], recorder: dict[str, Any], shard_size: int
 ) -> Iterator[Row]:
     """Writes traces to numbered files as they come, and passes them on."""
+    for leftover in out.glob(".*.part"):  # of a killed recording
+        leftover.unlink()
     pending: list[Row] = []
     number = 1 + max((int(path.stem) for path in out.glob("[0-9]*.parquet")), default=-1)
     try:
@@ -221,31 +251,46 @@ def write_shards(
             write_shard(out / f"{number:05d}.parquet", pending, recorder)
 
 
+def work(config: CollectConfig) -> Iterator[Work]:
+    """All that is to be recorded, in order."""
+    for split in config.split:
+        for question in each_question(config.task, split, config.num, config.seed):
+            for seed in range(config.seed, config.seed + config.num_seeds):
+                yield question, seed
+
+
 def main(config: CollectConfig) -> None:
-    """Records what is not yet in the folder.
+    """Records what is not yet in the folder, or imports a file.
 
     Raises:
-        InputError: If the LM, the questions or the folder cannot be used.
+        InputError: If the LM, the questions, the file or the folder cannot be used.
     """
     config.check()
+    if config.json_lines:
+        num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
+        print(f"{config.out}: {num_traces:,} traces")
+        return
     lm = LanguageModel.load(config.lm, config.device)
     rule = f"every {config.every} tokens"
     halting = Halting("always", rule, config.close_text, MEAN_LOGPROB, config.max_answer_tokens)
     temperature = lm.temperature if config.temperature is None else config.temperature
     decoder = Decoder(
-        lm.model, lm.tokenizer, halting, config.batch_size, config.max_tokens, temperature
+        lm.model,
+        lm.tokenizer,
+        halting,
+        config.batch_size,
+        config.max_tokens,
+        temperature,
+        signals=[name for name in SIGNALS if name != "hidden" or config.hidden],
     )
-    recorder = recorder_of(config, lm, decoder)
+    recorder = recorder_of(lm, decoder)
     done = recorded(config.out, recorder)
-    work = [
-        (question, seed)
-        for split in config.split
-        for question in questions(config.task, split, config.num, config.seed)
-        for seed in range(config.seed, config.seed + config.num_seeds)
-        if trace_id(lm.name, question, seed) not in done
-    ]
-    rows = write_shards(config.out, record(decoder, work, lm.name), recorder, config.shard_size)
-    with tqdm(rows, total=len(work), unit="trace", desc=config.out.name) as bar:
+    num_done = sum(trace_id(lm.name, *job) in done for job in work(config))
+    missing = (job for job in work(config) if trace_id(lm.name, *job) not in done)
+    rows = write_shards(config.out, record(decoder, missing, lm.name), recorder, config.shard_size)
+    total = len(config.split) * config.num * config.num_seeds
+    # The time left follows from the mean speed of this process.
+    with tqdm(rows, config.out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:
         tokens = 0
         for row in bar:
             tokens += row["num_tokens"] + sum(row["probe_tokens"])

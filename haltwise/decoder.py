@@ -104,6 +104,11 @@ class Decoder:
             context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
         )
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The signals that are measured."""
+        return self._meter.signals
+
     def start(self, slots: Index, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Gives slots (B,) to new questions.
 

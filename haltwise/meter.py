@@ -51,10 +51,11 @@ class SignalMeter:
     ) -> None:
         """Starts every row without a token."""
         self._rules = rules
-        self._wanted = frozenset(signals) & frozenset(MEASURED)
-        self._steps = bool(self._wanted & frozenset(_STEPWISE))
-        self.needs_hidden = "hidden" in self._wanted
-        self.needs_logits = self._steps or "end_think_logprob" in self._wanted
+        #: What is measured.
+        self.signals = tuple(name for name in MEASURED if name in signals)
+        self._steps = not set(_STEPWISE).isdisjoint(self.signals)
+        self.needs_hidden = "hidden" in self.signals
+        self.needs_logits = self._steps or "end_think_logprob" in self.signals
         self._device = device
         # (R,) tokens since the previous point; sum and smallest of their `_sureness` (R, 3).
         self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
@@ -98,7 +99,7 @@ class SignalMeter:
             probes: Forced answers of those rows, if anybody looked.
         """
         seen = self._measured(rows, logits, hidden)
-        if "num_reflections" in self._wanted:
+        if "num_reflections" in self.signals:
             numbers = [
                 num_reflections(thought.tokens, num, self._rules.decode)
                 for thought, num in zip(thoughts, self._num_tokens[rows].tolist(), strict=True)
@@ -124,7 +125,7 @@ class SignalMeter:
             smallest = self._smallest[index]
             seen = {"entropy": -mean[:, 0], "logprob": mean[:, 1], "margin": mean[:, 2]}
             seen |= {"max_entropy": -smallest[:, 0], "min_logprob": smallest[:, 1]}
-        if "end_think_logprob" in self._wanted:
+        if "end_think_logprob" in self.signals:
             seen["end_think_logprob"] = log_probabilities(logits)[:, self._rules.end_id]
         names = list(seen)
         if self.needs_hidden:
@@ -135,7 +136,7 @@ class SignalMeter:
         if not seen:
             return {}
         table = torch.column_stack(tuple(seen.values())).cpu().numpy()
-        found = {name: table[:, i] for i, name in enumerate(names) if name in self._wanted}
+        found = {name: table[:, i] for i, name in enumerate(names) if name in self.signals}
         return found | ({"hidden": table[:, len(names) :]} if self.needs_hidden else {})
 
     def _index(self, values: Index) -> Tensor:

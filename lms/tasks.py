@@ -8,6 +8,7 @@ leap  7 + 14 - 9 ...           large steps: attempts rarely agree, so giving up 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,14 @@ def draw(task: str, rng: np.random.Generator) -> Question:
 def questions(task: str, split: str, num: int, seed: int = 0) -> list[Question]:
     """Draws distinct questions of one split; the same arguments give the same list.
 
+    Arguments and errors are those of `each_question`.
+    """
+    return list(each_question(task, split, num, seed))
+
+
+def each_question(task: str, split: str, num: int, seed: int = 0) -> Iterator[Question]:
+    """Draws the same as `questions`, one by one.
+
     Args:
         task: one of TASKS, or "all" for every task in turn.
         split: train, dev or test.
@@ -127,10 +136,10 @@ def questions(task: str, split: str, num: int, seed: int = 0) -> list[Question]:
         raise InputError(f"num must be at least 1, got {num}")
     tasks = TASKS if task == "all" else (task,)
     rngs = {name: np.random.default_rng([seed, TASKS.index(name)]) for name in tasks}
-    found: dict[str, Question] = {}
+    found: set[str] = set()
     while len(found) < num:
         name = tasks[len(found) % len(tasks)]
         question = draw(name, rngs[name])
-        if question.split == split:
-            found.setdefault(question.question_id, question)
-    return list(found.values())
+        if question.split == split and question.question_id not in found:
+            found.add(question.question_id)
+            yield question

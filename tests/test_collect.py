@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from haltwise.decoder import Decoder
 from lms.answers import exact_match
 from lms.tasks import questions
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
-from traces import read_traces
+from traces import SIGNALS, read_traces
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,18 +94,21 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
 
 
 def test_a_trace_is_the_same_whatever_is_recorded_with_it(config: CollectConfig) -> None:
-    main(config)
+    main(replace(config, hidden=True))
     halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
-    decoder = Decoder(tiny_lm(seed=1), tiny_tokenizer(), halting, 1, 32, 0.8)
+    decoder = Decoder(tiny_lm(seed=1), tiny_tokenizer(), halting, 1, 32, 0.8, signals=SIGNALS)
     for row in record(decoder, [(q, 0) for q in questions("all", "dev", 7)], "tiny"):
         assert_same(rows_of(config.out)[row["trace_id"]], row)
 
 
 def assert_same(row: dict[str, Any], other: dict[str, Any]) -> None:
-    floats = ("confidence", "answer_logprobs")
-    for name in row.keys() - set(floats):
+    floats = {"confidence", "answer_logprobs", *SIGNALS}
+    assert row.keys() == other.keys()
+    for name in row.keys() - floats:
         assert row[name] == other[name], name
-    np.testing.assert_allclose(row["confidence"], other["confidence"], atol=1e-5)
+    for name in row.keys() & floats:
+        for values, expected in zip(row[name], other[name], strict=True):
+            np.testing.assert_allclose(values, expected, atol=1e-3 if name == "hidden" else 1e-5)
 
 
 def test_only_what_is_missing_is_recorded(config: CollectConfig) -> None:
@@ -120,7 +124,13 @@ def test_only_what_is_missing_is_recorded(config: CollectConfig) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"temperature": 0.5}, {"every": 8}, {"max_tokens": 33}, {"close_text": "so </think>"}],
+    [
+        {"temperature": 0.5},
+        {"every": 8},
+        {"max_tokens": 33},
+        {"close_text": "so </think>"},
+        {"hidden": True},
+    ],
 )
 def test_a_folder_of_other_settings_is_refused(
     config: CollectConfig, change: dict[str, Any]
@@ -130,30 +140,88 @@ def test_a_folder_of_other_settings_is_refused(
         main(replace(config, **change))
 
 
-def test_a_killed_recording_is_completed(config: CollectConfig) -> None:
-    config = replace(config, num=150, batch_size=2, shard_size=4)
-    flags = [
-        f"--{name.replace('_', '-')}={getattr(config, name)}"
-        for name in ("out", "lm", "num", "every", "max_tokens", "max_answer_tokens")
-    ]
-    command = [sys.executable, "collect.py", *flags, "--split", *config.split]
-    command += ["--batch-size=2", "--shard-size=4"]
+def command(config: CollectConfig) -> list[str]:
+    """Records in another process."""
+    names = ("out", "lm", "num", "every", "max_tokens", "max_answer_tokens", "shard_size")
+    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in names]
+    return ["collect.py", *flags, f"--batch-size={config.batch_size}", "--split", *config.split]
+
+
+def kill_when(arguments: list[str], is_time: Callable[[], bool]) -> None:
+    """Starts Python and sends it SIGKILL."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 60
-    while len(list(config.out.glob("*.parquet"))) < 3:
+    while not is_time():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+
+
+# Runs collect.py, but hangs in the second shard that it writes, when half of it is in the file.
+HANG = """
+import runpy, sys, time
+import pyarrow.parquet as pq
+write, sizes = pq.write_table, []
+
+def write_half(table, file, **options):
+    write(table, file, **options)
+    sizes.append(file.tell())
+    if len(sizes) == 2:
+        file.truncate(file.tell() // 2)
+        file.flush()
+        time.sleep(60)
+
+pq.write_table = write_half
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_recording_killed_at_any_moment_is_completed(
+    config: CollectConfig, tmp_path: Path
+) -> None:
+    config = replace(config, num=60, batch_size=2, shard_size=4)
+
+    def shards() -> list[Path]:
+        return list(config.out.glob("*.parquet"))
+
+    kill_when(command(config), lambda: len(shards()) >= 3)
     kept = rows_of(config.out)
-    assert 12 <= len(kept) < 300
+    assert 12 <= len(kept) < 120
+    num = len(shards())
+    half = config.out / f".{num + 1:05d}.parquet.part"
+    kill_when(["-c", HANG, *command(config)], lambda: half.exists() and half.stat().st_size > 0)
+    assert len(shards()) == num + 1
+    (config.out / ".99999.parquet.part").write_bytes(b"left over")
     main(replace(config, batch_size=64))
+    assert not list(config.out.glob(".*"))
     rows = rows_of(config.out)
-    assert len(rows) == 300
     assert all(rows[name] == row for name, row in kept.items())
-    assert len(read_traces(config.out)) == 300
+    whole = replace(config, out=tmp_path / "whole", batch_size=16)
+    main(whole)
+    expected = rows_of(whole.out)
+    assert rows.keys() == expected.keys() and len(rows) == 120
+    for name, row in rows.items():
+        assert_same(row, expected[name])
+    assert len(read_traces(config.out)) == 120
+
+
+def test_a_killed_recording_tells_how_much_is_left(
+    config: CollectConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(replace(config, split=("train",)))
+    capsys.readouterr()
+    main(config)
+    first, *_, last = capsys.readouterr().err.strip().split("\r")
+    assert "7/14 [00:00<?" in first
+    assert "14/14" in last and "tokens/s" in last
 
 
 def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:

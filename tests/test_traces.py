@@ -313,6 +313,10 @@ def test_duplicates_in_one_file_and_unknown_columns_are_refused(
         write_shard(tmp_path / "x.parquet", [make_row(anwser=[])], {})
     with pytest.raises(InputError, match=r"column 'num_tokens' does not fit int32: .*'many'"):
         write_shard(tmp_path / "x.parquet", [make_row(num_tokens="many")], {})
+    with pytest.raises(InputError, match=r"'position' does not fit list<.*>: found list<.*double"):
+        write_shard(tmp_path / "x.parquet", [make_row(position=[1.5, 2, 3])], {})
+    with pytest.raises(InputError, match=r"'answer' does not fit list<.*>: found string"):
+        write_shard(tmp_path / "x.parquet", [make_row(answer="377")], {})
     assert not list(tmp_path.iterdir())
 
 

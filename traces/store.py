@@ -68,21 +68,29 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
         InputError: If a row is not as the schema says; then nothing is written.
     """
     path = Path(path)
+    metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: json.dumps(recorder)}
+    _replace(path, table_of(rows, str(path)).replace_schema_metadata(metadata))
+
+
+def table_of(rows: Sequence[dict[str, Any]], source: str) -> pa.Table:
+    """Checks traces, one dict a trace by column name.
+
+    Raises:
+        InputError: Beginning with `source`, if a row is not as the schema says.
+    """
     names = {name for row in rows for name in row}
     unknown = sorted(names - set(SCHEMA.names))
     if unknown:
-        raise InputError(f"{path}: unknown columns {unknown}, expected {SCHEMA.names}")
-    table = pa.table(
-        {
-            field.name: _from_rows(rows, field, str(path))
-            for field in SCHEMA
-            if field.name in names or field.name in REQUIRED
-        }
-    )
-    traces = _traces(table, recorder, str(path))
-    check_unique(traces.trace_id, np.full(len(traces), str(path)))
-    metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: json.dumps(recorder)}
-    _replace(path, table.replace_schema_metadata(metadata))
+        raise InputError(f"{source}: unknown columns {unknown}, expected {SCHEMA.names}")
+    columns = {
+        field.name: _from_rows(rows, field, source)
+        for field in SCHEMA
+        if field.name in names or field.name in REQUIRED
+    }
+    table = pa.table(columns)
+    traces = _traces(table, {}, source)
+    check_unique(traces.trace_id, np.full(len(traces), source))
+    return table
 
 
 def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> pa.Array:
@@ -94,10 +102,20 @@ def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> 
             # One size for all, told by the first point.
             size = next((len(vector) for vectors in values for vector in vectors or ()), 1)
             kind = pa.list_(pa.list_(pa.float16(), size))
+        elif not _fits(pa.array(values).type, kind):
+            raise TypeError(f"found {pa.array(values).type}")
         return pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{source}: column {name!r} does not fit {kind}: {reason}") from None
+
+
+def _fits(found: pa.DataType, kind: pa.DataType) -> bool:
+    """Whether pyarrow keeps values as they are: it would cut 1.5 to 1, and "ab" to "a" and "b"."""
+    while pa.types.is_list(found) and pa.types.is_list(kind):
+        found, kind = found.value_type, kind.value_type
+    cuts_number = pa.types.is_floating(found) and pa.types.is_integer(kind)
+    return not cuts_number and not (pa.types.is_string(found) and pa.types.is_list(kind))
 
 
 def _replace(path: Path, table: pa.Table) -> None:

@@ -1,0 +1,118 @@
+"""Traces from JSON lines, which any program can write."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from haltwise import InputError
+from traces.store import table_of, write_shard
+
+_RECORDER = "haltwise.recorder"
+
+Line = tuple[int, dict[str, Any]]
+
+
+def import_json_lines(source: Path, out: Path, shard_size: int) -> int:
+    """Writes the traces in a file as shards into a folder, which appears whole or not at all.
+
+    Args:
+        source: One JSON object a line, by column name, the same columns in every line; NaN is an
+            unknown number. A first line {"haltwise.recorder": {...}} may tell how they were
+            recorded.
+        out: A folder that is new or empty.
+        shard_size: Traces in a shard.
+
+    Returns:
+        How many traces there are.
+
+    Raises:
+        InputError: Naming file, line and column of what is wrong, or if the folder is in use.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is in use, expected a new or empty folder")
+    temporary = out.with_name(f".{out.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        num_traces = _write(source, temporary, shard_size)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return num_traces
+
+
+def _write(source: Path, folder: Path, shard_size: int) -> int:
+    lines = _lines(source)
+    number, row = next(lines, (0, {}))
+    recorder = row.get(_RECORDER)
+    if recorder is None:
+        lines = chain([(number, row)] if row else [], lines)
+    elif not isinstance(recorder, dict) or len(row) > 1:
+        raise InputError(f"{source}, line {number}: {_RECORDER} is not an object alone in its line")
+    together, num_shards, num_traces = _Together(source), 0, 0
+    while batch := list(islice(lines, shard_size)):
+        for line in batch:
+            together.check(*line)
+        try:
+            rows = [row for _, row in batch]
+            write_shard(folder / f"{num_shards:05d}.parquet", rows, recorder or {})
+        except InputError:
+            for number, row in batch:  # tells which line it is
+                table_of([row], f"{source}, line {number}")
+            raise
+        num_shards, num_traces = num_shards + 1, num_traces + len(batch)
+    if not num_traces:
+        raise InputError(f"{source}: no traces, expected one JSON object a line")
+    return num_traces
+
+
+def _lines(source: Path) -> Iterator[Line]:
+    """Numbers from 1, and objects."""
+    with source.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{source}, line {number}: no JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{source}, line {number}: {row!r:.40} is not a JSON object")
+            yield number, row
+
+
+class _Together:
+    """Checks what concerns all lines: columns, the size of hidden states, ids."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._columns: tuple[int, set[str]] | None = None
+        self._size: tuple[int, int] | None = None
+        self._ids: dict[str, int] = {}
+
+    def check(self, number: int, row: dict[str, Any]) -> None:
+        """Refuses a line that does not go with those before."""
+        self._columns = self._columns or (number, set(row))
+        first, columns = self._columns
+        for name in sorted(columns ^ set(row)):
+            told = "missing, but there" if name in columns else "there, but missing"
+            raise self._error(number, name, f"{told} in line {first}")
+        hidden = row.get("hidden")
+        for vector in hidden if isinstance(hidden, list) else ():
+            size = len(vector) if isinstance(vector, list) else 0
+            self._size = self._size or (number, size)
+            if size != self._size[1]:
+                expected = f"expected {self._size[1]} as in line {self._size[0]}"
+                raise self._error(number, "hidden", f"vector of {size}, {expected}")
+        first = self._ids.setdefault(str(row.get("trace_id")), number)
+        if first != number:
+            raise self._error(number, "trace_id", f"{row['trace_id']!r} is in line {first} too")
+
+    def _error(self, number: int, name: str, text: str) -> InputError:
+        return InputError(f"{self._source}, line {number}: column {name!r}: {text}")
