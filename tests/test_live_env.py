@@ -19,6 +19,7 @@ from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, Halting, InputError, Observin
 from haltwise.decoder import Decoder
 from haltwise.features import Float
 from haltwise.halting import Probing
+from haltwise.meter import signals_of
 from lms.language_model import LanguageModel
 from lms.tasks import Question
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
@@ -185,7 +186,9 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
     )
     asked = {q.question_id: q for q in QUESTIONS}
     work = {(e.info["question_id"], e.info["seed"]): e for e in finished}
-    decoder = Decoder(lm.model, lm.tokenizer, halting(), 4, 40, temperature)
+    decoder = Decoder(
+        lm.model, lm.tokenizer, halting(), 4, 40, temperature, signals=signals_of(FEATURE_GROUPS)
+    )
     jobs = [(asked[question_id], int(seed)) for question_id, seed in work]
     write_shard(tmp_path / "0.parquet", list(record(decoder, jobs, "tiny")), {})
     traces = read_traces(tmp_path)

@@ -95,11 +95,31 @@ def test_forced_answers_are_greedy_and_leave_no_mark() -> None:
     assert_holds(slots, model, {row: [*tokens, 9] for row, tokens in texts.items()})
 
 
+def test_last_layer_states_are_those_that_the_head_reads() -> None:
+    model, rows = tiny_lm(seed=3), np.array([2, 0])
+    slots = Slots(model, 3, keep_hidden=True)
+    slots.prefill(rows, [[2, 9, 10], [2, 11]])
+    slots.step(rows[:1], np.array([7]))
+    slots.force(rows, [6, CLOSE], 3, [EOS])
+    found = slots.last_hidden(rows)
+    assert found is not None
+    for state, tokens in zip(found, ([2, 9, 10, 7], [2, 11]), strict=True):
+        with torch.no_grad():
+            out = model(torch.tensor([tokens]), output_hidden_states=True)
+        torch.testing.assert_close(state, out.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-5)
+    assert not model.lm_head._forward_pre_hooks
+    assert Slots(model, 3).last_hidden(rows) is None
+    model.lm_head = None
+    with pytest.raises(InputError, match="LlamaForCausalLM has no output embeddings"):
+        Slots(model, 3, keep_hidden=True)
+
+
 def test_an_empty_answer_has_no_confidence() -> None:
     slots = Slots(tiny_lm(), 1)
     slots.prefill(np.arange(1), [[2, 3]])
     (answer,) = slots.force(np.arange(1), [CLOSE], 3, list(range(len(WORDS))))
     assert (answer.tokens, answer.num_tokens, answer.confidence) == ([], 1, 0.0)
+    assert np.isnan(answer.worst_logprob)
 
 
 def test_logits_that_are_not_numbers_show_in_the_answer() -> None:

@@ -48,20 +48,14 @@ def import_json_lines(source: Path, out: Path, shard_size: int) -> int:
 
 
 def _write(source: Path, folder: Path, shard_size: int) -> int:
-    lines = _lines(source)
-    number, row = next(lines, (0, {}))
-    recorder = row.get(_RECORDER)
-    if recorder is None:
-        lines = chain([(number, row)] if row else [], lines)
-    elif not isinstance(recorder, dict) or len(row) > 1:
-        raise InputError(f"{source}, line {number}: {_RECORDER} is not an object alone in its line")
+    recorder, lines = _recorder(source)
     together, num_shards, num_traces = _Together(source), 0, 0
     while batch := list(islice(lines, shard_size)):
         for line in batch:
             together.check(*line)
         try:
             rows = [row for _, row in batch]
-            write_shard(folder / f"{num_shards:05d}.parquet", rows, recorder or {})
+            write_shard(folder / f"{num_shards:05d}.parquet", rows, recorder)
         except InputError:
             for number, row in batch:  # tells which line it is
                 table_of([row], f"{source}, line {number}")
@@ -70,6 +64,19 @@ def _write(source: Path, folder: Path, shard_size: int) -> int:
     if not num_traces:
         raise InputError(f"{source}: no traces, expected one JSON object a line")
     return num_traces
+
+
+def _recorder(source: Path) -> tuple[dict[str, Any], Iterator[Line]]:
+    """What a first line tells of the recorder, and the lines of traces."""
+    lines = _lines(source)
+    first = list(islice(lines, 1))
+    for number, row in first:
+        if _RECORDER in row:
+            recorder = row.pop(_RECORDER)
+            if row or not isinstance(recorder, dict):
+                raise InputError(f"{source}, line {number}: expected {_RECORDER} alone, an object")
+            return recorder, lines
+    return {}, chain(first, lines)
 
 
 def _lines(source: Path) -> Iterator[Line]:
