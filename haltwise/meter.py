@@ -131,7 +131,7 @@ class SignalMeter:
         if self.needs_hidden:
             assert hidden is not None
             # As precise as a recording.
-            bounded = hidden.float().clamp(-_LARGEST_HALF, _LARGEST_HALF)
+            bounded = hidden.to(self._device, torch.float32).clamp(-_LARGEST_HALF, _LARGEST_HALF)
             seen["hidden"] = bounded.half().float()
         if not seen:
             return {}
