@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from haltwise.answers import canonical
-from lms.tasks import LIMIT, SPLITS, TASKS, apply, draw, questions
+from lms.tasks import LIMIT, SPLITS, TASKS, apply, draw, each_question, questions
 
 
 def test_apply() -> None:
@@ -102,3 +102,8 @@ def test_drawing_covers_every_split() -> None:
 def test_bad_arguments(task: str, split: str, num: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         questions(task, split, num)
+
+
+def test_questions_are_drawn_one_by_one() -> None:
+    endless = each_question("all", "dev", 10**12)
+    assert [next(endless) for _ in range(7)] == questions("all", "dev", 7)
