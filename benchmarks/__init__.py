@@ -1,0 +1,1 @@
+"""Speed and memory beside gymnasium, stable-baselines3 and transformers: `make bench`."""

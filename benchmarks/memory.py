@@ -1,0 +1,133 @@
+"""Peak memory of recording, and of reading and training, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from agents.fit import learn, observing_of
+from agents.ppo import PPOConfig, make_ppo
+from benchmarks.environment import GROUPS
+from benchmarks.synthetic import RECORDED, synthetic_rows
+from benchmarks.timing import Result
+from collect import CollectConfig, record, write_shards
+from envs.replay import ReplayEnv
+from haltwise import MEAN_LOGPROB, Halting
+from haltwise.decoder import Decoder
+from lms.embedded import EMBEDDED
+from lms.language_model import LanguageModel
+from lms.tasks import each_question
+from traces import read_traces
+
+_ROOT = Path(__file__).parent.parent
+# Linux counts the memory of the process that starts another one as the other's, so a process
+# this small stands in between and asks for the peak of what it has started.
+_ASK_PEAK = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, *sys.argv[1:]], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Peak memory by number of traces."""
+
+    num_traces: tuple[int, ...] = (1_000, 10_000, 100_000)
+    """Synthetic traces to write in the recorder's way, and to read and train on."""
+    num_questions: tuple[int, ...] = (300, 900)
+    """Questions to record with the embedded LM. Its KV cache is as long as the longest thought so
+    far, whatever their number: it grows by a step now and then, up to the token budget."""
+
+
+def measure(config: MemoryConfig) -> list[Result]:
+    """Peaks in MB (a million bytes), and what a thousand more traces take.
+
+    There is no slope for the LM: a few MB of noise between a few hundred questions would make one.
+    """
+    written, trained_on, recorded = {}, {}, {}
+    with TemporaryDirectory() as temporary:
+        loaded = peak("load", 0, Path(temporary))
+        for num in config.num_traces:
+            folder = Path(temporary) / f"synthetic-{num}"
+            written[num] = peak("write", num, folder)
+            trained_on[num] = peak("read", num, folder)
+        for num in config.num_questions:
+            recorded[num] = peak("record", num, Path(temporary) / f"embedded-{num}")
+    return [
+        Result("memory", "libraries loaded, nothing done", "MB", (loaded,)),
+        *_lines("record the embedded LM", recorded),
+        *_lines("write synthetic traces", written),
+        *_slope("write synthetic traces", written),
+        *_lines("read synthetic traces and train", trained_on),
+        *_slope("read synthetic traces and train", trained_on),
+    ]
+
+
+def peak(job: str, num: int, folder: Path) -> float:
+    """Peak resident memory of a job in a new process, in MB."""
+    arguments = ["-m", "benchmarks.memory", job, str(num), str(folder)]
+    command = [sys.executable, "-c", _ASK_PEAK, *arguments]
+    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout) * _UNIT / 1e6
+
+
+def _lines(name: str, peaks: dict[int, float]) -> list[Result]:
+    return [Result("memory", f"{name}: {num:,}", "MB", (found,)) for num, found in peaks.items()]
+
+
+def _slope(name: str, peaks: dict[int, float]) -> list[Result]:
+    """What a thousand more traces take, if there are two numbers to tell from."""
+    (few, low), (many, high) = min(peaks.items()), max(peaks.items())
+    if few == many:
+        return []
+    slope = 1000 * (high - low) / (many - few)
+    return [Result("memory", f"{name}: each 1,000 more", "MB", (slope,))]
+
+
+def load(num: int, folder: Path) -> None:
+    """Does nothing; what every job imports is in memory already."""
+
+
+def write(num: int, folder: Path) -> None:
+    """Writes synthetic traces as the recorder does."""
+    for _ in write_shards(folder, synthetic_rows(num), {}, CollectConfig.shard_size):
+        pass
+
+
+def record_embedded(num: int, folder: Path) -> None:
+    """Records the embedded LM as the recorder does by default."""
+    config = CollectConfig(out=folder)
+    lm = LanguageModel.load(EMBEDDED)
+    halting = Halting("always", f"every {config.every} tokens", config.close_text, MEAN_LOGPROB)
+    decoder = Decoder(
+        lm.model,
+        lm.tokenizer,
+        halting,
+        config.batch_size,
+        config.max_tokens,
+        lm.temperature,
+        signals=RECORDED,
+    )
+    work = ((question, 0) for question in each_question("all", "train", num))
+    for _ in write_shards(folder, record(decoder, work, lm.name), {}, config.shard_size):
+        pass
+
+
+def read(num: int, folder: Path) -> None:
+    """Reads traces, sets up training, and makes one rollout and update of PPO."""
+    traces = read_traces(folder)
+    assert len(traces) == num
+    observing, settings = observing_of(traces, GROUPS), PPOConfig()
+    env = ReplayEnv(traces, observing, "always", settings.num_envs)
+    ppo = make_ppo(env, observing, settings, mean_points=traces.num_points / num, seed=0)
+    learn(ppo, settings.n_steps * settings.num_envs, "benchmark", None, progress_bar=False)
+
+
+if __name__ == "__main__":
+    jobs = {"load": load, "write": write, "record": record_embedded, "read": read}
+    jobs[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))

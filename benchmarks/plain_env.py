@@ -1,0 +1,101 @@
+"""The replay environment as one writes it first: one episode, plain Python, `gymnasium.Env`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+
+from envs.batched import spaces
+from envs.replay import point_features
+from haltwise import Observing
+from haltwise.signals import Float
+from traces import Traces
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A trace with L decision points, L at least 1."""
+
+    obs: Float
+    """(L, F + 1); the price in the last column is yet to be filled in."""
+    position: list[int]
+    """Thinking tokens so far, at each point."""
+    probe_tokens: list[int]
+    """Tokens of each forced answer."""
+    correct: list[bool]
+    """EM of each forced answer."""
+    num_tokens: int
+    """When never halted."""
+    final_correct: bool
+    """EM when never halted."""
+
+
+def episodes_of(traces: Traces, observing: Observing) -> list[Episode]:
+    """All traces that have points."""
+    obs = observing.observe(point_features(traces, observing.groups), 1.0)
+    episodes = []
+    for n, (first, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):
+        if first < end:
+            episodes.append(
+                Episode(
+                    obs[first:end],
+                    traces.position[first:end].tolist(),
+                    traces.probe_tokens[first:end].tolist(),
+                    traces.correct[first:end].tolist(),
+                    int(traces.num_tokens[n]),
+                    bool(traces.final_correct[n]),
+                )
+            )
+    return episodes
+
+
+class PlainReplayEnv(gym.Env[Any, Any]):
+    """The same MDP as `ReplayEnv` when probing is "always", and the same episodes for a seed.
+
+    Args:
+        episodes: What to replay.
+        observing: Their observing.
+    """
+
+    def __init__(self, episodes: list[Episode], observing: Observing) -> None:
+        """Sets the spaces."""
+        self.observation_space, self.action_space = spaces(observing)
+        self._episodes = episodes
+        self._observing = observing
+        self._waiting: list[int] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Float, dict[str, Any]]:
+        """Starts the next episode; observation (F + 1,)."""
+        super().reset(seed=seed)
+        if not self._waiting:
+            self._waiting = self.np_random.permutation(len(self._episodes)).tolist()[::-1]
+        self._episode = self._episodes[self._waiting.pop()]
+        self._point = 0
+        self._price = float(self._observing.draw_price(self.np_random, 1)[0])
+        self._dial = float(self._observing.dial(self._price))
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[Float, float, bool, bool, dict[str, Any]]:
+        """Continues (0) or halts (1)."""
+        episode, i = self._episode, self._point
+        before = episode.position[i - 1] if i else 0
+        cost = episode.position[i] - before + episode.probe_tokens[i]
+        em = False
+        is_last = i == len(episode.position) - 1
+        if action == 1:
+            em = episode.correct[i]
+        elif is_last:
+            em = episode.final_correct
+            cost += episode.num_tokens - episode.position[i]
+        ended = action == 1 or is_last
+        self._point = i if ended else i + 1
+        return self._observe(), em - self._price * cost / 1000, bool(ended), False, {}
+
+    def _observe(self) -> Float:
+        obs: Float = self._episode.obs[self._point].copy()
+        obs[-1] = self._dial
+        return obs

@@ -1,0 +1,78 @@
+"""Training speed of PPO on replay, beside PPO on environments one step at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from stable_baselines3 import PPO
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from agents.fit import learn, observing_of
+from agents.ppo import PPOConfig, make_ppo
+from benchmarks.environment import GROUPS
+from benchmarks.plain_env import Episode, PlainReplayEnv, episodes_of
+from benchmarks.timing import Result, rate, take_turns
+from envs.replay import ReplayEnv
+from haltwise import Observing
+from traces import Traces
+
+
+@dataclass(frozen=True)
+class PPOBenchConfig:
+    """Training with PPO on one core."""
+
+    settings: PPOConfig = field(default_factory=lambda: PPOConfig(total_timesteps=262_144))
+    """Of ours, and of stable-baselines3 with the same settings."""
+    default_num_envs: int = 8
+    """Of stable-baselines3 with its own settings."""
+    default_timesteps: int = 32_768
+    """Of stable-baselines3 with its own settings."""
+
+
+def measure(traces: Traces, config: PPOBenchConfig, repeats: int) -> list[Result]:
+    """Environment steps a second, updates included, each time from a new agent."""
+    observing = observing_of(traces, GROUPS)
+    episodes = episodes_of(traces, observing)
+    num_envs, num_default = config.settings.num_envs, config.default_num_envs
+    ours = f"ReplayEnv of {num_envs}, our settings"
+    same = f"DummyVecEnv of {num_envs}, our settings"
+    default = f"DummyVecEnv of {num_default}, SB3's settings"
+    contestants = {
+        ours: partial(_ours, traces, observing, config.settings, None),
+        same: partial(_ours, traces, observing, config.settings, episodes),
+        default: partial(_default, episodes, observing, num_default, config.default_timesteps),
+    }
+    found = take_turns("ppo", "steps/s", contestants, repeats)
+    ratios = [found[ours].over(found[other]) for other in (same, default)]
+    return [*found.values(), *ratios]
+
+
+def _ours(
+    traces: Traces, observing: Observing, settings: PPOConfig, episodes: list[Episode] | None
+) -> float:
+    """Our agent on ReplayEnv, or on plain environments if there are episodes for them."""
+    env = ReplayEnv(traces, observing, "always", settings.num_envs)
+    mean_points = traces.num_points / len(traces)
+    ppo = make_ppo(env, observing, settings, mean_points=mean_points, seed=0)
+    if episodes is not None:
+        ppo.set_env(_plain(episodes, observing, settings.num_envs))
+
+    def train() -> int:
+        learn(ppo, settings.total_timesteps, "benchmark", None, progress_bar=False)
+        return ppo.num_timesteps
+
+    return rate(train)
+
+
+def _default(
+    episodes: list[Episode], observing: Observing, num_envs: int, total_timesteps: int
+) -> float:
+    ppo = PPO("MlpPolicy", _plain(episodes, observing, num_envs), seed=0, device="cpu")
+    return rate(lambda: ppo.learn(total_timesteps).num_timesteps)
+
+
+def _plain(episodes: list[Episode], observing: Observing, num_envs: int) -> DummyVecEnv:
+    env = DummyVecEnv([partial(PlainReplayEnv, episodes, observing)] * num_envs)
+    env.seed(0)
+    return env

@@ -1,0 +1,122 @@
+"""What recording costs beside plain generation of the same tokens, on the embedded LM.
+
+Nothing is forced to a length: an end token or a close marker that is forbidden would change what
+is measured, and ragged rows would leave `generate` waiting for its longest one. Instead questions
+are taken whose greedy thought fills the token budget by itself. So every contestant generates the
+same tokens in full batches, by code that is not touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.synthetic import RECORDED
+from benchmarks.timing import Result, rate, take_turns
+from collect import record
+from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise.decoder import Decoder
+from lms.embedded import CLOSE, EMBEDDED
+from lms.language_model import LanguageModel
+from lms.tasks import Question, questions
+
+
+@dataclass(frozen=True)
+class RecorderConfig:
+    """Recording the embedded LM on one core, beside plain generation."""
+
+    num_batches: int = 2
+    """Questions, in batches."""
+    batch_size: int = 32
+    """Questions at once."""
+    every: int = 64
+    """Thinking tokens between probes."""
+    max_tokens: int = 257
+    """Tokens of each question. The last one is no decision point, hence one more than 4 x 64."""
+
+
+def measure(config: RecorderConfig, repeats: int) -> list[Result]:
+    """Tokens a second, those of probes not counted, and ratios of time."""
+    lm = LanguageModel.load(EMBEDDED)
+    halting = Halting("always", f"every {config.every} tokens", CLOSE, MEAN_LOGPROB)
+    blind, seeing = (
+        Decoder(
+            lm.model, lm.tokenizer, halting, config.batch_size, config.max_tokens, signals=signals
+        )
+        for signals in ((), RECORDED)
+    )
+    asked = long_questions(blind, config.num_batches * config.batch_size)
+    works = {
+        "transformers generate": partial(_generate, lm, asked, config),
+        "Decoder without probes": partial(_decode, blind, asked),
+        "record, probes only": partial(_record, blind, asked),
+        "record, probes and signals": partial(_record, seeing, asked),
+    }
+    contestants = {name: partial(rate, work) for name, work in works.items()}
+    *plain, probing, recording = take_turns("recorder", "tokens/s", contestants, repeats).values()
+    ratios = [
+        other.over(mine, f"time: {mine.name} / {other.name}")
+        for mine in (probing, recording)
+        for other in plain
+    ]
+    return [*plain, probing, recording, *ratios]
+
+
+def long_questions(decoder: Decoder, num: int) -> list[Question]:
+    """Questions whose greedy thought fills the decoder's token budget.
+
+    Raises:
+        InputError: If there are too few.
+    """
+    pool = questions("let", "train", 20 * num)
+    by_id = {question.question_id: question for question in pool}
+    rows = record(decoder, [(question, 0) for question in pool], "")
+    full = (row["question_id"] for row in rows if row["num_tokens"] == decoder.max_tokens)
+    found = [by_id[question_id] for question_id in islice(full, num)]
+    if len(found) < num:
+        raise InputError(
+            f"max_tokens is {decoder.max_tokens}: {len(found)} questions in {len(pool)} take "
+            f"so many, expected {num}"
+        )
+    return found
+
+
+def _generate(lm: LanguageModel, asked: list[Question], config: RecorderConfig) -> int:
+    model: Any = lm.model  # its `generate` has no type
+    num = 0
+    for i in range(0, len(asked), config.batch_size):
+        prompts = [question.prompt for question in asked[i : i + config.batch_size]]
+        inputs = lm.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        width = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                do_sample=False,
+                max_new_tokens=config.max_tokens,
+            )
+        num += out[:, width:].numel()
+    return num
+
+
+def _decode(decoder: Decoder, asked: list[Question]) -> int:
+    slots = np.arange(decoder.num_slots)
+    num = 0
+    for i in range(0, len(asked), decoder.num_slots):
+        prompts = [question.prompt for question in asked[i : i + decoder.num_slots]]
+        decoder.start(slots, prompts, [0] * len(slots))
+        generations = [decoder.generations[slot] for slot in slots.tolist()]
+        while not all(generation.ended for generation in generations):
+            decoder.advance(slots[[not generation.ended for generation in generations]])
+        num += sum(generation.num_tokens for generation in generations)
+    return num
+
+
+def _record(decoder: Decoder, asked: list[Question]) -> int:
+    work = [(question, 0) for question in asked]
+    return sum(row["num_tokens"] for row in record(decoder, work, ""))

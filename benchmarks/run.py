@@ -1,0 +1,129 @@
+"""Benchmarks on one core: speed and memory beside what else is at hand.
+
+    python -m benchmarks.run
+    python -m benchmarks.run --parts environment ppo --traces FILE_OR_FOLDER
+
+Prints a table and writes JSON with every measurement. Contestants take turns, ratios are between
+those of one round; "spread" is from the smallest to the largest round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from agents.ppo import PPOConfig
+from benchmarks import environment, memory, ppo, recorder
+from benchmarks.environment import EnvironmentConfig
+from benchmarks.memory import MemoryConfig
+from benchmarks.ppo import PPOBenchConfig
+from benchmarks.recorder import RecorderConfig
+from benchmarks.synthetic import synthetic_traces
+from benchmarks.timing import Result
+from command import run, write_json
+from haltwise import InputError
+from traces import read_traces
+
+Part = Literal["environment", "ppo", "recorder", "memory"]
+
+_NUM_TRACES = 2_700
+_PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    parts: tuple[Part, ...] = ("environment", "ppo", "recorder", "memory")
+    """Parts of the table."""
+    traces: Path | None = None
+    """Traces for environment and ppo, a file or a folder. Default: synthetic ones."""
+    json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
+    """Where every measurement goes."""
+    repeats: int = 3
+    """Rounds; memory is measured once."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """Stepping environments."""
+    ppo: PPOBenchConfig = field(default_factory=PPOBenchConfig)
+    """Training."""
+    recorder: RecorderConfig = field(default_factory=RecorderConfig)
+    """Recording."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """Peak memory."""
+
+
+def main(config: BenchConfig) -> None:
+    """Measures, prints, writes.
+
+    Raises:
+        InputError: If something that was passed cannot be used.
+    """
+    _check(config)
+    torch.set_num_threads(1)
+    traces = synthetic_traces(_NUM_TRACES) if config.traces is None else read_traces(config.traces)
+    measures: dict[Part, Callable[[], list[Result]]] = {
+        "environment": partial(environment.measure, traces, config.environment, config.repeats),
+        "ppo": partial(ppo.measure, traces, config.ppo, config.repeats),
+        "recorder": partial(recorder.measure, config.recorder, config.repeats),
+        "memory": partial(memory.measure, config.memory),
+    }
+    results: list[Result] = []
+    print(_line("", "median", "spread", ""))
+    for part in config.parts:
+        found = measures[part]()
+        for heading, group in groupby(found, key=lambda result: result.part):
+            print("\n".join([heading, *map(_format, group)]), flush=True)
+        results += found
+    write_json(config.json, _report(config, results))
+    print(f"wrote {config.json}")
+
+
+def _check(config: BenchConfig) -> None:
+    if not config.parts or config.repeats < 1:
+        raise InputError(
+            f"parts is {config.parts}, repeats {config.repeats}: expected at least 1 of each"
+        )
+    for part in get_args(Part):
+        for name, value in vars(getattr(config, part)).items():
+            if not isinstance(value, PPOConfig) and min(np.ravel(value), default=0) <= 0:
+                raise InputError(f"{part}.{name} is {value}, expected above 0")
+    if not config.json.absolute().parent.is_dir():
+        raise InputError(f"{config.json}: no such folder, expected one to write into")
+
+
+def _report(config: BenchConfig, results: list[Result]) -> dict[str, Any]:
+    return {
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+        "traces": "synthetic" if config.traces is None else str(config.traces),
+        "results": [asdict(result) | {"median": result.median} for result in results],
+    }
+
+
+def _format(result: Result) -> str:
+    low, high = min(result.values), max(result.values)
+    spread = f"{_number(low)} - {_number(high)}" if len(result.values) > 1 else ""
+    return _line(f"  {result.name}", _number(result.median), spread, result.unit)
+
+
+def _line(name: str, middle: str, spread: str, unit: str) -> str:
+    return f"{name:<72}{middle:>12}{spread:>24}  {unit}".rstrip()
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    run(main, BenchConfig)

@@ -1,0 +1,60 @@
+"""Made-up traces with the proportions of recorded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from collect import Row
+from traces import SIGNALS, Traces, read_traces, write_shard
+
+#: The signals that are recorded by default.
+RECORDED = tuple(name for name in SIGNALS if name != "hidden")
+
+_MAX_POINTS = 30
+
+
+def synthetic_rows(num: int, seed: int = 0) -> Iterator[Row]:
+    """Yields traces one by one, so that any number of them takes no memory.
+
+    A trace has 13 points on average, at most 30, and now and then none. From some point on the
+    forced answers are right, and mostly surer than before. The other signals are noise.
+    """
+    rng = np.random.default_rng(seed)
+    for n in range(num):
+        length = min(int(rng.geometric(0.06)) - 1, _MAX_POINTS)
+        position = rng.geometric(1 / 220, length).cumsum()
+        correct = np.arange(length) >= rng.geometric(0.15) - 1
+        finally_correct = bool(rng.random() < 0.9)
+        confidence = np.where(correct, rng.beta(8, 1, length), rng.beta(2, 2, length))
+        yield {
+            "trace_id": f"synthetic/{n}",
+            "question_id": f"question-{n // 6}",
+            "task": "synthetic",
+            "segment": None,
+            "model": "synthetic",
+            "seed": n % 6,
+            "split": "train",
+            "gold": "42",
+            "num_tokens": int(position.max(initial=0) + rng.geometric(1 / 2400)),
+            "finished": True,
+            "final_answer": "42" if finally_correct else "7",
+            "final_correct": finally_correct,
+            "position": position.tolist(),
+            "probe_tokens": rng.integers(4, 17, length).tolist(),
+            "answer": ["42" if c else str(rng.integers(5)) for c in correct],
+            "correct": correct.tolist(),
+            "confidence": confidence.tolist(),
+            "answer_logprobs": np.log(confidence)[:, None].repeat(3, axis=1).tolist(),
+            **{name: rng.random(length).tolist() for name in RECORDED},
+        }
+
+
+def synthetic_traces(num: int) -> Traces:
+    """Such traces, written and read back."""
+    with TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "synthetic.parquet", list(synthetic_rows(num)), {})
+        return read_traces(folder)
