@@ -31,13 +31,14 @@ from collect import CollectConfig
 from collect import main as collect
 from command import run, write_json
 from envs.live import LiveEnv
+from envs.replay import available_groups
 from evaluate import EvaluateConfig, parameter_free
 from evaluate import main as evaluate
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, save_operating_points
 from evaluation.report import Choice, choose_points
 from evaluation.table import format_table
-from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, InputError, feature_names
+from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.halting import Probing
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
@@ -68,8 +69,8 @@ class TrainConfig:
     """Questions a split to record."""
     device: str = "cpu"
     """Where the LM runs, as PyTorch names it."""
-    groups: tuple[str, ...] = tuple(FEATURE_GROUPS)
-    """Feature groups that the head reads."""
+    groups: tuple[str, ...] | None = None
+    """Feature groups that the head reads. Default: all that the traces have the signals for."""
     probing: Probing | None = None
     """always looks at a forced answer at every decision point; at_halt forces one only on halting
     (for --groups pace). Default: as the traces were recorded."""
@@ -165,7 +166,8 @@ def _check(config: TrainConfig) -> None:
             f"live_ppo.net_width is {config.live_ppo.net_width}, fit.ppo.net_width "
             f"{config.fit.ppo.net_width}: expected the same, one network learns both"
         )
-    feature_names(config.groups)
+    if config.groups is not None:
+        feature_names(config.groups)
 
 
 def _record(config: TrainConfig) -> Path:
@@ -190,16 +192,19 @@ def _record(config: TrainConfig) -> Path:
 def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
     """What the head will be valid for: the conditions that the traces were recorded under."""
     recorder = traces.recorder
-    observing = observing_of(traces, config.groups)
+    halting = Halting(
+        probing=config.probing or recorder.get("probing", "always"),
+        decision_rule=recorder.get("decision_rule", ""),
+        close_text=recorder.get("close_text", ""),
+        confidence_rule=recorder.get("confidence_rule", ""),
+        max_answer_tokens=recorder.get("max_answer_tokens", 16),
+    )
+    groups = config.groups or available_groups(traces, halting)
+    halting.check_groups(groups)
+    observing = observing_of(traces, groups, halting)
     return HeadConfig(
         observing=observing,
-        halting=Halting(
-            probing=config.probing or recorder.get("probing", "always"),
-            decision_rule=recorder.get("decision_rule", ""),
-            close_text=recorder.get("close_text", ""),
-            confidence_rule=recorder.get("confidence_rule", ""),
-            max_answer_tokens=recorder.get("max_answer_tokens", 16),
-        ),
+        halting=halting,
         default_price=observing.price_range[0],
         lm=", ".join(np.unique(traces.model).tolist()),
         tokenizer=recorder.get("tokenizer", ""),

@@ -148,7 +148,8 @@ class Head:
         Raises:
             InputError: If the traces lack a signal that the head needs.
         """
-        return point_features(traces, self.head.config.observing.groups)
+        config = self.head.config
+        return point_features(traces, config.observing.groups, config.halting.max_points)
 
     def grid(self, signal: Signal) -> list[float]:
         """60 prices over the range that the head was trained for."""

@@ -21,7 +21,7 @@ from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, point_features
-from haltwise import HeadConfig, Observing
+from haltwise import Halting, HeadConfig, Observing
 from traces import Traces
 
 #: Price range over the mean thousand tokens of a training trace.
@@ -38,7 +38,7 @@ class FitConfig:
     """PPO on replay."""
 
 
-def observing_of(traces: Traces, groups: tuple[str, ...]) -> Observing:
+def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> Observing:
     """Standardisation and price range as the training traces suggest them.
 
     Raises:
@@ -46,7 +46,7 @@ def observing_of(traces: Traces, groups: tuple[str, ...]) -> Observing:
     """
     mean_ktok = float(traces.num_tokens.mean()) / 1000
     low, high = (price / mean_ktok for price in _PRICES)
-    return Observing.fit(groups, point_features(traces, groups), (low, high))
+    return Observing.fit(groups, point_features(traces, groups, halting.max_points), (low, high))
 
 
 def fit(
@@ -74,7 +74,7 @@ def fit(
         InputError: If no trace has a decision point.
     """
     torch.set_num_threads(1)
-    env = ReplayEnv(traces, head.observing, head.halting.probing, config.ppo.num_envs)
+    env = ReplayEnv(traces, head.observing, head.halting, config.ppo.num_envs)
     ppo = make_ppo(
         env,
         head.observing,
@@ -87,7 +87,7 @@ def fit(
         _restore(ppo, checkpoint)
     elif config.pathwise.steps:
         net = log_odds_net(ppo)
-        start_from_traces(net, traces, head.observing, head.halting.probing, config.pathwise, seed)
+        start_from_traces(net, traces, head.observing, head.halting, config.pathwise, seed)
         set_log_odds(ppo, net)
     learn(ppo, config.ppo.total_timesteps, "replay", checkpoint, progress_bar)
     return ppo
@@ -240,11 +240,11 @@ def out_of_fold(
 
 def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
     """Decisions (number of prices, P) on the held-out traces."""
-    groups = job.head.observing.groups
+    groups, max_points = job.head.observing.groups, job.head.halting.max_points
     observing = Observing.fit(
-        groups, point_features(job.train, groups), job.head.observing.price_range
+        groups, point_features(job.train, groups, max_points), job.head.observing.price_range
     )
     config = HeadConfig(observing, job.head.halting, job.head.default_price)
     head = export(fit(job.train, config, job.config, job.seed), config)
-    features = point_features(job.held_out, groups)
+    features = point_features(job.held_out, groups, max_points)
     return np.stack([head.halts(features, price) for price in job.prices])

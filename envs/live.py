@@ -20,8 +20,8 @@ from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.answers import read_answer
 from haltwise.decoder import Decoder, Probe
-from haltwise.features import Float, Index
-from haltwise.meter import signals_of
+from haltwise.features import signals_of
+from haltwise.signals import Float, Index
 from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question

@@ -9,35 +9,89 @@ from numpy.typing import NDArray
 
 from envs.batched import BatchedEnv
 from envs.reward import reward, step_costs, step_ems
-from haltwise import FeatureState, InputError, Observing, Signals, answer_keys, feature_names
-from haltwise.features import Float, Index
-from haltwise.halting import Probing
+from haltwise import (
+    FEATURE_GROUPS,
+    FeatureState,
+    Halting,
+    InputError,
+    Observing,
+    Signals,
+    answer_keys,
+    feature_names,
+)
+from haltwise.features import GROUP_SIGNALS, signals_of
+from haltwise.signals import Float, Index
 from traces import Traces
 
 
-def point_features(traces: Traces, groups: tuple[str, ...]) -> Float:
+def point_features(traces: Traces, groups: tuple[str, ...], max_points: int | None = None) -> Float:
     """Features (P, F) of every point of every trace, by the same code that serves.
 
     All traces are streamed side by side, one point a round.
 
+    Args:
+        traces: N traces with P points.
+        groups: Of features.
+        max_points: Decision points that the decision rule allows, if it has a limit.
+
     Raises:
-        InputError: If the traces lack a signal that a group needs.
+        InputError: If the traces lack a signal that a group needs, or have more points.
     """
-    if "confidence" in groups and np.isnan(traces.confidence).any():
+    lengths = np.diff(traces.offsets)
+    if max_points is not None and lengths.max(initial=0) > max_points:
         raise InputError(
-            "column 'confidence' has unknown values, but the head needs it: "
-            "expected traces recorded with confidences, or a head without that group"
+            f"a trace has {lengths.max()} decision points: expected at most {max_points}, "
+            "as the decision rule says"
         )
+    columns = {name: _column(traces, name, max_points) for name in signals_of(groups)}
+    columns["position"] = traces.position
     state = FeatureState(len(traces), groups)
     features = np.empty((traces.num_points, len(feature_names(groups))), dtype=np.float32)
-    lengths = np.diff(traces.offsets)
-    keys = answer_keys(traces.answer.tolist())
     for i in range(lengths.max(initial=0)):
         rows = np.flatnonzero(lengths > i)
         at = traces.offsets[rows] + i
-        signals = Signals(traces.position[at], traces.confidence[at], keys[at])
+        signals = Signals(**{name: column[at] for name, column in columns.items()})
         features[at] = state.update(signals, rows)
     return features
+
+
+def available_groups(traces: Traces, halting: Halting) -> tuple[str, ...]:
+    """The feature groups that some traces have all signals for, under some conditions."""
+    return tuple(group for group in FEATURE_GROUPS if _has(traces, group, halting))
+
+
+def _has(traces: Traces, group: str, halting: Halting) -> bool:
+    try:
+        halting.check_groups([group])
+        for name in GROUP_SIGNALS[group]:
+            _column(traces, name, halting.max_points)
+    except InputError:
+        return False
+    return True
+
+
+def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
+    """A signal of every point (P,).
+
+    Raises:
+        InputError: If the traces do not have it everywhere.
+    """
+    if name == "answer":
+        return answer_keys(traces.answer.tolist())
+    if name == "points_left" and max_points is not None:
+        index = np.arange(traces.num_points) - traces.offsets[:-1][traces.trace_of_point]
+        left: Index = max_points - 1 - index
+        return left
+    own: NDArray[Any] | None = getattr(traces, name, None)
+    column = traces.signals.get(name, own)
+    # A forced answer without tokens has no worst one.
+    excused = (traces.answer == "") & (name == "worst_logprob")
+    if column is None or (np.isnan(column) & ~excused).any():
+        raise InputError(
+            f"column {name!r} is missing or has unknown values, but the head needs it: "
+            "expected traces recorded with it, or a head without that feature group"
+        )
+    return column
 
 
 class ReplayEnv(BatchedEnv):
@@ -70,19 +124,19 @@ class ReplayEnv(BatchedEnv):
     Args:
         traces: What to replay.
         observing: How features become observations.
-        probing: See `haltwise.Halting`.
+        halting: The conditions: how probing is paid for, how many points there can be.
         num_envs: Episodes in the batch.
         price: A fixed price for every episode instead of a random one.
 
     Raises:
-        InputError: If no trace has a decision point.
+        InputError: If no trace has a decision point, or a signal or limit does not fit.
     """
 
     def __init__(
         self,
         traces: Traces,
         observing: Observing,
-        probing: Probing,
+        halting: Halting,
         num_envs: int,
         price: float | None = None,
     ) -> None:
@@ -90,8 +144,9 @@ class ReplayEnv(BatchedEnv):
         super().__init__(observing, num_envs)
         self._observing = observing
         self._fixed_price = price
-        self._obs = observing.observe(point_features(traces, observing.groups), 1.0)
-        self._costs = step_costs(traces, probing).astype(np.float64)
+        features = point_features(traces, observing.groups, halting.max_points)
+        self._obs = observing.observe(features, 1.0)
+        self._costs = step_costs(traces, halting.probing).astype(np.float64)
         self._ems = step_ems(traces)
         self._first = traces.offsets[:-1]
         self._last = traces.offsets[1:] - 1

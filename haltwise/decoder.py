@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.errors import InputError
-from haltwise.features import Index, Signals
 from haltwise.halting import Halting
 from haltwise.meter import SignalMeter
+from haltwise.signals import Index, Signals
 from haltwise.slots import Slots
 from haltwise.thought import Probe, Thought, ThoughtRules
 

@@ -3,36 +3,191 @@
     signals of a decision point  ->  FeatureState.update  ->  features (B, F)
 
 Everything is causal: a row of features depends on its own points up to the newest one only.
+Features come in groups; a head names the groups that it needs, and a group the signals.
+
+Shapes: R rows in a batch, B of them in a call, F features.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
+from haltwise.signals import Float, Index, Signals
 
 #: Rises whenever a feature's value could change for the same signals.
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 
-Float = NDArray[np.float32]
-Index = NDArray[np.int64]
+# float32 confidences lie no closer to 1 than 6e-8; a logit of 12 is 1 - 6e-6.
+_LOGIT_BOUND = 12.0
+# Probabilities that a token is wrong are told apart down to this.
+_LEAST_DOUBT = 1e-6
+_MEAN_DECAY = 0.7
 
-#: Features by group, in order. A head names the groups that it needs.
-FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
-    "pace": ("log_position", "log_point", "log_gap"),
-    "confidence": (
+Columns = Sequence[NDArray[Any]]
+
+
+class _Group:
+    """Some features of R rows, and the state that they need."""
+
+    names: tuple[str, ...]
+    """Of the features, in order."""
+    signals: tuple[str, ...]
+    """What they are made from."""
+
+    def __init__(self, num_rows: int) -> None:
+        """Starts every row before its first point."""
+
+    def reset(self, rows: Index) -> None:
+        """Puts rows back before their first point."""
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        """Takes in the newest point of rows (B,); the features, each (B,)."""
+        raise NotImplementedError
+
+
+class _Trend:
+    """Largest value and moving mean of a number; NaN before the first.
+
+    A NaN value gives NaN, and leaves the state as it was.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self._state = np.full((3, num_rows), np.nan, dtype=np.float32)
+
+    def reset(self, rows: Index) -> None:
+        self._state[:, rows] = np.nan
+
+    def update(self, value: NDArray[Any], rows: Index) -> tuple[Float, Float, Float, Float]:
+        """The value, the largest so far, the moving mean, and the change, each (B,)."""
+        value = value.astype(np.float32)
+        state = self._state[:, rows]
+        before, largest, mean = np.where(np.isnan(state), value, state)
+        largest = np.maximum(largest, value)
+        mean = _MEAN_DECAY * mean + (1 - _MEAN_DECAY) * value
+        self._state[:, rows] = np.where(np.isnan(value), state, (value, largest, mean))
+        return value, largest, mean, value - before
+
+
+class _Answers:
+    """Every forced answer so far, with a number beside each."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_points = np.zeros(num_rows, dtype=np.int64)
+        self._keys = np.zeros((num_rows, 8), dtype=np.int64)
+        self._values = np.zeros((num_rows, 8), dtype=np.float32)
+
+    def reset(self, rows: Index) -> None:
+        self._num_points[rows] = 0
+        self._keys[rows] = 0
+
+    def add(self, keys: Index, rows: Index, values: Float | float = 0.0) -> None:
+        """Takes in the newest answers (B,) and their numbers."""
+        width, num = self._keys.shape[1], self._num_points[rows]
+        if num.max(initial=0) >= width:
+            self._keys = np.pad(self._keys, ((0, 0), (0, width)))
+            self._values = np.pad(self._values, ((0, 0), (0, width)))
+        self._keys[rows, num] = keys
+        self._values[rows, num] = values
+        self._num_points[rows] += 1
+
+    def same(self, rows: Index) -> NDArray[np.bool_]:
+        """Which points so far had the newest answer (B, points); none if that is empty."""
+        newest = self._keys[rows, self._num_points[rows] - 1]
+        same: NDArray[np.bool_] = (self._keys[rows] == newest[:, None]) & (newest != 0)[:, None]
+        return same
+
+    def smallest(self, rows: Index) -> Float:
+        """The smallest number that the newest answer ever had, 0 at most (B,); NaN counts as 0."""
+        values = np.nan_to_num(self._values[rows])
+        least: Float = np.where(self.same(rows), values, 0.0).min(axis=1)
+        return least
+
+
+class _Pace(_Group):
+    names = ("log_position", "log_point", "log_gap")
+    signals = ("position",)
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_points = np.zeros(num_rows, dtype=np.int64)
+        self._position = np.zeros(num_rows, dtype=np.int64)
+
+    def reset(self, rows: Index) -> None:
+        self._num_points[rows] = 0
+        self._position[rows] = 0
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        gap = signals.position - self._position[rows]
+        self._num_points[rows] += 1
+        self._position[rows] = signals.position
+        return np.log1p(signals.position), np.log(self._num_points[rows]), np.log1p(gap)
+
+
+class _Limit(_Group):
+    """What continuing may still show: at the last point it is the whole rest or nothing."""
+
+    names = ("last_point", "log_points_left")
+    signals = ("points_left",)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        return signals.points_left == 0, np.log1p(signals.points_left)
+
+
+class _Confidence(_Group):
+    """Of the forced answer as a whole."""
+
+    names = (
         "confidence_logit",
         "confidence_max",
         "confidence_mean",
         "confidence_change",
         "confidence_low",
-    ),
-    "agreement": (
+    )
+    signals = ("confidence",)
+
+    def __init__(self, num_rows: int) -> None:
+        self._trend = _Trend(num_rows)
+
+    def reset(self, rows: Index) -> None:
+        self._trend.reset(rows)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        confidence = signals.confidence.astype(np.float64)
+        with np.errstate(divide="ignore"):
+            logit = np.log(confidence) - np.log1p(-confidence)
+        trend = self._trend.update(np.clip(logit, -_LOGIT_BOUND, _LOGIT_BOUND), rows)
+        return *trend, np.log(np.maximum(confidence, 1e-4))
+
+
+class _Tokens(_Group):
+    """The forced answer's tokens: the worst of them, and how many there are."""
+
+    names = ("doubt", "least_doubt", "log_probe")
+    signals = ("worst_logprob", "answer", "probe_tokens")
+
+    def __init__(self, num_rows: int) -> None:
+        self._answers = _Answers(num_rows)
+
+    def reset(self, rows: Index) -> None:
+        self._answers.reset(rows)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        worst = signals.worst_logprob.astype(np.float64)
+        doubt = np.log(np.clip(-np.expm1(worst), _LEAST_DOUBT, 1.0))
+        # An answer without tokens is doubted as much as can be.
+        doubt = np.where((signals.answer == 0) & np.isnan(doubt), 0.0, doubt)
+        self._answers.add(signals.answer, rows, doubt)
+        return doubt, self._answers.smallest(rows), np.log1p(signals.probe_tokens)
+
+
+class _Agreement(_Group):
+    """Of the forced answers with each other."""
+
+    names = (
         "answered",
         "log_run",
         "run_share",
@@ -40,53 +195,124 @@ FEATURE_GROUPS: dict[str, tuple[str, ...]] = {
         "leads",
         "log_distinct",
         "returned",
-    ),
+    )
+    signals = ("answer",)
+
+    def __init__(self, num_rows: int) -> None:
+        self._answers = _Answers(num_rows)
+        # (4, R) the previous answer; its run so far; the most that any was given; the distinct
+        self._state = np.zeros((4, num_rows), dtype=np.int64)
+        self._num_points = np.zeros(num_rows, dtype=np.int64)
+
+    def reset(self, rows: Index) -> None:
+        self._answers.reset(rows)
+        self._state[:, rows] = 0
+        self._num_points[rows] = 0
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        answer = signals.answer
+        previous, run, top, distinct = self._state[:, rows]
+        self._num_points[rows] += 1
+        total = self._num_points[rows]
+        self._answers.add(answer, rows)
+        seen = self._answers.same(rows).sum(axis=1)
+        answered = answer != 0
+        repeated = answered & (answer == previous)
+        run = np.where(repeated, run + 1, answered)
+        top = np.maximum(top, seen)
+        distinct = distinct + (seen == 1)
+        self._state[:, rows] = answer, run, top, distinct
+        return (
+            answered,
+            np.log1p(run),
+            run / total,
+            top / total,
+            answered & (seen == top),
+            np.log1p(distinct),
+            (seen > 1) & ~repeated,
+        )
+
+
+class _Distribution(_Group):
+    """Of the next token, over the tokens since the previous point."""
+
+    names = (
+        "entropy",
+        "entropy_mean",
+        "max_entropy",
+        "logprob",
+        "min_logprob",
+        "margin",
+        "margin_mean",
+    )
+    signals = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
+
+    def __init__(self, num_rows: int) -> None:
+        self._entropy, self._margin = _Trend(num_rows), _Trend(num_rows)
+
+    def reset(self, rows: Index) -> None:
+        self._entropy.reset(rows)
+        self._margin.reset(rows)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        entropy, _, entropy_mean, _ = self._entropy.update(signals.entropy, rows)
+        margin, _, margin_mean, _ = self._margin.update(signals.margin, rows)
+        largest, surprise = np.log1p(signals.max_entropy), -np.log1p(-signals.min_logprob)
+        return entropy, entropy_mean, largest, signals.logprob, surprise, margin, margin_mean
+
+
+class _Ending(_Group):
+    """How near the LM is to ending its thought by itself."""
+
+    names = ("end_think", "end_think_max", "end_think_mean")
+    signals = ("end_think_logprob",)
+
+    def __init__(self, num_rows: int) -> None:
+        self._trend = _Trend(num_rows)
+
+    def reset(self, rows: Index) -> None:
+        self._trend.reset(rows)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        return self._trend.update(signals.end_think_logprob, rows)[:3]
+
+
+class _Reflection(_Group):
+    """Words of doubt and of checking."""
+
+    names = ("log_reflections", "reflections_mean", "log_reflections_all")
+    signals = ("num_reflections",)
+
+    def __init__(self, num_rows: int) -> None:
+        self._trend = _Trend(num_rows)
+        self._all = np.zeros(num_rows, dtype=np.float32)
+
+    def reset(self, rows: Index) -> None:
+        self._trend.reset(rows)
+        self._all[rows] = 0
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        num, _, mean, _ = self._trend.update(np.log1p(signals.num_reflections), rows)
+        self._all[rows] += np.nan_to_num(signals.num_reflections)
+        return num, mean, np.log1p(self._all[rows])
+
+
+_GROUPS: dict[str, type[_Group]] = {
+    "pace": _Pace,
+    "limit": _Limit,
+    "confidence": _Confidence,
+    "tokens": _Tokens,
+    "agreement": _Agreement,
+    "distribution": _Distribution,
+    "ending": _Ending,
+    "reflection": _Reflection,
 }
 
-#: The signals that each group is made from; columns of a trace under the same names.
-GROUP_SIGNALS: dict[str, tuple[str, ...]] = {
-    "pace": ("position",),
-    "confidence": ("confidence",),
-    "agreement": ("answer",),
-}
+#: Features by group, in order. A head names the groups that it needs.
+FEATURE_GROUPS = {name: group.names for name, group in _GROUPS.items()}
 
-# float32 confidences lie no closer to 1 than 6e-8; a logit of 12 is 1 - 6e-6.
-_LOGIT_BOUND = 12.0
-_MEAN_DECAY = 0.7
-
-
-@dataclass(frozen=True)
-class Signals:
-    """What is seen at one decision point by each of B rows; None is what nobody looked at.
-
-    All but the answer's key are (B,) numbers under their column's name in the trace schema, NaN
-    where unknown; `hidden` is (B, D). "Since" is since the previous point, or the start.
-    """
-
-    position: Index
-    """Thinking tokens so far."""
-    confidence: Float | None = None
-    """Of the forced answer, in [0, 1]."""
-    answer: Index | None = None
-    """Keys of the forced answers, see `answer_keys`; 0 for no answer."""
-    worst_logprob: Float | None = None
-    """Smallest log probability of a token of the forced answer, nats."""
-    entropy: Float | None = None
-    """Mean entropy of the next-token distribution since, nats."""
-    max_entropy: Float | None = None
-    """Largest entropy since, nats."""
-    logprob: Float | None = None
-    """Mean log probability of the generated tokens since, nats."""
-    min_logprob: Float | None = None
-    """Smallest log probability of a generated token since, nats."""
-    margin: Float | None = None
-    """Mean difference of the two largest probabilities since."""
-    end_think_logprob: Float | None = None
-    """Log probability of the end-of-thinking token at the point, nats."""
-    num_reflections: Float | None = None
-    """Reflection words since."""
-    hidden: Float | None = None
-    """(B, D) last-layer state at the point."""
+#: The signals that each group is made from: fields of `haltwise.Signals`.
+GROUP_SIGNALS = {name: group.signals for name, group in _GROUPS.items()}
 
 
 def feature_names(groups: Iterable[str]) -> tuple[str, ...]:
@@ -102,20 +328,9 @@ def feature_names(groups: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for group in groups for name in FEATURE_GROUPS[group])
 
 
-def answer_keys(answers: Sequence[str]) -> Index:
-    """Keys (B,) that are equal exactly when the answers are; 0 for an empty answer.
-
-    Two different answers share a key with probability 2**-63.
-    """
-    keys = {text: _answer_key(text) for text in set(answers)}
-    return np.array([keys[text] for text in answers], dtype=np.int64)
-
-
-def _answer_key(text: str) -> int:
-    if not text:
-        return 0
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True) or 1
+def signals_of(groups: Iterable[str]) -> tuple[str, ...]:
+    """The signals that some groups are made from, each once."""
+    return tuple({name: None for group in groups for name in GROUP_SIGNALS[group]})
 
 
 class FeatureState:
@@ -124,29 +339,23 @@ class FeatureState:
     Rows are independent: what one row sees never changes another row's features.
 
     Args:
-        num_rows: Rows in the batch.
+        num_rows: R.
         groups: The feature groups to compute.
+
+    Raises:
+        InputError: If a group is unknown or there is none.
     """
 
     def __init__(self, num_rows: int, groups: Sequence[str]) -> None:
         """Starts every row before its first point."""
         self.names = feature_names(groups)
-        self._groups = tuple(groups)
-        self._num_points = np.zeros(num_rows, dtype=np.int64)
-        self._position = np.zeros(num_rows, dtype=np.int64)
-        self._answers = np.zeros((num_rows, 8), dtype=np.int64)
-        self._run = np.zeros(num_rows, dtype=np.int64)
-        self._top = np.zeros(num_rows, dtype=np.int64)
-        self._distinct = np.zeros(num_rows, dtype=np.int64)
-        # newest, largest, moving mean; NaN before the first
-        self._logit = np.full((3, num_rows), np.nan, dtype=np.float32)
+        self._signals = signals_of(groups)
+        self._groups = [_GROUPS[group](num_rows) for group in groups]
 
     def reset(self, rows: Index) -> None:
         """Puts rows back before their first point."""
-        for state in (self._num_points, self._position, self._run, self._top, self._distinct):
-            state[rows] = 0
-        self._answers[rows] = 0
-        self._logit[:, rows] = np.nan
+        for group in self._groups:
+            group.reset(rows)
 
     def update(self, signals: Signals, rows: Index) -> Float:
         """Takes in the newest point of some rows.
@@ -157,59 +366,12 @@ class FeatureState:
 
         Returns:
             (B, F) float32, the columns of `names`. A NaN signal gives NaN features.
+
+        Raises:
+            InputError: If a signal that a group needs is not there.
         """
-        parts = {
-            "pace": self._pace,
-            "confidence": self._confidence,
-            "agreement": self._agreement,
-        }
-        columns = [column for group in self._groups for column in parts[group](signals, rows)]
-        self._num_points[rows] += 1
-        self._position[rows] = signals.position
+        missing = [name for name in self._signals if getattr(signals, name) is None]
+        if missing:
+            raise InputError(f"signal {missing[0]!r} is missing, but the features need it")
+        columns = [column for group in self._groups for column in group.update(signals, rows)]
         return np.stack(columns, axis=1).astype(np.float32)
-
-    def _pace(self, signals: Signals, rows: Index) -> Sequence[NDArray[np.floating]]:
-        gap = signals.position - self._position[rows]
-        return np.log1p(signals.position), np.log1p(self._num_points[rows]), np.log1p(gap)
-
-    def _confidence(self, signals: Signals, rows: Index) -> Sequence[NDArray[np.floating]]:
-        confidence = signals.confidence.astype(np.float64)
-        with np.errstate(divide="ignore"):
-            logit = np.log(confidence) - np.log1p(-confidence)
-        logit = np.clip(logit, -_LOGIT_BOUND, _LOGIT_BOUND).astype(np.float32)
-        state = self._logit[:, rows]
-        before, largest, mean = np.where(np.isnan(state), logit, state)
-        largest = np.maximum(largest, logit)
-        mean = _MEAN_DECAY * mean + (1 - _MEAN_DECAY) * logit
-        # A missing confidence spoils its own point only.
-        self._logit[:, rows] = np.where(np.isnan(logit), state, (logit, largest, mean))
-        return logit, largest, mean, logit - before, np.log(np.maximum(confidence, 1e-4))
-
-    def _agreement(self, signals: Signals, rows: Index) -> Sequence[NDArray[np.floating]]:
-        answer, num_points = signals.answer, self._num_points[rows]
-        answered = answer != 0
-        previous = self._answers[rows, np.maximum(num_points - 1, 0)]
-        self._remember(answer, rows)
-        seen = (self._answers[rows] == answer[:, None]).sum(axis=1) * answered
-        repeated = answered & (answer == previous)
-        run = np.where(repeated, self._run[rows] + 1, answered)
-        self._run[rows] = run
-        self._distinct[rows] += answered & (seen == 1)
-        top = np.maximum(self._top[rows], seen)
-        self._top[rows] = top
-        total = num_points + 1
-        return (
-            answered,
-            np.log1p(run),
-            run / total,
-            top / total,
-            answered & (seen == top),
-            np.log1p(self._distinct[rows]),
-            answered & (seen > 1) & ~repeated,
-        )
-
-    def _remember(self, answer: Index, rows: Index) -> None:
-        width = self._answers.shape[1]
-        if self._num_points[rows].max(initial=0) >= width:
-            self._answers = np.pad(self._answers, ((0, 0), (0, width)))
-        self._answers[rows, self._num_points[rows]] = answer

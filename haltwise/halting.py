@@ -15,7 +15,8 @@ Probing = Literal["always", "at_halt"]
 #: Confidence as haltwise's own recorder computes it.
 MEAN_LOGPROB = "exp of the mean of answer_logprobs"
 
-_OF_ANSWERS = {"confidence", "answer", "worst_logprob"}
+_OF_ANSWERS = {"confidence", "answer", "worst_logprob", "probe_tokens"}
+_LIMIT = re.compile(r", at most (\d+)$")
 _EVERY = re.compile(r"every (\d+) tokens")
 _AFTER = re.compile(r"after (.+)", re.DOTALL)
 
@@ -25,34 +26,42 @@ class DecisionRule:
     """Where decision points lie in a thought.
 
     Written "every 16 tokens", or "after TEXT" for a point after every token whose text
-    contains TEXT. A recording may name any other rule: its traces can be replayed, but an LM
-    cannot be run under a rule that is only a name.
+    contains TEXT; with ", at most 30" behind it, there are no more points after the 30th. A
+    recording may name any other rule: its traces can be replayed, but an LM cannot be run under
+    a rule that is only a name.
     """
 
     text: str
 
     @property
+    def max_points(self) -> int | None:
+        """Decision points that a thought can have, or None if there is no limit."""
+        found = _LIMIT.search(self.text)
+        return int(found[1]) if found else None
+
+    @property
     def every(self) -> int | None:
         """Thinking tokens between points, or None if the rule is another one."""
-        found = _EVERY.fullmatch(self.text)
+        found = _EVERY.fullmatch(_LIMIT.sub("", self.text))
         return int(found[1]) if found else None
 
     @property
     def after(self) -> str | None:
         """The text that a point follows, or None if the rule is another one."""
-        found = _AFTER.fullmatch(self.text)
+        found = _AFTER.fullmatch(_LIMIT.sub("", self.text))
         return found[1] if found else None
 
     def check_runnable(self) -> None:
         """Refuses a rule that an LM cannot be run under.
 
         Raises:
-            InputError: If the rule is neither "every K tokens" with K >= 1 nor "after TEXT".
+            InputError: If the rule is neither "every K tokens" with K >= 1 nor "after TEXT", or
+                allows no point.
         """
-        if not self.every and not self.after:
+        if not (self.every or self.after) or self.max_points == 0:
             raise InputError(
-                f"decision rule {self.text!r} can be replayed but not run: "
-                "expected 'every K tokens' with K >= 1, or 'after TEXT'"
+                f"decision rule {self.text!r} can be replayed but not run: expected "
+                "'every K tokens' or 'after TEXT', and perhaps ', at most N', K and N >= 1"
             )
 
 
@@ -85,15 +94,26 @@ class Halting:
         if self.max_answer_tokens < 1:
             raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, expected at least 1")
 
+    @property
+    def max_points(self) -> int | None:
+        """Decision points that a thought can have, or None if there is no limit."""
+        return DecisionRule(self.decision_rule).max_points
+
     def check_groups(self, groups: Sequence[str]) -> None:
-        """Refuses features of forced answers that nobody looks at.
+        """Refuses features that cannot be seen under these conditions.
 
         Raises:
-            InputError: If probing is at_halt and a feature group is made from forced answers.
+            InputError: If probing is at_halt and a feature group is made from forced answers, or
+                if one counts the points that are left and the decision rule has no limit.
         """
         unseen = [group for group in groups if not _OF_ANSWERS.isdisjoint(GROUP_SIGNALS[group])]
         if unseen and self.probing == "at_halt":
             raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
+        if "limit" in groups and self.max_points is None:
+            raise InputError(
+                f"features 'limit' need points_left: expected a decision rule with ', at most N', "
+                f"found {self.decision_rule!r}"
+            )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
         """Refuses traces that were recorded under other conditions.

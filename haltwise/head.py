@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from haltwise.errors import InputError
-from haltwise.features import FEATURES_VERSION, Float, feature_names
+from haltwise.features import FEATURES_VERSION, feature_names
 from haltwise.halting import Halting
+from haltwise.signals import Float
 
 FORMAT = 1
 

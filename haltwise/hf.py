@@ -35,10 +35,11 @@ from transformers import (
 from haltwise.answers import read_answer
 from haltwise.decoder import end_tokens
 from haltwise.errors import InputError
-from haltwise.features import Index
+from haltwise.features import signals_of
 from haltwise.head import HaltHead
-from haltwise.meter import SignalMeter, signals_of
+from haltwise.meter import SignalMeter
 from haltwise.monitor import HaltMonitor
+from haltwise.signals import Index
 from haltwise.slots import HiddenTap, check_supported, greedy_answers
 from haltwise.thought import Probe, Thought, ThoughtRules
 

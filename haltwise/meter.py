@@ -9,15 +9,15 @@ Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise.features import GROUP_SIGNALS, Index, Signals, answer_keys
 from haltwise.reflections import num_reflections
+from haltwise.signals import Index, Signals, answer_keys
 from haltwise.thought import Probe, Thought, ThoughtRules
 
 _STEPWISE = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
@@ -27,11 +27,6 @@ MEASURED = (*_STEPWISE, "end_think_logprob", "num_reflections", "hidden")
 # Nats. It stands for impossible tokens too: signals are finite.
 _LOWEST_LOGPROB = -1e4
 _LARGEST_HALF = 65504.0
-
-
-def signals_of(groups: Iterable[str]) -> tuple[str, ...]:
-    """The signals that feature groups are made from."""
-    return tuple({name: None for group in groups for name in GROUP_SIGNALS[group]})
 
 
 class SignalMeter:
@@ -105,16 +100,13 @@ class SignalMeter:
                 for thought, num in zip(thoughts, self._num_tokens[rows].tolist(), strict=True)
             ]
             seen["num_reflections"] = np.array(numbers, dtype=np.float32)
+        if probes is not None:
+            seen |= _of_answers(probes)
+        if self._rules.max_points is not None:
+            num_points = np.array([thought.num_points for thought in thoughts], dtype=np.int64)
+            seen["points_left"] = self._rules.max_points - num_points
         position = np.array([thought.position for thought in thoughts], dtype=np.int64)
-        if probes is None:
-            return Signals(position, **seen)
-        return Signals(
-            position,
-            np.array([probe.confidence for probe in probes], dtype=np.float32),
-            answer_keys([probe.answer for probe in probes]),
-            np.array([probe.worst_logprob for probe in probes], dtype=np.float32),
-            **seen,
-        )
+        return Signals(position, **seen)
 
     def _measured(self, rows: Index, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
         """The wanted signals that are on the device: one copy to the host."""
@@ -141,6 +133,16 @@ class SignalMeter:
 
     def _index(self, values: Index) -> Tensor:
         return torch.from_numpy(values).to(self._device)
+
+
+def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
+    """Signals (B,) of forced answers."""
+    return {
+        "confidence": np.array([probe.confidence for probe in probes], dtype=np.float32),
+        "answer": answer_keys([probe.answer for probe in probes]),
+        "worst_logprob": np.array([probe.worst_logprob for probe in probes], dtype=np.float32),
+        "probe_tokens": np.array([probe.num_tokens for probe in probes], dtype=np.int64),
+    }
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.features import FeatureState, Index, Signals
+from haltwise.features import FeatureState
 from haltwise.head import HaltHead
+from haltwise.signals import Index, Signals
 
 
 class HaltMonitor:

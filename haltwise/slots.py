@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from haltwise.errors import InputError
-from haltwise.features import Index
+from haltwise.signals import Index
 
 # Tokens a row; buffers grow to multiples of this.
 _CAPACITY = 256

@@ -56,6 +56,8 @@ class ThoughtRules:
                 f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
             )
         self.every, self._after = rule.every, rule.after or ""
+        #: Decision points that a thought can have, if there is a limit.
+        self.max_points = rule.max_points
         self.tokenizer = tokenizer
         self.think_start, self.think_end = think_start, think_end
         self.close_ids = self._encode(halting.close_text)
@@ -115,6 +117,8 @@ class Thought:
         """Tokens of the thought so far; whatever the LM wrote before it counts too."""
         self.closed = False
         """Whether the LM itself has closed the thought."""
+        self.num_points = 0
+        """Decision points so far."""
         self.at_point = False
         """Whether the newest token is at a decision point."""
 
@@ -130,7 +134,9 @@ class Thought:
         found = marker in seen
         self._tail = "" if found else seen[-len(marker) :]
         if self._begun and not found:
-            self.at_point = rules.is_point(len(self.tokens), text)
+            within = rules.max_points is None or self.num_points < rules.max_points
+            self.at_point = within and rules.is_point(len(self.tokens), text)
+            self.num_points += self.at_point
         self.position = len(self.tokens)
         self.closed = self._begun and found
         self._begun = self._begun or found

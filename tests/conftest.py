@@ -64,8 +64,14 @@ def worked_example(make_traces: MakeTraces) -> Traces:
 
 
 def random_rows() -> list[Row]:
-    """60 traces of 20 questions, 0 to 7 points each; later points are more often right and sure."""
+    """60 traces of 20 questions, 0 to 7 points each; later points are more often right and sure.
+
+    The other signals are noise.
+    """
     rng = np.random.default_rng(7)
+    noise = np.random.default_rng(8)
+    steps = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
+    names = (*steps, "end_think_logprob", "num_reflections")
     rows = []
     for n in range(60):
         length = int(rng.integers(0, 8))
@@ -85,7 +91,11 @@ def random_rows() -> list[Row]:
                 answer=["7" if c else str(rng.integers(3)) for c in correct],
                 correct=correct.tolist(),
                 confidence=confidence.tolist(),
-                answer_logprobs=[[-0.5]] * length,
+                answer_logprobs=noise.normal(-1, 0.1, (length, 2)).tolist(),
+                **{
+                    name: (noise.random(length) * (-1 if "logprob" in name else 1)).tolist()
+                    for name in names
+                },
             )
         )
     return rows

@@ -4,23 +4,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltwise import FEATURE_GROUPS, FeatureState, InputError, Signals, answer_keys, feature_names
+from haltwise.features import signals_of
 
 GROUPS = tuple(FEATURE_GROUPS)
 ONE = np.zeros(1, dtype=np.int64)
 
 
-def signals(position: int, confidence: float, answer: str) -> Signals:
-    return Signals(
-        np.array([position]), np.array([confidence], dtype=np.float32), answer_keys([answer])
-    )
+def signals(position: int, confidence: float, answer: str, **others: float) -> Signals:
+    numbers = {
+        "confidence": confidence,
+        "worst_logprob": -0.5,
+        "probe_tokens": 3,
+        "entropy": 0.2,
+        "max_entropy": 0.9,
+        "logprob": -0.3,
+        "min_logprob": -1.5,
+        "margin": 0.8,
+        "end_think_logprob": -4.0,
+        "num_reflections": 1.0,
+        "points_left": 5,
+    } | others
+    columns = {name: np.array([number], dtype=np.float32) for name, number in numbers.items()}
+    return Signals(np.array([position]), answer=answer_keys([answer]), **columns)  # type: ignore[arg-type]
 
 
-def stream(points: list[tuple[int, float, str]]) -> list[dict[str, float]]:
+def stream(points: list[tuple[int, float, str]], **others: list[float]) -> list[dict[str, float]]:
+    """Features by name of each point; other signals by name, one number a point."""
     state = FeatureState(1, GROUPS)
-    return [
-        dict(zip(state.names, state.update(signals(*p), ONE)[0].tolist(), strict=True))
-        for p in points
-    ]
+    seen = []
+    for i, point in enumerate(points):
+        now = {name: numbers[i] for name, numbers in others.items()}
+        newest = signals(*point, **now)  # type: ignore[arg-type]
+        features = state.update(newest, ONE)[0].tolist()
+        seen.append(dict(zip(state.names, features, strict=True)))
+    return seen
+
+
+def three(**others: list[float]) -> list[dict[str, float]]:
+    return stream([(1, 0.5, "a"), (2, 0.5, "b"), (3, 0.5, "a")], **others)
 
 
 def test_pace_of_three_points() -> None:
@@ -87,15 +108,80 @@ def test_a_row_of_a_batch_is_as_it_would_be_alone(rows: list[list[str]], random:
     for i in range(max(map(len, rows))):
         at = np.array([n for n, row in enumerate(rows) if len(row) > i])
         random.shuffle(at)  # type: ignore[attr-defined]
-        batch = Signals(
-            np.full(len(at), 10 * i + 10),
-            np.full(len(at), 0.7, dtype=np.float32),
-            answer_keys([rows[n][i] for n in at]),
-        )
-        together = state.update(batch, at)
+        each = [signals(10 * i + 10, 0.7, rows[n][i]) for n in at]
+        batch = {
+            name: np.concatenate([getattr(one, name) for one in each])
+            for name in signals_of(GROUPS)
+        }
+        together = state.update(Signals(**batch), at)
         for features, n in zip(together, at, strict=True):
             alone = stream([(10 * j + 10, 0.7, a) for j, a in enumerate(rows[n][: i + 1])])[-1]
             assert features.tolist() == list(alone.values())
+
+
+def test_doubt_is_the_chance_that_the_worst_token_is_wrong() -> None:
+    first, second, third = three(worst_logprob=[np.log(0.9), np.log(0.5), np.log(0.75)])
+    assert [p["doubt"] for p in (first, second, third)] == pytest.approx(
+        np.log([0.1, 0.5, 0.25]), rel=1e-5
+    )
+    # "a" was doubted least at its first point
+    assert third["least_doubt"] == pytest.approx(np.log(0.1), rel=1e-5)
+    assert second["least_doubt"] == pytest.approx(np.log(0.5), rel=1e-5)
+    assert first["log_probe"] == pytest.approx(np.log(4))
+
+
+def test_an_answer_without_tokens_is_doubted_most() -> None:
+    none, some = stream([(1, 0.0, ""), (2, 0.5, "a")], worst_logprob=[np.nan, np.nan])
+    assert (none["doubt"], none["least_doubt"]) == (0, 0)
+    assert np.isnan(some["doubt"])
+
+
+def test_certain_tokens_leave_doubt_finite() -> None:
+    assert three(worst_logprob=[0, 0, 0])[0]["doubt"] == pytest.approx(np.log(1e-6))
+
+
+def test_the_last_point_is_known() -> None:
+    points = three(points_left=[2, 1, 0])
+    assert [p["last_point"] for p in points] == [0, 0, 1]
+    assert [p["log_points_left"] for p in points] == pytest.approx(np.log([3, 2, 1]))
+
+
+def test_the_distribution_has_means() -> None:
+    points = three(entropy=[1, 0, 0], margin=[0, 1, 1], max_entropy=[1, 2, 3])
+    assert [p["entropy"] for p in points] == [1, 0, 0]
+    assert [p["entropy_mean"] for p in points] == pytest.approx([1, 0.7, 0.49])
+    assert [p["margin_mean"] for p in points] == pytest.approx([0, 0.3, 0.51])
+    assert points[2]["max_entropy"] == pytest.approx(np.log(4))
+    assert points[0]["min_logprob"] == pytest.approx(-np.log(2.5))
+    assert points[0]["logprob"] == pytest.approx(-0.3)
+
+
+def test_the_end_of_the_thought_comes_nearer() -> None:
+    points = three(end_think_logprob=[-4, -1, -3])
+    assert [p["end_think_max"] for p in points] == [-4, -1, -1]
+    assert points[1]["end_think_mean"] == pytest.approx(0.7 * -4 + 0.3 * -1)
+
+
+def test_reflections_are_counted() -> None:
+    points = three(num_reflections=[1, 0, 2])
+    assert [p["log_reflections"] for p in points] == pytest.approx(np.log([2, 1, 3]))
+    assert [p["log_reflections_all"] for p in points] == pytest.approx(np.log([2, 2, 4]))
+    assert points[1]["reflections_mean"] == pytest.approx(0.7 * np.log(2))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(signals_of(GROUPS)) - {"answer", "position", "confidence"})
+)
+def test_a_signal_that_is_unknown_once_spoils_that_point_only(name: str) -> None:
+    numbers = [np.nan if i == 1 else 0.25 for i in range(3)]
+    before, missing, after = three(**{name: numbers})
+    assert np.isfinite([*before.values(), *after.values()]).all()
+    assert np.isnan(list(missing.values())).any()
+
+
+def test_a_signal_that_nobody_looked_at_is_named() -> None:
+    with pytest.raises(InputError, match="'entropy' is missing"):
+        FeatureState(1, ("pace", "distribution")).update(Signals(ONE), ONE)
 
 
 def test_reset_forgets() -> None:

@@ -17,9 +17,9 @@ from envs.replay import point_features
 from envs.reward import reward, step_costs, step_ems
 from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, Halting, InputError, Observing, feature_names
 from haltwise.decoder import Decoder
-from haltwise.features import Float
+from haltwise.features import signals_of
 from haltwise.halting import Probing
-from haltwise.meter import signals_of
+from haltwise.signals import Float
 from lms.language_model import LanguageModel
 from lms.tasks import Question
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
@@ -30,15 +30,21 @@ QUESTIONS = [
 ]
 
 
+MAX_POINTS = 7
+
+
 def observing(groups: tuple[str, ...] = tuple(FEATURE_GROUPS)) -> Observing:
     size = len(feature_names(groups))
     return Observing(groups, (0.0,) * size, (1.0,) * size, (0.1, 10.0))
 
 
 def halting(
-    probing: Probing = "always", rule: str = "every 4 tokens", max_answer_tokens: int = 2
+    probing: Probing = "always",
+    rule: str = "every 4 tokens",
+    max_answer_tokens: int = 2,
 ) -> Halting:
-    return Halting(probing, rule, "</think>", MEAN_LOGPROB, max_answer_tokens)
+    limited = f"{rule}, at most {MAX_POINTS}"
+    return Halting(probing, limited, "</think>", MEAN_LOGPROB, max_answer_tokens)
 
 
 def tiny() -> LanguageModel:
@@ -192,7 +198,8 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
     jobs = [(asked[question_id], int(seed)) for question_id, seed in work]
     write_shard(tmp_path / "0.parquet", list(record(decoder, jobs, "tiny")), {})
     traces = read_traces(tmp_path)
-    features = point_features(traces, tuple(FEATURE_GROUPS))
+    assert np.diff(traces.offsets).max() == MAX_POINTS
+    features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS)
     costs, ems = step_costs(traces, "always"), step_ems(traces)
     assert len(traces) > 20
     for n in range(len(traces)):
@@ -229,7 +236,7 @@ def test_bad_input_is_refused() -> None:
         ({"questions": []}, "no questions"),
         ({"questions": empty_gold}, "question q9: gold answer ' ' is empty"),
         ({"price": 0.0}, "price is 0.0"),
-        ({"halting": halting("at_halt")}, r"features \['confidence', 'agreement'\] need"),
+        ({"halting": halting("at_halt")}, r"features \['confidence', 'tokens', 'agreement'\] need"),
     ):
         with pytest.raises(InputError, match=message):
             HaltEnv(**arguments(**changes))
@@ -245,7 +252,7 @@ def test_questions_without_a_point_are_skipped_but_not_for_ever() -> None:
     with pytest.raises(InputError, match="questions in a row ended before their first"):
         LiveEnv(**arguments(halting=halting(rule="after never"), max_tokens=2), num_envs=9).reset()
     env = HaltEnv(**arguments(halting=halting(rule="every 12 tokens")))
-    assert all(env.reset(seed=seed)[0].shape == (16,) for seed in range(5))
+    assert all(env.reset(seed=seed)[0].shape == (observing().size,) for seed in range(5))
 
 
 def test_the_price_can_be_chosen_for_one_episode() -> None:

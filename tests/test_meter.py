@@ -13,9 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from collect import record
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, Observing, Signals
 from haltwise.decoder import Decoder
-from haltwise.features import GROUP_SIGNALS, feature_names
+from haltwise.features import GROUP_SIGNALS, feature_names, signals_of
 from haltwise.hf import Halter
-from haltwise.meter import MEASURED, SignalMeter, signals_of
+from haltwise.meter import MEASURED, SignalMeter
 from haltwise.slots import ForcedAnswer
 from haltwise.thought import Thought, ThoughtRules
 from lms.tasks import Question
@@ -164,7 +164,8 @@ def test_generate_sees_what_is_recorded(
 
     def spy(monitor: HaltMonitor, signals: Signals, rows: Any) -> Any:
         for i, row in enumerate(rows.tolist()):
-            seen[row].append({f.name: getattr(signals, f.name)[i] for f in fields(Signals)})
+            known = {name: value for name, value in vars(signals).items() if value is not None}
+            seen[row].append({name: value[i] for name, value in known.items()})
         return observe(monitor, signals, rows)
 
     monkeypatch.setattr(HaltMonitor, "observe", spy)

@@ -15,8 +15,7 @@ from haltwise import (
 def see(monitor: HaltMonitor, rows: list[int], answers: list[str]) -> list[bool]:
     batch = Signals(
         np.full(len(rows), 10),
-        np.full(len(rows), 0.5, dtype=np.float32),
-        answer_keys(answers),
+        answer=answer_keys(answers),
     )
     halts: list[bool] = monitor.observe(batch, np.array(rows)).tolist()
     return halts

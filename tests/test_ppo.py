@@ -31,7 +31,7 @@ def _one_thread() -> None:
 
 
 def head_of(traces: Traces) -> HeadConfig:
-    observing = observing_of(traces, GROUPS)
+    observing = observing_of(traces, GROUPS, HALTING)
     return HeadConfig(observing, HALTING, default_price=observing.price_range[0])
 
 
@@ -77,12 +77,10 @@ def test_it_learns_to_halt_when_the_answer_is_there(telling_traces: Traces) -> N
 
 def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:
     head_config = head_of(telling_traces)
-    env = ReplayEnv(telling_traces, head_config.observing, "always", PPO.num_envs)
+    env = ReplayEnv(telling_traces, head_config.observing, HALTING, PPO.num_envs)
     ppo = make_ppo(env, head_config.observing, PPO, mean_points=8, seed=0)
     net = log_odds_net(ppo)
-    start_from_traces(
-        net, telling_traces, head_config.observing, "always", PathwiseConfig(steps=300), seed=0
-    )
+    start_from_traces(net, telling_traces, head_config.observing, HALTING, PathwiseConfig(), seed=0)
     set_log_odds(ppo, net)
     halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
     best = mean_return(telling_traces, telling_traces.correct, 0.3)
@@ -90,16 +88,19 @@ def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:
 
 
 def test_the_expected_return_is_that_of_the_halting_distribution(random_traces: Traces) -> None:
-    from agents.pathwise import _expected_return, _lay_out
+    from agents.pathwise import _Batch, _expected_return, _lay_out
 
     head_config = head_of(random_traces)
-    env = ReplayEnv(random_traces, head_config.observing, "always", 4)
+    env = ReplayEnv(random_traces, head_config.observing, HALTING, 4)
     net = log_odds_net(make_ppo(env, head_config.observing, PPO, mean_points=4, seed=0))
     with_points = np.flatnonzero(np.diff(random_traces.offsets))
     price = np.geomspace(0.5, 5, len(with_points))
     rows = torch.arange(len(with_points))
-    returns = _lay_out(random_traces, head_config.observing, "always")
-    found = _expected_return(net, returns, rows, price, head_config.observing).detach().numpy()
+    returns = _lay_out(random_traces, head_config.observing, HALTING)
+    batch = _Batch.of(returns, rows, price, head_config.observing)
+    found = _expected_return(net(batch.obs)[:, 0], batch).detach().numpy()
+    final = random_traces.final_correct[random_traces.trace_of_point]
+    assert (batch.correct.numpy() == np.stack([random_traces.correct, final], 1)).all()
     features = point_features(random_traces, GROUPS)
     costs, never = halt_costs(random_traces, "always"), never_costs(random_traces, "always")
     for k, n in enumerate(with_points):
@@ -125,7 +126,7 @@ def test_the_exported_head_is_the_policy(random_traces: Traces) -> None:
 
 def test_a_fresh_agent_halts_about_once_a_trace(random_traces: Traces) -> None:
     head_config = head_of(random_traces)
-    env = ReplayEnv(random_traces, head_config.observing, "always", 4)
+    env = ReplayEnv(random_traces, head_config.observing, HALTING, 4)
     for mean_points in (4, 64):
         ppo = make_ppo(env, head_config.observing, PPO, mean_points=mean_points, seed=0)
         obs = head_config.observing.observe(point_features(random_traces, GROUPS), 1.0)
@@ -134,8 +135,8 @@ def test_a_fresh_agent_halts_about_once_a_trace(random_traces: Traces) -> None:
 
 
 def test_rewards_are_weighed_by_price_and_reported_as_they_are(worked_example: Traces) -> None:
-    observing = observing_of(worked_example, GROUPS)
-    env = BalancedVecEnv(ReplayEnv(worked_example, observing, "always", 1, price=0.5), observing)
+    observing = observing_of(worked_example, GROUPS, HALTING)
+    env = BalancedVecEnv(ReplayEnv(worked_example, observing, HALTING, 1, price=0.5), observing)
     env.reset()
     env.step(np.array([0]))
     _, rewards, _, infos = env.step(np.array([1]))
@@ -177,7 +178,9 @@ def test_out_of_fold_decisions_come_from_the_other_folds(
     prices = [0.5, 2.0]
     decided = out_of_fold(random_traces, fold, head_config, config, prices, 0, tmp_path)
     train = random_traces.select(fold != 0)
-    observing = replace(observing_of(train, GROUPS), price_range=head_config.observing.price_range)
+    observing = replace(
+        observing_of(train, GROUPS, HALTING), price_range=head_config.observing.price_range
+    )
     own = HeadConfig(observing, HALTING, 1.0)
     head = export(fit(train, own, config, seed=0), own)
     held_out = fold[random_traces.trace_of_point] == 0

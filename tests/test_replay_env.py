@@ -5,18 +5,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.replay import ReplayEnv, point_features
+from envs.replay import ReplayEnv, available_groups, point_features
 from envs.reward import halt_costs, never_costs, reward, step_costs, step_ems
-from haltwise import FEATURE_GROUPS, InputError, Observing
+from haltwise import FEATURE_GROUPS, Halting, InputError, Observing
 from haltwise.halting import Probing
 from traces import Traces
 
 GROUPS = tuple(FEATURE_GROUPS)
+FEW = ("pace", "confidence", "agreement")
+RULE = "by chance, at most 7"
 PROBINGS: tuple[Probing, ...] = ("always", "at_halt")
 
 
-def observing_of(traces: Traces) -> Observing:
-    return Observing.fit(GROUPS, point_features(traces, GROUPS), (0.1, 2.0))
+def under(probing: Probing, rule: str = RULE) -> Halting:
+    return Halting(probing, rule, "</think>", "source")
+
+
+def observing_of(traces: Traces, groups: tuple[str, ...] = GROUPS) -> Observing:
+    return Observing.fit(groups, point_features(traces, groups, 7), (0.1, 2.0))
 
 
 def play(env: ReplayEnv, actions: list[int]) -> tuple[list[float], dict[str, Any]]:
@@ -46,7 +52,7 @@ def play(env: ReplayEnv, actions: list[int]) -> tuple[list[float], dict[str, Any
 def test_the_worked_example(
     worked_example: Traces, probing: Probing, actions: list[int], rewards: list[float], cost: int
 ) -> None:
-    env = ReplayEnv(worked_example, observing_of(worked_example), probing, 1, price=0.5)
+    env = ReplayEnv(worked_example, observing_of(worked_example, FEW), under(probing), 1, price=0.5)
     paid, final = play(env, actions)
     assert paid == pytest.approx(rewards)
     assert final["cost"] == cost and final["halted"] == (actions[-1] == 1)
@@ -71,7 +77,7 @@ def test_ems_are_those_of_the_answer_that_counts(worked_example: Traces) -> None
 
 @pytest.mark.parametrize("probing", PROBINGS)
 def test_returns_are_em_minus_price_times_cost(random_traces: Traces, probing: Probing) -> None:
-    env = ReplayEnv(random_traces, observing_of(random_traces), probing, 8)
+    env = ReplayEnv(random_traces, observing_of(random_traces), under(probing), 8)
     env.reset(seed=1)
     rng, total = np.random.default_rng(0), np.zeros(8)
     num_done = 0
@@ -88,7 +94,7 @@ def test_returns_are_em_minus_price_times_cost(random_traces: Traces, probing: P
 
 
 def test_every_trace_with_points_is_played_once_a_pass(random_traces: Traces) -> None:
-    env = ReplayEnv(random_traces, observing_of(random_traces), "always", 1)
+    env = ReplayEnv(random_traces, observing_of(random_traces), under("always"), 1)
     env.reset(seed=3)
     playable = np.flatnonzero(np.diff(random_traces.offsets))
     seen = [int(env.step(np.array([1]))[4]["final_info"]["trace"][0]) for _ in range(len(playable))]
@@ -96,7 +102,8 @@ def test_every_trace_with_points_is_played_once_a_pass(random_traces: Traces) ->
 
 
 def test_a_seed_repeats_everything(random_traces: Traces) -> None:
-    envs = [ReplayEnv(random_traces, observing_of(random_traces), "always", 4) for _ in range(2)]
+    observing = observing_of(random_traces)
+    envs = [ReplayEnv(random_traces, observing, under("always"), 4) for _ in range(2)]
     first, second = (env.reset(seed=5)[0] for env in envs)
     assert (first == second).all()
     for _ in range(30):
@@ -106,11 +113,11 @@ def test_a_seed_repeats_everything(random_traces: Traces) -> None:
 
 def test_observations_are_features_and_price(random_traces: Traces) -> None:
     observing = observing_of(random_traces)
-    env = ReplayEnv(random_traces, observing, "always", 16)
+    env = ReplayEnv(random_traces, observing, under("always"), 16)
     obs, _ = env.reset(seed=0)
     assert obs.dtype == np.float32
     assert env.observation_space.contains(obs)
-    features = point_features(random_traces, GROUPS)
+    features = point_features(random_traces, GROUPS, 7)
     at = random_traces.offsets[env._trace]
     assert (obs == observing.observe(features[at], env.price)).all()
 
@@ -132,9 +139,9 @@ def test_features_do_not_see_what_a_policy_must_not_know(random_traces: Traces) 
         finished=rng.random(num) < 0.5,
         final_correct=rng.random(num) < 0.5,
         correct=rng.random(points) < 0.5,
-        probe_tokens=rng.integers(1, 99, points),
     )
-    assert (point_features(scrambled, GROUPS) == point_features(random_traces, GROUPS)).all()
+    features = point_features(random_traces, GROUPS, 7)
+    assert (point_features(scrambled, GROUPS, 7) == features).all()
 
 
 def test_features_are_causal(random_traces: Traces) -> None:
@@ -143,15 +150,55 @@ def test_features_are_causal(random_traces: Traces) -> None:
     answer[last], confidence[last] = "later", 0.123
     changed = replace(random_traces, answer=answer, confidence=confidence)
     before = np.setdiff1d(np.arange(random_traces.num_points), last)
-    same = point_features(changed, GROUPS) == point_features(random_traces, GROUPS)
+    same = point_features(changed, GROUPS, 7) == point_features(random_traces, GROUPS, 7)
     assert same[before].all() and not same[last].all(axis=1).any()
 
 
 def test_an_unknown_confidence_is_refused(make_traces: Callable[..., Traces]) -> None:
     traces = make_traces([{"confidence": [0.5, np.nan, 0.5]}])
     with pytest.raises(InputError, match="column 'confidence'"):
-        point_features(traces, GROUPS)
+        point_features(traces, FEW)
     assert np.isfinite(point_features(traces, ("pace", "agreement"))).all()
+
+
+@pytest.mark.parametrize(
+    ("group", "column"),
+    [
+        ("limit", "points_left"),
+        ("tokens", "worst_logprob"),
+        ("distribution", "entropy"),
+        ("ending", "end_think_logprob"),
+        ("reflection", "num_reflections"),
+    ],
+)
+def test_a_column_that_a_group_needs_is_named(
+    worked_example: Traces, group: str, column: str
+) -> None:
+    with pytest.raises(InputError, match=f"column '{column}'"):
+        point_features(worked_example, (group,))
+
+
+def test_more_points_than_the_rule_allows_are_refused(worked_example: Traces) -> None:
+    with pytest.raises(InputError, match="3 decision points: expected at most 2"):
+        point_features(worked_example, ("pace",), 2)
+
+
+def test_the_points_that_are_left_follow_from_the_rule(worked_example: Traces) -> None:
+    features = point_features(worked_example, ("limit",), 3)
+    assert features[:, 0].tolist() == [0, 0, 1]
+    assert features[:, 1] == pytest.approx(np.log([3, 2, 1]))
+
+
+def test_groups_of_a_file_are_those_whose_signals_it_has(
+    worked_example: Traces, random_traces: Traces, make_traces: Callable[..., Traces]
+) -> None:
+    assert available_groups(random_traces, under("always")) == GROUPS
+    assert available_groups(worked_example, under("always", "any")) == FEW
+    assert available_groups(worked_example, under("always")) == ("pace", "limit", *FEW[1:])
+    at_halt = ("pace", "limit", "distribution", "ending", "reflection")
+    assert available_groups(random_traces, under("at_halt")) == at_halt
+    unsure = make_traces([{"confidence": [np.nan] * 3, "answer_logprobs": [[-1.0]] * 3}])
+    assert available_groups(unsure, under("always", "any")) == ("pace", "tokens", "agreement")
 
 
 def test_traces_without_points_are_refused(make_traces: Callable[..., Traces]) -> None:
@@ -160,4 +207,4 @@ def test_traces_without_points_are_refused(make_traces: Callable[..., Traces]) -
     traces = make_traces([empty])
     observing = Observing(("pace",), (0.0,) * 3, (1.0,) * 3, (0.1, 1.0))
     with pytest.raises(InputError, match="no trace has a decision point"):
-        ReplayEnv(traces, observing, "always", 2)
+        ReplayEnv(traces, observing, under("always"), 2)

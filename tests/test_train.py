@@ -125,7 +125,7 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
-        train.main(replace(config, probing="at_halt"))
+        train.main(replace(config, probing="at_halt", groups=("pace", "agreement")))
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))
     with pytest.raises(InputError, match="expected at least 50"):
