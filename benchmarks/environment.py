@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.fit import observing_of
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
 from benchmarks.timing import Result, Work, rate, take_turns
 from envs.replay import ReplayEnv
-from haltwise.signals import Index
+from haltwise import Observing
 from traces import Traces
 
 #: Feature groups of every recording.
@@ -33,6 +34,16 @@ class EnvironmentConfig:
     """Batches of ReplayEnv; ratios are for the middle one."""
     seconds: float = 0.5
     """Time of one measurement."""
+
+
+def benchmark_observing(traces: Traces) -> Observing:
+    """What every benchmark observes of some traces."""
+    return observing_of(traces, GROUPS)
+
+
+def replay_env(traces: Traces, observing: Observing, num_envs: int) -> ReplayEnv:
+    """The environment that every benchmark plays."""
+    return ReplayEnv(traces, observing, "always", num_envs)
 
 
 def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[Result]:
@@ -55,7 +66,7 @@ def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[Res
 
 
 def _replay(traces: Traces, num_envs: int, halt_rate: float) -> Work:
-    env = ReplayEnv(traces, observing_of(traces, GROUPS), "always", num_envs)
+    env = replay_env(traces, benchmark_observing(traces), num_envs)
     env.reset(seed=0)
     actions = _actions(num_envs, halt_rate)
 
@@ -68,7 +79,7 @@ def _replay(traces: Traces, num_envs: int, halt_rate: float) -> Work:
 
 
 def _loop(traces: Traces, halt_rate: float) -> Work:
-    observing = observing_of(traces, GROUPS)
+    observing = benchmark_observing(traces)
     env = PlainReplayEnv(episodes_of(traces, observing), observing)
     env.reset(seed=0)
     actions = _actions(_NUM_DUMMY, halt_rate).ravel().tolist()
@@ -84,7 +95,7 @@ def _loop(traces: Traces, halt_rate: float) -> Work:
 
 
 def _dummy(traces: Traces, halt_rate: float) -> Work:
-    observing = observing_of(traces, GROUPS)
+    observing = benchmark_observing(traces)
     episodes = episodes_of(traces, observing)
     env = DummyVecEnv([partial(PlainReplayEnv, episodes, observing)] * _NUM_DUMMY)
     env.seed(0)
@@ -99,7 +110,7 @@ def _dummy(traces: Traces, halt_rate: float) -> Work:
     return work
 
 
-def _actions(num_envs: int, halt_rate: float) -> Index:
+def _actions(num_envs: int, halt_rate: float) -> NDArray[np.int64]:
     """Actions (steps, B), halting at random."""
     rng = np.random.default_rng(0)
     return (rng.random((_NUM_STEPS, num_envs)) < halt_rate).astype(np.int64)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from agents.fit import learn, observing_of
+from agents.fit import learn
 from agents.ppo import PPOConfig, make_ppo
-from benchmarks.environment import GROUPS
+from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
 from benchmarks.timing import Result
 from collect import CollectConfig, record, write_shards
-from envs.replay import ReplayEnv
 from haltwise import MEAN_LOGPROB, Halting
 from haltwise.decoder import Decoder
 from lms.embedded import EMBEDDED
@@ -122,8 +121,8 @@ def read(num: int, folder: Path) -> None:
     """Reads traces, sets up training, and makes one rollout and update of PPO."""
     traces = read_traces(folder)
     assert len(traces) == num
-    observing, settings = observing_of(traces, GROUPS), PPOConfig()
-    env = ReplayEnv(traces, observing, "always", settings.num_envs)
+    observing, settings = benchmark_observing(traces), PPOConfig()
+    env = replay_env(traces, observing, settings.num_envs)
     ppo = make_ppo(env, observing, settings, mean_points=traces.num_points / num, seed=0)
     learn(ppo, settings.n_steps * settings.num_envs, "benchmark", None, progress_bar=False)
 

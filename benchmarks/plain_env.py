@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
 
 from envs.batched import spaces
 from envs.replay import point_features
 from haltwise import Observing
-from haltwise.signals import Float
 from traces import Traces
+
+Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

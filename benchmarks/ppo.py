@@ -8,12 +8,11 @@ from functools import partial
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.fit import learn, observing_of
+from agents.fit import learn
 from agents.ppo import PPOConfig, make_ppo
-from benchmarks.environment import GROUPS
+from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.plain_env import Episode, PlainReplayEnv, episodes_of
 from benchmarks.timing import Result, rate, take_turns
-from envs.replay import ReplayEnv
 from haltwise import Observing
 from traces import Traces
 
@@ -32,7 +31,7 @@ class PPOBenchConfig:
 
 def measure(traces: Traces, config: PPOBenchConfig, repeats: int) -> list[Result]:
     """Environment steps a second, updates included, each time from a new agent."""
-    observing = observing_of(traces, GROUPS)
+    observing = benchmark_observing(traces)
     episodes = episodes_of(traces, observing)
     num_envs, num_default = config.settings.num_envs, config.default_num_envs
     ours = f"ReplayEnv of {num_envs}, our settings"
@@ -52,7 +51,7 @@ def _ours(
     traces: Traces, observing: Observing, settings: PPOConfig, episodes: list[Episode] | None
 ) -> float:
     """Our agent on ReplayEnv, or on plain environments if there are episodes for them."""
-    env = ReplayEnv(traces, observing, "always", settings.num_envs)
+    env = replay_env(traces, observing, settings.num_envs)
     mean_points = traces.num_points / len(traces)
     ppo = make_ppo(env, observing, settings, mean_points=mean_points, seed=0)
     if episodes is not None:

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.fit import observing_of
 from agents.ppo import PPOConfig
 from benchmarks import memory
-from benchmarks.environment import GROUPS, EnvironmentConfig
+from benchmarks.environment import GROUPS, EnvironmentConfig, benchmark_observing, replay_env
 from benchmarks.memory import MemoryConfig
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
 from benchmarks.ppo import PPOBenchConfig
@@ -22,7 +21,7 @@ from benchmarks.synthetic import synthetic_rows, synthetic_traces
 from benchmarks.timing import rate, take_turns
 from collect import record
 from command import run
-from envs.replay import ReplayEnv, point_features
+from envs.replay import point_features
 from haltwise import MEAN_LOGPROB, Halting
 from haltwise.decoder import Decoder
 from lms.embedded import EMBEDDED
@@ -83,8 +82,8 @@ def test_synthetic_traces_are_the_same_every_time() -> None:
 
 
 def test_the_plain_environment_plays_the_same_episodes(synthetic: Traces) -> None:
-    observing = observing_of(synthetic, GROUPS)
-    batched = ReplayEnv(synthetic, observing, "always", 1)
+    observing = benchmark_observing(synthetic)
+    batched = replay_env(synthetic, observing, 1)
     plain = PlainReplayEnv(episodes_of(synthetic, observing), observing)
     expected, obs = batched.reset(seed=3)[0][0], plain.reset(seed=3)[0]
     assert plain.observation_space.contains(obs)
