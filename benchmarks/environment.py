@@ -14,12 +14,14 @@ from agents.fit import observing_of
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
 from benchmarks.timing import Result, Work, rate, take_turns
 from envs.replay import ReplayEnv
-from haltwise import Observing
+from haltwise import Halting, Observing
 from traces import Traces
 
 #: Feature groups of every recording.
 GROUPS = ("pace", "confidence", "agreement")
 
+# Replay needs to know how probing is paid for, and no more.
+_HALTING = Halting("always", decision_rule="", close_text="", confidence_rule="")
 _HALT_RATES = {"never halting": 0.0, "halting at 0.1": 0.1}
 _NUM_DUMMY = 8
 # Steps of every episode in one piece of work; drawing the actions is not measured.
@@ -38,12 +40,12 @@ class EnvironmentConfig:
 
 def benchmark_observing(traces: Traces) -> Observing:
     """What every benchmark observes of some traces."""
-    return observing_of(traces, GROUPS)
+    return observing_of(traces, GROUPS, _HALTING)
 
 
 def replay_env(traces: Traces, observing: Observing, num_envs: int) -> ReplayEnv:
     """The environment that every benchmark plays."""
-    return ReplayEnv(traces, observing, "always", num_envs)
+    return ReplayEnv(traces, observing, _HALTING, num_envs)
 
 
 def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[Result]:
