@@ -226,7 +226,7 @@ def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
         found = known.get(name)
         if found != expected:
             raise InputError(
-                f"{out} was recorded with {name} {found!r}, not {expected!r}: choose another --out"
+                f"{out} was recorded with {name} {found!r}, not {expected!r}: choose another --out, or delete it"
             )
     return ids
 

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.baselines import BASELINES, Halts, Head, Policy, decisions, price_grid, signal_under
-from agents.fit import FitConfig, fit, fit_live, observing_of, out_of_fold
+from agents.balance import balance
+from agents.baselines import BASELINES, Head, Policy, decisions, price_grid, signal_under
+from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, observing_of, out_of_fold
 from agents.ppo import Agent, PPOConfig, export
 from collect import CollectConfig
 from collect import main as collect
@@ -34,10 +35,12 @@ from envs.live import LiveEnv
 from envs.replay import available_groups
 from evaluate import EvaluateConfig, parameter_free
 from evaluate import main as evaluate
+from evaluation.outcome import Outcome, sweep
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, save_operating_points
 from evaluation.report import Choice, choose_points
 from evaluation.table import format_table
+from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.halting import Probing
 from lms.embedded import EMBEDDED
@@ -74,10 +77,13 @@ class TrainConfig:
     probing: Probing | None = None
     """always looks at a forced answer at every decision point; at_halt forces one only on halting
     (for --groups pace). Default: as the traces were recorded."""
-    num_folds: int = 5
+    folds: int = 5
     """Folds for choosing the operating points."""
+    seeds: int = 3
+    """Trainings of every fold, each with its own division into folds: the points are chosen on
+    their mean, and their spread is reported."""
     seed: int = 0
-    """Of everything random."""
+    """Of everything random; the first of the seeds."""
     fit: FitConfig = field(default_factory=FitConfig)
     """Training on recorded traces."""
     live_ppo: PPOConfig = field(
@@ -107,30 +113,31 @@ def main(config: TrainConfig) -> Path:
     head = _head_config(learned_from, config)
     head.halting.check_recorded(everything.recorder, str(path))
     probing = head.halting.probing
-    fold = folds(traces.question_id, config.num_folds, config.seed)
+    fold = {
+        seed: folds(traces.question_id, config.folds, seed)
+        for seed in range(config.seed, config.seed + config.seeds)
+    }
     run_dir = _open_run(config, path, everything.digest)
     if config.live:
-        judged_on = traces.of_split("dev")
+        judged_on, trials = traces.of_split("dev"), None
         ppo = _train_live(config, run_dir, head, learned_from, None)
-        head_halts = _decisions(Head(export(ppo, head)), judged_on, probing)
+        outcomes = {"head": _outcomes(Head(export(ppo, head)), judged_on, probing)}
     else:
         judged_on = traces
-        head_halts = out_of_fold(
-            traces,
-            fold,
-            head,
-            config.fit,
-            price_grid(head.observing),
-            config.seed,
-            cache=run_dir / "folds",
-        )
-        ppo = _train_replay(config, run_dir, head, traces)
+        prices = price_grid(head.observing)
+        decided = out_of_fold(traces, fold, head, config.fit, prices, run_dir / "folds")
+        weights = balance(np.array(prices), head.observing)
+        trials = try_checkpoints(traces, decided, prices, weights, probing)
+        share = CHECKPOINTS[trials.best]
+        outcomes = {"head": trials.outcomes}
+        ppo = _train_replay(config, run_dir, head, traces, share)
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
-    halts = {"head": head_halts}
-    halts |= {policy.name: _decisions(policy, judged_on, probing) for policy in BASELINES}
-    choice = choose_points(judged_on, halts, parameter_free(judged_on, probing), probing)
-    _finish(run_dir, export(ppo, head), choice)
+    outcomes |= {policy.name: _outcomes(policy, judged_on, probing) for policy in BASELINES}
+    choice = choose_points(judged_on, outcomes, parameter_free(judged_on, probing))
+    _finish(run_dir, export(ppo, head), choice, trials)
+    if trials is not None:
+        print(format_trials(trials, CHECKPOINTS))
     print(format_table(choice.frozen))
     if "test" in everything.split:
         print("\nThe exported head, loaded again:\n")
@@ -155,10 +162,10 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             f"{config.run_dir} exists: expected a new folder, or --resume to go on with it"
         )
-    if config.num_folds < 2 or config.num_questions < 1 or config.seed < 0:
+    if config.folds < 2 or config.seeds < 1 or config.num_questions < 1 or config.seed < 0:
         raise InputError(
-            f"num_folds is {config.num_folds}, num_questions {config.num_questions}, seed "
-            f"{config.seed}: expected at least 2, 1 and 0"
+            f"folds is {config.folds}, seeds {config.seeds}, num_questions "
+            f"{config.num_questions}, seed {config.seed}: expected at least 2, 1, 1 and 0"
         )
     goes_on_live = config.traces is None and not config.live
     if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
@@ -264,12 +271,15 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
-def _train_replay(config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces) -> Agent:
+def _train_replay(
+    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, share: float
+) -> Agent:
     return fit(
         traces,
         head,
         config.fit,
         config.seed,
+        share=share,
         log_dir=run_dir / "tensorboard",
         checkpoint=run_dir / "replay.zip",
         progress_bar=True,
@@ -308,14 +318,17 @@ def _train_live(
     )
 
 
-def _decisions(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Halts] | None:
+def _outcomes(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Outcome] | None:
     signal = signal_under(policy, traces, probing)
-    return None if signal is None else decisions(policy, signal)
+    return None if signal is None else sweep(traces, decisions(policy, signal), probing)
 
 
-def _finish(run_dir: Path, head: HaltHead, choice: Choice) -> None:
+def _finish(run_dir: Path, head: HaltHead, choice: Choice, trials: Trials | None) -> None:
     """Writes what the run came to; the head last, since a folder with a head is a whole run."""
-    write_json(run_dir / "out_of_fold.json", {"rows": choice.rows, "frozen": choice.frozen})
+    content: dict[str, Any] = {"rows": choice.rows, "frozen": choice.frozen}
+    if trials is not None:
+        content["trials"] = trials.rows
+    write_json(run_dir / "out_of_fold.json", content)
     plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
     save_operating_points(run_dir, choice.gates)
     # The strictest point that halts at all; a head that has none keeps its lowest price.

@@ -188,6 +188,4 @@ def hindsight(traces: Traces) -> Halts:
 
 def hindsight_give_up(traces: Traces) -> Halts:
     """As `hindsight`, but halts (P,) at once where no answer is ever correct, the last included."""
-    found = np.bincount(traces.trace_of_point[traces.correct], minlength=len(traces)) > 0
-    hopeless = ~found & ~traces.final_correct
-    return traces.correct | hopeless[traces.trace_of_point]
+    return traces.correct | traces.hopeless[traces.trace_of_point]

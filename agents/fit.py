@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,9 @@ from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, point_features
 from haltwise import Halting, HeadConfig, Observing
 from traces import Traces
+
+#: Shares of PPO's decisions after which an agent is tried out of fold. 0 is its start.
+CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
 
 #: Price range over the mean thousand tokens of a training trace.
 _PRICES = (0.01, 2.0)
@@ -55,6 +58,8 @@ def fit(
     config: FitConfig,
     seed: int,
     *,
+    share: float = 1.0,
+    reached: Callable[[Agent], None] | None = None,
     log_dir: Path | None = None,
     checkpoint: Path | None = None,
     progress_bar: bool = False,
@@ -66,6 +71,8 @@ def fit(
         head: What the agent observes, and under which halting conditions.
         config: Schedule.
         seed: Of everything random.
+        share: Of PPO's decisions, where it ends; its schedule is for all of them.
+        reached: Called with the agent at each of CHECKPOINTS.
         log_dir: Where TensorBoard's files go, if anywhere.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
         progress_bar: Whether to show one.
@@ -89,7 +96,8 @@ def fit(
         net = log_odds_net(ppo)
         start_from_traces(net, traces, head.observing, head.halting, config.pathwise, seed)
         set_log_odds(ppo, net)
-    learn(ppo, config.ppo.total_timesteps, "replay", checkpoint, progress_bar)
+    total = config.ppo.total_timesteps
+    learn(ppo, total, "replay", checkpoint, progress_bar, [_Checkpoints(total, share, reached)])
     return ppo
 
 
@@ -126,7 +134,12 @@ def fit_live(
 
 
 def learn(
-    ppo: Agent, total_timesteps: int, name: str, checkpoint: Path | None, progress_bar: bool
+    ppo: Agent,
+    total_timesteps: int,
+    name: str,
+    checkpoint: Path | None,
+    progress_bar: bool,
+    callbacks: Sequence[BaseCallback] = (),
 ) -> None:
     """Runs PPO up to some number of decisions, saving it as it goes.
 
@@ -136,10 +149,11 @@ def learn(
         name: Of the TensorBoard run.
         checkpoint: Where to save, if anywhere.
         progress_bar: Whether to show one.
+        callbacks: To call besides.
     """
-    callbacks: list[BaseCallback] = [HaltLog()]
+    callbacks = [HaltLog(), *callbacks]
     if checkpoint is not None:
-        callbacks.append(_Checkpoint(checkpoint))
+        callbacks.append(_Saving(checkpoint))
     if ppo.num_timesteps < total_timesteps:
         ppo.learn(
             total_timesteps - ppo.num_timesteps,
@@ -153,7 +167,34 @@ def learn(
         _save(ppo, checkpoint)
 
 
-class _Checkpoint(BaseCallback):
+class _Checkpoints(BaseCallback):
+    """Shows the agent at each of CHECKPOINTS, and ends the learning at one of them."""
+
+    def __init__(self, total: int, share: float, reached: Callable[[Agent], None] | None) -> None:
+        super().__init__()
+        self._ahead = [at * total for at in CHECKPOINTS]
+        self._end, self._reached = share * total, reached
+
+    def _on_step(self) -> bool:
+        # The rollout that follows the end is begun and dropped.
+        return not self._over
+
+    def _on_rollout_start(self) -> None:
+        self._pass()
+
+    def _on_training_end(self) -> None:
+        self._pass()
+
+    def _pass(self) -> None:
+        done = self.model.num_timesteps
+        while self._ahead and done >= self._ahead[0]:
+            self._ahead.pop(0)
+            if self._reached is not None:
+                self._reached(cast(Agent, self.model))
+        self._over = done >= self._end
+
+
+class _Saving(BaseCallback):
     """Saves the agent after every tenth rollout."""
 
     _EVERY = 10
@@ -195,56 +236,74 @@ class _Fold:
 
 def out_of_fold(
     traces: Traces,
-    fold: NDArray[np.int64],
+    fold: Mapping[int, NDArray[np.int64]],
     head: HeadConfig,
     config: FitConfig,
     prices: Sequence[float],
-    seed: int,
     cache: Path,
-) -> dict[float, NDArray[np.bool_]]:
+) -> dict[int, NDArray[np.bool_]]:
     """Where agents that never saw a trace's question would halt it.
 
-    One agent a fold, trained on the others, in as many processes as there are cores.
+    One agent a seed and fold, trained on the other folds, in as many processes as there are
+    cores.
 
     Args:
         traces: N traces with P points.
-        fold: (N,) the fold of each.
+        fold: The fold (N,) of each, by seed. The seed is that of the training, too.
         head: What the agents observe. Each fold standardises by its own training traces.
         config: Schedule.
         prices: Where to read the agents.
-        seed: Of everything random.
         cache: Folder that keeps finished folds, so that an interrupted job goes on.
 
     Returns:
-        Halting decisions (P,) by price.
+        By seed: halting decisions (C, number of prices, P) at each of CHECKPOINTS.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    numbers = [int(k) for k in np.unique(fold)]
-    missing = [k for k in numbers if not (cache / f"{k}.npy").exists()]
-    jobs = [
-        _Fold(traces.select(fold != k), traces.select(fold == k), head, config, tuple(prices), seed)
-        for k in missing
-    ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1, context) as pool:
-        for k, halts in zip(
-            missing, tqdm(pool.map(_fit_fold, jobs), "folds", len(jobs)), strict=True
-        ):
+    paths = {
+        (seed, int(k)): cache / f"{seed}-{k}.npy" for seed in fold for k in np.unique(fold[seed])
+    }
+    missing = [at for at, path in paths.items() if not path.exists()]
+    jobs = (
+        _Fold(
+            traces.select(fold[seed] != k),
+            traces.select(fold[seed] == k),
+            head,
+            config,
+            tuple(prices),
+            seed,
+        )
+        for seed, k in missing
+    )
+    workers = min(len(missing), os.cpu_count() or 1) or 1
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        done = tqdm(pool.map(_fit_fold, jobs), "folds", len(missing))
+        for at, halts in zip(missing, done, strict=True):
             np.save(cache / "part.npy", halts)
-            os.replace(cache / "part.npy", cache / f"{k}.npy")
-    decided = np.empty((len(prices), traces.num_points), dtype=bool)
-    for k in numbers:
-        decided[:, fold[traces.trace_of_point] == k] = np.load(cache / f"{k}.npy")
-    return dict(zip(prices, decided, strict=True))
+            os.replace(cache / "part.npy", paths[at])
+    decided = {
+        seed: np.empty((len(CHECKPOINTS), len(prices), traces.num_points), dtype=bool)
+        for seed in fold
+    }
+    for (seed, k), path in paths.items():
+        decided[seed][:, :, fold[seed][traces.trace_of_point] == k] = np.load(path)
+    return decided
 
 
 def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
-    """Decisions (number of prices, P) on the held-out traces."""
+    """Decisions (C, number of prices, P) on the held-out traces, at each of CHECKPOINTS."""
     groups, max_points = job.head.observing.groups, job.head.halting.max_points
     observing = Observing.fit(
         groups, point_features(job.train, groups, max_points), job.head.observing.price_range
     )
     config = HeadConfig(observing, job.head.halting, job.head.default_price)
-    head = export(fit(job.train, config, job.config, job.seed), config)
     features = point_features(job.held_out, groups, max_points)
-    return np.stack([head.halts(features, price) for price in job.prices])
+    decided: list[NDArray[np.bool_]] = []
+
+    def decide(ppo: Agent) -> None:
+        head = export(ppo, config)
+        decided.append(np.stack([head.halts(features, price) for price in job.prices]))
+
+    ppo = fit(job.train, config, job.config, job.seed, reached=decide)
+    if not decided:  # no PPO at all
+        decide(ppo)
+    return np.stack(decided + decided[-1:] * (len(CHECKPOINTS) - len(decided)))

@@ -45,7 +45,7 @@ def resample(
     """
     columns = [np.ones(len(traces)), traces.num_tokens]
     for outcome in outcomes.values():
-        columns += [outcome.em.astype(np.int64) - traces.final_correct, outcome.cost]
+        columns += [outcome.em.astype(np.float64) - traces.final_correct, outcome.cost]
     values = np.stack(columns, axis=1).astype(np.float64)
     sums = resampled_sums(traces.question_id, values, num_resamples, seed)
     num, tokens = sums[:, 0], sums[:, 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ COLUMNS = (
     "halt_rate",
     "right_to_wrong",
     "wrong_to_right",
+    "hopeless_saving",  # the part of the saving that comes from traces that are never right
+    "gave_up",  # share of the traces that are halted at a wrong answer
 )
 
 
@@ -34,11 +36,11 @@ COLUMNS = (
 class Outcome:
     """One policy on N traces."""
 
-    em: NDArray[np.bool_]
-    """(N,) exact match."""
-    cost: NDArray[np.int64]
+    em: NDArray[Any]
+    """(N,) exact match, a bool; its mean where the outcome is of several seeds."""
+    cost: NDArray[Any]
     """(N,) tokens generated, probes included."""
-    halted: NDArray[np.bool_]
+    halted: NDArray[Any]
     """(N,) whether it halted the trace."""
 
 
@@ -80,14 +82,23 @@ def sweep(
     return {at: halt_outcome(traces, halts, probing) for at, halts in decisions.items()}
 
 
+def average(outcomes: Sequence[Outcome]) -> Outcome:
+    """The mean outcome of several trainings of one policy, trace by trace."""
+    return Outcome(
+        np.mean([outcome.em for outcome in outcomes], axis=0),
+        np.mean([outcome.cost for outcome in outcomes], axis=0),
+        np.mean([outcome.halted for outcome in outcomes], axis=0),
+    )
+
+
 def em_delta(traces: Traces, outcome: Outcome) -> float:
     """Mean EM minus that of never halting."""
-    return (int(outcome.em.sum()) - int(traces.final_correct.sum())) / len(traces)
+    return float(outcome.em.sum() - traces.final_correct.sum()) / len(traces)
 
 
 def saving(traces: Traces, outcome: Outcome) -> float:
     """Share of the tokens not spent, 1 - sum(cost) / sum(num_tokens)."""
-    return 1 - int(outcome.cost.sum()) / int(traces.num_tokens.sum())
+    return 1 - float(outcome.cost.sum()) / int(traces.num_tokens.sum())
 
 
 def outcome_row(
@@ -104,8 +115,11 @@ def outcome_row(
         "tokens": float(outcome.cost.mean()),
         "saving": saving(traces, outcome),
         "halt_rate": float(outcome.halted.mean()),
-        "right_to_wrong": float((was_right & ~outcome.em).mean()),
-        "wrong_to_right": float((~was_right & outcome.em).mean()),
+        "right_to_wrong": float((was_right * (1.0 - outcome.em)).mean()),
+        "wrong_to_right": float((~was_right * outcome.em).mean()),
+        "hopeless_saving": float((traces.num_tokens - outcome.cost)[traces.hopeless].sum())
+        / int(traces.num_tokens.sum()),
+        "gave_up": float((outcome.halted * (1.0 - outcome.em)).mean()),
     }
 
 

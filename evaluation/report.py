@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evaluation.intervals import interval, resample
 from evaluation.outcome import (
     Outcome,
@@ -15,11 +12,9 @@ from evaluation.outcome import (
     em_delta,
     outcome_row,
     saving,
-    sweep,
     unavailable_row,
 )
 from evaluation.protocol import GATES, Points, operating_point, saving_at_em
-from haltwise.halting import Probing
 from traces import Traces
 
 #: Keys of a frozen row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
@@ -54,40 +49,34 @@ class Choice:
 
 def choose_points(
     traces: Traces,
-    decisions: Mapping[str, Mapping[float, NDArray[np.bool_]] | None],
+    outcomes: Mapping[str, Mapping[float, Outcome] | None],
     rules: Mapping[str, Outcome],
-    probing: Probing,
 ) -> Choice:
     """Applies the protocol for operating points to several policies.
 
     Args:
-        traces: N traces with P points.
-        decisions: Halting decisions (P,) by policy and parameter, made without having learned
-            from these questions; None for a policy whose signal the traces lack.
+        traces: N traces.
+        outcomes: By policy and parameter, of decisions made without having learned from these
+            questions; None for a policy whose signal the traces lack.
         rules: Outcomes of what has no parameter, "never" and "hindsight" among them.
-        probing: See `haltwise.Halting`.
     """
-    swept = {
-        name: None if halts is None else sweep(traces, halts, probing)
-        for name, halts in decisions.items()
-    }
     sweeps = {
         name: [
             outcome_row(traces, outcome, name, parameter, OUT_OF_FOLD)
-            for parameter, outcome in outcomes.items()
+            for parameter, outcome in swept.items()
         ]
-        if outcomes
+        if swept
         else [unavailable_row(name, OUT_OF_FOLD)]
-        for name, outcomes in swept.items()
+        for name, swept in outcomes.items()
     }
     gates: dict[float, Points] = {}
     frozen: list[Row] = []
     for gate in GATES:
-        points = {name: operating_point(traces, o, gate) for name, o in swept.items() if o}
+        points = {name: operating_point(traces, o, gate) for name, o in outcomes.items() if o}
         gates[gate] = points
         at_points = {
-            name: None if not outcomes else _at(outcomes, points[name], rules["never"])
-            for name, outcomes in swept.items()
+            name: None if not swept else _at(swept, points[name], rules["never"])
+            for name, swept in outcomes.items()
         }
         frozen += frozen_rows(traces, OUT_OF_FOLD, gate, points, at_points | dict(rules), sweeps)
     rows = [outcome_row(traces, rule, name, None, OUT_OF_FOLD) for name, rule in rules.items()]

@@ -17,6 +17,8 @@ _TITLES = (
     "halted %",
     "lost",
     "won",
+    "gave up",
+    "of hopeless",
     "head saves more [95 %]",
 )
 
@@ -57,6 +59,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{100 * row['halt_rate']:.1f}",
         f"{100 * row['right_to_wrong']:.1f}",
         f"{100 * row['wrong_to_right']:.1f}",
+        f"{100 * row['gave_up']:.1f}",
+        f"{100 * row['hopeless_saving']:.1f}",
         "" if row["policy"] == "head" else _with_interval(*lead, "+.1f"),
     )
 

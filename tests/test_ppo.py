@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from agents.balance import balance
-from agents.fit import FitConfig, fit, observing_of, out_of_fold
+from agents.fit import CHECKPOINTS, FitConfig, fit, observing_of, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.ppo import Agent, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from agents.vec_env import BalancedVecEnv
 from envs.replay import ReplayEnv, point_features
 from envs.reward import halt_costs, never_costs
@@ -174,16 +174,34 @@ def test_out_of_fold_decisions_come_from_the_other_folds(
 ) -> None:
     head_config = head_of(random_traces)
     config = FitConfig(PathwiseConfig(5), replace(PPO, total_timesteps=1024))
-    fold = folds(random_traces.question_id, 2)
+    fold = {seed: folds(random_traces.question_id, 2, seed) for seed in (0, 1)}
     prices = [0.5, 2.0]
-    decided = out_of_fold(random_traces, fold, head_config, config, prices, 0, tmp_path)
-    train = random_traces.select(fold != 0)
+    decided = out_of_fold(random_traces, fold, head_config, config, prices, tmp_path)
+    assert decided[0].shape == (len(CHECKPOINTS), 2, random_traces.num_points)
+    train = random_traces.select(fold[1] != 0)
     observing = replace(
         observing_of(train, GROUPS, HALTING), price_range=head_config.observing.price_range
     )
     own = HeadConfig(observing, HALTING, 1.0)
-    head = export(fit(train, own, config, seed=0), own)
-    held_out = fold[random_traces.trace_of_point] == 0
+    held_out = fold[1][random_traces.trace_of_point] == 0
     features = point_features(random_traces, GROUPS)[held_out]
-    for price in prices:
-        assert (decided[price][held_out] == head.halts(features, price)).all()
+    for share in (0.0, 1.0):
+        head = export(fit(train, own, config, seed=1, share=share), own)
+        expected = np.stack([head.halts(features, price) for price in prices])
+        assert (decided[1][CHECKPOINTS.index(share)][:, held_out] == expected).all()
+
+
+def test_checkpoints_are_passed_in_order_and_the_one_taken_ends_it(random_traces: Traces) -> None:
+    head_config = head_of(random_traces)
+    seen: list[int] = []
+    config = FitConfig(NONE, PPO)
+
+    def reached(ppo: Agent) -> None:
+        seen.append(ppo.num_timesteps)
+
+    whole = fit(random_traces, head_config, config, seed=0, reached=reached)
+    assert seen == [0, 1024, 2048, 4096] and whole.num_timesteps == 4096
+    for share, num in zip(CHECKPOINTS, seen, strict=True):
+        part = fit(random_traces, head_config, config, seed=0, share=share)
+        # A step of all episodes may be begun, but nothing is learned from it.
+        assert num <= part.num_timesteps <= num + PPO.num_envs

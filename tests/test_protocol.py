@@ -118,6 +118,8 @@ def test_one_row_by_hand() -> None:
         "halt_rate": 2 / 3,
         "right_to_wrong": 1 / 3,
         "wrong_to_right": 1 / 3,
+        "hopeless_saving": -0.05,
+        "gave_up": 1 / 3,
     }
 
 

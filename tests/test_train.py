@@ -31,7 +31,9 @@ LIVE = PPOConfig(total_timesteps=192, num_envs=8, n_steps=8, batch_size=32, net_
 @pytest.fixture
 def config(random_traces_path: Path, tmp_path: Path) -> TrainConfig:
     """Traces of all three splits, and a run folder that is not there yet."""
-    return TrainConfig(traces=random_traces_path, run_dir=tmp_path / "run", num_folds=2, fit=SMALL)
+    return TrainConfig(
+        traces=random_traces_path, run_dir=tmp_path / "run", folds=2, seeds=2, fit=SMALL
+    )
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def run_dir(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A finished run on those traces."""
     folder = tmp_path_factory.mktemp("train") / "run"
     return train.main(
-        TrainConfig(traces=random_traces_path, run_dir=folder, num_folds=2, fit=SMALL)
+        TrainConfig(traces=random_traces_path, run_dir=folder, folds=2, seeds=2, fit=SMALL)
     )
 
 
@@ -120,8 +122,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, live=True))
     with pytest.raises(InputError, match="--run-dir"):
         train.main(replace(config, resume=True, run_dir=None))
-    with pytest.raises(InputError, match="num_folds is 1"):
-        train.main(replace(config, num_folds=1))
+    with pytest.raises(InputError, match="folds is 1, seeds 2"):
+        train.main(replace(config, folds=1))
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
@@ -129,7 +131,7 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))
     with pytest.raises(InputError, match="expected at least 50"):
-        train.main(replace(config, num_folds=50))
+        train.main(replace(config, folds=50))
     assert config.run_dir is not None and not config.run_dir.exists()
 
 
@@ -138,7 +140,7 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "_CHECKPOINTS", tmp_path)
-    config = TrainConfig(live=live, num_questions=10, num_folds=2, fit=SMALL, live_ppo=LIVE)
+    config = TrainConfig(live=live, num_questions=10, folds=2, seeds=2, fit=SMALL, live_ppo=LIVE)
     run_dir = train.main(config)
     assert run_dir.parent == tmp_path
     assert (run_dir / "live.zip").exists()

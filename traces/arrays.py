@@ -89,6 +89,12 @@ class Traces:
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     @cached_property
+    def hopeless(self) -> NDArray[np.bool_]:
+        """(N,) whether no answer is ever right: no forced one, nor the LM's own."""
+        found = np.bincount(self.trace_of_point[self.correct], minlength=len(self)) > 0
+        return ~(found | self.final_correct)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all but the recorder, whatever the order of rows and the number of shards."""
         traces = self.select(np.argsort(self.trace_id))

@@ -1,0 +1,97 @@
+"""Trials of a training, out of fold: with several seeds, at several checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.outcome import Outcome, Row, average, em_delta, saving, sweep
+from evaluation.protocol import GATES, operating_point
+from haltwise.halting import Probing
+from traces import Traces
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What some trainings came to on questions that they had not seen."""
+
+    best: int
+    """The checkpoint with the largest balanced return, mean over seeds."""
+    outcomes: dict[float, Outcome]
+    """At the best checkpoint by price, mean over seeds."""
+    rows: list[Row]
+    """One a seed and checkpoint: its balanced return, and by gate the price that the protocol
+    chooses on that seed alone, its EM change and its saving."""
+
+
+def try_checkpoints(
+    traces: Traces,
+    decided: Mapping[int, NDArray[np.bool_]],
+    prices: Sequence[float],
+    weights: NDArray[np.float64],
+    probing: Probing,
+) -> Trials:
+    """Judges every seed and checkpoint, and takes the best checkpoint.
+
+    Args:
+        traces: N traces with P points.
+        decided: By seed, halting decisions (C, number of prices, P) at C checkpoints.
+        prices: Of those decisions.
+        weights: Of those prices in the balanced return: the mean over prices of weight times
+            (EM - price * cost / 1000). It is what training goes up; no gate hangs on it.
+        probing: See `haltwise.Halting`.
+    """
+    swept = {
+        seed: [sweep(traces, dict(zip(prices, halts, strict=True)), probing) for halts in each]
+        for seed, each in decided.items()
+    }
+    rows = [
+        {
+            "seed": seed,
+            "checkpoint": k,
+            "return": balanced_return(outcomes, weights),
+            "gates": {str(gate): _gate_row(traces, outcomes, gate) for gate in GATES},
+        }
+        for seed, each in swept.items()
+        for k, outcomes in enumerate(each)
+    ]
+    returns = [[balanced_return(outcomes, weights) for outcomes in each] for each in swept.values()]
+    best = int(np.argmax(np.mean(returns, axis=0)))
+    outcomes = {price: average([each[best][price] for each in swept.values()]) for price in prices}
+    return Trials(best, outcomes, rows)
+
+
+def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float64]) -> float:
+    """Mean over prices of weight times the mean return."""
+    returns = [
+        outcome.em.mean() - price * outcome.cost.mean() / 1000
+        for price, outcome in outcomes.items()
+    ]
+    return float((weights * returns).mean())
+
+
+def _gate_row(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> Row:
+    price = operating_point(traces, outcomes, gate)
+    if price is None:
+        return {"price": None, "em_delta": 0.0, "saving": 0.0}
+    at = outcomes[price]
+    return {"price": price, "em_delta": em_delta(traces, at), "saving": saving(traces, at)}
+
+
+def format_trials(trials: Trials, shares: Sequence[float]) -> str:
+    """A line a checkpoint: its balanced return, and the saving at each gate over the seeds."""
+    lines = ["Out of fold by seed, each with its own points: mean and standard deviation"]
+    for k, share in enumerate(shares):
+        rows = [row for row in trials.rows if row["checkpoint"] == k]
+        cells = [f"return {np.mean([row['return'] for row in rows]):.4f}"]
+        for gate in GATES:
+            saved = [100 * row["gates"][str(gate)]["saving"] for row in rows]
+            spread = f" +- {np.std(saved, ddof=1):.1f}" if len(saved) > 1 else ""
+            each = " ".join(f"{value:.1f}" for value in saved)
+            cells.append(f"saves {np.mean(saved):.1f}{spread} at {gate:.0%} ({each})")
+        mark = "  <- taken" if k == trials.best else ""
+        lines.append(f"  after {share:.0%} of PPO: {'; '.join(cells)}{mark}")
+    return "\n".join(lines) + "\n"
