@@ -226,7 +226,8 @@ def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
         found = known.get(name)
         if found != expected:
             raise InputError(
-                f"{out} was recorded with {name} {found!r}, not {expected!r}: choose another --out, or delete it"
+                f"{out} was recorded with {name} {found!r}, not {expected!r}: "
+                "choose another --out, or delete it"
             )
     return ids
 
