@@ -22,8 +22,11 @@ from haltwise.signals import Float, Index, Signals
 #: Rises whenever a feature's value could change for the same signals.
 FEATURES_VERSION = 2
 
-# float32 confidences lie no closer to 1 than 6e-8; a logit of 12 is 1 - 6e-6.
-_LOGIT_BOUND = 12.0
+# Log-odds of confidences. 12 is 1 - 6e-6; float32 lies no closer to 1 than 6e-8. Guesses below
+# 27 % are not told apart: there LMs differ most, and a head that goes by such differences does
+# worse beside an LM that it has not seen.
+_LOWEST_LOGIT, _HIGHEST_LOGIT = -1.0, 12.0
+_LOWEST_CONFIDENCE = 1 / (1 + np.exp(-_LOWEST_LOGIT))
 # Probabilities that a token is wrong are told apart down to this.
 _LEAST_DOUBT = 1e-6
 _MEAN_DECAY = 0.7
@@ -159,8 +162,8 @@ class _Confidence(_Group):
         confidence = signals.confidence.astype(np.float64)
         with np.errstate(divide="ignore"):
             logit = np.log(confidence) - np.log1p(-confidence)
-        trend = self._trend.update(np.clip(logit, -_LOGIT_BOUND, _LOGIT_BOUND), rows)
-        return *trend, np.log(np.maximum(confidence, 1e-4))
+        trend = self._trend.update(np.clip(logit, _LOWEST_LOGIT, _HIGHEST_LOGIT), rows)
+        return *trend, np.log(np.maximum(confidence, _LOWEST_CONFIDENCE))
 
 
 class _Tokens(_Group):

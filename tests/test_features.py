@@ -53,14 +53,20 @@ def test_pace_of_three_points() -> None:
 
 
 def test_confidence_of_three_points() -> None:
-    first, second, third = stream([(1, 0.5, "a"), (2, 0.9, "a"), (3, 0.2, "a")])
+    first, second, third = stream([(1, 0.5, "a"), (2, 0.9, "a"), (3, 0.4, "a")])
     assert [p["confidence_logit"] for p in (first, second, third)] == pytest.approx(
-        [0, np.log(9), np.log(0.25)], abs=1e-6
+        [0, np.log(9), np.log(2 / 3)], abs=1e-6
     )
     assert third["confidence_max"] == pytest.approx(np.log(9), rel=1e-6)
     assert second["confidence_mean"] == pytest.approx(0.3 * np.log(9), rel=1e-6)
-    assert third["confidence_change"] == pytest.approx(np.log(0.25 / 9), rel=1e-6)
-    assert third["confidence_low"] == pytest.approx(np.log(0.2), rel=1e-6)
+    assert third["confidence_change"] == pytest.approx(np.log(2 / 27), rel=1e-6)
+    assert third["confidence_low"] == pytest.approx(np.log(0.4), rel=1e-6)
+
+
+def test_guesses_are_not_told_apart() -> None:
+    low, lower = (stream([(1, confidence, "a")])[0] for confidence in (0.26, 0.01))
+    assert low == lower and low["confidence_logit"] == -1
+    assert low["confidence_low"] == pytest.approx(-np.log(1 + np.e), rel=1e-6)
 
 
 def test_extreme_confidences_stay_finite() -> None:
