@@ -102,18 +102,22 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
         return left
     own: NDArray[Any] | None = getattr(traces, name, None)
     column = traces.signals.get(name, own)
-    known = column
     if name == "hidden" and column is not None:
         check_size(column.shape[1])
-        known = column.max(axis=1)  # NaN if one value is
     # A forced answer without tokens has no worst one.
     excused = (traces.answer == "") & (name == "worst_logprob")
-    if column is None or (np.isnan(known) & ~excused).any():
+    if column is None or (_unknown(column) & ~excused).any():
         raise InputError(
             f"column {name!r} is missing or has unknown values, but the head needs it: "
             "expected traces recorded with it, or a head without that feature group"
         )
     return column
+
+
+def _unknown(column: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which points (P,) have a NaN in a column (P,) or (P, D)."""
+    unknown: NDArray[np.bool_] = np.isnan(column if column.ndim == 1 else column.max(axis=1))
+    return unknown
 
 
 class ReplayEnv(BatchedEnv):

@@ -18,8 +18,9 @@ from haltwise.signals import Float
 #: K.
 NUM_DIRECTIONS = 16
 
-# States in double precision at a time.
-_CHUNK = 1024
+# States taken to double precision at a time: to learn from them, and how many numbers to project.
+_STATES = 1024
+_NUMBERS = 2**15
 # A direction with less variance, relative to the first, shows rounding only.
 _LEAST_VARIANCE = 1e-9
 
@@ -64,9 +65,9 @@ class Projection:
         if not num:
             raise InputError("no hidden states to learn a projection from: expected at least one")
         check_size(size)
-        center = sum(states[rows].sum(axis=0, dtype=np.float64) for rows in _chunks(num)) / num
+        center = np.mean(states, axis=0, dtype=np.float64)
         scatter = np.zeros((size, size))
-        for rows in _chunks(num):
+        for rows in _chunks(num, _STATES):
             offset = states[rows].astype(np.float64) - center
             scatter += offset.T @ offset
         if not np.isfinite(scatter).all():
@@ -92,9 +93,10 @@ class Projection:
                 f"{self.center.size}: it was learned from another LM"
             )
         features = np.empty((len(states), NUM_DIRECTIONS), dtype=np.float32)
-        for rows in _chunks(len(states)):
-            # In double precision a row's features do not depend on the rows beside it.
-            features[rows] = (states[rows].astype(np.float64) - self.center) @ self.directions.T
+        # In double precision a row's features do not depend on the rows beside it.
+        directions = self.directions.astype(np.float64).T
+        for rows in _chunks(len(states), max(_NUMBERS // self.center.size, 1)):
+            features[rows] = (states[rows].astype(np.float64) - self.center) @ directions
         return features
 
     def __eq__(self, other: object) -> bool:
@@ -123,5 +125,5 @@ def check_size(size: int) -> None:
         )
 
 
-def _chunks(num: int) -> Iterator[slice]:
-    return (slice(first, first + _CHUNK) for first in range(0, num, _CHUNK))
+def _chunks(num: int, length: int) -> Iterator[slice]:
+    return (slice(first, first + length) for first in range(0, num, length))
