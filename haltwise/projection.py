@@ -65,7 +65,7 @@ class Projection:
         if not num:
             raise InputError("no hidden states to learn a projection from: expected at least one")
         check_size(size)
-        center = np.mean(states, axis=0, dtype=np.float64)
+        center: NDArray[np.float64] = np.mean(states, axis=0, dtype=np.float64)
         scatter = np.zeros((size, size))
         for rows in _chunks(num, _STATES):
             offset = states[rows].astype(np.float64) - center
