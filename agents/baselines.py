@@ -148,8 +148,8 @@ class Head:
         Raises:
             InputError: If the traces lack a signal that the head needs.
         """
-        config = self.head.config
-        return point_features(traces, config.observing.groups, config.halting.max_points)
+        observing, halting = self.head.config.observing, self.head.config.halting
+        return point_features(traces, observing.groups, halting.max_points, observing.projection)
 
     def grid(self, signal: Signal) -> list[float]:
         """60 prices over the range that the head was trained for."""

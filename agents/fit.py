@@ -20,7 +20,7 @@ from tqdm import tqdm
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
-from envs.replay import ReplayEnv, point_features
+from envs.replay import ReplayEnv, point_features, projection_of
 from haltwise import Halting, HeadConfig, Observing
 from traces import Traces
 
@@ -42,14 +42,22 @@ class FitConfig:
 
 
 def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> Observing:
-    """Standardisation and price range as the training traces suggest them.
+    """Standardisation, projection and price range as the training traces suggest them.
 
     Raises:
         InputError: If the traces lack a signal that a group needs.
     """
     mean_ktok = float(traces.num_tokens.mean()) / 1000
     low, high = (price / mean_ktok for price in _PRICES)
-    return Observing.fit(groups, point_features(traces, groups, halting.max_points), (low, high))
+    return _observing(traces, groups, halting, (low, high))
+
+
+def _observing(
+    traces: Traces, groups: tuple[str, ...], halting: Halting, price_range: tuple[float, float]
+) -> Observing:
+    projection = projection_of(traces, groups)
+    features = point_features(traces, groups, halting.max_points, projection)
+    return Observing.fit(groups, features, price_range, projection)
 
 
 def fit(
@@ -250,7 +258,8 @@ def out_of_fold(
     Args:
         traces: N traces with P points.
         fold: The fold (N,) of each, by seed. The seed is that of the training, too.
-        head: What the agents observe. Each fold standardises by its own training traces.
+        head: What the agents observe. Each fold standardises and projects by its own training
+            traces.
         config: Schedule.
         prices: Where to read the agents.
         cache: Folder that keeps finished folds, so that an interrupted job goes on.
@@ -291,12 +300,10 @@ def out_of_fold(
 
 def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
     """Decisions (C, number of prices, P) on the held-out traces, at each of CHECKPOINTS."""
-    groups, max_points = job.head.observing.groups, job.head.halting.max_points
-    observing = Observing.fit(
-        groups, point_features(job.train, groups, max_points), job.head.observing.price_range
-    )
-    config = HeadConfig(observing, job.head.halting, job.head.default_price)
-    features = point_features(job.held_out, groups, max_points)
+    groups, halting = job.head.observing.groups, job.head.halting
+    observing = _observing(job.train, groups, halting, job.head.observing.price_range)
+    config = HeadConfig(observing, halting, job.head.default_price)
+    features = point_features(job.held_out, groups, halting.max_points, observing.projection)
     decided: list[NDArray[np.bool_]] = []
 
     def decide(ppo: Agent) -> None:

@@ -151,7 +151,7 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
     traces = traces.select(lengths > 0)
     lengths = lengths[lengths > 0]
     num, longest = len(traces), int(lengths.max())
-    features = point_features(traces, observing.groups, halting.max_points)
+    features = point_features(traces, observing.groups, halting.max_points, observing.projection)
     at = (
         traces.trace_of_point,
         np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths),

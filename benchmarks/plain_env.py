@@ -37,7 +37,8 @@ class Episode:
 
 def episodes_of(traces: Traces, observing: Observing) -> list[Episode]:
     """All traces that have points."""
-    obs = observing.observe(point_features(traces, observing.groups), 1.0)
+    features = point_features(traces, observing.groups, projection=observing.projection)
+    obs = observing.observe(features, 1.0)
     episodes = []
     for n, (first, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):
         if first < end:

@@ -163,7 +163,7 @@ class Table:
             signals=signals_of(observing.groups),
         )
         self._observing = observing
-        self._state = FeatureState(num_slots, observing.groups)
+        self._state = FeatureState(num_slots, observing.groups, observing.projection)
         self.episodes: dict[int, Episode] = {}
         #: (S, F + 1) at each slot's newest decision point.
         self.obs = np.zeros((num_slots, observing.size), dtype=np.float32)

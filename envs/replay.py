@@ -15,16 +15,23 @@ from haltwise import (
     Halting,
     InputError,
     Observing,
+    Projection,
     Signals,
     answer_keys,
     feature_names,
 )
 from haltwise.features import GROUP_SIGNALS, signals_of
+from haltwise.projection import check_size
 from haltwise.signals import Float, Index
 from traces import Traces
 
 
-def point_features(traces: Traces, groups: tuple[str, ...], max_points: int | None = None) -> Float:
+def point_features(
+    traces: Traces,
+    groups: tuple[str, ...],
+    max_points: int | None = None,
+    projection: Projection | None = None,
+) -> Float:
     """Features (P, F) of every point of every trace, by the same code that serves.
 
     All traces are streamed side by side, one point a round.
@@ -33,9 +40,11 @@ def point_features(traces: Traces, groups: tuple[str, ...], max_points: int | No
         traces: N traces with P points.
         groups: Of features.
         max_points: Decision points that the decision rule allows, if it has a limit.
+        projection: Of hidden states, if the group "hidden" is there.
 
     Raises:
-        InputError: If the traces lack a signal that a group needs, or have more points.
+        InputError: If the traces lack a signal that a group needs, have more points, or do not
+            fit the projection.
     """
     lengths = np.diff(traces.offsets)
     if max_points is not None and lengths.max(initial=0) > max_points:
@@ -45,7 +54,7 @@ def point_features(traces: Traces, groups: tuple[str, ...], max_points: int | No
         )
     columns = {name: _column(traces, name, max_points) for name in signals_of(groups)}
     columns["position"] = traces.position
-    state = FeatureState(len(traces), groups)
+    state = FeatureState(len(traces), groups, projection)
     features = np.empty((traces.num_points, len(feature_names(groups))), dtype=np.float32)
     for i in range(lengths.max(initial=0)):
         rows = np.flatnonzero(lengths > i)
@@ -53,6 +62,15 @@ def point_features(traces: Traces, groups: tuple[str, ...], max_points: int | No
         signals = Signals(**{name: column[at] for name, column in columns.items()})
         features[at] = state.update(signals, rows)
     return features
+
+
+def projection_of(traces: Traces, groups: tuple[str, ...]) -> Projection | None:
+    """A projection learned from the hidden states of some traces; None if no group needs one.
+
+    Raises:
+        InputError: If the traces do not have them everywhere, or there is no point.
+    """
+    return Projection.fit(_column(traces, "hidden", None)) if "hidden" in groups else None
 
 
 def available_groups(traces: Traces, halting: Halting) -> tuple[str, ...]:
@@ -84,14 +102,22 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
         return left
     own: NDArray[Any] | None = getattr(traces, name, None)
     column = traces.signals.get(name, own)
+    if name == "hidden" and column is not None:
+        check_size(column.shape[1])
     # A forced answer without tokens has no worst one.
     excused = (traces.answer == "") & (name == "worst_logprob")
-    if column is None or (np.isnan(column) & ~excused).any():
+    if column is None or (_unknown(column) & ~excused).any():
         raise InputError(
             f"column {name!r} is missing or has unknown values, but the head needs it: "
             "expected traces recorded with it, or a head without that feature group"
         )
     return column
+
+
+def _unknown(column: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which points (P,) have a NaN in a column (P,) or (P, D)."""
+    unknown: NDArray[np.bool_] = np.isnan(column if column.ndim == 1 else column.max(axis=1))
+    return unknown
 
 
 class ReplayEnv(BatchedEnv):
@@ -144,7 +170,9 @@ class ReplayEnv(BatchedEnv):
         super().__init__(observing, num_envs)
         self._observing = observing
         self._fixed_price = price
-        features = point_features(traces, observing.groups, halting.max_points)
+        features = point_features(
+            traces, observing.groups, halting.max_points, observing.projection
+        )
         self._obs = observing.observe(features, 1.0)
         self._costs = step_costs(traces, halting.probing).astype(np.float64)
         self._ems = step_ems(traces)

@@ -102,8 +102,9 @@ def run_beside(
     traces = traces.select(np.isin(traces.question_id, list(kept)))
     if not len(traces):
         raise InputError("none of the questions is among the traces: nothing to run beside the LM")
-    features = point_features(traces, head.config.observing.groups)
-    probing = head.config.halting.probing
+    observing, halting = head.config.observing, head.config.halting
+    features = point_features(traces, observing.groups, halting.max_points, observing.projection)
+    probing = halting.probing
     replay = halt_outcome(traces, head.halts(features, price), probing)
     in_order = [kept[name] for name in traces.question_id.tolist()]
     sampling = Sampling(traces.recorder["max_tokens"], traces.recorder["temperature"], seed)

@@ -5,6 +5,7 @@ from haltwise.features import FEATURE_GROUPS, FeatureState, feature_names
 from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 from haltwise.head import HaltHead, HeadConfig, Observing
 from haltwise.monitor import HaltMonitor
+from haltwise.projection import Projection
 from haltwise.signals import Signals, answer_keys
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "HeadConfig",
     "InputError",
     "Observing",
+    "Projection",
     "Signals",
     "answer_keys",
     "feature_names",

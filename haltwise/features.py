@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
+from haltwise.projection import NUM_DIRECTIONS, Projection
 from haltwise.signals import Float, Index, Signals
 
 #: Rises whenever a feature's value could change for the same signals.
@@ -300,6 +301,19 @@ class _Reflection(_Group):
         return num, mean, np.log1p(self._all[rows])
 
 
+class _Hidden(_Group):
+    """The last-layer state, along the directions in which the training traces' states spread."""
+
+    names = tuple(f"hidden_{i}" for i in range(NUM_DIRECTIONS))
+    signals = ("hidden",)
+
+    def __init__(self, num_rows: int, projection: Projection) -> None:
+        self._projection = projection
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        return tuple(self._projection.features(signals.hidden).T)
+
+
 _GROUPS: dict[str, type[_Group]] = {
     "pace": _Pace,
     "limit": _Limit,
@@ -309,6 +323,7 @@ _GROUPS: dict[str, type[_Group]] = {
     "distribution": _Distribution,
     "ending": _Ending,
     "reflection": _Reflection,
+    "hidden": _Hidden,
 }
 
 #: Features by group, in order. A head names the groups that it needs.
@@ -336,6 +351,24 @@ def signals_of(groups: Iterable[str]) -> tuple[str, ...]:
     return tuple({name: None for group in groups for name in GROUP_SIGNALS[group]})
 
 
+def check_projection(groups: Iterable[str], projection: Projection | None) -> None:
+    """Refuses a projection that no group uses, and the group "hidden" without one.
+
+    Raises:
+        InputError: If the two do not fit each other.
+    """
+    if "hidden" in groups and projection is None:
+        raise InputError("no projection: feature group 'hidden' expects one")
+    if "hidden" not in groups and projection is not None:
+        raise InputError("a projection, but no feature group 'hidden': expected both or none")
+
+
+def _start(group: str, num_rows: int, projection: Projection | None) -> _Group:
+    if group == "hidden" and projection is not None:
+        return _Hidden(num_rows, projection)
+    return _GROUPS[group](num_rows)
+
+
 class FeatureState:
     """The running state of a batch of rows, and the features of their newest points.
 
@@ -344,16 +377,20 @@ class FeatureState:
     Args:
         num_rows: R.
         groups: The feature groups to compute.
+        projection: Of hidden states; needed exactly if "hidden" is among the groups.
 
     Raises:
-        InputError: If a group is unknown or there is none.
+        InputError: If a group is unknown, there is none, or the projection does not fit them.
     """
 
-    def __init__(self, num_rows: int, groups: Sequence[str]) -> None:
+    def __init__(
+        self, num_rows: int, groups: Sequence[str], projection: Projection | None = None
+    ) -> None:
         """Starts every row before its first point."""
         self.names = feature_names(groups)
+        check_projection(groups, projection)
         self._signals = signals_of(groups)
-        self._groups = [_GROUPS[group](num_rows) for group in groups]
+        self._groups = [_start(group, num_rows, projection) for group in groups]
 
     def reset(self, rows: Index) -> None:
         """Puts rows back before their first point."""
@@ -371,7 +408,8 @@ class FeatureState:
             (B, F) float32, the columns of `names`. A NaN signal gives NaN features.
 
         Raises:
-            InputError: If a signal that a group needs is not there.
+            InputError: If a signal that a group needs is not there, or a hidden state is of
+                another size than those that the projection was learned from.
         """
         missing = [name for name in self._signals if getattr(signals, name) is None]
         if missing:

@@ -1,7 +1,8 @@
 """The exported head: a small network that reads features and a price, and says when to halt.
 
-A head is a folder with two files: head.safetensors (the weights) and head.json (all that the
-weights are valid for). Loading needs numpy and safetensors, and never unpickles anything.
+A head is a folder with two files: head.safetensors (the weights, and the projection of hidden
+states if there is one) and head.json (all that the weights are valid for). Loading needs numpy and
+safetensors, and never unpickles anything.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from haltwise.errors import InputError
-from haltwise.features import FEATURES_VERSION, feature_names
+from haltwise.features import FEATURES_VERSION, check_projection, feature_names
 from haltwise.halting import Halting
+from haltwise.projection import Projection
 from haltwise.signals import Float
 
 FORMAT = 1
@@ -28,6 +30,8 @@ FORMAT = 1
 CLIP = 5.0
 
 _WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
+# What the names of the projection's tensors begin with.
+_PROJECTION = "projection."
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,18 @@ class Observing:
     """Standard deviation of each feature over the training points."""
     price_range: tuple[float, float]
     """Smallest and largest price trained on, in exact match per 1,000 tokens."""
+    projection: Projection | None = None
+    """Of hidden states; None exactly if the group "hidden" is absent. Not in head.json."""
 
     def __post_init__(self) -> None:
         """Checks that the parts fit each other.
 
         Raises:
-            InputError: If the lengths differ, a scale is not positive or the range is empty.
+            InputError: If the lengths differ, a scale is not positive, the range is empty or the
+                projection does not fit the groups.
         """
         num_features = len(feature_names(self.groups))
+        check_projection(self.groups, self.projection)
         if not len(self.mean) == len(self.scale) == num_features:
             raise InputError(
                 f"{len(self.mean)} means and {len(self.scale)} scales "
@@ -63,12 +71,16 @@ class Observing:
 
     @classmethod
     def fit(
-        cls, groups: tuple[str, ...], features: Float, price_range: tuple[float, float]
+        cls,
+        groups: tuple[str, ...],
+        features: Float,
+        price_range: tuple[float, float],
+        projection: Projection | None = None,
     ) -> Observing:
         """Standardises by the mean and spread of some features (P, F)."""
         mean, scale = features.mean(axis=0), features.std(axis=0)
         scale = np.where(scale > 1e-6, scale, 1.0)  # a constant column stays zero
-        return cls(groups, tuple(mean.tolist()), tuple(scale.tolist()), price_range)
+        return cls(groups, tuple(mean.tolist()), tuple(scale.tolist()), price_range, projection)
 
     @property
     def size(self) -> int:
@@ -146,8 +158,8 @@ class HeadConfig:
             raise InputError(f"default price is {self.default_price}, expected above 0")
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> HeadConfig:
-        """Rebuilds a config from parsed JSON.
+    def from_json(cls, data: dict[str, Any], projection: Projection | None) -> HeadConfig:
+        """Rebuilds a config from parsed JSON, and from the projection that is kept beside it.
 
         Raises:
             InputError: If a key is missing, unknown or of the wrong form.
@@ -164,7 +176,7 @@ class HeadConfig:
         }
         rest = {k: v for k, v in data.items() if k not in ("observing", "halting", "features")}
         return cls(
-            observing=Observing(**observing),
+            observing=Observing(**observing, projection=projection),
             halting=Halting(**data["halting"]),
             features=tuple(data["features"]),
             **rest,
@@ -232,8 +244,12 @@ class HaltHead:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # `save_file` would make a file that only its owner can read.
-        _write(folder / "head.safetensors", save(self.weights))
-        text = json.dumps(asdict(self.config), indent=2) + "\n"
+        projection, config = self.config.observing.projection, asdict(self.config)
+        del config["observing"]["projection"]
+        tensors = {} if projection is None else vars(projection)
+        beside = {_PROJECTION + name: tensor for name, tensor in tensors.items()}
+        _write(folder / "head.safetensors", save(self.weights | beside))
+        text = json.dumps(config, indent=2) + "\n"
         _write(folder / "head.json", text.encode())
 
     @classmethod
@@ -248,8 +264,15 @@ class HaltHead:
             if not (folder / name).is_file():
                 raise InputError(f"no {name} in {folder}: expected a folder written by train.py")
         try:
-            config = HeadConfig.from_json(json.loads((folder / "head.json").read_text()))
-            return cls(config, load_file(folder / "head.safetensors"))
+            weights = load_file(folder / "head.safetensors")
+            beside = {
+                name.removeprefix(_PROJECTION): weights.pop(name)
+                for name in list(weights)
+                if name.startswith(_PROJECTION)
+            }
+            projection = Projection(**beside) if beside else None
+            data = json.loads((folder / "head.json").read_text())
+            return cls(HeadConfig.from_json(data, projection), weights)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:

@@ -32,7 +32,8 @@ class HaltMonitor:
         """Starts every row before its first point."""
         self.head = head
         self.num_bad_signals = 0
-        self._state = FeatureState(num_rows, head.config.observing.groups)
+        observing = head.config.observing
+        self._state = FeatureState(num_rows, observing.groups, observing.projection)
         price = head.config.default_price if price is None else price
         self.price = np.array(np.broadcast_to(price, num_rows), dtype=np.float64)
         if not (np.isfinite(self.price) & (self.price > 0)).all():

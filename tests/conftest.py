@@ -72,6 +72,7 @@ def random_rows() -> list[Row]:
     noise = np.random.default_rng(8)
     steps = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
     names = (*steps, "end_think_logprob", "num_reflections")
+    states = np.random.default_rng(9)
     rows = []
     for n in range(60):
         length = int(rng.integers(0, 8))
@@ -91,6 +92,7 @@ def random_rows() -> list[Row]:
                 answer=["7" if c else str(rng.integers(3)) for c in correct],
                 correct=correct.tolist(),
                 confidence=confidence.tolist(),
+                hidden=states.normal(0, np.linspace(3, 1, 20), (length, 20)).tolist(),
                 answer_logprobs=noise.normal(-1, 0.1, (length, 2)).tolist(),
                 **{
                     name: (noise.random(length) * (-1 if "logprob" in name else 1)).tolist()

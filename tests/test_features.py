@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haltwise import FEATURE_GROUPS, FeatureState, InputError, Signals, answer_keys, feature_names
 from haltwise.features import signals_of
+from tests.projections import some_projection
 
 GROUPS = tuple(FEATURE_GROUPS)
+PROJECTION = some_projection(16)
 ONE = np.zeros(1, dtype=np.int64)
 
 
@@ -23,14 +25,16 @@ def signals(position: int, confidence: float, answer: str, **others: float) -> S
         "end_think_logprob": -4.0,
         "num_reflections": 1.0,
         "points_left": 5,
+        "hidden": 0.5,  # in all places
     } | others
     columns = {name: np.array([number], dtype=np.float32) for name, number in numbers.items()}
+    columns["hidden"] = np.tile(columns["hidden"], (1, 16))
     return Signals(np.array([position]), answer=answer_keys([answer]), **columns)  # type: ignore[arg-type]
 
 
 def stream(points: list[tuple[int, float, str]], **others: list[float]) -> list[dict[str, float]]:
     """Features by name of each point; other signals by name, one number a point."""
-    state = FeatureState(1, GROUPS)
+    state = FeatureState(1, GROUPS, PROJECTION)
     seen = []
     for i, point in enumerate(points):
         now = {name: numbers[i] for name, numbers in others.items()}
@@ -108,9 +112,10 @@ def test_a_missing_confidence_spoils_its_own_point_only() -> None:
 answers = st.lists(st.sampled_from(["", "1", "2", "3"]), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(answers, min_size=1, max_size=4), st.randoms())
 def test_a_row_of_a_batch_is_as_it_would_be_alone(rows: list[list[str]], random: object) -> None:
-    state = FeatureState(len(rows), GROUPS)
+    state = FeatureState(len(rows), GROUPS, PROJECTION)
     for i in range(max(map(len, rows))):
         at = np.array([n for n, row in enumerate(rows) if len(row) > i])
         random.shuffle(at)  # type: ignore[attr-defined]
@@ -191,7 +196,7 @@ def test_a_signal_that_nobody_looked_at_is_named() -> None:
 
 
 def test_reset_forgets() -> None:
-    state = FeatureState(2, GROUPS)
+    state = FeatureState(2, GROUPS, PROJECTION)
     fresh = state.update(signals(5, 0.3, "x"), ONE)
     state.update(signals(9, 0.8, "y"), ONE)
     state.reset(ONE)

@@ -22,6 +22,7 @@ from haltwise.halting import Probing
 from haltwise.signals import Float
 from lms.language_model import LanguageModel
 from lms.tasks import Question
+from tests.projections import some_projection
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 from traces import read_traces, write_shard
 
@@ -31,11 +32,15 @@ QUESTIONS = [
 
 
 MAX_POINTS = 7
+PROJECTION = some_projection(32)
+# Which observations are hidden states; the last one is the price.
+HIDDEN = np.array([name.startswith("hidden_") for name in (*feature_names(FEATURE_GROUPS), "")])
 
 
 def observing(groups: tuple[str, ...] = tuple(FEATURE_GROUPS)) -> Observing:
     size = len(feature_names(groups))
-    return Observing(groups, (0.0,) * size, (1.0,) * size, (0.1, 10.0))
+    projection = PROJECTION if "hidden" in groups else None
+    return Observing(groups, (0.0,) * size, (1.0,) * size, (0.1, 10.0), projection)
 
 
 def halting(
@@ -98,7 +103,8 @@ def test_the_worked_example(probing: Probing, halt_at: int | None, cost: int, va
         worked_example(),
         [question],
         halting(probing, "after wait", max_answer_tokens=20),
-        observing(tuple(FEATURE_GROUPS) if probing == "always" else ("pace",)),
+        # The scripted LM's states are too small for "hidden".
+        observing(tuple(FEATURE_GROUPS)[:-1] if probing == "always" else ("pace",)),
         max_tokens=700,
         price=0.5,
     )
@@ -161,7 +167,7 @@ def play(env: LiveEnv, num_steps: int, seed: int, halt_rate: float = 0.3) -> lis
 
 @pytest.mark.parametrize("probing", ["always", "at_halt"])
 def test_returns_are_exact_match_minus_price_times_cost(probing: Probing) -> None:
-    groups = tuple(FEATURE_GROUPS) if probing == "always" else ("pace",)
+    groups = tuple(FEATURE_GROUPS) if probing == "always" else ("pace", "hidden")
     changes = arguments(halting=halting(probing), observing=observing(groups))
     finished = play(LiveEnv(**changes, num_envs=9), 40, seed=0)
     assert len(finished) > 50
@@ -199,7 +205,7 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
     write_shard(tmp_path / "0.parquet", list(record(decoder, jobs, "tiny")), {})
     traces = read_traces(tmp_path)
     assert np.diff(traces.offsets).max() == MAX_POINTS
-    features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS)
+    features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS, PROJECTION)
     costs, ems = step_costs(traces, "always"), step_ems(traces)
     assert len(traces) > 20
     for n in range(len(traces)):
@@ -207,7 +213,10 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
         num, price = len(episode.obs), episode.info["price"]
         at = traces.offsets[n] + np.arange(num)
         expected = observing().observe(features[at], price)
-        np.testing.assert_allclose(episode.obs, expected, atol=1e-5)
+        # Hidden states are rounded to half precision: a last bit of the LM's can move them by one.
+        for columns, atol in ((~HIDDEN, 1e-5), (HIDDEN, 1e-3)):
+            obs = np.array(episode.obs)[:, columns]
+            np.testing.assert_allclose(obs, expected[:, columns], atol=atol)
         actions = np.zeros(num, dtype=np.int64)
         actions[-1] = episode.info["halted"]
         np.testing.assert_allclose(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from collect import record
+from envs.replay import point_features
+from evaluation.outcome import first_halts
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, Observing, Signals
 from haltwise.decoder import Decoder
 from haltwise.features import GROUP_SIGNALS, feature_names, signals_of
@@ -19,8 +22,9 @@ from haltwise.meter import MEASURED, SignalMeter
 from haltwise.slots import ForcedAnswer
 from haltwise.thought import Thought, ThoughtRules
 from lms.tasks import Question
+from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_lm, tiny_tokenizer
-from traces import SIGNALS
+from traces import SIGNALS, read_traces, write_shard
 
 TOKENIZER = tiny_tokenizer()
 HALTING = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
@@ -188,6 +192,28 @@ def test_generate_sees_what_is_recorded(
             worst: float = min(trace["answer_logprobs"][i], default=np.nan)
             np.testing.assert_allclose(signals["worst_logprob"], worst, atol=1e-5)
     assert sum(map(len, seen.values())) > 8
+
+
+def test_generate_halts_by_the_hidden_state_as_replay_does(tmp_path: Path) -> None:
+    model, groups, projection = tiny_lm(seed=3), ("pace", "hidden"), some_projection(32)
+    write_shard(tmp_path / "0.parquet", recorded(model, temperature=0.0), {})
+    traces = read_traces(tmp_path / "0.parquet")
+    features = point_features(traces, groups, projection=projection)
+    observing = Observing.fit(groups, features, (0.1, 1.0), projection)
+    shapes = {"w0": (1, 20), "b0": (1,), "w1": (1, 1), "b1": (1,), "w2": (1, 1), "b2": (1,)}
+    weights = {name: np.zeros(shape, dtype=np.float32) for name, shape in shapes.items()}
+    # Halts where hidden_0 is larger than its mean.
+    weights["w0"][0, 3] = weights["w1"][0, 0] = weights["w2"][0, 0] = 1
+    head = HaltHead(HeadConfig(observing, HALTING, default_price=1.0), weights)
+    first = first_halts(traces, head.halts(features))
+    assert len(set(traces.position[first[first >= 0]])) > 1
+    halter = Halter(head, TOKENIZER)
+    inputs = TOKENIZER(PROMPTS, return_tensors="pt", padding=True)
+    model.generate(**inputs, max_new_tokens=40, do_sample=False, custom_generate=halter)
+    for row, at in zip(halter.report, first.tolist(), strict=True):
+        assert row.halted == (at >= 0)
+        assert not row.halted or row.position == traces.position[at]
+        assert row.num_bad_signals == 0
 
 
 def never_halts() -> HaltHead:

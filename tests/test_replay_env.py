@@ -9,10 +9,13 @@ from envs.replay import ReplayEnv, available_groups, point_features
 from envs.reward import halt_costs, never_costs, reward, step_costs, step_ems
 from haltwise import FEATURE_GROUPS, Halting, InputError, Observing
 from haltwise.halting import Probing
+from haltwise.signals import Float
+from tests.projections import some_projection
 from traces import Traces
 
 GROUPS = tuple(FEATURE_GROUPS)
 FEW = ("pace", "confidence", "agreement")
+PROJECTION = some_projection(20)
 RULE = "by chance, at most 7"
 PROBINGS: tuple[Probing, ...] = ("always", "at_halt")
 
@@ -22,7 +25,13 @@ def under(probing: Probing, rule: str = RULE) -> Halting:
 
 
 def observing_of(traces: Traces, groups: tuple[str, ...] = GROUPS) -> Observing:
-    return Observing.fit(groups, point_features(traces, groups, 7), (0.1, 2.0))
+    projection = PROJECTION if "hidden" in groups else None
+    features = point_features(traces, groups, 7, projection)
+    return Observing.fit(groups, features, (0.1, 2.0), projection)
+
+
+def all_features(traces: Traces) -> Float:
+    return point_features(traces, GROUPS, 7, PROJECTION)
 
 
 def play(env: ReplayEnv, actions: list[int]) -> tuple[list[float], dict[str, Any]]:
@@ -117,7 +126,7 @@ def test_observations_are_features_and_price(random_traces: Traces) -> None:
     obs, _ = env.reset(seed=0)
     assert obs.dtype == np.float32
     assert env.observation_space.contains(obs)
-    features = point_features(random_traces, GROUPS, 7)
+    features = all_features(random_traces)
     at = random_traces.offsets[env._trace]
     assert (obs == observing.observe(features[at], env.price)).all()
 
@@ -140,17 +149,20 @@ def test_features_do_not_see_what_a_policy_must_not_know(random_traces: Traces) 
         final_correct=rng.random(num) < 0.5,
         correct=rng.random(points) < 0.5,
     )
-    features = point_features(random_traces, GROUPS, 7)
-    assert (point_features(scrambled, GROUPS, 7) == features).all()
+    features = all_features(random_traces)
+    assert (all_features(scrambled) == features).all()
 
 
 def test_features_are_causal(random_traces: Traces) -> None:
     last = random_traces.offsets[1:][np.diff(random_traces.offsets) > 0] - 1
     answer, confidence = random_traces.answer.copy(), random_traces.confidence.copy()
     answer[last], confidence[last] = "later", 0.123
-    changed = replace(random_traces, answer=answer, confidence=confidence)
+    states = random_traces.signals["hidden"].copy()
+    states[last] += 1
+    signals = random_traces.signals | {"hidden": states}
+    changed = replace(random_traces, answer=answer, confidence=confidence, signals=signals)
     before = np.setdiff1d(np.arange(random_traces.num_points), last)
-    same = point_features(changed, GROUPS, 7) == point_features(random_traces, GROUPS, 7)
+    same = all_features(changed) == all_features(random_traces)
     assert same[before].all() and not same[last].all(axis=1).any()
 
 
@@ -169,13 +181,15 @@ def test_an_unknown_confidence_is_refused(make_traces: Callable[..., Traces]) ->
         ("distribution", "entropy"),
         ("ending", "end_think_logprob"),
         ("reflection", "num_reflections"),
+        ("hidden", "hidden"),
     ],
 )
 def test_a_column_that_a_group_needs_is_named(
     worked_example: Traces, group: str, column: str
 ) -> None:
     with pytest.raises(InputError, match=f"column '{column}'"):
-        point_features(worked_example, (group,))
+        projection = PROJECTION if group == "hidden" else None
+        point_features(worked_example, (group,), projection=projection)
 
 
 def test_more_points_than_the_rule_allows_are_refused(worked_example: Traces) -> None:
@@ -195,7 +209,7 @@ def test_groups_of_a_file_are_those_whose_signals_it_has(
     assert available_groups(random_traces, under("always")) == GROUPS
     assert available_groups(worked_example, under("always", "any")) == FEW
     assert available_groups(worked_example, under("always")) == ("pace", "limit", *FEW[1:])
-    at_halt = ("pace", "limit", "distribution", "ending", "reflection")
+    at_halt = ("pace", "limit", "distribution", "ending", "reflection", "hidden")
     assert available_groups(random_traces, under("at_halt")) == at_halt
     unsure = make_traces([{"confidence": [np.nan] * 3, "answer_logprobs": [[-1.0]] * 3}])
     assert available_groups(unsure, under("always", "any")) == ("pace", "tokens", "agreement")
