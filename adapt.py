@@ -85,9 +85,14 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
     Labels have no influence; only the digest of the traces in the head's config covers them.
 
     Raises:
-        InputError: If the traces lack a signal that the head needs.
+        InputError: If the traces lack a signal that the head needs, or the head sees hidden states.
     """
     groups, halting = head.config.observing.groups, head.config.halting
+    if "hidden" in groups:
+        raise InputError(
+            "the head sees hidden states, and every LM has its own: expected a head without that "
+            "feature group"
+        )
     features = point_features(traces, groups, halting.max_points)
     adapted = replace(
         head.config,

@@ -15,7 +15,8 @@ from evaluate import EvaluateConfig
 from evaluate import main as evaluate
 from evaluation.outcome import Outcome
 from evaluation.protocol import load_operating_points, save_operating_points
-from haltwise import FEATURE_GROUPS, HaltHead, InputError
+from haltwise import FEATURE_GROUPS, HaltHead, InputError, Observing
+from tests.projections import some_projection
 from traces import Traces, read_traces, write_shard
 
 MakeTraces = Callable[..., Traces]
@@ -196,6 +197,15 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
     config.run_dir.mkdir()
     with pytest.raises(InputError, match="new exists: expected a new folder"):
         adapt.main(config)
+
+
+def test_a_head_that_sees_hidden_states_is_refused(config: AdaptConfig, run_head: HaltHead) -> None:
+    observing = Observing(("hidden",), (0.0,) * 16, (1.0,) * 16, (0.1, 10.0), some_projection(16))
+    weights = run_head.weights | {"w0": np.ones((1, 17), dtype=np.float32)}
+    HaltHead(replace(run_head.config, observing=observing, features=()), weights).save(config.head)
+    with pytest.raises(InputError, match="every LM has its own"):
+        adapt.main(config)
+    assert not config.run_dir.exists()
 
 
 def test_the_run_folder_says_what_was_done(config: AdaptConfig) -> None:
