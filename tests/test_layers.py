@@ -13,7 +13,7 @@ LAYERS = [
     {"envs"},
     {"agents", "evaluation"},
     {"evaluate", "collect", "calibrate"},
-    {"train", "benchmarks"},  # the whole job: it records and evaluates too
+    {"train", "adapt", "benchmarks"},  # whole jobs: they record and evaluate too
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = [

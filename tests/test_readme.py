@@ -21,7 +21,7 @@ def test_the_inference_snippet_runs_as_it_stands() -> None:
     assert "</think>" in done.stdout and "reason='" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "collect.py"])
+@pytest.mark.parametrize("script", ["train.py", "adapt.py", "evaluate.py", "collect.py"])
 def test_scripts_know_the_flags_that_the_readme_uses(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / script, "--help"],

@@ -1,0 +1,201 @@
+"""Adapts a run's head to an LM that it was not trained on.
+
+    python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW
+    python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW --labelled
+
+LMs differ most in the scale of what they show: how sure they sound, how long they think. So the
+head keeps its weights and prices, and its features are standardised by the new LM's own traces,
+which needs no label. With labels, a point is made stricter where they refute it, and stays where
+they do not: choosing anew on some 50 questions would lose more to chance than it could win.
+
+Writes a run folder: config.json, operating_points.json, head.safetensors and head.json.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from agents.baselines import BASELINES, Head, decisions, signal_under
+from command import run, write_json
+from envs.replay import point_features
+from evaluate import compare
+from evaluation.intervals import interval, resample
+from evaluation.outcome import Outcome, saving, sweep
+from evaluation.protocol import Points, load_operating_points, save_operating_points
+from evaluation.table import format_table
+from haltwise import HaltHead, InputError, Observing
+from traces import Traces, read_traces
+
+# With fewer, means and spreads are too noisy: from 20 questions the head loses 3 points of saving,
+# from 30 none.
+_MIN_QUESTIONS = 30
+
+Gates = dict[float, Points]
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Adapt a run's head to another LM, without labels or with about 50 labelled questions."""
+
+    head: Path
+    """Run folder, written by train.py."""
+    traces: Path
+    """Recorded traces of the new LM, a file or a folder; test questions in it are not used."""
+    run_dir: Path
+    """Run folder to write, a new one."""
+    labelled: bool = False
+    """Whether it is known which answers are correct. Otherwise that is not looked at."""
+
+
+def main(config: AdaptConfig) -> Path:
+    """Adapts, and writes the run folder.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: If the run or the traces cannot be used, or do not fit each other; nothing is
+            left half-written.
+    """
+    if config.run_dir.exists():
+        raise InputError(f"{config.run_dir} exists: expected a new folder")
+    source, gates = HaltHead.load(config.head), load_operating_points(config.head)
+    path = config.traces.resolve()
+    traces = _read(path, source)
+    head = adapt(source, traces)
+    if config.labelled:
+        gates = tighten_points(head, traces, gates)
+        head = _at_strictest(head, gates)
+        print(format_table(compare(traces, "labelled", head, gates)[1]))
+    _write(config, path, head, gates)
+    print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
+    return config.run_dir
+
+
+def adapt(head: HaltHead, traces: Traces) -> HaltHead:
+    """The same weights, with features standardised by the traces of another LM.
+
+    Labels have no influence; only the digest of the traces in the head's config covers them.
+
+    Raises:
+        InputError: If the traces lack a signal that the head needs, or the head sees hidden states.
+    """
+    groups, halting = head.config.observing.groups, head.config.halting
+    if "hidden" in groups:
+        raise InputError(
+            "the head sees hidden states, and every LM has its own: expected a head without that "
+            "feature group"
+        )
+    features = point_features(traces, groups, halting.max_points)
+    adapted = replace(
+        head.config,
+        observing=Observing.fit(groups, features, head.config.observing.price_range),
+        lm=str(traces.model[0]),
+        tokenizer=traces.recorder.get("tokenizer", ""),
+        traces=traces.digest,
+        command=shlex.join(sys.argv),
+        certificate=None,
+    )
+    return HaltHead(adapted, head.weights)
+
+
+def tighten_points(head: HaltHead, traces: Traces, gates: Gates) -> Gates:
+    """The points of the head and the baselines, stricter where labelled traces refute them.
+
+    Args:
+        head: Adapted to the LM of the traces.
+        traces: Labelled.
+        gates: Points by gate. A policy whose signal the traces lack is left out.
+    """
+    probing = head.config.halting.probing
+    tightened: Gates = {gate: {} for gate in gates}
+    for policy in (Head(head), *BASELINES):
+        signal = signal_under(policy, traces, probing)
+        if signal is None:
+            continue
+        halts = decisions(policy, signal)
+        for gate, points in gates.items():
+            point = points.get(policy.name)
+            if point is not None:
+                halts |= {point: policy.halts(signal, point)}
+                point = tighten(traces, sweep(traces, halts, probing), point, gate)
+            if policy.name in points:
+                tightened[gate][policy.name] = point
+    return tightened
+
+
+def tighten(
+    traces: Traces, outcomes: Mapping[float, Outcome], point: float, gate: float
+) -> float | None:
+    """The point, or the next one that saves less, until the traces no longer refute it.
+
+    They refute a point if the 95 % interval of its EM change lies below -gate.
+
+    Args:
+        traces: N labelled traces.
+        outcomes: By parameter, on those traces.
+        point: The parameter chosen elsewhere, one of them.
+        gate: Mean EM that may be lost, in [0, 1].
+
+    Returns:
+        None (never halt) if every point that saves anything is refuted.
+    """
+    saved = {parameter: saving(traces, outcome) for parameter, outcome in outcomes.items()}
+    stricter = [at for at in outcomes if 0 < saved[at] < saved[point]]
+    for at in [point, *sorted(stricter, key=lambda at: -saved[at])]:
+        resampled = resample(traces, {"": outcomes[at]})[""]
+        if interval(resampled.em_delta)[1] >= -gate:
+            return at
+    return None
+
+
+def _read(path: Path, head: HaltHead) -> Traces:
+    """The traces to learn from.
+
+    Raises:
+        InputError: If they were recorded under other conditions than the head's, are of several
+            LMs, or are too few.
+    """
+    traces = read_traces(path)
+    head.config.halting.check_recorded(traces.recorder, str(path))
+    traces = traces.select(traces.split != "test")
+    lms = np.unique(traces.model).tolist()
+    if len(lms) > 1:
+        raise InputError(f"{path}: traces of {', '.join(lms)}, expected one LM to adapt to")
+    num = len(np.unique(traces.question_id[np.diff(traces.offsets) > 0]))
+    if num < _MIN_QUESTIONS:
+        raise InputError(
+            f"{path}: {num} questions with a decision point that are not of the test split, "
+            f"expected at least {_MIN_QUESTIONS}"
+        )
+    return traces
+
+
+def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
+    """The head with its strictest point that halts at all as the default price, if it has one."""
+    prices = [gates[gate]["head"] for gate in sorted(gates)]
+    price = next((price for price in prices if price is not None), head.config.default_price)
+    return HaltHead(replace(head.config, default_price=price), head.weights)
+
+
+def _write(config: AdaptConfig, traces: Path, head: HaltHead, gates: Gates) -> None:
+    """Writes the run folder; the head last, since a folder with a head is a whole run."""
+    config.run_dir.mkdir(parents=True)
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    write_json(
+        config.run_dir / "config.json",
+        {"command": head.config.command, "config": settings, "traces": str(traces)},
+    )
+    save_operating_points(config.run_dir, gates)
+    head.save(config.run_dir)
+
+
+if __name__ == "__main__":
+    run(main, AdaptConfig)
