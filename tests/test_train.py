@@ -101,7 +101,7 @@ def _spoil_test_rows(source: Path, target: Path) -> None:
 def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
     names = ("head.json", "operating_points.json", "out_of_fold.json", "head.safetensors")
     before = [(run_dir / name).read_bytes() for name in names]
-    for name in (*names, "folds/1.npy"):
+    for name in (*names, "folds/0-1.npy"):
         (run_dir / name).unlink()
     train.main(replace(config, run_dir=run_dir, resume=True))
     assert [(run_dir / name).read_bytes() for name in names] == before
