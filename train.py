@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from agents.balance import balance
 from agents.baselines import BASELINES, Head, Policy, decisions, price_grid, signal_under
@@ -123,21 +125,14 @@ def main(config: TrainConfig) -> Path:
         ppo = _train_live(config, run_dir, head, learned_from, None)
         outcomes = {"head": _outcomes(Head(export(ppo, head)), judged_on, probing)}
     else:
-        judged_on = traces
-        prices = price_grid(head.observing)
-        decided = out_of_fold(traces, fold, head, config.fit, prices, run_dir / "folds")
-        weights = balance(np.array(prices), head.observing)
-        trials = try_checkpoints(traces, decided, prices, weights, probing)
-        share = CHECKPOINTS[trials.best]
+        judged_on, trials = traces, _try(config, run_dir, head, traces, fold)
         outcomes = {"head": trials.outcomes}
-        ppo = _train_replay(config, run_dir, head, traces, share)
+        ppo = _train_replay(config, run_dir, head, traces, CHECKPOINTS[trials.best])
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
     outcomes |= {policy.name: _outcomes(policy, judged_on, probing) for policy in BASELINES}
     choice = choose_points(judged_on, outcomes, parameter_free(judged_on, probing))
     _finish(run_dir, export(ppo, head), choice, trials)
-    if trials is not None:
-        print(format_trials(trials, CHECKPOINTS))
     print(format_table(choice.frozen))
     if "test" in everything.split:
         print("\nThe exported head, loaded again:\n")
@@ -269,6 +264,22 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _try(
+    config: TrainConfig,
+    run_dir: Path,
+    head: HeadConfig,
+    traces: Traces,
+    fold: Mapping[int, NDArray[np.int64]],
+) -> Trials:
+    """Trains fold by fold with every seed, and tells what came of it."""
+    prices = price_grid(head.observing)
+    decided = out_of_fold(traces, fold, head, config.fit, prices, run_dir / "folds")
+    weights = balance(np.array(prices), head.observing)
+    trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
+    print(format_trials(trials, CHECKPOINTS))
+    return trials
 
 
 def _train_replay(
