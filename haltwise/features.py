@@ -24,8 +24,7 @@ from haltwise.signals import Float, Index, Signals
 FEATURES_VERSION = 2
 
 # Log-odds of confidences. 12 is 1 - 6e-6; float32 lies no closer to 1 than 6e-8. Guesses below
-# 27 % are not told apart: there LMs differ most, and a head that goes by such differences does
-# worse beside an LM that it has not seen.
+# 27 % are not told apart: there LMs differ most (docs/FEATURES.md has the figures).
 _LOWEST_LOGIT, _HIGHEST_LOGIT = -1.0, 12.0
 _LOWEST_CONFIDENCE = 1 / (1 + np.exp(-_LOWEST_LOGIT))
 # Probabilities that a token is wrong are told apart down to this.
