@@ -28,7 +28,7 @@ def canonical(answer: str) -> str:
     loses its thousands separators, plus sign, leading zeros and empty decimals. Nothing is
     calculated: 1/2 and 0.5 stay different.
     """
-    text = " ".join(answer.replace("\u2212", "-").strip(" \t\r\n$.").casefold().split())
+    text = " ".join(answer.replace("\u2212", "-").casefold().split()).strip(" $.")
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
     number = re.fullmatch(r"([-+]?)0*(\d+)(?:\.(\d*?)0*)?", text)

@@ -49,6 +49,7 @@ def test_read_answer(text: str, answer: str) -> None:
         ("1,00", "1,00"),
         ("$12$", "12"),
         ("A  B", "a b"),
+        ("0$\x0c", "0"),
     ],
 )
 def test_canonical(spelling: str, expected: str) -> None:
