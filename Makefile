@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test bench format
+.PHONY: demo test test-all bench format
 
 # Train on the embedded LM, run the head beside it, and compare it with fixed thresholds.
 # An earlier demo run is replaced.
@@ -16,6 +16,11 @@ test: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The slow tests too: simulations, and what needs minutes.
+test-all: export OMP_NUM_THREADS := 1
+test-all: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow"
 
 # Speed and memory on one core, beside gymnasium, stable-baselines3 and transformers.
 bench: export OMP_NUM_THREADS := 1

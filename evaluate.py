@@ -36,7 +36,7 @@ from evaluation.outcome import (
 )
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, load_operating_points
-from evaluation.report import frozen_rows
+from evaluation.frozen import frozen_rows
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing

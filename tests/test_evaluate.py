@@ -14,7 +14,7 @@ from evaluate import EvaluateConfig
 from evaluation.outcome import COLUMNS
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, save_operating_points
-from evaluation.report import FROZEN_COLUMNS
+from evaluation.frozen import FROZEN_COLUMNS
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from traces import Traces
