@@ -24,6 +24,7 @@ from agents.baselines import (
     signal_under,
 )
 from command import run, write_json
+from evaluation.frozen import frozen_rows
 from evaluation.live import run_beside
 from evaluation.outcome import (
     Outcome,
@@ -36,7 +37,6 @@ from evaluation.outcome import (
 )
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, load_operating_points
-from evaluation.frozen import frozen_rows
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing

@@ -37,10 +37,10 @@ from envs.live import LiveEnv
 from envs.replay import available_groups
 from evaluate import EvaluateConfig, parameter_free
 from evaluate import main as evaluate
+from evaluation.frozen import Choice, choose_points
 from evaluation.outcome import Outcome, sweep
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, save_operating_points
-from evaluation.frozen import Choice, choose_points
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names

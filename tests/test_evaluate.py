@@ -11,10 +11,10 @@ import pytest
 import command
 import evaluate
 from evaluate import EvaluateConfig
+from evaluation.frozen import FROZEN_COLUMNS
 from evaluation.outcome import COLUMNS
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, save_operating_points
-from evaluation.frozen import FROZEN_COLUMNS
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from traces import Traces

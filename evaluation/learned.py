@@ -1,0 +1,54 @@
+"""The questions that a run learned from: there, only a head that did not see them is evidence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haltwise import InputError
+
+_FILE = "questions.json"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a head was learned from, and which folds kept what back."""
+
+    questions: frozenset[str]
+    """Question ids; of an adapted head also those that it was adapted to."""
+    folds: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By seed, the fold that kept a question back; empty if nothing was trained by folds."""
+
+    def among(self, question_id: NDArray[np.str_]) -> NDArray[np.bool_]:
+        """Which of some questions (N,) were learned from."""
+        return np.isin(question_id, list(self.questions))
+
+
+def save_learned(run: Path, learned: Learned) -> None:
+    """Writes what a head was learned from into its run folder."""
+    content = {"questions": sorted(learned.questions), "folds": learned.folds}
+    (run / _FILE).write_text(json.dumps(content) + "\n")
+
+
+def load_learned(run: Path) -> Learned:
+    """Reads what a run was learned from.
+
+    Raises:
+        InputError: If the run does not tell, or the file is not readable.
+    """
+    path = run / _FILE
+    try:
+        content = json.loads(path.read_text())
+        folds = {
+            int(seed): {str(question): int(k) for question, k in of.items()}
+            for seed, of in content["folds"].items()
+        }
+        return Learned(frozenset(map(str, content["questions"])), folds)
+    except FileNotFoundError:
+        raise InputError(f"no {_FILE} in {run}: expected a folder written by train.py") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not readable ({error!r})") from None
