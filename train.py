@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from agents.balance import balance
 from agents.baselines import BASELINES, Head, Policy, decisions, price_grid, signal_under
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, observing_of, out_of_fold
+from agents.kept_back import save_kept_back
 from agents.ppo import Agent, PPOConfig, export
+from agents.supervised import SUPERVISED, Supervised
 from collect import CollectConfig
 from collect import main as collect
 from command import run, write_json
@@ -38,6 +40,7 @@ from envs.replay import available_groups
 from evaluate import EvaluateConfig, parameter_free
 from evaluate import main as evaluate
 from evaluation.frozen import Choice, choose_points
+from evaluation.learned import Learned, save_learned
 from evaluation.outcome import Outcome, sweep
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, save_operating_points
@@ -122,16 +125,24 @@ def main(config: TrainConfig) -> Path:
     run_dir = _open_run(config, path, everything.digest)
     if config.live:
         judged_on, trials = traces.of_split("dev"), None
+        learned = Learned(frozenset(learned_from.question_id.tolist()))
         ppo = _train_live(config, run_dir, head, learned_from, None)
         outcomes = {"head": _outcomes(Head(export(ppo, head)), judged_on, probing)}
     else:
         judged_on, trials = traces, _try(config, run_dir, head, traces, fold)
+        learned = _learned(traces, fold)
+        save_kept_back(run_dir, run_dir / "folds", learned.folds, trials.best)
         outcomes = {"head": trials.outcomes}
         ppo = _train_replay(config, run_dir, head, traces, CHECKPOINTS[trials.best])
         if config.traces is None:
             ppo = _train_live(config, run_dir, head, traces, ppo)
-    outcomes |= {policy.name: _outcomes(policy, judged_on, probing) for policy in BASELINES}
+    kept_back = learned.folds.get(config.seed, {})
+    models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
+    outcomes |= {
+        policy.name: _outcomes(policy, judged_on, probing) for policy in (*BASELINES, *models)
+    }
     choice = choose_points(judged_on, outcomes, parameter_free(judged_on, probing))
+    save_learned(run_dir, learned)
     _finish(run_dir, export(ppo, head), choice, trials)
     print(format_table(choice.frozen))
     if "test" in everything.split:
@@ -280,6 +291,12 @@ def _try(
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
     print(format_trials(trials, CHECKPOINTS))
     return trials
+
+
+def _learned(traces: Traces, fold: Mapping[int, NDArray[np.int64]]) -> Learned:
+    question_id = traces.question_id.tolist()
+    by_seed = {seed: dict(zip(question_id, of.tolist(), strict=True)) for seed, of in fold.items()}
+    return Learned(frozenset(question_id), by_seed)
 
 
 def _train_replay(

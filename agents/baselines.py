@@ -1,12 +1,13 @@
 """Simple policies to compare a head with, and what is possible in hindsight.
 
 A policy halts a trace at the first point where `halts` is true. Each has one number to tune; the
-head is one of them, its number is the price. Shapes: P points of all traces, F features.
+head is one of them, its number is the price. Shapes: P points of all traces.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,10 +16,14 @@ from numpy.typing import NDArray
 from envs.replay import point_features
 from haltwise import HaltHead, Observing, feature_names
 from haltwise.halting import Probing
+from haltwise.signals import Float
 from traces import Traces
 
 Halts = NDArray[np.bool_]
-Signal = NDArray[Any]
+Signal = Any
+
+# EAT's weight of the newest value in its moving mean and variance, and points before it may halt.
+_EAT_WEIGHT, _EAT_WARM_UP = 0.2, 4
 
 
 class Policy(Protocol):
@@ -35,7 +40,7 @@ class Policy(Protocol):
         ...
 
     def signal(self, traces: Traces) -> Signal | None:
-        """What it looks at, (P,) or (P, F); None if the traces lack it."""
+        """What it looks at, mostly (P,); None if the traces lack it."""
         ...
 
     def grid(self, signal: Signal) -> list[float]:
@@ -64,7 +69,8 @@ class Budget:
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
         """Position at least `parameter`."""
-        return signal >= parameter
+        halts: Halts = signal >= parameter
+        return halts
 
 
 class Confidence:
@@ -87,7 +93,78 @@ class Confidence:
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
         """Confidence above `parameter`."""
-        return signal > parameter
+        halts: Halts = signal > parameter
+        return halts
+
+
+class _AtMost:
+    """Halts at the first point where a signal (P,) is at most `parameter`."""
+
+    def grid(self, signal: Signal) -> list[float]:
+        """Up to 200 quantiles of the signal."""
+        known = signal[np.isfinite(signal)]
+        quantiles: list[float] = np.unique(np.quantile(known, np.linspace(0, 1, 200))).tolist()
+        return quantiles
+
+    def halts(self, signal: Signal, parameter: float) -> Halts:
+        """Signal at most `parameter`."""
+        halts: Halts = signal <= parameter
+        return halts
+
+
+class AnswerEntropy(_AtMost):
+    """Halts at the first answer whose entropy, nats a token, is at most `parameter`."""
+
+    name = "answer_entropy"
+    probes = True
+
+    def signal(self, traces: Traces) -> Signal | None:
+        """Entropy, infinite where there is no answer or it is unknown; None if never known."""
+        known = (traces.answer != "") & ~np.isnan(traces.answer_entropy)
+        return np.where(known, traces.answer_entropy, np.inf) if known.any() else None
+
+
+class Entropy(_AtMost):
+    """Halts where the LM's own mean entropy since the last point is at most `parameter`, nats."""
+
+    name = "entropy"
+    probes = False
+
+    def signal(self, traces: Traces) -> Signal | None:
+        """Entropy of the next-token distribution, infinite where unknown; None if never known."""
+        entropy = traces.signals.get("entropy")
+        if entropy is None or np.isnan(entropy).all():
+            return None
+        return np.where(np.isnan(entropy), np.inf, entropy.astype(np.float64))
+
+
+class EntropyVariance(_AtMost):
+    """Halts where the moving variance of that entropy is at most `parameter`, nats squared.
+
+    As EAT (Wang et al., arXiv 2509.26522) does with the entropy after the close text, which traces
+    do not hold: mean m += w (x - m), variance v += w ((x - m)^2 - v), from m = x and v = 0 at the
+    first point, w = 0.2, and no halting before the fourth point, while v is still small.
+    """
+
+    name = "entropy_variance"
+    probes = False
+
+    def signal(self, traces: Traces) -> Signal | None:
+        """Moving variance, infinite where it may not halt or is unknown; None as for `Entropy`."""
+        entropy = Entropy().signal(traces)
+        if entropy is None:
+            return None
+        lengths = np.diff(traces.offsets)
+        signal = np.full(traces.num_points, np.inf)
+        mean, variance = np.zeros(len(traces)), np.zeros(len(traces))
+        for i in range(lengths.max(initial=0)):
+            rows = np.flatnonzero(lengths > i)
+            at = traces.offsets[rows] + i
+            mean[rows] += (_EAT_WEIGHT if i else 1.0) * (entropy[at] - mean[rows])
+            variance[rows] += _EAT_WEIGHT * ((entropy[at] - mean[rows]) ** 2 - variance[rows])
+            if i + 1 >= _EAT_WARM_UP:
+                signal[at] = variance[rows]
+        return np.where(np.isnan(signal), np.inf, signal)
 
 
 class Stability:
@@ -107,7 +184,8 @@ class Stability:
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
         """At least `parameter` times."""
-        return signal >= parameter
+        halts: Halts = signal >= parameter
+        return halts
 
 
 class Random:
@@ -127,7 +205,8 @@ class Random:
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
         """Number below `parameter`."""
-        return signal < parameter
+        halts: Halts = signal < parameter
+        return halts
 
 
 @dataclass(frozen=True)
@@ -135,6 +214,9 @@ class Head:
     """A trained head, which halts as it does beside an LM; its number is the price."""
 
     head: HaltHead
+    """Judges every question that no other head is named for."""
+    kept_back: Mapping[str, HaltHead] = field(default_factory=dict)
+    """By question id: for a question that `head` learned from, one that never saw it."""
     name: str = "head"
 
     @property
@@ -142,22 +224,48 @@ class Head:
         """Whether its features need forced answers."""
         return self.head.config.halting.probing == "always"
 
+    def judge(self, question_id: str) -> HaltHead:
+        """The head that decides on a question."""
+        return self.kept_back.get(question_id, self.head)
+
     def signal(self, traces: Traces) -> Signal:
-        """The head's features (P, F).
+        """(points, head, features) of each head that decides on some of the traces.
 
         Raises:
             InputError: If the traces lack a signal that the head needs.
         """
-        observing, halting = self.head.config.observing, self.head.config.halting
-        return point_features(traces, observing.groups, halting.max_points, observing.projection)
+        judges = [self.judge(question_id) for question_id in traces.question_id.tolist()]
+        signal = []
+        for judge in {id(judge): judge for judge in judges}.values():
+            rows = np.array([other is judge for other in judges])
+            points = np.flatnonzero(rows[traces.trace_of_point])
+            config = judge.config
+            features = point_features(
+                traces.select(rows),
+                config.observing.groups,
+                config.halting.max_points,
+                config.observing.projection,
+            )
+            signal.append((points, judge, features))
+        return signal
 
     def grid(self, signal: Signal) -> list[float]:
         """60 prices over the range that the head was trained for."""
         return price_grid(self.head.config.observing)
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """The head's own decision at a price of `parameter`."""
-        return self.head.halts(signal, parameter)
+        """The heads' own decisions at a price of `parameter`."""
+        halts = np.zeros(sum(len(points) for points, _, _ in signal), dtype=bool)
+        for points, judge, features in signal:
+            halts[points] = judge.halts(features, parameter)
+        return halts
+
+    def log_odds(self, signal: Signal, price: float) -> Float:
+        """The heads' log-odds of halting (P,)."""
+        log_odds = np.zeros(sum(len(points) for points, _, _ in signal), dtype=np.float32)
+        for points, judge, features in signal:
+            log_odds[points] = judge.log_odds(features, price)
+        return log_odds
 
 
 def price_grid(observing: Observing) -> list[float]:
@@ -166,7 +274,15 @@ def price_grid(observing: Observing) -> list[float]:
     return prices
 
 
-BASELINES: tuple[Policy, ...] = (Budget(), Confidence(), Stability(), Random())
+BASELINES: tuple[Policy, ...] = (
+    Budget(),
+    Confidence(),
+    AnswerEntropy(),
+    Entropy(),
+    EntropyVariance(),
+    Stability(),
+    Random(),
+)
 
 
 def signal_under(policy: Policy, traces: Traces, probing: Probing) -> Signal | None:

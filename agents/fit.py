@@ -240,6 +240,7 @@ class _Fold:
     config: FitConfig
     prices: tuple[float, ...]
     seed: int
+    folder: Path
 
 
 def out_of_fold(
@@ -262,7 +263,8 @@ def out_of_fold(
             traces.
         config: Schedule.
         prices: Where to read the agents.
-        cache: Folder that keeps finished folds, so that an interrupted job goes on.
+        cache: Folder that keeps finished folds, so that an interrupted job goes on, and their
+            agents' heads at each of CHECKPOINTS: see `fold_folder`.
 
     Returns:
         By seed: halting decisions (C, number of prices, P) at each of CHECKPOINTS.
@@ -280,6 +282,7 @@ def out_of_fold(
             config,
             tuple(prices),
             seed,
+            fold_folder(cache, seed, k),
         )
         for seed, k in missing
     )
@@ -298,6 +301,11 @@ def out_of_fold(
     return decided
 
 
+def fold_folder(cache: Path, seed: int, k: int) -> Path:
+    """The folder of a fold's heads, one folder each of CHECKPOINTS: "0", "1", ..."""
+    return cache / f"{seed}-{k}"
+
+
 def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
     """Decisions (C, number of prices, P) on the held-out traces, at each of CHECKPOINTS."""
     groups, halting = job.head.observing.groups, job.head.halting
@@ -308,6 +316,7 @@ def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
 
     def decide(ppo: Agent) -> None:
         head = export(ppo, config)
+        head.save(job.folder / str(len(decided)))
         decided.append(np.stack([head.halts(features, price) for price in job.prices]))
 
     ppo = fit(job.train, config, job.config, job.seed, reached=decide)

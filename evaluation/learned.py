@@ -21,7 +21,7 @@ class Learned:
     questions: frozenset[str]
     """Question ids; of an adapted head also those that it was adapted to."""
     folds: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By seed, the fold that kept a question back; empty if nothing was trained by folds."""
+    """By seed, the fold that kept each question back; empty if nothing was trained by folds."""
 
     def among(self, question_id: NDArray[np.str_]) -> NDArray[np.bool_]:
         """Which of some questions (N,) were learned from."""
@@ -30,8 +30,9 @@ class Learned:
 
 def save_learned(run: Path, learned: Learned) -> None:
     """Writes what a head was learned from into its run folder."""
-    content = {"questions": sorted(learned.questions), "folds": learned.folds}
-    (run / _FILE).write_text(json.dumps(content) + "\n")
+    questions = sorted(learned.questions)
+    folds = {seed: [of[question] for question in questions] for seed, of in learned.folds.items()}
+    (run / _FILE).write_text(json.dumps({"questions": questions, "folds": folds}) + "\n")
 
 
 def load_learned(run: Path) -> Learned:
@@ -43,12 +44,13 @@ def load_learned(run: Path) -> Learned:
     path = run / _FILE
     try:
         content = json.loads(path.read_text())
+        questions = [str(question) for question in content["questions"]]
         folds = {
-            int(seed): {str(question): int(k) for question, k in of.items()}
+            int(seed): dict(zip(questions, map(int, of), strict=True))
             for seed, of in content["folds"].items()
         }
-        return Learned(frozenset(map(str, content["questions"])), folds)
     except FileNotFoundError:
         raise InputError(f"no {_FILE} in {run}: expected a folder written by train.py") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not readable ({error!r})") from None
+    return Learned(frozenset(questions), folds)

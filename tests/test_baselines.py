@@ -6,8 +6,11 @@ import pytest
 
 from agents.baselines import (
     BASELINES,
+    AnswerEntropy,
     Budget,
     Confidence,
+    Entropy,
+    EntropyVariance,
     Head,
     Policy,
     Random,
@@ -64,10 +67,8 @@ def test_confidence_halts_above_a_threshold_where_there_is_an_answer(
 
 def test_confidence_is_not_available_where_it_is_never_known(make_traces: MakeTraces) -> None:
     unknown = make_traces([{"confidence": [float("nan")] * 3}])
-    assert Confidence().signal(unknown) is None
-    assert all(
-        policy.signal(unknown) is not None for policy in BASELINES if policy.name != "confidence"
-    )
+    available = {policy.name for policy in BASELINES if policy.signal(unknown) is not None}
+    assert available == {"budget", "answer_entropy", "stability", "random"}
 
 
 def test_confidence_grid_is_dense_near_one() -> None:
@@ -83,6 +84,51 @@ def test_stability_counts_runs_of_equal_answers_within_a_trace(make_traces: Make
     signal = Stability().signal(traces)
     assert signal.tolist() == [1, 2, 1, 1, 1, 0, 0, 1, 2, 3]
     assert halts(Stability(), traces, 2) == [n in (1, 8, 9) for n in range(10)]
+
+
+def test_answer_entropy_halts_at_a_known_answer_that_the_lm_was_sure_of(
+    make_traces: MakeTraces,
+) -> None:
+    half = np.log(0.5)  # a token of probability 0.5 has an entropy of log 2 at least
+    traces = make_traces(
+        [{"answer": ["", "7", "7"], "answer_logprobs": [[0.0], [half, 0.0], [half]]}]
+    )
+    signal = AnswerEntropy().signal(traces)
+    assert signal == pytest.approx([np.inf, np.log(2) / 2, np.log(2)], rel=1e-6)
+    assert halts(AnswerEntropy(), traces, 0.4) == [False, True, False]
+    assert AnswerEntropy().signal(make_traces([{"answer_logprobs": [[], [], []]}])) is None
+
+
+def test_entropy_halts_where_it_is_known_and_low(make_traces: MakeTraces) -> None:
+    traces = make_traces([{"entropy": [float("nan"), 0.5, 0.25]}])
+    assert Entropy().signal(traces).tolist() == [np.inf, 0.5, 0.25]
+    assert halts(Entropy(), traces, 0.25) == [False, False, True]
+    assert Entropy().grid(np.array([np.inf, 0.0, 1.0])) == pytest.approx(np.linspace(0, 1, 200))
+    for policy in (Entropy(), EntropyVariance()):
+        assert policy.signal(make_traces([{}])) is None
+        assert policy.signal(make_traces([{"entropy": [float("nan")] * 3}])) is None
+
+
+def test_entropy_variance_moves_and_waits_for_the_fourth_point(make_traces: MakeTraces) -> None:
+    def trace(entropy: list[float]) -> dict[str, Any]:
+        length = len(entropy)
+        return {
+            "position": list(range(1, length + 1)),
+            "probe_tokens": [1] * length,
+            "answer": ["7"] * length,
+            "correct": [True] * length,
+            "confidence": [0.5] * length,
+            "answer_logprobs": [[]] * length,
+            "entropy": entropy,
+        }
+
+    traces = make_traces([trace([1.0, 1.0]), trace([1.0, 2.0, 2.0, 2.0, 2.0])])
+    mean = [1.0, 1.2, 1.36, 1.488, 1.5904]
+    variance = [0.0]
+    for m in mean[1:]:
+        variance.append(0.8 * variance[-1] + 0.2 * (2.0 - m) ** 2)
+    expected = [np.inf] * 5 + variance[3:]
+    assert EntropyVariance().signal(traces) == pytest.approx(expected)
 
 
 def test_random_is_reproducible_and_halts_at_its_rate(random_traces: Traces) -> None:
@@ -108,6 +154,22 @@ def test_grids_are_sorted_without_repeats_and_decide_every_point(
     decided = decisions(policy, signal)
     assert list(decided) == policy.grid(signal) == sorted(decided)
     assert all(halts.shape == (random_traces.num_points,) for halts in decided.values())
+
+
+def test_a_question_is_judged_by_the_head_that_never_saw_it(
+    run_head: HaltHead, random_traces: Traces
+) -> None:
+    never = HaltHead(run_head.config, run_head.weights | {"b2": -np.ones(1, dtype=np.float32)})
+    policy = Head(run_head, {"q3": never, "q4": never})
+    alone = np.array(halts(Head(run_head), random_traces, 10.0))
+    kept_back = np.isin(random_traces.question_id, ["q3", "q4"])[random_traces.trace_of_point]
+    assert alone[kept_back].any()
+    assert halts(policy, random_traces, 10.0) == (alone & ~kept_back).tolist()
+    log_odds = policy.log_odds(policy.signal(random_traces), 10.0)
+    both = [
+        Head(head).log_odds(Head(head).signal(random_traces), 10.0) for head in (run_head, never)
+    ]
+    np.testing.assert_array_equal(log_odds, np.where(kept_back, both[1], both[0]))
 
 
 def test_hindsight_takes_the_first_correct_answer_and_gives_up_where_there_is_none(

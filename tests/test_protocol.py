@@ -100,6 +100,7 @@ def example_without_a_file() -> Traces:
         confidence=np.full(3, 0.5, dtype=np.float32),
         answer=np.array(["1", "2", "3"], dtype=object),
         worst_logprob=np.zeros(3, dtype=np.float32),
+        answer_entropy=np.zeros(3, dtype=np.float32),
         recorder={},
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,10 @@ def test_a_file_becomes_flat_arrays(three: Traces) -> None:
     assert three.recorder == {"probing": "always"}
     np.testing.assert_array_equal(three.confidence, [0.5, 0.75, 0.96875, np.nan, 1.0])
     np.testing.assert_array_equal(three.worst_logprob, [-2.0, np.nan, -0.5, np.nan, -3.0])
+    # h(p) of tokens of probability e^-1, e^-2, and so on, averaged over an answer's tokens.
+    entropy = [scipy.stats.entropy([np.exp(x), -np.expm1(x)]) for x in (-1, -2, -0.5, -3, -0.25)]
+    expected = [sum(entropy[:2]) / 2, np.nan, entropy[2], np.nan, sum(entropy[3:]) / 2]
+    np.testing.assert_allclose(three.answer_entropy, expected, rtol=1e-6)
     kinds = [three.position, three.seed, three.num_tokens, three.offsets]
     assert {array.dtype for array in kinds} == {np.dtype(np.int64)}
 
@@ -96,7 +101,7 @@ def ragged(lengths: list[int]) -> Traces:
     columns |= {name: np.zeros(num, dtype=np.int64) for name in ("seed", "num_tokens")}
     columns |= {name: np.zeros(num, dtype=bool) for name in ("finished", "final_correct")}
     columns |= {name: points for name in ("position", "probe_tokens", "correct", "answer")}
-    columns |= {name: points for name in ("confidence", "worst_logprob")}
+    columns |= {name: points for name in ("confidence", "worst_logprob", "answer_entropy")}
     return Traces(**columns, offsets=np.cumsum([0, *lengths]), recorder={})
 
 

@@ -28,7 +28,8 @@ _PER_TRACE = (
     "finished",
     "final_correct",
 )
-_PER_POINT = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
+_DIGESTED = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
+_PER_POINT = (*_DIGESTED, "answer_entropy")  # of the same log probabilities as the worst one
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,9 @@ class Traces:
     """(P,) str, empty if none could be read."""
     worst_logprob: NDArray[np.float32]
     """(P,) smallest log probability of an answer token, nats; NaN if unknown."""
+    answer_entropy: NDArray[np.float32]
+    """(P,) entropy of the forced answer a token, nats, as far as it is known: the least that a
+    token of its probability can have, h(p) = -p log p - (1-p) log(1-p); NaN if unknown."""
     recorder: dict[str, Any]
     """How the traces were recorded, empty if the files do not tell."""
     signals: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -99,7 +103,7 @@ class Traces:
         """SHA-256 of all but the recorder, whatever the order of rows and the number of shards."""
         traces = self.select(np.argsort(self.trace_id))
         content = hashlib.sha256()
-        for name in (*_PER_TRACE, "offsets", *_PER_POINT):
+        for name in (*_PER_TRACE, "offsets", *_DIGESTED):
             content.update(name.encode())
             content.update(_bytes(getattr(traces, name)))
         for name in sorted(traces.signals):

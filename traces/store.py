@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy.special import entr
 
 from haltwise import InputError
 from traces.arrays import Traces, concatenate
@@ -209,6 +210,8 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
         if _has_null(arrays[name]):
             raise InputError(f"{source}: column {name!r} has a null in a list, expected none")
     logprobs = arrays.pop("answer_logprobs")
+    logprob = logprobs.flatten().to_numpy(zero_copy_only=False)
+    num_logprobs = logprobs.value_lengths().to_numpy()
     vectors = {"hidden": _matrix(arrays.pop("hidden"), source)} if "hidden" in arrays else {}
     columns = {name: _to_numpy(array) for name, array in arrays.items()} | vectors
     check_values(columns, lengths, source)
@@ -220,7 +223,9 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     return Traces(
         **columns | texts,
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        worst_logprob=_smallest(logprobs),
+        worst_logprob=_reduce(np.minimum, logprob, num_logprobs),
+        answer_entropy=_reduce(np.add, _known_entropy(logprob), num_logprobs)
+        / np.maximum(num_logprobs, 1),
         recorder=recorder,
         signals=signals,
     )
@@ -278,11 +283,20 @@ def _matrix(lists: pa.Array, source: str) -> NDArray[Any]:
     return values.reshape(len(lists), sizes.max(initial=0))
 
 
-def _smallest(lists: pa.Array) -> NDArray[np.float32]:
-    """(P,) the smallest entry of each list; NaN for an empty list."""
-    lengths = lists.value_lengths().to_numpy()
-    values = lists.flatten().to_numpy(zero_copy_only=False)
+def _reduce(ufunc: np.ufunc, values: NDArray[Any], lengths: NDArray[Any]) -> NDArray[Any]:
+    """(P,) the entries of each of P lists, reduced; NaN for an empty list."""
     starts = np.cumsum(lengths) - lengths
-    smallest = np.full(len(lengths), np.nan, dtype=np.float32)
-    smallest[lengths > 0] = np.minimum.reduceat(values, starts[lengths > 0])
-    return smallest
+    reduced = np.full(len(lengths), np.nan, dtype=np.float32)
+    reduced[lengths > 0] = ufunc.reduceat(values, starts[lengths > 0])
+    return reduced
+
+
+def _known_entropy(logprob: NDArray[Any]) -> NDArray[np.float64]:
+    """The least entropy, nats, of a distribution in which one token has some log probability.
+
+    h(p) = -p log p - (1-p) log(1-p): merging the other tokens into one cannot add entropy (Cover
+    and Thomas, Elements of Information Theory, 2006, section 2.2).
+    """
+    known = np.minimum(logprob.astype(np.float64), 0.0)
+    entropy: NDArray[np.float64] = entr(np.exp(known)) + entr(-np.expm1(known))
+    return entropy

@@ -1,0 +1,110 @@
+"""Supervised baselines: how probably is the forced answer right, and a threshold on that.
+
+The strongest of the simple policies: the same features as the head's, learned from the same traces
+by scikit-learn, and calibrated. The models are not stored: they are fitted again from the traces
+that the run learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+
+from agents.baselines import Halts
+from agents.fit import observing_of
+from envs.replay import point_features
+from haltwise import HeadConfig, Observing
+from haltwise.signals import Float
+from traces import Traces
+
+_CALIBRATION_FOLDS = 3
+# With a right answer, and with a wrong one: some in every fold of every fold.
+_MIN_QUESTIONS = 20
+_ESTIMATORS: dict[str, BaseEstimator] = {
+    "logistic": LogisticRegression(C=0.1, max_iter=1000),
+    "boosted_trees": HistGradientBoostingClassifier(early_stopping=False, random_state=0),
+}
+
+#: Their names in every table.
+SUPERVISED = tuple(_ESTIMATORS)
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Halts at the first point whose answer is right with probability `parameter` or more.
+
+    Probabilities are calibrated by isotonic regression on predictions for questions that were
+    kept back (Zadrozny and Elkan, KDD 2002).
+    """
+
+    name: str
+    """One of SUPERVISED."""
+    learned: Traces
+    """Labelled traces to fit on."""
+    fold: Mapping[str, int]
+    """By question id: the fold that keeps it back, so that it is judged by a model that never saw
+    it. A question that is not named is judged by a model of all traces."""
+    config: HeadConfig
+    """Of the head: the same features, under the same conditions."""
+
+    probes = False  # its features are the head's, which fit the head's probing
+
+    def signal(self, traces: Traces) -> NDArray[np.float64] | None:
+        """Probability (P,) that the forced answer is right; None if there is too little to learn.
+
+        Raises:
+            InputError: If the traces lack a signal that the features need.
+        """
+        for right in (True, False):
+            points = self.learned.trace_of_point[self.learned.correct == right]
+            if len(np.unique(self.learned.question_id[points])) < _MIN_QUESTIONS:
+                return None
+        fold = _folds_of(traces, self.fold)
+        own = _folds_of(self.learned, self.fold)
+        signal = np.empty(traces.num_points)
+        for k in np.unique(fold[np.diff(traces.offsets) > 0]):
+            learned = self.learned.select(own != k) if k >= 0 else self.learned
+            observing = observing_of(learned, self.config.observing.groups, self.config.halting)
+            model = self._fit(learned, self._observe(learned, observing))
+            rows = fold == k
+            obs = self._observe(traces.select(rows), observing)
+            signal[rows[traces.trace_of_point]] = model.predict_proba(obs)[:, 1]
+        return signal
+
+    def grid(self, signal: NDArray[np.float64]) -> list[float]:
+        """Up to 200 quantiles of the probabilities, dense near the largest."""
+        levels = 1 - np.logspace(0, -4, 200)
+        quantiles: list[float] = np.unique(np.quantile(signal, levels)).tolist()
+        return quantiles
+
+    def halts(self, signal: NDArray[np.float64], parameter: float) -> Halts:
+        """Probability at least `parameter`."""
+        return signal >= parameter
+
+    def _observe(self, traces: Traces, observing: Observing) -> Float:
+        """Standardised features (P, F)."""
+        max_points = self.config.halting.max_points
+        features = point_features(traces, observing.groups, max_points, observing.projection)
+        return observing.observe(features, 1.0)[:, :-1]
+
+    def _fit(self, traces: Traces, obs: Float) -> ClassifierMixin:
+        """A calibrated model of whether the answer at a point is right."""
+        question = np.unique(traces.question_id, return_inverse=True)[1][traces.trace_of_point]
+        folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, traces.correct, question)
+        model = CalibratedClassifierCV(
+            _ESTIMATORS[self.name], method="isotonic", cv=list(folds), ensemble=False
+        )
+        return model.fit(obs, traces.correct)
+
+
+def _folds_of(traces: Traces, fold: Mapping[str, int]) -> NDArray[np.int64]:
+    """The fold (N,) that keeps each trace's question back, -1 if none does."""
+    return np.array([fold.get(question_id, -1) for question_id in traces.question_id.tolist()])
