@@ -1,6 +1,8 @@
 """haltwise: a small policy that decides when a language model has thought enough."""
 
+from haltwise.certificate import Certificate
 from haltwise.errors import InputError
+from haltwise.explain import Explanation, explain
 from haltwise.features import FEATURE_GROUPS, FeatureState, feature_names
 from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 from haltwise.head import HaltHead, HeadConfig, Observing
@@ -11,7 +13,9 @@ from haltwise.signals import Signals, answer_keys
 __all__ = [
     "FEATURE_GROUPS",
     "MEAN_LOGPROB",
+    "Certificate",
     "DecisionRule",
+    "Explanation",
     "FeatureState",
     "HaltHead",
     "HaltMonitor",
@@ -22,5 +26,6 @@ __all__ = [
     "Projection",
     "Signals",
     "answer_keys",
+    "explain",
     "feature_names",
 ]

@@ -7,6 +7,7 @@ safetensors, and never unpickles anything.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from haltwise.certificate import Certificate
 from haltwise.errors import InputError
 from haltwise.features import FEATURES_VERSION, check_projection, feature_names
 from haltwise.halting import Halting
@@ -128,7 +130,7 @@ class HeadConfig:
     """Digest of the training traces."""
     command: str = ""
     """The command that trained this head."""
-    certificate: dict[str, Any] | None = None
+    certificate: Certificate | None = None
     """What was certified about the head, if anything."""
     format: int = FORMAT
     features_version: int = FEATURES_VERSION
@@ -174,11 +176,14 @@ class HeadConfig:
             key: tuple(value) if isinstance(value, list) else value
             for key, value in data["observing"].items()
         }
-        rest = {k: v for k, v in data.items() if k not in ("observing", "halting", "features")}
+        certificate = data["certificate"]
+        typed = ("observing", "halting", "features", "certificate")
+        rest = {k: v for k, v in data.items() if k not in typed}
         return cls(
             observing=Observing(**observing, projection=projection),
             halting=Halting(**data["halting"]),
             features=tuple(data["features"]),
+            certificate=None if certificate is None else Certificate.from_json(certificate),
             **rest,
         )
 
@@ -193,7 +198,8 @@ class HaltHead:
         weights: w0 (H, F + 1), b0 (H,), w1 (H, H), b1 (H,), w2 (1, H), b2 (1,), float32.
 
     Raises:
-        InputError: If the weights do not fit the config, or are not finite.
+        InputError: If the weights do not fit the config, or are not finite, or if the config's
+            certificate is of another head.
     """
 
     def __init__(self, config: HeadConfig, weights: dict[str, Float]) -> None:
@@ -211,6 +217,20 @@ class HaltHead:
                 raise InputError(f"head tensor {name} has values that are not finite")
         self.config = config
         self.weights = weights
+        if config.certificate is not None and config.certificate.head != self.digest:
+            raise InputError("the certificate is of another head, or of this one before a change")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that its decisions at a price depend on."""
+        observing, projection = asdict(self.config.observing), self.config.observing.projection
+        del observing["projection"]
+        settings = [observing, asdict(self.config.halting), self.config.threshold]
+        tensors = self.weights | ({} if projection is None else vars(projection))
+        content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name in sorted(tensors):
+            content.update(name.encode() + tensors[name].tobytes())
+        return content.hexdigest()
 
     def log_odds(self, features: Float, price: ArrayLike | None = None) -> Float:
         """Log-odds of halting (B,) at features (B, F); NaN features give NaN.

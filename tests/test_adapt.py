@@ -15,7 +15,7 @@ from evaluate import EvaluateConfig
 from evaluate import main as evaluate
 from evaluation.outcome import Outcome
 from evaluation.protocol import load_operating_points, save_operating_points
-from haltwise import FEATURE_GROUPS, HaltHead, InputError, Observing
+from haltwise import FEATURE_GROUPS, Certificate, HaltHead, InputError, Observing
 from tests.projections import some_projection
 from traces import Traces, read_traces, write_shard
 
@@ -29,7 +29,21 @@ STRICT = {"head": 1.0, "stability": 2.0, "confidence": 0.6, "budget": None}
 @pytest.fixture
 def run(run_head: HaltHead, tmp_path: Path) -> Path:
     """A run whose looser points halt at the first answer, and whose stricter ones do not."""
-    certified = replace(run_head.config, certificate={"risk": 0.1})
+    certificate = Certificate(
+        risk="net-em-loss",
+        max_em_drop=0.02,
+        confidence=0.9,
+        price=1.0,
+        saving=0.3,
+        observed_loss=0.0,
+        num_questions=300,
+        num_traces=300,
+        traces="",
+        head=run_head.digest,
+        smallest_em_drop=0.01,
+        command="",
+    )
+    certified = replace(run_head.config, certificate=certificate)
     HaltHead(certified, run_head.weights).save(tmp_path / "run")
     save_operating_points(tmp_path / "run", {0.0: LOOSE, 0.01: STRICT})
     return tmp_path / "run"

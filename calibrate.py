@@ -1,0 +1,254 @@
+"""Certifies a run's head: the most saving price whose exact match loss is bounded.
+
+    python calibrate.py --head RUN --traces FILE_OR_FOLDER --max-em-drop 0.02 --confidence 0.9
+
+Questions that the head learned from are left out. The certificate goes into the run's head.json,
+and the certified price becomes the head's default. It holds for questions like the calibration
+ones, of the same LM, and for one call: what is asked must be settled before, and asking otherwise
+afterwards needs fresh questions. What else is printed is for planning.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from agents.baselines import Head, decisions
+from command import run
+from evaluation.certify import (
+    Measured,
+    certify,
+    certify_segments,
+    fewest_questions,
+    measure,
+    measure_segments,
+    questions_needed,
+    segments_to_test,
+    smallest_drop,
+)
+from evaluation.learned import load_learned
+from evaluation.outcome import sweep
+from haltwise import Certificate, HaltHead, InputError
+from haltwise.certificate import Risk, SegmentCertificate, check_asked
+from traces import Traces, read_traces
+
+# Of the planning table, beside the one that was asked for.
+_DROPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
+
+_LOSS = {
+    "net-em-loss": "exact match lost, net of what halting wins,",
+    "right-to-wrong": "right answers turned wrong",
+}
+
+_TITLES = ("price", "saving %", "observed loss %")
+_NEVER = ("never halt", "", "")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Certify a run's head on questions that it never learned from."""
+
+    head: Path
+    """Run folder, written by train.py; its head.json gets the certificate."""
+    traces: Path
+    """Recorded traces with known answers, a file or a folder."""
+    max_em_drop: float
+    """What may be lost in the mean over questions: 0.02 is two points of exact match."""
+    confidence: float = 0.9
+    """Chance that the certificate is right."""
+    risk: Risk = "net-em-loss"
+    """What a loss is: exact match minus what halting wins, or every right answer turned wrong."""
+    split: str = "all"
+    """Which rows: train, dev, test, or all."""
+
+
+def main(config: CalibrateConfig) -> Certificate:
+    """Certifies, prints what was found, and writes it into the run's head.
+
+    Returns:
+        The certificate; its price is None (never halt) if nothing can be certified.
+
+    Raises:
+        InputError: If the run or the traces cannot be used, or do not fit each other.
+    """
+    check_asked(config.max_em_drop, config.confidence)
+    head = HaltHead.load(config.head)
+    traces = _fresh(config, head)
+    _warn_if_asked_before(config, head, traces)
+    policy = Head(head)
+    signal = policy.signal(traces)
+    by_price = sweep(traces, decisions(policy, signal), head.config.halting.probing)
+    prices, outcomes = sorted(by_price), [by_price[price] for price in sorted(by_price)]
+    pooled = measure(traces, outcomes, config.risk)
+    segments = measure_segments(traces, outcomes, config.risk)
+    certificate = _certificate(config, head, traces, prices, pooled, segments)
+    print(_told(certificate, prices, pooled))
+    price = head.config.default_price if certificate.price is None else certificate.price
+    certified = replace(head.config, certificate=certificate, default_price=price)
+    HaltHead(certified, head.weights).save(config.head)
+    return certificate
+
+
+def _fresh(config: CalibrateConfig, head: HaltHead) -> Traces:
+    """The traces of questions that the head never learned from.
+
+    Raises:
+        InputError: If there are none, or they were recorded under other conditions than the head's.
+    """
+    learned = load_learned(config.head)
+    traces = read_traces(config.traces)
+    head.config.halting.check_recorded(traces.recorder, str(config.traces))
+    if config.split != "all":
+        traces = traces.of_split(config.split)
+    known = learned.among(traces.question_id)
+    dropped = len(np.unique(traces.question_id[known]))
+    if known.all():
+        raise InputError(
+            f"{config.traces}: the head learned from all {dropped} questions, expected others"
+        )
+    if dropped:
+        print(f"Left out {dropped} questions that the head learned from.")
+    return traces.select(~known)
+
+
+def _warn_if_asked_before(config: CalibrateConfig, head: HaltHead, traces: Traces) -> None:
+    earlier = head.config.certificate
+    if earlier is None or earlier.traces != traces.digest:
+        return
+    asked = (config.risk, config.max_em_drop, config.confidence)
+    if asked != (earlier.risk, earlier.max_em_drop, earlier.confidence):
+        print(
+            "These questions have certified this head before, for something else. Whoever chooses "
+            "between certificates of the same questions has neither one's confidence."
+        )
+
+
+def _certificate(
+    config: CalibrateConfig,
+    head: HaltHead,
+    traces: Traces,
+    prices: Sequence[float],
+    pooled: Measured,
+    segments: dict[str, Measured],
+) -> Certificate:
+    delta = 1 - config.confidence
+    found = _found("", pooled, prices, certify(pooled, config.max_em_drop, delta))
+    by_segment = certify_segments(segments, config.max_em_drop, delta)
+    return Certificate(
+        risk=config.risk,
+        max_em_drop=config.max_em_drop,
+        confidence=config.confidence,
+        price=found.price,
+        saving=found.saving,
+        observed_loss=found.observed_loss,
+        num_questions=found.num_questions,
+        num_traces=len(traces),
+        traces=traces.digest,
+        head=head.digest,
+        smallest_em_drop=smallest_drop(pooled, config.max_em_drop, delta),
+        command=shlex.join(sys.argv),
+        segments=tuple(_found(name, segments[name], prices, k) for name, k in by_segment.items()),
+    )
+
+
+def _found(
+    segment: str, measured: Measured, prices: Sequence[float], k: int | None
+) -> SegmentCertificate:
+    num_questions = len(measured.losses)
+    if k is None:
+        return SegmentCertificate(segment, num_questions, None, 0.0, 0.0)
+    loss, saving = float(measured.losses[:, k].mean()), float(measured.savings[k])
+    return SegmentCertificate(segment, num_questions, prices[k], saving, loss)
+
+
+def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -> str:
+    """All that is printed about a certificate."""
+    drop, delta = certificate.max_em_drop, 1 - certificate.confidence
+    lines = [
+        f"{certificate.num_questions} questions, {certificate.num_traces} traces. Asked, with a "
+        f"confidence of {certificate.confidence:.4g}: {_LOSS[certificate.risk]} at most "
+        f"{_points(drop)} in the mean.",
+    ]
+    if certificate.price is None:
+        lines += ["Certified: no price that saves anything. Never halt."]
+    else:
+        lines += [
+            f"Certified: price {certificate.price:.6g}, saving {certificate.saving:.1%}, "
+            f"observed loss {_points(certificate.observed_loss)}."
+        ]
+    lines += [
+        "",
+        "This bounds the mean over all questions, not over those of one segment. For each segment "
+        "by itself,\nall at once with that confidence:",
+        *_table(("segment", "questions", *_TITLES), _segment_rows(certificate)),
+        "",
+        "For planning only: nothing below is certified, and to ask for it takes fresh questions.",
+        *_table(("drop %", *_TITLES), _planned_rows(certificate, prices, pooled)),
+        _smallest(certificate),
+        f"Questions needed for {_points(drop)}: {fewest_questions(drop, delta)} without a single "
+        f"loss; {_needed(certificate, pooled)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _segment_rows(certificate: Certificate) -> list[tuple[str, ...]]:
+    drop, delta = certificate.max_em_drop, 1 - certificate.confidence
+    counts = {entry.segment: entry.num_questions for entry in certificate.segments}
+    tested = segments_to_test(counts, drop, delta)
+    needed = fewest_questions(drop, delta / (len(tested) + 1))
+    rows = []
+    for entry in certificate.segments:
+        cells = _cells(entry.price, entry.saving, entry.observed_loss)
+        if entry.segment not in tested:
+            cells = (*_NEVER[:2], f"too few: {needed - entry.num_questions} more needed")
+        rows.append((entry.segment, str(entry.num_questions), *cells))
+    return rows
+
+
+def _planned_rows(
+    certificate: Certificate, prices: Sequence[float], pooled: Measured
+) -> list[tuple[str, ...]]:
+    rows = []
+    for drop in sorted({*_DROPS, certificate.max_em_drop}):
+        k = certify(pooled, drop, 1 - certificate.confidence)
+        found = _found("", pooled, prices, k)
+        rows.append((f"{100 * drop:.4g}", *_cells(found.price, found.saving, found.observed_loss)))
+    return rows
+
+
+def _cells(price: float | None, saving: float, loss: float) -> tuple[str, ...]:
+    return _NEVER if price is None else (f"{price:.6g}", f"{100 * saving:.1f}", f"{100 * loss:.2f}")
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (titles, *rows)]
+
+
+def _smallest(certificate: Certificate) -> str:
+    if certificate.smallest_em_drop is None:
+        return "No drop would be certified with some saving."
+    return f"Smallest drop with some saving: {_points(certificate.smallest_em_drop)}."
+
+
+def _needed(certificate: Certificate, pooled: Measured) -> str:
+    if certificate.price is not None:
+        return f"with losses as observed, these {certificate.num_questions} were enough"
+    needed = questions_needed(pooled, certificate.max_em_drop, 1 - certificate.confidence)
+    if needed is None:
+        return "if losses stay as observed, no number would do for any saving"
+    return f"if losses stay as observed, about {needed} for some saving in 4 of 5 cases"
+
+
+def _points(share: float) -> str:
+    number = f"{100 * share:.4g}"
+    return f"{number} point" if number == "1" else f"{number} points"
+
+
+if __name__ == "__main__":
+    run(main, CalibrateConfig)

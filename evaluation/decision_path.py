@@ -1,0 +1,234 @@
+"""One trace in plain words: what a policy saw at each point, and what its halting came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.reward import halt_costs, reward
+from evaluation.behaviour import head_features
+from evaluation.outcome import halt_outcome, never_outcome
+from haltwise import Explanation, HaltHead, InputError, explain
+from haltwise.projection import NUM_DIRECTIONS
+from haltwise.signals import Float
+from traces import Traces
+
+#: Of every feature: what a person would say of a higher value than before, and of a lower one.
+#: Features that are said in the same words are told as one.
+PHRASES: dict[str, tuple[str, str]] = {
+    "log_position": ("later in the thought", "early in the thought"),
+    "log_point": ("later in the thought", "early in the thought"),
+    "log_gap": ("a longer step", "a shorter step"),
+    "last_point": ("last chance to halt", "chances left to halt"),
+    "log_points_left": ("more chances left", "fewer chances left"),
+    "confidence_logit": ("surer answer", "less sure answer"),
+    "confidence_max": ("a sure answer was seen", "no sure answer so far"),
+    "confidence_mean": ("surer answers of late", "unsure answers of late"),
+    "confidence_change": ("confidence rose more", "confidence rose less"),
+    "confidence_low": ("surer answer", "less sure answer"),
+    "doubt": ("its weakest word shakier", "its weakest word firmer"),
+    "least_doubt": ("less proven answer", "better proven answer"),
+    "log_probe": ("longer answer", "shorter answer"),
+    "answered": ("there is an answer", "there is no answer"),
+    "log_run": ("repeated more in a row", "repeated less in a row"),
+    "run_share": ("settled for longer", "settled for less long"),
+    "top_share": ("answers agree more", "answers agree less"),
+    "leads": ("its commonest answer", "not its commonest answer"),
+    "log_distinct": ("more answers tried", "fewer answers tried"),
+    "returned": ("back to an old answer", "no old answer is back"),
+    "entropy": ("less certain thinking", "more certain thinking"),
+    "entropy_mean": ("uncertain thinking lately", "certain thinking lately"),
+    "max_entropy": ("a harder choice of word", "no hard choice of word"),
+    "logprob": ("likelier words", "less likely words"),
+    "min_logprob": ("no surprising word", "a surprising word"),
+    "margin": ("clearer choice of words", "closer choice of words"),
+    "margin_mean": ("clear words lately", "unclear words lately"),
+    "end_think": ("nearer its own end", "further from its own end"),
+    "end_think_max": ("was near its own end", "never near its own end"),
+    "end_think_mean": ("near its end lately", "far from its end lately"),
+    "log_reflections": ("more second thoughts", "fewer second thoughts"),
+    "reflections_mean": ("second thoughts lately", "few second thoughts lately"),
+    "log_reflections_all": ("more doubts in all", "fewer doubts in all"),
+} | {
+    f"hidden_{i}": (f"inner state {i} higher", f"inner state {i} lower")
+    for i in range(NUM_DIRECTIONS)
+}
+
+_WIDTH = 110
+_ANSWER_WIDTH = 12
+_NUM_MOVERS = 3
+# Contributions below this are not told, in log-odds: they move P(halt) by 2.5 points at most.
+_SMALL = 0.1
+
+_LEGEND = """\
+One line a decision point, up to the halt:
+  tokens    thought so far
+  answer    if it is halted there, and whether that answer is right
+  sure %    the LM's confidence in that answer
+  halt %    how likely the policy is to halt; it does from {threshold:.0f}
+  worth     exact match that the policy expects of 1,000 more tokens; below the price it halts
+            (< and >: less or more than any price that it was trained for)
+  moved by  what spoke for halting (+) and for going on (-) since the line before, the strongest
+            first; on the first line against an average point
+
+ no   tokens  answer        is     sure %  halt %   worth  moved by"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Path:
+    """A head's decisions on one trace."""
+
+    trace: Traces
+    head: HaltHead
+    price: float
+    features: Float
+    """(P, F)"""
+    halts: NDArray[np.bool_]
+    """(P,) whether it would halt at each point."""
+
+    @property
+    def num_seen(self) -> int:
+        """Points that the policy comes to."""
+        return int(self.halts.argmax()) + 1 if self.halts.any() else self.trace.num_points
+
+    @property
+    def average(self) -> Float:
+        """(F,) of an average point of the training traces."""
+        return np.array(self.head.config.observing.mean, dtype=np.float32)
+
+    def before(self, i: int) -> Float:
+        """(F,) of what the i-th point is compared with: the one before, if there is one."""
+        return self.features[i - 1] if i else self.average
+
+
+def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
+    """What a head does on one trace at a price, in lines of about 110 characters.
+
+    Raises:
+        InputError: If there is not exactly one trace, it lacks a signal that the head needs, or
+            the price is not positive and finite.
+    """
+    if len(trace) != 1:
+        raise InputError(f"found {len(trace)} traces, expected one to tell the decisions of")
+    if not 0 < price < np.inf:
+        raise InputError(f"price is {price}, expected positive and finite")
+    features = head_features(head, trace)
+    path = _Path(trace, head, price, features, head.halts(features, price))
+    blocks = [_heading(path), _points(path), _after(path), _verdict(path)]
+    if not trace.num_points:
+        blocks[1:] = [["It has no decision point: there is nothing to decide."]]
+    return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def _heading(path: _Path) -> list[str]:
+    trace = path.trace
+    segment = f", {trace.segment[0]}" if trace.segment[0] not in ("", trace.task[0]) else ""
+    end = "ends by itself" if trace.finished[0] else "is cut off"
+    return [
+        f"Trace {trace.trace_id[0]}",
+        f"Question {trace.question_id[0]} ({trace.task[0]}{segment}), answered by {trace.model[0]}",
+        f"Never halted, the LM {end} after {trace.num_tokens[0]:,} tokens with a "
+        f"{_right(trace.final_correct[0])} answer.",
+        f"The price is {path.price:.3g} exact match per 1,000 tokens: one right answer is worth "
+        f"{1000 / path.price:,.0f} tokens.",
+    ]
+
+
+def _points(path: _Path) -> list[str]:
+    """A line for each point that the policy comes to, below what its columns mean."""
+    lines = [_LEGEND.format(threshold=100 * path.head.config.threshold)]
+    for i in range(path.num_seen):
+        explanation = explain(path.head, path.features[i], path.price, path.before(i))
+        movers = _movers(explanation, path.features[i] > path.before(i))
+        lines.append(_fill(_columns(path, i, explanation), movers))
+    return lines
+
+
+def _columns(path: _Path, i: int, explanation: Explanation) -> str:
+    """All of the i-th point's line but what moved the policy."""
+    trace = path.trace
+    answer = " ".join(trace.answer[i].split()) or "(none)"
+    if len(answer) > _ANSWER_WIDTH:
+        answer = answer[: _ANSWER_WIDTH - 2] + ".."
+    confidence = trace.confidence[i]
+    sure = "?" if np.isnan(confidence) else f"{100 * confidence:.2f}"
+    lowest, highest = path.head.config.observing.price_range
+    worth = f"{explanation.indifference_price:.3g}"
+    if explanation.indifference_price == 0:
+        worth = f"<{lowest:.2g}"
+    elif np.isinf(explanation.indifference_price):
+        worth = f">{highest:.2g}"
+    return (
+        f"{i + 1:3}  {trace.position[i]:7,}  {answer:{_ANSWER_WIDTH}}  "
+        f"{_right(trace.correct[i])}  {sure:>6}  {100 * explanation.prob_halt:6.1f}  {worth:>6}  "
+    )
+
+
+def _movers(explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
+    """What moved the policy most, in words; higher (F,): which features are above the reference."""
+    moved: dict[str, float] = {}
+    for i, name in enumerate(explanation.names):
+        phrase = PHRASES[name][0 if higher[i] else 1]
+        moved[phrase] = moved.get(phrase, 0.0) + float(explanation.contributions[i])
+    strongest = sorted(moved, key=lambda phrase: -abs(moved[phrase]))[:_NUM_MOVERS]
+    return [
+        f"{'+' if moved[phrase] > 0 else '-'} {phrase}"
+        for phrase in strongest
+        if abs(moved[phrase]) >= _SMALL
+    ]
+
+
+def _fill(start: str, movers: list[str]) -> str:
+    """A line that ends with as many movers as fit; one always does."""
+    while len(start + ", ".join(movers)) > _WIDTH:
+        movers = movers[:-1]
+    return start + (", ".join(movers) or "little")
+
+
+def _after(path: _Path) -> list[str]:
+    """Where it is halted and why, and what other points would have come to."""
+    num_points, num_seen = path.trace.num_points, path.num_seen
+    if not path.halts.any():
+        return ["It is not halted.", _passed(path, "Points", range(num_points))]
+    at = path.features[num_seen - 1]
+    movers = _movers(explain(path.head, at, path.price), at > path.average)
+    return [
+        f"It is halted at point {num_seen} of {num_points} with a "
+        f"{_right(path.trace.correct[num_seen - 1])} answer.",
+        _fill("What weighed most, against an average point: ", movers),
+        _passed(path, "Points before", range(num_seen - 1)),
+        _passed(path, "Points after", range(num_seen, num_points)),
+    ]
+
+
+def _passed(path: _Path, name: str, points: range) -> str:
+    """How many of some points that it was not halted at are right, and what the first costs."""
+    right = [i for i in points if path.trace.correct[i]]
+    line = f"{name}: {len(points)}, with a right answer: {len(right)}"
+    if right:
+        costs = halt_costs(path.trace, path.head.config.halting.probing)
+        line += f"; the first, point {right[0] + 1}, would have cost {costs[right[0]]:,} tokens"
+    return line + "."
+
+
+def _verdict(path: _Path) -> list[str]:
+    """What the policy came to, against no policy."""
+    trace, probing = path.trace, path.head.config.halting.probing
+    outcome, never = halt_outcome(trace, path.halts, probing), never_outcome(trace)
+    cost, num_tokens = int(outcome.cost[0]), int(trace.num_tokens[0])
+    thought = int(trace.position[path.num_seen - 1]) if outcome.halted[0] else num_tokens
+    returns = [float(reward(o.em, o.cost, path.price)[0]) for o in (outcome, never)]
+    change = f"{abs(1 - cost / num_tokens):.1%} {'saved' if cost <= num_tokens else 'more'}"
+    return [
+        f"Tokens:       {cost:7,} instead of {num_tokens:,}: {change}, "
+        f"with {cost - thought:,} spent on forced answers",
+        f"Exact match:  {int(outcome.em[0]):7} instead of {int(never.em[0])}",
+        f"Return:       {returns[0]:7.3f} instead of {returns[1]:.3f} "
+        "(exact match - price * tokens / 1,000)",
+    ]
+
+
+def _right(is_right: bool) -> str:
+    return "right" if is_right else "wrong"

@@ -1,0 +1,170 @@
+"""Certifying a run's head, through the script's own `main`.
+
+The head halts at a run of 1, 2 or 4 equal answers: in the worked example, whose forced answers are
+3, 7, 7 and whose gold is 7, at the wrong first one, at the right third one, or never.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import calibrate
+from calibrate import CalibrateConfig
+from evaluation.certify import fewest_questions
+from evaluation.learned import Learned, save_learned
+from haltwise import HaltHead, InputError
+from traces import read_traces, write_shard
+
+Row = dict[str, Any]
+
+# Price where the head halts at 2 and at 1 equal answers: log1p(run) - log1p(1.5) + log10(p) / 2.
+TWICE, ONCE = 0.4325, 2.795
+SAVING = 1 - 433 / 600
+
+
+def row(n: int, make_row: Callable[..., Row], **changes: Any) -> Row:
+    return make_row(**{"trace_id": f"t{n}", "question_id": f"q{n}"} | changes)
+
+
+@pytest.fixture
+def config(run_head: HaltHead, make_row: Callable[..., Row], tmp_path: Path) -> CalibrateConfig:
+    """300 questions, of which the head learned from 20; 70 of the others are of a segment."""
+    run_head.save(tmp_path / "run")
+    learned = Learned(frozenset(f"q{n}" for n in range(20)))
+    save_learned(tmp_path / "run", learned)
+    rows = [row(n, make_row, segment="easy" if n < 90 else None) for n in range(300)]
+    # All that the head learned from ends right, and is wrong where it is halted.
+    wrong = [row(n, make_row, answer=["3"] * 3, correct=[False] * 3) for n in range(20)]
+    write_shard(tmp_path / "traces.parquet", wrong + rows[20:], {})
+    return CalibrateConfig(tmp_path / "run", tmp_path / "traces.parquet", max_em_drop=0.05)
+
+
+def test_the_most_saving_price_without_too_much_loss_is_certified(config: CalibrateConfig) -> None:
+    certificate = calibrate.main(config)
+    assert certificate.price is not None
+    assert TWICE < certificate.price < ONCE
+    assert certificate.saving == pytest.approx(SAVING)
+    assert certificate.observed_loss == 0
+    assert (certificate.num_questions, certificate.num_traces) == (280, 280)
+    assert certificate.smallest_em_drop is not None
+    assert fewest_questions(certificate.smallest_em_drop, 0.1) <= 280
+    assert fewest_questions(certificate.smallest_em_drop - 1e-4, 0.1) > 280
+    head = HaltHead.load(config.head)
+    assert head.config.certificate == certificate
+    assert head.config.default_price == certificate.price
+
+
+def test_each_segment_has_its_own_certificate(config: CalibrateConfig) -> None:
+    easy, toy = calibrate.main(config).segments
+    assert (easy.segment, easy.num_questions) == ("easy", 70)
+    assert (toy.segment, toy.num_questions) == ("toy", 210)  # the task where there is no segment
+    assert easy.price == toy.price is not None
+    # At half of the error 2 points take 149 questions.
+    easy, toy = calibrate.main(replace(config, max_em_drop=0.02)).segments
+    assert easy.price is None and easy.saving == 0
+    assert toy.price is not None and toy.saving == pytest.approx(SAVING)
+
+
+def test_nothing_certifiable_is_to_never_halt(
+    config: CalibrateConfig, make_row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [row(n, make_row, answer=["3"] * 3, correct=[False] * 3) for n in range(20, 320)]
+    write_shard(config.traces, rows, {})
+    certificate = calibrate.main(config)
+    assert certificate.price is certificate.smallest_em_drop is None
+    assert (certificate.saving, certificate.observed_loss) == (0, 0)
+    assert json.loads((config.head / "head.json").read_text())["certificate"]["price"] is None
+    assert HaltHead.load(config.head).config.default_price == 1.0  # as it was
+    told = capsys.readouterr().out
+    assert "Never halt." in told
+    assert "No drop would be certified with some saving." in told
+    assert "45 without a single loss; if losses stay as observed, no number would do" in told
+
+
+def test_too_few_questions_are_told_how_many_it_takes(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate.main(replace(config, max_em_drop=0.005)).price is None
+    told = capsys.readouterr().out
+    assert "Left out 20 questions" in told
+    assert "Questions needed for 0.5 points: 460 without a single loss; " in told
+    # 4.508 (0.005 - 0.005^2) / 0.005^2 = 897.
+    assert "if losses stay as observed, about 898 for some saving in 4 of 5 cases." in told
+    assert "too few: 390 more needed" in told and "too few: 250 more needed" in told
+
+
+def test_what_is_printed(config: CalibrateConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    certificate = calibrate.main(config)
+    told = capsys.readouterr().out
+    assert f"Certified: price {certificate.price:.6g}, saving 27.8%, observed loss 0 points" in told
+    assert "not over those of one segment" in told
+    assert "nothing below is certified" in told
+    planned = [line.split() for line in told[told.index("drop %") :].splitlines()]
+    assert planned[1] == ["0.5", "never", "halt"]
+    assert planned[2] == ["1", f"{certificate.price:.6g}", "27.8", "0.00"]
+    assert "Smallest drop with some saving: 0.82 points" in told
+    assert "45 without a single loss; with losses as observed, these 280 were enough" in told
+
+
+def test_the_two_risks_differ_by_what_halting_wins(
+    config: CalibrateConfig, make_row: Callable[..., Row]
+) -> None:
+    """A third of the questions turns wrong at the second point, another third turns right."""
+    kinds: list[Row] = [{}, {"correct": [False] * 3}, {"final_correct": False}]
+    rows = [row(n, make_row, **kinds[n % 3]) for n in range(20, 320)]
+    write_shard(config.traces, rows, {})
+    net = calibrate.main(replace(config, max_em_drop=0.3))
+    assert net.price is not None and net.observed_loss == pytest.approx(0, abs=1e-12)
+    assert calibrate.main(replace(config, max_em_drop=0.3, risk="right-to-wrong")).price is None
+    lost = calibrate.main(replace(config, max_em_drop=0.5, risk="right-to-wrong"))
+    assert lost.price is not None and lost.observed_loss == pytest.approx(1 / 3)
+
+
+def test_asking_the_same_questions_again_is_pointed_out(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate.main(config)
+    calibrate.main(config)
+    assert "before" not in capsys.readouterr().out
+    calibrate.main(replace(config, max_em_drop=0.06))
+    assert "These questions have certified this head before" in capsys.readouterr().out
+
+
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(
+    config: CalibrateConfig, make_row: Callable[..., Row], tmp_path: Path
+) -> None:
+    other, learned = tmp_path / "other.parquet", tmp_path / "learned.parquet"
+    write_shard(other, [row(50, make_row)], {"decision_rule": "every 60 tokens"})
+    write_shard(learned, [row(n, make_row) for n in range(5)], {})
+    bare = tmp_path / "bare"
+    HaltHead.load(config.head).save(bare)
+    before = (config.head / "head.json").read_bytes()
+    changes: list[tuple[Row, str]] = [
+        ({"max_em_drop": 0.0}, "drop in exact match is 0.0, expected between 0 and 1"),
+        ({"max_em_drop": float("nan")}, "drop in exact match is nan"),
+        ({"confidence": 1.0}, "confidence is 1.0, expected between 0 and 1"),
+        ({"split": "nope"}, "no trace has split 'nope': found 'test'"),
+        ({"traces": other}, "decision_rule is 'every 60 tokens', the head expects"),
+        ({"traces": learned}, "learned from all 5 questions, expected others"),
+        ({"traces": tmp_path / "no.parquet"}, "no.parquet"),
+        ({"head": tmp_path / "nowhere"}, r"no head\.json in .*nowhere"),
+        ({"head": bare}, r"no questions\.json in .*bare"),
+    ]
+    for change, told in changes:
+        with pytest.raises(InputError, match=told):
+            calibrate.main(replace(config, **change))
+    assert (config.head / "head.json").read_bytes() == before
+
+
+def test_a_split_is_certified_by_its_own_questions(
+    config: CalibrateConfig, make_row: Callable[..., Row]
+) -> None:
+    rows = [row(n, make_row, split="dev" if n < 120 else "train") for n in range(20, 320)]
+    write_shard(config.traces, rows, {})
+    certificate = calibrate.main(replace(config, split="dev"))
+    assert certificate.num_questions == 100
+    assert certificate.traces == read_traces(config.traces).of_split("dev").digest

@@ -1,0 +1,99 @@
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from evaluation.decision_path import PHRASES, decision_path
+from haltwise import FEATURE_GROUPS, HaltHead, InputError, feature_names
+from tests.heads import random_head
+from traces import Traces
+
+MakeTraces = Callable[..., Traces]
+
+
+def test_every_feature_has_words() -> None:
+    assert set(PHRASES) == set(feature_names(FEATURE_GROUPS))
+    assert all(higher != lower for higher, lower in PHRASES.values())
+
+
+def test_the_worked_example_in_words(worked_example: Traces, run_head: HaltHead) -> None:
+    """It halts at the second "7", where it would at any price above 0.432."""
+    text = decision_path(worked_example, run_head, 0.5)
+    heading, legend, points, after, verdict = text.split("\n\n")
+    assert "how likely the policy is to halt; it does from 50" in legend
+    assert heading.splitlines() == [
+        "Trace t0",
+        "Question q0 (toy, easy), answered by lm",
+        "Never halted, the LM ends by itself after 600 tokens with a right answer.",
+        "The price is 0.5 exact match per 1,000 tokens: one right answer is worth 2,000 tokens.",
+    ]
+    assert points.splitlines()[1:] == [
+        "  1      100  3             wrong   50.00    41.5    2.79  - repeated less in a row",
+        "  2      250  7             right   75.00    41.5    2.79  little",
+        "  3      400  7             right   96.88    50.8   0.432  + repeated more in a row",
+    ]
+    assert after.splitlines() == [
+        "It is halted at point 3 of 3 with a right answer.",
+        "What weighed most, against an average point: + repeated more in a row",
+        "Points before: 2, with a right answer: 1; the first, point 2, would have cost 272 tokens.",
+        "Points after: 0, with a right answer: 0.",
+    ]
+    assert verdict.splitlines() == [
+        "Tokens:           433 instead of 600: 27.8% saved, with 33 spent on forced answers",
+        "Exact match:        1 instead of 1",
+        "Return:         0.783 instead of 0.700 (exact match - price * tokens / 1,000)",
+    ]
+
+
+def test_a_trace_that_is_not_halted(make_traces: MakeTraces, run_head: HaltHead) -> None:
+    answers = ["", " a\nlong answer ", "b"]
+    trace = make_traces([{"answer": answers, "correct": [False] * 3, "finished": False}])
+    text = decision_path(trace, run_head, 0.2)
+    assert "the LM is cut off after 600 tokens" in text
+    assert [line[14:26] for line in text.splitlines()[-10:-7]] == [
+        "(none)      ",
+        "a long ans..",
+        "b           ",
+    ]
+    assert "\nIt is not halted.\nPoints: 3, with a right answer: 0.\n" in text
+    assert "633 instead of 600: 5.5% more, with 33 spent on forced answers" in text
+
+
+def test_prices_beyond_those_trained_for_are_not_told(
+    make_traces: MakeTraces, run_head: HaltHead
+) -> None:
+    text = decision_path(make_traces([{"answer": ["", "7", "7"]}]), run_head, 0.15)
+    assert "   >10  - " in text  # no answer
+    assert "  <0.1  + " in decision_path(
+        make_traces([{"answer": ["7"] * 3, "confidence": [np.nan] * 3}]),
+        HaltHead(run_head.config, run_head.weights | {"b2": np.full(1, 0.5, dtype=np.float32)}),
+        0.1,
+    )
+
+
+def test_lines_stay_short_and_say_nothing_twice(random_traces: Traces) -> None:
+    groups = ("pace", *tuple(FEATURE_GROUPS)[2:-1])
+    head = random_head(3, groups)
+    for n in range(len(random_traces)):
+        lines = decision_path(random_traces.select(np.array([n])), head, 1.0).splitlines()
+        assert max(map(len, lines)) <= 110
+        for line in lines:
+            words = re.split(r" [+-] ", line.replace(",", ""))
+            assert len(words) == len(set(words))
+
+
+def test_a_trace_without_points_has_nothing_to_decide(
+    random_traces: Traces, run_head: HaltHead
+) -> None:
+    empty = random_traces.select(np.flatnonzero(np.diff(random_traces.offsets) == 0)[:1])
+    assert decision_path(empty, run_head, 1.0).endswith(
+        "\n\nIt has no decision point: there is nothing to decide."
+    )
+
+
+def test_it_is_told_of_one_trace_at_a_price(random_traces: Traces, run_head: HaltHead) -> None:
+    with pytest.raises(InputError, match="found 60 traces, expected one"):
+        decision_path(random_traces, run_head, 1.0)
+    with pytest.raises(InputError, match=r"price is 0\.0"):
+        decision_path(random_traces.select(np.array([0])), run_head, 0.0)
