@@ -23,10 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from agents.baselines import BASELINES, Head, decisions, signal_under
+from agents.kept_back import kept_back_folder, load_kept_back
 from command import run, write_json
 from envs.replay import point_features
 from evaluate import compare
 from evaluation.intervals import interval, resample
+from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome, saving, sweep
 from evaluation.protocol import Points, load_operating_points, save_operating_points
 from evaluation.table import format_table
@@ -66,14 +68,23 @@ def main(config: AdaptConfig) -> Path:
     """
     if config.run_dir.exists():
         raise InputError(f"{config.run_dir} exists: expected a new folder")
-    source, gates = HaltHead.load(config.head), load_operating_points(config.head)
+    source, gates = HaltHead.load(config.head), _transferable(load_operating_points(config.head))
+    learned = load_learned(config.head)
+    kept_back = load_kept_back(config.head, learned.folds)
     path = config.traces.resolve()
     traces = _read(path, source)
     head = adapt(source, traces)
     if config.labelled:
         gates = tighten_points(head, traces, gates)
         head = _at_strictest(head, gates)
-        print(format_table(compare(traces, "labelled", head, gates)[1]))
+        policies = {policy.name: [policy] for policy in (Head(head), *BASELINES)}
+        probing = head.config.halting.probing
+        print(format_table(compare(traces, "labelled", policies, gates, probing)[1]))
+    config.run_dir.mkdir(parents=True)
+    for (seed, k), judge in kept_back.items():
+        adapt(judge, traces).save(kept_back_folder(config.run_dir, seed, k))
+    questions = learned.questions | set(traces.question_id.tolist())
+    save_learned(config.run_dir, Learned(questions, learned.folds))
     _write(config, path, head, gates)
     print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
@@ -104,6 +115,15 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         certificate=None,
     )
     return HaltHead(adapted, head.weights)
+
+
+def _transferable(gates: Gates) -> Gates:
+    """The points of the policies that are not fitted to the traces of one LM."""
+    names = {"head", *(policy.name for policy in BASELINES)}
+    return {
+        gate: {name: point for name, point in points.items() if name in names}
+        for gate, points in gates.items()
+    }
 
 
 def tighten_points(head: HaltHead, traces: Traces, gates: Gates) -> Gates:
@@ -186,8 +206,7 @@ def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
 
 
 def _write(config: AdaptConfig, traces: Path, head: HaltHead, gates: Gates) -> None:
-    """Writes the run folder; the head last, since a folder with a head is a whole run."""
-    config.run_dir.mkdir(parents=True)
+    """Completes the run folder; the head last, since a folder with a head is a whole run."""
     settings = json.loads(json.dumps(asdict(config), default=str))
     write_json(
         config.run_dir / "config.json",

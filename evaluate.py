@@ -1,12 +1,15 @@
 """Exact match against tokens: a run's head, the baselines, and what hindsight could do.
 
-python evaluate.py --head checkpoints/RUN --traces FILE_OR_FOLDER --json out.json --plot out.png
+python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
+python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,31 +21,38 @@ from agents.baselines import (
     Head,
     Policy,
     Signal,
-    decisions,
     hindsight,
     hindsight_give_up,
     signal_under,
 )
+from agents.kept_back import load_judges
+from agents.supervised import SUPERVISED, Supervised
 from command import run, write_json
-from evaluation.frozen import frozen_rows
+from evaluation.behaviour import behaviour
+from evaluation.decision_path import decision_path
+from evaluation.frozen import AtPoint, report_rows, strongest
+from evaluation.groups import group_rows
+from evaluation.learned import Learned, load_learned
 from evaluation.live import run_beside
 from evaluation.outcome import (
     Outcome,
     Row,
+    average,
     halt_outcome,
     never_outcome,
-    outcome_row,
-    sweep,
-    unavailable_row,
 )
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, load_operating_points
+from evaluation.report import log_to_tensorboard, write_report
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing
 from lms.language_model import LanguageModel
 from lms.tasks import SPLITS, questions
 from traces import Traces, read_traces
+
+#: By name: a policy, or several trainings of one, whose outcomes are averaged.
+Policies = Mapping[str, Sequence[Policy]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +64,16 @@ class EvaluateConfig:
     traces: Path | None = None
     """Trace file, or folder of *.parquet shards. Default: what the run was trained from."""
     split: str = "test"
-    """Which rows: train, dev, test, or all."""
+    """Which rows: train, dev, test, or all. Questions that the run learned from are judged by the
+    heads of its folds that never saw them."""
     json: Path | None = None
-    """Write every row as JSON here."""
+    """Write everything that was found as JSON here."""
+    report: Path | None = None
+    """Write a page for people here, an HTML file, and its figures into the run's tensorboard/."""
     plot: Path | None = None
     """Draw exact match against tokens here, a PNG file."""
+    explain: str | None = None
+    """Print the decision path of this trace in plain words instead of comparing."""
     live: bool = False
     """Also run the head beside the LM, on the questions of these traces."""
 
@@ -67,8 +82,11 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluates, prints the table, and writes the files asked for.
 
     Returns:
-        The JSON object: head; traces (path, digest and number of those evaluated); rows (every
-        policy over its grid); frozen (every policy at the run's points, with intervals).
+        The JSON object. head and command; traces (path, digest, numbers); split; judged (how the
+        head's rows came about) and evidence (whether they are any); rows (every policy over its
+        grid); frozen (every policy at the run's points, with intervals); strongest (the best
+        baseline by gate); groups; behaviour (of the head by gate); certificate. Empty with
+        --explain.
 
     Raises:
         InputError: If the run or the traces cannot be used, or do not fit each other, or a file
@@ -76,79 +94,124 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     """
     _check_outputs(config)
     head, gates = HaltHead.load(config.head), load_operating_points(config.head)
+    learned = load_learned(config.head)
+    judges = load_judges(config.head, learned.folds)
     path = config.traces or Path(_run_config(config.head)["traces"])
-    traces = read_traces(path)
-    head.config.halting.check_recorded(traces.recorder, str(path))
-    learned = np.isin(traces.split, ["train", "dev"])
-    if config.split != "test" and traces.select(learned).digest == head.config.traces:
-        print("The head was trained on these train and dev questions: its rows are not evidence.")
-    if config.split != "all":
-        traces = traces.of_split(config.split)
-    rows, frozen = compare(traces, config.split, head, gates)
+    everything = read_traces(path)
+    head.config.halting.check_recorded(everything.recorder, str(path))
+    if config.explain is not None:
+        print(_explained(everything, config.explain, judges[0]))
+        return {}
+    traces = everything if config.split == "all" else everything.of_split(config.split)
+    models = _supervised(config.head, head, learned, gates)
+    policies: Policies = {
+        "head": judges,
+        **{policy.name: [policy] for policy in BASELINES},
+        **models,
+    }
+    probing = head.config.halting.probing
+    rows, frozen, outcomes = compare(traces, config.split, policies, gates, probing)
+    judged, evidence = _judged(traces, learned)
     report: dict[str, Any] = {
         "head": str(config.head),
-        "traces": {"path": str(path), "digest": traces.digest, "num": len(traces)},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "traces": {
+            "path": str(path),
+            "digest": traces.digest,
+            "num": len(traces),
+            "num_questions": len(np.unique(traces.question_id)),
+        },
+        "split": config.split,
+        "judged": judged,
+        "evidence": evidence,
         "rows": rows,
         "frozen": frozen,
+        "strongest": {str(gate): strongest(frozen, gate) for gate in gates},
+        "groups": [row for gate in gates for row in group_rows(traces, outcomes[gate], gate)],
+        "behaviour": _behaviour(traces, judges, gates),
+        "certificate": None if head.config.certificate is None else asdict(head.config.certificate),
     }
-    print(format_table(frozen))
+    print(f"{judged}\n\n{format_table(frozen)}")
     if config.live:
         report["live"] = _live(config, head, traces, gates)
-    if config.plot is not None:
-        plot_frontiers(rows, frozen, config.plot)
-    if config.json is not None:
-        write_json(config.json, report)
+    _write(config, report)
     return report
 
 
 def compare(
-    traces: Traces, split: str, head: HaltHead, gates: Mapping[float, Points]
-) -> tuple[list[Row], list[Row]]:
+    traces: Traces,
+    split: str,
+    policies: Policies,
+    gates: Mapping[float, Points],
+    probing: Probing,
+) -> tuple[list[Row], list[Row], dict[float, dict[str, Outcome]]]:
     """All policies on some traces, probed as the head needs it.
 
     Args:
         traces: What to evaluate on; nothing is tuned on it.
         split: Its name.
-        head: The head.
+        policies: "head" among them. One without a training is not available.
         gates: Frozen points by gate. A baseline they do not name is not available.
+        probing: See `haltwise.Halting`.
 
     Returns:
-        Rows over every policy's grid, and frozen rows.
+        Rows over every policy's grid; frozen rows; outcomes at the points by gate and policy.
 
     Raises:
         InputError: If the points name an unknown policy, or the head's signals are missing.
     """
-    probing = head.config.halting.probing
-    policies: dict[str, Policy] = {policy.name: policy for policy in (Head(head), *BASELINES)}
     unknown = sorted({name for points in gates.values() for name in points} - set(policies))
     if unknown:
         raise InputError(f"operating points of unknown policies {unknown}: know {list(policies)}")
-    signals = {name: signal_under(policy, traces, probing) for name, policy in policies.items()}
     rules = parameter_free(traces, probing)
-    sweeps = {
-        name: _sweep_rows(traces, split, policy, signals[name], probing)
-        for name, policy in policies.items()
-    }
-    frozen = []
-    for gate, points in gates.items():
-        outcomes: dict[str, Outcome | None] = {
-            name: _at_point(traces, policy, signals[name], points, probing)
-            for name, policy in policies.items()
+    played = {name: _Played.of(each, traces, probing) for name, each in policies.items()}
+    at_points = {
+        gate: {
+            name: AtPoint(points[name], of.outcome(points[name]))
+            for name, of in played.items()
+            if of is not None and name in points
         }
-        frozen += frozen_rows(traces, split, gate, points, outcomes | rules, sweeps)
-    rows = [outcome_row(traces, outcome, name, None, split) for name, outcome in rules.items()]
-    return rows + [row for swept in sweeps.values() for row in swept], frozen
+        for gate, points in gates.items()
+    }
+    sweeps = {name: None if of is None else of.sweep() for name, of in played.items()}
+    rows, frozen = report_rows(traces, split, sweeps, at_points, rules)
+    outcomes = {
+        gate: {name: at.outcome for name, at in points.items()}
+        for gate, points in at_points.items()
+    }
+    return rows, frozen, outcomes
 
 
-def _check_outputs(config: EvaluateConfig) -> None:
-    """Finds before the work what would fail after it."""
-    if config.plot is not None and config.plot.suffix != ".png":
-        raise InputError(f"--plot {config.plot}: expected a name that ends in .png")
-    for path in (config.json, config.plot):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
-        if path is not None and path.is_dir():
-            raise InputError(f"{path} is a folder, expected the name of a file")
+@dataclass(frozen=True)
+class _Played:
+    """A policy, or several trainings of one, on some traces."""
+
+    traces: Traces
+    probing: Probing
+    policies: Sequence[Policy]
+    signals: Sequence[Signal]
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy], traces: Traces, probing: Probing) -> _Played | None:
+        """None if the policy is not available."""
+        signals = [signal_under(policy, traces, probing) for policy in policies]
+        known = [signal for signal in signals if signal is not None]
+        return cls(traces, probing, policies, known) if known else None
+
+    def outcome(self, parameter: float | None) -> Outcome:
+        """At one parameter, the mean over the trainings; None is never halting."""
+        if parameter is None:
+            return never_outcome(self.traces)
+        outcomes = [
+            halt_outcome(self.traces, policy.halts(signal, parameter), self.probing)
+            for policy, signal in zip(self.policies, self.signals, strict=True)
+        ]
+        return outcomes[0] if len(outcomes) == 1 else average(outcomes)
+
+    def sweep(self) -> dict[float, Outcome]:
+        """Over the grid of the first training."""
+        grid = self.policies[0].grid(self.signals[0])
+        return {parameter: self.outcome(parameter) for parameter in grid}
 
 
 def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
@@ -160,26 +223,96 @@ def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
     }
 
 
-def _sweep_rows(
-    traces: Traces, split: str, policy: Policy, signal: Signal | None, probing: Probing
-) -> list[Row]:
-    if signal is None:
-        return [unavailable_row(policy.name, split)]
-    outcomes = sweep(traces, decisions(policy, signal), probing)
-    return [
-        outcome_row(traces, outcome, policy.name, at, split) for at, outcome in outcomes.items()
-    ]
+def _check_outputs(config: EvaluateConfig) -> None:
+    """Finds before the work what would fail after it."""
+    for name, path, suffix in (("plot", config.plot, ".png"), ("report", config.report, ".html")):
+        if path is not None and path.suffix != suffix:
+            raise InputError(f"--{name} {path}: expected a name that ends in {suffix}")
+    for path in (config.json, config.report, config.plot):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
+        if path is not None and path.is_dir():
+            raise InputError(f"{path} is a folder, expected the name of a file")
 
 
-def _at_point(
-    traces: Traces, policy: Policy, signal: Signal | None, points: Points, probing: Probing
-) -> Outcome | None:
-    if signal is None or policy.name not in points:
-        return None
-    parameter = points[policy.name]
-    if parameter is None:
-        return never_outcome(traces)
-    return halt_outcome(traces, policy.halts(signal, parameter), probing)
+def _supervised(
+    run_folder: Path, head: HaltHead, learned: Learned, gates: Mapping[float, Points]
+) -> dict[str, list[Supervised]]:
+    """The supervised baselines that the points name, fitted again from what the run learned from.
+
+    Returns:
+        By name; nothing to play for it if those traces are not there any more.
+    """
+    names = [name for name in SUPERVISED if any(name in points for points in gates.values())]
+    if not names:
+        return {}
+    try:
+        traces = read_traces(Path(_run_config(run_folder)["traces"]))
+    except InputError as error:
+        print(f"{', '.join(names)}: not available, the run's own traces cannot be read ({error})")
+        return {name: [] for name in names}
+    own = traces.select(learned.among(traces.question_id))
+    if own.digest != head.config.traces:
+        print(f"{', '.join(names)}: not available, the run's own traces have changed")
+        return {name: [] for name in names}
+    kept_back = next(iter(learned.folds.values()), {})
+    return {name: [Supervised(name, own, kept_back, head.config)] for name in names}
+
+
+def _judged(traces: Traces, learned: Learned) -> tuple[str, bool]:
+    """How the rows of what is trained came about, and whether they are evidence."""
+    known = np.unique(traces.question_id[learned.among(traces.question_id)])
+    num = len(np.unique(traces.question_id))
+    if not len(known):
+        return f"None of the {num} questions was learned from.", True
+    some = f"{len(known)} of the {num} questions were learned from"
+    if learned.folds and all(fold.keys() >= set(known.tolist()) for fold in learned.folds.values()):
+        trainings = f"{len(learned.folds)} training{'s' * (len(learned.folds) > 1)}"
+        return f"{some}; those are judged out of fold, by what never saw them ({trainings}).", True
+    return f"{some}: the rows of the head, and of what else is trained, are not evidence.", False
+
+
+def _behaviour(
+    traces: Traces, judges: Sequence[Head], gates: Mapping[float, Points]
+) -> list[dict[str, Any]]:
+    """What the head does inside the thoughts, at each gate where it halts."""
+    signals = [judge.signal(traces) for judge in judges]
+    found = []
+    for gate, points in gates.items():
+        price = points["head"]
+        if price is not None:
+            log_odds = [
+                judge.log_odds(signal, price) for judge, signal in zip(judges, signals, strict=True)
+            ]
+            of_head = behaviour(traces, log_odds, judges[0].judge, price, judges[0].head.config)
+            found.append({"gate": gate} | of_head)
+    return found
+
+
+def _explained(traces: Traces, trace_id: str, judge: Head) -> str:
+    """The decision path of one trace, at the head's own price.
+
+    Raises:
+        InputError: If there is no such trace.
+    """
+    rows = np.flatnonzero(traces.trace_id == trace_id)
+    if not len(rows):
+        raise InputError(
+            f"no trace {trace_id!r} among these {len(traces)}, the first is {traces.trace_id[0]!r}"
+        )
+    head = judge.judge(str(traces.question_id[rows[0]]))
+    return decision_path(traces.select(rows), head, judge.head.config.default_price)
+
+
+def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:
+    """Writes the files asked for."""
+    if config.plot is not None:
+        plot_frontiers(report["rows"], report["frozen"], config.plot)
+    if config.report is not None:
+        write_report(report, config.report)
+        log_to_tensorboard(report, config.head / "tensorboard" / f"report-{config.split}")
+    if config.json is not None:
+        write_json(config.json, report)
 
 
 def _live(

@@ -13,14 +13,21 @@ from haltwise import HaltHead
 #: By seed and question id, the fold that kept the question back.
 Folds = Mapping[int, Mapping[str, int]]
 
-_FOLDER = "kept_back"
-
 
 def save_kept_back(run: Path, cache: Path, folds: Folds, checkpoint: int) -> None:
     """Copies the folds' heads at one of CHECKPOINTS from `out_of_fold`'s cache into a run."""
     for seed, k in _each(folds):
         source = fold_folder(cache, seed, k) / str(checkpoint)
-        shutil.copytree(source, _folder(run, seed, k), dirs_exist_ok=True)
+        shutil.copytree(source, kept_back_folder(run, seed, k), dirs_exist_ok=True)
+
+
+def load_kept_back(run: Path, folds: Folds) -> dict[tuple[int, int], HaltHead]:
+    """The heads of a run's folds, by seed and fold.
+
+    Raises:
+        InputError: If one is missing or damaged.
+    """
+    return {at: HaltHead.load(kept_back_folder(run, *at)) for at in _each(folds)}
 
 
 def load_judges(run: Path, folds: Folds) -> list[Head]:
@@ -32,18 +39,18 @@ def load_judges(run: Path, folds: Folds) -> list[Head]:
     Raises:
         InputError: If a head is missing or damaged.
     """
-    head = HaltHead.load(run)
-    by_fold = {(seed, k): HaltHead.load(_folder(run, seed, k)) for seed, k in _each(folds)}
+    head, kept_back = HaltHead.load(run), load_kept_back(run, folds)
     judges = [
-        Head(head, {question: by_fold[seed, k] for question, k in fold.items()})
+        Head(head, {question: kept_back[seed, k] for question, k in fold.items()})
         for seed, fold in folds.items()
     ]
     return judges or [Head(head)]
 
 
+def kept_back_folder(run: Path, seed: int, k: int) -> Path:
+    """Where the head of a fold is."""
+    return run / "kept_back" / f"{seed}-{k}"
+
+
 def _each(folds: Folds) -> list[tuple[int, int]]:
     return [(seed, k) for seed, fold in folds.items() for k in sorted(set(fold.values()))]
-
-
-def _folder(run: Path, seed: int, k: int) -> Path:
-    return run / _FOLDER / f"{seed}-{k}"

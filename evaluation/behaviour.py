@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from envs.replay import point_features
 from envs.reward import halt_costs, never_costs, reward
 from evaluation.outcome import first_halts
-from haltwise import HaltHead, explain
+from haltwise import HaltHead, HeadConfig, explain
 from haltwise.halting import Probing
 from haltwise.signals import Float
 from traces import Traces
@@ -27,6 +27,32 @@ Report = dict[str, Any]
 _NUM_PLACES = 20
 _NUM_BINS = 10
 _NUM_DRIVERS = 4
+
+
+def behaviour(
+    traces: Traces,
+    log_odds: Sequence[Float],
+    head_of: Callable[[str], HaltHead],
+    price: float,
+    config: HeadConfig,
+) -> Report:
+    """All of this module about a policy at one price: price, where, reliability and cases.
+
+    Args:
+        traces: N traces.
+        log_odds: S times (P,) log-odds of halting at that price.
+        head_of: See `cases`.
+        price: In exact match per 1,000 tokens.
+        config: The heads' threshold and conditions.
+    """
+    probs = [_prob(each) for each in log_odds]
+    threshold, probing = config.threshold, config.halting.probing
+    return {
+        "price": price,
+        "where": where_halted(traces, [prob >= threshold for prob in probs]),
+        "reliability": reliability(traces, probs, probing, price, threshold),
+        "cases": cases(traces, log_odds, head_of, price, threshold),
+    }
 
 
 def where_halted(traces: Traces, halts: Sequence[Bools]) -> Report:

@@ -1,38 +1,50 @@
-"""Frozen rows: every policy at its operating point, with intervals and against the head."""
+"""Report rows: every policy over its grid and at its operating points, against the head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from evaluation.intervals import interval, resample
-from evaluation.outcome import (
-    Outcome,
-    Row,
-    em_delta,
-    outcome_row,
-    saving,
-    unavailable_row,
-)
-from evaluation.protocol import GATES, Points, operating_point, saving_at_em
+from evaluation.frontier import frontier_area, frontier_savings, saving_at_em
+from evaluation.intervals import Resampled, Resamples, interval, intervals
+from evaluation.outcome import Outcome, Row, outcome_row, unavailable_row
+from evaluation.protocol import GATES, RATE_MATCHED, Points, operating_point, same_rate
 from traces import Traces
 
-#: Keys of a frozen row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
+#: Keys of every row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
+INTERVAL_COLUMNS = ("em_delta_interval", "saving_interval")
+
+#: Keys of a frozen row beyond COLUMNS. A policy's frontier is that of its grid and its points.
 FROZEN_COLUMNS = (
+    *INTERVAL_COLUMNS,
     "gate",
-    "em_delta_interval",
-    "saving_interval",
     "head_em_lead",  # the head's EM minus this policy's, both at their points
     "head_em_lead_interval",
     "head_saving_lead",
     "head_saving_lead_interval",
-    "saving_at_head_em",  # on this policy's frontier here; None where it never has that EM
+    "saving_at_head_em",  # on this policy's frontier; None where it never has the head's EM
+    # The head's saving minus that; where None, minus the saving at this policy's highest EM, which
+    # favours it. The interval is of frontiers built anew in every resample: each takes the best of
+    # many points, and what chance adds to it counts against the head.
+    "head_lead_at_equal_em",
+    "head_lead_at_equal_em_interval",
     "hindsight_share",  # of the saving of halting at the first correct point
+    "hindsight_share_interval",  # None where a resample leaves that halting no saving
+    "area",  # under this policy's frontier, see `frontier_area`
 )
-
 
 #: Split of rows whose decisions were made without having learned from their questions.
 OUT_OF_FOLD = "out of fold"
+
+
+@dataclass(frozen=True, eq=False)
+class AtPoint:
+    """A policy at one parameter."""
+
+    parameter: float | None
+    """None is never halting, or a rule without one."""
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -60,82 +72,166 @@ def choose_points(
             questions; None for a policy whose signal the traces lack.
         rules: Outcomes of what has no parameter, "never" and "hindsight" among them.
     """
-    sweeps = {
-        name: [
-            outcome_row(traces, outcome, name, parameter, OUT_OF_FOLD)
-            for parameter, outcome in swept.items()
-        ]
-        if swept
-        else [unavailable_row(name, OUT_OF_FOLD)]
-        for name, swept in outcomes.items()
-    }
-    gates: dict[float, Points] = {}
-    frozen: list[Row] = []
-    for gate in GATES:
-        points = {name: operating_point(traces, o, gate) for name, o in outcomes.items() if o}
-        gates[gate] = points
-        at_points = {
-            name: None if not swept else _at(swept, points[name], rules["never"])
-            for name, swept in outcomes.items()
+    sweeps = {name: swept for name, swept in outcomes.items() if swept}
+    gates = {gate: _points(traces, sweeps, gate) for gate in GATES}
+    at_points = {
+        gate: {
+            name: AtPoint(at, rules["never"] if at is None else sweeps[name][at])
+            for name, at in points.items()
         }
-        frozen += frozen_rows(traces, OUT_OF_FOLD, gate, points, at_points | dict(rules), sweeps)
-    rows = [outcome_row(traces, rule, name, None, OUT_OF_FOLD) for name, rule in rules.items()]
-    return Choice(gates, rows + [row for swept in sweeps.values() for row in swept], frozen)
+        for gate, points in gates.items()
+    }
+    return Choice(gates, *report_rows(traces, OUT_OF_FOLD, outcomes, at_points, rules))
 
 
-def _at(outcomes: Mapping[float, Outcome], parameter: float | None, never: Outcome) -> Outcome:
-    return never if parameter is None else outcomes[parameter]
+def _points(traces: Traces, sweeps: Mapping[str, Mapping[float, Outcome]], gate: float) -> Points:
+    points = {name: operating_point(traces, swept, gate) for name, swept in sweeps.items()}
+    if RATE_MATCHED in sweeps:
+        price = points["head"]
+        rate = 0.0 if price is None else float(sweeps["head"][price].halted.mean())
+        points[RATE_MATCHED] = same_rate(sweeps[RATE_MATCHED], rate)
+    return points
 
 
-def frozen_rows(
+def report_rows(
     traces: Traces,
     split: str,
-    gate: float,
-    points: Points,
-    outcomes: Mapping[str, Outcome | None],
-    sweeps: Mapping[str, Sequence[Row]],
-) -> list[Row]:
-    """Rows of all policies at the points of one gate.
+    sweeps: Mapping[str, Mapping[float, Outcome] | None],
+    at_points: Mapping[float, Mapping[str, AtPoint]],
+    rules: Mapping[str, Outcome],
+) -> tuple[list[Row], list[Row]]:
+    """Rows of all policies, their intervals from one set of resamples.
 
     Args:
         traces: N traces.
         split: Its name.
-        gate: What the points were chosen under.
-        points: Parameter by policy; a rule without one may be absent.
-        outcomes: By policy, "head" and "hindsight" among them; None if not available.
-        sweeps: Rows over the grid of each policy that has one, on the same traces.
+        sweeps: By policy, outcomes over its grid; None for one that is not available.
+        at_points: By gate, policies at their operating points, "head" among them. One without a
+            point is not available at that gate.
+        rules: Outcomes of what has no parameter, "hindsight" among them.
+
+    Returns:
+        Rows of the rules and of every policy's grid, and frozen rows, one gate after the other.
     """
-    known = {name: outcome for name, outcome in outcomes.items() if outcome is not None}
-    comparisons = _comparisons(traces, known)
-    head_delta = em_delta(traces, known["head"])
-    possible = saving(traces, known["hindsight"])
-    rows = []
-    for name, outcome in outcomes.items():
-        if outcome is None:
-            nothing = unavailable_row(name, split) | dict.fromkeys(FROZEN_COLUMNS)
-            rows.append(nothing | {"gate": gate})
+    measure = partial(_measure, traces, split, Resamples.draw(traces.question_id))
+    heads = {gate: measure("head", [points["head"]]) for gate, points in at_points.items()}
+    hindsight = measure("hindsight", [AtPoint(None, rules["hindsight"])])
+    rule_rows: list[Row] = []
+    rows: list[Row] = []
+    frozen: list[Row] = []
+    for name, swept in sweeps.items():
+        known = [gate for gate in heads if swept and name in at_points[gate]]
+        nothing = unavailable_row(name, split)
+        frozen += [
+            nothing | dict.fromkeys(FROZEN_COLUMNS) | {"gate": gate}
+            for gate in heads
+            if gate not in known
+        ]
+        if not swept:
+            rows.append(nothing | dict.fromkeys(INTERVAL_COLUMNS))
             continue
-        row = outcome_row(traces, outcome, name, points.get(name), split)
-        frontier = [(at["em_delta"], at["saving"]) for at in (row, *sweeps.get(name, ()))]
-        row |= {"gate": gate} | comparisons[name]
-        row["saving_at_head_em"] = saving_at_em(frontier, head_delta) if name in sweeps else None
-        row["hindsight_share"] = row["saving"] / possible if possible > 0 else None
-        rows.append(row)
-    return rows
+        grid = [AtPoint(parameter, outcome) for parameter, outcome in swept.items()]
+        measured = measure(name, grid + [at_points[gate][name] for gate in known])
+        rows += measured.rows[: len(grid)]
+        frozen += [
+            _frozen_row(measured, k, gate, heads[gate], hindsight)
+            | _frontier_columns(measured, heads[gate])
+            for k, gate in enumerate(known, start=len(grid))
+        ]
+    for name, outcome in rules.items():
+        measured = measure(name, [AtPoint(None, outcome)])
+        rule_rows += measured.rows
+        frozen += [_frozen_row(measured, 0, gate, head, hindsight) for gate, head in heads.items()]
+    return rule_rows + rows, [row for gate in heads for row in frozen if row["gate"] == gate]
 
 
-def _comparisons(traces: Traces, outcomes: Mapping[str, Outcome]) -> dict[str, Row]:
-    """Interval columns by policy."""
-    resampled = resample(traces, outcomes)
-    head, head_outcome = resampled["head"], outcomes["head"]
+def strongest(frozen: Sequence[Row], gate: float) -> str | None:
+    """The baseline that the head leads least at equal EM: whoever doubts the head must see it.
+
+    Args:
+        frozen: Frozen rows.
+        gate: Which of them.
+
+    Returns:
+        None if no baseline is available.
+    """
+    leads = {
+        row["policy"]: row["head_lead_at_equal_em"]
+        for row in frozen
+        if row["gate"] == gate
+        and row["policy"] != "head"
+        and row["head_lead_at_equal_em"] is not None
+    }
+    return min(leads, key=lambda policy: leads[policy], default=None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """One policy at K parameters."""
+
+    rows: list[Row]
+    resampled: Resampled
+
+
+def _measure(
+    traces: Traces, split: str, resamples: Resamples, name: str, points: Sequence[AtPoint]
+) -> _Measured:
+    resampled = resamples.of(traces, [at.outcome for at in points])
+    rows = [
+        outcome_row(traces, at.outcome, name, at.parameter, split)
+        | dict(zip(INTERVAL_COLUMNS, ends, strict=True))
+        for at, *ends in zip(
+            points, intervals(resampled.em_delta), intervals(resampled.saving), strict=True
+        )
+    ]
+    return _Measured(rows, resampled)
+
+
+def _frozen_row(
+    measured: _Measured, k: int, gate: float, head: _Measured, hindsight: _Measured
+) -> Row:
+    """One of a policy's K rows, at its operating point; the keys of a frontier are None."""
+    row, resampled = measured.rows[k], measured.resampled[k]
+    columns = dict.fromkeys(FROZEN_COLUMNS) | {name: row[name] for name in INTERVAL_COLUMNS}
+    columns |= {"gate": gate} | head_leads(head.rows[0], head.resampled[0], row, resampled)
+    possible, possible_resampled = hindsight.rows[0]["saving"], hindsight.resampled.saving[0]
+    if possible > 0:
+        columns["hindsight_share"] = row["saving"] / possible
+    if (possible_resampled > 0).all():
+        columns["hindsight_share_interval"] = interval(resampled.saving / possible_resampled)
+    return row | columns
+
+
+def head_leads(head_row: Row, head: Resampled, row: Row, resampled: Resampled) -> Row:
+    """By how much the head is ahead of a policy, as columns.
+
+    Args:
+        head_row: With the head's EM change and saving.
+        head: Over R resamples.
+        row: As the head's, of the policy.
+        resampled: Over the same resamples.
+    """
     return {
-        name: {
-            "em_delta_interval": interval(other.em_delta),
-            "saving_interval": interval(other.saving),
-            "head_em_lead": em_delta(traces, head_outcome) - em_delta(traces, outcomes[name]),
-            "head_em_lead_interval": interval(head.em_delta - other.em_delta),
-            "head_saving_lead": saving(traces, head_outcome) - saving(traces, outcomes[name]),
-            "head_saving_lead_interval": interval(head.saving - other.saving),
-        }
-        for name, other in resampled.items()
+        "head_em_lead": head_row["em_delta"] - row["em_delta"],
+        "head_em_lead_interval": interval(head.em_delta - resampled.em_delta),
+        "head_saving_lead": head_row["saving"] - row["saving"],
+        "head_saving_lead_interval": interval(head.saving - resampled.saving),
+    }
+
+
+def _frontier_columns(measured: _Measured, head: _Measured) -> Row:
+    """What a policy's K points come to together, and against the head."""
+    head_row, head_resampled = head.rows[0], head.resampled[0]
+    points = [(row["em_delta"], row["saving"]) for row in measured.rows]
+    at_head_em = saving_at_em(points, head_row["em_delta"])
+    at_highest_em = max([*points, (0.0, 0.0)])[1]
+    nearest = at_highest_em if at_head_em is None else at_head_em
+    resampled = frontier_savings(
+        measured.resampled.em_delta, measured.resampled.saving, head_resampled.em_delta
+    )
+    return {
+        "saving_at_head_em": at_head_em,
+        "head_lead_at_equal_em": head_row["saving"] - nearest,
+        "head_lead_at_equal_em_interval": interval(head_resampled.saving - resampled),
+        "area": frontier_area([(row["saving"], row["em"]) for row in measured.rows]),
     }

@@ -21,7 +21,7 @@ class Learned:
     questions: frozenset[str]
     """Question ids; of an adapted head also those that it was adapted to."""
     folds: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By seed, the fold that kept each question back; empty if nothing was trained by folds."""
+    """By seed, the fold that kept a question back, if one did; empty without training by folds."""
 
     def among(self, question_id: NDArray[np.str_]) -> NDArray[np.bool_]:
         """Which of some questions (N,) were learned from."""
@@ -31,7 +31,9 @@ class Learned:
 def save_learned(run: Path, learned: Learned) -> None:
     """Writes what a head was learned from into its run folder."""
     questions = sorted(learned.questions)
-    folds = {seed: [of[question] for question in questions] for seed, of in learned.folds.items()}
+    folds = {
+        seed: [of.get(question) for question in questions] for seed, of in learned.folds.items()
+    }
     (run / _FILE).write_text(json.dumps({"questions": questions, "folds": folds}) + "\n")
 
 
@@ -46,7 +48,9 @@ def load_learned(run: Path) -> Learned:
         content = json.loads(path.read_text())
         questions = [str(question) for question in content["questions"]]
         folds = {
-            int(seed): dict(zip(questions, map(int, of), strict=True))
+            int(seed): {
+                question: int(k) for question, k in zip(questions, of, strict=True) if k is not None
+            }
             for seed, of in content["folds"].items()
         }
     except FileNotFoundError:

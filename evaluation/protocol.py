@@ -7,7 +7,7 @@ with the largest saving within the gate; then frozen. A test file tunes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,9 @@ from traces import Traces
 
 #: How much mean EM an operating point may lose on the traces that it is chosen on.
 GATES = (0.0, 0.01)
+
+#: The control that is tuned to halt as often as the head.
+RATE_MATCHED = "random"
 
 #: Parameter by policy; None is never halting.
 Points = dict[str, float | None]
@@ -63,25 +66,14 @@ def operating_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: flo
     return best
 
 
-def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> float | None:
-    """The saving of a policy's frontier at some EM change, interpolated linearly.
+def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
+    """The parameter that halts nearest to a given share of the traces; None for a rate of 0.
 
-    The frontier is made of the points that no other one beats in both EM and saving; never
-    halting, at (0, 0), is one of the candidates.
-
-    Args:
-        points: (EM change, saving) of each parameter.
-        em_delta: Where to read the frontier. Below its lowest EM the largest saving holds.
-
-    Returns:
-        None if the policy does not reach that EM at all.
+    How a control is tuned that is to halt as often as another policy.
     """
-    reached: list[tuple[float, float]] = []
-    for delta, saved in sorted([*points, (0.0, 0.0)], key=lambda p: (-p[1], -p[0])):
-        if not reached or delta > reached[-1][0]:
-            reached.append((delta, saved))
-    deltas, savings = zip(*reached, strict=True)
-    return float(np.interp(em_delta, deltas, savings)) if em_delta <= deltas[-1] else None
+    if rate == 0:
+        return None
+    return min(outcomes, key=lambda parameter: abs(outcomes[parameter].halted.mean() - rate))
 
 
 def save_operating_points(run: Path, gates: Mapping[float, Points]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evaluation.frozen import strongest
 from evaluation.outcome import Row
 
 _TITLES = (
@@ -13,56 +14,70 @@ _TITLES = (
     "EM change [95 %]",
     "tokens",
     "saving % [95 %]",
-    "at head's EM",
-    "halted %",
+    "hindsight",
+    "halted",
     "lost",
     "won",
     "gave up",
-    "of hopeless",
-    "head saves more [95 %]",
+    "hopeless",
+    "head saves more at equal EM [95 %]",
 )
+_NOTES = "* strongest baseline, > it never has the head's EM"
 
 
 def format_table(frozen: Sequence[Row]) -> str:
     """One table a gate; EM, saving and their changes in points of a hundred."""
-    gates = sorted({row["gate"] for row in frozen})
-    parts = []
-    for gate in gates:
-        rows = [_cells(row) for row in frozen if row["gate"] == gate]
-        widths = [max(map(len, column)) for column in zip(_TITLES, *rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if n == 0 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            for cells in (_TITLES, *rows)
-        ]
-        split = next(row["split"] for row in frozen if row["gate"] == gate)
-        title = f"Points chosen to lose at most {gate:.1%} of exact match; traces: {split}"
-        parts.append("\n".join([title, *(line.rstrip() for line in lines)]))
-    return "\n\n".join(parts)
+    return "\n\n".join(_table(frozen, gate) for gate in sorted({row["gate"] for row in frozen}))
+
+
+def _table(frozen: Sequence[Row], gate: float) -> str:
+    rows = [row for row in frozen if row["gate"] == gate]
+    marked = strongest(rows, gate)
+    names = [row["policy"] + (" *" if row["policy"] == marked else "") for row in rows]
+    lines = [
+        (name, *_cells(row)) if row["em"] is not None else (name,)
+        for name, row in zip(names, rows, strict=True)
+    ]
+    full = [_TITLES, *(line for line in lines if len(line) > 1)]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    widths[0] = max(map(len, names))
+    title = (
+        f"Points chosen to lose at most {gate:.1%} of exact match; "
+        f"traces: {rows[0]['split']}; {_NOTES}"
+    )
+    return "\n".join([title, *(_line(line, widths) for line in (_TITLES, *lines))])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    if len(cells) == 1:
+        return f"{cells[0]:<{widths[0]}}  not available"
+    aligned = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+    return "  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip()
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    if row["em"] is None:
-        return (row["policy"], "not available", *[""] * (len(_TITLES) - 2))
-    parameter, at_head_em = row["parameter"], row["saving_at_head_em"]
-    lead = (row["head_saving_lead"], row["head_saving_lead_interval"])
+    parameter, lead = row["parameter"], row["head_lead_at_equal_em"]
+    beyond = "> " if row["saving_at_head_em"] is None else ""
     return (
-        row["policy"],
         "-" if parameter is None else f"{parameter:.6g}",
         f"{100 * row['em']:.2f}",
         _with_interval(row["em_delta"], row["em_delta_interval"], "+.2f"),
         f"{row['tokens']:.0f}",
         _with_interval(row["saving"], row["saving_interval"], ".1f"),
-        "" if at_head_em is None else f"{100 * at_head_em:.1f}",
-        f"{100 * row['halt_rate']:.1f}",
-        f"{100 * row['right_to_wrong']:.1f}",
-        f"{100 * row['wrong_to_right']:.1f}",
-        f"{100 * row['gave_up']:.1f}",
-        f"{100 * row['hopeless_saving']:.1f}",
-        "" if row["policy"] == "head" else _with_interval(*lead, "+.1f"),
+        _percent(row["hindsight_share"]),
+        _percent(row["halt_rate"]),
+        _percent(row["right_to_wrong"]),
+        _percent(row["wrong_to_right"]),
+        _percent(row["gave_up"]),
+        _percent(row["hopeless_saving"]),
+        ""
+        if lead is None or row["policy"] == "head"
+        else beyond + _with_interval(lead, row["head_lead_at_equal_em_interval"], "+.1f"),
     )
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
 
 
 def _with_interval(value: float, interval: Sequence[float], form: str) -> str:

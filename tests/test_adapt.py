@@ -11,8 +11,10 @@ import pytest
 
 import adapt
 from adapt import AdaptConfig, tighten
+from agents.kept_back import kept_back_folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
+from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome
 from evaluation.protocol import load_operating_points, save_operating_points
 from haltwise import FEATURE_GROUPS, Certificate, HaltHead, InputError, Observing
@@ -46,6 +48,7 @@ def run(run_head: HaltHead, tmp_path: Path) -> Path:
     certified = replace(run_head.config, certificate=certificate)
     HaltHead(certified, run_head.weights).save(tmp_path / "run")
     save_operating_points(tmp_path / "run", {0.0: LOOSE, 0.01: STRICT})
+    save_learned(tmp_path / "run", Learned(frozenset({"old"})))
     return tmp_path / "run"
 
 
@@ -220,6 +223,27 @@ def test_a_head_that_sees_hidden_states_is_refused(config: AdaptConfig, run_head
     with pytest.raises(InputError, match="every LM has its own"):
         adapt.main(config)
     assert not config.run_dir.exists()
+
+
+def test_folds_are_adapted_too_and_no_question_is_forgotten(
+    config: AdaptConfig, run_head: HaltHead
+) -> None:
+    save_learned(config.head, Learned(frozenset({"old"}), {0: {"old": 1}}))
+    run_head.save(kept_back_folder(config.head, 0, 1))
+    adapt.main(config)
+    learned = load_learned(config.run_dir)
+    assert {"old", "q0", "q31"} <= learned.questions and learned.folds == {0: {"old": 1}}
+    adapted, whole = (
+        HaltHead.load(folder).config.observing
+        for folder in (kept_back_folder(config.run_dir, 0, 1), config.run_dir)
+    )
+    assert adapted == whole != run_head.config.observing
+
+
+def test_points_of_what_is_fitted_to_one_lm_stay_behind(config: AdaptConfig) -> None:
+    save_operating_points(config.head, {0.0: LOOSE | {"logistic": 0.9}})
+    adapt.main(config)
+    assert load_operating_points(config.run_dir) == {0.0: LOOSE}
 
 
 def test_the_run_folder_says_what_was_done(config: AdaptConfig) -> None:

@@ -10,8 +10,10 @@ import pytest
 
 import command
 import evaluate
+from agents.baselines import BASELINES
 from evaluate import EvaluateConfig
-from evaluation.frozen import FROZEN_COLUMNS
+from evaluation.frozen import FROZEN_COLUMNS, INTERVAL_COLUMNS
+from evaluation.learned import Learned, save_learned
 from evaluation.outcome import COLUMNS
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, save_operating_points
@@ -23,7 +25,7 @@ MakeTraces = Callable[..., Traces]
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
-POLICIES = {"head", "budget", "confidence", "stability", "random"}
+POLICIES = {"head", *(policy.name for policy in BASELINES)}
 RULES = {"never", "hindsight", "hindsight_give_up"}
 
 
@@ -37,20 +39,18 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
     """A run whose head, at its points, is stability with 2 and 1 equal answers."""
     run = tmp_path / "run"
     run_head.save(run)
+    save_learned(run, Learned(frozenset()))
     loose: Points = {
         "head": 10.0,
         "stability": 1.0,
         "confidence": 0.5,
+        "answer_entropy": 0.6,
+        "entropy": 0.5,
+        "entropy_variance": 0.01,
         "budget": 100.0,
         "random": 0.5,
     }
-    strict: Points = {
-        "head": 1.0,
-        "stability": 2.0,
-        "confidence": None,
-        "budget": None,
-        "random": None,
-    }
+    strict: Points = dict.fromkeys(loose) | {"head": 1.0, "stability": 2.0}
     save_operating_points(run, {0.0: strict, 0.01: loose})
     return run
 
@@ -71,9 +71,10 @@ def test_report_holds_every_policy_and_freezes_the_runs_points(
         "path": str(traces_path),
         "digest": random_traces.digest,
         "num": 60,
+        "num_questions": 20,
     }
     assert {row["policy"] for row in report["rows"]} == POLICIES | RULES
-    assert all(tuple(row) == COLUMNS for row in report["rows"])
+    assert all(set(row) == {*COLUMNS, *INTERVAL_COLUMNS} for row in report["rows"])
     assert all(set(row) == {*COLUMNS, *FROZEN_COLUMNS} for row in report["frozen"])
     for gate, price, times in [(0.0, 1.0, 2.0), (0.01, 10.0, 1.0)]:
         head, stability = (frozen_row(report, gate, name) for name in ("head", "stability"))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.intervals import interval, resample, resampled_sums
+from evaluation.intervals import Resamples, interval, intervals, resample
 from evaluation.outcome import Outcome, em_delta, never_outcome, saving
 from traces import Traces
 
@@ -19,11 +19,11 @@ def halve(traces: Traces) -> Outcome:
 
 def test_sums_are_over_whole_questions() -> None:
     # Question a: 1 + 2 and 0; question b: 10 and 5. Two draws of a, b with replacement.
-    values = np.array([[1.0, 0.0], [2.0, 0.0], [10.0, 5.0]])
-    sums = resampled_sums(np.array(["a", "a", "b"]), values, 2500, seed=0)
-    assert sums.shape == (2500, 2)
-    outcomes, count = np.unique(sums, axis=0, return_counts=True)
-    assert outcomes.tolist() == [[6, 0], [13, 5], [20, 10]]
+    values = np.array([[1.0, 2.0, 10.0], [0.0, 0.0, 5.0]])
+    sums = Resamples.draw(np.array(["a", "a", "b"]), 2500).sums(values)
+    assert sums.shape == (2, 2500)
+    outcomes, count = np.unique(sums, axis=1, return_counts=True)
+    assert outcomes.tolist() == [[6, 13, 20], [0, 5, 10]]
     np.testing.assert_allclose(count / 2500, [0.25, 0.5, 0.25], atol=0.04)
 
 
@@ -66,9 +66,7 @@ def test_the_spread_is_that_of_independent_questions() -> None:
     rng = np.random.default_rng(1)
     num = 400
     right = rng.random(num) < 0.3
-    values = np.stack([np.ones(num), right], axis=1)
-    sums = resampled_sums(np.arange(num).astype(str), values, 4000, seed=0)
-    mean = sums[:, 1] / sums[:, 0]
+    mean = Resamples.draw(np.arange(num).astype(str), 4000).sums(right[None])[0] / num
     expected = np.sqrt(right.mean() * (1 - right.mean()) / num)
     assert mean.std() == pytest.approx(expected, rel=0.05)
 
@@ -76,9 +74,42 @@ def test_the_spread_is_that_of_independent_questions() -> None:
 def test_traces_of_one_question_count_once() -> None:
     """Four copies of every trace must not make the interval narrower."""
     rng = np.random.default_rng(2)
-    right = rng.random(100) < 0.5
-    values = np.stack([np.ones(100), right], axis=1)
+    right = (rng.random(100) < 0.5)[None]
     names = np.arange(100).astype(str)
-    single = resampled_sums(names, values, 2000, seed=0)
-    copied = resampled_sums(np.repeat(names, 4), np.repeat(values, 4, axis=0), 2000, seed=0)
+    single = Resamples.draw(names, 2000).sums(right)
+    copied = Resamples.draw(np.repeat(names, 4), 2000).sums(np.repeat(right, 4, axis=1))
     np.testing.assert_allclose(copied, 4 * single)
+
+
+def test_intervals_are_the_middle_95_percent_of_every_row() -> None:
+    samples = np.random.default_rng(0).permuted([np.arange(1001), 5 * np.arange(1001)], axis=1)
+    assert intervals(samples) == [[25, 975], [125, 4875]]
+    assert interval(samples[1]) == [125, 4875]
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth_as_often_as_they_say(make_traces: MakeTraces) -> None:
+    """200 questions of 3 traces; what a question does to EM and cost is shared by its traces.
+
+    Never halting is right half of the time. The policy is right with a probability that is
+    uniform over questions, so the EM change is 0 in truth; it spends a share of the tokens that is
+    uniform over [0, 1], and longer traces more: E[share * tokens] / E[tokens] in truth.
+    """
+    num, per, draws = 200, 3, 500
+    traces = make_traces([{"question_id": f"q{n // per}"} for n in range(num * per)])
+    rng = np.random.default_rng(0)
+    hits = np.zeros(2)
+    for seed in range(draws):
+        skill, length = (np.repeat(rng.random(num), per) for _ in range(2))
+        drawn = replace(
+            traces,
+            final_correct=rng.random(num * per) < 0.5,
+            num_tokens=(1000 * (1 + length)).astype(np.int64),
+        )
+        em, cost = rng.random(num * per) < skill, drawn.num_tokens * length
+        found = resample(drawn, {"": Outcome(em, cost, em)}, 1000, seed)[""]
+        # E[(1 + u) u] / E[1 + u] = (1/2 + 1/3) / (3/2) = 5/9 is spent.
+        for k, (samples, truth) in enumerate([(found.em_delta, 0), (found.saving, 4 / 9)]):
+            low, high = interval(samples)
+            hits[k] += low <= truth <= high
+    assert ((hits / draws >= 0.92) & (hits / draws <= 0.98)).all(), hits / draws

@@ -156,7 +156,7 @@ def test_the_projection_is_that_of_the_training_points(random_traces: Traces) ->
 
 
 def test_a_fold_learns_its_own_projection(
-    random_traces: Traces, monkeypatch: pytest.MonkeyPatch
+    random_traces: Traces, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     held_out = np.arange(len(random_traces)) % 2 == 0
     train, rest = random_traces.select(~held_out), random_traces.select(held_out)
@@ -170,7 +170,8 @@ def test_a_fold_learns_its_own_projection(
     whole = HeadConfig(observing_of(random_traces, GROUPS, HALTING), HALTING, 1.0)
     monkeypatch.setattr(Projection, "fit", spy)
     config = FitConfig(PathwiseConfig(2), PPOConfig(total_timesteps=0, net_width=4))
-    assert _fit_fold(_Fold(train, rest, whole, config, (1.0,), 0)).shape[2] == rest.num_points
+    job = _Fold(train, rest, whole, config, (1.0,), 0, tmp_path)
+    assert _fit_fold(job).shape[2] == rest.num_points
     assert len(learned) == 1
     assert (learned[0] == train.signals["hidden"]).all()
 

@@ -24,7 +24,6 @@ from evaluation.protocol import (
     load_operating_points,
     operating_point,
     save_operating_points,
-    saving_at_em,
 )
 from haltwise import InputError
 from haltwise.halting import Probing
@@ -191,28 +190,6 @@ def test_folds_depend_on_the_seed_and_need_a_question_each() -> None:
     assert np.bincount(folds(question_id)).tolist() == [10] * 5
     with pytest.raises(InputError, match="3 questions: expected at least 5"):
         folds(np.array(["a", "b", "c"]))
-
-
-def test_saving_at_equal_em_reads_the_frontier() -> None:
-    # (-0.02, 0.1) is beaten by (-0.01, 0.3); never halting, (0, 0), closes the frontier.
-    points = [(-0.01, 0.3), (-0.03, 0.5), (-0.02, 0.1)]
-    assert saving_at_em(points, -0.01) == pytest.approx(0.3)
-    assert saving_at_em(points, -0.02) == pytest.approx(0.4)
-    assert saving_at_em(points, -0.005) == pytest.approx(0.15)
-    assert saving_at_em(points, 0.0) == 0.0
-    assert saving_at_em(points, -0.2) == 0.5
-    assert saving_at_em(points, 0.001) is None
-    assert saving_at_em([(0.02, 0.2)], 0.01) == pytest.approx(0.2)
-
-
-@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(-1, 1)), min_size=1, max_size=20))
-def test_the_frontier_is_no_worse_than_any_of_its_points(
-    points: list[tuple[float, float]],
-) -> None:
-    for delta, saved in points:
-        reached = saving_at_em(points, delta)
-        assert reached is not None
-        assert reached >= saved - 1e-12
 
 
 def test_operating_points_come_back_from_a_run_folder(tmp_path: Path) -> None:

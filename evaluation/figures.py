@@ -1,0 +1,475 @@
+"""The figures of a report, drawn from its numbers alone: for the page, TensorBoard and PNG files.
+
+What a colour tells is told by a shape, a dash or a hatch too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from evaluation.outcome import Row
+from evaluation.svg import COLOR
+
+#: Readable name of every policy, and what it does.
+POLICIES = {
+    "head": ("haltwise head", "The trained head; its one number is the price of tokens."),
+    "budget": ("token budget", "Halts after a fixed number of thinking tokens."),
+    "confidence": (
+        "confidence threshold",
+        "Halts at the first forced answer that the LM is sure enough of.",
+    ),
+    "answer_entropy": (
+        "answer entropy",
+        "Halts where the LM's distribution over the forced answer's tokens is narrow enough.",
+    ),
+    "entropy": (
+        "entropy threshold",
+        "Halts where the LM's distribution over the thought's next token is narrow enough.",
+    ),
+    "entropy_variance": (
+        "entropy variance",
+        "Halts where the entropy of the thought's next token has ceased to vary.",
+    ),
+    "stability": (
+        "answer stability",
+        "Halts when the same answer has been forced often enough in a row.",
+    ),
+    "logistic": (
+        "logistic regression",
+        "A linear classifier of the head's features: halts where the answer is likely right.",
+    ),
+    "boosted_trees": (
+        "boosted trees",
+        "A tree classifier of the head's features: halts where the answer is likely right.",
+    ),
+    "random": ("random halting", "Halts by chance: the control that looks at nothing."),
+    "never": ("never halting", "Thinks to the end, unprobed: what all is compared with."),
+    "hindsight": (
+        "hindsight",
+        "Halts at the first correct answer, which only the gold answer tells: a bound.",
+    ),
+    "hindsight_give_up": (
+        "hindsight, giving up",
+        "As hindsight, and halts at once where no answer is ever correct: a bound.",
+    ),
+}
+RULES = ("never", "hindsight", "hindsight_give_up")
+#: So many groups of one kind are drawn, those with the most questions.
+MOST_GROUPS = 16
+
+_KINDS = {"segment": "segment", "task": "task", "model": "LM"}
+_BOUND_MARKERS = {"hindsight": "*", "hindsight_give_up": "p"}
+_MARKERS = "osv^DPX<>h"
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)))
+_NUM_OTHERS = sum(name.startswith("other-") for name in COLOR)
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout everywhere
+    "font.size": 9.0,
+    "text.color": COLOR["ink"],
+    "text.parse_math": False,  # a segment's name is anybody's text: a dollar sign is one
+    "axes.edgecolor": COLOR["muted"],
+    "axes.labelcolor": COLOR["ink"],
+    "axes.facecolor": COLOR["paper"],
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.prop_cycle": f"cycler('color', ['{COLOR['ink']}'])",
+    "grid.color": COLOR["grid"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOR["muted"],
+    "ytick.color": COLOR["muted"],
+    "xtick.labelcolor": COLOR["ink"],
+    "ytick.labelcolor": COLOR["ink"],
+    "figure.facecolor": COLOR["paper"],
+    "figure.dpi": 150,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "haltwise",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A figure with its words."""
+
+    name: str
+    """Of letters, digits, dots and hyphens; no two drawings of a report share it."""
+    title: str
+    text: str
+    """What is drawn, and how to read it."""
+    figure: Figure
+
+
+def style() -> AbstractContextManager[None]:
+    """Matplotlib's settings to draw and to save under."""
+    return matplotlib.rc_context(_STYLE)
+
+
+def policy_title(policy: str) -> str:
+    """Readable name of a policy; an unknown one keeps its own."""
+    return POLICIES[policy][0] if policy in POLICIES else policy.replace("_", " ")
+
+
+def gate_title(gate: float) -> str:
+    """What the points of a gate may lose."""
+    points = 100 * gate
+    return f"at most {points:g} point{'' if points == 1 else 's'}" if points else "nothing"
+
+
+def draw(report: Mapping[str, Any]) -> dict[str, Drawing]:
+    """All figures of a report, see `write_report`, by name."""
+    drawings = [_frontier_drawing(report)]
+    for gate in sorted({row["gate"] for row in report["groups"]}):
+        rows = compared_groups(report, gate)
+        drawings += [_group_drawing(rows, gate, column) for column in _GROUP_WORDS]
+    for behaviour in report["behaviour"]:
+        drawings += [_where_drawing(behaviour), _reliability_drawing(behaviour)]
+    return {drawing.name: drawing for drawing in drawings}
+
+
+def compared_groups(report: Mapping[str, Any], gate: float) -> list[Row]:
+    """The groups' rows of the head and of the strongest baseline at a gate."""
+    compared = ("head", report["strongest"].get(str(gate)))
+    return [r for r in report["groups"] if r["gate"] == gate and r["policy"] in compared]
+
+
+def _frontier_drawing(report: Mapping[str, Any]) -> Drawing:
+    strongest = list(dict.fromkeys(name for name in report["strongest"].values() if name))
+    return Drawing(
+        "frontier",
+        "Exact match against tokens",
+        "A line a policy over its one number. Up is a better exact match, right is a larger "
+        "saving. Large points were frozen before these traces: filled at the strictest gate, "
+        "hollow at the others. Bands and bars of the head and the strongest baselines are 95 % "
+        "intervals.",
+        frontier(report["rows"], report["frozen"], strongest),
+    )
+
+
+def frontier(rows: Sequence[Row], frozen: Sequence[Row], strongest: Sequence[str] = ()) -> Figure:
+    """EM change against saving: a line a policy, its frozen points, and the rules.
+
+    Args:
+        rows: Sweeps, with intervals or without, and the rules without a parameter.
+        frozen: Frozen rows, of any number of gates.
+        strongest: Baselines to draw as heavily as the head.
+    """
+    known = [row for row in rows if row["em"] is not None]
+    swept = [row for row in known if row["policy"] not in RULES]
+    points = [row for row in frozen if row["em"] is not None and row["policy"] not in RULES]
+    looks = _looks(list(dict.fromkeys(row["policy"] for row in swept)), strongest)
+    with style():
+        figure = Figure(figsize=(6.4, 4.9))
+        axes = figure.subplots()
+        for policy in sorted(looks, key=lambda policy: not looks[policy].heavy):
+            look = looks[policy]
+            _draw_sweep(axes, [row for row in swept if row["policy"] == policy], look)
+            _draw_points(axes, [row for row in points if row["policy"] == policy], look)
+        _limit(axes, swept, points)
+        _draw_rules(axes, [row for row in known if row["policy"] in RULES])
+        axes.axhline(0, color=COLOR["ink"], linewidth=0.8)
+        axes.set_xlabel("saving, % of the tokens of never halting, probes included")
+        axes.set_ylabel("EM change, points of a hundred")
+        axes.yaxis.set_major_formatter(_tick)
+        figure.legend(loc="outside lower center", ncols=3, handlelength=3.2)
+    return figure
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a policy is drawn."""
+
+    color: str
+    dash: Any
+    marker: str
+    heavy: bool
+
+
+def _looks(policies: Sequence[str], strongest: Sequence[str]) -> dict[str, _Look]:
+    """The head and the strongest baselines heavy, and each policy in a look of its own."""
+    looks, num_others = {}, 0
+    for k, policy in enumerate(policies):
+        marker, dash = _MARKERS[k % len(_MARKERS)], _DASHES[k % len(_DASHES)]
+        if policy == "head":
+            looks[policy] = _Look(COLOR["head"], "-", marker, True)
+        elif policy in strongest[:1]:
+            looks[policy] = _Look(COLOR["strongest"], _DASHES[1], marker, True)
+        else:
+            color = COLOR[f"other-{num_others % _NUM_OTHERS}"]
+            looks[policy] = _Look(color, dash, marker, policy in strongest)
+            num_others += 1
+    return looks
+
+
+def _draw_sweep(axes: Axes, rows: Sequence[Row], look: _Look) -> None:
+    """The line of one policy; if heavy, with a band where its rows have intervals."""
+    rows = sorted(rows, key=lambda row: row["saving"])
+    saving = [100 * row["saving"] for row in rows]
+    axes.plot(
+        saving, [100 * row["em_delta"] for row in rows], label=policy_title(rows[0]["policy"]),
+        color=look.color, linestyle=look.dash, linewidth=2.2 if look.heavy else 1.1,
+        marker=look.marker, markersize=3.5, markevery=max(len(rows) // 7, 1),
+        zorder=4 if look.heavy else 3,
+    )  # fmt: skip
+    if look.heavy and all(row.get("em_delta_interval") for row in rows):
+        low, high = zip(*(_bounds(row, "em_delta") for row in rows), strict=True)
+        axes.fill_between(saving, low, high, color=look.color, alpha=0.16, linewidth=0)
+
+
+def _draw_points(axes: Axes, rows: Sequence[Row], look: _Look) -> None:
+    """The frozen points of one policy, filled at the strictest gate; with intervals if heavy."""
+    for row in rows:
+        place = (100 * row["saving"], 100 * row["em_delta"])
+        if look.heavy:
+            axes.errorbar(
+                *place, xerr=_errors([row], "saving"), yerr=_errors([row], "em_delta"),
+                color=look.color, linewidth=1.2, capsize=2.5, zorder=5,
+            )  # fmt: skip
+        strictest = row["gate"] == min(row["gate"] for row in rows)
+        axes.scatter(
+            *place, s=60 if look.heavy else 34, marker=look.marker, zorder=6, linewidth=1.4,
+            edgecolor=look.color, facecolor=look.color if strictest else COLOR["paper"],
+        )  # fmt: skip
+
+
+def _bounds(row: Row, column: str) -> tuple[float, float]:
+    """The interval of a value in points of a hundred; the value itself where it has none."""
+    low, high = row.get(f"{column}_interval") or (row[column], row[column])
+    return 100 * low, 100 * high
+
+
+def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
+    """Lengths (2, N) below and above values, in points of a hundred."""
+    # Not below 0: where all resamples agree, rounding may put a value outside its interval.
+    below = [max(100 * row[column] - _bounds(row, column)[0], 0.0) for row in rows]
+    above = [max(_bounds(row, column)[1] - 100 * row[column], 0.0) for row in rows]
+    return [below, above]
+
+
+def _limit(axes: Axes, swept: Sequence[Row], points: Sequence[Row]) -> None:
+    """Limits that show where policies differ: around the frozen points, and what is above them."""
+    low = 1.3 * min([-2.0, *(_bounds(row, "em_delta")[0] for row in points)])
+    high = 1.3 * max([1.0, *(_bounds(row, "em_delta")[1] for row in (*swept, *points))])
+    seen = [row for row in swept if 100 * row["em_delta"] >= low]
+    right = max([10.0, *(_bounds(row, "saving")[1] for row in (*seen, *points))])
+    axes.set_ylim(low, high)
+    axes.set_xlim(-2, 1.03 * right)
+
+
+def _draw_rules(axes: Axes, rows: Sequence[Row]) -> None:
+    """Never halting, and the bounds of hindsight: in words where they lie beyond the limits."""
+    axes.scatter(0, 0, marker="s", s=60, color=COLOR["ink"], zorder=7, label="never halting")
+    (_, right), (_, top) = axes.get_xlim(), axes.get_ylim()
+    beyond = []
+    for row in rows:
+        if row["policy"] not in _BOUND_MARKERS:
+            continue
+        saving, change = 100 * row["saving"], 100 * row["em_delta"]
+        if saving > right or change > top:
+            beyond.append(f"{policy_title(row['policy'])} {signed(change, 2)} at {saving:.1f} %")
+        else:
+            axes.scatter(
+                saving, change, marker=_BOUND_MARKERS[row["policy"]], s=90, color=COLOR["ink"],
+                zorder=7, label=policy_title(row["policy"]),
+            )  # fmt: skip
+    if beyond:
+        axes.set_title("beyond the axes: " + "; ".join(beyond), loc="right", fontsize=8)
+
+
+_GROUP_WORDS = {
+    "saving": ("Saving by group", "saving, %"),
+    "em_delta": ("EM change by group", "EM change, points"),
+}
+
+
+def _group_drawing(rows: Sequence[Row], gate: float, column: str) -> Drawing:
+    title, label = _GROUP_WORDS[column]
+    how = "Two bars a group, with 95 % intervals: above the head, below the strongest baseline."
+    if len({(row["by"], row["group"]) for row in rows}) > len(shown_groups(rows)):
+        how += f" Of each kind the {MOST_GROUPS} groups with the most questions."
+    text = f"At the points chosen to lose {gate_title(gate)}. {how}"
+    return Drawing(f"groups-{column}-{gate}", title, text, groups(rows, column, label))
+
+
+def shown_groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Kind and name of the groups that are drawn: of each kind those with the most questions."""
+    largest = sorted(rows, key=lambda row: -int(row["num_questions"]))
+    by_kind: dict[str, list[tuple[str, str]]] = {}
+    for kind, group in dict.fromkeys((row["by"], row["group"]) for row in largest):
+        by_kind.setdefault(kind, []).append((kind, group))
+    kept = {group for of_kind in by_kind.values() for group in of_kind[:MOST_GROUPS]}
+    return [group for group in dict.fromkeys((r["by"], r["group"]) for r in rows) if group in kept]
+
+
+def groups(rows: Sequence[Row], column: str, label: str) -> Figure:
+    """Bars with intervals, two a group: the head, and the baseline that it is compared with.
+
+    Args:
+        rows: Of one gate, of the head and at most one other policy.
+        column: "saving" or "em_delta".
+        label: Of the axis.
+    """
+    shown = shown_groups(rows)
+    kinds = list(dict.fromkeys(kind for kind, _ in shown))
+    place = {group: -float(k + kinds.index(group[0])) for k, group in enumerate(shown)}
+    with style():
+        figure = Figure(figsize=(4.7, 1.0 + 0.36 * (len(shown) + len(kinds))))
+        axes = figure.subplots()
+        for policy in sorted({row["policy"] for row in rows}, key=lambda policy: policy != "head"):
+            head = policy == "head"
+            drawn = [r for r in rows if r["policy"] == policy and (r["by"], r["group"]) in place]
+            axes.barh(
+                [place[row["by"], row["group"]] + (0.19 if head else -0.19) for row in drawn],
+                [100 * row[column] for row in drawn],
+                height=0.36,
+                color=COLOR["head" if head else "paper"],
+                edgecolor=COLOR["head" if head else "strongest"],
+                hatch=None if head else "/////",
+                xerr=_errors(drawn, column),
+                error_kw={"ecolor": COLOR["ink"], "elinewidth": 0.9, "capsize": 2},
+                label=policy_title(policy),
+            )
+        axes.axvline(0, color=COLOR["ink"], linewidth=0.8)
+        axes.set_yticks(list(place.values()), [plain(name) for _, name in place], fontsize=8)
+        for kind in kinds:
+            top = max(at for group, at in place.items() if group[0] == kind)
+            axes.text(
+                0, top + 0.8, f"by {_KINDS.get(kind, kind)}", transform=axes.get_yaxis_transform(),
+                fontweight="bold", verticalalignment="center",
+            )  # fmt: skip
+        axes.set_ylim(min(place.values()) - 0.6, 1.2)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(_tick if column == "em_delta" else "{x:g}")
+        axes.set_xlabel(label)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def plain(text: str, most: int = 28) -> str:
+    """Anybody's text on one short line of printable characters."""
+    words = "".join(c if c.isprintable() else " " for c in text).split()
+    line = " ".join(words) or "(no name)"
+    return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _where_drawing(behaviour: Mapping[str, Any]) -> Drawing:
+    gate = behaviour["gate"]
+    return Drawing(
+        f"where-{gate}",
+        "Where in the thought the head halts",
+        f"At the point chosen to lose {gate_title(gate)}. A bar for every twentieth of the "
+        "thought: share of the traces halted there, at a right answer (plain) and at a wrong one "
+        "(hatched). Apart: the share never halted.",
+        where(behaviour["where"]),
+    )
+
+
+def where(found: Mapping[str, Any]) -> Figure:
+    """Share of the traces that are halted in every part of the thought, right and wrong.
+
+    Args:
+        found: "edges" (K + 1,) in shares of the thought; shares of the traces halted there "right"
+            and "wrong" (K,), and "never".
+    """
+    right, wrong = ([100 * share for share in found[name]] for name in ("right", "wrong"))
+    edges = [100 * edge for edge in found["edges"]]
+    bars: dict[str, Any] = {
+        "align": "edge",
+        "width": [b - a for a, b in pairwise(edges)],
+        "linewidth": 0.6,
+    }
+    paper, apart = COLOR["paper"], edges[-1] + 14
+    with style():
+        figure = Figure(figsize=(4.7, 3.4))
+        axes = figure.subplots()
+        axes.bar(
+            edges[:-1], right, **bars, color=COLOR["right"], edgecolor=paper, label="halted, right"
+        )
+        axes.bar(
+            edges[:-1], wrong, **bars, bottom=right, color=paper, edgecolor=COLOR["wrong"],
+            hatch="/////", label="halted, wrong",
+        )  # fmt: skip
+        axes.bar(
+            apart, 100 * found["never"], width=8, color=COLOR["grid"],
+            edgecolor=COLOR["muted"], label="never halted",
+        )  # fmt: skip
+        ticks = (0, 20, 40, 60, 80, 100)
+        axes.set_xticks([*ticks, apart], [*map(str, ticks), "never"])
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel("share of the thought at which it halts, %")
+        axes.set_ylabel("traces, %")
+        figure.legend(loc="outside lower center", ncols=3, columnspacing=1)
+    return figure
+
+
+def _reliability_drawing(behaviour: Mapping[str, Any]) -> Drawing:
+    gate = behaviour["gate"]
+    return Drawing(
+        f"reliability-{gate}",
+        "What the halting probability means",
+        f"At the point chosen to lose {gate_title(gate)}. Circles: share of the decisions at which "
+        "halting was the better choice, against what the head said; on the dashed line the two "
+        "agree. Diamonds: share at which the forced answer was right. Below: share of all "
+        "decisions.",
+        reliability(behaviour["reliability"]["bins"]),
+    )
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
+    """What halting came to, against the probability that the head gave it.
+
+    Args:
+        bins: "low", "high", "num"; unless that is 0 "mean_prob", "better" and "correct", shares.
+    """
+    seen = [found for found in bins if found["num"]]
+    said = [100 * found["mean_prob"] for found in seen]
+    num = sum(found["num"] for found in seen)
+    with style():
+        figure = Figure(figsize=(4.7, 4.2))
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        upper.plot([0, 100], [0, 100], color=COLOR["muted"], linestyle=(0, (4, 3)), linewidth=1)
+        upper.plot(
+            said, [100 * found["better"] for found in seen], color=COLOR["head"], marker="o",
+            linewidth=1.6, label="halting was better",
+        )  # fmt: skip
+        upper.plot(
+            said, [100 * found["correct"] for found in seen], color=COLOR["right"], marker="D",
+            markerfacecolor=COLOR["paper"], linewidth=1, linestyle=(0, (1, 1.2)),
+            label="answer was right",
+        )  # fmt: skip
+        lower.bar(
+            [50 * (found["low"] + found["high"]) for found in seen],
+            [100 * found["num"] / num for found in seen],
+            width=[92 * (found["high"] - found["low"]) for found in seen],
+            color=COLOR["muted"],
+        )
+        upper.set_ylabel("decisions, %")
+        upper.set_ylim(-3, 103)
+        lower.set_ylabel("of all, %")
+        lower.set_xlabel("halting probability that the head gave, %")
+        lower.set_xlim(-2, 102)
+        figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, as it is printed."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _tick(value: float, _: object = None) -> str:
+    """A signed tick; 0 has no sign."""
+    return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"

@@ -1,0 +1,83 @@
+"""A policy's frontier: what it saves at an EM, and the EM that it has on an allowance of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import moocore
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.intervals import Float
+
+# Means over several trainings that are equal differ by less.
+_ROUNDING = 1e-12
+
+
+def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> float | None:
+    """The saving of a policy's frontier at some EM change, see `frontier_savings`.
+
+    Args:
+        points: (EM change, saving) of each parameter.
+        em_delta: Where to read the frontier.
+
+    Returns:
+        None if the policy does not reach that EM at all.
+    """
+    deltas, savings = np.array([*points, (0.0, 0.0)]).T[:, :, None]
+    if em_delta > deltas.max() + _ROUNDING:
+        return None
+    return float(frontier_savings(deltas, savings, np.array([em_delta]))[0])
+
+
+def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:
+    """The saving (R,) of a policy's frontier at some EM change, in each of R samples.
+
+    The frontier is made of the points that no other one beats in both EM and saving; never
+    halting, at (0, 0), is one of the candidates. Between neighbours it is a straight line. Below
+    its lowest EM its largest saving holds. Above its highest EM the saving there holds, which
+    favours the policy: it does not have the EM that it is compared at.
+
+    Args:
+        em_delta: (K, R) EM change at each of K parameters.
+        saving: (K, R)
+        at: (R,) where to read the frontier.
+    """
+    never = np.zeros((1, len(at)))
+    em_delta, saving = np.concatenate([em_delta, never]), np.concatenate([saving, never])
+    # The neighbours: of the points with that EM, the one that saves most; of those without it that
+    # save more, the one with the highest EM. Nothing beats either, so no sorting is needed.
+    reaches = em_delta >= at - _ROUNDING
+    upper_saving = _largest(saving, reaches)
+    upper_em = _largest(em_delta, reaches & (saving == upper_saving))
+    saves_more = ~reaches & (saving > upper_saving)
+    lower_em = _largest(em_delta, saves_more)
+    lower_saving = _largest(saving, saves_more & (em_delta == lower_em))
+    # Where one is missing, the other holds.
+    no_upper, no_lower = np.isinf(upper_em), np.isinf(lower_em)
+    upper_em, upper_saving = np.where(no_upper, (lower_em, lower_saving), (upper_em, upper_saving))
+    lower_em, lower_saving = np.where(no_lower, (upper_em, upper_saving), (lower_em, lower_saving))
+    width = upper_em - lower_em
+    share = np.divide(at - lower_em, width, out=np.zeros_like(at), where=width > 0)
+    savings: Float = lower_saving + np.minimum(share, 1) * (upper_saving - lower_saving)
+    return savings
+
+
+def _largest(values: Float, among: NDArray[np.bool_]) -> Float:
+    """The largest (R,) of the values (K, R) of a mask, minus infinity if it is empty."""
+    largest: Float = values.max(axis=0, where=among, initial=-np.inf)
+    return largest
+
+
+def frontier_area(points: Sequence[tuple[float, float]]) -> float:
+    """Mean EM when the tokens allowed are drawn uniformly between 0 and never halting's.
+
+    An allowance buys the best EM among the parameters that spend no more on average, 0 if there
+    is none: the hypervolume (Zitzler and Thiele, 1999) of the points (tokens as a share of never
+    halting's, EM) against the corner (1, 0).
+
+    Args:
+        points: (saving, mean EM) of each parameter.
+    """
+    spent = np.array(points) * [-1, 1] + [1, 0]
+    return float(moocore.hypervolume(spent, ref=[1, 0], maximise=[False, True]))

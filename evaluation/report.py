@@ -1,0 +1,417 @@
+"""The report: one HTML page and TensorBoard's figures, of a JSON object of numbers alone.
+
+The page needs no network and no script. All its words and figures are made from the object, so that
+page and JSON cannot differ.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch.utils.tensorboard import SummaryWriter
+
+from evaluation.figures import (
+    POLICIES,
+    RULES,
+    compared_groups,
+    draw,
+    gate_title,
+    policy_title,
+    signed,
+    style,
+)
+from evaluation.outcome import Row
+from evaluation.svg import PALETTE, svg
+
+Report = Mapping[str, Any]
+
+_TEMPLATE = "report.html.jinja"
+_SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Writes the page.
+
+    Args:
+        report: What evaluate.py writes as JSON. Of a policy that is not available the rows hold
+            None; "groups" and "behaviour" may be empty, "certificate" None.
+        path: An HTML file; written whole or not at all.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(render(report), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def render(report: Report) -> str:
+    """The page as HTML; the same report gives the same page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "policy": policy_title,
+        "gate": gate_title,
+        "signed": signed,
+        "number": number,
+    }
+    drawings = draw(report)
+    with style():
+        figures = {
+            name: svg(drawing.figure, name, drawing.title, drawing.text)
+            for name, drawing in drawings.items()
+        }
+    gates = sorted({row["gate"] for row in report["frozen"]})
+    return environment.get_template(_TEMPLATE).render(
+        report=report,
+        gates=[_gate(report, gate) for gate in gates],
+        behaviour=_behaviour(report["behaviour"]),
+        certificate=_certificate(report["certificate"]),
+        never=next(row for row in report["rows"] if row["policy"] == "never"),
+        drawings=drawings,
+        figures=figures,
+        palette=PALETTE,
+        policies=POLICIES,
+        main_columns=_MAIN,
+        more_columns=_MORE,
+    )
+
+
+def log_to_tensorboard(report: Report, log_dir: Path) -> None:
+    """Writes the page's figures, and every policy's frozen numbers, for TensorBoard."""
+    with SummaryWriter(str(log_dir)) as writer:
+        with style():
+            for name, drawing in draw(report).items():
+                writer.add_figure(f"report/{name}", drawing.figure)
+        for row in report["frozen"]:
+            for column in _SCALARS:
+                if row[column] is not None:
+                    tag = f"frozen_{row['gate']}/{column}/{row['policy']}"
+                    writer.add_scalar(tag, row[column])
+
+
+def percent(share: float) -> str:
+    """A share, in %, as every saving and rate is printed."""
+    return f"{100 * share:.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def points(share: float) -> str:
+    """A change of a share in points of a hundred, as every EM change is printed."""
+    return signed(100 * share, 2)
+
+
+def _lead(share: float) -> str:
+    return signed(100 * share, 1)
+
+
+def _em(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def number(value: float) -> str:
+    """A number without a unit: a price, a threshold, a feature."""
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _tokens(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of frozen rows."""
+
+    key: str
+    title: str
+    what: str
+    """Said once on the page."""
+    form: Callable[[float], str]
+
+    def cell(self, row: Row) -> tuple[str, str]:
+        """The value and its interval as they are printed, empty where there is none."""
+        value, interval = row.get(self.key), row.get(f"{self.key}_interval")
+        if value is None or (row["policy"] == "head" and self.key.startswith("head_")):
+            return "", ""
+        # Above a policy's highest EM the lead at equal EM is less than it would be, see frozen.py.
+        beyond = self.key == "head_lead_at_equal_em" and row["saving_at_head_em"] is None
+        return ("> " if beyond else "") + self.form(value), between(interval, self.form)
+
+
+def between(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
+    """An interval as it is printed; empty for None."""
+    return "" if interval is None else f"[{form(interval[0])}, {form(interval[1])}]"
+
+
+_MAIN = (
+    Column("em", "EM, %", "Share of the answers that are right, by exact match.", _em),
+    Column("em_delta", "EM change, points", "EM less that of never halting.", points),
+    Column(
+        "saving", "Saving, %", "Share of never halting's tokens not spent, net of probes.", percent
+    ),
+    Column(
+        "saving_at_head_em",
+        "Saving at the head\N{RIGHT SINGLE QUOTATION MARK}s EM, %",
+        "What the policy saves at the head's EM, on its own frontier on these traces; empty where "
+        "it never has that EM.",
+        percent,
+    ),
+    Column(
+        "head_lead_at_equal_em",
+        "Head saves more at equal EM, points",
+        "The head's saving less the policy's at the head's EM. With >: less its saving at its "
+        "highest EM, which favours it, since it never has the head's. In every resample the "
+        "policy's frontier takes the best of many points: what chance adds to it counts against "
+        "the head.",
+        _lead,
+    ),
+    Column(
+        "hindsight_share",
+        "Of hindsight, %",
+        "The saving as a share of that of halting at the first correct answer.",
+        percent,
+    ),
+)
+_MORE = (
+    Column("parameter", "Number", "The frozen number of the policy; none: it never halts.", number),
+    Column("tokens", "Tokens", "Generated a trace, probes included.", _tokens),
+    Column("halt_rate", "Halted, %", "Share of the traces that are halted.", percent),
+    Column("right_to_wrong", "Lost, %", "Share of the traces turned from right to wrong.", percent),
+    Column("wrong_to_right", "Won, %", "Share of the traces turned from wrong to right.", percent),
+    Column("gave_up", "Gave up, %", "Share of the traces halted at a wrong answer.", percent),
+    Column(
+        "hopeless_saving",
+        "Of hopeless, %",
+        "The part of the saving that comes from traces that are never right.",
+        percent,
+    ),
+    Column(
+        "head_em_lead",
+        "Head\N{RIGHT SINGLE QUOTATION MARK}s EM lead, points",
+        "The head's EM less the policy's, each at its own point.",
+        points,
+    ),
+    Column(
+        "head_saving_lead",
+        "Head saves more, points",
+        "The head's saving less the policy's, each at its own point.",
+        _lead,
+    ),
+    Column(
+        "area",
+        "Mean EM on allowances, %",
+        "EM in the mean over all allowances of tokens, from none to never halting's, each spent by "
+        "the best of the policy's numbers: the area under its frontier.",
+        _em,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What the page says of one gate."""
+
+    gate: float
+    head: Row
+    strongest: str | None
+    standing: tuple[str, str]
+    """How the head stands against the strongest baseline: a key, and words."""
+    sentences: list[str]
+    rows: list[Row]
+    """Available policies: the head, baselines by saving at the head's EM, rules."""
+    missing: list[str]
+    """Policies that are not available."""
+    groups: list[Row]
+    """Of the head and the strongest baseline."""
+    losses: str
+    """The groups that the head loses exact match in, in a sentence."""
+
+
+def _gate(report: Report, gate: float) -> Gate:
+    rows = [row for row in report["frozen"] if row["gate"] == gate]
+    known = {row["policy"]: row for row in rows if row["em"] is not None}
+    groups = compared_groups(report, gate)
+    head, strongest = known["head"], report["strongest"].get(str(gate))
+    baselines = [row for name, row in known.items() if name not in ("head", *RULES)]
+    baselines.sort(key=lambda row: -(row["saving_at_head_em"] or 0.0))
+    standing, compared = _standing(head, known.get(strongest))
+    if not report["evidence"]:
+        standing = ("void", "not evidence")
+    return Gate(
+        gate=gate,
+        head=head,
+        strongest=strongest,
+        standing=standing,
+        sentences=[_head_words(head, gate, report["traces"]["num_questions"]), *compared],
+        rows=[head, *baselines, *(known[name] for name in RULES if name in known)],
+        missing=[row["policy"] for row in rows if row["em"] is None],
+        groups=groups,
+        losses=_losses([row for row in groups if row["policy"] == "head"]),
+    )
+
+
+def _head_words(head: Row, gate: float, num_questions: int) -> str:
+    if head["parameter"] is None:
+        return (
+            "The head never halts at this gate: no price was within it. It saves and loses nothing."
+        )
+    saving = f"{percent(head['saving'])} % of the tokens{_range(head, 'saving', percent)}"
+    change = f"{points(head['em_delta'])} points{_range(head, 'em_delta', points)}"
+    meaning = _change_words(head.get("em_delta_interval"), gate, num_questions)
+    return (
+        f"The head saves {saving}, the cost of its own probes taken off. Exact match changes by "
+        f"{change}{meaning}."
+    )
+
+
+def _range(row: Row, key: str, form: Callable[[float], str]) -> str:
+    found = row.get(f"{key}_interval")
+    return "" if found is None else f" (95 % interval {form(found[0])} to {form(found[1])})"
+
+
+def _change_words(interval: Sequence[float] | None, gate: float, num_questions: int) -> str:
+    """What an interval of an EM change means."""
+    if interval is None:
+        return ""
+    low, high = interval
+    if high < -gate:
+        return f": a loss, though it was chosen to lose {gate_title(gate)}"
+    if high < 0:
+        return ": a loss, not shown to be larger than what it was chosen to lose"
+    if low >= 0:
+        return ": a gain" if low > 0 else ": no loss"
+    return (
+        f", which {num_questions:,} questions cannot tell from no change, nor from a loss of "
+        f"{_em(-low)} points"
+    )
+
+
+def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]:
+    """How the head stands against the strongest baseline: key and words, and sentences."""
+    if other is None:
+        return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
+    name = policy_title(other["policy"])
+    told = (
+        f"The strongest baseline, {name}, saves {percent(other['saving'])} %"
+        f"{_range(other, 'saving', percent)}, with an EM change of {points(other['em_delta'])} "
+        f"points{_range(other, 'em_delta', points)}."
+    )
+    lead, interval = other["head_lead_at_equal_em"], other["head_lead_at_equal_em_interval"]
+    if lead is None:
+        return ("unknown", "not compared"), [told, "They were not compared at equal EM."]
+    where = "At equal EM"
+    if other["saving_at_head_em"] is None:
+        where = f"The head's EM {name} never has. Against what it saves at its highest EM"
+    difference = (
+        f"{where} the head saves {percent(abs(lead))} points {'less' if lead < 0 else 'more'}"
+    )
+    if interval is None:
+        return ("unknown", "no interval"), [told, f"{difference}, of unknown precision."]
+    difference += f" (95 % interval {_lead(interval[0])} to {_lead(interval[1])})"
+    if interval[0] > 0:
+        return ("ahead", "ahead"), [told, f"{difference}: it is ahead."]
+    if interval[1] < 0:
+        return ("behind", "behind"), [told, f"{difference}: it loses."]
+    return ("tie", "tie"), [told, f"{difference}. The interval contains 0: a tie."]
+
+
+def _losses(groups: Sequence[Row]) -> str:
+    """The groups whose interval of the head's EM change lies below 0."""
+    lost = {
+        row["group"]: f"{points(row['em_delta'])} {between(row['em_delta_interval'], points)}"
+        for row in groups
+        if row["em_delta_interval"] and row["em_delta_interval"][1] < 0
+    }
+    if not lost:
+        return "In no group does the interval of the head's EM change lie below 0."
+    named = "; ".join(f"{name} {change}" for name, change in lost.items())
+    return f"Groups where the interval of the head's EM change lies below 0: {named}."
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the page says of the head inside a thought, at one price."""
+
+    gates: list[float]
+    """All that chose this price."""
+    found: Row
+    reading: str
+    """The reliability figure, read aloud at one bin."""
+    largest: float
+    """Contribution of a driver, in magnitude."""
+
+
+def _behaviour(found: Sequence[Row]) -> list[Behaviour]:
+    """One a price, with the gates that share it."""
+    first: dict[float, Row] = {}
+    for behaviour in found:
+        first.setdefault(behaviour["price"], behaviour)
+    return [
+        Behaviour(
+            gates=[other["gate"] for other in found if other["price"] == price],
+            found=behaviour,
+            reading=_reading(behaviour["reliability"]["bins"]),
+            largest=max(
+                (
+                    abs(driver["contribution"])
+                    for case in behaviour["cases"]
+                    for driver in case["drivers"]
+                ),
+                default=0.0,
+            ),
+        )
+        for price, behaviour in first.items()
+    ]
+
+
+def _reading(bins: Sequence[Row]) -> str:
+    """A sentence on the bin at 80 %, or the one nearest to it that holds a decision."""
+    seen = [found for found in bins if found["num"]]
+    if not seen:
+        return "The head came to no decision."
+    found = min(seen, key=lambda found: abs(found["low"] - 0.8))
+    said = f"{100 * found['low']:.0f} to {100 * found['high']:.0f} %"
+    return (
+        f"Among the {found['num']:,} decisions where the head put the probability of halting at "
+        f"{said} ({percent(found['mean_prob'])} % in the mean), halting was the better choice in "
+        f"{percent(found['better'])} %."
+    )
+
+
+_RISKS = {
+    "net-em-loss": "costs at most {} points of exact match, net of what halting wins",
+    "right-to-wrong": "turns at most {} of a hundred answers from right to wrong",
+}
+
+
+def _certificate(certificate: Row | None) -> list[str]:
+    """A certificate in sentences; none for None."""
+    if certificate is None:
+        return []
+    bound = _RISKS[certificate["risk"]].format(f"{100 * certificate['max_em_drop']:g}")
+    asked = (
+        f"with {100 * certificate['confidence']:g} % confidence, over the draw of "
+        f"{certificate['num_questions']:,} questions that the head had not learned from"
+    )
+    if certificate["price"] is None:
+        smallest = certificate["smallest_em_drop"]
+        could = "no bound" if smallest is None else f"a bound of {_em(smallest)} points"
+        return [
+            f"Nothing but never halting could be certified {asked}, so that it {bound}.",
+            f"On those questions {could} would have allowed some saving.",
+        ]
+    return [
+        f"Certified {asked}: on questions like those, in the mean, halting at a price of "
+        f"{number(certificate['price'])} {bound}.",
+        f"There it saved {percent(certificate['saving'])} % of the tokens, with a loss of "
+        f"{points(certificate['observed_loss'])} points. It is a certificate of that price, not "
+        "of the points in the tables above.",
+    ]
