@@ -298,7 +298,8 @@ def _explained(traces: Traces, trace_id: str, judge: Head) -> str:
     rows = np.flatnonzero(traces.trace_id == trace_id)
     if not len(rows):
         raise InputError(
-            f"no trace {trace_id!r} among these {len(traces)}, the first is {traces.trace_id[0]!r}"
+            f"no trace {trace_id!r} among these {len(traces)}, the first is "
+            f"{str(traces.trace_id[0])!r}"
         )
     head = judge.judge(str(traces.question_id[rows[0]]))
     return decision_path(traces.select(rows), head, judge.head.config.default_price)

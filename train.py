@@ -5,7 +5,8 @@
     python train.py --live                       PPO on the running LM from the start
 
 Writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
-results out of fold and on test questions (JSON and PNG), the agent (zip) and TensorBoard's files.
+questions that it learned from and the heads of its folds, the results out of fold (JSON, PNG) and
+on test questions (JSON, HTML, PNG), the agent (zip) and TensorBoard's files.
 """
 
 from __future__ import annotations
@@ -117,33 +118,17 @@ def main(config: TrainConfig) -> Path:
     learned_from = traces.of_split("train") if config.live else traces
     head = _head_config(learned_from, config)
     head.halting.check_recorded(everything.recorder, str(path))
-    probing = head.halting.probing
     fold = {
         seed: folds(traces.question_id, config.folds, seed)
         for seed in range(config.seed, config.seed + config.seeds)
     }
     run_dir = _open_run(config, path, everything.digest)
     if config.live:
-        judged_on, trials = traces.of_split("dev"), None
-        learned = Learned(frozenset(learned_from.question_id.tolist()))
-        ppo = _train_live(config, run_dir, head, learned_from, None)
-        outcomes = {"head": _outcomes(Head(export(ppo, head)), judged_on, probing)}
+        trained = _train_beside(config, run_dir, head, traces, learned_from)
     else:
-        judged_on, trials = traces, _try(config, run_dir, head, traces, fold)
-        learned = _learned(traces, fold)
-        save_kept_back(run_dir, run_dir / "folds", learned.folds, trials.best)
-        outcomes = {"head": trials.outcomes}
-        ppo = _train_replay(config, run_dir, head, traces, CHECKPOINTS[trials.best])
-        if config.traces is None:
-            ppo = _train_live(config, run_dir, head, traces, ppo)
-    kept_back = learned.folds.get(config.seed, {})
-    models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
-    outcomes |= {
-        policy.name: _outcomes(policy, judged_on, probing) for policy in (*BASELINES, *models)
-    }
-    choice = choose_points(judged_on, outcomes, parameter_free(judged_on, probing))
-    save_learned(run_dir, learned)
-    _finish(run_dir, export(ppo, head), choice, trials)
+        trained = _train_from(config, run_dir, head, traces, fold)
+    choice = _choose(config, head, learned_from, trained)
+    _finish(run_dir, export(trained.agent, head), choice, trained)
     print(format_table(choice.frozen))
     if "test" in everything.split:
         print("\nThe exported head, loaded again:\n")
@@ -151,6 +136,7 @@ def main(config: TrainConfig) -> Path:
             EvaluateConfig(
                 head=run_dir,
                 json=run_dir / "test.json",
+                report=run_dir / "test.html",
                 plot=run_dir / "test.png",
                 live=config.traces is None,
             )
@@ -277,6 +263,61 @@ def _commit() -> str | None:
     return done.stdout.strip()
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """An agent, and how it does where it has not learned."""
+
+    agent: Agent
+    learned: Learned
+    judged_on: Traces
+    """Traces that points are chosen on."""
+    outcomes: dict[float, Outcome]
+    """By price, on those."""
+    trials: Trials | None
+    """None without folds."""
+
+
+def _train_beside(
+    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, learned_from: Traces
+) -> _Trained:
+    """Trains on the running LM alone."""
+    agent = _train_live(config, run_dir, head, learned_from, None)
+    judged_on = traces.of_split("dev")
+    outcomes = _outcomes(Head(export(agent, head)), judged_on, head.halting.probing)
+    learned = Learned(frozenset(learned_from.question_id.tolist()))
+    return _Trained(agent, learned, judged_on, outcomes or {}, None)
+
+
+def _train_from(
+    config: TrainConfig,
+    run_dir: Path,
+    head: HeadConfig,
+    traces: Traces,
+    fold: Mapping[int, NDArray[np.int64]],
+) -> _Trained:
+    """Trains on recorded traces, fold by fold first; and where there is one, on the running LM."""
+    trials, learned = _try(config, run_dir, head, traces, fold), _learned(traces, fold)
+    save_kept_back(run_dir, run_dir / "folds", learned.folds, trials.best)
+    agent = _train_replay(config, run_dir, head, traces, CHECKPOINTS[trials.best])
+    if config.traces is None:
+        agent = _train_live(config, run_dir, head, traces, agent)
+    return _Trained(agent, learned, traces, trials.outcomes, trials)
+
+
+def _choose(
+    config: TrainConfig, head: HeadConfig, learned_from: Traces, trained: _Trained
+) -> Choice:
+    """The operating points of the head and the baselines."""
+    kept_back = trained.learned.folds.get(config.seed, {})
+    models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
+    probing = head.halting.probing
+    outcomes = {"head": trained.outcomes} | {
+        policy.name: _outcomes(policy, trained.judged_on, probing)
+        for policy in (*BASELINES, *models)
+    }
+    return choose_points(trained.judged_on, outcomes, parameter_free(trained.judged_on, probing))
+
+
 def _try(
     config: TrainConfig,
     run_dir: Path,
@@ -351,11 +392,12 @@ def _outcomes(policy: Policy, traces: Traces, probing: Probing) -> dict[float, O
     return None if signal is None else sweep(traces, decisions(policy, signal), probing)
 
 
-def _finish(run_dir: Path, head: HaltHead, choice: Choice, trials: Trials | None) -> None:
+def _finish(run_dir: Path, head: HaltHead, choice: Choice, trained: _Trained) -> None:
     """Writes what the run came to; the head last, since a folder with a head is a whole run."""
     content: dict[str, Any] = {"rows": choice.rows, "frozen": choice.frozen}
-    if trials is not None:
-        content["trials"] = trials.rows
+    if trained.trials is not None:
+        content["trials"] = trained.trials.rows
+    save_learned(run_dir, trained.learned)
     write_json(run_dir / "out_of_fold.json", content)
     plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
     save_operating_points(run_dir, choice.gates)

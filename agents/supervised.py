@@ -26,8 +26,8 @@ from haltwise.signals import Float
 from traces import Traces
 
 _CALIBRATION_FOLDS = 3
-# With a right answer, and with a wrong one: some in every fold of every fold.
-_MIN_QUESTIONS = 20
+# With a right answer, and with a wrong one: some are in every fold of five, and of three in these.
+_MIN_QUESTIONS = 10
 _ESTIMATORS: dict[str, BaseEstimator] = {
     "logistic": LogisticRegression(C=0.1, max_iter=1000),
     "boosted_trees": HistGradientBoostingClassifier(early_stopping=False, random_state=0),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.utils.tensorboard import SummaryWriter
 
@@ -373,7 +374,7 @@ def _behaviour(found: Sequence[Row]) -> list[Behaviour]:
 
 
 def _reading(bins: Sequence[Row]) -> str:
-    """A sentence on the bin at 80 %, or the one nearest to it that holds a decision."""
+    """On the bin at 80 %, or the one nearest to it that holds a decision; and on all of them."""
     seen = [found for found in bins if found["num"]]
     if not seen:
         return "The head came to no decision."
@@ -382,8 +383,24 @@ def _reading(bins: Sequence[Row]) -> str:
     return (
         f"Among the {found['num']:,} decisions where the head put the probability of halting at "
         f"{said} ({percent(found['mean_prob'])} % in the mean), halting was the better choice in "
-        f"{percent(found['better'])} %."
+        f"{percent(found['better'])} %. {_gains(seen)}"
     )
+
+
+def _gains(seen: Sequence[Row]) -> str:
+    """What halting gains where the head put it below one half, and from there on."""
+    said = {
+        "below one half": [found for found in seen if found["high"] <= 0.5],
+        "at one half or more": [found for found in seen if found["low"] >= 0.5],
+    }
+    sentences = [
+        f"Where it put it {where}, halting gained "
+        f"{points(np.average([b['gain'] for b in bins], weights=[b['num'] for b in bins]))} "
+        "points a decision in the mean."
+        for where, bins in said.items()
+        if bins
+    ]
+    return " ".join(sentences)
 
 
 _RISKS = {

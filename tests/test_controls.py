@@ -101,8 +101,8 @@ def supervised_outcomes(name: str, traces: Traces) -> dict[float, Outcome]:
     return sweep(traces, decisions(policy, policy.signal(traces)), "always")
 
 
-#: Four standard errors of a lead: 0.3 points of EM are worth one of tokens on the chord.
-NOISE = 4 * np.sqrt(0.6 * 0.4 / NUM) / 0.3 * 0.9
+#: Four standard errors of the EM of a policy that halts everything, in tokens along the chord.
+NOISE = 4 * np.sqrt(0.6 * 0.4 / NUM) * 0.895 / 0.3
 
 
 @pytest.mark.parametrize("change", [shuffled_labels, white_noise])
@@ -111,3 +111,10 @@ def test_nothing_to_see_saves_nothing_beyond_random_halting(change: Change, tmp_
     assert leads(traces, head_outcomes(traces, tmp_path)).max() < NOISE
     for name in SUPERVISED:
         assert leads(traces, supervised_outcomes(name, traces)).max() < NOISE
+
+
+def test_the_same_check_finds_what_there_is_to_see(tmp_path: Path) -> None:
+    traces = population(tmp_path, as_it_is)
+    assert leads(traces, head_outcomes(traces, tmp_path)).max() > 2 * NOISE
+    for name in SUPERVISED:
+        assert leads(traces, supervised_outcomes(name, traces)).max() > 2 * NOISE

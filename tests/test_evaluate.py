@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 
 import command
 import evaluate
-from agents.baselines import BASELINES
+from agents.baselines import BASELINES, Head
+from agents.kept_back import kept_back_folder
 from evaluate import EvaluateConfig
 from evaluation.frozen import FROZEN_COLUMNS, INTERVAL_COLUMNS
 from evaluation.learned import Learned, save_learned
-from evaluation.outcome import COLUMNS
+from evaluation.outcome import COLUMNS, halt_outcome
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, save_operating_points
+from evaluation.report import render
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from traces import Traces
@@ -126,6 +129,79 @@ def test_files_are_written_and_hold_what_was_returned(
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_report_and_its_figures_are_written(
+    run_folder: Path, traces_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.html"
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, report=out))
+    assert out.read_text() == render(report)
+    assert list((run_folder / "tensorboard" / "report-test").glob("events.*"))
+    assert [found["gate"] for found in report["behaviour"]] == [0.0, 0.01]
+    assert report["strongest"]["0.01"] in POLICIES - {"head"}
+    names = {(row["by"], row["group"]) for row in report["groups"]}
+    assert names == set()  # one segment, one task, one LM
+
+
+def test_questions_that_were_learned_from_are_judged_by_heads_that_never_saw_them(
+    run_folder: Path, run_head: HaltHead, traces_path: Path, random_traces: Traces
+) -> None:
+    fold = {f"q{n}": n % 2 for n in range(20)}
+    save_learned(run_folder, Learned(frozenset(fold), {0: fold, 1: fold}))
+    never = HaltHead(run_head.config, run_head.weights | {"b2": np.full(1, -9, dtype=np.float32)})
+    for seed, k, head in ((0, 0, never), (0, 1, run_head), (1, 0, never), (1, 1, never)):
+        head.save(kept_back_folder(run_folder, seed, k))
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    assert report["evidence"] and "judged out of fold" in report["judged"]
+    odd = np.array([int(q[1:]) % 2 for q in random_traces.question_id.tolist()])
+    alone = halt_outcome(
+        random_traces, Head(run_head).halts(Head(run_head).signal(random_traces), 10.0), "always"
+    )
+    expected = (
+        alone.halted & (odd == 1)
+    ).mean() / 2  # one of the two trainings, half the questions
+    assert frozen_row(report, 0.01, "head")["halt_rate"] == pytest.approx(expected)
+
+
+def test_what_the_head_learned_from_is_no_evidence(run_folder: Path, traces_path: Path) -> None:
+    save_learned(run_folder, Learned(frozenset({"q0", "q3"})))
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    assert not report["evidence"]
+    assert report["judged"].startswith("2 of the 20 questions were learned from")
+    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="dev"))
+    assert report["evidence"] and report["judged"].startswith("None of the 7 questions")
+
+
+def test_supervised_baselines_are_fitted_again_from_the_runs_own_traces(
+    run_folder: Path, traces_path: Path, random_traces: Traces, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def rows_of(digest: str, traces: str) -> Row:
+        head = HaltHead.load(run_folder)
+        HaltHead(replace(head.config, traces=digest), head.weights).save(run_folder)
+        (run_folder / "config.json").write_text(json.dumps({"traces": traces}))
+        report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+        return frozen_row(report, 0.0, "logistic")
+
+    save_operating_points(run_folder, {0.0: {"head": 1.0, "logistic": 0.5}})
+    save_learned(run_folder, Learned(frozenset(random_traces.question_id.tolist())))
+    fitted = rows_of(random_traces.digest, str(traces_path))
+    assert fitted["parameter"] == 0.5 and fitted["halt_rate"] > 0
+    assert rows_of("another", str(traces_path))["em"] is None
+    assert "the run's own traces have changed" in capsys.readouterr().out
+    assert rows_of(random_traces.digest, str(tmp_path / "gone"))["em"] is None
+    assert "not available, the run's own traces cannot be read" in capsys.readouterr().out
+
+
+def test_one_trace_is_explained(
+    run_folder: Path, traces_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(head=run_folder, traces=traces_path, explain="t5")
+    assert evaluate.main(config) == {}
+    assert capsys.readouterr().out.startswith("Trace t5")
+    with pytest.raises(InputError, match="no trace 'x' among these 60, the first is 't0'"):
+        evaluate.main(replace(config, explain="x"))
+
+
 def test_the_runs_own_traces_are_the_default(run_folder: Path, traces_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"config\.json names no traces: expected a run, or --traces"
@@ -196,6 +272,8 @@ def test_traces_without_a_decision_point_count_as_never_halted(
 def test_outputs_are_checked_before_the_work(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected a name that ends in \.png"):
         evaluate.main(EvaluateConfig(head=run_folder, plot=tmp_path / "x.pdf"))
+    with pytest.raises(InputError, match=r"expected a name that ends in \.html"):
+        evaluate.main(EvaluateConfig(head=run_folder, report=tmp_path / "x.pdf"))
     with pytest.raises(InputError, match="found no folder"):
         evaluate.main(EvaluateConfig(head=run_folder, json=tmp_path / "none" / "x.json"))
 

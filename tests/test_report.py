@@ -269,6 +269,9 @@ def test_the_reliability_is_read_aloud(page: str) -> None:
     assert (
         f"{said} (86.2 % in the mean), halting was the better choice in 91.2 %." in Page(page).text
     )
+    low = minus("Where it put it below one half, halting gained -10.00 points a decision")
+    high = "Where it put it at one half or more, halting gained +10.00 points a decision"
+    assert low in Page(page).text and high in Page(page).text
 
 
 def test_gates_at_one_price_share_their_behaviour() -> None:
