@@ -44,7 +44,7 @@ from evaluation.outcome import (
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import Points, load_operating_points
 from evaluation.report import log_to_tensorboard, write_report
-from evaluation.table import format_table
+from evaluation.table import format_cases, format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing
 from lms.language_model import LanguageModel
@@ -132,6 +132,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         "certificate": None if head.config.certificate is None else asdict(head.config.certificate),
     }
     print(f"{judged}\n\n{format_table(frozen)}")
+    for found in report["behaviour"][:1]:
+        print(format_cases(found))
     if config.live:
         report["live"] = _live(config, head, traces, gates)
     _write(config, report)

@@ -1,7 +1,8 @@
-"""The frozen rows as text."""
+"""The frozen rows, and the worst errors, as text."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from evaluation.frozen import strongest
@@ -22,6 +23,8 @@ _TITLES = (
     "hopeless",
     "head saves more at equal EM [95 %]",
 )
+_CASE_TITLES = ("trace", "tokens", "of", "answer", "P(halt) %", "right again at", "driven by")
+_NUM_CASES, _LONGEST_ANSWER = 5, 20
 _NOTES = "* strongest baseline, > it never has the head's EM"
 
 
@@ -83,3 +86,29 @@ def _percent(share: float | None) -> str:
 def _with_interval(value: float, interval: Sequence[float], form: str) -> str:
     low, high = interval
     return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+
+
+def format_cases(behaviour: Row) -> str:
+    """The worst right-to-wrong cases at one gate, a line each; no text if there is none."""
+    found = behaviour["cases"][:_NUM_CASES]
+    if not found:
+        return ""
+    lines = [_CASE_TITLES, *map(_case_cells, found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"Worst of the right answers turned wrong, at the points of {behaviour['gate']:.1%}"
+    rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
+    return "\n".join(["", title, *rows])
+
+
+def _case_cells(case: Row) -> tuple[str, ...]:
+    again = case["right_again"]
+    drivers = [f"{driver['feature']} {driver['contribution']:+.1f}" for driver in case["drivers"]]
+    return (
+        case["trace_id"],
+        str(case["position"]),
+        str(case["num_tokens"]),
+        textwrap.shorten(case["answer"], _LONGEST_ANSWER, placeholder="..."),
+        f"{100 * case['prob_halt']:.1f}",
+        "its end" if again is None else str(again),
+        ", ".join(drivers[:3]),
+    )

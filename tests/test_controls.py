@@ -27,7 +27,7 @@ from traces import Traces, read_traces, write_shard
 NUM, POINTS = 600, 4
 HALTING = Halting("always", "every 50 tokens", "</think>", "source")
 FIT = FitConfig(
-    PathwiseConfig(steps=80, batch_size=256, weight_decay=0.1),
+    PathwiseConfig(steps=400, batch_size=128, weight_decay=0.1),
     PPOConfig(total_timesteps=4096, num_envs=64, n_steps=16, batch_size=256, net_width=16),
 )
 

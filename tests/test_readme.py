@@ -21,16 +21,16 @@ def test_the_inference_snippet_runs_as_it_stands() -> None:
     assert "</think>" in done.stdout and "reason='" in done.stdout
 
 
-@pytest.mark.parametrize("script", ["train.py", "adapt.py", "evaluate.py", "collect.py"])
+@pytest.mark.parametrize("script", ["train", "adapt", "evaluate", "calibrate", "collect"])
 def test_scripts_know_the_flags_that_the_readme_uses(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"],
+        [sys.executable, ROOT / f"{script}.py", "--help"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=True,
     )
-    lines = [line for line in README.splitlines() if f"python {script}" in line]
+    lines = [line for line in README.splitlines() if f"python {script}.py" in line]
     assert lines
     for flag in re.findall(r"--[a-z-]+", " ".join(lines)):
         assert flag in done.stdout
