@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluation.outcome import Row
+from evaluation.protocol import RATE_MATCHED
 from evaluation.svg import COLOR
 
 #: Readable name of every policy, and what it does.
@@ -259,7 +260,11 @@ def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
 
 
 def _limit(axes: Axes, swept: Sequence[Row], points: Sequence[Row]) -> None:
-    """Limits that show where policies differ: around the frozen points, and what is above them."""
+    """Limits that show where policies differ: around the frozen points, and what is above them.
+
+    The control that halts as often as the head loses so much that it would hide the rest.
+    """
+    points = [row for row in points if row["policy"] != RATE_MATCHED]
     low = 1.3 * min([-2.0, *(_bounds(row, "em_delta")[0] for row in points)])
     high = 1.3 * max([1.0, *(_bounds(row, "em_delta")[1] for row in (*swept, *points))])
     seen = [row for row in swept if 100 * row["em_delta"] >= low]
