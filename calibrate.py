@@ -3,8 +3,8 @@
     python calibrate.py --head RUN --traces FILE_OR_FOLDER --max-em-drop 0.02 --confidence 0.9
 
 Questions that the head learned from are left out. The certificate goes into the run's head.json,
-and the certified price becomes the head's default. It holds for questions like the calibration
-ones, of the same LM, and for one call: what is asked must be settled before, and asking otherwise
+and the certified price becomes the head's default; 0, which never halts, if there is none. It holds
+for questions like the calibration ones, of the same LM, and for one call: what is asked must be settled before, and asking otherwise
 afterwards needs fresh questions. What else is printed is for planning.
 """
 
@@ -88,7 +88,8 @@ def main(config: CalibrateConfig) -> Certificate:
     segments = measure_segments(traces, outcomes, config.risk)
     certificate = _certificate(config, head, traces, prices, pooled, segments)
     print(_told(certificate, prices, pooled))
-    price = head.config.default_price if certificate.price is None else certificate.price
+    # Whoever names no price gets what is certified: at a price of 0 the head never halts.
+    price = certificate.price or 0.0
     certified = replace(head.config, certificate=certificate, default_price=price)
     HaltHead(certified, head.weights).save(config.head)
     return certificate
@@ -118,13 +119,15 @@ def _fresh(config: CalibrateConfig, head: HaltHead) -> Traces:
 
 def _warn_if_asked_before(config: CalibrateConfig, head: HaltHead, traces: Traces) -> None:
     earlier = head.config.certificate
-    if earlier is None or earlier.traces != traces.digest:
+    if earlier is None:
         return
-    asked = (config.risk, config.max_em_drop, config.confidence)
-    if asked != (earlier.risk, earlier.max_em_drop, earlier.confidence):
+    asked = (config.risk, config.max_em_drop, config.confidence, traces.digest)
+    before = (earlier.risk, earlier.max_em_drop, earlier.confidence, earlier.traces)
+    if asked != before:
         print(
-            "These questions have certified this head before, for something else. Whoever chooses "
-            "between certificates of the same questions has neither one's confidence."
+            "This head has been certified before, otherwise or on other traces. Unless all of "
+            "these questions\nare fresh, the confidence is not what it says: whoever chooses "
+            "between certificates has neither one's."
         )
 
 
@@ -149,6 +152,7 @@ def _certificate(
         num_questions=found.num_questions,
         num_traces=len(traces),
         traces=traces.digest,
+        lm=", ".join(np.unique(traces.model).tolist()),
         head=head.digest,
         smallest_em_drop=smallest_drop(pooled, config.max_em_drop, delta),
         command=shlex.join(sys.argv),
@@ -170,16 +174,19 @@ def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -
     """All that is printed about a certificate."""
     drop, delta = certificate.max_em_drop, 1 - certificate.confidence
     lines = [
-        f"{certificate.num_questions} questions, {certificate.num_traces} traces. Asked, with a "
+        f"{certificate.num_questions} questions, {certificate.num_traces} traces of "
+        f"{certificate.lm}. Asked, with a "
         f"confidence of {certificate.confidence:.4g}: {_LOSS[certificate.risk]} at most "
         f"{_points(drop)} in the mean.",
     ]
     if certificate.price is None:
-        lines += ["Certified: no price that saves anything. Never halt."]
+        lines += [
+            "Certified: no price that saves anything. Never halt: the head's own price is 0 now."
+        ]
     else:
         lines += [
-            f"Certified: price {certificate.price:.6g}, saving {certificate.saving:.1%}, "
-            f"observed loss {_points(certificate.observed_loss)}."
+            f"Certified: price {certificate.price:.6g}. On these traces it saves "
+            f"{certificate.saving:.1%}, and loses {_points(certificate.observed_loss)}."
         ]
     lines += [
         "",

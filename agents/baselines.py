@@ -143,28 +143,34 @@ class EntropyVariance(_AtMost):
 
     As EAT (Wang et al., arXiv 2509.26522) does with the entropy after the close text, which traces
     do not hold: mean m += w (x - m), variance v += w ((x - m)^2 - v), from m = x and v = 0 at the
-    first point, w = 0.2, and no halting before the fourth point, while v is still small.
+    first point, w = 0.2, and no halting before the fourth point, while v is still small. Points of
+    unknown entropy are passed over.
     """
 
     name = "entropy_variance"
     probes = False
 
     def signal(self, traces: Traces) -> Signal | None:
-        """Moving variance, infinite where it may not halt or is unknown; None as for `Entropy`."""
+        """Moving variance, infinite where it may not halt; None if that is everywhere."""
         entropy = Entropy().signal(traces)
         if entropy is None:
             return None
         lengths = np.diff(traces.offsets)
         signal = np.full(traces.num_points, np.inf)
         mean, variance = np.zeros(len(traces)), np.zeros(len(traces))
+        known = np.isfinite(entropy)
+        num_known = np.zeros(len(traces), dtype=np.int64)
         for i in range(lengths.max(initial=0)):
             rows = np.flatnonzero(lengths > i)
+            rows = rows[known[traces.offsets[rows] + i]]
             at = traces.offsets[rows] + i
-            mean[rows] += (_EAT_WEIGHT if i else 1.0) * (entropy[at] - mean[rows])
+            num_known[rows] += 1
+            weight = np.where(num_known[rows] == 1, 1.0, _EAT_WEIGHT)
+            mean[rows] += weight * (entropy[at] - mean[rows])
             variance[rows] += _EAT_WEIGHT * ((entropy[at] - mean[rows]) ** 2 - variance[rows])
-            if i + 1 >= _EAT_WARM_UP:
-                signal[at] = variance[rows]
-        return np.where(np.isnan(signal), np.inf, signal)
+            late = num_known[rows] >= _EAT_WARM_UP
+            signal[at[late]] = variance[rows[late]]
+        return signal if np.isfinite(signal).any() else None
 
 
 class Stability:
@@ -199,8 +205,8 @@ class Random:
         return np.random.default_rng(0).random(traces.num_points)
 
     def grid(self, signal: Signal) -> list[float]:
-        """40 probabilities from 0.001 to 1."""
-        probabilities: list[float] = np.logspace(-3, 0, 40).tolist()
+        """60 probabilities from 1e-5 to 1."""
+        probabilities: list[float] = np.logspace(-5, 0, 60).tolist()
         return probabilities
 
     def halts(self, signal: Signal, parameter: float) -> Halts:

@@ -106,7 +106,8 @@ def load_operating_points(run: Path) -> dict[float, Points]:
         ) from None
     if not np.isfinite([p for points in gates.values() for p in points.values() if p]).all():
         raise InputError(f"{path}: a point is not finite, expected numbers or null")
-    if any((points.get("head") or 1) <= 0 for points in gates.values()):
+    prices = [points.get("head") for points in gates.values()]
+    if any(price is not None and price <= 0 for price in prices):
         raise InputError(f"{path}: a head's price is not positive")
     if not gates or not all("head" in points for points in gates.values()):
         raise InputError(f"{path}: a gate has no 'head', expected its price or null")

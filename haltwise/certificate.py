@@ -63,6 +63,8 @@ class Certificate:
     """Of those questions."""
     traces: str
     """Digest of those traces."""
+    lm: str
+    """The LM that they are of, which the certificate is for; of several their mixture."""
     head: str
     """Digest of the head that was certified, see `HaltHead.digest`."""
     smallest_em_drop: float | None

@@ -119,7 +119,7 @@ class HeadConfig:
     observing: Observing
     halting: Halting
     default_price: float
-    """Used when a caller names no price."""
+    """Used when a caller names no price; 0 never halts."""
     threshold: float = 0.5
     """Halt when the probability of halting is at least this."""
     lm: str = ""
@@ -156,8 +156,8 @@ class HeadConfig:
         self.halting.check_groups(self.observing.groups)
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}, expected between 0 and 1")
-        if not 0 < self.default_price < np.inf:
-            raise InputError(f"default price is {self.default_price}, expected above 0")
+        if not 0 <= self.default_price < np.inf:
+            raise InputError(f"default price is {self.default_price}, expected 0 or more")
 
     @classmethod
     def from_json(cls, data: dict[str, Any], projection: Projection | None) -> HeadConfig:
@@ -237,10 +237,13 @@ class HaltHead:
 
         Args:
             features: (B, F), the columns of `config.features`.
-            price: (B,) or one, in exact match per 1,000 tokens; default the head's own.
+            price: (B,) or one, in exact match per 1,000 tokens; default the head's own. At 0
+                tokens cost nothing, and it never halts.
         """
-        price = self.config.default_price if price is None else price
-        return self.log_odds_of(self.config.observing.observe(features, price))
+        price = np.asarray(self.config.default_price if price is None else price)
+        low, _ = self.config.observing.price_range
+        obs = self.config.observing.observe(features, np.where(price > 0, price, low))
+        return np.where(price > 0, self.log_odds_of(obs), np.float32(-np.inf))
 
     def log_odds_of(self, obs: Float) -> Float:
         """Log-odds of halting (B,) at observations (B, F + 1)."""

@@ -20,10 +20,11 @@ class HaltMonitor:
     Args:
         head: The policy.
         num_rows: Rows in the batch.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own.
+        price: In exact match per 1,000 tokens: one, or one a row; default the head's own. A row
+            at a price of 0 is never halted.
 
     Raises:
-        InputError: If a price is not positive and finite.
+        InputError: If a price is negative or not finite.
     """
 
     def __init__(
@@ -36,8 +37,8 @@ class HaltMonitor:
         self._state = FeatureState(num_rows, observing.groups, observing.projection)
         price = head.config.default_price if price is None else price
         self.price = np.array(np.broadcast_to(price, num_rows), dtype=np.float64)
-        if not (np.isfinite(self.price) & (self.price > 0)).all():
-            raise InputError(f"price is {price}, expected positive and finite")
+        if not (np.isfinite(self.price) & (self.price >= 0)).all():
+            raise InputError(f"price is {price}, expected 0 or more, and finite")
 
     def reset(self, rows: Index, price: float | None = None) -> None:
         """Gives rows to new questions, at a new price if one is named."""

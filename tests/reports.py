@@ -103,7 +103,7 @@ def certificate(price: float | None = 0.25) -> Row:
     return {
         "risk": "net-em-loss", "max_em_drop": 0.02, "confidence": 0.9, "price": price,
         "saving": 0.3125, "observed_loss": 0.0025, "num_questions": 1500, "num_traces": 3000,
-        "traces": "abcdef", "head": "fedcba", "smallest_em_drop": 0.0175,
+        "traces": "abcdef", "lm": "lm", "head": "fedcba", "smallest_em_drop": 0.0175,
         "segments": [
             {"segment": "easy", "num_questions": 700, "price": 0.2, "saving": 0.2875,
              "observed_loss": -0.0125},

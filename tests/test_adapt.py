@@ -41,6 +41,7 @@ def run(run_head: HaltHead, tmp_path: Path) -> Path:
         num_questions=300,
         num_traces=300,
         traces="",
+        lm="lm",
         head=run_head.digest,
         smallest_em_drop=0.01,
         command="",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import calibrate
@@ -78,9 +79,12 @@ def test_nothing_certifiable_is_to_never_halt(
     assert certificate.price is certificate.smallest_em_drop is None
     assert (certificate.saving, certificate.observed_loss) == (0, 0)
     assert json.loads((config.head / "head.json").read_text())["certificate"]["price"] is None
-    assert HaltHead.load(config.head).config.default_price == 1.0  # as it was
+    head = HaltHead.load(config.head)
+    assert head.config.default_price == 0.0
+    features = np.zeros((3, len(head.config.features)), dtype=np.float32)
+    assert not head.halts(features).any()
     told = capsys.readouterr().out
-    assert "Never halt." in told
+    assert "Never halt: the head's own price is 0 now." in told
     assert "No drop would be certified with some saving." in told
     assert "45 without a single loss; if losses stay as observed, no number would do" in told
 
@@ -100,7 +104,10 @@ def test_too_few_questions_are_told_how_many_it_takes(
 def test_what_is_printed(config: CalibrateConfig, capsys: pytest.CaptureFixture[str]) -> None:
     certificate = calibrate.main(config)
     told = capsys.readouterr().out
-    assert f"Certified: price {certificate.price:.6g}, saving 27.8%, observed loss 0 points" in told
+    assert (
+        f"Certified: price {certificate.price:.6g}. On these traces it saves 27.8%, and loses 0 points"
+        in told
+    )
     assert "not over those of one segment" in told
     assert "nothing below is certified" in told
     planned = [line.split() for line in told[told.index("drop %") :].splitlines()]
@@ -131,7 +138,7 @@ def test_asking_the_same_questions_again_is_pointed_out(
     calibrate.main(config)
     assert "before" not in capsys.readouterr().out
     calibrate.main(replace(config, max_em_drop=0.06))
-    assert "These questions have certified this head before" in capsys.readouterr().out
+    assert "This head has been certified before" in capsys.readouterr().out
 
 
 def test_what_cannot_be_used_is_refused_and_nothing_is_written(

@@ -286,6 +286,7 @@ def certificate_of(head: HaltHead) -> Certificate:
         num_questions=300,
         num_traces=600,
         traces="digest",
+        lm="lm",
         head=head.digest,
         smallest_em_drop=0.0123,
         command="calibrate.py",

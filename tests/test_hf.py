@@ -217,7 +217,7 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
         (NEVER, {"use_cache": False}, "expected a DynamicCache"),
         (NEVER, {"cache_implementation": "static"}, "expected a DynamicCache"),
         (np.array([1.0, 2.0]), {}, "2 prices for 3 rows"),
-        (0.0, {}, "price is 0"),
+        (-1.0, {}, "price is -1"),
     ],
 )
 def test_generation_that_cannot_be_halted_is_refused(

@@ -33,6 +33,15 @@ def test_rows_have_their_own_prices(run_head: HaltHead) -> None:
     assert see(monitor, [0, 1], ["a", "a"]) == [True, False]
 
 
+def test_at_a_price_of_0_a_row_is_never_halted(run_head: HaltHead) -> None:
+    monitor = HaltMonitor(run_head, 2, np.array([0.0, 10.0]))
+    for _ in range(5):
+        assert see(monitor, [0, 1], ["a", "a"]) == [False, True]
+    features = np.full((3, run_head.config.observing.size - 1), 5, dtype=np.float32)
+    assert run_head.halts(features, np.array([0.0, 10.0, 10.0])).tolist() == [False, True, True]
+    assert run_head.prob_halt(features, 0.0).tolist() == [0.0] * 3
+
+
 def test_a_row_that_was_reset_starts_anew_at_its_new_price(run_head: HaltHead) -> None:
     monitor = HaltMonitor(run_head, 1)
     see(monitor, [0], ["a"])
@@ -54,7 +63,7 @@ def test_a_signal_that_is_not_a_number_continues_and_is_counted(run_head: HaltHe
     assert monitor.num_bad_signals == 1
 
 
-@pytest.mark.parametrize("price", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("price", [-1e-9, -1.0, np.nan, np.inf])
 def test_prices_that_are_none_are_refused(run_head: HaltHead, price: float) -> None:
     with pytest.raises(InputError, match="price"):
         HaltMonitor(run_head, 2, price)
