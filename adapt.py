@@ -30,7 +30,12 @@ from evaluate import compare
 from evaluation.intervals import interval, resample
 from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome, saving, sweep
-from evaluation.protocol import Points, load_operating_points, save_operating_points
+from evaluation.protocol import (
+    Points,
+    load_operating_points,
+    save_operating_points,
+    strictest_price,
+)
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
 from traces import Traces, read_traces
@@ -70,7 +75,6 @@ def main(config: AdaptConfig) -> Path:
         raise InputError(f"{config.run_dir} exists: expected a new folder")
     source, gates = HaltHead.load(config.head), _transferable(load_operating_points(config.head))
     learned = load_learned(config.head)
-    kept_back = load_kept_back(config.head, learned.folds)
     path = config.traces.resolve()
     traces = _read(path, source)
     head = adapt(source, traces)
@@ -80,11 +84,14 @@ def main(config: AdaptConfig) -> Path:
         policies = {policy.name: [policy] for policy in (Head(head), *BASELINES)}
         probing = head.config.halting.probing
         print(format_table(compare(traces, "labelled", policies, gates, probing)[1]))
+    known = _with(learned, traces)
+    kept_back = {
+        at: adapt(judge, traces) for at, judge in load_kept_back(config.head, known.folds).items()
+    }
     config.run_dir.mkdir(parents=True)
-    for (seed, k), judge in kept_back.items():
-        adapt(judge, traces).save(kept_back_folder(config.run_dir, seed, k))
-    questions = learned.questions | set(traces.question_id.tolist())
-    save_learned(config.run_dir, Learned(questions, learned.folds))
+    for at, judge in kept_back.items():
+        judge.save(kept_back_folder(config.run_dir, *at))
+    save_learned(config.run_dir, known)
     _write(config, path, head, gates)
     print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
@@ -115,6 +122,16 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         certificate=None,
     )
     return HaltHead(adapted, head.weights)
+
+
+def _with(learned: Learned, traces: Traces) -> Learned:
+    """What a run learned from, with the questions of some traces, which no fold keeps back."""
+    adapted_to = set(traces.question_id.tolist())
+    folds = {
+        seed: {question: k for question, k in fold.items() if question not in adapted_to}
+        for seed, fold in learned.folds.items()
+    }
+    return Learned(learned.questions | adapted_to, folds)
 
 
 def _transferable(gates: Gates) -> Gates:
@@ -200,8 +217,7 @@ def _read(path: Path, head: HaltHead) -> Traces:
 
 def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
     """The head with its strictest point that halts at all as the default price, if it has one."""
-    prices = [gates[gate]["head"] for gate in sorted(gates)]
-    price = next((price for price in prices if price is not None), head.config.default_price)
+    price = strictest_price(gates) or head.config.default_price
     return HaltHead(replace(head.config, default_price=price), head.weights)
 
 

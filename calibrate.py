@@ -4,8 +4,9 @@
 
 Questions that the head learned from are left out. The certificate goes into the run's head.json,
 and the certified price becomes the head's default; 0, which never halts, if there is none. It holds
-for questions like the calibration ones, of the same LM, and for one call: what is asked must be settled before, and asking otherwise
-afterwards needs fresh questions. What else is printed is for planning.
+for questions like the calibration ones, of the same LM, and for one call: what is asked must be
+settled before, and asking otherwise afterwards needs fresh questions. What else is printed is for
+planning.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -
     lines = [
         f"{certificate.num_questions} questions, {certificate.num_traces} traces of "
         f"{certificate.lm}. Asked, with a "
-        f"confidence of {certificate.confidence:.4g}: {_LOSS[certificate.risk]} at most "
+        f"confidence of {certificate.confidence:.10g}: {_LOSS[certificate.risk]} at most "
         f"{_points(drop)} in the mean.",
     ]
     if certificate.price is None:

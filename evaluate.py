@@ -42,7 +42,7 @@ from evaluation.outcome import (
     never_outcome,
 )
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import Points, load_operating_points
+from evaluation.protocol import Points, load_operating_points, strictest_price
 from evaluation.report import log_to_tensorboard, write_report
 from evaluation.table import format_cases, format_table
 from haltwise import HaltHead, InputError
@@ -92,7 +92,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         InputError: If the run or the traces cannot be used, or do not fit each other, or a file
             could not be written.
     """
-    _check_outputs(config)
+    _check(config)
     head, gates = HaltHead.load(config.head), load_operating_points(config.head)
     learned = load_learned(config.head)
     judges = load_judges(config.head, learned.folds)
@@ -103,6 +103,10 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         print(_explained(everything, config.explain, judges[0]))
         return {}
     traces = everything if config.split == "all" else everything.of_split(config.split)
+    if not traces.num_points:
+        raise InputError(f"{path}: no decision point in these {len(traces)} traces, expected some")
+    if not learned.among(traces.question_id).any():
+        judges = judges[:1]  # all trainings would judge by the same head
     models = _supervised(config.head, head, learned, gates)
     policies: Policies = {
         "head": judges,
@@ -111,7 +115,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     }
     probing = head.config.halting.probing
     rows, frozen, outcomes = compare(traces, config.split, policies, gates, probing)
-    judged, evidence = _judged(traces, learned)
+    judged, evidence = _judged(traces, learned, config.head)
     report: dict[str, Any] = {
         "head": str(config.head),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -123,11 +127,12 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         },
         "split": config.split,
         "judged": judged,
+        "num_trainings": len(judges),
         "evidence": evidence,
         "rows": rows,
         "frozen": frozen,
         "strongest": {str(gate): strongest(frozen, gate) for gate in gates},
-        "groups": [row for gate in gates for row in group_rows(traces, outcomes[gate], gate)],
+        "groups": group_rows(traces, outcomes),
         "behaviour": _behaviour(traces, judges, gates),
         "certificate": None if head.config.certificate is None else asdict(head.config.certificate),
     }
@@ -135,7 +140,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     for found in report["behaviour"][:1]:
         print(format_cases(found))
     if config.live:
-        report["live"] = _live(config, head, traces, gates)
+        fresh = traces.select(~learned.among(traces.question_id))
+        report["live"] = _live(config, head, fresh, gates)
     _write(config, report)
     return report
 
@@ -164,7 +170,8 @@ def compare(
     """
     unknown = sorted({name for points in gates.values() for name in points} - set(policies))
     if unknown:
-        raise InputError(f"operating points of unknown policies {unknown}: know {list(policies)}")
+        known = sorted({*policies, *SUPERVISED})
+        raise InputError(f"operating points of unknown policies {unknown}: know {known}")
     rules = parameter_free(traces, probing)
     played = {name: _Played.of(each, traces, probing) for name, each in policies.items()}
     at_points = {
@@ -225,16 +232,24 @@ def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
     }
 
 
-def _check_outputs(config: EvaluateConfig) -> None:
+def _check(config: EvaluateConfig) -> None:
     """Finds before the work what would fail after it."""
+    outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
+    if config.explain is not None and (outputs or config.live):
+        raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise InputError("two files are to be written under the same name")
     for name, path, suffix in (("plot", config.plot, ".png"), ("report", config.report, ".html")):
         if path is not None and path.suffix != suffix:
             raise InputError(f"--{name} {path}: expected a name that ends in {suffix}")
-    for path in (config.json, config.report, config.plot):
-        if path is not None and not path.parent.is_dir():
+    kept = {"head.json", "operating_points.json", "questions.json", "config.json"}
+    for path in outputs:
+        if not path.parent.is_dir():
             raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
-        if path is not None and path.is_dir():
+        if path.is_dir():
             raise InputError(f"{path} is a folder, expected the name of a file")
+        if path.name in kept and path.parent.resolve() == config.head.resolve():
+            raise InputError(f"{path} is a part of the run, expected another name")
 
 
 def _supervised(
@@ -261,16 +276,21 @@ def _supervised(
     return {name: [Supervised(name, own, kept_back, head.config)] for name in names}
 
 
-def _judged(traces: Traces, learned: Learned) -> tuple[str, bool]:
+def _judged(traces: Traces, learned: Learned, run_folder: Path) -> tuple[str, bool]:
     """How the rows of what is trained came about, and whether they are evidence."""
     known = np.unique(traces.question_id[learned.among(traces.question_id)])
     num = len(np.unique(traces.question_id))
     if not len(known):
         return f"None of the {num} questions was learned from.", True
-    some = f"{len(known)} of the {num} questions were learned from"
+    some = f"{len(known)} of the {num} questions {'were' if len(known) > 1 else 'was'} learned from"
     if learned.folds and all(fold.keys() >= set(known.tolist()) for fold in learned.folds.values()):
-        trainings = f"{len(learned.folds)} training{'s' * (len(learned.folds) > 1)}"
-        return f"{some}; those are judged out of fold, by what never saw them ({trainings}).", True
+        live = (run_folder / "live.zip").exists()
+        return (
+            f"{some}; those are judged out of fold, by what never saw them "
+            f"(trainings: {len(learned.folds)}"
+            f"{', on replay alone: the head then went on beside the LM' if live else ''}). The "
+            "points were chosen on these same questions, so an EM change at the gate is by choice."
+        ), True
     return f"{some}: the rows of the head, and of what else is trained, are not evidence.", False
 
 
@@ -308,14 +328,15 @@ def _explained(traces: Traces, trace_id: str, judge: Head) -> str:
 
 
 def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:
-    """Writes the files asked for."""
+    """Writes the files asked for, the figures first: they may fail."""
     if config.plot is not None:
         plot_frontiers(report["rows"], report["frozen"], config.plot)
     if config.report is not None:
         write_report(report, config.report)
-        log_to_tensorboard(report, config.head / "tensorboard" / f"report-{config.split}")
     if config.json is not None:
         write_json(config.json, report)
+    if config.report is not None:
+        log_to_tensorboard(report, config.head / "tensorboard" / f"report-{config.split}")
 
 
 def _live(
@@ -323,14 +344,19 @@ def _live(
 ) -> dict[str, Any] | None:
     """Runs the head beside its LM, at the strictest operating point where it halts at all.
 
+    Args:
+        config: Names the run.
+        head: The run's head.
+        traces: Of questions that the head did not learn from.
+        gates: Its points.
+
     Returns:
         What `run_beside` found; None if every operating point is to never halt.
 
     Raises:
-        InputError: If the run was trained on another LM's traces.
+        InputError: If the run was trained on another LM's traces, or there are none.
     """
-    prices = [gates[gate]["head"] for gate in sorted(gates)]
-    price = next((price for price in prices if price is not None), None)
+    price = strictest_price(gates)
     if price is None:
         print("\nThe head never halts at any operating point: nothing to run beside the LM.")
         return None
@@ -342,15 +368,16 @@ def _live(
         )
     lm = LanguageModel.load(trained["lm"], trained["device"])
     if lm.name not in traces.model:
+        found = ", ".join(np.unique(traces.model).tolist()) or "no LM"
         raise InputError(
-            f"the traces are of {traces.model[0]}, expected {lm.name} to run it beside"
+            f"the questions that were not learned from are of {found}, expected {lm.name}"
         )
     asked = [
         question
         for split in SPLITS
         for question in questions(trained["task"], split, trained["num_questions"], trained["seed"])
     ]
-    comparison = run_beside(head, lm, asked, traces, price)
+    comparison = run_beside(head, lm, asked, traces.select(traces.model == lm.name), price)
     print(f"\n{comparison}")
     return asdict(comparison)
 

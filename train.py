@@ -44,7 +44,7 @@ from evaluation.frozen import Choice, choose_points
 from evaluation.learned import Learned, save_learned
 from evaluation.outcome import Outcome, sweep
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import GATES, folds, save_operating_points
+from evaluation.protocol import folds, save_operating_points, strictest_price
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
@@ -223,6 +223,8 @@ def _open_run(config: TrainConfig, traces: Path, digest: str) -> Path:
     same = replace(config, resume=False, run_dir=None, traces=traces)
     settings = json.loads(json.dumps(asdict(same), default=str)) | {"digest": digest}
     if config.resume:
+        if not run_dir.is_dir():
+            raise InputError(f"{run_dir}: no such run to go on with")
         if _settings(run_dir / "config.json") != settings:
             raise InputError(
                 f"{run_dir} was not begun with these settings and traces: expected the same"
@@ -401,9 +403,8 @@ def _finish(run_dir: Path, head: HaltHead, choice: Choice, trained: _Trained) ->
     write_json(run_dir / "out_of_fold.json", content)
     plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
     save_operating_points(run_dir, choice.gates)
-    # The strictest point that halts at all; a head that has none keeps its lowest price.
-    prices = [choice.gates[gate]["head"] for gate in sorted(GATES)]
-    price = next((price for price in prices if price is not None), head.config.default_price)
+    # A head without a point that halts keeps its lowest price.
+    price = strictest_price(choice.gates) or head.config.default_price
     HaltHead(replace(head.config, default_price=price), head.weights).save(run_dir)
 
 

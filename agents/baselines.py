@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.replay import point_features
+from envs.replay import observed_features, point_features
 from haltwise import HaltHead, Observing, feature_names
 from haltwise.halting import Probing
 from haltwise.signals import Float
@@ -246,12 +246,7 @@ class Head:
             rows = np.array([other is judge for other in judges])
             points = np.flatnonzero(rows[traces.trace_of_point])
             config = judge.config
-            features = point_features(
-                traces.select(rows),
-                config.observing.groups,
-                config.halting.max_points,
-                config.observing.projection,
-            )
+            features = observed_features(traces.select(rows), config.observing, config.halting)
             signal.append((points, judge, features))
         return signal
 

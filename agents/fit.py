@@ -20,7 +20,7 @@ from tqdm import tqdm
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
-from envs.replay import ReplayEnv, point_features, projection_of
+from envs.replay import ReplayEnv, observed_features, point_features, projection_of
 from haltwise import Halting, HeadConfig, Observing
 from traces import Traces
 
@@ -311,7 +311,7 @@ def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
     groups, halting = job.head.observing.groups, job.head.halting
     observing = _observing(job.train, groups, halting, job.head.observing.price_range)
     config = HeadConfig(observing, halting, job.head.default_price)
-    features = point_features(job.held_out, groups, halting.max_points, observing.projection)
+    features = observed_features(job.held_out, observing, halting)
     decided: list[NDArray[np.bool_]] = []
 
     def decide(ppo: Agent) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from agents.balance import balance
-from envs.replay import point_features
+from envs.replay import observed_features
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
 from traces import Traces
@@ -151,7 +151,7 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
     traces = traces.select(lengths > 0)
     lengths = lengths[lengths > 0]
     num, longest = len(traces), int(lengths.max())
-    features = point_features(traces, observing.groups, halting.max_points, observing.projection)
+    features = observed_features(traces, observing, halting)
     at = (
         traces.trace_of_point,
         np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths),

@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from agents.baselines import Halts
 from agents.fit import observing_of
-from envs.replay import point_features
+from envs.replay import observed_features
 from haltwise import HeadConfig, Observing
 from haltwise.signals import Float
 from traces import Traces
@@ -91,8 +91,7 @@ class Supervised:
 
     def _observe(self, traces: Traces, observing: Observing) -> Float:
         """Standardised features (P, F)."""
-        max_points = self.config.halting.max_points
-        features = point_features(traces, observing.groups, max_points, observing.projection)
+        features = observed_features(traces, observing, self.config.halting)
         return observing.observe(features, 1.0)[:, :-1]
 
     def _fit(self, traces: Traces, obs: Float) -> ClassifierMixin:

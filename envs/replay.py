@@ -64,6 +64,15 @@ def point_features(
     return features
 
 
+def observed_features(traces: Traces, observing: Observing, halting: Halting) -> Float:
+    """Features (P, F) of every decision point, as an observing and its conditions want them.
+
+    Raises:
+        InputError: See `point_features`.
+    """
+    return point_features(traces, observing.groups, halting.max_points, observing.projection)
+
+
 def projection_of(traces: Traces, groups: tuple[str, ...]) -> Projection | None:
     """A projection learned from the hidden states of some traces; None if no group needs one.
 
@@ -170,9 +179,7 @@ class ReplayEnv(BatchedEnv):
         super().__init__(observing, num_envs)
         self._observing = observing
         self._fixed_price = price
-        features = point_features(
-            traces, observing.groups, halting.max_points, observing.projection
-        )
+        features = observed_features(traces, observing, halting)
         self._obs = observing.observe(features, 1.0)
         self._costs = step_costs(traces, halting.probing).astype(np.float64)
         self._ems = step_ems(traces)

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.replay import point_features
+from envs.replay import observed_features
 from envs.reward import halt_costs, never_costs, reward
 from evaluation.outcome import first_halts
 from haltwise import HaltHead, HeadConfig, explain
 from haltwise.halting import Probing
+from haltwise.head import prob_of
 from haltwise.signals import Float
 from traces import Traces
 
@@ -45,7 +46,7 @@ def behaviour(
         price: In exact match per 1,000 tokens.
         config: The heads' threshold and conditions.
     """
-    probs = [_prob(each) for each in log_odds]
+    probs = [prob_of(each) for each in log_odds]
     threshold, probing = config.threshold, config.halting.probing
     return {
         "price": price,
@@ -162,7 +163,7 @@ def cases(
         drivers: the 4 largest contributions against a mean point, see `haltwise.explain`;
         indifference_price: None if infinite.
     """
-    firsts = [first_halts(traces, _prob(each) >= threshold) for each in log_odds]
+    firsts = [first_halts(traces, prob_of(each) >= threshold) for each in log_odds]
     lost = np.array([_lost(traces, first) for first in firsts])
     share = lost.mean(axis=0)
     candidates = np.flatnonzero(lost[0])
@@ -173,21 +174,6 @@ def cases(
         | {"trainings": float(share[n])}
         for n in worst
     ]
-
-
-def head_features(head: HaltHead, traces: Traces) -> Float:
-    """Features (P, F) of every point, as a head wants them.
-
-    Raises:
-        InputError: If the traces lack a signal that the head needs.
-    """
-    observing, halting = head.config.observing, head.config.halting
-    return point_features(traces, observing.groups, halting.max_points, observing.projection)
-
-
-def _prob(log_odds: Float) -> Float:
-    prob: Float = 0.5 * (1 + np.tanh(0.5 * log_odds))
-    return prob
 
 
 def _reached(traces: Traces, halts: Bools) -> Bools:
@@ -223,7 +209,7 @@ def _case(traces: Traces, point: int, head: HaltHead, price: float) -> Report:
     n = int(traces.trace_of_point[point])
     index = point - int(traces.offsets[n])
     trace = traces.select(np.array([n]))
-    features = head_features(head, trace)[index]
+    features = observed_features(trace, head.config.observing, head.config.halting)[index]
     explanation = explain(head, features, price)
     value = dict(zip(explanation.names, features.tolist(), strict=True))
     later = trace.position[index + 1 :][trace.correct[index + 1 :]]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from envs.replay import observed_features
 from envs.reward import halt_costs, reward
-from evaluation.behaviour import head_features
 from evaluation.outcome import halt_outcome, never_outcome
 from haltwise import Explanation, HaltHead, InputError, explain
 from haltwise.projection import NUM_DIRECTIONS
@@ -114,7 +114,7 @@ def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
         raise InputError(f"found {len(trace)} traces, expected one to tell the decisions of")
     if not 0 < price < np.inf:
         raise InputError(f"price is {price}, expected positive and finite")
-    features = head_features(head, trace)
+    features = observed_features(trace, head.config.observing, head.config.halting)
     path = _Path(trace, head, price, features, head.halts(features, price))
     blocks = [_heading(path), _points(path), _after(path), _verdict(path)]
     if not trace.num_points:

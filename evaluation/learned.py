@@ -46,7 +46,10 @@ def load_learned(run: Path) -> Learned:
     path = run / _FILE
     try:
         content = json.loads(path.read_text())
-        questions = [str(question) for question in content["questions"]]
+        questions = content["questions"]
+        if not isinstance(questions, list) or not questions:
+            raise ValueError("no list of questions")
+        questions = [str(question) for question in questions]
         folds = {
             int(seed): {
                 question: int(k) for question, k in zip(questions, of, strict=True) if k is not None

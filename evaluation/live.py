@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from envs.replay import point_features
+from envs.replay import observed_features
 from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead, InputError
@@ -103,7 +103,7 @@ def run_beside(
     if not len(traces):
         raise InputError("none of the questions is among the traces: nothing to run beside the LM")
     observing, halting = head.config.observing, head.config.halting
-    features = point_features(traces, observing.groups, halting.max_points, observing.projection)
+    features = observed_features(traces, observing, halting)
     probing = halting.probing
     replay = halt_outcome(traces, head.halts(features, price), probing)
     in_order = [kept[name] for name in traces.question_id.tolist()]

@@ -76,6 +76,12 @@ def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
     return min(outcomes, key=lambda parameter: abs(outcomes[parameter].halted.mean() - rate))
 
 
+def strictest_price(gates: Mapping[float, Points]) -> float | None:
+    """The head's price at the strictest gate where it halts at all; None if there is none."""
+    prices = [gates[gate]["head"] for gate in sorted(gates)]
+    return next((price for price in prices if price is not None), None)
+
+
 def save_operating_points(run: Path, gates: Mapping[float, Points]) -> None:
     """Writes the frozen points of every gate into a run folder."""
     content = {"gates": {str(gate): points for gate, points in gates.items()}}
@@ -104,11 +110,13 @@ def load_operating_points(run: Path) -> dict[float, Points]:
             f"{path}: not readable ({error!r}), "
             'expected {"gates": {"0.0": {"head": price, "confidence": threshold, ...}, ...}}'
         ) from None
+    if not gates or not all(0 <= gate <= 1 for gate in gates):
+        raise InputError(f"{path}: gates are {list(gates)}, expected some from 0 to 1")
+    if not all("head" in points for points in gates.values()):
+        raise InputError(f"{path}: a gate has no 'head', expected its price or null")
     if not np.isfinite([p for points in gates.values() for p in points.values() if p]).all():
         raise InputError(f"{path}: a point is not finite, expected numbers or null")
     prices = [points.get("head") for points in gates.values()]
     if any(price is not None and price <= 0 for price in prices):
-        raise InputError(f"{path}: a head's price is not positive")
-    if not gates or not all("head" in points for points in gates.values()):
-        raise InputError(f"{path}: a gate has no 'head', expected its price or null")
+        raise InputError(f"{path}: a head's price is not positive, expected above 0, or null")
     return gates

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from haltwise.errors import InputError
-from haltwise.head import HaltHead
+from haltwise.head import HaltHead, prob_of
 
 Double = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ def explain(
         contributions=contributions[:-1],
         log_odds=log_odds,
         reference_log_odds=reference_log_odds,
-        prob_halt=float(0.5 * (1 + np.tanh(0.5 * log_odds))),
+        prob_halt=float(prob_of(np.array(log_odds))),
         price=price,
         indifference_price=_indifference_price(head, point, price),
     )

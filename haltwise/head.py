@@ -255,8 +255,7 @@ class HaltHead:
 
     def prob_halt(self, features: Float, price: ArrayLike | None = None) -> Float:
         """Probability of halting (B,); arguments as in `log_odds`."""
-        prob: Float = 0.5 * (1 + np.tanh(0.5 * self.log_odds(features, price)))
-        return prob
+        return prob_of(self.log_odds(features, price))
 
     def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
         """Whether to halt (B,); a row with a NaN feature continues."""
@@ -300,6 +299,12 @@ class HaltHead:
             raise InputError(f"{folder}: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise InputError(f"{folder}: not a readable head ({error})") from None
+
+
+def prob_of(log_odds: NDArray[Any]) -> NDArray[Any]:
+    """Probabilities of some log-odds."""
+    prob: NDArray[Any] = 0.5 * (1 + np.tanh(0.5 * log_odds))
+    return prob
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -229,7 +229,7 @@ def test_a_head_that_sees_hidden_states_is_refused(config: AdaptConfig, run_head
 def test_folds_are_adapted_too_and_no_question_is_forgotten(
     config: AdaptConfig, run_head: HaltHead
 ) -> None:
-    save_learned(config.head, Learned(frozenset({"old"}), {0: {"old": 1}}))
+    save_learned(config.head, Learned(frozenset({"old", "q0"}), {0: {"old": 1, "q0": 1}}))
     run_head.save(kept_back_folder(config.head, 0, 1))
     adapt.main(config)
     learned = load_learned(config.run_dir)

@@ -42,7 +42,7 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
     """A run whose head, at its points, is stability with 2 and 1 equal answers."""
     run = tmp_path / "run"
     run_head.save(run)
-    save_learned(run, Learned(frozenset()))
+    save_learned(run, Learned(frozenset({"elsewhere"})))
     loose: Points = {
         "head": 10.0,
         "stability": 1.0,
@@ -151,7 +151,8 @@ def test_questions_that_were_learned_from_are_judged_by_heads_that_never_saw_the
     for seed, k, head in ((0, 0, never), (0, 1, run_head), (1, 0, never), (1, 1, never)):
         head.save(kept_back_folder(run_folder, seed, k))
     report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
-    assert report["evidence"] and "judged out of fold" in report["judged"]
+    assert report["evidence"] and report["num_trainings"] == 2
+    assert "judged out of fold" in report["judged"] and "by choice" in report["judged"]
     odd = np.array([int(q[1:]) % 2 for q in random_traces.question_id.tolist()])
     alone = halt_outcome(
         random_traces, Head(run_head).halts(Head(run_head).signal(random_traces), 10.0), "always"
@@ -259,6 +260,15 @@ def test_traces_recorded_under_other_conditions_are_refused(
         evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
 
 
+def test_traces_with_no_decision_point_at_all_are_refused(
+    run_folder: Path, make_traces: MakeTraces, tmp_path: Path
+) -> None:
+    columns = ("position", "probe_tokens", "answer", "correct", "confidence", "answer_logprobs")
+    make_traces([{name: [] for name in columns}] * 2)
+    with pytest.raises(InputError, match="no decision point in these 2 traces"):
+        evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
+
+
 def test_traces_without_a_decision_point_count_as_never_halted(
     run_folder: Path, make_traces: MakeTraces, tmp_path: Path
 ) -> None:
@@ -276,6 +286,13 @@ def test_outputs_are_checked_before_the_work(run_folder: Path, tmp_path: Path) -
         evaluate.main(EvaluateConfig(head=run_folder, report=tmp_path / "x.pdf"))
     with pytest.raises(InputError, match="found no folder"):
         evaluate.main(EvaluateConfig(head=run_folder, json=tmp_path / "none" / "x.json"))
+    with pytest.raises(InputError, match=r"head\.json is a part of the run"):
+        evaluate.main(EvaluateConfig(head=run_folder, json=run_folder / "head.json"))
+    with pytest.raises(InputError, match="under the same name"):
+        same = tmp_path / "x.html"
+        evaluate.main(EvaluateConfig(head=run_folder, json=same, report=same))
+    with pytest.raises(InputError, match="--explain prints one trace"):
+        evaluate.main(EvaluateConfig(head=run_folder, explain="t5", json=tmp_path / "x.json"))
 
 
 def test_nothing_is_written_when_the_picture_fails(

@@ -18,7 +18,16 @@ def test_what_was_learned_from_comes_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[", "{}", '{"questions": ["a"], "folds": {"0": [1, 2]}}', '{"questions": 3}', "3"]
+    "content",
+    [
+        "[",
+        "{}",
+        '{"questions": [], "folds": {}}',
+        '{"questions": "abc", "folds": {}}',
+        '{"questions": ["a"], "folds": {"0": [1, 2]}}',
+        '{"questions": 3}',
+        "3",
+    ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
     with pytest.raises(InputError, match=r"no questions\.json in .*written by train\.py"):

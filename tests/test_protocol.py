@@ -23,7 +23,9 @@ from evaluation.protocol import (
     folds,
     load_operating_points,
     operating_point,
+    same_rate,
     save_operating_points,
+    strictest_price,
 )
 from haltwise import InputError
 from haltwise.halting import Probing
@@ -201,6 +203,23 @@ def test_operating_points_come_back_from_a_run_folder(tmp_path: Path) -> None:
     assert load_operating_points(tmp_path) == gates
 
 
+def test_a_control_is_tuned_to_halt_as_often_as_the_head() -> None:
+    zero = np.zeros(4)
+    outcomes = {
+        at: Outcome(zero, zero, np.arange(4) < num) for at, num in ((0.1, 0), (0.2, 2), (0.5, 3))
+    }
+    assert same_rate(outcomes, 0.6) == 0.2
+    assert same_rate(outcomes, 1.0) == 0.5
+    assert same_rate(outcomes, 0.0) is None
+
+
+def test_the_strictest_price_is_that_of_the_first_gate_that_halts() -> None:
+    gates: dict[float, dict[str, float | None]] = {0.01: {"head": 2.0}, 0.0: {"head": 1.0}}
+    assert strictest_price(gates) == 1.0
+    assert strictest_price(gates | {0.0: {"head": None}}) == 2.0
+    assert strictest_price({0.0: {"head": None}}) is None
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -212,6 +231,9 @@ def test_operating_points_come_back_from_a_run_folder(tmp_path: Path) -> None:
         '{"gates": {"0.0": 1}}',
         '{"gates": {}}',
         '{"gates": {"0.0": {"confidence": 0.5}}}',
+        '{"gates": {"nan": {"head": 1}}}',
+        '{"gates": {"-5": {"head": 1}}}',
+        '{"gates": {"0.0": {"head": 0}}}',
     ],
 )
 def test_damaged_operating_points_are_told(tmp_path: Path, content: str) -> None:
