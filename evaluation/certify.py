@@ -68,12 +68,16 @@ def measure(traces: Traces, outcomes: Sequence[Outcome], risk: Risk) -> Measured
 def measure_segments(
     traces: Traces, outcomes: Sequence[Outcome], risk: Risk
 ) -> dict[str, Measured]:
-    """The same for each segment, by name; a trace without one is of its task's."""
+    """The same for each segment, by name.
+
+    A trace without a segment is in one that is named like its task, together with the traces of a
+    segment that has that name.
+    """
     segment = np.where(traces.segment != "", traces.segment, traces.task)
     measured = {}
     for name in np.unique(segment).tolist():
         rows = segment == name
-        of_segment = [Outcome(o.em[rows], o.cost[rows], o.halted[rows]) for o in outcomes]
+        of_segment = [outcome.select(rows) for outcome in outcomes]
         measured[name] = measure(traces.select(rows), of_segment, risk)
     return measured
 

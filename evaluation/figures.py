@@ -66,7 +66,6 @@ RULES = ("never", "hindsight", "hindsight_give_up")
 #: So many groups of one kind are drawn, those with the most questions.
 MOST_GROUPS = 16
 
-_KINDS = {"segment": "segment", "task": "task", "model": "LM"}
 _BOUND_MARKERS = {"hindsight": "*", "hindsight_give_up": "p"}
 _MARKERS = "osv^DPX<>h"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)))
@@ -129,6 +128,11 @@ def gate_title(gate: float) -> str:
     return f"at most {points:g} point{'' if points == 1 else 's'}" if points else "nothing"
 
 
+def kind_title(by: str) -> str:
+    """What the groups of a kind are called."""
+    return "LM" if by == "model" else by
+
+
 def draw(report: Mapping[str, Any]) -> dict[str, Drawing]:
     """All figures of a report, see `write_report`, by name."""
     drawings = [_frontier_drawing(report)]
@@ -152,9 +156,8 @@ def _frontier_drawing(report: Mapping[str, Any]) -> Drawing:
         "frontier",
         "Exact match against tokens",
         "A line a policy over its one number. Up is a better exact match, right is a larger "
-        "saving. Large points were frozen before these traces: filled at the strictest gate, "
-        "hollow at the others. Bands and bars of the head and the strongest baselines are 95 % "
-        "intervals.",
+        "saving. Large points are the frozen ones: filled at the strictest gate, hollow at the "
+        "others. Bands and bars of the head and the strongest baselines are 95 % intervals.",
         frontier(report["rows"], report["frozen"], strongest),
     )
 
@@ -351,7 +354,7 @@ def groups(rows: Sequence[Row], column: str, label: str) -> Figure:
         for kind in kinds:
             top = max(at for group, at in place.items() if group[0] == kind)
             axes.text(
-                0, top + 0.8, f"by {_KINDS.get(kind, kind)}", transform=axes.get_yaxis_transform(),
+                0, top + 0.8, f"by {kind_title(kind)}", transform=axes.get_yaxis_transform(),
                 fontweight="bold", verticalalignment="center",
             )  # fmt: skip
         axes.set_ylim(min(place.values()) - 0.6, 1.2)

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from evaluation.intervals import Float
 
+#: EM change up to which `frontier_area` counts nothing: too large a loss for any saving.
+AREA_FLOOR = -0.05
+
 # Means over several trainings that are equal differ by less.
 _ROUNDING = 1e-12
 
@@ -69,15 +72,17 @@ def _largest(values: Float, among: NDArray[np.bool_]) -> Float:
     return largest
 
 
-def frontier_area(points: Sequence[tuple[float, float]]) -> float:
-    """Mean EM when the tokens allowed are drawn uniformly between 0 and never halting's.
+def frontier_area(points: Sequence[tuple[float, float]], floor: float) -> float:
+    """Mean EM above a floor when the tokens allowed are uniform between 0 and never halting's.
 
-    An allowance buys the best EM among the parameters that spend no more on average, 0 if there
-    is none: the hypervolume (Zitzler and Thiele, 1999) of the points (tokens as a share of never
-    halting's, EM) against the corner (1, 0).
+    An allowance buys the best EM among the parameters that spend no more on average, and counts
+    by how far that is above the floor; what is below it is of no use at any saving. This is the
+    hypervolume (Zitzler and Thiele, 1999) of the points (tokens as a share of never halting's, EM
+    change) against the corner (1, floor). Never halting itself, at (1, 0), would add nothing.
 
     Args:
-        points: (saving, mean EM) of each parameter.
+        points: (EM change, saving) of each parameter.
+        floor: An EM change.
     """
-    spent = np.array(points) * [-1, 1] + [1, 0]
-    return float(moocore.hypervolume(spent, ref=[1, 0], maximise=[False, True]))
+    spent = [(1 - saving, em_delta) for em_delta, saving in points]
+    return float(moocore.hypervolume(spent, ref=[1, floor], maximise=[False, True]))

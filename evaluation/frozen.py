@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from evaluation.frontier import frontier_area, frontier_savings, saving_at_em
-from evaluation.intervals import Resampled, Resamples, interval, intervals
+from evaluation.frontier import AREA_FLOOR, frontier_area, frontier_savings, saving_at_em
+from evaluation.intervals import Resampled, Resamples, interval, intervals, without_intervals
 from evaluation.outcome import Outcome, Row, outcome_row, unavailable_row
 from evaluation.protocol import GATES, RATE_MATCHED, Points, operating_point, same_rate
 from traces import Traces
 
-#: Keys of every row beyond COLUMNS; intervals are [low, high], 95 %, paired by question.
+#: Keys of every row beyond COLUMNS; intervals are [low, high], 95 %, paired by question, and None
+#: for traces of a single question.
 INTERVAL_COLUMNS = ("em_delta_interval", "saving_interval")
 
 #: Keys of a frozen row beyond COLUMNS. A policy's frontier is that of its grid and its points.
@@ -31,7 +32,7 @@ FROZEN_COLUMNS = (
     "head_lead_at_equal_em_interval",
     "hindsight_share",  # of the saving of halting at the first correct point
     "hindsight_share_interval",  # None where a resample leaves that halting no saving
-    "area",  # under this policy's frontier, see `frontier_area`
+    "area",  # under this policy's frontier and above AREA_FLOOR, see `frontier_area`
 )
 
 #: Split of rows whose decisions were made without having learned from their questions.
@@ -113,7 +114,8 @@ def report_rows(
     Returns:
         Rows of the rules and of every policy's grid, and frozen rows, one gate after the other.
     """
-    measure = partial(_measure, traces, split, Resamples.draw(traces.question_id))
+    resamples = Resamples.draw(traces.question_id)
+    measure = partial(_measure, traces, split, resamples)
     heads = {gate: measure("head", [points["head"]]) for gate, points in at_points.items()}
     hindsight = measure("hindsight", [AtPoint(None, rules["hindsight"])])
     rule_rows: list[Row] = []
@@ -142,7 +144,11 @@ def report_rows(
         measured = measure(name, [AtPoint(None, outcome)])
         rule_rows += measured.rows
         frozen += [_frozen_row(measured, 0, gate, head, hindsight) for gate, head in heads.items()]
-    return rule_rows + rows, [row for gate in heads for row in frozen if row["gate"] == gate]
+    rows = rule_rows + rows
+    frozen = [row for gate in heads for row in frozen if row["gate"] == gate]
+    if resamples.num_questions > 1:
+        return rows, frozen
+    return [without_intervals(row) for row in rows], [without_intervals(row) for row in frozen]
 
 
 def strongest(frozen: Sequence[Row], gate: float) -> str | None:
@@ -233,5 +239,5 @@ def _frontier_columns(measured: _Measured, head: _Measured) -> Row:
         "saving_at_head_em": at_head_em,
         "head_lead_at_equal_em": head_row["saving"] - nearest,
         "head_lead_at_equal_em_interval": interval(head_resampled.saving - resampled),
-        "area": frontier_area([(row["saving"], row["em"]) for row in measured.rows]),
+        "area": frontier_area(points, AREA_FLOOR),
     }

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.frozen import head_leads
-from evaluation.intervals import interval, resample
+from evaluation.intervals import interval, resample, without_intervals
 from evaluation.outcome import Outcome, Row, em_delta, saving
 from traces import Traces
 
@@ -17,17 +17,19 @@ _COLUMNS = ("segment", "task", "model")
 
 
 def group_rows(
-    traces: Traces, outcomes: Mapping[str, Outcome], gate: float, num_resamples: int = 10_000
+    traces: Traces,
+    outcomes: Mapping[float, Mapping[str, Outcome]],
+    num_resamples: int = 10_000,
 ) -> list[Row]:
-    """A row for each group and policy, of every column by which the traces differ.
+    """A row for each group, gate and policy, of every column by which the traces differ.
 
     Each interval is at 95 % by itself: of twenty groups, one misses its truth.
 
     Args:
         traces: N traces; those of an unknown (empty) segment are in no row of a segment.
-        outcomes: By policy at one gate, on those traces, "head" among them.
-        gate: What the operating points were chosen under.
-        num_resamples: Of the questions of a group.
+        outcomes: By gate and policy, on those traces, "head" among them; a gate is what the
+            operating points were chosen under.
+        num_resamples: Of the questions of a group, the same ones for all.
 
     Returns:
         Rows with the keys by, group, gate, policy, num_questions, num_traces, em, em_never,
@@ -39,10 +41,14 @@ def group_rows(
     for by in _COLUMNS:
         column = getattr(traces, by)
         for group in _groups(column):
-            key = {"by": by, "group": group, "gate": gate}
             members = column == group
-            chosen = {name: _select(outcome, members) for name, outcome in outcomes.items()}
-            rows += [key | row for row in _rows(traces.select(members), chosen, num_resamples)]
+            chosen = {
+                (gate, policy): outcome.select(members)
+                for gate, of_gate in outcomes.items()
+                for policy, outcome in of_gate.items()
+            }
+            found = _rows(traces.select(members), chosen, num_resamples)
+            rows += [{"by": by, "group": group} | row for row in found]
     return rows
 
 
@@ -52,30 +58,28 @@ def _groups(column: NDArray[np.str_]) -> list[str]:
     return [value for value in values if value] if len(values) > 1 else []
 
 
-def _select(outcome: Outcome, members: NDArray[np.bool_]) -> Outcome:
-    return Outcome(outcome.em[members], outcome.cost[members], outcome.halted[members])
-
-
-def _rows(traces: Traces, outcomes: Mapping[str, Outcome], num_resamples: int) -> list[Row]:
-    """One row a policy."""
+def _rows(
+    traces: Traces, outcomes: Mapping[tuple[float, str], Outcome], num_resamples: int
+) -> list[Row]:
+    """One row a gate and policy."""
     num_questions = len(np.unique(traces.question_id))
     resampled = resample(traces, outcomes, num_resamples)
-    rows: dict[str, Row] = {
-        name: {
-            "policy": name,
+    rows: dict[tuple[float, str], Row] = {
+        (gate, policy): {
+            "gate": gate,
+            "policy": policy,
             "num_questions": num_questions,
             "num_traces": len(traces),
             "em": float(outcome.em.mean()),
             "em_never": float(traces.final_correct.mean()),
             "em_delta": em_delta(traces, outcome),
-            "em_delta_interval": interval(resampled[name].em_delta),
+            "em_delta_interval": interval(resampled[gate, policy].em_delta),
             "saving": saving(traces, outcome),
-            "saving_interval": interval(resampled[name].saving),
+            "saving_interval": interval(resampled[gate, policy].saving),
         }
-        for name, outcome in outcomes.items()
+        for (gate, policy), outcome in outcomes.items()
     }
-    for name, row in rows.items():
-        row |= head_leads(rows["head"], resampled["head"], row, resampled[name])
-        if num_questions < 2:
-            row |= {key: None for key in row if key.endswith("_interval")}
-    return list(rows.values())
+    for (gate, policy), row in rows.items():
+        head = gate, "head"
+        row |= head_leads(rows[head], resampled[head], row, resampled[gate, policy])
+    return [without_intervals(row) if num_questions < 2 else row for row in rows.values()]

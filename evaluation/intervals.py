@@ -7,18 +7,25 @@ resamples, so that a difference of two is paired.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcome import Outcome
+from evaluation.outcome import Outcome, Row
 from traces import Traces
 
 Interval = list[float]
 Float = NDArray[np.float64]
+_Key = TypeVar("_Key", bound=Hashable)
+
+# The ends of an interval need many resamples; of very many questions, time allows fewer.
+_FEWEST_RESAMPLES = 1_000
+_MOST_COUNTS = 10**8
+# Counts are drawn as int64 and multiplied as float64, eight times their own size: by parts.
+_PART_COUNTS = 10**6
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,46 +48,67 @@ class Resamples:
 
     question: NDArray[np.int64]
     """(N,) the question of every trace, counted from 0."""
-    counts: Float
-    """(Q, R) how often each question was drawn."""
+    counts: NDArray[np.uint8]
+    """(R, Q) how often each question was drawn."""
+
+    @property
+    def num_questions(self) -> int:
+        """Q."""
+        return int(self.counts.shape[1])
 
     @classmethod
     def draw(
         cls, question_id: NDArray[np.str_], num_resamples: int = 10_000, seed: int = 0
     ) -> Resamples:
-        """Draws the questions of N traces."""
-        names, question = np.unique(question_id, return_inverse=True)
-        share = np.full(len(names), 1 / len(names))
-        counts = np.random.default_rng(seed).multinomial(len(names), share, num_resamples)
-        return cls(question, counts.T.astype(np.float64, order="C"))
+        """Draws the questions of N traces.
 
-    def sums(self, values: NDArray[Any]) -> Float:
-        """Sums (K, R) of values (K, N) over the traces of the questions drawn."""
-        of_question = [np.bincount(self.question, row) for row in values]
-        sums: Float = np.stack(of_question) @ self.counts
-        return sums
+        Args:
+            question_id: (N,)
+            num_resamples: R. Of more than 10,000 questions, 10^8 / Q if that is less, but 1,000
+                at least.
+            seed: Of the draws.
+        """
+        names, question = np.unique(question_id, return_inverse=True)
+        num = len(names)
+        num_resamples = min(num_resamples, max(_FEWEST_RESAMPLES, _MOST_COUNTS // num))
+        rng, share = np.random.default_rng(seed), np.full(num, 1 / num)
+        # A question is drawn once in the mean; more often than 255 times, 1 in 256 factorial.
+        counts = np.empty((num_resamples, num), dtype=np.uint8)
+        for part in _parts(counts):
+            part[:] = rng.multinomial(num, share, len(part))
+        return cls(question, counts)
+
+    def sums(self, values: Iterable[NDArray[Any]]) -> Float:
+        """Sums (K, R) of K times N values over the traces of the questions drawn."""
+        of_question = np.stack([np.bincount(self.question, each) for each in values])
+        parts = [of_question @ part.T.astype(float) for part in _parts(self.counts)]
+        return np.concatenate(parts, axis=1)
 
     def of(self, traces: Traces, outcomes: Sequence[Outcome]) -> Resampled:
         """K outcomes on the traces that the questions are of."""
-        num, tokens = self.sums(np.stack([np.ones(len(traces)), traces.num_tokens]))
-        em_delta = self.sums(
-            np.stack([outcome.em.astype(float) - traces.final_correct for outcome in outcomes])
-        )
-        saving = self.sums(np.stack([traces.num_tokens - outcome.cost for outcome in outcomes]))
-        em_delta /= num
-        saving /= tokens
-        return Resampled(em_delta, saving)
+        gained = [outcome.em.astype(float) - traces.final_correct for outcome in outcomes]
+        saved = [traces.num_tokens - outcome.cost for outcome in outcomes]
+        sums = self.sums([np.ones(len(traces)), traces.num_tokens, *gained, *saved])
+        em_delta, saving = np.split(sums[2:], 2)
+        return Resampled(em_delta / sums[0], saving / sums[1])
+
+
+def _parts(counts: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    """Views of some resamples each, in turn."""
+    step = max(1, _PART_COUNTS // counts.shape[1])
+    for start in range(0, len(counts), step):
+        yield counts[start : start + step]
 
 
 def resample(
-    traces: Traces, outcomes: Mapping[str, Outcome], num_resamples: int = 10_000, seed: int = 0
-) -> dict[str, Resampled]:
+    traces: Traces, outcomes: Mapping[_Key, Outcome], num_resamples: int = 10_000, seed: int = 0
+) -> dict[_Key, Resampled]:
     """Resamples questions, the same ones for every policy.
 
     Args:
         traces: N traces.
         outcomes: By policy, on those traces.
-        num_resamples: R.
+        num_resamples: R, see `Resamples.draw`.
         seed: Of the resampling.
     """
     resamples = Resamples.draw(traces.question_id, num_resamples, seed)
@@ -97,3 +125,8 @@ def intervals(samples: Float) -> list[Interval]:
     """The 95 % percentile intervals of K times R samples (K, R)."""
     ends: list[Interval] = np.quantile(samples, [0.025, 0.975], axis=1).T.tolist()
     return ends
+
+
+def without_intervals(row: Row) -> Row:
+    """A row whose intervals are None: of a single question, all resamples are the same."""
+    return row | {name: None for name in row if name.endswith("_interval")}

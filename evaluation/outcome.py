@@ -43,6 +43,10 @@ class Outcome:
     halted: NDArray[Any]
     """(N,) whether it halted the trace."""
 
+    def select(self, rows: NDArray[np.bool_]) -> Outcome:
+        """Of the traces of a mask (N,)."""
+        return Outcome(self.em[rows], self.cost[rows], self.halted[rows])
+
 
 def first_halts(traces: Traces, halts: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Flat index (N,) of the point that each trace is halted at, -1 if never."""

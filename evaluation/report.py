@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,10 +22,12 @@ from evaluation.figures import (
     compared_groups,
     draw,
     gate_title,
+    kind_title,
     policy_title,
     signed,
     style,
 )
+from evaluation.frontier import AREA_FLOOR
 from evaluation.outcome import Row
 from evaluation.svg import PALETTE, svg
 
@@ -33,6 +35,9 @@ Report = Mapping[str, Any]
 
 _TEMPLATE = "report.html.jinja"
 _SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
+_MOST_LOSSES = 10
+# Ends of an interval that differ by no more are equal.
+_ROUNDING = 1e-9
 
 
 def write_report(report: Report, path: Path) -> None:
@@ -62,8 +67,10 @@ def render(report: Report) -> str:
         "points": points,
         "policy": policy_title,
         "gate": gate_title,
+        "kind": kind_title,
         "signed": signed,
         "number": number,
+        "counted": counted,
     }
     drawings = draw(report)
     with style():
@@ -72,18 +79,22 @@ def render(report: Report) -> str:
             for name, drawing in drawings.items()
         }
     gates = sorted({row["gate"] for row in report["frozen"]})
+    trainings = " (all trainings together)" if report["num_trainings"] > 1 else ""
     return environment.get_template(_TEMPLATE).render(
         report=report,
         gates=[_gate(report, gate) for gate in gates],
-        behaviour=_behaviour(report["behaviour"]),
+        behaviour=_behaviour(report["behaviour"], trainings),
         certificate=_certificate(report["certificate"]),
         never=next(row for row in report["rows"] if row["policy"] == "never"),
         drawings=drawings,
         figures=figures,
         palette=PALETTE,
         policies=POLICIES,
+        trainings=trainings,
+        column={column.key: column for column in _MAIN},
         main_columns=_MAIN,
         more_columns=_MORE,
+        group_columns=_OF_GROUPS,
     )
 
 
@@ -123,13 +134,23 @@ def number(value: float) -> str:
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
+def counted(num: int, noun: str) -> str:
+    """A number of things, in the singular or the plural."""
+    return f"{num:,} {noun}{'' if num == 1 else 's'}"
+
+
+def _gained(share: float) -> str:
+    """A change of EM in words."""
+    return f"{'gained' if share > 0 else 'lost'} {_em(abs(share))} points"
+
+
 def _tokens(value: float) -> str:
     return f"{value:,.0f}"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table of frozen rows."""
+    """A column of a table of rows."""
 
     key: str
     title: str
@@ -148,8 +169,13 @@ class Column:
 
 
 def between(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
-    """An interval as it is printed; empty for None."""
-    return "" if interval is None else f"[{form(interval[0])}, {form(interval[1])}]"
+    """An interval as it is printed; empty where there is none."""
+    return f"[{form(interval[0])}, {form(interval[1])}]" if _is_known(interval) else ""
+
+
+def _is_known(interval: Sequence[float] | None) -> TypeGuard[Sequence[float]]:
+    """Whether it says something: one of no width, where all resamples agree, is no evidence."""
+    return interval is not None and interval[1] - interval[0] > _ROUNDING
 
 
 _MAIN = (
@@ -208,11 +234,16 @@ _MORE = (
     ),
     Column(
         "area",
-        "Mean EM on allowances, %",
-        "EM in the mean over all allowances of tokens, from none to never halting's, each spent by "
-        "the best of the policy's numbers: the area under its frontier.",
+        "Mean EM on allowances, points above the floor",
+        f"EM above a floor, {-100 * AREA_FLOOR:g} points below never halting's, in the mean over "
+        "all allowances of tokens, from none to never halting's, each spent by the best of the "
+        "policy's numbers: the area under its frontier.",
         _em,
     ),
+)
+_OF_GROUPS = (
+    Column("em_never", "EM never halted, %", "EM of never halting on the same traces.", _em),
+    *_MAIN[:3],
 )
 
 
@@ -266,7 +297,7 @@ def _head_words(head: Row, gate: float, num_questions: int) -> str:
         )
     saving = f"{percent(head['saving'])} % of the tokens{_range(head, 'saving', percent)}"
     change = f"{points(head['em_delta'])} points{_range(head, 'em_delta', points)}"
-    meaning = _change_words(head.get("em_delta_interval"), gate, num_questions)
+    meaning = _change_words(head, gate, num_questions)
     return (
         f"The head saves {saving}, the cost of its own probes taken off. Exact match changes by "
         f"{change}{meaning}."
@@ -275,24 +306,30 @@ def _head_words(head: Row, gate: float, num_questions: int) -> str:
 
 def _range(row: Row, key: str, form: Callable[[float], str]) -> str:
     found = row.get(f"{key}_interval")
-    return "" if found is None else f" (95 % interval {form(found[0])} to {form(found[1])})"
+    return f" (95 % interval {form(found[0])} to {form(found[1])})" if _is_known(found) else ""
 
 
-def _change_words(interval: Sequence[float] | None, gate: float, num_questions: int) -> str:
-    """What an interval of an EM change means."""
-    if interval is None:
-        return ""
+def _change_words(head: Row, gate: float, num_questions: int) -> str:
+    """What the head's EM change and its interval mean."""
+    interval, asked = head.get("em_delta_interval"), counted(num_questions, "question")
+    if not _is_known(interval):
+        if interval is None or abs(head["em_delta"]) > _ROUNDING:
+            return ", of unknown precision"
+        # Clopper and Pearson, 1934, with no loss among N: above it, N without one are a 5 % chance.
+        bound = 1 - 0.05 ** (1 / num_questions)
+        return (
+            f": no question's EM changed; {asked} exclude, at 95 %, only losses above "
+            f"{_em(bound)} points"
+        )
     low, high = interval
     if high < -gate:
         return f": a loss, though it was chosen to lose {gate_title(gate)}"
     if high < 0:
         return ": a loss, not shown to be larger than what it was chosen to lose"
-    if low >= 0:
-        return ": a gain" if low > 0 else ": no loss"
-    return (
-        f", which {num_questions:,} questions cannot tell from no change, nor from a loss of "
-        f"{_em(-low)} points"
-    )
+    if low > 0:
+        return ": a gain"
+    loss = f", nor from a loss of {_em(-low)} points" if low < 0 else ""
+    return f", which {asked} cannot tell from no change{loss}"
 
 
 def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]:
@@ -308,14 +345,22 @@ def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]
     lead, interval = other["head_lead_at_equal_em"], other["head_lead_at_equal_em_interval"]
     if lead is None:
         return ("unknown", "not compared"), [told, "They were not compared at equal EM."]
-    where = "At equal EM"
-    if other["saving_at_head_em"] is None:
-        where = f"The head's EM {name} never has. Against what it saves at its highest EM"
+    at_head_em = other["saving_at_head_em"]
+    if at_head_em is None:
+        where = (
+            f"{name[:1].upper()}{name[1:]} never reaches the head's EM. Against what it saves at "
+            "its highest EM"
+        )
+    else:
+        where = f"At equal EM (there {name} saves {percent(at_head_em)} %)"
     difference = (
         f"{where} the head saves {percent(abs(lead))} points {'less' if lead < 0 else 'more'}"
     )
     if interval is None:
         return ("unknown", "no interval"), [told, f"{difference}, of unknown precision."]
+    if not _is_known(interval):
+        alike = "Every resample says the same, which is no evidence: it cannot be told."
+        return ("unknown", "cannot be told"), [told, f"{difference}. {alike}"]
     difference += f" (95 % interval {_lead(interval[0])} to {_lead(interval[1])})"
     if interval[0] > 0:
         return ("ahead", "ahead"), [told, f"{difference}: it is ahead."]
@@ -325,16 +370,25 @@ def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]
 
 
 def _losses(groups: Sequence[Row]) -> str:
-    """The groups whose interval of the head's EM change lies below 0."""
-    lost = {
-        row["group"]: f"{points(row['em_delta'])} {between(row['em_delta_interval'], points)}"
-        for row in groups
-        if row["em_delta_interval"] and row["em_delta_interval"][1] < 0
-    }
+    """The groups whose interval of the head's EM change lies below 0, the worst first."""
+    chance = "Of twenty groups, one interval misses by chance."
+    lost = [row for row in groups if _is_below_0(row["em_delta_interval"])]
     if not lost:
-        return "In no group does the interval of the head's EM change lie below 0."
-    named = "; ".join(f"{name} {change}" for name, change in lost.items())
-    return f"Groups where the interval of the head's EM change lies below 0: {named}."
+        return f"In no group does the interval of the head's EM change lie below 0. {chance}"
+    lost.sort(key=lambda row: row["em_delta"])
+    named = "; ".join(
+        f"{kind_title(row['by'])} {row['group']} {points(row['em_delta'])} "
+        f"{between(row['em_delta_interval'], points)}"
+        for row in lost[:_MOST_LOSSES]
+    )
+    more = f" and {len(lost) - _MOST_LOSSES} more" if len(lost) > _MOST_LOSSES else ""
+    return (
+        f"Groups where the interval of the head's EM change lies below 0: {named}{more}. {chance}"
+    )
+
+
+def _is_below_0(interval: Sequence[float] | None) -> bool:
+    return _is_known(interval) and interval[1] < 0
 
 
 @dataclass(frozen=True)
@@ -350,8 +404,8 @@ class Behaviour:
     """Contribution of a driver, in magnitude."""
 
 
-def _behaviour(found: Sequence[Row]) -> list[Behaviour]:
-    """One a price, with the gates that share it."""
+def _behaviour(found: Sequence[Row], trainings: str) -> list[Behaviour]:
+    """One a price, with the gates that share it; `trainings` goes after numbers of decisions."""
     first: dict[float, Row] = {}
     for behaviour in found:
         first.setdefault(behaviour["price"], behaviour)
@@ -359,7 +413,7 @@ def _behaviour(found: Sequence[Row]) -> list[Behaviour]:
         Behaviour(
             gates=[other["gate"] for other in found if other["price"] == price],
             found=behaviour,
-            reading=_reading(behaviour["reliability"]["bins"]),
+            reading=_reading(behaviour["reliability"]["bins"], trainings),
             largest=max(
                 (
                     abs(driver["contribution"])
@@ -373,7 +427,7 @@ def _behaviour(found: Sequence[Row]) -> list[Behaviour]:
     ]
 
 
-def _reading(bins: Sequence[Row]) -> str:
+def _reading(bins: Sequence[Row], trainings: str) -> str:
     """On the bin at 80 %, or the one nearest to it that holds a decision; and on all of them."""
     seen = [found for found in bins if found["num"]]
     if not seen:
@@ -381,9 +435,9 @@ def _reading(bins: Sequence[Row]) -> str:
     found = min(seen, key=lambda found: abs(found["low"] - 0.8))
     said = f"{100 * found['low']:.0f} to {100 * found['high']:.0f} %"
     return (
-        f"Among the {found['num']:,} decisions where the head put the probability of halting at "
-        f"{said} ({percent(found['mean_prob'])} % in the mean), halting was the better choice in "
-        f"{percent(found['better'])} %. {_gains(seen)}"
+        f"Among the {counted(found['num'], 'decision')}{trainings} where the head put the "
+        f"probability of halting at {said} ({percent(found['mean_prob'])} % in the mean), "
+        f"halting was the better choice in {percent(found['better'])} %. {_gains(seen)}"
     )
 
 
@@ -394,9 +448,9 @@ def _gains(seen: Sequence[Row]) -> str:
         "at one half or more": [found for found in seen if found["low"] >= 0.5],
     }
     sentences = [
-        f"Where it put it {where}, halting gained "
-        f"{points(np.average([b['gain'] for b in bins], weights=[b['num'] for b in bins]))} "
-        "points a decision in the mean."
+        f"Where it put it {where}, halting "
+        f"{_gained(np.average([b['gain'] for b in bins], weights=[b['num'] for b in bins]))} "
+        "a decision in the mean."
         for where, bins in said.items()
         if bins
     ]
@@ -416,19 +470,20 @@ def _certificate(certificate: Row | None) -> list[str]:
     bound = _RISKS[certificate["risk"]].format(f"{100 * certificate['max_em_drop']:g}")
     asked = (
         f"with {100 * certificate['confidence']:g} % confidence, over the draw of "
-        f"{certificate['num_questions']:,} questions that the head had not learned from"
+        f"{counted(certificate['num_questions'], 'question')} that the head had not learned from"
     )
     if certificate["price"] is None:
         smallest = certificate["smallest_em_drop"]
         could = "no bound" if smallest is None else f"a bound of {_em(smallest)} points"
         return [
-            f"Nothing but never halting could be certified {asked}, so that it {bound}.",
+            f"Nothing could be certified for {certificate['lm']}: never halt. The head's own price "
+            f"is 0, at which it never does. Asked was a price at which halting {bound}, {asked}.",
             f"On those questions {could} would have allowed some saving.",
         ]
     return [
-        f"Certified {asked}: on questions like those, in the mean, halting at a price of "
-        f"{number(certificate['price'])} {bound}.",
-        f"There it saved {percent(certificate['saving'])} % of the tokens, with a loss of "
-        f"{points(certificate['observed_loss'])} points. It is a certificate of that price, not "
-        "of the points in the tables above.",
+        f"Certified for {certificate['lm']}, {asked}: on questions like those, in the mean, "
+        f"halting at a price of {number(certificate['price'])} {bound}.",
+        f"There it saved {percent(certificate['saving'])} % of the tokens and "
+        f"{_gained(-certificate['observed_loss'])}. It is a certificate of that price, not of the "
+        "points in the tables above.",
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
+from evaluation.figures import plain
 from evaluation.frozen import strongest
 from evaluation.outcome import Row
 
@@ -83,7 +83,9 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _with_interval(value: float, interval: Sequence[float], form: str) -> str:
+def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
+    if interval is None:
+        return f"{100 * value:{form}}"
     low, high = interval
     return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
 
@@ -107,7 +109,7 @@ def _case_cells(case: Row) -> tuple[str, ...]:
         case["trace_id"],
         str(case["position"]),
         str(case["num_tokens"]),
-        textwrap.shorten(case["answer"], _LONGEST_ANSWER, placeholder="..."),
+        plain(case["answer"], _LONGEST_ANSWER),
         f"{100 * case['prob_halt']:.1f}",
         "its end" if again is None else str(again),
         ", ".join(drivers[:3]),

@@ -131,6 +131,7 @@ def report(lead: float = 0.05) -> Row:
         "split": "test",
         "judged": "Every question by a head that had not seen it.",
         "evidence": True,
+        "num_trainings": 1,
         "rows": [*rules, *sweep, confidence, row("entropy")],
         "frozen": [
             frozen(gate, found, lead if found is confidence else None)

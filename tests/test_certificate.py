@@ -217,6 +217,15 @@ def test_segments_share_the_error_as_long_as_their_questions_suffice() -> None:
     assert certify_segments(measured, 0.05, 0.1) == {"a": 0, "b": None, "c": None}
 
 
+def test_each_of_two_segments_is_certified_at_half_of_the_error() -> None:
+    losses = np.zeros((80, 1))
+    losses[40] = 1
+    saves = np.array([0.5])
+    measured = {"a": Measured(losses, saves), "b": Measured(np.zeros((80, 1)), saves)}
+    assert certify(measured["a"], 0.05, 0.1) == 0  # alone
+    assert certify_segments(measured, 0.05, 0.1) == {"a": None, "b": 0}
+
+
 def test_questions_needed_by_hand() -> None:
     """1 % lost, bound 2 %: (1.2816 + 0.8416)^2 (0.01 + 0.01 - 0.02^2) / 0.01^2 = 883.6."""
     one, savings = np.repeat([1.0, 0.0], [1, 99])[:, None], np.array([-0.1, 0.5])

@@ -66,6 +66,21 @@ def test_the_frontier_draws_rows_in_points_and_limits_them_to_where_policies_dif
     assert (low_band, high_band) == pytest.approx((-7.0, 2.0))
 
 
+def test_a_frontier_without_intervals_has_no_band_and_bars_of_no_length() -> None:
+    nothing = {"em_delta_interval": None, "saving_interval": None}
+    rows = [known("head", k, -0.01 * k, 0.1 * k) | nothing for k in (1, 2)]
+    axes = frontier(rows, [frozen(0.0, rows[0])]).axes[0]
+    assert not [c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]
+    bars = [c for c in axes.collections if isinstance(c, LineCollection)]
+    ends = [segment.tolist() for c in bars for segment in c.get_segments()]
+    assert len(ends) == 2 and all(low == high for low, high in ends)
+
+
+def test_the_frontier_does_not_say_when_its_points_were_frozen() -> None:
+    text = draw(report())["frontier"].text
+    assert "Large points are the frozen ones" in text and "before" not in text
+
+
 def test_any_number_of_unknown_policies_can_be_told_apart() -> None:
     names = [f"policy_{n}" for n in range(12)]
     rows = [known(name, k, -0.01 * k, 0.1 * k) for name in names for k in (1, 2)]

@@ -76,22 +76,26 @@ def test_many_resamples_at_once_are_each_read_as_if_alone(points: Points, seed: 
         assert alone is None or found[r] == alone
 
 
-def test_the_area_is_that_under_the_steps() -> None:
-    # Spent: 0.25 for 0.4, 0.5 for 0.8; 0.75 for 0.6 is beaten, 1.1 for 1.0 is beyond the allowance.
-    points = [(0.75, 0.4), (0.5, 0.8), (0.25, 0.6), (-0.1, 1.0)]
-    assert frontier_area(points) == pytest.approx(0.25 * 0.4 + 0.5 * 0.8)
+def test_the_area_is_that_between_the_steps_and_the_floor() -> None:
+    # Above the floor: 0.03 from 0.5 of the tokens on, 0.06 from 0.75 on. Of the others, one is
+    # beaten, one is below the floor though nearly free, and one spends more than never halting.
+    points = [(-0.02, 0.5), (0.01, 0.25), (0.0, 0.2), (-0.3, 0.99), (0.1, -0.1)]
+    assert frontier_area(points, -0.05) == pytest.approx(0.25 * 0.03 + 0.25 * 0.06)
+    assert frontier_area([*points, (0.0, 0.0)], -0.05) == frontier_area(points, -0.05)
 
 
 def test_the_area_is_the_mean_em_of_a_random_allowance() -> None:
     rng = np.random.default_rng(0)
-    saved, em = rng.random((2, 20))
+    saved, em_delta = rng.random(20), rng.uniform(-0.1, 0.05, 20)
     allowed = (np.arange(20_000) + 0.5) / 20_000
-    bought = np.where(1 - saved[:, None] <= allowed, em[:, None], 0.0).max(axis=0)
-    assert frontier_area(list(zip(saved, em, strict=True))) == pytest.approx(
-        bought.mean(), abs=1e-3
-    )
+    bought = np.where(1 - saved[:, None] <= allowed, em_delta[:, None], -1).max(axis=0)
+    area = frontier_area(list(zip(em_delta, saved, strict=True)), -0.05)
+    assert area == pytest.approx(np.maximum(bought + 0.05, 0).mean(), abs=1e-4)
 
 
-@pytest.mark.parametrize(("point", "area"), [((0.0, 1.0), 0.0), ((1.0, 0.7), 0.7), ((0.5, 0.0), 0)])
+@pytest.mark.parametrize(
+    ("point", "area"),
+    [((0.1, 0.0), 0.0), ((0.0, 1.0), 0.05), ((-0.05, 0.5), 0.0), ((-0.2, 1.0), 0.0)],
+)
 def test_areas_at_the_edges(point: tuple[float, float], area: float) -> None:
-    assert frontier_area([point]) == pytest.approx(area)
+    assert frontier_area([point], -0.05) == pytest.approx(area)

@@ -1,6 +1,7 @@
 """Every number of a frozen row, by hand."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_always_halting_comes_out_exactly(four: Traces) -> None:
         "saving_at_head_em": 825 / 1200,
         "head_lead_at_equal_em": 0.0,
         "hindsight_share": 825 / 463,  # which spends 272 + 55 + 310 + 100 = 737
-        "area": 0.5 * 825 / 1200,  # its only point: right half of the time for 375 tokens
+        "area": 0.05 * 825 / 1200,  # its only point: never halting's EM for 375 tokens
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert list(row) == [*COLUMNS, *FROZEN_COLUMNS]
@@ -169,7 +170,7 @@ def test_the_lead_at_equal_em_is_over_the_frontier(make_traces: MakeTraces) -> N
     assert row["head_lead_at_equal_em_interval"] == pytest.approx([0.05, 0.05])
     assert row["head_saving_lead"] == pytest.approx(-0.3)
     assert row["head_em_lead"] == pytest.approx(0.1)
-    assert row["area"] == pytest.approx(0.8 * 0.8 + 0.1 * 0.2)
+    assert row["area"] == pytest.approx(0.05 * 0.1)  # never halting's EM for 0.9 of its tokens
 
 
 def test_a_policy_without_that_em_is_read_at_its_highest(make_traces: MakeTraces) -> None:
@@ -195,7 +196,7 @@ def test_the_frontier_is_built_anew_in_every_resample(random_traces: Traces) -> 
     resamples = Resamples.draw(random_traces.question_id)
     leads, shares = [], []
     possible = halt_outcome(random_traces, random_traces.correct, "always")
-    for drawn in resamples.counts.T[:, resamples.question]:
+    for drawn in resamples.counts[:, resamples.question].astype(float):
         tokens = drawn @ random_traces.num_tokens
         delta, saved = (
             np.array([values @ drawn for values in columns])
@@ -236,6 +237,16 @@ def test_every_row_of_a_sweep_has_its_intervals(random_traces: Traces) -> None:
     assert rows[4]["saving_interval"] is None
 
 
+def test_a_single_question_has_no_intervals(make_traces: MakeTraces) -> None:
+    traces = make_traces([{"question_id": "q"}] * 3)
+    sweeps = {"head": {1.0: flat(traces, 0, 0.2)}, "budget": {1.0: flat(traces, -0.1, 0.3)}}
+    points = {name: AtPoint(1.0, swept[1.0]) for name, swept in sweeps.items()}
+    rows, frozen = report_rows(traces, "dev", sweeps, {0.0: points}, rules(traces))
+    intervals = [row[key] for row in rows + frozen for key in row if key.endswith("_interval")]
+    assert len(intervals) == 2 * 4 + 6 * 4 and set(intervals) == {None}
+    assert [row["saving"] for row in frozen[:2]] == pytest.approx([0.2, 0.3])
+
+
 def test_a_policy_without_a_point_is_not_available_at_that_gate(random_traces: Traces) -> None:
     head, budget = ({1.0: flat(random_traces, 0, saving)} for saving in (0.3, 0.1))
     both = {"head": AtPoint(1.0, head[1.0]), "budget": AtPoint(1.0, budget[1.0])}
@@ -263,6 +274,18 @@ def test_points_are_chosen_and_then_reported(make_traces: MakeTraces) -> None:
     # At the head's EM the budget's frontier is a 20th of the way from (0, 0) to (-0.2, 0.5).
     assert found[0.01, "budget"]["head_lead_at_equal_em"] == pytest.approx(0.4 - 0.5 / 20)
     assert len(choice.rows) == 2 + 3 + 1 + 1
+
+
+def test_random_halts_as_often_as_the_head_whatever_it_saves(make_traces: MakeTraces) -> None:
+    traces = make_traces([{}] * 10)
+
+    def halting(num: int, em_delta: float, saving: float) -> Outcome:
+        return replace(flat(traces, em_delta, saving), halted=np.arange(10) < num)
+
+    head = {1.0: halting(4, -0.01, 0.3)}  # within the second gate only
+    random = {0.1: halting(1, 0.0, 0.9), 0.4: halting(5, -0.5, 0.2), 0.7: halting(8, -0.6, 0.4)}
+    choice = choose_points(traces, {"head": head, "random": random}, rules(traces))
+    assert choice.gates == {0.0: {"head": None, "random": None}, 0.01: {"head": 1.0, "random": 0.4}}
 
 
 def row_of(policy: str, lead: float | None, gate: float = 0.0) -> Row:

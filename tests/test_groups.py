@@ -40,7 +40,7 @@ def find(rows: list[Row], group: str, policy: str) -> Row:
 
 
 def test_rows_are_of_every_column_with_several_values(traces: Traces) -> None:
-    rows = group_rows(traces, outcomes(traces), 0.01, num_resamples=50)
+    rows = group_rows(traces, {0.01: outcomes(traces)}, num_resamples=50)
     assert [(row["by"], row["group"], row["policy"]) for row in rows] == [
         (by, group, policy)
         for by, group in [
@@ -55,7 +55,7 @@ def test_rows_are_of_every_column_with_several_values(traces: Traces) -> None:
 
 
 def test_a_group_is_counted_by_itself(traces: Traces) -> None:
-    rows = group_rows(traces, outcomes(traces), 0.0)
+    rows = group_rows(traces, {0.0: outcomes(traces)})
     easy, never = (find(rows, "easy", policy) for policy in ("head", "never"))
     expected = {
         "num_questions": 2,
@@ -79,8 +79,17 @@ def test_a_group_is_counted_by_itself(traces: Traces) -> None:
     assert find(rows, "big", "head")["em_delta"] == 0.0
 
 
+def test_each_gate_has_the_rows_it_has_alone(traces: Traces) -> None:
+    chosen = outcomes(traces)
+    strict = {"head": chosen["never"], "budget": chosen["head"]}
+    both = group_rows(traces, {0.0: strict, 0.01: chosen}, num_resamples=50)
+    for gate, alone in ((0.0, strict), (0.01, chosen)):
+        rows = [row for row in both if row["gate"] == gate]
+        assert rows == group_rows(traces, {gate: alone}, num_resamples=50)
+
+
 def test_a_single_question_has_no_interval(traces: Traces) -> None:
-    row = find(group_rows(traces, outcomes(traces), 0.0, num_resamples=50), "hard", "head")
+    row = find(group_rows(traces, {0.0: outcomes(traces)}, num_resamples=50), "hard", "head")
     assert (row["num_questions"], row["em_delta"], row["saving"]) == (1, -1.0, 0.75)
     intervals = {name: value for name, value in row.items() if name.endswith("_interval")}
     assert len(intervals) == 4 and set(intervals.values()) == {None}
@@ -88,4 +97,4 @@ def test_a_single_question_has_no_interval(traces: Traces) -> None:
 
 def test_traces_that_do_not_differ_have_no_groups(make_traces: MakeTraces) -> None:
     traces = make_traces([{}] * 3)
-    assert group_rows(traces, {"head": never_outcome(traces)}, 0.0) == []
+    assert group_rows(traces, {0.0: {"head": never_outcome(traces)}}) == []

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.intervals import Resamples, interval, intervals, resample
+from evaluation.intervals import Resamples, interval, intervals, resample, without_intervals
 from evaluation.outcome import Outcome, em_delta, never_outcome, saving
 from traces import Traces
 
@@ -59,6 +59,34 @@ def test_the_same_seed_gives_the_same_resamples(random_traces: Traces) -> None:
     other = resample(random_traces, outcomes, 100, seed=1)["half"].em_delta
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_resamples_in_parts_are_those_drawn_at_once() -> None:
+    num, num_resamples = 30_000, 100  # of a million counts at once, 33 resamples
+    resamples = Resamples.draw(np.arange(num).astype(str), num_resamples, seed=3)
+    at_once = np.random.default_rng(3).multinomial(num, np.full(num, 1 / num), num_resamples)
+    order = np.unique(np.arange(num).astype(str), return_inverse=True)[1]
+    values = np.random.default_rng(0).random((2, num))
+    assert np.array_equal(resamples.counts, at_once)
+    np.testing.assert_allclose(resamples.sums(values), values @ at_once[:, order].T)
+
+
+@pytest.mark.parametrize(("num", "drawn"), [(5_000, 10_000), (40_000, 2_500), (200_000, 1_000)])
+def test_very_many_questions_are_resampled_less_often(
+    num: int, drawn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All a hundredth of the size; what was asked for is never exceeded."""
+    monkeypatch.setattr("evaluation.intervals._MOST_COUNTS", 10**4)
+    monkeypatch.setattr("evaluation.intervals._FEWEST_RESAMPLES", 10)
+    names = np.arange(num // 100).astype(str)
+    assert Resamples.draw(names, 100).counts.shape == (drawn // 100, num // 100)
+    assert len(Resamples.draw(names, 5).counts) == 5
+
+
+def test_a_row_keeps_all_but_its_intervals() -> None:
+    row = {"em": 0.5, "saving_interval": [0.1, 0.1], "saving": 0.1}
+    assert without_intervals(row) == {"em": 0.5, "saving_interval": None, "saving": 0.1}
+    assert row["saving_interval"] == [0.1, 0.1]
 
 
 def test_the_spread_is_that_of_independent_questions() -> None:

@@ -1,4 +1,4 @@
-"""What never saw a question judges it: each link of that chain, where a leak would not show."""
+"""A question is judged by what never saw it: every step that could leak without being noticed."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def in_process() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of train.py, which evaluates it too, and what it judged supervised baselines by."""
+    """A run of train.py, which evaluates it too, and the supervised baselines that both made."""
 
     folder: Path
     learned: Traces
@@ -136,12 +136,29 @@ def test_a_fold_s_head_knows_nothing_of_the_questions_that_it_keeps_back(
         last = str(len(CHECKPOINTS) - 1)
         return [contents(fold_folder(cache, 0, k) / last) for k in (0, 1)]
 
-    before, after = (
-        heads(random_traces, tmp_path / "before"),
-        heads(spoiled, tmp_path / "after"),
-    )
+    before, after = heads(random_traces, tmp_path / "before"), heads(spoiled, tmp_path / "after")
     assert after[0] == before[0]
     assert all(after[1][name] != of for name, of in before[1].items())
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_probabilities_are_calibrated_on_other_questions(
+    name: str, random_traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+
+    def recorded(*args: Any, cv: Any, **kwargs: Any) -> CalibratedClassifierCV:
+        splits.extend(cv)
+        return CalibratedClassifierCV(*args, cv=cv, **kwargs)
+
+    monkeypatch.setattr(agents.supervised, "CalibratedClassifierCV", recorded)
+    config = HeadConfig(observing_of(random_traces, ("confidence",), HALTING), HALTING, 1.0)
+    assert Supervised(name, random_traces, {}, config).signal(random_traces) is not None
+    question = random_traces.question_id[random_traces.trace_of_point]
+    assert sorted(np.concatenate([test for _, test in splits])) == list(range(len(question)))
+    for learned, judged in splits:
+        assert len(learned) + len(judged) == len(question)
+        assert not set(question[learned]) & set(question[judged])
 
 
 @pytest.fixture(scope="module")
@@ -169,37 +186,18 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     return read_traces(path)
 
 
-def signal_of(name: str, traces: Traces, fold: Mapping[str, int]) -> NDArray[np.float64]:
+def auc(name: str, traces: Traces, fold: Mapping[str, int]) -> float:
     config = HeadConfig(observing_of(traces, ("hidden",), HALTING), HALTING, 1.0)
     signal = Supervised(name, traces, fold, config).signal(traces)
-    assert signal is not None
-    return signal
+    return float(roc_auc_score(traces.correct, signal))
 
 
-def test_what_is_known_by_heart_does_not_show_out_of_fold(noise: Traces) -> None:
-    """Trees know noise by heart. A line cannot: in sample it does not tell."""
+def test_what_trees_know_by_heart_is_no_better_than_chance_out_of_fold(noise: Traces) -> None:
+    """A line has too few weights to know noise by heart, so in sample it need not be ahead.
+
+    By chance it is rather below 0.5: where a fold has more right answers, the others have fewer.
+    """
     fold = fold_of(noise)
-    assert roc_auc_score(noise.correct, signal_of("boosted_trees", noise, {})) > 0.9
+    assert auc("boosted_trees", noise, {}) > 0.9
     for name in SUPERVISED:
-        chance = roc_auc_score(noise.correct, signal_of(name, noise, fold))
-        assert chance == pytest.approx(0.5, abs=0.08)
-
-
-@pytest.mark.parametrize("name", SUPERVISED)
-def test_probabilities_are_calibrated_on_other_questions(
-    name: str, random_traces: Traces, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    splits: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-
-    def recorded(*args: Any, cv: Any, **kwargs: Any) -> CalibratedClassifierCV:
-        splits.extend(cv)
-        return CalibratedClassifierCV(*args, cv=cv, **kwargs)
-
-    monkeypatch.setattr(agents.supervised, "CalibratedClassifierCV", recorded)
-    config = HeadConfig(observing_of(random_traces, ("confidence",), HALTING), HALTING, 1.0)
-    assert Supervised(name, random_traces, {}, config).signal(random_traces) is not None
-    question = random_traces.question_id[random_traces.trace_of_point]
-    assert sorted(np.concatenate([test for _, test in splits])) == list(range(len(question)))
-    for learned, judged in splits:
-        assert len(learned) + len(judged) == len(question)
-        assert not set(question[learned]) & set(question[judged])
+        assert 0.4 < auc(name, noise, fold) < 0.58

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 
 from evaluation.report import log_to_tensorboard, render, write_report
-from tests.reports import GATES, behaviour, certificate, report, short
+from tests.reports import GATES, behaviour, certificate, group, report, short
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 INLINE = {"a", "code", "small", "span", "strong"}
@@ -168,6 +168,7 @@ def test_the_verdict_tells_saving_change_and_the_strongest_baseline(page: str) -
     assert minus("Exact match changes by -1.25 points (95 % interval -3.25 to +0.75)") in told
     assert "200 questions cannot tell from no change, nor from a loss of 3.25 points" in told
     assert "The strongest baseline, confidence threshold, saves 42.5 %" in told
+    assert "At equal EM (there confidence threshold saves 45.0 %) the head saves 5.0" in told
 
 
 @pytest.mark.parametrize(
@@ -192,17 +193,65 @@ def test_the_verdict_is_what_the_interval_says(lead: float, words: str) -> None:
         ([-0.03, -0.005], 0.01, ": a loss, not shown to be larger than what it was chosen to lose"),
         ([-0.03, -0.005], 0.0, ": a loss, though it was chosen to lose nothing"),
         ([0.001, 0.02], 0.0, ": a gain"),
-        ([0.0, 0.0], 0.0, ": no loss"),
+        ([0.0, 0.02], 0.0, ", which 200 questions cannot tell from no change."),
+        (None, 0.0, "Exact match changes by -1.25 points, of unknown precision."),
+        ([-0.0125, -0.0125], 0.0, "changes by -1.25 points, of unknown precision."),
     ],
 )
-def test_a_change_is_called_what_it_is(interval: list[float], gate: float, words: str) -> None:
+def test_a_change_is_called_what_it_is(
+    interval: list[float] | None, gate: float, words: str
+) -> None:
     found = short()
     for row in found["frozen"]:
         if row["policy"] == "head":
             row["em_delta_interval"] = interval
     found["frozen"] = [row | {"gate": gate} for row in found["frozen"][:5]]
     found["strongest"] = {str(gate): None}
-    assert words in Page(render(found)).text
+    assert minus(words) in Page(render(found)).text
+
+
+@pytest.mark.parametrize(
+    ("num", "words"),
+    [
+        # The square root of 0.05 is 0.2236; of many questions it is close to 3 over their number.
+        (2, "2 questions exclude, at 95 %, only losses above 77.64 points"),
+        (200, "200 questions exclude, at 95 %, only losses above 1.49 points"),
+    ],
+)
+def test_no_change_at_all_is_no_proof_of_no_loss(num: int, words: str) -> None:
+    found = short()
+    found["traces"]["num_questions"] = num
+    for row in found["frozen"]:
+        if row["policy"] == "head":
+            row |= {"em_delta": 0.0, "em_delta_interval": [-1e-17, 1e-17]}
+    told = sentences(render(found))
+    assert (
+        told.count(f"Exact match changes by +0.00 points: no question's EM changed; {words}") == 2
+    )
+    assert "no loss" not in told
+
+
+@pytest.mark.parametrize("lead", [0.05, -0.05])
+def test_a_lead_without_a_width_is_neither_ahead_nor_behind(lead: float) -> None:
+    found = short(lead)
+    for row in found["frozen"]:
+        row["head_lead_at_equal_em_interval"] = [lead, lead]
+    page = render(found)
+    assert sentences(page).count("no evidence: it cannot be told.") == 2
+    assert Page(page).text.count("? cannot be told") == 2
+    assert "ahead." not in sentences(page) and "loses" not in sentences(page)
+
+
+def test_a_report_without_intervals_is_still_a_page() -> None:
+    found = short()
+    for key in ("rows", "frozen"):
+        found[key] = [
+            row | {name: None for name in row if name.endswith("_interval")} for row in found[key]
+        ]
+    told = Page(render(found))
+    assert told.text.count("? no interval") == 2
+    assert told.text.count("the head saves 5.0 points more, of unknown precision.") == 2
+    assert not [cell for table in told.tables for line in table for cell in line if "[" in cell]
 
 
 def test_numbers_that_are_no_evidence_say_so_first() -> None:
@@ -243,7 +292,8 @@ def test_a_report_with_parts_missing_is_still_a_page() -> None:
     assert text.count("No baseline is available to compare it with.") == 2
     assert "None yet: run calibrate.py" in text
     assert "Inside the thought" not in text and "Where it saves" not in text
-    assert text.count("Not available: entropy threshold.") == 2
+    assert text.count("Not available: entropy threshold. The traces lack") == 2
+    assert text.count("or the run's own traces are not there any more.") == 2
 
 
 def test_a_policy_without_a_name_here_keeps_its_own() -> None:
@@ -259,7 +309,9 @@ def test_a_baseline_without_the_heads_em_is_marked_and_told() -> None:
     for row in found["frozen"]:
         row["saving_at_head_em"] = None
     page = render(found)
-    told = "The head's EM confidence threshold never has. Against what it saves at its highest EM"
+    told = (
+        "Confidence threshold never reaches the head's EM. Against what it saves at its highest EM"
+    )
     assert sentences(page).count(f"{told} the head saves 5.0 points more") == 2
     assert "> +5.0 [+3.0, +7.0]" in Page(page).text
 
@@ -269,9 +321,17 @@ def test_the_reliability_is_read_aloud(page: str) -> None:
     assert (
         f"{said} (86.2 % in the mean), halting was the better choice in 91.2 %." in Page(page).text
     )
-    low = minus("Where it put it below one half, halting gained -10.00 points a decision")
-    high = "Where it put it at one half or more, halting gained +10.00 points a decision"
+    low = "Where it put it below one half, halting lost 10.00 points a decision"
+    high = "Where it put it at one half or more, halting gained 10.00 points a decision"
     assert low in Page(page).text and high in Page(page).text
+
+
+def test_decisions_of_several_trainings_are_said_to_be_together(page: str) -> None:
+    together = "decisions (all trainings together)"
+    assert together not in Page(page).text.lower()
+    told = Page(render(report() | {"num_trainings": 3}))
+    assert told.text.count(f"Among the 1,200 {together} where") == 2
+    assert sum(together.capitalize() in table[0] for table in told.tables) == 2
 
 
 def test_gates_at_one_price_share_their_behaviour() -> None:
@@ -282,8 +342,26 @@ def test_gates_at_one_price_share_their_behaviour() -> None:
 
 
 def test_groups_that_lose_are_named(page: str) -> None:
-    lost = "Groups where the interval of the head's EM change lies below 0: hard -8.25"
-    assert Page(page).text.count(minus(f"{lost} [-10.25, -6.25].")) == 2
+    lost = "Groups where the interval of the head's EM change lies below 0: segment hard -8.25"
+    chance = "Of twenty groups, one interval misses by chance."
+    assert Page(page).text.count(minus(f"{lost} [-10.25, -6.25]. {chance}")) == 2
+
+
+def test_groups_that_lose_have_their_kind_and_the_worst_ten_are_named() -> None:
+    found = report()
+    same = [group(by, "hard", 0.0, "head") for by in ("segment", "task")]
+    others = [
+        group("model", f"lm{k}", 0.0, "head")
+        | {"em_delta": -0.01 * k, "em_delta_interval": [-0.5, -0.001]}
+        for k in range(1, 12)
+    ]
+    alike = group("task", "alike", 0.0, "head") | {"em_delta_interval": [-0.5, -0.5]}
+    found["groups"] = [*same, *others, alike]
+    text = Page(render(found)).text
+    named = re.findall(r"(\w+ \w+) \N{MINUS SIGN}\d+\.\d\d \[", text[text.index("below 0: ") :])
+    worst = [*(f"LM lm{k}" for k in (11, 10, 9)), "segment hard", "task hard"]
+    assert named == [*worst, *(f"LM lm{k}" for k in (8, 7, 6, 5, 4))]
+    assert "] and 3 more. Of twenty groups" in text and "task alike" not in text
 
 
 def test_errors_are_told_with_their_drivers(page: str) -> None:
@@ -302,12 +380,28 @@ def test_errors_are_told_with_their_drivers(page: str) -> None:
 
 def test_a_certificate_is_told_in_words(page: str) -> None:
     text = Page(page).text
-    assert "Certified with 90 % confidence, over the draw of 1,500 questions" in text
+    assert "Certified for lm, with 90 % confidence, over the draw of 1,500 questions" in text
     assert "halting at a price of 0.25 costs at most 2 points of exact match" in text
-    assert "saved 31.2 % of the tokens, with a loss of +0.25 points" in text
+    assert "saved 31.2 % of the tokens and lost 0.25 points." in text
     none = Page(render(short() | {"certificate": certificate(price=None)})).text
-    assert "Nothing but never halting could be certified with 90 % confidence" in none
+    assert "Nothing could be certified for lm: never halt. The head's own price is 0" in none
+    assert "Asked was a price at which halting costs at most 2 points of exact match" in none
     assert "a bound of 1.75 points would have allowed some saving" in none
+
+
+def test_one_is_singular() -> None:
+    found = report() | {"certificate": certificate() | {"num_questions": 1, "num_traces": 1}}
+    found["traces"] |= {"num": 1, "num_questions": 1}
+    found["behaviour"][0]["cases"][0]["position"] = 1
+    text = Page(render(found)).text
+    assert "on 1 trace of 1 question (test)" in text and "the draw of 1 question that" in text
+    assert "after 1 thinking token with" in text and "1 trace, digest" in text
+    assert not re.search(r"\b1 (questions|traces|tokens|thinking tokens)\b", text)
+
+
+def test_the_method_does_not_say_that_the_questions_are_fresh(page: str) -> None:
+    assert "tune nothing" not in page and "How judged, below, tells whether" in page
+    assert "EM above a floor, 5 points below never halting's" in Page(page).text
 
 
 def test_the_page_is_written_whole_or_not_at_all(
