@@ -15,12 +15,12 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 # The slow tests too: simulations, and what needs minutes.
 test-all: export OMP_NUM_THREADS := 1
 test-all: $(STAMP)
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -n 2 -m "slow or not slow"
 
 # Speed and memory on one core, beside gymnasium, stable-baselines3 and transformers.
 bench: export OMP_NUM_THREADS := 1

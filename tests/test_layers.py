@@ -16,11 +16,11 @@ LAYERS = [
     {"train", "adapt", "benchmarks"},  # whole jobs: they record and evaluate too
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = [
+FILES = sorted(
     path.relative_to(ROOT)
     for name in LEVEL
     for path in (*ROOT.glob(f"{name}/**/*.py"), *ROOT.glob(f"{name}.py"))
-]
+)
 
 
 def imports(source: str) -> set[str]:
