@@ -93,30 +93,17 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             could not be written.
     """
     _check(config)
-    head, gates = HaltHead.load(config.head), load_operating_points(config.head)
-    learned = load_learned(config.head)
-    judges = load_judges(config.head, learned.folds)
+    trained = _Run.load(config.head)
     path = config.traces or Path(_run_config(config.head)["traces"])
     everything = read_traces(path)
-    head.config.halting.check_recorded(everything.recorder, str(path))
+    trained.head.config.halting.check_recorded(everything.recorder, str(path))
     if config.explain is not None:
-        print(_explained(everything, config.explain, judges[0]))
+        print(_explained(everything, config.explain, trained))
         return {}
     traces = everything if config.split == "all" else everything.of_split(config.split)
     if not traces.num_points:
         raise InputError(f"{path}: no decision point in these {len(traces)} traces, expected some")
-    if not learned.among(traces.question_id).any():
-        judges = judges[:1]  # all trainings would judge by the same head
-    models = _supervised(config.head, head, learned, gates)
-    policies: Policies = {
-        "head": judges,
-        **{policy.name: [policy] for policy in BASELINES},
-        **models,
-    }
-    probing = head.config.halting.probing
-    rows, frozen, outcomes = compare(traces, config.split, policies, gates, probing)
-    judged, evidence = _judged(traces, learned, config.head)
-    report: dict[str, Any] = {
+    report = {
         "head": str(config.head),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "traces": {
@@ -126,6 +113,52 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             "num_questions": len(np.unique(traces.question_id)),
         },
         "split": config.split,
+    } | _report(traces, config.split, trained)
+    print(f"{report['judged']}\n\n{format_table(report['frozen'])}")
+    for found in report["behaviour"][:1]:
+        print(format_cases(found))
+    if config.live:
+        report["live"] = _live(trained, traces)
+    _write(config, report)
+    return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run folder holds."""
+
+    folder: Path
+    head: HaltHead
+    gates: dict[float, Points]
+    learned: Learned
+    trainings: list[Head]
+    """The head, by training; on questions that it learned from judged by the heads of its folds."""
+
+    @classmethod
+    def load(cls, folder: Path) -> _Run:
+        """Reads all of it.
+
+        Raises:
+            InputError: If something is missing or damaged.
+        """
+        head, gates = HaltHead.load(folder), load_operating_points(folder)
+        learned = load_learned(folder)
+        return cls(folder, head, gates, learned, load_judges(folder, learned.folds))
+
+    def judges(self, traces: Traces) -> list[Head]:
+        """The trainings that differ on some traces: all of them judge fresh ones by one head."""
+        fresh = not self.learned.among(traces.question_id).any()
+        return self.trainings[:1] if fresh else self.trainings
+
+
+def _report(traces: Traces, split: str, trained: _Run) -> dict[str, Any]:
+    """What is found about a run on some traces, see `main`."""
+    judges, gates, config = trained.judges(traces), trained.gates, trained.head.config
+    baselines: Policies = {policy.name: [policy] for policy in BASELINES}
+    policies = {"head": judges, **baselines, **_supervised(trained)}
+    rows, frozen, outcomes = compare(traces, split, policies, gates, config.halting.probing)
+    judged, evidence = _judged(traces, trained)
+    return {
         "judged": judged,
         "num_trainings": len(judges),
         "evidence": evidence,
@@ -134,16 +167,8 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         "strongest": {str(gate): strongest(frozen, gate) for gate in gates},
         "groups": group_rows(traces, outcomes),
         "behaviour": _behaviour(traces, judges, gates),
-        "certificate": None if head.config.certificate is None else asdict(head.config.certificate),
+        "certificate": None if config.certificate is None else asdict(config.certificate),
     }
-    print(f"{judged}\n\n{format_table(frozen)}")
-    for found in report["behaviour"][:1]:
-        print(format_cases(found))
-    if config.live:
-        fresh = traces.select(~learned.among(traces.question_id))
-        report["live"] = _live(config, head, fresh, gates)
-    _write(config, report)
-    return report
 
 
 def compare(
@@ -252,42 +277,41 @@ def _check(config: EvaluateConfig) -> None:
             raise InputError(f"{path} is a part of the run, expected another name")
 
 
-def _supervised(
-    run_folder: Path, head: HaltHead, learned: Learned, gates: Mapping[float, Points]
-) -> dict[str, list[Supervised]]:
+def _supervised(trained: _Run) -> dict[str, list[Supervised]]:
     """The supervised baselines that the points name, fitted again from what the run learned from.
 
     Returns:
         By name; nothing to play for it if those traces are not there any more.
     """
+    gates, learned, config = trained.gates, trained.learned, trained.head.config
     names = [name for name in SUPERVISED if any(name in points for points in gates.values())]
     if not names:
         return {}
     try:
-        traces = read_traces(Path(_run_config(run_folder)["traces"]))
+        traces = read_traces(Path(_run_config(trained.folder)["traces"]))
     except InputError as error:
         print(f"{', '.join(names)}: not available, the run's own traces cannot be read ({error})")
         return {name: [] for name in names}
     own = traces.select(learned.among(traces.question_id))
-    if own.digest != head.config.traces:
+    if own.digest != config.traces:
         print(f"{', '.join(names)}: not available, the run's own traces have changed")
         return {name: [] for name in names}
     kept_back = next(iter(learned.folds.values()), {})
-    return {name: [Supervised(name, own, kept_back, head.config)] for name in names}
+    return {name: [Supervised(name, own, kept_back, config)] for name in names}
 
 
-def _judged(traces: Traces, learned: Learned, run_folder: Path) -> tuple[str, bool]:
+def _judged(traces: Traces, trained: _Run) -> tuple[str, bool]:
     """How the rows of what is trained came about, and whether they are evidence."""
-    known = np.unique(traces.question_id[learned.among(traces.question_id)])
+    known = set(traces.question_id[trained.learned.among(traces.question_id)].tolist())
     num = len(np.unique(traces.question_id))
-    if not len(known):
+    if not known:
         return f"None of the {num} questions was learned from.", True
     some = f"{len(known)} of the {num} questions {'were' if len(known) > 1 else 'was'} learned from"
-    if learned.folds and all(fold.keys() >= set(known.tolist()) for fold in learned.folds.values()):
-        live = (run_folder / "live.zip").exists()
+    folds = trained.learned.folds
+    if folds and all(fold.keys() >= known for fold in folds.values()):
+        live = (trained.folder / "live.zip").exists()
         return (
-            f"{some}; those are judged out of fold, by what never saw them "
-            f"(trainings: {len(learned.folds)}"
+            f"{some}; those are judged out of fold, by what never saw them (trainings: {len(folds)}"
             f"{', on replay alone: the head then went on beside the LM' if live else ''}). The "
             "points were chosen on these same questions, so an EM change at the gate is by choice."
         ), True
@@ -311,11 +335,11 @@ def _behaviour(
     return found
 
 
-def _explained(traces: Traces, trace_id: str, judge: Head) -> str:
+def _explained(traces: Traces, trace_id: str, trained: _Run) -> str:
     """The decision path of one trace, at the head's own price.
 
     Raises:
-        InputError: If there is no such trace.
+        InputError: If there is no such trace, or the head never halts.
     """
     rows = np.flatnonzero(traces.trace_id == trace_id)
     if not len(rows):
@@ -323,8 +347,11 @@ def _explained(traces: Traces, trace_id: str, judge: Head) -> str:
             f"no trace {trace_id!r} among these {len(traces)}, the first is "
             f"{str(traces.trace_id[0])!r}"
         )
-    head = judge.judge(str(traces.question_id[rows[0]]))
-    return decision_path(traces.select(rows), head, judge.head.config.default_price)
+    price = trained.head.config.default_price
+    if price == 0:
+        raise InputError("the head's own price is 0: it never halts, there is nothing to explain")
+    head = trained.trainings[0].judge(str(traces.question_id[rows[0]]))
+    return decision_path(traces.select(rows), head, price)
 
 
 def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:
@@ -339,34 +366,29 @@ def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:
         log_to_tensorboard(report, config.head / "tensorboard" / f"report-{config.split}")
 
 
-def _live(
-    config: EvaluateConfig, head: HaltHead, traces: Traces, gates: Mapping[float, Points]
-) -> dict[str, Any] | None:
+def _live(trained: _Run, traces: Traces) -> dict[str, Any] | None:
     """Runs the head beside its LM, at the strictest operating point where it halts at all.
 
-    Args:
-        config: Names the run.
-        head: The run's head.
-        traces: Of questions that the head did not learn from.
-        gates: Its points.
+    Questions that it learned from are left out.
 
     Returns:
         What `run_beside` found; None if every operating point is to never halt.
 
     Raises:
-        InputError: If the run was trained on another LM's traces, or there are none.
+        InputError: If the run was trained on another LM's traces, or no question is left.
     """
-    price = strictest_price(gates)
+    traces = traces.select(~trained.learned.among(traces.question_id))
+    price = strictest_price(trained.gates)
     if price is None:
         print("\nThe head never halts at any operating point: nothing to run beside the LM.")
         return None
-    trained = _run_config(config.head).get("config", {})
-    missing = [key for key in ("lm", "device", "task", "num_questions") if key not in trained]
+    settings = _run_config(trained.folder).get("config", {})
+    missing = [key for key in ("lm", "device", "task", "num_questions") if key not in settings]
     if missing or not {"max_tokens", "temperature"} <= set(traces.recorder):
         raise InputError(
-            f"{config.head}: not a run on traces recorded by collect.py, which --live needs"
+            f"{trained.folder}: not a run on traces recorded by collect.py, which --live needs"
         )
-    lm = LanguageModel.load(trained["lm"], trained["device"])
+    lm = LanguageModel.load(settings["lm"], settings["device"])
     if lm.name not in traces.model:
         found = ", ".join(np.unique(traces.model).tolist()) or "no LM"
         raise InputError(
@@ -375,9 +397,11 @@ def _live(
     asked = [
         question
         for split in SPLITS
-        for question in questions(trained["task"], split, trained["num_questions"], trained["seed"])
+        for question in questions(
+            settings["task"], split, settings["num_questions"], settings["seed"]
+        )
     ]
-    comparison = run_beside(head, lm, asked, traces.select(traces.model == lm.name), price)
+    comparison = run_beside(trained.head, lm, asked, traces.select(traces.model == lm.name), price)
     print(f"\n{comparison}")
     return asdict(comparison)
 
