@@ -110,10 +110,10 @@ class Certificate:
         except (TypeError, KeyError) as error:
             raise InputError(f"certificate is not readable ({error!r})") from None
 
-    def price_of(self, segment: str) -> float | None:
-        """The price certified for a segment; None (never halt) also for one it does not name."""
+    def price_of(self, segment: str) -> float:
+        """The price certified for a request's segment; 0, which never halts, if none was."""
         prices = {entry.segment: entry.price for entry in self.segments}
-        return prices.get(segment)
+        return prices.get(segment) or 0.0
 
 
 def check_asked(max_em_drop: float, confidence: float) -> None:

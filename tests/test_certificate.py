@@ -323,7 +323,7 @@ def test_a_segment_has_its_own_price_and_an_unknown_one_is_never_halted(
     run_head: HaltHead,
 ) -> None:
     certificate = certificate_of(run_head)
-    assert [certificate.price_of(name) for name in ("easy", "hard", "new")] == [0.75, None, None]
+    assert [certificate.price_of(name) for name in ("easy", "hard", "new")] == [0.75, 0.0, 0.0]
 
 
 def test_a_certificate_of_another_or_changed_head_is_refused(
