@@ -230,7 +230,9 @@ def _planned_rows(
 
 
 def _cells(price: float | None, saving: float, loss: float) -> tuple[str, ...]:
-    return _NEVER if price is None else (f"{price:.6g}", f"{100 * saving:.1f}", f"{100 * loss:z.2f}")
+    if price is None:
+        return _NEVER
+    return f"{price:.6g}", f"{100 * saving:.1f}", f"{100 * loss:z.2f}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
