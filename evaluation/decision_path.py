@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from envs.replay import observed_features
 from envs.reward import halt_costs, reward
 from evaluation.outcome import halt_outcome, never_outcome
-from haltwise import Explanation, HaltHead, InputError, explain
+from haltwise import Explanation, HaltHead, explain
 from haltwise.projection import NUM_DIRECTIONS
 from haltwise.signals import Float
 from traces import Traces
@@ -104,16 +104,16 @@ class _Path:
 
 
 def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
-    """What a head does on one trace at a price, in lines of about 110 characters.
+    """What a head does on one trace, in lines of about 110 characters.
+
+    Args:
+        trace: Exactly one.
+        head: Decides.
+        price: In exact match per 1,000 tokens, above 0.
 
     Raises:
-        InputError: If there is not exactly one trace, it lacks a signal that the head needs, or
-            the price is not positive and finite.
+        InputError: If the trace lacks a signal that the head needs.
     """
-    if len(trace) != 1:
-        raise InputError(f"found {len(trace)} traces, expected one to tell the decisions of")
-    if not 0 < price < np.inf:
-        raise InputError(f"price is {price}, expected positive and finite")
     features = observed_features(trace, head.config.observing, head.config.halting)
     path = _Path(trace, head, price, features, head.halts(features, price))
     blocks = [_heading(path), _points(path), _after(path), _verdict(path)]

@@ -2,10 +2,9 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 
 from evaluation.decision_path import PHRASES, decision_path
-from haltwise import FEATURE_GROUPS, HaltHead, InputError, feature_names
+from haltwise import FEATURE_GROUPS, HaltHead, feature_names
 from tests.heads import random_head
 from traces import Traces
 
@@ -90,10 +89,3 @@ def test_a_trace_without_points_has_nothing_to_decide(
     assert decision_path(empty, run_head, 1.0).endswith(
         "\n\nIt has no decision point: there is nothing to decide."
     )
-
-
-def test_it_is_told_of_one_trace_at_a_price(random_traces: Traces, run_head: HaltHead) -> None:
-    with pytest.raises(InputError, match="found 60 traces, expected one"):
-        decision_path(random_traces, run_head, 1.0)
-    with pytest.raises(InputError, match=r"price is 0\.0"):
-        decision_path(random_traces.select(np.array([0])), run_head, 0.0)
