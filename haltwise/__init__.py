@@ -9,6 +9,7 @@ from haltwise.head import HaltHead, HeadConfig, Observing
 from haltwise.monitor import HaltMonitor
 from haltwise.projection import Projection
 from haltwise.signals import Signals, answer_keys
+from haltwise.terms import Terms
 
 __all__ = [
     "FEATURE_GROUPS",
@@ -25,6 +26,7 @@ __all__ = [
     "Observing",
     "Projection",
     "Signals",
+    "Terms",
     "answer_keys",
     "explain",
     "feature_names",

@@ -2,7 +2,8 @@
 
     reset  ->  add (every token)  ->  read (at a decision point)  ->  reset
 
-Recording, the live environments and `generate` all measure with this code.
+Recording, the live environments and `generate` all measure with this code. A token costs one
+logsumexp and one top-k on the device; what they give is copied to the host once a decision point.
 
 Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 """
@@ -16,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haltwise.gauge import LOWEST_LOGPROB, NUM_TOP, STEPWISE, Gauge
 from haltwise.reflections import num_reflections
 from haltwise.signals import Index, Signals, answer_keys
 from haltwise.thought import Probe, Thought, ThoughtRules
 
-_STEPWISE = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
 #: The signals that are measured only if they are asked for.
-MEASURED = (*_STEPWISE, "end_think_logprob", "num_reflections", "hidden")
+MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
 
-# Nats. It stands for impossible tokens too: signals are finite.
-_LOWEST_LOGPROB = -1e4
 _LARGEST_HALF = 65504.0
+# Passes that wait on the device at most.
+_MOST_WAITING = 512
 
 
 class SignalMeter:
@@ -48,32 +49,32 @@ class SignalMeter:
         self._rules = rules
         #: What is measured.
         self.signals = tuple(name for name in MEASURED if name in signals)
-        self._steps = not set(_STEPWISE).isdisjoint(self.signals)
+        self._steps = not set(STEPWISE).isdisjoint(self.signals)
         self.needs_hidden = "hidden" in self.signals
         self.needs_logits = self._steps or "end_think_logprob" in self.signals
         self._device = device
-        # (R,) tokens since the previous point; sum and smallest of their `_sureness` (R, 3).
+        self._gauge = Gauge(num_rows)
+        # (R,) tokens since the previous point.
         self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
-        self._sum = torch.zeros(num_rows, 3, device=device)
-        self._smallest = torch.zeros(num_rows, 3, device=device)
+        # What the gauge has not seen yet: rows (B,), and for each of them a token's log
+        # probability and those of the likeliest (B, 1 + NUM_TOP).
+        self._waiting: list[tuple[Index, Tensor]] = []
 
-    @torch.inference_mode()
     def reset(self, rows: Index) -> None:
         """Begins anew after a decision point of rows (B,), or with new thoughts."""
         self._num_tokens[rows] = 0
-        if self._steps:
-            index = self._index(rows)
-            self._sum[index] = 0.0
-            self._smallest[index] = torch.inf
+        if self._waiting:
+            self._pass_on(self._waiting_numbers().cpu())
+        self._gauge.reset(rows)
 
     @torch.inference_mode()
     def add(self, rows: Index, logits: Tensor, tokens: Tensor) -> None:
         """Takes in a token (B,) of each of rows (B,), and the logits (B, V) that led to it."""
         self._num_tokens[rows] += 1
         if self._steps:
-            index, values = self._index(rows), _sureness(logits, tokens)
-            self._sum[index] += values
-            self._smallest[index] = torch.minimum(self._smallest[index], values)
+            self._waiting.append((rows.copy(), _of_tokens(logits, tokens)))
+            if len(self._waiting) == _MOST_WAITING:
+                self._pass_on(self._waiting_numbers().cpu())
 
     @torch.inference_mode()
     def read(
@@ -110,29 +111,37 @@ class SignalMeter:
 
     def _measured(self, rows: Index, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
         """The wanted signals that are on the device: one copy to the host."""
-        seen: dict[str, Tensor] = {}
-        if self._steps:
-            index = self._index(rows)
-            mean = self._sum[index] / self._index(self._num_tokens[rows])[:, None]
-            smallest = self._smallest[index]
-            seen = {"entropy": -mean[:, 0], "logprob": mean[:, 1], "margin": mean[:, 2]}
-            seen |= {"max_entropy": -smallest[:, 0], "min_logprob": smallest[:, 1]}
+        parts = [self._waiting_numbers()]
         if "end_think_logprob" in self.signals:
-            seen["end_think_logprob"] = log_probabilities(logits)[:, self._rules.end_id]
-        names = list(seen)
-        if self.needs_hidden:
-            assert hidden is not None
+            parts.append(logits[:, self._rules.end_id, None] - logits.logsumexp(-1, keepdim=True))
+        if self.needs_hidden and hidden is not None:
+            parts.append(hidden.to(self._device, torch.float32))
+        sizes = [part.numel() for part in parts]
+        flat = torch.cat([part.flatten() for part in parts]).cpu()
+        waiting, *rest = flat.split(sizes)
+        self._pass_on(waiting)
+        seen: dict[str, Any] = self._gauge.read(rows) if self._steps else {}
+        if "end_think_logprob" in self.signals:
+            seen["end_think_logprob"] = np.maximum(rest.pop(0).numpy(), LOWEST_LOGPROB)
+        if self.needs_hidden and hidden is not None:
             # As precise as a recording.
-            bounded = hidden.to(self._device, torch.float32).clamp(-_LARGEST_HALF, _LARGEST_HALF)
-            seen["hidden"] = bounded.half().float()
-        if not seen:
-            return {}
-        table = torch.column_stack(tuple(seen.values())).cpu().numpy()
-        found = {name: table[:, i] for i, name in enumerate(names) if name in self.signals}
-        return found | ({"hidden": table[:, len(names) :]} if self.needs_hidden else {})
+            bounded = rest.pop(0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
+            seen["hidden"] = bounded.reshape(hidden.shape).numpy()
+        return {name: seen[name] for name in self.signals if name in seen}
 
-    def _index(self, values: Index) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _waiting_numbers(self) -> Tensor:
+        """(N, 1 + NUM_TOP), on the device."""
+        if not self._waiting:
+            return torch.empty(0, device=self._device)
+        return torch.cat([numbers for _, numbers in self._waiting])
+
+    def _pass_on(self, numbers: Tensor) -> None:
+        """Gives the gauge what has waited, now on the host."""
+        if self._waiting:
+            rows = np.concatenate([rows for rows, _ in self._waiting])
+            table = numbers.reshape(len(rows), -1).numpy()
+            self._gauge.add(rows, table[:, 0], table[:, 1:])
+            self._waiting.clear()
 
 
 def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
@@ -145,20 +154,11 @@ def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
     }
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Of every token at temperature 1, (B, V), nats; at least -10,000, also if impossible."""
-    return logits.log_softmax(dim=-1).clamp(min=_LOWEST_LOGPROB)
-
-
-def _sureness(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Negative entropy, log probability and margin (B, 3) of tokens (B,): each large if sure."""
-    logprobs = log_probabilities(logits)
-    likeliest = logprobs.topk(2).values.exp()
-    return torch.stack(
-        [
-            (logprobs.exp() * logprobs).sum(dim=-1),
-            logprobs.gather(1, tokens[:, None])[:, 0],
-            likeliest[:, 0] - likeliest[:, 1],
-        ],
-        dim=1,
-    )
+def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log probabilities (B, 1 + NUM_TOP) of tokens (B,), and of the likeliest in their places."""
+    num = min(NUM_TOP, logits.shape[1])
+    wanted = torch.cat([logits.gather(1, tokens[:, None]), logits.topk(num).values], dim=1)
+    found = wanted - logits.logsumexp(dim=-1, keepdim=True)
+    if num < NUM_TOP:
+        found = torch.nn.functional.pad(found, (0, NUM_TOP - num), value=-torch.inf)
+    return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -23,31 +22,10 @@ from transformers.cache_utils import DynamicLayer
 
 from haltwise.errors import InputError
 from haltwise.signals import Index
+from haltwise.thought import ForcedAnswer
 
 # Tokens a row; buffers grow to multiples of this.
 _CAPACITY = 256
-
-
-@dataclass
-class ForcedAnswer:
-    """What an LM answers greedily when its thought is closed."""
-
-    tokens: list[int]
-    """Without the token that ended the answer."""
-    logprobs: list[float]
-    """Natural log of the probability of each of `tokens`."""
-    num_tokens: int
-    """Tokens generated, the one that ended the answer included."""
-
-    @property
-    def confidence(self) -> float:
-        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
-        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
-
-    @property
-    def worst_logprob(self) -> float:
-        """Smallest of `logprobs`; NaN if there is none."""
-        return min(self.logprobs, default=float("nan"))
 
 
 class Slots:

@@ -4,15 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
 from haltwise.answers import read_answer
 from haltwise.errors import InputError
 from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
-from haltwise.slots import ForcedAnswer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _BOX = r"\boxed{"
+
+
+@dataclass
+class ForcedAnswer:
+    """What an LM answers greedily when its thought is closed."""
+
+    tokens: list[int]
+    """Without the token that ended the answer."""
+    logprobs: list[float]
+    """Natural log of the probability of each of `tokens`."""
+    num_tokens: int
+    """Tokens generated, the one that ended the answer included."""
+
+    @property
+    def confidence(self) -> float:
+        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
+        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
+
+    @property
+    def worst_logprob(self) -> float:
+        """Smallest of `logprobs`; NaN if there is none."""
+        return min(self.logprobs, default=float("nan"))
 
 
 @dataclass
@@ -25,8 +50,83 @@ class Probe(ForcedAnswer):
     """Empty if none could be read."""
 
 
-class ThoughtRules:
-    """How an LM's thoughts begin, where they have decision points, and how they are closed.
+class PointRules:
+    """How thoughts begin and end, and where they have decision points.
+
+    Args:
+        halting: Has the decision rule.
+        think_start: Text after which a thought begins.
+        think_end: Text with which the LM itself closes a thought.
+
+    Raises:
+        InputError: If the decision rule cannot be run.
+    """
+
+    def __init__(
+        self, halting: Halting, think_start: str = "<think>", think_end: str = "</think>"
+    ) -> None:
+        """Reads the decision rule."""
+        rule = DecisionRule(halting.decision_rule)
+        rule.check_runnable()
+        self.every, self._after = rule.every, rule.after or ""
+        #: Decision points that a thought can have, if there is a limit.
+        self.max_points = rule.max_points
+        self.think_start, self.think_end = think_start, think_end
+
+    def is_point(self, position: int, text: str) -> bool:
+        """Whether a decision point follows a token of a thought, at some position."""
+        if self.every:
+            return position % self.every == 0
+        return self._after in text
+
+
+class Progress:
+    """How far one thought has come, text by text.
+
+    Args:
+        rules: Shared by all thoughts of an LM.
+        prompt: What the LM was given; the thought begins at once if it ends inside of one.
+    """
+
+    def __init__(self, rules: PointRules, prompt: str) -> None:
+        """Reads the markers in the prompt."""
+        self._points = rules
+        self._tail = ""
+        self.begun = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
+        """Whether the LM thinks, or has thought."""
+        self.num_tokens = 0
+        """Tokens generated so far."""
+        self.position = 0
+        """Tokens of the thought so far; whatever the LM wrote before it counts too."""
+        self.closed = False
+        """Whether the LM itself has closed the thought."""
+        self.num_points = 0
+        """Decision points so far."""
+        self.at_point = False
+        """Whether the newest token is at a decision point."""
+
+    def add_text(self, text: str) -> None:
+        """Takes in the text of the next token."""
+        self.num_tokens += 1
+        self.at_point = False
+        if self.closed:
+            return
+        rules = self._points
+        marker = rules.think_end if self.begun else rules.think_start
+        seen = self._tail + text
+        found = marker in seen
+        self._tail = "" if found else seen[-len(marker) :]
+        if self.begun and not found:
+            within = rules.max_points is None or self.num_points < rules.max_points
+            self.at_point = within and rules.is_point(self.num_tokens, text)
+            self.num_points += self.at_point
+        self.position = self.num_tokens
+        self.closed = self.begun and found
+        self.begun = self.begun or found
+
+
+class ThoughtRules(PointRules):
+    """How thoughts are read from an LM's tokens, and how they are closed.
 
     Args:
         tokenizer: The LM's.
@@ -49,17 +149,12 @@ class ThoughtRules:
         read_answer: Callable[[str], str] = read_answer,
     ) -> None:
         """Encodes the texts that close a thought."""
-        rule = DecisionRule(halting.decision_rule)
-        rule.check_runnable()
+        super().__init__(halting, think_start, think_end)
         if halting.confidence_rule != MEAN_LOGPROB:
             raise InputError(
                 f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
             )
-        self.every, self._after = rule.every, rule.after or ""
-        #: Decision points that a thought can have, if there is a limit.
-        self.max_points = rule.max_points
         self.tokenizer = tokenizer
-        self.think_start, self.think_end = think_start, think_end
         self.close_ids = self._encode(halting.close_text)
         #: The token with which the LM itself begins to close a thought.
         self.end_id = self._encode(think_end)[0]
@@ -67,12 +162,6 @@ class ThoughtRules:
         # "... the answer is \boxed{" leaves only the rest of the box to the LM.
         self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
         self._texts: dict[int, str] = {}
-
-    def is_point(self, position: int, text: str) -> bool:
-        """Whether a decision point follows a token of a thought, at some position."""
-        if self.every:
-            return position % self.every == 0
-        return self._after in text
 
     def token_text(self, token: int) -> str:
         """Text of one token, special or not."""
@@ -98,48 +187,20 @@ class ThoughtRules:
         return tokens
 
 
-class Thought:
-    """One thought, token by token.
-
-    Args:
-        rules: Shared by all thoughts of an LM.
-        prompt: What the LM was given; the thought begins at once if it ends inside of one.
-    """
+class Thought(Progress):
+    """One thought, token by token; arguments as of `Progress`."""
 
     def __init__(self, rules: ThoughtRules, prompt: str) -> None:
         """Reads the markers in the prompt."""
+        super().__init__(rules, prompt)
         self._rules = rules
-        self._begun = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
-        self._tail = ""
         self.tokens: list[int] = []
         """Everything generated so far."""
-        self.position = 0
-        """Tokens of the thought so far; whatever the LM wrote before it counts too."""
-        self.closed = False
-        """Whether the LM itself has closed the thought."""
-        self.num_points = 0
-        """Decision points so far."""
-        self.at_point = False
-        """Whether the newest token is at a decision point."""
 
     def add(self, token: int) -> None:
         """Takes in the next token."""
         self.tokens.append(token)
-        self.at_point = False
-        if self.closed:
-            return
-        rules, text = self._rules, self._rules.token_text(token)
-        marker = rules.think_end if self._begun else rules.think_start
-        seen = self._tail + text
-        found = marker in seen
-        self._tail = "" if found else seen[-len(marker) :]
-        if self._begun and not found:
-            within = rules.max_points is None or self.num_points < rules.max_points
-            self.at_point = within and rules.is_point(len(self.tokens), text)
-            self.num_points += self.at_point
-        self.position = len(self.tokens)
-        self.closed = self._begun and found
-        self._begun = self._begun or found
+        self.add_text(self._rules.token_text(token))
 
     def text(self) -> str:
         """Everything generated, special tokens included."""

@@ -113,9 +113,12 @@ def reference(model: Any, prompt: str, text: list[int], start: int) -> dict[str,
     drawn_from = torch.distributions.Categorical(logits=out.logits[0, len(ids) + start - 1 : -1])
     logprobs = drawn_from.log_prob(torch.tensor(text[start:]))
     ordered = drawn_from.probs.sort(dim=-1, descending=True).values
+    entropy = torch.distributions.Categorical(
+        torch.column_stack([ordered[:, :20], ordered[:, 20:].sum(dim=1)])
+    ).entropy()
     return {
-        "entropy": drawn_from.entropy().mean(),
-        "max_entropy": drawn_from.entropy().max(),
+        "entropy": entropy.mean(),
+        "max_entropy": entropy.max(),
         "logprob": logprobs.mean(),
         "min_logprob": logprobs.min(),
         "margin": (ordered[:, 0] - ordered[:, 1]).mean(),

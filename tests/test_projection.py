@@ -238,10 +238,11 @@ def test_monitor_and_replay_decide_alike(hidden_head: HaltHead, random_traces: T
         for at in range(random_traces.offsets[n], random_traces.offsets[n + 1]):
             states = random_traces.signals["hidden"][at : at + 1].astype(np.float32)
             signals = Signals(random_traces.position[at : at + 1], hidden=states)
-            assert monitor.observe(signals, ONE)[0] == expected[at]
+            so_far = expected[random_traces.offsets[n] : at + 1]
+            assert monitor.observe(signals, ONE)[0] == so_far.any()
 
 
 def test_a_state_that_is_unknown_goes_on_and_is_counted(hidden_head: HaltHead) -> None:
     monitor = HaltMonitor(hidden_head, 1, price=10.0)
     assert not monitor.observe(seen([[np.nan] * 20]), ONE)[0]
-    assert monitor.num_bad_signals == 1
+    assert monitor.num_bad_signals.tolist() == [1]

@@ -1,0 +1,58 @@
+from typing import Any
+
+import numpy as np
+import pytest
+
+from haltwise import InputError, Terms
+
+DEFAULT = Terms(0.5, min_tokens=10, max_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, DEFAULT),
+        ({"price": 2}, Terms(2.0, 10, 100)),
+        ({"price": " 0.25 ", "max_tokens": "40"}, Terms(0.25, 10, 40)),
+        ({"min_tokens": 0.0}, Terms(0.5, 0, 100)),
+        ({"off": 1}, Terms(0.0)),
+        ({"off": "True", "price": 3}, Terms(0.0)),
+        ({"off": False, "price": 3}, Terms(3.0, 10, 100)),
+        ({"off": "0"}, DEFAULT),
+    ],
+)
+def test_what_a_request_leaves_out_is_as_in_the_default(
+    asked: dict[str, Any], expected: Terms
+) -> None:
+    assert Terms.read(asked, DEFAULT) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"prize": 1}, "'prize': expected price, off"),
+        ({"price": "much"}, "price is 'much', expected a number"),
+        ({"price": True}, "price is True"),
+        ({"price": None}, "price is None"),
+        ({"price": [1]}, r"price is \[1\]"),
+        ({"price": -0.1}, "price is -0.1, expected 0 or more"),
+        ({"price": "nan"}, "price is nan"),
+        ({"price": "inf"}, "price is inf"),
+        ({"min_tokens": 1.5}, "min_tokens is 1.5, expected a whole number"),
+        ({"min_tokens": "inf"}, "min_tokens is 'inf', expected a whole number"),
+        ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"max_tokens": 9}, "max_tokens is 9, expected at least 10"),
+        ({"max_tokens": 0, "min_tokens": 0}, "max_tokens is 0, expected at least 1"),
+        ({"off": "perhaps"}, "off is 'perhaps', expected true or false"),
+        ({"off": True, "price": "x"}, "price is 'x'"),
+    ],
+)
+def test_terms_that_make_no_sense_are_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Terms.read(asked, DEFAULT)
+
+
+def test_a_price_is_finite() -> None:
+    for price in (np.nan, np.inf, -1.0):
+        with pytest.raises(InputError, match="price"):
+            Terms(price)
