@@ -20,8 +20,8 @@ from haltwise.errors import InputError
 from haltwise.projection import NUM_DIRECTIONS, Projection
 from haltwise.signals import Float, Index, Signals
 
-#: Rises whenever a feature's value could change for the same signals.
-FEATURES_VERSION = 2
+#: Rises whenever a feature's value could change for the same signals, or a signal for the same LM.
+FEATURES_VERSION = 3
 
 # Log-odds of confidences. 12 is 1 - 6e-6; float32 lies no closer to 1 than 6e-8. Guesses below
 # 27 % are not told apart: there LMs differ most (docs/FEATURES.md has the figures).
