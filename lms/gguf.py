@@ -1,0 +1,121 @@
+"""Writes the embedded LM as a GGUF file for llama.cpp: `python -m lms.gguf --out FILE`.
+
+llama.cpp then gives the same log probabilities, and the same ids for the same text as long as its
+words are separated by spaces. A word's text has its space in front, a think marker none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+from command import run
+from lms.embedded import CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
+
+# A question stands in its own words, and its thought follows. From this llama.cpp learns where
+# thoughts begin and end; it can take one up again only if both places spell the start alike.
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+  {%- if message.role == "assistant" -%}
+    {{- " <think>" + (message.reasoning_content or "") + "</think>" + message.content + "<eos>" -}}
+  {%- else -%}
+    {{- message.content -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- " <think>" -}}
+{%- endif -%}
+"""
+_MARKERS = {
+    PAD: gguf.TokenType.CONTROL,
+    EOS: gguf.TokenType.CONTROL,
+    UNKNOWN: gguf.TokenType.UNKNOWN,
+    THINK: gguf.TokenType.USER_DEFINED,
+    CLOSE: gguf.TokenType.USER_DEFINED,
+}
+"""What is not a word: found anywhere in a text, also without spaces."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where to write."""
+
+    out: Path
+    """The GGUF file; an earlier one is replaced."""
+
+
+def write_gguf(path: Path) -> None:
+    """Writes weights (float32), tokenizer and chat template of the embedded LM, whole or not.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    temporary = path.with_name(f".{path.name}.part")
+    writer = gguf.GGUFWriter(temporary, "llama")
+    _add_shape(writer, config)
+    _add_tokenizer(writer)
+    for name, weight in _weights(config):
+        writer.add_tensor(name, weight)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(temporary, path)
+
+
+def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    # T5's kind: every word is one piece, and needs no smaller pieces that it is merged from.
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([word if word in _MARKERS else "▁" + word for word in VOCABULARY])
+    writer.add_token_scores([0.0] * len(VOCABULARY))
+    writer.add_token_types([_MARKERS.get(w, gguf.TokenType.NORMAL) for w in VOCABULARY])
+    writer.add_add_space_prefix(True)
+    writer.add_remove_extra_whitespaces(True)
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_pad_token_id(VOCABULARY.index(PAD))
+    writer.add_eos_token_id(VOCABULARY.index(EOS))
+    writer.add_unk_token_id(VOCABULARY.index(UNKNOWN))
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _weights(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (llama.cpp's name, array); the output layer is the embedding, as in the source."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, weight in load_file(EMBEDDED / "model.safetensors").items():
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # RoPE turns pairs: here the halves of a head, in llama.cpp its neighbours.
+            halves = weight.reshape(config["num_attention_heads"], 2, -1, weight.shape[1])
+            weight = halves.swapaxes(1, 2).reshape(weight.shape)
+        known = names.get_name(name, try_suffixes=(".weight",))
+        assert known, f"llama.cpp has no name for {name}"
+        yield known, np.ascontiguousarray(weight)
+
+
+def main(config: Config) -> None:
+    """Writes the file."""
+    write_gguf(config.out)
+
+
+if __name__ == "__main__":
+    run(main, Config)

@@ -1,0 +1,86 @@
+"""A real llama-server with the embedded LM, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import xllamacpp
+
+NAME = "embedded"
+NUM_SLOTS = 4
+SLOT_TOKENS = 1024
+"""Context of each slot; all that the embedded LM has."""
+
+
+@dataclass(frozen=True)
+class LlamaServer:
+    """A running server."""
+
+    url: str
+    """Without a path: http://127.0.0.1:PORT."""
+    process: subprocess.Popen[str]
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The answer, which is a list of events if `body` asks for a stream."""
+        request = Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urlopen(request, timeout=60) as response:
+            if not body.get("stream"):
+                return json.load(response)
+            lines = [line.decode().strip().removeprefix("data: ") for line in response]
+            return [json.loads(line) for line in lines if line and line != "[DONE]"]
+
+    def kill(self) -> None:
+        """As if the machine had failed: open connections end amid whatever they carry."""
+        self.process.kill()
+        self.process.wait()
+
+
+@contextmanager
+def llama_server(model: Path) -> Iterator[LlamaServer]:
+    """Serves a GGUF file on a free port of the loopback interface until the block is left."""
+    with subprocess.Popen(
+        [sys.executable, __file__, str(model)],
+        stdin=subprocess.PIPE,  # ends with this process, and the server with it
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        server = LlamaServer(process.stdout.readline().strip(), process)
+        try:
+            assert server.url, "llama-server did not start: what it said is on stderr"
+            yield server
+        finally:
+            server.kill()
+
+
+def serve(model: str) -> None:
+    """Prints the address once requests are taken; ends with stdin."""
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.model_alias = {NAME}
+    params.port = 0
+    params.n_parallel = NUM_SLOTS
+    params.n_ctx = NUM_SLOTS * SLOT_TOKENS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    # Half precision, that of flash attention too, moves log probabilities by 0.01 and more.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup = False
+    params.verbosity = 1  # errors only
+    server = xllamacpp.Server(params)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
