@@ -2,8 +2,9 @@
 
     reset  ->  add (every token)  ->  read (at a decision point)  ->  reset
 
-Recording, the live environments and `generate` all measure with this code. A token costs one
-logsumexp and one top-k on the device; what they give is copied to the host once a decision point.
+Recording, the live environments and `generate` all measure with this code. One logsumexp and one
+top-k, over all tokens since they were last taken, so that a token costs next to nothing; what they
+give is copied to the host once a decision point.
 
 Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 """
@@ -26,8 +27,9 @@ from haltwise.thought import Probe, Thought, ThoughtRules
 MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
 
 _LARGEST_HALF = 65504.0
-# Passes that wait on the device at most.
-_MOST_WAITING = 512
+# Logits that wait to be reduced at most (32 MB), and passes that wait for the host.
+_MOST_LOGITS = 2**23
+_MOST_PASSES = 512
 
 
 class SignalMeter:
@@ -56,25 +58,38 @@ class SignalMeter:
         self._gauge = Gauge(num_rows)
         # (R,) tokens since the previous point.
         self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
-        # What the gauge has not seen yet: rows (B,), and for each of them a token's log
-        # probability and those of the likeliest (B, 1 + NUM_TOP).
-        self._waiting: list[tuple[Index, Tensor]] = []
+        # What the gauge has not seen yet: rows (B,) of each pass; the passes' logits (B, V) and
+        # tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
+        self._rows: list[Index] = []
+        self._logits: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._reduced: list[Tensor] = []
 
     def reset(self, rows: Index) -> None:
         """Begins anew after a decision point of rows (B,), or with new thoughts."""
         self._num_tokens[rows] = 0
-        if self._waiting:
-            self._pass_on(self._waiting_numbers().cpu())
+        self._pass_on()
         self._gauge.reset(rows)
 
     @torch.inference_mode()
     def add(self, rows: Index, logits: Tensor, tokens: Tensor) -> None:
-        """Takes in a token (B,) of each of rows (B,), and the logits (B, V) that led to it."""
+        """Takes in a token of each of some rows.
+
+        Args:
+            rows: (B,) each at most once.
+            logits: (B, V) that led to the tokens; they are kept, so nobody may write into them.
+            tokens: (B,)
+        """
         self._num_tokens[rows] += 1
-        if self._steps:
-            self._waiting.append((rows.copy(), _of_tokens(logits, tokens)))
-            if len(self._waiting) == _MOST_WAITING:
-                self._pass_on(self._waiting_numbers().cpu())
+        if not self._steps:
+            return
+        self._rows.append(rows.copy())
+        self._logits.append(logits)
+        self._tokens.append(tokens)
+        if len(self._logits) * logits.numel() >= _MOST_LOGITS:
+            self._reduce()
+        if len(self._rows) == _MOST_PASSES:
+            self._pass_on()
 
     @torch.inference_mode()
     def read(
@@ -111,15 +126,18 @@ class SignalMeter:
 
     def _measured(self, rows: Index, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
         """The wanted signals that are on the device: one copy to the host."""
-        parts = [self._waiting_numbers()]
+        self._reduce()
+        parts = [*self._reduced]
         if "end_think_logprob" in self.signals:
             parts.append(logits[:, self._rules.end_id, None] - logits.logsumexp(-1, keepdim=True))
         if self.needs_hidden and hidden is not None:
             parts.append(hidden.to(self._device, torch.float32))
-        sizes = [part.numel() for part in parts]
+        if not parts:
+            return {}
         flat = torch.cat([part.flatten() for part in parts]).cpu()
-        waiting, *rest = flat.split(sizes)
-        self._pass_on(waiting)
+        rest = list(flat.split([part.numel() for part in parts]))
+        self._reduced, rest = rest[: len(self._reduced)], rest[len(self._reduced) :]
+        self._pass_on()
         seen: dict[str, Any] = self._gauge.read(rows) if self._steps else {}
         if "end_think_logprob" in self.signals:
             seen["end_think_logprob"] = np.maximum(rest.pop(0).numpy(), LOWEST_LOGPROB)
@@ -129,19 +147,25 @@ class SignalMeter:
             seen["hidden"] = bounded.reshape(hidden.shape).numpy()
         return {name: seen[name] for name in self.signals if name in seen}
 
-    def _waiting_numbers(self) -> Tensor:
-        """(N, 1 + NUM_TOP), on the device."""
-        if not self._waiting:
-            return torch.empty(0, device=self._device)
-        return torch.cat([numbers for _, numbers in self._waiting])
+    def _reduce(self) -> None:
+        """Reduces what has been added, on the device."""
+        if self._logits:
+            numbers = _of_tokens(torch.cat(self._logits), torch.cat(self._tokens))
+            self._reduced.append(numbers)
+            self._logits.clear()
+            self._tokens.clear()
 
-    def _pass_on(self, numbers: Tensor) -> None:
-        """Gives the gauge what has waited, now on the host."""
-        if self._waiting:
-            rows = np.concatenate([rows for rows, _ in self._waiting])
-            table = numbers.reshape(len(rows), -1).numpy()
-            self._gauge.add(rows, table[:, 0], table[:, 1:])
-            self._waiting.clear()
+    @torch.inference_mode()
+    def _pass_on(self) -> None:
+        """Gives the gauge what has waited; a copy to the host, unless it is there already."""
+        if not self._rows:
+            return
+        self._reduce()
+        table = torch.cat([part.flatten() for part in self._reduced]).cpu().numpy()
+        table = table.reshape(-1, 1 + NUM_TOP)
+        self._gauge.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
+        self._rows.clear()
+        self._reduced.clear()
 
 
 def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
@@ -155,7 +179,7 @@ def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
 
 
 def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log probabilities (B, 1 + NUM_TOP) of tokens (B,), and of the likeliest in their places."""
+    """Log probabilities (N, 1 + NUM_TOP) of tokens (N,), and of the likeliest in their places."""
     num = min(NUM_TOP, logits.shape[1])
     wanted = torch.cat([logits.gather(1, tokens[:, None]), logits.topk(num).values], dim=1)
     found = wanted - logits.logsumexp(dim=-1, keepdim=True)
