@@ -23,18 +23,21 @@ import numpy as np
 import torch
 
 from agents.ppo import PPOConfig
-from benchmarks import environment, memory, ppo, recorder
+from benchmarks import environment, memory, overhead, ppo, proxy, recorder, wall_clock
 from benchmarks.environment import EnvironmentConfig
 from benchmarks.memory import MemoryConfig
+from benchmarks.overhead import OverheadConfig
 from benchmarks.ppo import PPOBenchConfig
+from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
 from benchmarks.synthetic import synthetic_traces
 from benchmarks.timing import Result
+from benchmarks.wall_clock import WallClockConfig
 from command import run, write_json
 from haltwise import InputError
 from traces import read_traces
 
-Part = Literal["environment", "ppo", "recorder", "memory"]
+Part = Literal["environment", "ppo", "recorder", "memory", "overhead", "wall_clock", "proxy"]
 
 _NUM_TRACES = 2_700
 _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
@@ -44,7 +47,7 @@ _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
 class BenchConfig:
     """What to measure."""
 
-    parts: tuple[Part, ...] = ("environment", "ppo", "recorder", "memory")
+    parts: tuple[Part, ...] = get_args(Part)
     """Parts of the table."""
     traces: Path | None = None
     """Traces for environment and ppo, a file or a folder. Default: synthetic ones."""
@@ -60,6 +63,12 @@ class BenchConfig:
     """Recording."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Peak memory."""
+    overhead: OverheadConfig = field(default_factory=OverheadConfig)
+    """A head beside `generate`."""
+    wall_clock: WallClockConfig = field(default_factory=WallClockConfig)
+    """Time saved against tokens saved."""
+    proxy: ProxyBenchConfig = field(default_factory=ProxyBenchConfig)
+    """The proxy in front of a server."""
 
 
 def main(config: BenchConfig) -> None:
@@ -76,6 +85,9 @@ def main(config: BenchConfig) -> None:
         "ppo": partial(ppo.measure, traces, config.ppo, config.repeats),
         "recorder": partial(recorder.measure, config.recorder, config.repeats),
         "memory": partial(memory.measure, config.memory),
+        "overhead": partial(overhead.measure, config.overhead, config.repeats),
+        "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
+        "proxy": partial(proxy.measure, config.proxy, config.repeats),
     }
     results: list[Result] = []
     print(_line("", "median", "spread", ""))

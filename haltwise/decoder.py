@@ -40,6 +40,8 @@ class Generation:
     thought: Thought
     uniforms: NDArray[np.float32]
     """(max_tokens,) in [0, 1): what each token is sampled with."""
+    cap: int | None = None
+    """Thinking tokens at which the slot stands still, to be closed; None for no such cap."""
     ended: bool = False
     """Nothing more is generated."""
     finished: bool = False
@@ -49,6 +51,17 @@ class Generation:
     def num_tokens(self) -> int:
         """Tokens generated, the end token included."""
         return len(self.thought.tokens)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is to be decided how the thought goes on."""
+        return self.thought.at_point or self.at_cap
+
+    @property
+    def at_cap(self) -> bool:
+        """Whether an open thought has reached its cap."""
+        is_open = self.thought.begun and not (self.thought.closed or self.ended)
+        return is_open and self.thought.position == self.cap
 
 
 class Decoder:
@@ -109,13 +122,20 @@ class Decoder:
         """The signals that are measured."""
         return self._meter.signals
 
-    def start(self, slots: Index, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    def start(
+        self,
+        slots: Index,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        cap: int | None = None,
+    ) -> None:
         """Gives slots (B,) to new questions.
 
         Args:
             slots: Each at most once.
             prompts: The LM's whole inputs; nothing is added to them.
             seeds: Of sampling, one a question.
+            cap: Thinking tokens at which `advance` leaves a thought to be closed.
 
         Raises:
             InputError: If a prompt is empty or too long for the LM.
@@ -132,13 +152,13 @@ class Decoder:
         for slot, prompt, seed in zip(slots, prompts, seeds, strict=True):
             thought = Thought(self.rules, prompt)
             uniforms = _uniforms(prompt, seed, self.max_tokens)
-            self.generations[int(slot)] = Generation(thought, uniforms)
+            self.generations[int(slot)] = Generation(thought, uniforms, cap)
         self._meter.reset(slots)
         self._slots.rollback(slots, 0)
         self._slots.prefill(slots, tokens)
 
     def advance(self, slots: Index) -> NDArray[np.bool_]:
-        """Lets slots (B,) think until each is at its next decision point or has ended.
+        """Lets slots (B,) think until each is at its next decision point or cap, or has ended.
 
         A slot without a point in reach stops after some tokens too, so that the others need not
         wait for a long answer: the next call takes it further.
@@ -163,7 +183,7 @@ class Decoder:
             moving = moving[going]
             if len(moving):
                 self._slots.step(slots[moving], tokens[going])
-                moving = moving[[not generations[i].thought.at_point for i in moving]]
+                moving = moving[[not generations[i].is_waiting for i in moving]]
         return np.array([g.thought.at_point for g in generations], dtype=bool)
 
     def force(self, slots: Index) -> list[Probe]:
@@ -180,6 +200,21 @@ class Decoder:
             if not np.isfinite(answer.logprobs).all():
                 raise _nan_logits(self.generations[int(slot)])
         return [self.rules.read(answer) for answer in answers]
+
+    def close(self, slots: Index) -> None:
+        """Closes the thoughts of slots (B,); their answers follow, as far as the budget goes."""
+        close_ids = self.rules.close_ids
+        fits = []
+        for slot in slots.tolist():
+            generation = self.generations[slot]
+            generation.thought.closed = True
+            for token in close_ids[: self.max_tokens - generation.num_tokens]:
+                generation.thought.add(token)
+            generation.ended = generation.num_tokens == self.max_tokens
+            if not generation.ended:
+                fits.append(slot)
+        if fits:
+            self._slots.prefill(np.array(fits), [close_ids] * len(fits))
 
     def signals(self, slots: Index, probes: Sequence[Probe] | None = None) -> Signals:
         """What is seen of slots (B,) at their decision points.

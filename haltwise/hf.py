@@ -9,20 +9,16 @@ Rows that are not halted get exactly the tokens that `generate` gives without a 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import LongTensor, Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -36,56 +32,36 @@ from haltwise.answers import read_answer
 from haltwise.decoder import end_tokens
 from haltwise.errors import InputError
 from haltwise.features import signals_of
+from haltwise.fingerprint import check_tokenizer, tokenizer_fingerprint
+from haltwise.fork import Fork, check_forkable
 from haltwise.head import HaltHead
 from haltwise.meter import SignalMeter
-from haltwise.monitor import HaltMonitor
+from haltwise.processor import HaltProcessor, force_next
+from haltwise.rows import RowReport, monitor_of, row_terms
 from haltwise.signals import Index
-from haltwise.slots import HiddenTap, check_supported, greedy_answers
+from haltwise.slots import HiddenTap, greedy_answers
+from haltwise.terms import Terms
 from haltwise.thought import Probe, Thought, ThoughtRules
 
-Reason = Literal["halted", "closed by the LM", "token budget"]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give every token the same id: 16 hex digits of a SHA-256."""
-    vocabulary = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
-
-
-@dataclass
-class RowReport:
-    """What happened to one row of a batch."""
-
-    price: float
-    """In exact match per 1,000 tokens."""
-    reason: Reason = "token budget"
-    """Why the thought ended; "token budget" stands for any stopping criterion."""
-    position: int = 0
-    """Tokens of the thought."""
-    answer: str = ""
-    """The forced answer, if the row was halted."""
-    num_probe_tokens: int = 0
-    """Tokens generated to look at answers; they are no part of the output."""
-    num_bad_signals: int = 0
-    """Decision points with signals that were not finite; the row went on."""
-
-    @property
-    def halted(self) -> bool:
-        """Whether the head ended the thought."""
-        return self.reason == "halted"
+__all__ = ["HaltProcessor", "Halter", "RowReport", "tokenizer_fingerprint"]
 
 
 class Halter:
     """Lets a head halt the rows of `generate`: pass it as `custom_generate`.
 
-    Works with greedy decoding and sampling, any logits processors and stopping criteria, and left
-    padding. A halted row gets the close text, the answer that was probed, and the end token;
-    max_new_tokens holds for them too. transformers passes no streamer on.
+    Works with greedy decoding and sampling, any cache, any logits processors and stopping criteria,
+    and left padding. A halted row gets the close text, the answer that was probed, and the end
+    token; max_new_tokens holds for them too. transformers passes no streamer on. For a head that
+    does not look at answers see also `HaltProcessor`, which lets the LM answer by itself.
 
     Args:
         head: The policy.
         tokenizer: The LM's.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own.
+        price: In exact match per 1,000 tokens: one, or one a row; default the head's own. A row
+            at a price of 0 is left alone.
+        min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
+        max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
+            one a row; None for no such cap.
         read_answer: Reads an answer from a forced answer's text, as the training traces' recorder
             did.
         think_start: Text after which a thought begins.
@@ -100,17 +76,17 @@ class Halter:
         self,
         head: HaltHead,
         tokenizer: PreTrainedTokenizerBase,
-        price: float | NDArray[np.float64] | None = None,
+        price: Any = None,
+        min_tokens: Any = 0,
+        max_tokens: Any = None,
         read_answer: Callable[[str], str] = read_answer,
         think_start: str = "<think>",
         think_end: str = "</think>",
     ) -> None:
         """Checks that head and tokenizer fit."""
-        expected, found = head.config.tokenizer, tokenizer_fingerprint(tokenizer)
-        if expected and found != expected:
-            raise InputError(f"tokenizer is {found}, but the head was trained with {expected}")
+        check_tokenizer(head, tokenizer)
         self.head = head
-        self.price = price
+        self.asked = (price, min_tokens, max_tokens)
         self.rules = ThoughtRules(
             tokenizer, head.config.halting, think_start, think_end, read_answer
         )
@@ -131,7 +107,10 @@ class Halter:
         Raises:
             InputError: If this kind of generation cannot be halted.
         """
-        _check(model, generation_config, model_kwargs.get("past_key_values"))
+        if (generation_config.num_beams or 1) > 1:
+            found = generation_config.num_beams
+            raise InputError(f"num_beams is {found}: a halter needs greedy decoding or sampling")
+        check_forkable(model, model_kwargs.get("past_key_values"))
         batch = _Batch(self, model, input_ids, generation_config, model_kwargs)
         # transformers' own loop runs: one that is watched, and told what to take.
         with batch.tap or nullcontext():
@@ -155,6 +134,7 @@ class _Row:
 
     thought: Thought
     report: RowReport
+    terms: Terms
     pending: deque[int] = field(default_factory=deque)
     """Tokens of a halted row that are known but not generated."""
     ended: bool = False
@@ -164,6 +144,17 @@ class _Row:
     def is_known(self) -> bool:
         """Whether what follows needs no LM."""
         return self.ended or self.report.halted
+
+    @property
+    def at_point(self) -> bool:
+        """Whether there is something to decide; at a price of 0 there never is."""
+        return self.thought.at_point and not self.is_known and self.terms.price > 0
+
+    @property
+    def at_cap(self) -> bool:
+        """Whether an open thought has reached its cap."""
+        is_open = self.thought.begun and not (self.thought.closed or self.is_known)
+        return is_open and self.thought.position == self.terms.max_tokens
 
 
 class _Batch(LogitsProcessor):
@@ -178,10 +169,8 @@ class _Batch(LogitsProcessor):
         model_kwargs: dict[str, Any],
     ) -> None:
         head, self.rules = halter.head, halter.rules
-        price = head.config.default_price if halter.price is None else halter.price
-        if np.shape(price) not in ((), (len(input_ids),)):
-            raise InputError(f"{np.size(price)} prices for {len(input_ids)} rows")
-        self.monitor = HaltMonitor(head, len(input_ids), price)
+        terms = row_terms(head, len(input_ids), *halter.asked)
+        self.monitor = monitor_of(head, terms)
         self.meter = SignalMeter(
             self.rules, signals_of(head.config.observing.groups), len(input_ids), model.device
         )
@@ -198,21 +187,19 @@ class _Batch(LogitsProcessor):
         self.ends_early = not generation_config.return_dict_in_generate
         prompts = [self.rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
         self.rows = [
-            _Row(Thought(self.rules, prompt), RowReport(float(price)))
-            for prompt, price in zip(prompts, self.monitor.price, strict=True)
+            _Row(Thought(self.rules, prompt), RowReport(term.price), term)
+            for prompt, term in zip(prompts, terms, strict=True)
         ]
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         """Called between the LM and the choice of its next tokens."""
-        points = [i for i, row in enumerate(self.rows) if row.thought.at_point and not row.is_known]
+        points = [i for i, row in enumerate(self.rows) if row.at_point]
         if points:
             self.decide(np.array(points))
-        forced = [i for i, row in enumerate(self.rows) if row.pending]
-        if forced:
-            scores = scores.clone()  # `generate` may keep what it passed
-            scores[forced] = -torch.inf
-            scores[forced, [self.rows[i].pending.popleft() for i in forced]] = 0.0
-        return scores
+        # A cap may lie between decision points.
+        capped = np.array([i for i, row in enumerate(self.rows) if row.at_cap], dtype=np.int64)
+        self.halt(capped, self.probe(capped))
+        return force_next(scores, [row.pending for row in self.rows])
 
     @property
     def is_known(self) -> bool:
@@ -252,22 +239,22 @@ class _Batch(LogitsProcessor):
         )
         self.meter.reset(passed)
         halting = points[self.monitor.observe(signals, points)]
-        if not looks:
-            probes = self.probe(halting)
-        for i in halting.tolist():
-            if i in probes:
-                self.halt(self.rows[i], probes[i])
+        self.halt(halting, probes if looks else self.probe(halting))
 
-    def halt(self, row: _Row, probe: Probe) -> None:
-        """Closes a thought with the answer that was tried out."""
-        row.report.reason, row.report.answer = "halted", probe.answer
-        row.pending.extend([*self.rules.close_ids, *probe.tokens, self.eos_ids[0]])
+    def halt(self, rows: Index, probes: dict[int, Probe]) -> None:
+        """Closes the thoughts of rows (B,) with the answers that were tried out, if sound."""
+        for i in rows.tolist():
+            if i in probes:
+                row, probe = self.rows[i], probes[i]
+                row.report.reason = "capped" if row.at_cap else "halted"
+                row.report.answer = probe.answer
+                row.pending.extend([*self.rules.close_ids, *probe.tokens, self.eos_ids[0]])
 
     def probe(self, rows: Index) -> dict[int, Probe]:
         """Forces the answers of some rows; those whose logits are not numbers are left out."""
         if not len(rows):
             return {}
-        fork = _Fork(self.model, self.cache, self.mask, rows)
+        fork = Fork(self.model, self.cache, self.mask, rows)
         logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
         answers = greedy_answers(logits, fork.step, self.halting.max_answer_tokens, self.eos_ids)
         sound = {}
@@ -293,8 +280,9 @@ class _Batch(LogitsProcessor):
 
     def report(self) -> list[RowReport]:
         """The final report, one entry a row."""
-        for row in self.rows:
+        for row, num in zip(self.rows, self.monitor.num_bad_signals.tolist(), strict=True):
             thought, row.report.position = row.thought, row.thought.position
+            row.report.num_bad_signals += num
             if not row.report.halted and (thought.closed or thought.tokens[-1] in self.eos_ids):
                 row.report.reason = "closed by the LM"
         return [row.report for row in self.rows]
@@ -322,57 +310,7 @@ class _Watched(StoppingCriteriaList):
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
         """Called after each step: which rows to stop, (B,)."""
         done = super().__call__(input_ids, scores, **kwargs)
-        self._batch.measure(input_ids[:, -1])
         newest = torch.stack([input_ids[:, -1], done.long()])
+        self._batch.measure(newest[0])
         self._batch.take_in(*newest.tolist())
         return done | self._batch.ends_early & self._batch.is_known
-
-
-class _Fork:
-    """Copies of some rows of a running batch, on which answers are tried out."""
-
-    def __init__(
-        self, model: PreTrainedModel, cache: DynamicCache, mask: Tensor | None, rows: Index
-    ) -> None:
-        self._model = model
-        self._rows = np.arange(len(rows))
-        index = torch.from_numpy(rows).to(model.device)
-        self._cache = DynamicCache(config=model.config)
-        for i, (keys, values, *_) in enumerate(cache):
-            self._cache.update(keys[index], values[index], i)
-        length = cache.get_seq_length()
-        # transformers drops a mask without padding.
-        known = index.new_ones(len(rows), 0) if mask is None else mask[index]
-        self._mask = torch.nn.functional.pad(known, (0, length - known.shape[1]), value=1)
-
-    def feed(self, rows: Index, tokens: Index) -> Tensor:
-        """Appends tokens (B, T) to rows, drops all others, and gives the next logits (B, V)."""
-        device = self._model.device
-        if len(rows) < len(self._rows):
-            kept = torch.from_numpy(np.searchsorted(self._rows, rows)).to(device)
-            self._cache.batch_select_indices(kept)
-            self._mask, self._rows = self._mask[kept], rows
-        num = tokens.shape[1]
-        self._mask = torch.nn.functional.pad(self._mask, (0, num), value=1)
-        out = self._model(
-            input_ids=torch.from_numpy(tokens).to(device),
-            attention_mask=self._mask,
-            position_ids=self._mask.long().cumsum(dim=1)[:, -num:] - 1,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = out.logits[:, -1].float()
-        return logits
-
-    def step(self, rows: Index, tokens: Index) -> Tensor:
-        """As `feed`, with one token (B,) a row."""
-        return self.feed(rows, tokens[:, None])
-
-
-def _check(model: PreTrainedModel, config: GenerationConfig, cache: Any) -> None:
-    check_supported(model)
-    if (config.num_beams or 1) > 1:
-        raise InputError(f"num_beams is {config.num_beams}: a halter needs sampling or greedy")
-    if type(cache) is not DynamicCache:
-        raise InputError(f"cache is {type(cache).__name__}, expected a DynamicCache, in use")

@@ -1,71 +1,29 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from haltwise import (
-    MEAN_LOGPROB,
-    HaltHead,
-    Halting,
-    HeadConfig,
-    InputError,
-    Observing,
-    feature_names,
-)
+from haltwise import InputError
 from haltwise.answers import read_answer
 from haltwise.halting import Probing
 from haltwise.hf import Halter, tokenizer_fingerprint
+from tests.hf_cases import (
+    ALWAYS,
+    CACHES,
+    NEVER,
+    SAMPLING,
+    TOKENIZER,
+    answer_to,
+    generate,
+    head,
+    lm_with,
+    new_tokens,
+)
 from tests.tiny_lm import CLOSE, EOS, IDS, PAD, tiny_lm, tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-PROMPTS = ["3 . 4 <think>", "5 <think>", "7 so 8 wait 9 <think>"]
-# At NEVER no head of these tests halts, at ALWAYS each does.
-NEVER, ALWAYS = 0.1, 10.0
-
-
-def head(
-    probing: Probing = "always",
-    rule: str = "every 4 tokens",
-    groups: tuple[str, ...] = ("pace", "confidence", "agreement"),
-    close: str = "</think>",
-    tokenizer: str = "",
-) -> HaltHead:
-    """Halts wherever the price is high."""
-    size = len(feature_names(groups))
-    observing = Observing(groups, (0.0,) * size, (1.0,) * size, (NEVER, ALWAYS))
-    halting = Halting(probing, rule, close, MEAN_LOGPROB, 3)
-    weights = {
-        "w0": np.zeros((1, size + 1)),
-        "b0": np.zeros(1),
-        "w1": np.eye(1),
-        "b1": np.zeros(1),
-        "w2": np.full((1, 1), 50.0),
-        "b2": np.zeros(1),
-    }
-    weights["w0"][0, -1] = 3.0
-    config = HeadConfig(observing, halting, default_price=NEVER, tokenizer=tokenizer)
-    return HaltHead(config, {name: w.astype(np.float32) for name, w in weights.items()})
-
-
-def generate(model: Any, prompts: list[str] = PROMPTS, **arguments: Any) -> Any:
-    torch.manual_seed(5)
-    inputs = TOKENIZER(prompts, return_tensors="pt", padding=True)
-    return model.generate(**inputs, **{"max_new_tokens": 40, "do_sample": False} | arguments)
-
-
-def new_tokens(row: Tensor, prompt_len: int = 6, ends: Sequence[int] = (EOS,)) -> list[int]:
-    """What was generated, up to an end token."""
-    tokens: list[int] = row[prompt_len:].tolist()
-    return tokens[: min(tokens.index(end) + 1 if end in tokens else len(tokens) for end in ends)]
-
-
-SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20, "pad_token_id": EOS}
 
 
 @pytest.mark.parametrize("rule", ["every 4 tokens", "every 1 tokens", "after 1"])
@@ -103,13 +61,7 @@ def test_a_halted_row_gets_its_forced_answer_and_others_go_on(
         assert not halter.report[i].halted
     thought = new_tokens(plain[1])[:4]
     prefix = [IDS["5"], IDS["<think>"], *thought, IDS["so"], CLOSE]
-    forced = model.generate(
-        input_ids=torch.tensor([prefix]),
-        attention_mask=torch.ones(1, len(prefix), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=3,
-    )
-    answer = new_tokens(forced[0], len(prefix))
+    answer = answer_to(model, prefix, 3)
     expected = [*thought, IDS["so"], CLOSE, *answer]
     assert new_tokens(out[1]) == expected + [EOS] * (answer[-1] != EOS)
     report = halter.report[1]
@@ -118,6 +70,60 @@ def test_a_halted_row_gets_its_forced_answer_and_others_go_on(
     assert report.num_probe_tokens == len(answer)
     if probing == "at_halt":
         assert halter.report[0].num_probe_tokens == 0
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING])
+@pytest.mark.parametrize(("attention", "cache"), CACHES)
+def test_any_cache_will_do(attention: str, cache: dict[str, Any], sampling: dict[str, Any]) -> None:
+    # Nothing but a budget ends a thought.
+    open_end: dict[str, Any] = {"suppress_tokens": [EOS, CLOSE], "max_new_tokens": 12}
+    model, arguments = lm_with(attention), cache | sampling | open_end
+    plain = generate(model, **arguments)
+    halter = Halter(head(), TOKENIZER)
+    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
+    assert sum(row.num_probe_tokens for row in halter.report) > 5
+    halter = Halter(head(), TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
+    out = generate(model, **arguments, custom_generate=halter)
+    for i in (0, 2):
+        assert new_tokens(out[i]) == new_tokens(plain[i])
+    if "cache_config" not in cache:  # what is quantised gives other logits
+        closed = [*new_tokens(plain[1])[:4], CLOSE]
+        answer = answer_to(model, [IDS["5"], IDS["<think>"], *closed], 3)
+        assert new_tokens(out[1]) == [*closed, *answer] + [EOS] * (answer[-1] != EOS)
+
+
+@pytest.mark.parametrize("probing", ["always", "at_halt"])
+def test_a_cap_closes_a_thought_between_decision_points_too(probing: Probing) -> None:
+    model = tiny_lm(seed=3)
+    plain = generate(model)
+    groups = ("pace",) if probing == "at_halt" else ("pace", "confidence")
+    policy = head(probing, groups=groups)
+    halter = Halter(policy, TOKENIZER, max_tokens=[6, None, 8])
+    out = generate(model, custom_generate=halter)
+    assert [row.reason for row in halter.report] == ["capped", "closed by the LM", "capped"]
+    assert [halter.report[i].position for i in (0, 2)] == [6, 8]
+    assert new_tokens(out[1]) == new_tokens(plain[1])
+    for i, (start, position) in {0: (2, 6), 2: (0, 8)}.items():
+        closed = [*new_tokens(plain[i])[:position], CLOSE]
+        answer = answer_to(model, [*plain[i, start:6].tolist(), *closed], 3)
+        assert new_tokens(out[i]) == [*closed, *answer] + [EOS] * (answer[-1] != EOS)
+
+
+def test_before_min_tokens_no_head_halts() -> None:
+    model = tiny_lm(seed=3)
+    halter = Halter(head(), TOKENIZER, price=ALWAYS, min_tokens=[0, 5, 8])
+    generate(model, custom_generate=halter)
+    assert [row.position for row in halter.report] == [4, 8, 8]
+
+
+def test_at_a_price_of_zero_nobody_looks_at_answers() -> None:
+    model = tiny_lm(seed=3)
+    halter = Halter(head(), TOKENIZER, price=[0, NEVER, 0], max_tokens=9)
+    out = generate(model, custom_generate=halter)
+    assert torch.equal(out[:, :15], generate(model)[:, :15])
+    assert [row.halted for row in halter.report] == [True] * 3
+    few = [row.num_probe_tokens <= 3 for row in halter.report]
+    assert few == [True, False, True]
 
 
 def test_when_all_is_known_the_lm_runs_no_more() -> None:
@@ -214,9 +220,8 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
     ("price", "arguments", "message"),
     [
         (NEVER, {"num_beams": 2}, "num_beams is 2"),
-        (NEVER, {"use_cache": False}, "expected a DynamicCache"),
-        (NEVER, {"cache_implementation": "static"}, "expected a DynamicCache"),
-        (np.array([1.0, 2.0]), {}, "2 prices for 3 rows"),
+        (NEVER, {"use_cache": False}, "cache is NoneType"),
+        (np.array([1.0, 2.0]), {}, "2 values of price for 3 rows"),
         (-1.0, {}, "price is -1"),
     ],
 )
@@ -226,6 +231,15 @@ def test_generation_that_cannot_be_halted_is_refused(
     halter = Halter(head(), TOKENIZER, price=price)
     with pytest.raises(InputError, match=message):
         generate(tiny_lm(), **arguments, custom_generate=halter)
+
+
+def test_terms_are_one_or_one_a_row() -> None:
+    for terms in ({"min_tokens": [1, 2]}, {"max_tokens": [[5]]}):
+        with pytest.raises(InputError, match=f"values of {next(iter(terms))} for 3 rows"):
+            generate(tiny_lm(), custom_generate=Halter(head(), TOKENIZER, **terms))
+    with pytest.raises(InputError, match="max_tokens is 3, expected at least 4"):
+        halter = Halter(head(), TOKENIZER, min_tokens=4, max_tokens=3)
+        generate(tiny_lm(), custom_generate=halter)
 
 
 def test_fingerprints_follow_the_vocabulary() -> None:

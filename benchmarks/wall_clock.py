@@ -1,0 +1,178 @@
+"""Does the clock save what the tokens save? The embedded LM's test questions, greedily.
+
+One question at a time, many in slots that are refilled, and in fixed batches, which run until
+their longest row: there tokens are saved and time is not. Greedy, so that all contestants think
+the same thoughts, up to where they are halted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import Result
+from haltwise import MEAN_LOGPROB, HaltHead, Halting
+from haltwise.decoder import Decoder
+from haltwise.hf import Halter
+from haltwise.processor import HaltProcessor
+from haltwise.refill import generate_all
+from lms.embedded import CLOSE, EMBEDDED
+from lms.language_model import LanguageModel
+from lms.tasks import Question, questions
+
+_CHECKPOINTS = EMBEDDED.parent
+_HEADS = {"probing head": "embedded-head", "head that does not probe": "embedded-blind-head"}
+
+Work = Callable[[], int]
+"""Answers all questions, and returns the tokens that were generated for them, probes included."""
+
+
+@dataclass(frozen=True)
+class WallClockConfig:
+    """Time saved against tokens saved."""
+
+    num_questions: int = 64
+    """Of the embedded LM's test questions."""
+    num_slots: int = 32
+    """Of the loop that is refilled."""
+    batch_sizes: tuple[int, ...] = (8, 32)
+    """Fixed batches."""
+    max_tokens: int = 512
+    """Of each answer."""
+
+
+def measure(config: WallClockConfig, repeats: int) -> list[Result]:
+    """Savings of tokens and of time, and what share of the one the other is."""
+    lm = LanguageModel.load(EMBEDDED)
+    lm.tokenizer.padding_side = "left"
+    asked = questions("all", "test", config.num_questions)
+    heads = {name: _head(folder) for name, folder in _HEADS.items()}
+    results: list[Result] = []
+    for size in (1, *config.batch_sizes):
+        works = {
+            name: partial(_in_batches, lm, asked, size, config.max_tokens, *head)
+            for name, head in ({"never halted": (None, 0.0)} | heads).items()
+        }
+        results += _compare(f"batch {size}", works, repeats)
+    works = {"never halted": partial(_refilled_plain, lm, asked, config)}
+    works |= {name: partial(_refilled, lm, asked, config, *head) for name, head in heads.items()}
+    return results + _compare(f"{config.num_slots} refilled slots", works, repeats)
+
+
+def _head(folder: str) -> tuple[HaltHead, float]:
+    """A head, and its price for losing one point at most."""
+    path: Path = _CHECKPOINTS / folder
+    gates = json.loads((path / "operating_points.json").read_text())["gates"]
+    return HaltHead.load(path), float(gates["0.01"]["head"])
+
+
+def _compare(label: str, works: dict[str, Work], repeats: int) -> list[Result]:
+    """What each saves of the first one's tokens and time; contestants take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    tokens: dict[str, int] = {}
+    for i in range(repeats):
+        for name in list(works)[:: -1 if i % 2 else 1]:
+            start = time.process_time()
+            tokens[name] = works[name]()
+            seconds[name].append(time.process_time() - start)
+    plain, *others = works
+    results = []
+    for name in others:
+        saved = 1 - tokens[name] / tokens[plain]
+        of_time = [
+            1 - mine / theirs for mine, theirs in zip(seconds[name], seconds[plain], strict=True)
+        ]
+        percent = tuple(100 * share for share in of_time)
+        ratio = tuple(share / saved for share in of_time)
+        title = f"{label}, {name}"
+        results += [
+            Result("wall_clock", f"{title}: tokens saved", "%", (100 * saved,)),
+            Result("wall_clock", f"{title}: time saved", "%", percent),
+            Result("wall_clock", f"{title}: time saved / tokens saved", "x", ratio),
+        ]
+    return results
+
+
+def _in_batches(
+    lm: LanguageModel,
+    asked: list[Question],
+    size: int,
+    max_tokens: int,
+    head: HaltHead | None,
+    price: float,
+) -> int:
+    """`generate`, so many questions a call."""
+    model: Any = lm.model  # its `generate` has no type
+    num = 0
+    for start in range(0, len(asked), size):
+        prompts = [question.prompt for question in asked[start : start + size]]
+        inputs = lm.tokenizer(prompts, return_tensors="pt", padding=True)
+        ids = inputs["input_ids"]
+        arguments, halter = _arguments(lm, head, price)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            **arguments,
+        )
+        reports = halter.report if halter else [None] * len(prompts)
+        for row, report in zip(out[:, ids.shape[1] :].tolist(), reports, strict=True):
+            num += _num_tokens(lm, row, report)
+    return num
+
+
+def _arguments(
+    lm: LanguageModel, head: HaltHead | None, price: float
+) -> tuple[dict[str, Any], Halter | None]:
+    if head is None:
+        return {}, None
+    if head.config.halting.probing == "at_halt":
+        return {"logits_processor": [HaltProcessor(head, lm.model, lm.tokenizer, price)]}, None
+    halter = Halter(head, lm.tokenizer, price)
+    return {"custom_generate": halter}, halter
+
+
+def _num_tokens(lm: LanguageModel, row: list[int], report: Any) -> int:
+    """Tokens generated for a row; the answer of a halted one was generated when it was probed."""
+    if report is not None and report.halted:
+        return int(report.position + report.num_probe_tokens)
+    pad = lm.tokenizer.pad_token_id
+    num = sum(token != pad for token in row)
+    return num + (report.num_probe_tokens if report is not None else 0)
+
+
+def _refilled(
+    lm: LanguageModel, asked: list[Question], config: WallClockConfig, head: HaltHead, price: float
+) -> int:
+    """The loop whose slots are refilled, with a head."""
+    prompts = [question.prompt for question in asked]
+    answers = generate_all(
+        lm.model, lm.tokenizer, head, prompts, config.num_slots, config.max_tokens, price
+    )
+    return sum(_num_tokens(lm, answer.ids, answer.report) for answer in answers)
+
+
+def _refilled_plain(lm: LanguageModel, asked: list[Question], config: WallClockConfig) -> int:
+    """The same loop without a head."""
+    halting = Halting("at_halt", f"every {config.max_tokens} tokens", CLOSE, MEAN_LOGPROB)
+    decoder = Decoder(lm.model, lm.tokenizer, halting, config.num_slots, config.max_tokens)
+    waiting = [question.prompt for question in reversed(asked)]
+    free, num = list(range(config.num_slots)), 0
+    while waiting or len(free) < config.num_slots:
+        new = [free.pop() for _ in range(min(len(free), len(waiting)))]
+        decoder.start(np.array(new, dtype=np.int64), [waiting.pop() for _ in new], [0] * len(new))
+        busy = np.setdiff1d(np.arange(config.num_slots), free)
+        decoder.advance(busy)
+        for slot in busy.tolist():
+            if decoder.generations[slot].ended:
+                num += decoder.generations[slot].num_tokens
+                free.append(slot)
+    return num

@@ -1,0 +1,69 @@
+"""The command `haltwise`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+from haltwise.errors import InputError
+
+if TYPE_CHECKING:
+    from haltwise.proxy import ServeConfig
+
+
+def main() -> None:
+    """Runs `haltwise serve`.
+
+    What a person got wrong is told in one line on stderr, with status 2.
+    """
+    try:
+        import tyro
+
+        from haltwise.proxy import ServeConfig
+    except ImportError as error:
+        _fail(f"no module {error.name}: expected pip install 'haltwise[proxy]'")
+    config = tyro.extras.subcommand_cli_from_dict({"serve": ServeConfig}, prog="haltwise")
+    try:
+        serve(config)
+    except (InputError, OSError) as error:
+        _fail(str(error))
+
+
+def serve(config: ServeConfig) -> None:
+    """Listens until the process is told to end.
+
+    Raises:
+        InputError: If a setting, the head or the file of keys cannot be used.
+        OSError: If the port cannot be had.
+    """
+    from haltwise.proxy import server
+
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("haltwise").setLevel(logging.INFO)
+    running = server(config)
+    with _listener(config.host, config.port) as listener:
+        host, port = listener.getsockname()[:2]
+        logging.getLogger("haltwise").info(json.dumps({"listening": host, "port": port}))
+        running.run(sockets=[listener])
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With its protocol named, asyncio sends small pieces at once.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(4096)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
+    return listener
+
+
+def _fail(message: str) -> NoReturn:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

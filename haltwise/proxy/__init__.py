@@ -1,0 +1,8 @@
+"""A proxy that halts thoughts: between OpenAI clients and the server of an LM."""
+
+from haltwise.proxy.app import create_app
+from haltwise.proxy.config import ServeConfig
+from haltwise.proxy.server import server
+from haltwise.proxy.watcher import Watcher
+
+__all__ = ["ServeConfig", "Watcher", "create_app", "server"]

@@ -1,0 +1,379 @@
+"""The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from urllib.parse import unquote
+
+import anyio
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from haltwise.errors import InputError
+from haltwise.head import HaltHead
+from haltwise.proxy.asked import Asked
+from haltwise.proxy.client import Client, GoneError, RawHeaders, RefusedError
+from haltwise.proxy.config import Keys, ServeConfig
+from haltwise.proxy.legs import Leg
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.relay import Completion
+from haltwise.proxy.upstream import Server, Upstream, find_server
+from haltwise.proxy.watcher import check_served
+from haltwise.proxy.wire import Event, Json, UpstreamError, error_body
+from haltwise.terms import Terms
+from haltwise.thought import PointRules
+
+log = logging.getLogger("haltwise.proxy")
+
+_ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_HOP_BY_HOP = {
+    *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
+    *(b"trailer", b"trailers", b"transfer-encoding", b"upgrade", b"proxy-connection"),
+}
+_OF_REQUESTS = {b"host", b"content-length", b"expect"}
+# Terms of a request: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
+_TERMS = "x-haltwise-"
+# Of an answer that is written anew.
+_OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
+
+
+@dataclass
+class Record:
+    """What is logged of a request; nothing that was said, and no key."""
+
+    endpoint: str
+    request: str = field(default_factory=lambda: uuid.uuid4().hex)
+    outcome: str = "ok"
+    status: int | None = None
+    model: str = ""
+    started: float = field(default_factory=time.perf_counter)
+    about: Json = field(default_factory=dict)
+    """Terms, and how the thought ended."""
+
+    def line(self) -> str:
+        """One line of JSON."""
+        told = {name: value for name, value in asdict(self).items() if name != "about"}
+        told["seconds"] = round(time.perf_counter() - told.pop("started"), 6)
+        return json.dumps(told | self.about)
+
+
+class Proxy:
+    """Everything that the requests share.
+
+    Args:
+        config: The settings.
+
+    Raises:
+        InputError: If a setting, the head or the file of keys cannot be used.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Reads the head and the keys."""
+        self.config = config
+        self.metrics = Metrics()
+        self._head = HaltHead.load(config.head)
+        check_served(self._head)
+        self._rules = PointRules(self._head.config.halting)
+        self._terms = config.terms(self._head.config.default_price)
+        self._keys = None if config.keys is None else Keys(config.keys, self._terms)
+        self.upstream = Upstream(config)
+        self._server: Server | None = None
+        self._finding = anyio.Lock()
+        self._num_streams = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request under /v1."""
+        client = Client(scope, receive, send, self.config.send_timeout)
+        posts = scope["method"] == "POST"
+        record = Record(_ENDPOINTS.get(scope["path"], "other") if posts else "other")
+        try:
+            await self._answer(client, record)
+        except RefusedError as error:
+            record.outcome, record.status = error.kind, error.status
+            await self._refuse(client, error_body(str(error), error.kind), record, error.headers)
+        except UpstreamError as error:
+            record.outcome, record.status = "upstream error", error.status
+            self.metrics.upstream_errors.labels(error.kind).inc()
+            await self._refuse(client, error.body, record, [])
+        except GoneError as error:
+            record.outcome = error.kind
+        except Exception:
+            log.exception("a defect of the proxy")
+            record.outcome, record.status = "defect", 500
+            await self._refuse(client, error_body("the proxy failed", "defect"), record, [])
+        finally:
+            self.metrics.requests.labels(record.endpoint, record.outcome).inc()
+            log.info(record.line())
+        with suppress(GoneError):
+            await client.finish()
+
+    async def _refuse(
+        self, client: Client, body: Json, record: Record, headers: RawHeaders
+    ) -> None:
+        """Tells of an error, or cuts an answer that has begun."""
+        with suppress(GoneError):
+            if client.has_started:
+                await client.drop()
+            else:
+                await client.answer(record.status or 500, body, headers)
+
+    async def _answer(self, client: Client, record: Record) -> None:
+        default = self._let_in(client)
+        if self._num_streams >= self.config.max_streams:
+            message = f"{self._num_streams} requests run, there is no room for more"
+            raise RefusedError(503, "busy", message, [(b"retry-after", b"1")])
+        self._num_streams += 1
+        self.metrics.streams_in_flight.inc()
+        try:
+            body = await client.body(self.config.max_body_bytes)
+            async with client.attended():
+                if record.endpoint == "other":
+                    await self._pass_on(client, record, body, [])
+                else:
+                    await self._complete(client, record, body, default)
+        finally:
+            self._num_streams -= 1
+            self.metrics.streams_in_flight.dec()
+
+    def _let_in(self, client: Client) -> Terms:
+        """The terms of requests of this client.
+
+        Raises:
+            RefusedError: If it may not ask, or for this.
+        """
+        parts = unquote(client.scope["path"]).split("/")
+        if "." in parts or ".." in parts:
+            raise RefusedError(404, "not_found", "no such path")
+        if self._keys is None:
+            return self._terms
+        terms = self._keys.terms_of(client.headers.get("authorization"))
+        if terms is None:
+            told = [(b"www-authenticate", b"Bearer")]
+            raise RefusedError(401, "unauthorized", "expected a known API key", told)
+        return terms
+
+    # Completions
+
+    async def _complete(self, client: Client, record: Record, body: bytes, default: Terms) -> None:
+        """Answers a request for a completion."""
+        asked = Asked(record.endpoint == "chat", _object(body))
+        terms = _terms(client, default)
+        record.model = str(asked.body.get("model", ""))[:100]
+        record.about = asdict(terms)
+        off = terms.price == 0 and terms.max_tokens is None
+        why_not = "off" if off else asked.why_not()
+        if why_not is None:
+            server = await self._find_server(client)
+            why_not = server.why_not(asked)
+        if why_not is None:
+            headers = self._passed_headers(client)
+            completion = Completion(
+                asked, terms, headers, server, self._head, self.metrics,
+                self.config.shadow, self.config.read_timeout,
+            )  # fmt: skip
+            try:
+                why_not = await self._watch(client, record, completion)
+            finally:
+                await completion.close()
+        if why_not is not None:
+            record.outcome = "relayed"
+            record.about["reason"] = why_not
+            self.metrics.thoughts.labels(why_not).inc()
+            told = json.dumps({"halted": False, "reason": why_not}).encode()
+            await self._pass_on(client, record, body, [(b"x-haltwise", told)])
+
+    async def _find_server(self, client: Client) -> Server:
+        """The upstream's kind, which is asked for once."""
+        async with self._finding:
+            if self._server is not None:
+                return self._server
+            close_text = self._head.config.halting.close_text
+            headers = self._passed_headers(client)
+            try:
+                self._server = await find_server(
+                    self.upstream, self.config.kind, self._rules, close_text, headers
+                )
+            except UpstreamError as error:
+                if error.kind != "status":
+                    raise
+                # It may tell others, or later.
+                return Server(self.upstream, self._rules, close_text)
+            return self._server
+
+    async def _watch(self, client: Client, record: Record, completion: Completion) -> str | None:
+        """Answers with a watched completion; why not, if the upstream refuses."""
+        leg = await completion.open()
+        status = leg.response.status_code
+        if status in (400, 422):
+            return "refused"  # perhaps for what was asked for beside
+        if status != 200:
+            await self._relay(client, record, leg, [])
+            return None
+        if not leg.is_stream:
+            raise UpstreamError("malformed", "upstream did not answer with a stream")
+        headers = _without(leg.response.headers.raw, _OF_BODIES)
+        try:
+            if completion.asked.streams:
+                await self._stream(client, record, completion, leg, headers)
+            else:
+                answer = await completion.whole(leg)
+                self._note_first(record)
+                told = json.dumps(answer["usage"]["haltwise"]).encode()
+                await client.answer(200, answer, [*headers, (b"x-haltwise", told)])
+                record.status = 200
+        finally:
+            completion.count()
+            record.about |= completion.report()
+        return None
+
+    async def _stream(
+        self, client: Client, record: Record, completion: Completion, leg: Leg, headers: RawHeaders
+    ) -> None:
+        kind = (b"content-type", leg.response.headers["content-type"].encode())
+        await client.start(200, [*headers, kind])
+        record.status = 200
+        try:
+            async with aclosing(completion.events(leg)) as events:
+                async for event in events:
+                    self._note_first(record)
+                    await client.send(event.encode())
+        except UpstreamError as error:
+            self._note_cut(record, error)
+            await client.send(Event(chunk=error.body).encode())
+
+    # Everything else
+
+    async def _pass_on(
+        self, client: Client, record: Record, body: bytes, headers: RawHeaders
+    ) -> None:
+        """Passes a request on as it is, and the answer back."""
+        scope = client.scope
+        query = scope["query_string"]
+        target = scope["raw_path"] + (b"?" + query if query else b"")
+        leg = await self.upstream.open(scope["method"], target, self._passed_headers(client), body)
+        try:
+            await self._relay(client, record, leg, headers)
+        finally:
+            await leg.close()
+
+    async def _relay(self, client: Client, record: Record, leg: Leg, more: RawHeaders) -> None:
+        """Passes an answer back as it is."""
+        record.status = leg.response.status_code
+        if record.status >= 500:
+            self.metrics.upstream_errors.labels("status").inc()
+        headers = _without(leg.response.headers.raw, set())
+        await client.start(record.status, [*headers, *more])
+        end = b""
+        try:
+            async with aclosing(leg.pieces()) as pieces:
+                async for data in pieces:
+                    self._note_first(record)
+                    await client.send(data)
+                    end = (end + data)[-2:]
+        except UpstreamError as error:
+            if not leg.is_stream:
+                raise
+            self._note_cut(record, error)
+            gap = b"" if end in (b"", b"\n\n") else b"\n\n"
+            await client.send(gap + Event(chunk=error.body).encode())
+
+    def _passed_headers(self, client: Client) -> RawHeaders:
+        headers = _without(client.raw_headers, _OF_REQUESTS)
+        return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
+
+    def _note_first(self, record: Record) -> None:
+        """Notes the first of an answer."""
+        if "first" not in record.about:
+            first = time.perf_counter() - record.started
+            record.about["first"] = round(first, 6)
+            self.metrics.first_token_seconds.observe(first)
+
+    def _note_cut(self, record: Record, error: UpstreamError) -> None:
+        """Notes that an answer which the client has begun to read will not be whole."""
+        record.outcome = "upstream error"
+        self.metrics.upstream_errors.labels(error.kind).inc()
+
+    # About the proxy itself
+
+    async def health(self, request: Request) -> Response:
+        """Whether the upstream answers."""
+        answers = False
+        with anyio.move_on_after(self.config.connect_timeout):
+            try:
+                await self.upstream.call("/v1/models", None, [])
+                answers = True
+            except UpstreamError as error:
+                answers = error.kind == "status"
+        told = {
+            "status": "ok" if answers else "upstream unreachable",
+            "upstream": "ok" if answers else "unreachable",
+            "kind": self.config.kind if self._server is None else self._server.kind,
+            "streams_in_flight": self._num_streams,
+        }
+        return JSONResponse(told, 200 if answers else 503)
+
+    async def tell_metrics(self, request: Request) -> Response:
+        """The metrics, as Prometheus reads them."""
+        content = generate_latest(self.metrics.registry)
+        return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+def create_app(config: ServeConfig) -> Starlette:
+    """The proxy, for any ASGI server.
+
+    Raises:
+        InputError: If a setting, the head or the file of keys cannot be used.
+    """
+    proxy = Proxy(config)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await proxy.upstream.close()
+
+    routes = [
+        Route("/health", proxy.health),
+        Route("/metrics", proxy.tell_metrics),
+        Route("/v1/{path:path}", proxy),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _object(body: bytes) -> Json:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RefusedError(400, "invalid_request_error", "expected a JSON object")
+    return found
+
+
+def _terms(client: Client, default: Terms) -> Terms:
+    asked = {
+        name.removeprefix(_TERMS).replace("-", "_"): value
+        for name, value in client.headers.items()
+        if name.startswith(_TERMS)
+    }
+    try:
+        return Terms.read(asked, default)
+    except InputError as error:
+        raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+
+
+def _without(headers: RawHeaders, names: set[bytes]) -> RawHeaders:
+    """Headers less some, and less those that are of one connection only."""
+    found = [(name.lower(), value) for name, value in headers]
+    own = {n.strip() for name, v in found if name == b"connection" for n in v.lower().split(b",")}
+    dropped = names | _HOP_BY_HOP | own
+    return [(name, value) for name, value in found if name not in dropped]

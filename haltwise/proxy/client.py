@@ -1,0 +1,163 @@
+"""The client's end of a request: what it sends, what it gets, and whether it is still there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from haltwise.proxy.wire import Json
+
+RawHeaders = list[tuple[bytes, bytes]]
+
+_JSON: RawHeaders = [(b"content-type", b"application/json")]
+
+
+class RefusedError(Exception):
+    """A request that is not answered; the message is for the client."""
+
+    def __init__(
+        self, status: int, kind: str, message: str, headers: RawHeaders | None = None
+    ) -> None:
+        """Takes what the client is told."""
+        super().__init__(message)
+        self.status, self.kind, self.headers = status, kind, headers or []
+
+
+class GoneError(Exception):
+    """The client has left, or does not read."""
+
+    def __init__(self, kind: str) -> None:
+        """Takes which of both."""
+        super().__init__(kind)
+        self.kind = kind
+
+
+class Client:
+    """One request.
+
+    Args:
+        scope: Of ASGI, as the other two.
+        receive: Gives what the client sends.
+        send: Takes what it gets.
+        patience: Seconds that it may neither send nor read.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, patience: float) -> None:
+        """Reads nothing yet."""
+        self.scope = scope
+        self.headers = Headers(scope=scope)
+        self.raw_headers: RawHeaders = list(scope["headers"])
+        self.has_started = False
+        """Whether it has got a status."""
+        self.is_gone = False
+        """Whether it has left, or was dropped."""
+        self._receive, self._send = receive, send
+        self._last = b""
+        self._patience = patience
+
+    async def body(self, limit: int) -> bytes:
+        """What it sends.
+
+        Raises:
+            RefusedError: If that is more than the limit, or does not come.
+            GoneError: If the client leaves.
+        """
+        length = self.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        pieces, num = [], 0
+        more = True
+        while more:
+            try:
+                async with asyncio.timeout(self._patience):
+                    message = await self._receive()
+            except TimeoutError:
+                raise RefusedError(408, "timeout", "the request's body did not come") from None
+            if message["type"] == "http.disconnect":
+                raise GoneError("disconnected")
+            pieces.append(message.get("body", b""))
+            num += len(pieces[-1])
+            if num > limit:
+                raise _too_large(limit)
+            more = message.get("more_body", False)
+        return b"".join(pieces)
+
+    @asynccontextmanager
+    async def attended(self) -> AsyncIterator[None]:
+        """Runs its block for as long as the client is there; then it is cancelled.
+
+        Raises:
+            GoneError: If it was cancelled.
+        """
+        failure: Exception | None = None
+
+        async def leave(scope: anyio.CancelScope) -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self.is_gone = True
+            scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(leave, group.cancel_scope)
+            try:
+                yield
+            except Exception as error:
+                failure = error  # a task group would wrap it
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if self.is_gone:
+            raise GoneError("disconnected")
+
+    async def start(self, status: int, headers: RawHeaders) -> None:
+        """Sends the status and the headers.
+
+        Raises:
+            GoneError: If the client does not read, as below.
+        """
+        self.has_started = True
+        await self._deliver({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send(self, data: bytes) -> None:
+        """Sends a piece of the body."""
+        await self._deliver({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def answer(self, status: int, content: Json, headers: RawHeaders | None = None) -> None:
+        """Sends JSON, once `finish` is called."""
+        self._last = json.dumps(content).encode()
+        length = (b"content-length", str(len(self._last)).encode())
+        await self.start(status, [*(headers or []), *_JSON, length])
+
+    async def finish(self) -> None:
+        """Sends what is left: a client that has its whole answer is through with the proxy."""
+        if not self.is_gone:
+            await self._deliver({"type": "http.response.body", "body": self._last})
+
+    async def drop(self) -> None:
+        """Cuts the connection; a server that cannot does so when the answer gets no end."""
+        self.is_gone = True
+        abort: Callable[[], None] | None = self.scope.get("state", {}).get("abort")
+        if abort is not None:
+            abort()
+            await asyncio.sleep(0)  # the server sees it
+
+    async def _deliver(self, message: Json) -> None:
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._send(message)
+        except TimeoutError:
+            await self.drop()
+            raise GoneError("stalled") from None
+        except OSError:
+            self.is_gone = True
+            raise GoneError("disconnected") from None
+
+
+def _too_large(limit: int) -> RefusedError:
+    return RefusedError(413, "too_large", f"request has more than {limit} bytes")

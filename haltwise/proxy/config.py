@@ -1,0 +1,159 @@
+"""What `haltwise serve` is told: its settings, and the file of API keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from haltwise.errors import InputError
+from haltwise.terms import Terms
+
+Kind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Stands between OpenAI clients and the server of an LM, and halts the LM's thoughts."""
+
+    head: Path
+    """Folder of a head trained with --probing at_halt and --groups pace distribution reflection."""
+    upstream: str = "http://127.0.0.1:8080"
+    """Where the LM's own server listens."""
+    kind: Kind = "auto"
+    """Of that server; auto asks it."""
+    host: str = "127.0.0.1"
+    """Where to listen; another one than loopback is open to the network."""
+    port: int = 8700
+    """Where to listen; 0 takes any free one."""
+    price: float | None = None
+    """Exact match per 1,000 tokens, of requests that name none; default the head's own."""
+    min_thinking_tokens: int = 0
+    """The head does not halt a shorter thought."""
+    max_thinking_tokens: int | None = None
+    """Every longer thought is closed, whatever the head says."""
+    shadow: bool = False
+    """Decide, log and count, but halt nothing."""
+    keys: Path | None = None
+    """JSON file {"API KEY": {"price": 0.5, "max_tokens": 2000}, ...}; no other key is let in."""
+    upstream_key_env: str | None = None
+    """Environment variable with the upstream's API key; default each client's own is passed on."""
+    max_streams: int = 1000
+    """Requests at a time; more are told to come back."""
+    max_body_bytes: int = 16 * 2**20
+    """Of a request."""
+    connect_timeout: float = 5.0
+    """Seconds to reach the upstream."""
+    read_timeout: float = 300.0
+    """Seconds that the upstream may be silent."""
+    send_timeout: float = 30.0
+    """Seconds that a client may not read."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests have when the proxy is told to end."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            InputError: If one is out of its range.
+        """
+        for name in ("connect_timeout", "read_timeout", "send_timeout", "drain_timeout"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} is {value}, expected seconds above 0")
+        for name in ("max_streams", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port is {self.port}, expected 0 to 65535")
+
+    @property
+    def upstream_url(self) -> str:
+        """The upstream without the "/v1" that OpenAI clients have at the end of theirs.
+
+        Raises:
+            InputError: If it is no HTTP address.
+        """
+        parts = urlsplit(self.upstream)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            raise InputError(f"upstream is {self.upstream!r}, expected like http://127.0.0.1:8080")
+        return self.upstream.rstrip("/").removesuffix("/v1")
+
+    @property
+    def upstream_key(self) -> str | None:
+        """The API key that the upstream gets from the proxy.
+
+        Raises:
+            InputError: If its environment variable is not set.
+        """
+        if self.upstream_key_env is None:
+            return None
+        key = os.environ.get(self.upstream_key_env)
+        if not key:
+            raise InputError(f"upstream_key_env: {self.upstream_key_env} is not set or empty")
+        return key
+
+    def terms(self, default_price: float) -> Terms:
+        """Terms of requests that ask for nothing.
+
+        Args:
+            default_price: The head's own.
+
+        Raises:
+            InputError: If they contradict each other.
+        """
+        price = default_price if self.price is None else self.price
+        return Terms(price, self.min_thinking_tokens, self.max_thinking_tokens)
+
+
+class Keys:
+    """The API keys that are let in, each with its terms; only their digests are kept.
+
+    Args:
+        path: The file, see `ServeConfig.keys`.
+        default: What an entry leaves out.
+
+    Raises:
+        InputError: If the file cannot be read or an entry is none. No message holds a key.
+    """
+
+    def __init__(self, path: Path, default: Terms) -> None:
+        """Reads the file."""
+        try:
+            entries = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"keys {path}: not readable ({type(error).__name__})") from None
+        if not isinstance(entries, dict) or not entries:
+            raise InputError(f'keys {path}: expected {{"API KEY": {{"price": 0.5}}, ...}}')
+        self._terms = {
+            _digest(key.encode()): _entry_terms(entry, default, f"keys {path}, entry {i}")
+            for i, (key, entry) in enumerate(entries.items(), start=1)
+        }
+
+    def terms_of(self, authorization: str | None) -> Terms | None:
+        """The terms of a request's Authorization header; None if its key is not let in.
+
+        Digests are looked up, so how long it takes tells nothing about a key.
+        """
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        return self._terms.get(_digest(key.strip().encode("latin-1", "replace")))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _entry_terms(entry: Any, default: Terms, source: str) -> Terms:
+    if not isinstance(entry, dict):
+        raise InputError(f"{source}: expected an object with price, min_tokens, max_tokens or off")
+    try:
+        return Terms.read(entry, default)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None

@@ -1,0 +1,154 @@
+"""One stream of tokens, watched by a head: a token in, whether to close the thought out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haltwise.errors import InputError
+from haltwise.features import signals_of
+from haltwise.gauge import NUM_TOP, Gauge
+from haltwise.head import HaltHead
+from haltwise.monitor import HaltMonitor
+from haltwise.reflections import num_reflections
+from haltwise.signals import Signals
+from haltwise.terms import Terms
+from haltwise.thought import PointRules, Progress
+
+#: Groups of features that a server's log probabilities and texts give.
+SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
+
+# Servers that name the likeliest tokens by their text lose some that share one.
+_FEWEST_TOP = 16
+# A word of reflection may begin so many tokens before a decision point.
+_CONTEXT = 8
+# What comes before a thought is measured with it, but is not kept for ever.
+_LONGEST_OPENING = 64
+_ROW = np.zeros(1, dtype=np.int64)
+
+
+def check_served(head: HaltHead) -> None:
+    """Refuses a head that needs more than a server shows.
+
+    Raises:
+        InputError: If it looks at forced answers, or at features that are not in SERVED_GROUPS.
+    """
+    config = head.config
+    unseen = [group for group in config.observing.groups if group not in SERVED_GROUPS]
+    if config.halting.probing != "at_halt" or unseen:
+        raise InputError(
+            f"head has probing {config.halting.probing} and groups "
+            f"{list(config.observing.groups)}, which a server does not show: "
+            "python train.py --probing at_halt --groups pace distribution reflection"
+        )
+
+
+class Watcher:
+    """Watches one thought, token by token, and tells when to close it.
+
+    Numbers that are missing or malformed never close a thought; only the cap does then.
+
+    Args:
+        head: The policy, see `check_served`.
+        rules: Of the head's halting; one object serves all streams.
+        terms: Of this request.
+        prompt: What the LM was given, or the end of it; the thought begins at once if that is
+            inside of one.
+    """
+
+    def __init__(self, head: HaltHead, rules: PointRules, terms: Terms, prompt: str = "") -> None:
+        """Starts before the first token."""
+        self.terms = terms
+        self.progress = Progress(rules, prompt)
+        """How far the thought has come."""
+        self.halted_at: int | None = None
+        """Position at which it was to be closed."""
+        self.capped = False
+        """Whether its cap closed it, and not the head."""
+        self._rules = rules
+        self._signals = signals_of(head.config.observing.groups)
+        self._monitor = HaltMonitor(head, 1)
+        self._monitor.reset(_ROW, terms)
+        self._gauge = Gauge(1)
+        # Since the newest decision point; the texts reach a little further back.
+        self._logprobs: list[float] = []
+        self._top: list[Sequence[float]] = []
+        self._texts: list[str] = []
+
+    @property
+    def num_bad_signals(self) -> int:
+        """Decision points whose numbers were missing or malformed."""
+        return int(self._monitor.num_bad_signals[0])
+
+    def add(self, text: str, logprob: float, top: Sequence[float]) -> bool:
+        """Takes in the next token.
+
+        Args:
+            text: Of the token.
+            logprob: Of the token, nats; NaN if unknown.
+            top: Log probabilities of the likeliest tokens in its place, in any order, nats.
+
+        Returns:
+            Whether to close the thought now; True once.
+        """
+        progress = self.progress
+        progress.add_text(text)
+        if self.halted_at is not None or progress.closed:
+            return False
+        if not progress.begun and len(self._texts) >= _LONGEST_OPENING:
+            self._forget(0)
+        self._logprobs.append(logprob)
+        self._top.append(top)
+        self._texts.append(text)
+        if progress.at_point and self._decides():
+            self.halted_at = progress.position
+        elif self.terms.max_tokens is not None and progress.position >= self.terms.max_tokens:
+            self.halted_at, self.capped = progress.position, True
+        return self.halted_at is not None
+
+    def _decides(self) -> bool:
+        """Whether the head closes the thought at this decision point."""
+        num, progress = len(self._logprobs), self.progress
+        rows = np.zeros(num, dtype=np.int64)
+        self._gauge.add(rows, np.array(self._logprobs), _table(self._top))
+        seen: dict[str, Any] = dict(self._gauge.read(_ROW))
+        self._gauge.reset(_ROW)
+        if "num_reflections" in self._signals:
+            number = num_reflections(range(len(self._texts)), num, self._text_of)
+            seen["num_reflections"] = np.array([number], dtype=np.float32)
+        position = np.array([progress.position])
+        left = None
+        if self._rules.max_points is not None:
+            left = np.array([self._rules.max_points - progress.num_points])
+        self._forget(_CONTEXT)
+        signals = Signals(position, **seen, points_left=left)
+        halts = bool(self._monitor.observe(signals, _ROW)[0])
+        self.capped = (
+            halts
+            and self.terms.max_tokens is not None
+            and (progress.position >= self.terms.max_tokens)
+        )
+        return halts
+
+    def _forget(self, num_texts: int) -> None:
+        """Begins to measure anew; keeps the newest texts."""
+        self._logprobs.clear()
+        self._top.clear()
+        del self._texts[: len(self._texts) - num_texts]
+
+    def _text_of(self, places: Sequence[int]) -> str:
+        return "".join(self._texts[i] for i in places)
+
+
+def _table(top: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """(N, NUM_TOP), the likeliest first; NaN where too few are known."""
+    table = np.full((len(top), NUM_TOP), -np.inf)
+    for row, values in zip(table, top, strict=True):
+        if len(values) < _FEWEST_TOP:
+            row[:] = np.nan
+        else:
+            row[: len(values)] = sorted(values, reverse=True)[:NUM_TOP]
+    return table

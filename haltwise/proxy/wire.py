@@ -1,0 +1,306 @@
+"""What goes over the wire: server-sent events, and the chunks of a completion inside of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+#: The media type of a stream of events.
+EVENT_STREAM = "text/event-stream"
+
+# No event of an honest server is longer.
+_LONGEST_EVENT = 16 * 2**20
+_NAN = float("nan")
+
+
+class UpstreamError(Exception):
+    """The upstream did not answer, or not as it should."""
+
+    def __init__(
+        self, kind: str, message: str, status: int = 502, body: Json | None = None
+    ) -> None:
+        """Takes what happened, in a word and for the client, perhaps in the server's words."""
+        super().__init__(message)
+        self.kind = kind
+        self.status = status
+        self.body = body or error_body(message, "upstream_error")
+
+
+def error_body(message: str, kind: str) -> Json:
+    """An error in the form that OpenAI's clients read."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+@dataclass(slots=True)
+class Event:
+    """One event of a stream."""
+
+    raw: bytes = b""
+    """As it came, its blank line included; empty if it was changed or made here."""
+    chunk: Json | None = None
+    """Its data; None for a comment, and for the end."""
+    is_done: bool = False
+    """Whether it says that the stream is whole."""
+
+    def encode(self) -> bytes:
+        """As it is sent on."""
+        if self.raw:
+            return self.raw
+        return b"data: %b\n\n" % json.dumps(self.chunk, separators=(",", ":")).encode()
+
+
+#: What a stream that is whole ends with.
+DONE = Event(b"data: [DONE]\n\n", is_done=True)
+
+
+class EventReader:
+    """Cuts a stream of bytes, in pieces of any length, into its events."""
+
+    def __init__(self) -> None:
+        """Starts before the first byte."""
+        self._rest: list[bytes] = []
+        self._num_rest = 0
+
+    def feed(self, data: bytes) -> Iterator[Event]:
+        """The events that a further piece completes.
+
+        Raises:
+            UpstreamError: If an event is no JSON object, does not end, or is an error.
+        """
+        self._keep(data)
+        if b"\n" not in data and b"\r" not in data:
+            return
+        data = b"".join(self._rest)
+        half = b"\r" if data.endswith(b"\r") else b""  # of an end of line, perhaps
+        if b"\r" in data:
+            data = data.removesuffix(half).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *events, rest = data.split(b"\n\n")
+        self._rest, self._num_rest = [], 0
+        self._keep(rest + half)
+        yield from (_event(text) for text in events if text)
+
+    def _keep(self, data: bytes) -> None:
+        self._rest.append(data)
+        self._num_rest += len(data)
+        if self._num_rest > _LONGEST_EVENT:
+            raise UpstreamError("malformed", "upstream sent an event that does not end")
+
+
+def _event(text: bytes) -> Event:
+    lines = [line[5:] for line in text.split(b"\n") if line.startswith(b"data:")]
+    data, raw = b"\n".join(lines).strip(), text + b"\n\n"
+    if not data:
+        return Event(raw)
+    if data == b"[DONE]":
+        return DONE
+    try:
+        chunk = json.loads(data)
+    except (ValueError, RecursionError):
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise UpstreamError("malformed", "upstream sent an event that is no JSON object")
+    if chunk.get("error"):
+        raise UpstreamError("said", "upstream sent an error", body=_error_said(chunk["error"]))
+    return Event(raw, chunk)
+
+
+def _error_said(error: Any) -> Json:
+    """The upstream's own error, with nothing missing."""
+    told = error if isinstance(error, dict) else {"message": str(error)}
+    return {"error": error_body("upstream sent an error", "upstream_error")["error"] | told}
+
+
+# Chunks
+
+
+def choice_of(chunk: Json) -> Json | None:
+    """The only choice of a chunk; None where it has none.
+
+    Raises:
+        UpstreamError: If it is malformed.
+    """
+    choices = chunk.get("choices")
+    if not choices:
+        return None
+    choice: Any = choices[0] if isinstance(choices, list) else None
+    if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
+        raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
+    found: Json = choice
+    return found
+
+
+#: Where servers put the text of a thought.
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+
+
+def texts_of(choice: Json) -> tuple[str, str]:
+    """What a chunk adds to the thought, if the server tells it apart, and to all else."""
+    delta = choice.get("delta")
+    if delta is None:
+        return "", str(choice.get("text") or "")
+    thought = next((delta[name] for name in REASONING_FIELDS if delta.get(name)), "")
+    return str(thought), str(delta.get("content") or "")
+
+
+@dataclass(slots=True)
+class Token:
+    """A generated token, as a server tells of it."""
+
+    text: str
+    logprob: float = _NAN
+    """Nats; NaN if unknown."""
+    top: list[float] | tuple[()] = ()
+    """Log probabilities of the likeliest tokens in its place; empty if unknown."""
+    id: int | None = None
+
+
+def tokens_of(choice: Json) -> list[Token]:
+    """The tokens of a choice whose log probabilities are there, in any of their two forms.
+
+    What is malformed in them is unknown, not an error.
+    """
+    logprobs = choice.get("logprobs")
+    if not isinstance(logprobs, dict):
+        return []
+    if isinstance(logprobs.get("content"), list):
+        return [_token(entry) for entry in logprobs["content"] if isinstance(entry, dict)]
+    texts = logprobs.get("tokens")
+    if not isinstance(texts, list):
+        return []
+    numbers = _padded(logprobs.get("token_logprobs"), len(texts))
+    tops = _padded(logprobs.get("top_logprobs"), len(texts))
+    return [
+        Token(str(text), _number(number), _numbers(top.values() if isinstance(top, dict) else ()))
+        for text, number, top in zip(texts, numbers, tops, strict=True)
+    ]
+
+
+def _token(entry: Json) -> Token:
+    top, token_id = entry.get("top_logprobs"), entry.get("id")
+    others = top if isinstance(top, list) else ()
+    return Token(
+        str(entry.get("token", "")),
+        _number(entry.get("logprob")),
+        _numbers(other.get("logprob") for other in others if isinstance(other, dict)),
+        token_id if isinstance(token_id, int) else None,
+    )
+
+
+def _padded(values: Any, num: int) -> list[Any]:
+    return values if isinstance(values, list) and len(values) == num else [None] * num
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else _NAN
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return [_number(value) for value in values]
+
+
+def trim_logprobs(logprobs: Any, num_top: int) -> None:
+    """Leaves as many of the likeliest tokens as the client asked for, in either form."""
+    if not isinstance(logprobs, dict):
+        return
+    content, texts, tops = (logprobs.get(n) for n in ("content", "tokens", "top_logprobs"))
+    for entry in content if isinstance(content, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("top_logprobs"), list):
+            del entry["top_logprobs"][num_top:]
+    if isinstance(texts, list) and isinstance(tops, list):
+        logprobs["top_logprobs"] = [
+            _likeliest(top, num_top, text) if isinstance(top, dict) else top
+            for text, top in zip(texts, tops, strict=False)
+        ]
+
+
+def _likeliest(top: Json, num: int, text: Any) -> Json:
+    """The likeliest entries, and the token's own beside them."""
+    kept = sorted(top, key=lambda name: -_number(top[name]))[:num]
+    return {name: top[name] for name in top if name in kept or name == text}
+
+
+def chat_logprobs(logprobs: Any) -> Any:
+    """Log probabilities in the form of chat, whichever form they have."""
+    if not isinstance(logprobs, dict) or not isinstance(logprobs.get("tokens"), list):
+        return logprobs
+    texts = logprobs["tokens"]
+    numbers = _padded(logprobs.get("token_logprobs"), len(texts))
+    tops = _padded(logprobs.get("top_logprobs"), len(texts))
+    content = [
+        _entry(text, number)
+        | {"top_logprobs": [_entry(*pair) for pair in top.items()] if isinstance(top, dict) else []}
+        for text, number, top in zip(texts, numbers, tops, strict=True)
+    ]
+    return {"content": content}
+
+
+def _entry(text: Any, logprob: Any) -> Json:
+    data = str(text).encode("utf-8", "surrogatepass")
+    return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+
+# A stream put together
+
+
+class Whole:
+    """Puts the chunks of a stream together to the answer that a client without one expects."""
+
+    def __init__(self) -> None:
+        """Starts without a chunk."""
+        self._answer: Json = {}
+        self._choice: Json = {"index": 0}
+        self._texts: Json = {}
+        self._calls: dict[int, Json] = {}
+        self._logprobs: Json = {}
+
+    def add(self, chunk: Json) -> None:
+        """Takes in the next chunk."""
+        self._answer |= {k: v for k, v in chunk.items() if k != "choices" and v is not None}
+        choice = choice_of(chunk)
+        if choice is None:
+            return
+        for name, value in choice.items():
+            if name not in ("delta", "text", "logprobs") and value is not None:
+                self._choice[name] = value
+        for name, value in (choice.get("delta") or {"text": choice.get("text")}).items():
+            self._add_text(name, value)
+        for name, values in (choice.get("logprobs") or {}).items():
+            if isinstance(values, list):
+                self._logprobs.setdefault(name, []).extend(values)
+
+    def _add_text(self, name: str, value: Any) -> None:
+        if name == "tool_calls":
+            for call in value or ():
+                _add_call(self._calls.setdefault(call.get("index", 0), {}), call)
+        elif name == "role":
+            self._texts[name] = value
+        elif isinstance(value, str):
+            self._texts[name] = self._texts.get(name, "") + value
+        elif value is not None:
+            self._texts[name] = value
+
+    def answer(self, chat: bool) -> Json:
+        """The whole answer."""
+        choice = {"finish_reason": None, "logprobs": self._logprobs or None} | self._choice
+        if chat:
+            message: Json = {"role": "assistant", "content": None} | self._texts
+            if self._calls:
+                message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
+                message["content"] = message["content"] or None
+            choice["message"] = message
+        else:
+            choice["text"] = self._texts.get("text", "")
+        kind = "chat.completion" if chat else "text_completion"
+        return self._answer | {"object": kind, "choices": [choice]}
+
+
+def _add_call(call: Json, part: Json) -> None:
+    """Adds a part to a tool call: the texts of its function grow, all else is told once."""
+    function = call.setdefault("function", {})
+    for name, value in (part.get("function") or {}).items():
+        function[name] = function.get(name, "") + (value or "")
+    call |= {k: v for k, v in part.items() if k not in ("function", "index") and v}

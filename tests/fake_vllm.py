@@ -1,0 +1,245 @@
+"""The two interfaces of vLLM's logits processors, and engines that drive one as vLLM does.
+
+The real ones run in tests/vllm_engine.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from importlib import import_module
+from random import Random
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+Lm = Callable[["Request"], Tensor]
+
+PLACEHOLDER = -1
+
+
+class MoveDirectionality(Enum):
+    UNIDIRECTIONAL = auto()
+    SWAP = auto()
+
+
+@dataclass(frozen=True)
+class BatchUpdate:
+    batch_size: int
+    removed: list[int]
+    added: list[Any]
+    moved: list[tuple[int, int, MoveDirectionality]]
+
+
+class V1Processor(ABC):
+    @abstractmethod
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None: ...
+
+    @abstractmethod
+    def apply(self, logits: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def is_argmax_invariant(self) -> bool: ...
+
+    @abstractmethod
+    def update_state(self, batch_update: BatchUpdate | None) -> None: ...
+
+
+class V2Processor(ABC):  # noqa: B024
+    def apply_staged_writes(self) -> None:  # noqa: B027
+        pass
+
+
+@contextmanager
+def plugin(has_v2: bool = True) -> Iterator[Any]:
+    """The module haltwise.vllm, imported beside these interfaces."""
+    interfaces: dict[str, dict[str, Any]] = {
+        "vllm.v1.sample.logits_processor": {
+            "LogitsProcessor": V1Processor,
+            "MoveDirectionality": MoveDirectionality,
+        },
+        "vllm.tokenizers": {"cached_tokenizer_from_config": lambda config: config.tokenizer},
+    }
+    of_v2 = "vllm.v1.worker.gpu.sample.logits_processor"
+    if has_v2:
+        interfaces[of_v2] = {"LogitsProcessor": V2Processor}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, content in interfaces.items():
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                part = ".".join(parts[:end])
+                if part not in sys.modules:
+                    patch.setitem(sys.modules, part, ModuleType(part))
+            vars(sys.modules[name]).update(content)
+        if not has_v2:
+            patch.setitem(sys.modules, of_v2, None)
+        patch.delitem(sys.modules, "haltwise.vllm", raising=False)
+        yield import_module("haltwise.vllm")
+        sys.modules.pop("haltwise.vllm")
+
+
+def config(folder: str | None, tokenizer: Any, **changes: Any) -> Any:
+    """A vLLM config, as far as processors read it; more of `haltwise` by keyword."""
+    stated = {} if folder is None else {"head": folder}
+    return SimpleNamespace(
+        additional_config={"haltwise": stated | changes},
+        speculative_config=None,
+        model_config=SimpleNamespace(
+            tokenizer=tokenizer,
+            logits_processors=["haltwise.vllm:HaltProcessor"],
+            get_vocab_size=lambda: len(tokenizer),
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=4, async_scheduling=True),
+        parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1),
+    )
+
+
+@dataclass
+class Request:
+    """One request and what was generated for it."""
+
+    name: int
+    prompt: list[int]
+    num_tokens: int
+    asked: dict[str, Any] = field(default_factory=dict)
+    output: list[int] = field(default_factory=list)
+    num_chunks: int = 1
+    """Steps that prefill takes."""
+
+    def __post_init__(self) -> None:
+        self.params = SimpleNamespace(extra_args=dict(self.asked))
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.output) >= self.num_tokens
+
+    def take(self, logits: Tensor) -> None:
+        """Takes the likeliest token, or throws it away in prefill."""
+        self.num_chunks -= 1
+        if self.num_chunks < 1:
+            self.output.append(int(logits.argmax()))
+
+
+class V1Engine:
+    """Batches requests as the V1 model runner does, in an order drawn at random.
+
+    Requests are preempted and come back, rows are condensed and swapped.
+    """
+
+    def __init__(self, processor: Any, lm: Lm, order: Random, is_async: bool = False) -> None:
+        self.processor, self.lm, self.order, self.is_async = processor, lm, order, is_async
+        self.rows: list[Request] = []
+        # What the processor was given: vLLM makes a new list when a request comes back.
+        self.shown: dict[int, list[int]] = {}
+
+    def run(self, requests: list[Request], max_num_reqs: int = 4) -> None:
+        waiting = list(requests)
+        while waiting or self.rows:
+            self.processor.update_state(self.schedule(waiting, max_num_reqs))
+            if self.rows:
+                self.step()
+
+    def schedule(self, waiting: list[Request], max_num_reqs: int) -> BatchUpdate | None:
+        rows: list[Request | None] = list(self.rows)
+        for row, request in enumerate(self.rows):
+            if request.is_done or self.order.random() < 0.05:
+                rows[row] = None
+                if not request.is_done:
+                    waiting.insert(0, request)
+        removed = [row for row, request in enumerate(rows) if request is None]
+        added: list[Any] = []
+        moved: list[Any] = []
+        while waiting and len(rows) - len(removed) < max_num_reqs and self.order.random() < 0.7:
+            if not removed:
+                rows.append(None)
+            row = removed.pop(0) if removed else len(rows) - 1
+            rows[row] = request = waiting.pop(0)
+            added.append((row, request.params, request.prompt, self.show(request)))
+        while None in rows:
+            last = rows.pop()
+            if last is not None:
+                hole = rows.index(None)
+                rows[hole] = last
+                removed.remove(hole)
+                moved.append((len(rows), hole, MoveDirectionality.UNIDIRECTIONAL))
+        self.rows = [request for request in rows if request is not None]
+        if len(self.rows) > 1 and self.order.random() < 0.3:
+            one, other = self.order.sample(range(len(self.rows)), 2)
+            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+            moved.append((one, other, MoveDirectionality.SWAP))
+        if not (removed or added or moved):
+            return None
+        return BatchUpdate(len(self.rows), removed, added, moved)
+
+    def show(self, request: Request) -> list[int]:
+        request.num_chunks = self.order.choice([1, 1, 2, 3])
+        self.shown[request.name] = list(request.output) if self.is_async else request.output
+        return self.shown[request.name]
+
+    def step(self) -> None:
+        logits = torch.stack([self.lm(request) for request in self.rows])
+        for request, row in zip(self.rows, self.processor.apply(logits), strict=True):
+            request.take(row)
+            self.shown[request.name][:] = request.output
+
+
+class V2Engine:
+    """Gives requests slots as the V2 model runner does, in an order drawn at random."""
+
+    def __init__(self, processor: Callable[[Any], Any], lm: Lm, order: Random) -> None:
+        self.lm, self.order = lm, order
+        self.tokens = torch.zeros(4, 256, dtype=torch.int32)
+        self.states = SimpleNamespace(
+            device=torch.device("cpu"),
+            max_num_reqs=4,
+            all_token_ids=SimpleNamespace(gpu=self.tokens),
+            prompt_len=SimpleNamespace(np=np.zeros(4, dtype=np.int32)),
+            prefill_len=SimpleNamespace(np=np.zeros(4, dtype=np.int32)),
+        )
+        self.processor = processor(self.states)
+        self.slots: dict[int, Request] = {}
+
+    def run(self, requests: list[Request]) -> None:
+        waiting = list(requests)
+        while waiting or self.slots:
+            self.slots = {s: r for s, r in self.slots.items() if not r.is_done}
+            while waiting and len(self.slots) < 4 and self.order.random() < 0.7:
+                self.add(waiting.pop(0))
+            self.processor.apply_staged_writes()
+            if self.slots:
+                self.step()
+
+    def add(self, request: Request) -> None:
+        slot = self.order.choice(sorted(set(range(4)) - set(self.slots)))
+        self.slots[slot] = request
+        known = [*request.prompt, *request.output]
+        self.states.prompt_len.np[slot] = len(request.prompt)
+        self.states.prefill_len.np[slot] = len(known)
+        self.tokens[slot, : len(known)] = torch.tensor(known)
+        request.num_chunks = min(self.order.choice([1, 1, 2]), len(request.prompt))
+        self.processor.add_request(slot, request.params)
+
+    def step(self) -> None:
+        slots = self.order.sample(sorted(self.slots), self.order.randint(1, len(self.slots)))
+        batch = [self.slots[slot] for slot in slots]
+        lengths = [len(r.prompt) + len(r.output) - max(r.num_chunks - 1, 0) for r in batch]
+        newest = [int(self.tokens[s, n - 1]) for s, n in zip(slots, lengths, strict=True)]
+        ctx = SimpleNamespace(
+            idx_mapping_np=np.array(slots, dtype=np.int32),
+            seq_lens_upper_bound_np=np.array([*lengths, 0], dtype=np.int32),
+            input_ids=torch.tensor(newest, dtype=torch.int32),
+        )
+        logits = torch.stack([self.lm(request) for request in batch])
+        for slot, request, row in zip(slots, batch, self.processor.apply(logits, ctx), strict=True):
+            request.take(row)
+            if request.output:
+                place = len(request.prompt) + len(request.output) - 1
+                self.tokens[slot, place] = request.output[-1]
