@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,10 +39,15 @@ _NUM_HIDDEN = 64
 _NUM_PROMPT = 32
 
 
+LMName = Literal["embedded", "135M", "0.6B"]
+
+
 @dataclass(frozen=True)
 class OverheadConfig:
     """A head beside `generate`."""
 
+    lms: tuple[LMName, ...] = ("embedded", "135M", "0.6B")
+    """Which; without a GPU 0.6B is left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
     """Rows."""
     num_tokens: int = 64
@@ -50,20 +55,18 @@ class OverheadConfig:
     every: int = 16
     """Thinking tokens between decision points."""
     vocab_size: int = 49_152
-    """Of the LMs with random weights; on a GPU that of Qwen3, 151,936."""
+    """Of the 135M LM."""
 
 
 def measure(config: OverheadConfig, repeats: int) -> list[Result]:
     """Tokens a second with and without a head, and the ratio of the times, for each LM."""
-    lms: dict[str, Callable[[], LanguageModel]] = {
+    load: dict[LMName, Callable[[], LanguageModel]] = {
         "embedded": partial(LanguageModel.load, EMBEDDED),
         "135M": partial(random_lm, _shape_135m(config.vocab_size), "cpu"),
+        "0.6B": partial(random_lm, _shape_600m(), "cuda"),
     }
-    if torch.cuda.is_available():
-        lms["0.6B"] = partial(random_lm, _shape_600m(), "cuda")
-    return [
-        result for name, load in lms.items() for result in _of_lm(name, load(), config, repeats)
-    ]
+    names = [name for name in config.lms if name != "0.6B" or torch.cuda.is_available()]
+    return [result for name in names for result in _of_lm(name, load[name](), config, repeats)]
 
 
 def _of_lm(name: str, lm: LanguageModel, config: OverheadConfig, repeats: int) -> list[Result]:

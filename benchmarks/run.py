@@ -107,7 +107,9 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(Part):
         for name, value in vars(getattr(config, part)).items():
-            if not isinstance(value, PPOConfig) and min(np.ravel(value), default=0) <= 0:
+            if name == "lms" or isinstance(value, PPOConfig):
+                continue
+            if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")
     if not config.json.absolute().parent.is_dir():
         raise InputError(f"{config.json}: no such folder, expected one to write into")

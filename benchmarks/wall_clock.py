@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.timing import Result
 from haltwise import MEAN_LOGPROB, HaltHead, Halting
 from haltwise.decoder import Decoder
-from haltwise.hf import Halter
+from haltwise.hf import Halter, RowReport
 from haltwise.processor import HaltProcessor
 from haltwise.refill import generate_all
 from lms.embedded import CLOSE, EMBEDDED
@@ -73,7 +73,7 @@ def _head(folder: str) -> tuple[HaltHead, float]:
     return HaltHead.load(path), float(gates["0.01"]["head"])
 
 
-def _compare(label: str, works: dict[str, Work], repeats: int) -> list[Result]:
+def _compare(label: str, works: Mapping[str, Work], repeats: int) -> list[Result]:
     """What each saves of the first one's tokens and time; contestants take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     tokens: dict[str, int] = {}
@@ -123,7 +123,7 @@ def _in_batches(
             max_new_tokens=max_tokens,
             **arguments,
         )
-        reports = halter.report if halter else [None] * len(prompts)
+        reports: list[RowReport | None] = [*halter.report] if halter else [None] * len(prompts)
         for row, report in zip(out[:, ids.shape[1] :].tolist(), reports, strict=True):
             num += _num_tokens(lm, row, report)
     return num
@@ -140,13 +140,18 @@ def _arguments(
     return {"custom_generate": halter}, halter
 
 
-def _num_tokens(lm: LanguageModel, row: list[int], report: Any) -> int:
-    """Tokens generated for a row; the answer of a halted one was generated when it was probed."""
+def _num_tokens(lm: LanguageModel, row: list[int], report: RowReport | None) -> int:
+    """Tokens generated for a row.
+
+    Args:
+        lm: Whose pad token fills up rows.
+        row: All that follows the prompt.
+        report: Of a head that probes: it has generated a halted row's answer when it probed.
+    """
     if report is not None and report.halted:
-        return int(report.position + report.num_probe_tokens)
-    pad = lm.tokenizer.pad_token_id
-    num = sum(token != pad for token in row)
-    return num + (report.num_probe_tokens if report is not None else 0)
+        return report.position + report.num_probe_tokens
+    num_probe_tokens = 0 if report is None else report.num_probe_tokens
+    return num_probe_tokens + sum(1 for token in row if token != lm.tokenizer.pad_token_id)
 
 
 def _refilled(
@@ -157,7 +162,8 @@ def _refilled(
     answers = generate_all(
         lm.model, lm.tokenizer, head, prompts, config.num_slots, config.max_tokens, price
     )
-    return sum(_num_tokens(lm, answer.ids, answer.report) for answer in answers)
+    probes = head.config.halting.probing == "always"
+    return sum(_num_tokens(lm, done.ids, done.report if probes else None) for done in answers)
 
 
 def _refilled_plain(lm: LanguageModel, asked: list[Question], config: WallClockConfig) -> int:

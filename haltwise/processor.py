@@ -176,7 +176,7 @@ class HaltProcessor(LogitsProcessor):
             self._meter.reset(points)
             self._monitor.observe(signals, points)
         begun = np.array([i for i in is_open if self._rows[i].thought.begun], dtype=np.int64)
-        positions = np.array([self._rows[i].thought.position for i in begun.tolist()])
+        positions = np.array([self._rows[i].thought.position for i in begun], dtype=np.int64)
         for i in begun[self._monitor.cap(begun, positions)].tolist():
             self._rows[i].halted = True
             self._rows[i].pending.extend(self._rules.close_ids)

@@ -143,7 +143,8 @@ class _Job:
         if not self._looks:
             self._decoder.close(np.array(halting, dtype=np.int64))
             return {}
-        probes |= self._force(np.setdiff1d(halting, here))
+        unseen = [slot for slot in halting if slot not in probes]
+        probes |= self._force(np.array(unseen, dtype=np.int64))
         return {slot: probes[slot] for slot in halting}
 
     def _force(self, slots: Index) -> dict[int, Probe]:

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from agents.ppo import PPOConfig
-from benchmarks import memory
+from benchmarks import memory, overhead, wall_clock
 from benchmarks.environment import GROUPS, EnvironmentConfig, benchmark_observing, replay_env
 from benchmarks.memory import MemoryConfig
+from benchmarks.overhead import OverheadConfig
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
 from benchmarks.ppo import PPOBenchConfig
 from benchmarks.recorder import RecorderConfig, long_questions
 from benchmarks.run import BenchConfig, main
 from benchmarks.synthetic import synthetic_rows, synthetic_traces
 from benchmarks.timing import rate, take_turns
+from benchmarks.wall_clock import WallClockConfig
 from collect import record
 from command import run
 from envs.replay import point_features
@@ -135,10 +137,33 @@ def test_contestants_take_turns() -> None:
     assert (ratio.name, ratio.unit, ratio.values) == ("b / a", "x", (22 / 11, 23 / 14, 26 / 15))
 
 
-def test_a_rate_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_work_over_time() -> None:
     clock = iter([10.0, 10.5, 11.0, 12.0])
-    monkeypatch.setattr("benchmarks.timing.time.process_time", lambda: next(clock))
-    assert rate(lambda: 3, seconds=1.5) == 9 / 2.0
+    assert rate(lambda: 3, seconds=1.5, clock=lambda: next(clock)) == 9 / 2.0
+
+
+def test_a_head_that_never_halts_is_timed_beside_the_same_tokens() -> None:
+    config = OverheadConfig(lms=("embedded",), batch_sizes=(1, 2), num_tokens=20, every=8)
+    results = overhead.measure(config, repeats=2)
+    assert [result.name for result in results] == [
+        f"{prefix}embedded, batch {size}: {what}"
+        for size in (1, 2)
+        for prefix, what in (
+            ("", "generate"),
+            ("", "with a head"),
+            ("time: ", "with a head / without"),
+        )
+    ]
+    assert min(value for result in results for value in result.values) > 0
+
+
+def test_tokens_saved_do_not_depend_on_how_many_run_at_once() -> None:
+    config = WallClockConfig(num_questions=4, num_slots=2, batch_sizes=(2,), max_tokens=120)
+    results = wall_clock.measure(config, repeats=1)
+    for head in ("probing head", "head that does not probe"):
+        saved = [r.median for r in results if r.name.endswith(f"{head}: tokens saved")]
+        assert len(saved) == 3 and 20 < saved[0] < 90
+        assert saved == pytest.approx([saved[0]] * 3, abs=1e-9)
 
 
 def test_parts_yield_their_lines_and_json(

@@ -84,13 +84,15 @@ def test_answers_by_hand() -> None:
     (halted,) = answers(model, blind, prompts=["5 <think>"], price=ALWAYS, min_tokens=6)
     assert TOKENIZER.decode(halted.ids) == ". . . . . . . . so </think> 7 <eos>"
     assert (halted.report.reason, halted.report.position) == ("halted", 8)
-    for policy, num_probe_tokens in ((head(), 2), (blind, 0)):
-        (capped,) = answers(model, policy, prompts=["5 <think>"], price=0, max_tokens=6)
-        close = "so " * (policy is blind) + "</think>"
-        assert TOKENIZER.decode(capped.ids) == f". . . . . . {close} 7 <eos>"
-        report = capped.report
-        assert (report.reason, report.position) == ("capped", 6)
-        assert report.num_probe_tokens == num_probe_tokens
+    # A cap between decision points, and one at a point where nobody asks the head.
+    for cap in (6, 8):
+        for policy, num_probe_tokens in ((head(), 2), (blind, 0)):
+            (capped,) = answers(model, policy, prompts=["5 <think>"], price=0, max_tokens=cap)
+            close = "so " * (policy is blind) + "</think>"
+            assert TOKENIZER.decode(capped.ids) == f"{'. ' * cap}{close} 7 <eos>"
+            report = capped.report
+            assert (report.reason, report.position) == ("capped", cap)
+            assert report.num_probe_tokens == num_probe_tokens
 
 
 @pytest.mark.parametrize("budget", [5, 6, 7])

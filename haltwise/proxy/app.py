@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from urllib.parse import unquote
 
 import anyio
@@ -26,7 +24,8 @@ from haltwise.proxy.client import Client, GoneError, RawHeaders, RefusedError
 from haltwise.proxy.config import Keys, ServeConfig
 from haltwise.proxy.legs import Leg
 from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.relay import Completion
+from haltwise.proxy.record import Record
+from haltwise.proxy.relay import Completion, Setting
 from haltwise.proxy.upstream import Server, Upstream, find_server
 from haltwise.proxy.watcher import check_served
 from haltwise.proxy.wire import Event, Json, UpstreamError, error_body
@@ -47,26 +46,6 @@ _TERMS = "x-haltwise-"
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
 
-@dataclass
-class Record:
-    """What is logged of a request; nothing that was said, and no key."""
-
-    endpoint: str
-    request: str = field(default_factory=lambda: uuid.uuid4().hex)
-    outcome: str = "ok"
-    status: int | None = None
-    model: str = ""
-    started: float = field(default_factory=time.perf_counter)
-    about: Json = field(default_factory=dict)
-    """Terms, and how the thought ended."""
-
-    def line(self) -> str:
-        """One line of JSON."""
-        told = {name: value for name, value in asdict(self).items() if name != "about"}
-        told["seconds"] = round(time.perf_counter() - told.pop("started"), 6)
-        return json.dumps(told | self.about)
-
-
 class Proxy:
     """Everything that the requests share.
 
@@ -81,10 +60,12 @@ class Proxy:
         """Reads the head and the keys."""
         self.config = config
         self.metrics = Metrics()
-        self._head = HaltHead.load(config.head)
-        check_served(self._head)
-        self._rules = PointRules(self._head.config.halting)
-        self._terms = config.terms(self._head.config.default_price)
+        head = HaltHead.load(config.head)
+        check_served(head)
+        self._halting = head.config.halting
+        self._rules = PointRules(self._halting)
+        self._terms = config.terms(head.config.default_price)
+        self._setting = Setting(head, self.metrics, config.shadow, config.read_timeout)
         self._keys = None if config.keys is None else Keys(config.keys, self._terms)
         self.upstream = Upstream(config)
         self._server: Server | None = None
@@ -95,15 +76,16 @@ class Proxy:
         """Answers a request under /v1."""
         client = Client(scope, receive, send, self.config.send_timeout)
         posts = scope["method"] == "POST"
-        record = Record(_ENDPOINTS.get(scope["path"], "other") if posts else "other")
+        endpoint = _ENDPOINTS.get(scope["path"], "other") if posts else "other"
+        record = Record(endpoint, self.metrics)
         try:
             await self._answer(client, record)
         except RefusedError as error:
             record.outcome, record.status = error.kind, error.status
             await self._refuse(client, error_body(str(error), error.kind), record, error.headers)
         except UpstreamError as error:
-            record.outcome, record.status = "upstream error", error.status
-            self.metrics.upstream_errors.labels(error.kind).inc()
+            record.note_error(error)
+            record.status = error.status
             await self._refuse(client, error.body, record, [])
         except GoneError as error:
             record.outcome = error.kind
@@ -112,8 +94,7 @@ class Proxy:
             record.outcome, record.status = "defect", 500
             await self._refuse(client, error_body("the proxy failed", "defect"), record, [])
         finally:
-            self.metrics.requests.labels(record.endpoint, record.outcome).inc()
-            log.info(record.line())
+            record.close()
         with suppress(GoneError):
             await client.finish()
 
@@ -168,8 +149,7 @@ class Proxy:
         """Answers a request for a completion."""
         asked = Asked(record.endpoint == "chat", _object(body))
         terms = _terms(client, default)
-        record.model = str(asked.body.get("model", ""))[:100]
-        record.about = asdict(terms)
+        record.about = {"model": str(asked.body.get("model", ""))[:100], **asdict(terms)}
         off = terms.price == 0 and terms.max_tokens is None
         why_not = "off" if off else asked.why_not()
         if why_not is None:
@@ -177,10 +157,7 @@ class Proxy:
             why_not = server.why_not(asked)
         if why_not is None:
             headers = self._passed_headers(client)
-            completion = Completion(
-                asked, terms, headers, server, self._head, self.metrics,
-                self.config.shadow, self.config.read_timeout,
-            )  # fmt: skip
+            completion = Completion(asked, terms, headers, server, self._setting)
             try:
                 why_not = await self._watch(client, record, completion)
             finally:
@@ -197,7 +174,7 @@ class Proxy:
         async with self._finding:
             if self._server is not None:
                 return self._server
-            close_text = self._head.config.halting.close_text
+            close_text = self._halting.close_text
             headers = self._passed_headers(client)
             try:
                 self._server = await find_server(
@@ -227,7 +204,7 @@ class Proxy:
                 await self._stream(client, record, completion, leg, headers)
             else:
                 answer = await completion.whole(leg)
-                self._note_first(record)
+                record.note_first()
                 told = json.dumps(answer["usage"]["haltwise"]).encode()
                 await client.answer(200, answer, [*headers, (b"x-haltwise", told)])
                 record.status = 200
@@ -245,10 +222,10 @@ class Proxy:
         try:
             async with aclosing(completion.events(leg)) as events:
                 async for event in events:
-                    self._note_first(record)
+                    record.note_first()
                     await client.send(event.encode())
         except UpstreamError as error:
-            self._note_cut(record, error)
+            record.note_error(error)
             await client.send(Event(chunk=error.body).encode())
 
     # Everything else
@@ -277,31 +254,19 @@ class Proxy:
         try:
             async with aclosing(leg.pieces()) as pieces:
                 async for data in pieces:
-                    self._note_first(record)
+                    record.note_first()
                     await client.send(data)
                     end = (end + data)[-2:]
         except UpstreamError as error:
             if not leg.is_stream:
                 raise
-            self._note_cut(record, error)
+            record.note_error(error)
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"
             await client.send(gap + Event(chunk=error.body).encode())
 
     def _passed_headers(self, client: Client) -> RawHeaders:
         headers = _without(client.raw_headers, _OF_REQUESTS)
         return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
-
-    def _note_first(self, record: Record) -> None:
-        """Notes the first of an answer."""
-        if "first" not in record.about:
-            first = time.perf_counter() - record.started
-            record.about["first"] = round(first, 6)
-            self.metrics.first_token_seconds.observe(first)
-
-    def _note_cut(self, record: Record, error: UpstreamError) -> None:
-        """Notes that an answer which the client has begun to read will not be whole."""
-        record.outcome = "upstream error"
-        self.metrics.upstream_errors.labels(error.kind).inc()
 
     # About the proxy itself
 

@@ -244,7 +244,9 @@ class Skip:
         self._reasons |= bool(thought)
         num = self._num_new(text)
         self._is_over = num > 0
-        _keep_last(choice, num)
+        new = self._text[len(self._text) - num :]
+        border = max(num - len(text), 0) if thought else 0
+        _replace_texts(choice, new[:border], new[border:])
         return self._is_over or bool(choice.get("finish_reason"))
 
     def _num_new(self, text: str) -> int:
@@ -259,11 +261,7 @@ class Skip:
         return 0 if end < 0 else len(self._text) - end
 
 
-def _keep_last(choice: Json, num: int) -> None:
-    """Keeps the last characters of a choice, whose thought comes before its text."""
+def _replace_texts(choice: Json, thought: str, text: str) -> None:
     part = choice.get("delta", choice)
-    for name in ("text", "content", *REASONING_FIELDS):
-        value = part.get(name)
-        if isinstance(value, str) and value:
-            part[name] = value[len(value) - num :] if num < len(value) else value
-            num -= min(num, len(value))
+    for names, value in ((REASONING_FIELDS, thought), (("content", "text"), text)):
+        part.update({name: value for name in names if part.get(name)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import anyio
 
@@ -39,6 +39,20 @@ _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_
 _OF_CHOICE = ("index", "delta", "text", "logprobs", "finish_reason")
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all completions have in common."""
+
+    head: HaltHead
+    """The policy."""
+    metrics: Metrics
+    """Where they are counted."""
+    shadow: bool
+    """Whether they only tell what they would have done."""
+    patience: float
+    """Seconds to wait for a second leg."""
+
+
 class Completion:
     """One completion that is watched, from the first token to the last.
 
@@ -47,10 +61,7 @@ class Completion:
         terms: On which its thought is watched.
         headers: What the upstream gets of the client's.
         server: The LM's.
-        head: The policy.
-        metrics: Where it is counted.
-        shadow: Whether it only tells what it would have done.
-        patience: Seconds to wait for a second leg.
+        setting: As for all others.
     """
 
     def __init__(
@@ -59,10 +70,7 @@ class Completion:
         terms: Terms,
         headers: Headers,
         server: Server,
-        head: HaltHead,
-        metrics: Metrics,
-        shadow: bool,
-        patience: float,
+        setting: Setting,
     ) -> None:
         """Starts before the first token."""
         self.asked = asked
@@ -70,9 +78,10 @@ class Completion:
         """Tokens of each leg."""
         self.halted = False
         """Whether the proxy closed the thought."""
-        self._headers, self._server, self._metrics = headers, server, metrics
-        self._terms, self._shadow, self._patience = terms, shadow, patience
-        self._watcher = Watcher(head, server.rules, terms, "" if asked.chat else asked.prompt)
+        self._headers, self._server = headers, server
+        self._terms, self._setting = terms, setting
+        prompt = "" if asked.chat else asked.prompt
+        self._watcher = Watcher(setting.head, server.rules, terms, prompt)
         self._seen = Seen()
         self._legs: list[Leg] = []
         self._held: Held | None = None
@@ -170,14 +179,14 @@ class Completion:
         report: Json = {"halted": self.halted, "reason": self.reason, "position": self.position}
         report |= {"price": self._terms.price, "legs": legs}
         at = self._watcher.halted_at
-        if self._shadow and at is not None:
+        if self._setting.shadow and at is not None:
             shadow = {"reason": "capped" if self._watcher.capped else "halted", "position": at}
             report["shadow"] = shadow | {"saved_tokens": self.position - at}
         return report
 
     def count(self) -> None:
         """Adds it to the metrics, once it has ended."""
-        report, metrics = self.report(), self._metrics
+        report, metrics = self.report(), self._setting.metrics
         metrics.thoughts.labels(report["reason"]).inc()
         metrics.thinking_tokens.inc(self._watcher.progress.position)
         metrics.bad_signals.inc(self._watcher.num_bad_signals)
@@ -234,7 +243,7 @@ class Completion:
         self._thinks &= not progress.closed
         budget = self.asked.max_tokens
         in_budget = budget is None or self._seen.num_tokens < budget
-        return halts and self._decides and in_budget and not self._shadow
+        return halts and self._decides and in_budget and not self._setting.shadow
 
     def _feed(self, tokens: list[Token]) -> bool:
         """Feeds the watcher; whether to halt at one of the tokens."""
@@ -244,7 +253,7 @@ class Completion:
                 num_points, started = watcher.progress.num_points, time.perf_counter()
                 halts |= watcher.add(token.text, token.logprob, token.top)
                 if watcher.progress.num_points > num_points:
-                    self._metrics.decision_seconds.observe(time.perf_counter() - started)
+                    self._setting.metrics.decision_seconds.observe(time.perf_counter() - started)
         except Exception:
             log.exception("a decision failed: the LM thinks on")
             self._thinks = False
@@ -284,7 +293,7 @@ class Completion:
     def _fall_back(self, reason: str) -> None:
         """Lets the LM think on."""
         self._decides = False
-        self._metrics.fallbacks.labels(reason).inc()
+        self._setting.metrics.fallbacks.labels(reason).inc()
 
     async def _ends_by_itself(self) -> bool:
         """Whether the server ends the running thought when told."""
@@ -331,7 +340,7 @@ class Completion:
         Raises:
             UpstreamError: If it does not, or thinks on.
         """
-        with anyio.move_on_after(self._patience):
+        with anyio.move_on_after(self._setting.patience):
             leg = await self._ask(body)
             choice = await leg.first_choice() if leg.is_stream else None
             if choice is not None and not texts_of(choice)[0]:

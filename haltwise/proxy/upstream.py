@@ -6,6 +6,7 @@ import itertools
 import json
 from typing import Any
 
+import anyio
 import httpx2
 
 from haltwise.gauge import NUM_TOP
@@ -16,6 +17,8 @@ from haltwise.proxy.wire import Json, UpstreamError
 from haltwise.thought import PointRules, Progress
 
 _STREAMS_A_POOL = 16
+# Answers to questions that hang on what clients send are kept for so many.
+_MOST_KEPT = 1000
 # Tokens of its context that SGLang may keep for itself.
 _RESERVED = 16
 
@@ -175,6 +178,8 @@ class Server:
                 rendered = await self.rendered(asks, headers)
             except UpstreamError:
                 return False
+            if len(self._opens) >= _MOST_KEPT:
+                self._opens.clear()
             self._opens[key] = Progress(self.rules, rendered).begun
         return self._opens[key]
 
@@ -195,6 +200,8 @@ class Vllm(Server):
     def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
         """As of any server."""
         super().__init__(upstream, rules, close_text)
+        # What is asked once, however many streams need it at a time.
+        self._asking = anyio.Lock()
         self._close_ids: dict[str, list[int]] = {}
         self._context: int | None = None
 
@@ -217,19 +224,20 @@ class Vllm(Server):
         """The body that goes on from ids: what has no limit in a chat has 16 in completions."""
         body = asked.continued(prompt=ids)
         if asked.chat and asked.max_tokens is None:
-            if self._context is None:
-                self._context = await self._ask_context(headers)
-            body["max_tokens"] = max(self._context - len(ids) - _RESERVED, 1)
+            context = await self._context_length(headers)
+            body["max_tokens"] = max(context - len(ids) - _RESERVED, 1)
         return body
 
-    async def _ask_context(self, headers: Headers) -> int:
-        """Tokens of prompt and answer together."""
-        models: Any = (await self.upstream.call("/v1/models", None, headers)).get("data")
-        lengths = [model.get("max_model_len") for model in models or ()]
-        found = [length for length in lengths if isinstance(length, int)]
-        if not found:
-            raise CannotContinue("context length")
-        return found[0]
+    async def _context_length(self, headers: Headers) -> int:
+        """Tokens that prompt and answer can have together."""
+        async with self._asking:
+            if self._context is None:
+                told = await self.upstream.call("/v1/models", None, headers)
+                lengths = [model.get("max_model_len") for model in told.get("data") or ()]
+                self._context = next((n for n in lengths if isinstance(n, int)), None)
+            if self._context is None:
+                raise CannotContinue("context length")
+            return self._context
 
     async def text_ids(self, asked: Asked, text: str, headers: Headers) -> list[int]:
         """Ids of a text.
@@ -237,15 +245,16 @@ class Vllm(Server):
         Raises:
             UpstreamError: If the server does not tell.
         """
-        model = str(asked.body.get("model"))
-        if text == self.close_text and model in self._close_ids:
+        asks = asked.named("model") | {"prompt": text, "add_special_tokens": False}
+        if text != self.close_text:
+            return await self.ids_of(asks, headers)
+        async with self._asking:
+            model = str(asked.body.get("model"))
+            if model not in self._close_ids:
+                if len(self._close_ids) >= _MOST_KEPT:
+                    self._close_ids.clear()
+                self._close_ids[model] = await self.ids_of(asks, headers)
             return self._close_ids[model]
-        ids = await self.ids_of(
-            asked.named("model") | {"prompt": text, "add_special_tokens": False}, headers
-        )
-        if text == self.close_text:
-            self._close_ids[model] = ids
-        return ids
 
     async def ids_of(self, asks: Json, headers: Headers) -> list[int]:
         """Ids of what is asked for.

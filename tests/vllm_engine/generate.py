@@ -1,7 +1,7 @@
 """Runs one vLLM engine in a process of its own: python generate.py FILE, JSON on its input.
 
 In: {"runner": "v1" | "v2", "options": of LLM, "batches": [[[prompt, of SamplingParams], ...], ...]}
-FILE: {"runner", "is_async": what ran, "batches": token ids, "seconds": of each batch}
+FILE: {"runner": the one that ran, "batches": token ids, "seconds": of each batch}
 """
 
 import json
@@ -39,13 +39,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["options"], enforce_eager=True, enable_prefix_caching=False)
-    config = llm.llm_engine.vllm_config
-    done: dict[str, Any] = {
-        "runner": "v2" if config.use_v2_model_runner else "v1",
-        "is_async": config.scheduler_config.async_scheduling,
-        "batches": [],
-        "seconds": [],
-    }
+    is_v2 = llm.llm_engine.vllm_config.use_v2_model_runner
+    done: dict[str, Any] = {"runner": "v2" if is_v2 else "v1", "batches": [], "seconds": []}
     for batch in job["batches"]:
         params = [SamplingParams(**asked) for _, asked in batch]
         start = time.perf_counter()

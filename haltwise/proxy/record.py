@@ -1,0 +1,58 @@
+"""What is logged and counted of a request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.wire import Json, UpstreamError
+
+log = logging.getLogger("haltwise.proxy")
+
+
+class Record:
+    """One request: a line in the log and some numbers; nothing that was said, and no key.
+
+    Args:
+        endpoint: chat, completions or other.
+        metrics: Where it is counted.
+    """
+
+    def __init__(self, endpoint: str, metrics: Metrics) -> None:
+        """Starts the clock."""
+        self.endpoint = endpoint
+        self.outcome = "ok"
+        self.status: int | None = None
+        """That the client got."""
+        self.about: Json = {}
+        """The terms, and how the thought ended."""
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._first: float | None = None
+
+    def note_first(self) -> None:
+        """Notes the first of an answer."""
+        if self._first is None:
+            self._first = time.perf_counter() - self._started
+            self._metrics.first_token_seconds.observe(self._first)
+
+    def note_error(self, error: UpstreamError) -> None:
+        """Notes that the upstream failed."""
+        self.outcome = "upstream error"
+        self._metrics.upstream_errors.labels(error.kind).inc()
+
+    def close(self) -> None:
+        """Writes the line."""
+        self._metrics.requests.labels(self.endpoint, self.outcome).inc()
+        line = {
+            "request": uuid.uuid4().hex,
+            "endpoint": self.endpoint,
+            "outcome": self.outcome,
+            "status": self.status,
+            "first_seconds": self._first,
+            "seconds": time.perf_counter() - self._started,
+        }
+        log.info(json.dumps(line | self.about))
