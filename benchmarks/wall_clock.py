@@ -15,15 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.timing import Result
-from haltwise import MEAN_LOGPROB, HaltHead, Halting
-from haltwise.decoder import Decoder
+from haltwise import HaltHead
 from haltwise.hf import Halter, RowReport
 from haltwise.processor import HaltProcessor
 from haltwise.refill import generate_all
-from lms.embedded import CLOSE, EMBEDDED
+from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
 from lms.tasks import Question, questions
 
@@ -61,8 +58,12 @@ def measure(config: WallClockConfig, repeats: int) -> list[Result]:
             for name, head in ({"never halted": (None, 0.0)} | heads).items()
         }
         results += _compare(f"batch {size}", works, repeats)
-    works = {"never halted": partial(_refilled_plain, lm, asked, config)}
-    works |= {name: partial(_refilled, lm, asked, config, *head) for name, head in heads.items()}
+    # At a price of 0 nothing is measured or probed.
+    never = (heads["head that does not probe"][0], 0.0)
+    works = {
+        name: partial(_refilled, lm, asked, config, *head)
+        for name, head in ({"never halted": never} | heads).items()
+    }
     return results + _compare(f"{config.num_slots} refilled slots", works, repeats)
 
 
@@ -164,21 +165,3 @@ def _refilled(
     )
     probes = head.config.halting.probing == "always"
     return sum(_num_tokens(lm, done.ids, done.report if probes else None) for done in answers)
-
-
-def _refilled_plain(lm: LanguageModel, asked: list[Question], config: WallClockConfig) -> int:
-    """The same loop without a head."""
-    halting = Halting("at_halt", f"every {config.max_tokens} tokens", CLOSE, MEAN_LOGPROB)
-    decoder = Decoder(lm.model, lm.tokenizer, halting, config.num_slots, config.max_tokens)
-    waiting = [question.prompt for question in reversed(asked)]
-    free, num = list(range(config.num_slots)), 0
-    while waiting or len(free) < config.num_slots:
-        new = [free.pop() for _ in range(min(len(free), len(waiting)))]
-        decoder.start(np.array(new, dtype=np.int64), [waiting.pop() for _ in new], [0] * len(new))
-        busy = np.setdiff1d(np.arange(config.num_slots), free)
-        decoder.advance(busy)
-        for slot in busy.tolist():
-            if decoder.generations[slot].ended:
-                num += decoder.generations[slot].num_tokens
-                free.append(slot)
-    return num

@@ -2,9 +2,9 @@
 
     reset  ->  add (every token)  ->  read (at a decision point)  ->  reset
 
-Recording, the live environments and `generate` all measure with this code. One logsumexp and one
-top-k, over all tokens since they were last taken, so that a token costs next to nothing; what they
-give is copied to the host once a decision point.
+Recording, the live environments and `generate` all measure with this code. A token
+costs one log-softmax and one top-k, on a GPU over many tokens at once; what they give is copied to
+the host once a decision point.
 
 Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 """
@@ -27,8 +27,9 @@ from haltwise.thought import Probe, Thought, ThoughtRules
 MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
 
 _LARGEST_HALF = 65504.0
-# Logits that wait to be reduced at most (32 MB), and passes that wait for the host.
-_MOST_LOGITS = 2**23
+# Logits that wait to be reduced at most: a GPU is kept waiting by many small works (32 MB), a CPU
+# by what its caches do not hold. And passes that wait for the host.
+_MOST_LOGITS, _MOST_LOGITS_ON_CPU = 2**23, 2**16
 _MOST_PASSES = 512
 
 
@@ -55,6 +56,7 @@ class SignalMeter:
         self.needs_hidden = "hidden" in self.signals
         self.needs_logits = self._steps or "end_think_logprob" in self.signals
         self._device = device
+        self._most_logits = _MOST_LOGITS_ON_CPU if device.type == "cpu" else _MOST_LOGITS
         self._gauge = Gauge(num_rows)
         # (R,) tokens since the previous point.
         self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
@@ -86,7 +88,7 @@ class SignalMeter:
         self._rows.append(rows.copy())
         self._logits.append(logits)
         self._tokens.append(tokens)
-        if len(self._logits) * logits.numel() >= _MOST_LOGITS:
+        if len(self._logits) * logits.numel() >= self._most_logits:
             self._reduce()
         if len(self._rows) == _MOST_PASSES:
             self._pass_on()
@@ -181,8 +183,8 @@ def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
 def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log probabilities (N, 1 + NUM_TOP) of tokens (N,), and of the likeliest in their places."""
     num = min(NUM_TOP, logits.shape[1])
-    wanted = torch.cat([logits.gather(1, tokens[:, None]), logits.topk(num).values], dim=1)
-    found = wanted - logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = logits.log_softmax(dim=-1)
+    found = torch.cat([logprobs.gather(1, tokens[:, None]), logprobs.topk(num).values], dim=1)
     if num < NUM_TOP:
         found = torch.nn.functional.pad(found, (0, NUM_TOP - num), value=-torch.inf)
     return found

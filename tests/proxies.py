@@ -68,6 +68,12 @@ class Proxy:
             s.value for s in samples if s.name == name and labels.items() <= s.labels.items()
         )
 
+    def cpu_seconds(self) -> float:
+        """What its process has computed so far."""
+        assert self.process is not None
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @contextmanager
 def proxied(config: ServeConfig) -> Iterator[Proxy]:

@@ -10,7 +10,7 @@ import torch
 
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.decoder import Decoder, Generation, sample
-from haltwise.slots import ForcedAnswer
+from haltwise.thought import ForcedAnswer
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

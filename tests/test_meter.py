@@ -19,8 +19,7 @@ from haltwise.decoder import Decoder
 from haltwise.features import GROUP_SIGNALS, feature_names, signals_of
 from haltwise.hf import Halter
 from haltwise.meter import MEASURED, SignalMeter
-from haltwise.slots import ForcedAnswer
-from haltwise.thought import Thought, ThoughtRules
+from haltwise.thought import ForcedAnswer, Thought, ThoughtRules
 from lms.tasks import Question
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_lm, tiny_tokenizer

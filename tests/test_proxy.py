@@ -170,6 +170,18 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
     assert second.body == first.body
 
 
+def test_prompts_of_ids_and_pictures_are_relayed(vllm: Pair, plan: Plan) -> None:
+    ids = vllm.upstream.ids(plan.prompt())
+    reply = ask(vllm.client, plan, chat=False, prompt=ids)
+    assert shown(reply) == unhalted(plan, chat=False)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "token prompt"
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}, "text": ""}
+    parts = [{"type": "text", "text": plan.text()}, picture]
+    reply = ask(vllm.client, plan, messages=[{"role": "user", "content": parts}])
+    assert shown(reply) == unhalted(plan, chat=True)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "media"
+
+
 def test_a_server_that_nobody_knows_is_halted_in_completions_alone(
     pairs: Pairs, plan: Plan
 ) -> None:
@@ -265,6 +277,13 @@ def test_the_second_leg_has_exactly_the_prompt_the_thought_and_the_close_text(
         assert second.body[name] == (80 if name == "max_tokens" else value)
     assert second.body["model"] == "fake" and second.body["user"] == "somebody"
     assert not {"messages", "tools"} & set(second.body)
+
+
+def test_what_is_left_of_the_newer_limit_goes_to_the_second_leg(vllm: Pair, plan: Plan) -> None:
+    ask(vllm.client, replace(plan, **WAITS), max_completion_tokens=50)
+    first, second = vllm.upstream.of(replace(plan, **WAITS))
+    assert first.body["max_completion_tokens"] == 50 and "max_tokens" not in first.body
+    assert second.body["max_tokens"] == 30 and "max_completion_tokens" not in second.body
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -703,6 +722,16 @@ def test_metrics_count_what_has_happened(pairs: Pairs, plan: Plan) -> None:
     assert metric("haltwise_first_token_seconds_count") >= 4
     assert metric("haltwise_fallbacks_total") == 0
     assert "anything" not in pair.client.get("/metrics").text
+
+
+@ALL_KINDS
+def test_health_tells_how_the_server_is(pairs: Pairs, kind: Kind, plan: Plan) -> None:
+    pair = pairs(kind)
+    ask(pair.client, plan)
+    told = pair.client.get("/health")
+    assert told.status_code == 200
+    expected = {"status": "ok", "upstream": "ok", "streams_in_flight": 0, "kind": kind}
+    assert told.json() == expected
 
 
 def test_the_proxy_loads_no_framework() -> None:

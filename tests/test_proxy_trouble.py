@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from haltwise.proxy.watcher import Watcher
+from haltwise.watcher import Watcher
 from tests.fake_upstream import Kind, Plan
 from tests.proxies import CLOSE, PATHS, Pair, Pairs, Proxy, Reply, ask, free_port, wait_until
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,8 +19,10 @@ from haltwise.gauge import NUM_TOP
 from haltwise.proxy.app import _without
 from haltwise.proxy.asked import Asked
 from haltwise.proxy.config import Keys, ServeConfig
-from haltwise.proxy.legs import _MOST_HELD, Held, Seen, Skip
-from haltwise.proxy.watcher import Watcher, check_served
+from haltwise.proxy.legs import _MOST_HELD, Held, Leg, Seen, Skip
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.relay import Completion, Setting
+from haltwise.proxy.upstream import Server
 from haltwise.proxy.wire import (
     Event,
     EventReader,
@@ -34,6 +37,7 @@ from haltwise.proxy.wire import (
 )
 from haltwise.signals import Signals
 from haltwise.thought import PointRules
+from haltwise.watcher import Watcher, check_served
 from tests.heads import random_head
 from tests.proxies import sure_head
 
@@ -402,6 +406,43 @@ def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
     asyncio.run(play())
 
 
+@pytest.mark.parametrize(
+    ("chunks", "begins", "may_be_empty"),
+    [
+        ([{"delta": {"role": "assistant"}}, {"delta": {"content": "18"}}], True, True),
+        ([{"text": "", "finish_reason": "stop"}], False, True),
+        ([{"delta": {"reasoning": "hm"}}, {"delta": {"content": "18"}}], False, False),
+        ([], False, False),
+    ],
+    ids=["answer", "empty", "thought", "nothing"],
+)
+def test_a_second_leg_has_to_answer(
+    chunks: list[Json], begins: bool, may_be_empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield Event(chunk={"choices": [chunk]}).encode()
+
+    async def ask(*_: Any) -> Leg:
+        kind = {"content-type": "text/event-stream"}
+        return Leg(httpx2.Response(200, headers=kind, content=content()))
+
+    async def begun(may_be_empty: bool) -> list[Json]:
+        setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+        server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+        completion = Completion(Asked(True, {}), TERMS, [], server, setting)
+        leg = await completion._begun({}, may_be_empty)
+        return [event.chunk["choices"][0] async for event in leg if event.chunk]
+
+    monkeypatch.setattr(Completion, "_ask", ask)
+    for empty, expected in ((False, begins), (True, may_be_empty)):
+        if expected:
+            assert asyncio.run(begun(empty)) == chunks[-1:]
+        else:
+            with pytest.raises(UpstreamError, match="did not answer"):
+                asyncio.run(begun(empty))
+
+
 # Watching
 
 
@@ -430,14 +471,15 @@ def test_the_head_sees_the_numbers_since_the_previous_point(
     monkeypatch.setattr(HaltMonitor, "observe", watched)
     watcher = Watcher(HEAD, RULES, Terms(0.0), "q <think>")
     logprobs = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8] * 2
-    texts = [" wa", "it", " but", "ton", " Hmm"] + [" so"] * 10 + [" check"]
+    texts = [" wa", "it", " but", "ton", " Hmm", " so", " so", " ver", "ify"]
+    texts += [" so"] * 6 + [" check"]
     for text, logprob in zip(texts, logprobs, strict=True):
         assert not watcher.add(text, logprob, top(logprob)[::-1])
     first, second = points
     assert [first.position.item(), second.position.item()] == [8, 16]
     assert first.num_reflections is not None and second.num_reflections is not None
-    # wait and Hmm, not button; check.
-    assert [first.num_reflections.item(), second.num_reflections.item()] == [2, 1]
+    # wait and Hmm, not button; verify, which the border cuts, and check.
+    assert [first.num_reflections.item(), second.num_reflections.item()] == [2, 2]
     for signals in points:
         expected = {
             "entropy": np.mean([entropy(value) for value in logprobs]),
@@ -460,7 +502,7 @@ def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
     closed = Watcher(HEAD, RULES, TERMS, "<think>")
     assert not any(closed.add(*token) for token in [*sure[:7], ("</think>", -0.1, top(-0.1))])
     assert not any(closed.add(*token) for token in sure)
-    assert closed.progress.closed and closed.halted_at is None
+    assert closed.is_over and closed.halted_at is None
 
 
 @pytest.mark.parametrize(
@@ -477,7 +519,10 @@ def test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does(numbers:
     watcher = Watcher(HEAD, RULES, TERMS, "<think>")
     assert not any(watcher.add(" x", *numbers) for _ in range(40))
     assert watcher.num_bad_signals == 5
-    capped = Watcher(HEAD, RULES, Terms(1.0, max_tokens=13), "<think>")
+    terms = Terms(1.0, max_tokens=13)
+    unopened = Watcher(HEAD, RULES, terms)
+    assert not any(unopened.add(" x", *numbers) for _ in range(40))
+    capped = Watcher(HEAD, RULES, terms, "<think>")
     assert [capped.add(" x", *numbers) for _ in range(20)] == [i == 12 for i in range(20)]
     assert capped.capped and capped.halted_at == 13
 
@@ -489,11 +534,12 @@ def test_more_log_probabilities_than_needed_are_no_harm() -> None:
         assert [watcher.add(" x", -0.1, numbers) for _ in range(8)] == [False] * 7 + [True]
 
 
-def test_what_stands_before_a_thought_is_not_kept_for_ever() -> None:
-    watcher = Watcher(HEAD, RULES, TERMS)
-    for _ in range(10_000):
-        watcher.add(" x", -0.1, top(-0.1))
-    assert len(watcher._texts) == len(watcher._top) <= 64
+def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
+    watcher = Watcher(HEAD, RULES, Terms(1.0, max_tokens=70))
+    sure = (-0.1, top(-0.1))
+    assert not any(watcher.add(" x", *sure) for _ in range(64))
+    assert watcher.is_over and not watcher.progress.begun
+    assert not any(watcher.add(text, *sure) for text in ["<think>", *[" x"] * 100])
 
 
 def test_a_head_that_needs_more_than_a_server_shows_is_refused() -> None:

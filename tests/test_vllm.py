@@ -27,7 +27,7 @@ from haltwise import (
     Observing,
 )
 from haltwise.features import signals_of
-from haltwise.hf import tokenizer_fingerprint
+from haltwise.fingerprint import tokenizer_fingerprint
 from haltwise.meter import SignalMeter
 from haltwise.terms import Terms
 from haltwise.thought import Thought, ThoughtRules
@@ -545,6 +545,8 @@ def test_the_head_may_be_named_in_the_environment(
         ),
         ({"price": "dear"}, "haltwise in additional-config: price is 'dear', expected a number"),
         ({"think_begin": "<t>"}, "haltwise in additional-config: 'think_begin': expected price,"),
+        ({"think_end": 5}, "haltwise in additional-config: think_end is 5, expected text"),
+        ({"head": ""}, "haltwise in additional-config: head is '', expected text"),
         ({"tokenizer": None}, "the engine has no tokenizer: expected one"),
         ({"is_diffusion": True}, "a diffusion LM: expected one that generates token by token"),
         ({"logits_processors": None}, "loaded as a plugin, V1 with async scheduling hides"),

@@ -3,6 +3,6 @@
 from haltwise.proxy.app import create_app
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.server import server
-from haltwise.proxy.watcher import Watcher
+from haltwise.watcher import Watcher
 
 __all__ = ["ServeConfig", "Watcher", "create_app", "server"]

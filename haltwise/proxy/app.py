@@ -27,10 +27,10 @@ from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.record import Record
 from haltwise.proxy.relay import Completion, Setting
 from haltwise.proxy.upstream import Server, Upstream, find_server
-from haltwise.proxy.watcher import check_served
 from haltwise.proxy.wire import Event, Json, UpstreamError, error_body
 from haltwise.terms import Terms
 from haltwise.thought import PointRules
+from haltwise.watcher import check_served
 
 log = logging.getLogger("haltwise.proxy")
 

@@ -47,7 +47,7 @@ class ServeConfig:
     """Requests at a time; more are told to come back."""
     max_body_bytes: int = 16 * 2**20
     """Of a request."""
-    connect_timeout: float = 10.0
+    connect_timeout: float = 15.0
     """Seconds to reach the upstream."""
     read_timeout: float = 300.0
     """Seconds that the upstream may be silent."""

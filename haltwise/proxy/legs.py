@@ -33,6 +33,9 @@ def told() -> Iterator[None]:
     """Turns what may happen on the way to the upstream into UpstreamError."""
     try:
         yield
+    except httpx2.ConnectTimeout:
+        message = "upstream could not be reached in time, see --connect-timeout"
+        raise UpstreamError("connect timeout", message, 504) from None
     except httpx2.TimeoutException:
         raise UpstreamError("timeout", "upstream did not answer in time", 504) from None
     except httpx2.ConnectError:
@@ -95,14 +98,14 @@ class Leg:
             return b"".join([data async for data in pieces])
 
     async def first_choice(self) -> Json | None:
-        """The first choice with a text, which is not taken away; None if there is none.
+        """The first choice with a text or an end, which is not taken away; None without one.
 
         Raises:
             UpstreamError: As `__anext__`.
         """
         async for event in self:
             choice = choice_of(event.chunk) if event.chunk else None
-            if choice and any(texts_of(choice)):
+            if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
                 self._back.append(event)
                 return choice
         return None

@@ -14,7 +14,6 @@ from haltwise.proxy.asked import Asked
 from haltwise.proxy.legs import Held, Leg, Seen, Skip, Used
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.upstream import CannotContinue, Headers, Server
-from haltwise.proxy.watcher import Watcher
 from haltwise.proxy.wire import (
     DONE,
     REASONING_FIELDS,
@@ -30,6 +29,7 @@ from haltwise.proxy.wire import (
     trim_logprobs,
 )
 from haltwise.terms import Terms
+from haltwise.watcher import Watcher
 
 log = logging.getLogger("haltwise.proxy")
 
@@ -240,7 +240,7 @@ class Completion:
         if not tokens and thought + text:
             tokens = [Token(thought + text)]
         halts = self._feed(tokens)
-        self._thinks &= not progress.closed
+        self._thinks &= not self._watcher.is_over
         budget = self.asked.max_tokens
         in_budget = budget is None or self._seen.num_tokens < budget
         return halts and self._decides and in_budget and not self._setting.shadow
@@ -318,7 +318,7 @@ class Completion:
         else:
             self._held = Held(first)
         try:
-            second = await self._begun(body)
+            second = await self._begun(body, may_be_empty=bool(self._server.close_parts[1]))
         except UpstreamError as error:
             self._fall_back(error.kind)
             return None, self._held or self._again()
@@ -334,8 +334,8 @@ class Completion:
         body = await self._server.continuation(self.asked, self._seen, tail, self._headers)
         return self.asked.less(body, sum(used.completion_tokens for used in self.used))
 
-    async def _begun(self, body: Json) -> Leg:
-        """A leg that has begun to answer.
+    async def _begun(self, body: Json, may_be_empty: bool) -> Leg:
+        """A leg that has begun to answer, or has nothing to add if it may.
 
         Raises:
             UpstreamError: If it does not, or thinks on.
@@ -343,7 +343,8 @@ class Completion:
         with anyio.move_on_after(self._setting.patience):
             leg = await self._ask(body)
             choice = await leg.first_choice() if leg.is_stream else None
-            if choice is not None and not texts_of(choice)[0]:
+            thought, text = ("", "") if choice is None else texts_of(choice)
+            if choice is not None and not thought and (text or may_be_empty):
                 return leg
             await leg.close()
             raise UpstreamError("no answer", "upstream did not answer where it was to")
@@ -401,7 +402,8 @@ class Completion:
             UpstreamError: What broke it off, if there is none.
         """
         try:
-            return await self._begun(await self._body_after(self._server.close_text + said))
+            body = await self._body_after(self._server.close_text + said)
+            return await self._begun(body, may_be_empty=True)
         except (UpstreamError, CannotContinue):
             raise error from None
 

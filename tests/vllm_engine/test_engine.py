@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haltwise import HaltHead
-from haltwise.hf import Halter
+from haltwise.processor import HaltProcessor
 from lms.tasks import questions
 
 pytestmark = [
@@ -94,23 +94,20 @@ def greedy(**terms: Any) -> dict[str, Any]:
     return {"temperature": 0, "max_tokens": NUM_TOKENS, "extra_args": asked}
 
 
-def beside_transformers(head: Path, price: float) -> list[tuple[list[int], bool]]:
-    """Tokens up to where a thought was closed, and whether the head closed it."""
+def beside_transformers(head: Path, price: float) -> list[tuple[list[int], int | None]]:
+    """What transformers generates, and where the head halted it, if it did."""
     tokenizer = AutoTokenizer.from_pretrained(LM)
     model: Any = AutoModelForCausalLM.from_pretrained(LM, dtype=torch.float32)
-    halter = Halter(HaltHead.load(head), tokenizer, price=price)
-    close = tokenizer.encode(CLOSE_TEXT, add_special_tokens=False)
     found = []
     for prompt in PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
+        processor = HaltProcessor(HaltHead.load(head), model, tokenizer, price)
         out = model.generate(
-            **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, custom_generate=halter
+            **inputs, max_new_tokens=NUM_TOKENS, do_sample=False, logits_processor=[processor]
         )
+        (report,) = processor.report
         tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
-        (report,) = halter.report
-        num = report.position + len(close) if report.halted else len(tokens)
-        assert not report.halted or tokens[report.position : num] == close
-        found.append((tokens[:num], report.halted))
+        found.append((tokens, report.position if report.halted else None))
     return found
 
 
@@ -129,12 +126,12 @@ def test_a_head_that_never_halts_changes_no_token(runner: str, head: Path) -> No
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_thoughts_are_halted_where_they_are_beside_transformers(runner: str, head: Path) -> None:
     batches = [[(prompt, greedy(price=price)) for prompt in PROMPTS] for price in PRICES]
-    halted = set()
+    places = set()
     for price, rows in zip(PRICES, generated(runner, batches, **plugin(head)), strict=True):
-        for row, (expected, is_halted) in zip(rows, beside_transformers(head, price), strict=True):
-            assert row[: len(expected)] == expected
-            halted |= {len(expected)} if is_halted else set()
-    assert len(halted) > 2  # in several places
+        expected, halted_at = zip(*beside_transformers(head, price), strict=True)
+        assert rows == list(expected)
+        places |= set(halted_at)
+    assert None in places and len(places) > 3
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

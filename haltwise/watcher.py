@@ -25,7 +25,7 @@ SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
 _FEWEST_TOP = 16
 # A word of reflection may begin so many tokens before a decision point.
 _CONTEXT = 8
-# What comes before a thought is measured with it, but is not kept for ever.
+# A thought begins within so many tokens: later its marker is only mentioned.
 _LONGEST_OPENING = 64
 _ROW = np.zeros(1, dtype=np.int64)
 
@@ -68,6 +68,8 @@ class Watcher:
         """Position at which it was to be closed."""
         self.capped = False
         """Whether its cap closed it, and not the head."""
+        self.is_over = False
+        """Whether the LM has closed the thought, or answers without one."""
         self._rules = rules
         self._signals = signals_of(head.config.observing.groups)
         self._monitor = HaltMonitor(head, 1)
@@ -96,18 +98,23 @@ class Watcher:
         """
         progress = self.progress
         progress.add_text(text)
-        if self.halted_at is not None or progress.closed:
-            return False
-        if not progress.begun and len(self._texts) >= _LONGEST_OPENING:
+        if not progress.begun and progress.num_tokens >= _LONGEST_OPENING:
+            self.is_over = True
             self._forget(0)
+        self.is_over |= progress.closed
+        if self.is_over or self.halted_at is not None:
+            return False
         self._logprobs.append(logprob)
         self._top.append(top)
         self._texts.append(text)
-        if progress.at_point and self._decides():
-            self.halted_at = progress.position
-        elif self.terms.max_tokens is not None and progress.position >= self.terms.max_tokens:
-            self.halted_at, self.capped = progress.position, True
+        reached = progress.begun and self._reaches_cap()
+        if (progress.at_point and self._decides()) or reached:
+            self.halted_at, self.capped = progress.position, reached
         return self.halted_at is not None
+
+    def _reaches_cap(self) -> bool:
+        cap = self.terms.max_tokens
+        return cap is not None and self.progress.position >= cap
 
     def _decides(self) -> bool:
         """Whether the head closes the thought at this decision point."""
@@ -125,19 +132,13 @@ class Watcher:
             left = np.array([self._rules.max_points - progress.num_points])
         self._forget(_CONTEXT)
         signals = Signals(position, **seen, points_left=left)
-        halts = bool(self._monitor.observe(signals, _ROW)[0])
-        self.capped = (
-            halts
-            and self.terms.max_tokens is not None
-            and (progress.position >= self.terms.max_tokens)
-        )
-        return halts
+        return bool(self._monitor.observe(signals, _ROW)[0])
 
     def _forget(self, num_texts: int) -> None:
         """Begins to measure anew; keeps the newest texts."""
         self._logprobs.clear()
         self._top.clear()
-        del self._texts[: len(self._texts) - num_texts]
+        del self._texts[: max(len(self._texts) - num_texts, 0)]
 
     def _text_of(self, places: Sequence[int]) -> str:
         return "".join(self._texts[i] for i in places)
