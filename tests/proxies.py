@@ -239,6 +239,23 @@ def ask(
     return Reply(found.status_code, dict(found.headers), found.content, streamed)
 
 
+def connected(proxy: Proxy) -> socket.socket:
+    """A bare connection to a proxy."""
+    host, port = proxy.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def request_bytes(plan: Plan, chat: bool, stream: bool, headers: dict[str, str]) -> bytes:
+    """A request for what a plan says, without a limit."""
+    body: dict[str, Any] = {"model": "m", "stream": stream, "max_tokens": 10**9}
+    body |= {"messages": plan.messages()} if chat else {"prompt": plan.prompt()}
+    data = json.dumps(body).encode()
+    lines = [f"POST {PATHS[chat]} HTTP/1.1", "Host: proxy", "Content-Type: application/json"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines += [f"Content-Length: {len(data)}", "", ""]
+    return "\r\n".join(lines).encode() + data
+
+
 def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
     """Waits for what is sure to come true."""
     end = time.monotonic() + seconds

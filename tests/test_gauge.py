@@ -1,15 +1,17 @@
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from haltwise.gauge import LOWEST_LOGPROB, NUM_TOP, STEPWISE, Gauge
 
 ONE = np.array([0])
 
 
-def top(*probs: float) -> np.ndarray:
-    """Log probabilities of the likeliest tokens; the vocabulary has no more."""
-    with np.errstate(divide="ignore"):
-        return np.log(np.pad(np.array(probs), (0, NUM_TOP - len(probs))))[None]
+def top(*probs: float) -> NDArray[np.float64]:
+    """Log probabilities of the likeliest tokens (1, NUM_TOP); the vocabulary has no more."""
+    logprobs = np.full((1, NUM_TOP), -np.inf)
+    logprobs[0, : len(probs)] = np.log(probs)
+    return logprobs
 
 
 def test_others_count_as_one_token() -> None:

@@ -21,7 +21,9 @@ from tests.proxies import (
     Proxy,
     Reply,
     ask,
+    connected,
     listens,
+    request_bytes,
     saved_head,
     spawned_proxy,
     wait_until,
@@ -173,6 +175,25 @@ def test_a_request_that_never_ends_does_not_hold_it_up(head: Path) -> None:
         reply = got()
         assert reply is None or not reply.done
         assert upstream.of(plan)[0].gone.wait(20)
+
+
+def test_clients_that_leave_do_not_fill_the_log(head: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with FakeUpstream("vllm") as upstream:
+        flags = ("--head", str(head), "--upstream", upstream.url)
+        with spawned_proxy(*flags, log=log) as proxy:
+            for n in range(20):
+                plan = Plan(f"left{n}", trouble="endless")
+                with connected(proxy) as client:
+                    client.sendall(request_bytes(plan, True, True, {"X-Haltwise-Price": "0.1"}))
+                    assert b"200" in client.recv(1000)
+                    # What is left unread makes this a reset.
+            wait_until(
+                lambda: proxy.metric("haltwise_requests_total", outcome="disconnected") == 20
+            )
+            assert proxy.metric("haltwise_streams_in_flight") == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["outcome"] for line in lines if "outcome" in line] == ["disconnected"] * 20
 
 
 def test_a_serving_process_has_no_framework_in_memory(head: Path) -> None:

@@ -1,7 +1,6 @@
 """What a client of the proxy gets when something goes wrong: a clean error, or the whole answer."""
 
 import json
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +11,18 @@ import pytest
 
 from haltwise.watcher import Watcher
 from tests.fake_upstream import Kind, Plan
-from tests.proxies import CLOSE, PATHS, Pair, Pairs, Proxy, Reply, ask, free_port, wait_until
+from tests.proxies import (
+    CLOSE,
+    PATHS,
+    Pair,
+    Pairs,
+    Reply,
+    ask,
+    connected,
+    free_port,
+    request_bytes,
+    wait_until,
+)
 
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
 STREAMED = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -313,21 +323,6 @@ def test_an_answer_that_breaks_off_again_is_an_error(
 # The client goes wrong
 
 
-def connected(proxy: Proxy) -> socket.socket:
-    host, port = proxy.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
-
-
-def request_bytes(plan: Plan, chat: bool, stream: bool, headers: dict[str, str]) -> bytes:
-    body: dict[str, Any] = {"model": "m", "stream": stream, "max_tokens": 10**9}
-    body |= {"messages": plan.messages()} if chat else {"prompt": plan.prompt()}
-    data = json.dumps(body).encode()
-    lines = [f"POST {PATHS[chat]} HTTP/1.1", "Host: proxy", "Content-Type: application/json"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += [f"Content-Length: {len(data)}", "", ""]
-    return "\r\n".join(lines).encode() + data
-
-
 @BOTH
 @pytest.mark.parametrize(
     ("leg", "stream", "headers"),
@@ -367,6 +362,15 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else(
         assert stuck.num_sent < 200_000_000
     wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
     assert ask(pair.client, replace(other, name="later")).status == 200
+
+
+def test_a_client_that_does_not_finish_its_request_is_dropped(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", send_timeout=0.5)
+    with connected(pair.proxy) as client:
+        client.sendall(request_bytes(plan, True, True, {})[:-5])
+        assert b" 408 " in client.recv(100)
+    wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
+    assert pair.upstream.of(plan) == []
 
 
 def test_a_slow_client_gets_everything(vllm: Pair, plan: Plan) -> None:
