@@ -130,20 +130,16 @@ class Token:
 
 def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
     """What the LM says after a prompt; it may go on forever."""
-    own = prompt[prompt.index("}") + 1 :]
-    begun, _, closed = own.partition(_CLOSE)
-    seen = len(re.findall(rf" {plan.name}\.t\d+", begun))
-    if not closed and _CLOSE not in own:
-        if _OPEN not in own:
+    thought, is_closed, answer = prompt.partition(_CLOSE)
+    seen = len(re.findall(rf" {plan.name}\.t\d+", thought))
+    if not is_closed:
+        if _OPEN not in thought:
             yield Token(_OPEN, "marker")
-        endless = plan.trouble == "endless"
-        i = seen
-        while i < plan.thinking or endless:
-            yield Token(plan.thought(i + 1, start=i), "thought", plan.logprob(i))
-            i += 1
-        seen = max(seen, plan.thinking)
+        while seen < plan.thinking or plan.trouble == "endless":
+            yield Token(plan.thought(seen + 1, start=seen), "thought", plan.logprob(seen))
+            seen += 1
         yield Token(_CLOSE, "marker")
-    said = len(re.findall(rf" {plan.name}\.a\d+", closed))
+    said = len(re.findall(rf" {plan.name}\.a\d+", answer))
     text = plan.answer_text(seen, start=said)
     for piece in re.findall(rf" {plan.name}\.[^ ]*", text):
         yield Token(piece, "answer")
@@ -241,23 +237,14 @@ class _Fake:
         yield Route("/v1/echo", self.echo, methods=["GET", "POST"])
         yield Route("/asked", self.tell)
         yield Route("/health", lambda _: PlainTextResponse("OK"))
-        facts: dict[str, tuple[str, Any]] = {
-            "vllm": ("/version", {"version": "0.33.0"}),
-            "sglang": ("/server_info", {"version": "0.5.23"}),
-            "ollama": ("/api/version", {"version": "0.13.0"}),
-            "llama-server": ("/props", {"total_slots": self.num_slots or 1_000}),
-        }
-        if self.kind in facts:
-            path, fact = facts[self.kind]
-            yield Route(path, lambda _: JSONResponse(fact))
-        if self.kind == "sglang":
-            yield Route("/get_server_info", lambda _: JSONResponse(facts["sglang"][1]))
         if self.kind in ("vllm", "llama-server", "sglang"):
             yield Route("/tokenize", self.tokenize, methods=["POST"])
             yield Route("/detokenize", self.detokenize, methods=["POST"])
         if self.kind == "llama-server":
             yield Route("/v1/chat/completions/control", self.control, methods=["POST"])
             yield Route("/apply-template", self.apply_template, methods=["POST"])
+            props = {"total_slots": self.num_slots or 1_000}
+            yield Route("/props", lambda _: JSONResponse(props))
 
     # Tokens
 

@@ -148,6 +148,10 @@ class Client:
             await asyncio.sleep(0)  # the server sees it
 
     async def _deliver(self, message: Json) -> None:
+        is_closing: Callable[[], bool] | None = self.scope.get("state", {}).get("is_closing")
+        if is_closing is not None and is_closing():
+            self.is_gone = True  # asyncio would log each attempt
+            raise GoneError("disconnected")
         try:
             async with asyncio.timeout(self._patience):
                 await self._send(message)

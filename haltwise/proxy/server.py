@@ -18,13 +18,14 @@ _OTHER_FILES = 256
 
 
 class _Protocol(H11Protocol):
-    """Lets the application cut the connection of a client that does not read."""
+    """Lets the application cut the connection of a client, and see that the client has cut it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called once a client has connected."""
         connection = cast(asyncio.Transport, transport)
         super().connection_made(connection)
-        self.app_state = self.app_state | {"abort": connection.abort}
+        of_connection = {"abort": connection.abort, "is_closing": connection.is_closing}
+        self.app_state = self.app_state | of_connection
 
 
 def server(config: ServeConfig) -> uvicorn.Server:
