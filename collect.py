@@ -24,7 +24,8 @@ from tqdm import tqdm
 from command import run
 from haltwise import MEAN_LOGPROB, Halting, InputError, Signals
 from haltwise.answers import read_answer
-from haltwise.decoder import Decoder, Generation, Probe
+from haltwise.decoder import Decoder, Generation
+from haltwise.thought import Probe
 from lms.answers import exact_match
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel

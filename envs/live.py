@@ -19,9 +19,10 @@ from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.answers import read_answer
-from haltwise.decoder import Decoder, Probe
+from haltwise.decoder import Decoder
 from haltwise.features import signals_of
 from haltwise.signals import Float, Index
+from haltwise.thought import Probe
 from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question

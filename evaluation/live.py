@@ -16,8 +16,9 @@ from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead, InputError
 from haltwise.answers import read_answer
-from haltwise.decoder import Thought, end_tokens
+from haltwise.decoder import end_tokens
 from haltwise.hf import Halter, RowReport
+from haltwise.thought import Thought
 from lms.answers import exact_match
 from lms.language_model import LanguageModel
 from lms.tasks import Question

@@ -27,8 +27,6 @@ from haltwise.signals import Index, Signals
 from haltwise.slots import Slots
 from haltwise.thought import Probe, Thought, ThoughtRules
 
-__all__ = ["Decoder", "Generation", "Probe", "Thought", "ThoughtRules", "end_tokens", "sample"]
-
 # Tokens that a slot advances at most when the decision rule does not say.
 _STRIDE = 32
 
@@ -61,7 +59,7 @@ class Generation:
     def at_cap(self) -> bool:
         """Whether an open thought has reached its cap."""
         is_open = self.thought.begun and not (self.thought.closed or self.ended)
-        return is_open and self.thought.position == self.cap
+        return is_open and self.cap is not None and self.thought.position >= self.cap
 
 
 class Decoder:
@@ -262,13 +260,17 @@ def _uniforms(prompt: str, seed: int, num: int) -> NDArray[np.float32]:
     return np.random.Generator(np.random.Philox(key=key)).random(num, dtype=np.float32)
 
 
-def end_tokens(config: GenerationConfig) -> list[int]:
+def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> list[int]:
     """Tokens that end what an LM generates.
+
+    Args:
+        config: The LM's.
+        eos: Of one call, if it names any.
 
     Raises:
         InputError: If there is none.
     """
-    eos = config.eos_token_id
+    eos = config.eos_token_id if eos is None else eos
     if eos is None:
         raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
     return list(eos) if isinstance(eos, list) else [eos]

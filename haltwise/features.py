@@ -56,7 +56,7 @@ class _Group:
 class _Trend:
     """Largest value and moving mean of a number; NaN before the first.
 
-    A NaN value gives NaN, and leaves the state as it was.
+    A value that is not finite gives such values, and leaves the state as it was.
     """
 
     def __init__(self, num_rows: int) -> None:
@@ -72,7 +72,7 @@ class _Trend:
         before, largest, mean = np.where(np.isnan(state), value, state)
         largest = np.maximum(largest, value)
         mean = _MEAN_DECAY * mean + (1 - _MEAN_DECAY) * value
-        self._state[:, rows] = np.where(np.isnan(value), state, (value, largest, mean))
+        self._state[:, rows] = np.where(np.isfinite(value), (value, largest, mean), state)
         return value, largest, mean, value - before
 
 
@@ -296,7 +296,7 @@ class _Reflection(_Group):
 
     def update(self, signals: Any, rows: Index) -> Columns:
         num, _, mean, _ = self._trend.update(np.log1p(signals.num_reflections), rows)
-        self._all[rows] += np.nan_to_num(signals.num_reflections)
+        self._all[rows] += np.nan_to_num(signals.num_reflections, posinf=0.0)
         return num, mean, np.log1p(self._all[rows])
 
 

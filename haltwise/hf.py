@@ -154,7 +154,8 @@ class _Row:
     def at_cap(self) -> bool:
         """Whether an open thought has reached its cap."""
         is_open = self.thought.begun and not (self.thought.closed or self.is_known)
-        return is_open and self.thought.position == self.terms.max_tokens
+        cap = self.terms.max_tokens
+        return is_open and cap is not None and self.thought.position >= cap
 
 
 class _Batch(LogitsProcessor):

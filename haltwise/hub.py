@@ -14,11 +14,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.errors import InputError
@@ -100,7 +106,7 @@ def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> No
         InputError: If the repository's name makes no sense.
     """
     folder = Path(folder)
-    if repo_id is not None and len(list(filter(None, repo_id.split("/")))) != 2:
+    if repo_id is not None and [bool(part) for part in repo_id.split("/")] != [True, True]:
         raise InputError(f"repository is {repo_id!r}, expected OWNER/NAME")
     source = repo_id or str(folder.resolve())
     head.save(folder)
@@ -123,7 +129,18 @@ def load(source: str, revision: str | None = None) -> HaltHead:
     """
     if Path(source).is_dir():
         return HaltHead.load(source)
-    return HaltHead.load(snapshot_download(source, revision=revision, allow_patterns=_FILES))
+    return _load_from_hub(source, revision)
+
+
+@lru_cache(maxsize=8)
+def _load_from_hub(source: str, revision: str | None) -> HaltHead:
+    """Asked for once a process, and not at every call of `generate`."""
+    try:
+        folder = snapshot_download(source, revision=revision, allow_patterns=_FILES)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{source!r} is no folder and no repository: {reason}") from None
+    return HaltHead.load(folder)
 
 
 def generate(
@@ -159,7 +176,10 @@ def generate(
     loaded, asked = load(head, revision), (price, min_tokens, max_tokens)
     runner: HaltProcessor | Halter
     if loaded.config.halting.probing == "at_halt":
-        runner = HaltProcessor(loaded, model, tokenizer, *asked)
+        eos = arguments.get("eos_token_id")
+        if eos is None and arguments.get("generation_config") is not None:
+            eos = arguments["generation_config"].eos_token_id
+        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos_token_id=eos)
         arguments["logits_processor"] = [*(arguments.get("logits_processor") or ()), runner]
     elif arguments.get("streamer") is not None:
         raise InputError("the head looks at answers while the LM thinks: expected no streamer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from haltwise.errors import InputError
 from haltwise.features import FeatureState, signals_of
 from haltwise.head import HaltHead
 from haltwise.signals import Index, Signals
@@ -27,7 +28,7 @@ class HaltMonitor:
             row at a price of 0 is never halted by the head.
 
     Raises:
-        InputError: If a price is negative or not finite.
+        InputError: If a price is negative or not finite, or there are not as many as rows.
     """
 
     def __init__(
@@ -41,6 +42,10 @@ class HaltMonitor:
         # Features of row r are kept at _place[r], so that rows can move and their features not.
         self._place: Index = np.arange(num_rows)
         price = head.config.default_price if price is None else price
+        if np.shape(price) not in ((), (num_rows,)):
+            raise InputError(
+                f"{np.size(price)} prices for {num_rows} rows, expected one, or one each"
+            )
         #: (R,) in exact match per 1,000 tokens.
         self.price = np.array(np.broadcast_to(price, num_rows), dtype=np.float64)
         for value in self.price:
@@ -95,8 +100,8 @@ class HaltMonitor:
             bad = ~np.isfinite(features).all(axis=1)
             halts = self.head.halts(features, self.price[rows]) & ~bad
         else:
-            bad, halts = np.ones((2, len(rows)), dtype=np.bool_)
-            halts &= False
+            bad = np.ones(len(rows), dtype=np.bool_)
+            halts = ~bad
         running = ~self.halted[rows]
         self.num_bad_signals[rows] += bad & running
         self.halted[rows] |= halts & (signals.position >= self._min_tokens[rows])

@@ -56,6 +56,7 @@ class HaltProcessor(LogitsProcessor):
             one a row; None for no such cap.
         think_start: Text after which a thought begins.
         think_end: Text with which the LM itself closes a thought.
+        eos_token_id: The call's, if it names other end tokens than the LM's own.
 
     Raises:
         InputError: If the head looks at answers, the tokenizer is not the one that it was trained
@@ -72,6 +73,7 @@ class HaltProcessor(LogitsProcessor):
         max_tokens: Any = None,
         think_start: str = "<think>",
         think_end: str = "</think>",
+        eos_token_id: int | list[int] | None = None,
     ) -> None:
         """Begins to look at the LM."""
         if head.config.halting.probing != "at_halt":
@@ -80,7 +82,7 @@ class HaltProcessor(LogitsProcessor):
         self._head = head
         self._rules = ThoughtRules(tokenizer, head.config.halting, think_start, think_end)
         self._asked = (price, min_tokens, max_tokens)
-        self._eos_ids = end_tokens(model.generation_config)
+        self._eos_ids = end_tokens(model.generation_config, eos_token_id)
         self._rows: list[_Row] = []
         # (R, T) all tokens, and (R, V) logits of what follows them, as of the latest call.
         self._newest: LongTensor
@@ -188,7 +190,8 @@ class HaltProcessor(LogitsProcessor):
             num_bad_signals=int(self._monitor.num_bad_signals[i]),
         )
         if row.halted:
-            report.reason = "capped" if report.position == self._caps[i] else "halted"
+            cap = self._caps[i]
+            report.reason = "capped" if cap is not None and report.position >= cap else "halted"
         elif row.ended or row.thought.closed:
             report.reason = "closed by the LM"
         return report
@@ -220,9 +223,9 @@ class _Tap:
 
     def __init__(self, model: PreTrainedModel, hidden: bool) -> None:
         """Begins to look."""
+        self._hidden = HiddenTap(model) if hidden else None  # may refuse: before there is a hook
         self._looking = ExitStack()
         self._looking.callback(model.register_forward_hook(self._see).remove)
-        self._hidden = HiddenTap(model) if hidden else None
         if self._hidden:
             self._looking.enter_context(self._hidden)
         self._num_passes = 0
@@ -254,7 +257,9 @@ class _Tap:
 
     def _see(self, _: torch.nn.Module, __: Any, output: Any) -> None:
         self._num_passes += 1
-        self._logits = output.logits[:, -1]
+        # The LM may run for others too before the processor is gone: no graph is kept.
+        if hasattr(output, "logits"):
+            self._logits = output.logits[:, -1].detach()
 
 
 def force_next(scores: Tensor, pending: Sequence[deque[int]]) -> Tensor:

@@ -61,7 +61,7 @@ def generate_all(
         prompts: The LM's whole inputs; taken one by one as slots become free.
         num_slots: Prompts at once.
         max_new_tokens: Tokens of an answer, thought included.
-        price: In exact match per 1,000 tokens; default the head's own. At 0 nothing is halted.
+        price: In exact match per 1,000 tokens; default the head's own. At 0 the head never halts.
         min_tokens: Thinking tokens before which the head does not halt.
         max_tokens: Thinking tokens at which a thought is closed, whatever the head says.
         temperature: Of sampling; 0 takes the likeliest token.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from haltwise.errors import InputError
 
+# Counts are kept as 64-bit integers, and no context is nearly as long.
+_MOST_TOKENS = 2**53
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -26,16 +27,19 @@ class Terms:
     """Thinking tokens at which the thought is closed, whatever the head says."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks the values; text that is a number is taken for it.
 
         Raises:
             InputError: If one is negative, not a number, or they contradict each other.
         """
-        if not (np.isfinite(self.price) and self.price >= 0):
+        object.__setattr__(self, "price", _number("price", self.price))
+        object.__setattr__(self, "min_tokens", _count("min_tokens", self.min_tokens))
+        if not 0 <= self.price < math.inf:
             raise InputError(f"price is {self.price}, expected 0 or more, and finite")
-        if self.min_tokens < 0:
-            raise InputError(f"min_tokens is {self.min_tokens}, expected 0 or more")
-        if self.max_tokens is not None and self.max_tokens < max(self.min_tokens, 1):
+        if self.max_tokens is None:
+            return
+        object.__setattr__(self, "max_tokens", _count("max_tokens", self.max_tokens))
+        if self.max_tokens < max(self.min_tokens, 1):
             raise InputError(
                 f"max_tokens is {self.max_tokens}, expected at least {max(self.min_tokens, 1)}"
             )
@@ -55,13 +59,7 @@ class Terms:
         unknown = sorted(set(asked) - {"price", "off", "min_tokens", "max_tokens"})
         if unknown:
             raise InputError(f"{unknown[0]!r}: expected price, off, min_tokens or max_tokens")
-        found: dict[str, Any] = {}
-        if "price" in asked:
-            found["price"] = _number("price", asked["price"])
-        for name in ("min_tokens", "max_tokens"):
-            if name in asked:
-                found[name] = _count(name, asked[name])
-        terms = replace(default, **found)
+        terms = replace(default, **{key: asked[key] for key in asked if key != "off"})
         return cls(0.0) if _truth("off", asked.get("off", False)) else terms
 
 
@@ -70,14 +68,14 @@ def _number(name: str, value: Any) -> float:
         if isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{name} is {value!r:.40}, expected a number") from None
 
 
 def _count(name: str, value: Any) -> int:
     number = _number(name, value)
-    if not number.is_integer():
-        raise InputError(f"{name} is {value!r:.40}, expected a whole number")
+    if not (number.is_integer() and 0 <= number <= _MOST_TOKENS):
+        raise InputError(f"{name} is {value!r:.40}, expected a whole number, 0 or more")
     return int(number)
 
 

@@ -15,6 +15,9 @@ from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A thought begins within so many tokens: later its marker is only mentioned.
+LONGEST_OPENING = 64
+
 _BOX = r"\boxed{"
 
 
@@ -109,7 +112,7 @@ class Progress:
         """Takes in the text of the next token."""
         self.num_tokens += 1
         self.at_point = False
-        if self.closed:
+        if self.closed or (not self.begun and self.num_tokens > LONGEST_OPENING):
             return
         rules = self._points
         marker = rules.think_end if self.begun else rules.think_start

@@ -13,6 +13,9 @@ A thought that is halted is closed token by token with the head's close text, an
 on freely with the request's own sampling. A token that something else forbids, such as a grammar,
 is never forced: there the LM takes over, and what is left of the close text is dropped.
 
+vLLM's own `thinking_token_budget` works beside it, and wins; one that ends within the close text
+doubles its end.
+
 vLLM lets no processor answer a request: what happened stands in the text, in one line of the log a
 halted request (logger `vllm.haltwise`, no content), and in `HaltProcessor.counts`.
 
@@ -90,7 +93,7 @@ class HaltCounts:
     num_bad_signals: int = 0
     """Decision points with a signal that was not finite; the request went on."""
     num_lost: int = 0
-    """Requests about which the head decides no more, since it has not seen every token."""
+    """Times that the head has not seen all tokens of a request, and decides no more about it."""
 
 
 class HaltProcessor(*_INTERFACES):  # type: ignore[misc]
@@ -504,7 +507,7 @@ class _Watch:
         every, num = self._rules.every, rows.num_tokens
         may_be_point = self._decides[rows.slots] & (num % every == 0 if every else True)
         capped = self._open[rows.slots] & (num >= self._max_tokens[rows.slots])
-        looked = np.flatnonzero(is_new & (may_be_point | capped))
+        looked = np.flatnonzero(is_new & may_be_point | capped)
         if not len(looked):
             return
         slots, num = rows.slots[looked], num[looked]

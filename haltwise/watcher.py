@@ -16,7 +16,7 @@ from haltwise.monitor import HaltMonitor
 from haltwise.reflections import num_reflections
 from haltwise.signals import Signals
 from haltwise.terms import Terms
-from haltwise.thought import PointRules, Progress
+from haltwise.thought import LONGEST_OPENING, PointRules, Progress
 
 #: Groups of features that a server's log probabilities and texts give.
 SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
@@ -25,8 +25,8 @@ SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
 _FEWEST_TOP = 16
 # A word of reflection may begin so many tokens before a decision point.
 _CONTEXT = 8
-# A thought begins within so many tokens: later its marker is only mentioned.
-_LONGEST_OPENING = 64
+# Tokens that wait for the gauge at most.
+_MOST_WAITING = 256
 _ROW = np.zeros(1, dtype=np.int64)
 
 
@@ -98,15 +98,16 @@ class Watcher:
         """
         progress = self.progress
         progress.add_text(text)
-        if not progress.begun and progress.num_tokens >= _LONGEST_OPENING:
+        if not progress.begun and progress.num_tokens >= LONGEST_OPENING:
             self.is_over = True
-            self._forget(0)
         self.is_over |= progress.closed
         if self.is_over or self.halted_at is not None:
             return False
         self._logprobs.append(logprob)
         self._top.append(top)
         self._texts.append(text)
+        if len(self._top) == _MOST_WAITING:
+            self._measure()
         reached = progress.begun and self._reaches_cap()
         if (progress.at_point and self._decides()) or reached:
             self.halted_at, self.capped = progress.position, reached
@@ -118,9 +119,9 @@ class Watcher:
 
     def _decides(self) -> bool:
         """Whether the head closes the thought at this decision point."""
-        num, progress = len(self._logprobs), self.progress
-        rows = np.zeros(num, dtype=np.int64)
-        self._gauge.add(rows, np.array(self._logprobs), _table(self._top))
+        progress = self.progress
+        self._measure()
+        num = int(self._gauge.num_tokens[0])
         seen: dict[str, Any] = dict(self._gauge.read(_ROW))
         self._gauge.reset(_ROW)
         if "num_reflections" in self._signals:
@@ -130,15 +131,16 @@ class Watcher:
         left = None
         if self._rules.max_points is not None:
             left = np.array([self._rules.max_points - progress.num_points])
-        self._forget(_CONTEXT)
+        del self._texts[: max(len(self._texts) - _CONTEXT, 0)]
         signals = Signals(position, **seen, points_left=left)
         return bool(self._monitor.observe(signals, _ROW)[0])
 
-    def _forget(self, num_texts: int) -> None:
-        """Begins to measure anew; keeps the newest texts."""
+    def _measure(self) -> None:
+        """Gives the gauge what has waited."""
+        rows = np.zeros(len(self._top), dtype=np.int64)
+        self._gauge.add(rows, np.array(self._logprobs), _table(self._top))
         self._logprobs.clear()
         self._top.clear()
-        del self._texts[: max(len(self._texts) - num_texts, 0)]
 
     def _text_of(self, places: Sequence[int]) -> str:
         return "".join(self._texts[i] for i in places)

@@ -130,7 +130,7 @@ def test_a_thought_that_the_lm_opens_begins_there() -> None:
     looking = processor(model, price=ALWAYS, max_tokens=3)
     out = generate(model, ["5 5"], logits_processor=[looking], max_new_tokens=12)
     assert TOKENIZER.decode(out[0, 2:]) == ". . . . <think> . . . </think> . . ."
-    assert looking.report[0].reason == "halted"
+    assert looking.report[0].reason == "capped"
 
 
 def test_a_rule_without_positions_is_looked_up_token_by_token() -> None:
@@ -365,3 +365,31 @@ def test_terms_that_make_no_sense_are_refused(terms: dict[str, Any], message: st
     model = tiny_lm()
     with pytest.raises(InputError, match=message):
         generate(model, logits_processor=[processor(model, **terms)])
+
+
+def test_an_lm_without_a_head_of_its_own_is_left_without_a_hook() -> None:
+    model = tiny_lm(seed=3)
+    model.get_output_embeddings = lambda: None
+    hidden = picky_head(0, ("pace", "hidden"))
+    with pytest.raises(InputError, match="no output embeddings"):
+        HaltProcessor(hidden, model, TOKENIZER)
+    assert not model._forward_hooks
+
+
+def test_the_lm_may_be_used_otherwise_while_a_processor_is_kept() -> None:
+    model = tiny_lm(seed=3)
+    looking = processor(model)
+    generate(model, logits_processor=[looking], max_new_tokens=4, **OPEN_END)
+    model(torch.tensor([[IDS["3"]]]), return_dict=False)[0].sum().backward()
+    assert looking.report[0].position == 3
+
+
+def test_the_calls_own_end_tokens_end_a_row() -> None:
+    model = tiny_lm(seed=3)
+    plain = generate(model, **OPEN_END, max_new_tokens=12)
+    end = next(token for token in plain[1, 6:9].tolist() if token not in plain[0].tolist())
+    looking = processor(model, price=ALWAYS, eos_token_id=[end, EOS])
+    arguments: dict[str, Any] = {"eos_token_id": [end, EOS], "max_new_tokens": 12}
+    out = generate(model, **OPEN_END, **arguments, logits_processor=[looking])
+    assert looking.report[1].reason == "closed by the LM" and not (out[1, 9:] == CLOSE).any()
+    assert looking.report[0].reason == "halted"

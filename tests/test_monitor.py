@@ -146,3 +146,23 @@ def test_rows_that_join_leave_and_move_halt_as_if_each_were_alone(
         for row in range(4):
             alone[row].price[:] = together.price[row]
     assert together.halted.tolist() == [bool(one.halted[0]) for one in alone]
+
+
+def test_prices_are_one_or_one_each(run_head: HaltHead) -> None:
+    with pytest.raises(InputError, match="3 prices for 2 rows"):
+        HaltMonitor(run_head, 2, np.ones(3))
+
+
+def test_an_infinite_signal_leaves_no_trace() -> None:
+    head = random_head(5, ("pace", "ending"))
+    struck, spared = HaltMonitor(head, 1), HaltMonitor(head, 1)
+    rows = np.array([0])
+    for position, value in ((10, -3.0), (20, np.inf), (30, -2.0), (40, -1.0)):
+        seen = Signals(np.array([position]), end_think_logprob=np.array([value], np.float32))
+        struck.observe(seen, rows)
+        if np.isfinite(value):
+            spared.observe(seen, rows)
+    assert struck.num_bad_signals.tolist() == [1]
+    last = Signals(np.array([50]), end_think_logprob=np.zeros(1, np.float32))
+    features = [monitor._state.update(last, rows) for monitor in (struck, spared)]
+    np.testing.assert_array_equal(features[0][0, 3:], features[1][0, 3:])

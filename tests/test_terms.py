@@ -41,6 +41,9 @@ def test_what_a_request_leaves_out_is_as_in_the_default(
         ({"min_tokens": 1.5}, "min_tokens is 1.5, expected a whole number"),
         ({"min_tokens": "inf"}, "min_tokens is 'inf', expected a whole number"),
         ({"min_tokens": -1}, "min_tokens is -1"),
+        ({"min_tokens": "1e30"}, "min_tokens is '1e30', expected a whole number"),
+        ({"max_tokens": None, "min_tokens": None}, "min_tokens is None"),
+        ({"price": 10**400}, "price is 1000.*, expected a number"),
         ({"max_tokens": 9}, "max_tokens is 9, expected at least 10"),
         ({"max_tokens": 0, "min_tokens": 0}, "max_tokens is 0, expected at least 1"),
         ({"off": "perhaps"}, "off is 'perhaps', expected true or false"),
@@ -50,6 +53,14 @@ def test_what_a_request_leaves_out_is_as_in_the_default(
 def test_terms_that_make_no_sense_are_refused(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Terms.read(asked, DEFAULT)
+
+
+def test_terms_hold_numbers_of_the_right_kind() -> None:
+    terms = Terms("0.5", "3", np.int64(9))  # type: ignore[arg-type]
+    assert (terms.price, terms.min_tokens, terms.max_tokens) == (0.5, 3, 9)
+    for wrong in (100.5, "many", [1]):
+        with pytest.raises(InputError, match="max_tokens is"):
+            Terms(0.1, max_tokens=wrong)  # type: ignore[arg-type]
 
 
 def test_a_price_is_finite() -> None:

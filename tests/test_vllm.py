@@ -376,11 +376,13 @@ def test_v2_leaves_a_request_that_it_takes_up_again_to_the_lm_and_its_cap(
     batch = [
         Request(0, THINKS, 20, asking(price=ALWAYS), output=[IDS["wait"]] * 2),
         Request(1, THINKS, 20, asking(price=ALWAYS, max_tokens=6), output=[IDS["wait"]] * 2),
+        Request(2, THINKS, 20, asking(price=ALWAYS, max_tokens=2), output=[IDS["wait"]] * 2),
     ]
     engine.run(batch)
     assert batch[0].output == [IDS["wait"]] * 20
     assert batch[1].output == [IDS["wait"]] * 6 + CLOSE_IDS + [IDS["wait"]] * 11
-    assert engine.processor.counts == vllm.HaltCounts(num_capped=1, num_lost=2)
+    assert batch[2].output == [IDS["wait"]] * 2 + CLOSE_IDS + [IDS["wait"]] * 15
+    assert engine.processor.counts == vllm.HaltCounts(num_capped=2, num_lost=3)
 
 
 def test_v2_reads_tokens_on_the_host_at_decision_points_only(vllm: Any, tmp_path: Path) -> None:
@@ -461,7 +463,10 @@ def test_of_processes_that_sample_the_same_requests_one_logs(
         ({"haltwise_price": "dear"}, "haltwise_*: price is 'dear', expected a number"),
         ({"haltwise_price": -1}, "haltwise_*: price is -1.0, expected 0 or more, and finite"),
         ({"haltwise_price": [1]}, "haltwise_*: price is [1], expected a number"),
-        ({"haltwise_max_tokens": 1.5}, "haltwise_*: max_tokens is 1.5, expected a whole number"),
+        (
+            {"haltwise_max_tokens": 1.5},
+            "haltwise_*: max_tokens is 1.5, expected a whole number, 0 or more",
+        ),
         (
             {"haltwise_min_tokens": 9, "haltwise_max_tokens": 8},
             "haltwise_*: max_tokens is 8, expected at least 9",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,8 @@ from haltwise.proxy.wire import (
     texts_of,
     tokens_of,
 )
+
+log = logging.getLogger("haltwise.proxy")
 
 # Bytes of events that are held back; with more the upstream has to wait.
 _MOST_HELD = 16 * 2**20
@@ -122,7 +125,10 @@ class Held:
 
     def __init__(self, leg: Leg) -> None:
         """Begins to read."""
+        self.is_whole = False
+        """Whether the end of its answer has come."""
         self._leg = leg
+        self._on_whole: Callable[[], None] | None = None
         self._events: asyncio.Queue[Event | UpstreamError | None] = asyncio.Queue()
         self._num_bytes, self._room = 0, asyncio.Event()
         self._task = asyncio.create_task(self._read())
@@ -131,6 +137,7 @@ class Held:
         try:
             async for event in self._leg:
                 self._events.put_nowait(event)
+                self._note(event)
                 self._num_bytes += len(event.raw)
                 if self._num_bytes > _MOST_HELD:
                     self._room.clear()
@@ -138,6 +145,22 @@ class Held:
             self._events.put_nowait(None)
         except UpstreamError as error:
             self._events.put_nowait(error)
+        except Exception:
+            log.exception("a defect of the proxy")
+            self._events.put_nowait(UpstreamError("cut", "upstream's answer could not be read"))
+
+    def _note(self, event: Event) -> None:
+        choice = choice_of(event.chunk) if event.chunk else None
+        if choice is not None and choice.get("finish_reason"):
+            self.is_whole = True
+            if self._on_whole is not None:
+                self._on_whole()
+
+    def when_whole(self, call: Callable[[], None] | None) -> None:
+        """Sets what to call, perhaps at once, when the end of its answer has come."""
+        self._on_whole = call
+        if call is not None and self.is_whole:
+            call()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """What the leg says from where it was held back.

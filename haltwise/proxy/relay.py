@@ -308,17 +308,18 @@ class Completion:
 
     async def _closed(self, first: Leg) -> tuple[Leg | None, AsyncIterator[Event] | Held]:
         """Closes the thought by a second leg; without one, gives what goes on instead."""
+        if not self._server.one_at_a_time:
+            self._held = Held(first)
         try:
             body = await self._body_after(self._server.close_text)
         except (UpstreamError, CannotContinue) as error:
             self._fall_back(error.kind)
-            return None, first
-        if self._server.one_at_a_time:
+            return None, self._held or first
+        if self._held is None:
             await first.close()
-        else:
-            self._held = Held(first)
+        may_be_empty = bool(self._server.close_parts[1])
         try:
-            second = await self._begun(body, may_be_empty=bool(self._server.close_parts[1]))
+            second = await self._begun(body, may_be_empty, self._held)
         except UpstreamError as error:
             self._fall_back(error.kind)
             return None, self._held or self._again()
@@ -334,13 +335,20 @@ class Completion:
         body = await self._server.continuation(self.asked, self._seen, tail, self._headers)
         return self.asked.less(body, sum(used.completion_tokens for used in self.used))
 
-    async def _begun(self, body: Json, may_be_empty: bool) -> Leg:
+    async def _begun(self, body: Json, may_be_empty: bool, held: Held | None = None) -> Leg:
         """A leg that has begun to answer, or has nothing to add if it may.
+
+        Args:
+            body: Of its request.
+            may_be_empty: Whether it may have nothing to add.
+            held: Whose own answer makes this one needless, if it is whole before.
 
         Raises:
             UpstreamError: If it does not, or thinks on.
         """
-        with anyio.move_on_after(self._setting.patience):
+        with anyio.move_on_after(self._setting.patience) as scope:
+            if held is not None:
+                held.when_whole(scope.cancel)
             leg = await self._ask(body)
             choice = await leg.first_choice() if leg.is_stream else None
             thought, text = ("", "") if choice is None else texts_of(choice)
@@ -348,6 +356,8 @@ class Completion:
                 return leg
             await leg.close()
             raise UpstreamError("no answer", "upstream did not answer where it was to")
+        if held is not None and held.is_whole:
+            raise UpstreamError("late", "upstream ended its own answer before")
         raise UpstreamError("timeout", "upstream did not answer in time", 504)
 
     async def _ask(self, body: Json) -> Leg:

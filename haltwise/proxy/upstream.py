@@ -17,6 +17,8 @@ from haltwise.proxy.wire import Json, UpstreamError
 from haltwise.thought import PointRules, Progress
 
 _STREAMS_A_POOL = 16
+# Seconds that an answer to such a question may take: a client waits for it.
+_CALL_TIMEOUT = 5.0
 # Answers to questions that hang on what clients send are kept for so many.
 _MOST_KEPT = 1000
 # Tokens of its context that SGLang may keep for itself.
@@ -78,17 +80,19 @@ class Upstream:
         """Posts JSON, or gets, and expects JSON at once.
 
         Raises:
-            UpstreamError: If there is none.
+            UpstreamError: If there is none, or not soon.
         """
         own = [pair for pair in headers if pair[0] == b"authorization"]
-        if body is None:
-            leg = await self.open("GET", path.encode(), own, b"")
-        else:
-            leg = await self.stream(path, body, own)
-        try:
-            return _json(leg.response.status_code, await leg.body())
-        finally:
-            await leg.close()
+        with anyio.move_on_after(_CALL_TIMEOUT):
+            if body is None:
+                leg = await self.open("GET", path.encode(), own, b"")
+            else:
+                leg = await self.stream(path, body, own)
+            try:
+                return _json(leg.response.status_code, await leg.body())
+            finally:
+                await leg.close()
+        raise UpstreamError("timeout", "upstream did not answer a call in time", 504)
 
     def _signed(self, headers: Headers) -> Headers:
         if self._key is None:
