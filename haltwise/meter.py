@@ -73,7 +73,6 @@ class SignalMeter:
         self._pass_on()
         self._gauge.reset(rows)
 
-    @torch.inference_mode()
     def add(self, rows: Index, logits: Tensor, tokens: Tensor) -> None:
         """Takes in a token of each of some rows.
 
@@ -149,6 +148,7 @@ class SignalMeter:
             seen["hidden"] = bounded.reshape(hidden.shape).numpy()
         return {name: seen[name] for name in self.signals if name in seen}
 
+    @torch.inference_mode()
     def _reduce(self) -> None:
         """Reduces what has been added, on the device."""
         if self._logits:
