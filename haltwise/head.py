@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,17 @@ class Observing:
         """Length of an observation: the features and the log price."""
         return len(self.mean) + 1
 
+    @cached_property
+    def _constants(self) -> Float:
+        """(2, F) mean and scale, for a decision must be quick."""
+        return np.array([self.mean, self.scale], dtype=np.float32)
+
     def observe(self, features: Float, price: ArrayLike) -> Float:
         """Observations (B, F + 1) of features (B, F) at prices (B,) or one price.
 
         Features are standardised and clipped at 5; for the log price see `dial`.
         """
-        mean, scale = np.array([self.mean, self.scale], dtype=np.float32)
+        mean, scale = self._constants
         standard = (features - mean) / scale
         dial = np.broadcast_to(self.dial(price), len(features))[:, None]
         return np.concatenate([np.clip(standard, -CLIP, CLIP), dial], axis=1)
