@@ -1,7 +1,7 @@
 """Many prompts by a few slots: a slot whose answer is known goes to the next prompt at once.
 
-A fixed batch runs until its longest row has ended, so there halting saves tokens and no time;
-here time follows tokens.
+A fixed batch runs until its longest row has ended, whatever the others save; here time follows
+tokens.
 """
 
 from __future__ import annotations

@@ -330,6 +330,15 @@ def test_a_chat_s_thought_may_stand_in_its_content(
     assert reply.haltwise["position"] == 20
 
 
+def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, plan: Plan) -> None:
+    pair, plan = pairs("llama-server"), replace(plan, **WAITS)
+    reply = ask(pair.client, plan, reasoning_budget_message="mine")
+    assert shown(reply) == halted(plan, chat=True)
+    first, second = pair.upstream.of(plan)
+    assert first.body["reasoning_budget_message"] == "mine"
+    assert "reasoning_control" not in first.body and second.path == "/v1/completions"
+
+
 def test_a_message_may_have_parts(vllm: Pair, plan: Plan) -> None:
     parts = [{"type": "text", "text": plan.text()}, {"type": "text", "text": " please"}]
     reply = ask(vllm.client, plan, messages=[{"role": "user", "content": parts}])
@@ -338,11 +347,14 @@ def test_a_message_may_have_parts(vllm: Pair, plan: Plan) -> None:
 
 @BOTH
 @STREAMED
-def test_usage_is_that_of_both_legs(vllm: Pair, plan: Plan, chat: bool, stream: bool) -> None:
-    plan = replace(plan, **WAITS)
-    reply = ask(vllm.client, plan, chat, stream)
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_usage_is_that_of_both_legs(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool
+) -> None:
+    plan, pair = replace(plan, **WAITS), pairs(kind)
+    reply = ask(pair.client, plan, chat, stream)
     prompt = plan.text() + "\n<|assistant|><think>\n" if chat else plan.prompt()
-    num_prompt, num_close = len(vllm.upstream.ids(prompt)), len(vllm.upstream.ids(CLOSE))
+    num_prompt, num_close = len(pair.upstream.ids(prompt)), len(pair.upstream.ids(CLOSE))
     first = {"prompt_tokens": num_prompt, "completion_tokens": 20}
     # Four tokens and the one that ends the answer.
     second = {"prompt_tokens": num_prompt + 20 + num_close, "completion_tokens": 5}
@@ -521,9 +533,12 @@ def test_bad_terms_are_refused_and_go_no_further(
 def test_headers_of_the_proxy_are_not_passed_on_and_others_are(vllm: Pair, plan: Plan) -> None:
     headers = {"X-Haltwise-Price": "1", "X-Request-Id": "r7", "Authorization": "Bearer own"}
     ask(vllm.client, plan, headers=headers)
-    for asked in vllm.upstream.of(plan):
-        assert not any(name.startswith("x-haltwise") for name in asked.headers)
-        assert (asked.headers["x-request-id"], asked.key) == ("r7", "own")
+    asked = vllm.upstream.of(plan)
+    for each in asked:
+        assert not any(name.startswith("x-haltwise") for name in each.headers)
+        assert each.key == "own"
+    # Two requests must not have one name.
+    assert [each.headers.get("x-request-id") for each in asked] == ["r7", None]
 
 
 @BOTH
@@ -619,7 +634,8 @@ def test_logs_have_a_line_a_request_and_never_what_was_said(
     caplog.set_level(logging.DEBUG, logger="haltwise")
     ask(vllm.client, plan)
     wait_until(lambda: '"outcome"' in caplog.text)
-    (line,) = [r.getMessage() for r in caplog.records if r.name.startswith("haltwise")]
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("haltwise")]
+    (line,) = [line for line in told if line != '{"upstream": "vllm"}']
     told = json.loads(line)
     assert told["reason"] == "halted" and told["position"] == 20
     assert plan.name not in line.replace(f"chatcmpl-{plan.name}", "")
@@ -645,6 +661,7 @@ def test_in_shadow_nothing_changes_and_the_saving_is_told(
     saved += told["shadow"]["saved_tokens"]
     assert pair.proxy.metric("haltwise_shadow_saved_tokens_total") == saved
     assert len(pair.upstream.of(plan)) == 2
+    assert "return_token_ids" not in pair.upstream.of(plan)[0].body
     assert "shadow" not in ask(pair.client, plan, chat, stream, NEVER).haltwise
     assert pair.proxy.metric("haltwise_shadow_saved_tokens_total") == saved
 
@@ -730,6 +747,10 @@ def test_health_tells_how_the_server_is(pairs: Pairs, kind: Kind, plan: Plan) ->
     ask(pair.client, plan)
     told = pair.client.get("/health")
     assert told.status_code == 200
+    num = len(pair.upstream.asked)
+    for _ in range(20):
+        pair.client.get("/health")
+    assert len(pair.upstream.asked) < num + 20
     expected = {"status": "ok", "upstream": "ok", "streams_in_flight": 0, "kind": kind}
     assert told.json() == expected
 

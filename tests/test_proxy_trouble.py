@@ -1,14 +1,19 @@
 """What a client of the proxy gets when something goes wrong: a clean error, or the whole answer."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import openai
 import pytest
 
+from haltwise.proxy import relay, upstream
+from haltwise.proxy.legs import Leg
 from haltwise.watcher import Watcher
 from tests.fake_upstream import Kind, Plan
 from tests.proxies import (
@@ -183,11 +188,12 @@ def test_a_stream_that_is_only_passed_on_ends_in_a_clean_error(
 
 @BOTH
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
-def test_without_a_stream_a_broken_one_is_a_502(
+def test_without_a_stream_a_broken_one_is_an_error_of_the_server(
     vllm: Pair, plan: Plan, chat: bool, trouble: str
 ) -> None:
     reply = ask(vllm.client, replace(plan, trouble=trouble, at=9), chat, stream=False)
-    assert reply.status == 502 and reply.error["message"]
+    # An error that the server tells of has a status of its own.
+    assert reply.status == (500 if trouble == "says" else 502) and reply.error["message"]
     assert plan.name not in reply.body.decode()
 
 
@@ -243,7 +249,7 @@ def test_if_the_second_leg_fails_the_first_one_goes_on(
     plan = replace(plan, trouble=trouble, legs=(2, 3))
     reply = ask(vllm.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
-    assert not reply.haltwise["halted"]
+    assert not reply.haltwise["halted"] and reply.haltwise["fallback"]
     assert vllm.proxy.metric("haltwise_fallbacks_total") == counted + 1
     assert vllm.upstream.of(plan)[0].ended == "done"
 
@@ -257,6 +263,40 @@ def test_if_the_second_leg_is_silent_the_first_one_goes_on(
     plan = replace(plan, trouble=trouble, legs=(2, 3))
     assert is_unhalted(ask(hasty.client, plan, chat), plan, chat)
     assert hasty.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+@BOTH
+@STREAMED
+def test_a_second_leg_that_waits_for_the_first_to_end_is_too_late(
+    pairs: Pairs, plan: Plan, chat: bool, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "_SOON", 0.0)
+    pair = pairs("vllm", fake={"num_slots": 1}, read_timeout=20.0)
+    plan = replace(plan, trouble="hangs", legs=(2,))
+    counted = pair.proxy.metric("haltwise_fallbacks_total", reason="late")
+    reply = ask(pair.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat) and reply.haltwise["fallback"] == "late"
+    assert pair.proxy.metric("haltwise_fallbacks_total", reason="late") == counted + 1
+
+
+@BOTH
+def test_what_a_server_does_not_tell_in_time_is_not_waited_for(
+    pairs: Pairs, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    ask(pair.client, replace(plan, name=plan.name + "x"))  # it is known by now
+
+    async def hang(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(upstream, "_CALL_TIMEOUT", 0.1)
+    monkeypatch.setattr(
+        upstream.Vllm, "text_ids", lambda self, *_: self.upstream.call("/x", {}, [])
+    )
+    monkeypatch.setattr(Leg, "body", hang)
+    counted = pair.proxy.metric("haltwise_fallbacks_total", reason="timeout")
+    assert is_unhalted(ask(pair.client, plan, chat), plan, chat)
+    assert pair.proxy.metric("haltwise_fallbacks_total", reason="timeout") == counted + 1
 
 
 # llama-server is told to end the thought of a chat: there is no second leg.
@@ -373,6 +413,34 @@ def test_a_client_that_does_not_finish_its_request_is_dropped(pairs: Pairs, plan
     assert pair.upstream.of(plan) == []
 
 
+def test_a_client_that_sends_its_request_piece_by_piece_has_one_deadline(
+    pairs: Pairs, plan: Plan
+) -> None:
+    pair = pairs("vllm", send_timeout=0.5)
+    with connected(pair.proxy) as client:
+        data = request_bytes(plan, True, True, {})
+        client.sendall(data[:-99])
+        client.settimeout(0.1)
+        found = b""
+        for byte in data[-99:]:
+            with suppress(TimeoutError):
+                found += client.recv(100)
+            if found:
+                break
+            client.sendall(bytes([byte]))
+        assert b" 408 " in found
+    assert pair.upstream.of(plan) == []
+
+
+def test_a_client_that_asks_for_nothing_is_let_go(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    monkeypatch.setattr(import_module("haltwise.proxy.server"), "_SILENCE", 0.05)
+    with connected(pair.proxy) as client:
+        assert client.recv(1) == b""
+
+
 def test_a_slow_client_gets_everything(vllm: Pair, plan: Plan) -> None:
     plan = replace(plan, thinking=20, token_bytes=200_000)
     body = {"model": "m", "stream": True, "prompt": plan.prompt(), "max_tokens": 99}
@@ -430,7 +498,8 @@ def test_an_odd_field_that_the_server_takes_is_no_trouble(
 
 def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:
     num = len(vllm.upstream.asked)
-    for path in ("/v1/../asked", "/v1/%2e%2e/asked", "/v1/x/..%2f..%2fasked", "//asked"):
+    paths = ("/v1/../asked", "/v1/%2e%2e/asked", "/v1/x/..%2f..%2fasked", "//asked", "/v1/a#b")
+    for path in (*paths, "/v1/" + "x" * 2**16):
         with connected(vllm.proxy) as client:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode())
             assert b" 404 " in client.recv(100)

@@ -22,7 +22,7 @@ from haltwise.proxy.config import Keys, ServeConfig
 from haltwise.proxy.legs import _MOST_HELD, Held, Leg, Seen, Skip
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.relay import Completion, Setting
-from haltwise.proxy.upstream import Server
+from haltwise.proxy.upstream import LlamaServer, Server, find_server
 from haltwise.proxy.wire import (
     Event,
     EventReader,
@@ -187,7 +187,7 @@ def test_a_stream_of_a_chat_is_put_together() -> None:
     whole = Whole()
     parts: list[Json] = [
         {"role": "assistant", "content": ""},
-        {"reasoning": "think"},
+        {"reasoning": "think", "role": None},
         {"reasoning": "ing"},
         {"content": "ans"},
         {"content": "wer"},
@@ -244,12 +244,17 @@ def test_a_stream_of_a_completion_is_put_together() -> None:
         (True, {"n": 2}, "n is not 1"),
         (True, {"n": "2"}, "malformed"),
         (True, {"top_logprobs": "many"}, "malformed"),
+        (True, {"top_logprobs": -1}, "malformed"),
+        (False, {"logprobs": -1}, "malformed"),
         (True, {"max_tokens": {}}, "malformed"),
         (True, {"stream_options": []}, "malformed"),
         (True, {"stop": [7]}, "malformed"),
         (True, {"messages": "hello"}, "malformed"),
+        (True, {"model": "m" * 1001}, "malformed"),
         (True, {"messages": [3]}, "malformed"),
         (True, {"post_sampling_probs": True}, "post_sampling_probs"),
+        (True, {"return_token_ids": True}, "return_token_ids"),
+        (False, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
         (False, {"best_of": 3}, "best_of"),
         (False, {"echo": True}, "echo"),
         (False, {"suffix": "s"}, "suffix"),
@@ -291,6 +296,7 @@ def test_what_cannot_be_continued_is_known_beforehand(body: Json, reason: str | 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
 def test_a_second_leg_has_what_is_left_of_the_limits(limit: str) -> None:
     asked = Asked(True, {limit: 100, "min_tokens": 30, "tools": None, "messages": [], "top_k": 4})
+    asked.body["request_id"] = "r7"
     body = asked.less(asked.continued(prompt=[1, 2]), 40)
     assert body == {
         "prompt": [1, 2],
@@ -370,7 +376,7 @@ def test_what_was_seen_can_be_gone_on_from() -> None:
 class OwnLeg:
     """Events without a server."""
 
-    def __init__(self, events: list[Event], failure: UpstreamError | None = None) -> None:
+    def __init__(self, events: list[Event], failure: Exception | None = None) -> None:
         self.events, self.failure, self.num_read = events, failure, 0
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -393,17 +399,35 @@ def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
         for _ in range(100):
             await asyncio.sleep(0)
         assert leg.num_read == _MOST_HELD // 2**20 + 1
+        assert held.is_enough
         got = []
         with pytest.raises(UpstreamError):
             async for event in held:
                 got.append(event)
         assert got == events
-        held = Held(OwnLeg(events[:7]))  # type: ignore[arg-type]
+        held = Held(OwnLeg(events[:2]))  # type: ignore[arg-type]
         await asyncio.sleep(0.0)
         await held.close()
-        assert held.num_tokens() == 7
+        assert held.num_tokens() == 2
 
     asyncio.run(play())
+
+
+def test_a_leg_that_is_held_tells_when_it_is_whole_and_keeps_nobody_waiting() -> None:
+    last = Event(b"", {"choices": [{"text": "", "finish_reason": "stop"}]})
+    called: list[bool] = []
+
+    async def play() -> None:
+        leg: Any = OwnLeg([last], RuntimeError("a mistake of ours"))
+        held = Held(leg)
+        held.when_enough(lambda: called.append(held.is_enough))
+        with pytest.raises(UpstreamError):
+            async for event in held:
+                assert event is last
+        held.when_enough(lambda: called.append(held.is_enough))
+
+    asyncio.run(play())
+    assert called == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -437,10 +461,112 @@ def test_a_second_leg_has_to_answer(
     monkeypatch.setattr(Completion, "_ask", ask)
     for empty, expected in ((False, begins), (True, may_be_empty)):
         if expected:
-            assert asyncio.run(begun(empty)) == chunks[-1:]
+            assert asyncio.run(begun(empty)) == chunks
         else:
             with pytest.raises(UpstreamError, match="did not answer"):
                 asyncio.run(begun(empty))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_answer_that_breaks_off_behind_its_end_is_whole(ends: bool) -> None:
+    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"prompt": "q"}), TERMS, [], server, setting)
+    choice = {"text": "18", "finish_reason": "stop" if ends else None}
+    leg: Any = OwnLeg([Event(chunk={"choices": [choice]})], UpstreamError("cut", "cut"))
+
+    async def play() -> Json:
+        return await completion.whole(leg)
+
+    if ends:
+        assert asyncio.run(play())["choices"][0]["text"] == "18"
+    else:
+        with pytest.raises(UpstreamError):
+            asyncio.run(play())
+
+
+def test_numbers_of_tokens_without_a_text_are_kept() -> None:
+    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"logprobs": 1, "prompt": ""}), TERMS, [], server, setting)
+    # The first half of a character has no text.
+    choices: list[Json] = [
+        {"text": text, "logprobs": LEGACY, "finish_reason": finish}
+        for text, finish in (("", None), ("é", None), ("", "stop"))
+    ]
+    leg: Any = OwnLeg([Event(chunk={"choices": [choice]}) for choice in choices])
+
+    async def play() -> list[Any]:
+        events = [event async for event in completion._answer_of(leg, Seen())]
+        return [event.chunk["choices"][0]["logprobs"] for event in events if event.chunk]
+
+    assert asyncio.run(play()) == [LEGACY] * 3
+
+
+def test_a_thought_whose_tokens_are_named_by_their_ids_is_not_watched() -> None:
+    metrics = Metrics()
+    setting = Setting(HEAD, metrics, shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"prompt": "<think>"}), TERMS, [], server, setting)
+    choice = {"text": "x", "logprobs": {"tokens": ["token_id:7"]}}
+    events = [Event(chunk={"choices": [choice]}) for _ in range(20)]
+    events.append(Event(chunk={"choices": [{"text": "", "finish_reason": "stop"}]}))
+    leg: Any = OwnLeg(events)
+
+    async def play() -> Json:
+        return await completion.whole(leg)
+
+    told = asyncio.run(play())["usage"]["haltwise"]
+    assert (told["halted"], told["fallback"]) == (False, "token texts")
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "said"),
+    [
+        ("hm", {}, [7]),
+        ("h\u00e9", {}, ["h\u00e9"]),
+        ("hm", {"stop": "never"}, ["hm"]),
+    ],
+    ids=["whole", "character", "stop"],
+)
+def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
+    text: str, body: Json, said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rendered(*_: Any) -> str:
+        return "q<think>"
+
+    monkeypatch.setattr(LlamaServer, "rendered", rendered)
+    server = LlamaServer(None, RULES, "</think>\n\n", one_at_a_time=False, num_close_tokens=2)
+    # What the chunk shows may be longer than what its numbers tell of.
+    logprobs = {"content": [{"token": text[-1], "id": 7, "logprob": -1.0}]}
+    seen = Seen()
+    seen.add({"choices": [{"delta": {"reasoning_content": text}, "logprobs": logprobs}]})
+    asked = Asked(True, {"messages": []} | body)
+    found = asyncio.run(server.continuation(asked, seen, "</think>\n\n", []))
+    assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
+
+
+@pytest.mark.parametrize("data", [None, [], [3], "x", {}], ids=str)
+def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
+    class Upstream:
+        async def call(self, *_: Any) -> Json:
+            return {"data": data}
+
+    upstream: Any = Upstream()
+    with pytest.raises(UpstreamError, match="no model yet") as raised:
+        asyncio.run(find_server(upstream, "auto", RULES, "</think>", []))
+    assert raised.value.kind == "status"
+
+
+def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def rendered(*_: Any) -> str:
+        return "<think>"
+
+    monkeypatch.setattr(Server, "rendered", rendered)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    asked = Asked(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
+    assert asyncio.run(server.opens_thought(asked, []))
+    assert all(len(key) <= 64 for key in server._opens)
 
 
 # Watching
@@ -558,12 +684,16 @@ def test_the_upstream_is_named_as_clients_name_it() -> None:
     assert deep.upstream_url == "https://h/lm"
 
 
-def test_a_key_has_its_terms_and_is_kept_as_a_digest(tmp_path: Path) -> None:
+def test_a_key_has_its_terms_and_is_kept_as_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "keys.json"
-    path.write_text(json.dumps({"sk-a": {"price": 2}, "sk-é": {"off": True}}))
+    path.write_text(json.dumps({" sk-a\n": {"price": 2}, "sk-é": {"off": True}}))
     keys = Keys(path, Terms(1.0, max_tokens=9))
     assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
     assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
+    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").upstream_key == "sk-inner"
     # HTTP headers are bytes, shown as Latin-1.
     assert keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1")) == Terms(0.0)
     for other in (None, "", "sk-a", "Basic sk-a", "Bearer", "Bearer sk-", "Bearer sk-aa"):

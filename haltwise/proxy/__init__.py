@@ -3,6 +3,5 @@
 from haltwise.proxy.app import create_app
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.server import server
-from haltwise.watcher import Watcher
 
-__all__ = ["ServeConfig", "Watcher", "create_app", "server"]
+__all__ = ["ServeConfig", "create_app", "server"]

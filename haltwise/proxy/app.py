@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict
 from urllib.parse import unquote
 
 import anyio
+import httpx2
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -40,6 +42,8 @@ _HOP_BY_HOP = {
     *(b"trailer", b"trailers", b"transfer-encoding", b"upgrade", b"proxy-connection"),
 }
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
+# Seconds for which the health of the upstream is believed.
+_CHECK_LASTS = 1.0
 # Terms of a request: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
 # Of an answer that is written anew.
@@ -70,6 +74,8 @@ class Proxy:
         self.upstream = Upstream(config)
         self._server: Server | None = None
         self._finding = anyio.Lock()
+        self._checking = anyio.Lock()
+        self._checked, self._answered = -math.inf, False
         self._num_streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -181,10 +187,11 @@ class Proxy:
                     self.upstream, self.config.kind, self._rules, close_text, headers
                 )
             except UpstreamError as error:
-                if error.kind != "status":
+                if error.kind not in ("status", "timeout"):
                     raise
                 # It may tell others, or later.
                 return Server(self.upstream, self._rules, close_text)
+            log.info(json.dumps({"upstream": self._server.kind}))
             return self._server
 
     async def _watch(self, client: Client, record: Record, completion: Completion) -> str | None:
@@ -237,7 +244,11 @@ class Proxy:
         scope = client.scope
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
-        leg = await self.upstream.open(scope["method"], target, self._passed_headers(client), body)
+        passed = self._passed_headers(client)
+        try:
+            leg = await self.upstream.open(scope["method"], target, passed, body)
+        except httpx2.InvalidURL:
+            raise RefusedError(404, "not_found", "no such path") from None
         try:
             await self._relay(client, record, leg, headers)
         finally:
@@ -272,13 +283,7 @@ class Proxy:
 
     async def health(self, request: Request) -> Response:
         """Whether the upstream answers."""
-        answers = False
-        with anyio.move_on_after(self.config.connect_timeout):
-            try:
-                await self.upstream.call("/v1/models", None, [])
-                answers = True
-            except UpstreamError as error:
-                answers = error.kind == "status"
+        answers = await self._upstream_answers()
         told = {
             "status": "ok" if answers else "upstream unreachable",
             "upstream": "ok" if answers else "unreachable",
@@ -286,6 +291,21 @@ class Proxy:
             "streams_in_flight": self._num_streams,
         }
         return JSONResponse(told, 200 if answers else 503)
+
+    async def _upstream_answers(self) -> bool:
+        """Whether it does, or did a moment ago."""
+        async with self._checking:
+            if anyio.current_time() < self._checked + _CHECK_LASTS:
+                return self._answered
+            self._answered = False
+            with anyio.move_on_after(self.config.connect_timeout):
+                try:
+                    await self.upstream.call("/v1/models", None, [])
+                    self._answered = True
+                except UpstreamError as error:
+                    self._answered = error.kind == "status"
+            self._checked = anyio.current_time()
+            return self._answered
 
     async def tell_metrics(self, request: Request) -> Response:
         """The metrics, as Prometheus reads them."""

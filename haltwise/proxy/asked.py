@@ -19,6 +19,13 @@ _OF_CHAT = (
     *("max_completion_tokens", "top_logprobs", "logprobs", "modalities", "store", "metadata"),
     *("add_generation_prompt", "continue_final_message", "separate_reasoning", "reasoning_format"),
 )
+# What changes how an answer tells of its tokens.
+_CHANGING = (
+    *("echo", "suffix", "post_sampling_probs"),
+    *("return_token_ids", "return_tokens_as_token_ids"),
+)
+# Of a model; longer ones are no names.
+_LONGEST_NAME = 1000
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 _NUMBERS = ("n", "best_of", "logprobs", "top_logprobs", *_MAX_TOKENS)
 
@@ -80,13 +87,15 @@ class Asked:
             any(not isinstance(number, int) for number in self.named(*_NUMBERS).values())
             or not isinstance(options, dict | None)
             or not all(isinstance(text, str | None) for text in stops)
+            or any(number < 0 for number in self.named("logprobs", "top_logprobs").values())
+            or len(str(body.get("model"))) > _LONGEST_NAME
         ):
             return "malformed"
         if (body.get("n") or 1) != 1:
             return "n is not 1"
         if (body.get("best_of") or 1) != 1:
             return "best_of"
-        for name in ("echo", "suffix", "post_sampling_probs"):
+        for name in _CHANGING:
             if body.get(name):
                 return name
         if not self.chat:
@@ -134,7 +143,7 @@ class Asked:
             changes: The prompt or the messages that it goes on from.
         """
         chat = "messages" in changes
-        dropped = ("prompt",) if chat else _OF_CHAT
+        dropped = ("request_id", *(("prompt",) if chat else _OF_CHAT))
         body = {name: value for name, value in self.body.items() if name not in dropped}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.num_top is not None:

@@ -45,7 +45,7 @@ class Client:
         scope: Of ASGI, as the other two.
         receive: Gives what the client sends.
         send: Takes what it gets.
-        patience: Seconds that it may neither send nor read.
+        patience: Seconds that it may take to send its request, and not read.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, patience: float) -> None:
@@ -71,14 +71,17 @@ class Client:
         length = self.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
             raise _too_large(limit)
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._body(limit)
+        except TimeoutError:
+            raise RefusedError(408, "timeout", "the request's body did not come") from None
+
+    async def _body(self, limit: int) -> bytes:
         pieces, num = [], 0
         more = True
         while more:
-            try:
-                async with asyncio.timeout(self._patience):
-                    message = await self._receive()
-            except TimeoutError:
-                raise RefusedError(408, "timeout", "the request's body did not come") from None
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise GoneError("disconnected")
             pieces.append(message.get("body", b""))

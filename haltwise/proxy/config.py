@@ -52,7 +52,7 @@ class ServeConfig:
     read_timeout: float = 300.0
     """Seconds that the upstream may be silent."""
     send_timeout: float = 30.0
-    """Seconds that a client may not read."""
+    """Seconds that a client may take to send its request, and that it may not read."""
     drain_timeout: float = 30.0
     """Seconds that running requests have when the proxy is told to end."""
 
@@ -93,7 +93,7 @@ class ServeConfig:
         """
         if self.upstream_key_env is None:
             return None
-        key = os.environ.get(self.upstream_key_env)
+        key = os.environ.get(self.upstream_key_env, "").strip()
         if not key:
             raise InputError(f"upstream_key_env: {self.upstream_key_env} is not set or empty")
         return key
@@ -131,7 +131,7 @@ class Keys:
         if not isinstance(entries, dict) or not entries:
             raise InputError(f'keys {path}: expected {{"API KEY": {{"price": 0.5}}, ...}}')
         self._terms = {
-            _digest(key.encode()): _entry_terms(entry, default, f"keys {path}, entry {i}")
+            _digest(key.strip().encode()): _entry_terms(entry, default, f"keys {path}, entry {i}")
             for i, (key, entry) in enumerate(entries.items(), start=1)
         }
 

@@ -28,7 +28,7 @@ from haltwise.proxy.wire import (
 log = logging.getLogger("haltwise.proxy")
 
 # Bytes of events that are held back; with more the upstream has to wait.
-_MOST_HELD = 16 * 2**20
+_MOST_HELD = 2 * 2**20
 
 
 @contextmanager
@@ -101,15 +101,17 @@ class Leg:
             return b"".join([data async for data in pieces])
 
     async def first_choice(self) -> Json | None:
-        """The first choice with a text or an end, which is not taken away; None without one.
+        """The first choice with a text or an end; None without one. Nothing is taken away.
 
         Raises:
             UpstreamError: As `__anext__`.
         """
+        passed = []
         async for event in self:
+            passed.append(event)
             choice = choice_of(event.chunk) if event.chunk else None
             if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
-                self._back.append(event)
+                self._back = passed[::-1]
                 return choice
         return None
 
@@ -125,10 +127,10 @@ class Held:
 
     def __init__(self, leg: Leg) -> None:
         """Begins to read."""
-        self.is_whole = False
-        """Whether the end of its answer has come."""
+        self.is_enough = False
+        """Whether the end of its answer has come, or there is no room for it."""
         self._leg = leg
-        self._on_whole: Callable[[], None] | None = None
+        self._on_enough: Callable[[], None] | None = None
         self._events: asyncio.Queue[Event | UpstreamError | None] = asyncio.Queue()
         self._num_bytes, self._room = 0, asyncio.Event()
         self._task = asyncio.create_task(self._read())
@@ -137,9 +139,12 @@ class Held:
         try:
             async for event in self._leg:
                 self._events.put_nowait(event)
-                self._note(event)
                 self._num_bytes += len(event.raw)
-                if self._num_bytes > _MOST_HELD:
+                is_full = self._num_bytes > _MOST_HELD
+                if is_full or _is_last(event):
+                    self.is_enough = True
+                    self._tell()
+                if is_full:
                     self._room.clear()
                     await self._room.wait()
             self._events.put_nowait(None)
@@ -149,18 +154,14 @@ class Held:
             log.exception("a defect of the proxy")
             self._events.put_nowait(UpstreamError("cut", "upstream's answer could not be read"))
 
-    def _note(self, event: Event) -> None:
-        choice = choice_of(event.chunk) if event.chunk else None
-        if choice is not None and choice.get("finish_reason"):
-            self.is_whole = True
-            if self._on_whole is not None:
-                self._on_whole()
+    def _tell(self) -> None:
+        if self.is_enough and self._on_enough is not None:
+            self._on_enough()
 
-    def when_whole(self, call: Callable[[], None] | None) -> None:
-        """Sets what to call, perhaps at once, when the end of its answer has come."""
-        self._on_whole = call
-        if call is not None and self.is_whole:
-            call()
+    def when_enough(self, call: Callable[[], None]) -> None:
+        """Sets what to call, perhaps at once, when there is no more to wait for."""
+        self._on_enough = call
+        self._tell()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """What the leg says from where it was held back.
@@ -192,6 +193,12 @@ class Held:
             await self._task
 
 
+def _is_last(event: Event) -> bool:
+    """Whether an answer ends with it."""
+    choice = choice_of(event.chunk) if event.chunk else None
+    return choice is not None and bool(choice.get("finish_reason"))
+
+
 @dataclass
 class Seen:
     """What an answer has shown so far, for going on from it."""
@@ -219,7 +226,8 @@ class Seen:
         self.num_tokens += len(ids) or len(tokens) or bool(text)
         # A token that ends inside of a character has no text of its own.
         own = "".join(token.text for token in tokens)
-        self.texts.append(own if own and "\ufffd" not in own else text)
+        whole = len(own) >= len(text) and "\ufffd" not in own
+        self.texts.append(own if whole else text)
 
     @property
     def text(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
 import anyio
@@ -33,8 +34,12 @@ from haltwise.watcher import Watcher
 
 log = logging.getLogger("haltwise.proxy")
 
+# Seconds that a second leg has at least, even if the first one's own answer is whole by then.
+_SOON = 2.0
 # What chunks of one answer have in common.
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+# How vLLM begins the texts of tokens that it was told to name by their ids.
+_ID_TEXT = "token_id:"
 # What a choice has on every server.
 _OF_CHOICE = ("index", "delta", "text", "logprobs", "finish_reason")
 
@@ -91,6 +96,7 @@ class Completion:
         self._field = ""  # in which the server puts the thought, if in one of its own
         self._shown_texts: list[str] = []
         self._finish: str | None = None
+        self._fallback = ""  # why the LM was left to think on, if it was
 
     # What the client gets
 
@@ -100,7 +106,8 @@ class Completion:
         Raises:
             UpstreamError: If it does not answer.
         """
-        return await self._ask(self.asked.watched(self._server.extra(self.asked)))
+        extra = {} if self._setting.shadow else self._server.extra(self.asked)
+        return await self._ask(self.asked.watched(extra))
 
     async def events(self, first: Leg) -> AsyncGenerator[Event, None]:
         """What the client gets of the stream, and of what takes its place.
@@ -108,6 +115,19 @@ class Completion:
         Raises:
             UpstreamError: If the answer is not whole.
         """
+        try:
+            async with aclosing(self._all_of(first)) as events:
+                async for event in events:
+                    yield event
+        except UpstreamError:
+            if self._finish is None:
+                raise
+        if self._finish is None:
+            raise UpstreamError("cut", "upstream broke off its answer")
+        yield DONE
+
+    async def _all_of(self, first: Leg) -> AsyncGenerator[Event, None]:
+        """As `events`, but for the end, even if an answer breaks off behind its own."""
         source: AsyncIterator[Event] | Held = first
         halts = True
         while halts:
@@ -124,9 +144,6 @@ class Completion:
                     async for event in self._answer(second):
                         yield event
                     break
-        if self._finish is None:
-            raise UpstreamError("cut", "upstream broke off its answer")
-        yield DONE
 
     async def whole(self, first: Leg) -> Json:
         """The same as one answer.
@@ -151,18 +168,18 @@ class Completion:
     # What is told about it
 
     @property
-    def completion_id(self) -> str:
+    def _completion_id(self) -> str:
         """The upstream's name of the answer."""
         return str(self._envelope.get("id", ""))
 
     @property
-    def position(self) -> int:
+    def _position(self) -> int:
         """Thinking tokens, up to where the thought was halted if it was."""
         at = self._watcher.halted_at
         return at if self.halted and at is not None else self._watcher.progress.position
 
     @property
-    def reason(self) -> str:
+    def _reason(self) -> str:
         """Why the thought ended."""
         if self.halted:
             return "capped" if self._watcher.capped else "halted"
@@ -176,12 +193,14 @@ class Completion:
     def report(self) -> Json:
         """What the client and the log are told."""
         legs = [asdict(used) for used in self.used]
-        report: Json = {"halted": self.halted, "reason": self.reason, "position": self.position}
+        report: Json = {"halted": self.halted, "reason": self._reason, "position": self._position}
         report |= {"price": self._terms.price, "legs": legs}
+        if self._fallback:
+            report["fallback"] = self._fallback
         at = self._watcher.halted_at
         if self._setting.shadow and at is not None:
             shadow = {"reason": "capped" if self._watcher.capped else "halted", "position": at}
-            report["shadow"] = shadow | {"saved_tokens": self.position - at}
+            report["shadow"] = shadow | {"saved_tokens": self._position - at}
         return report
 
     def count(self) -> None:
@@ -222,8 +241,7 @@ class Completion:
         progress = self._watcher.progress
         self._seen.add(chunk, tokens)
         self.used[0].completion_tokens = self._seen.num_tokens
-        if self._seen.prompt_ids is not None:
-            self.used[0].prompt_tokens = len(self._seen.prompt_ids)
+        self._note_prompt()
         if choice.get("delta", {}).get("tool_calls") or (text and self._field):
             self._thinks = False  # the server tells the answer apart
             return False
@@ -237,6 +255,10 @@ class Completion:
             progress.begun = self._server.rules.think_start in opening or (
                 await self._server.opens_thought(self.asked, self._headers)
             )
+        if any(token.text.startswith(_ID_TEXT) for token in tokens):
+            self._thinks = False  # its markers cannot be seen
+            self._fall_back("token texts")
+            return False
         if not tokens and thought + text:
             tokens = [Token(thought + text)]
         halts = self._feed(tokens)
@@ -244,6 +266,10 @@ class Completion:
         budget = self.asked.max_tokens
         in_budget = budget is None or self._seen.num_tokens < budget
         return halts and self._decides and in_budget and not self._setting.shadow
+
+    def _note_prompt(self) -> None:
+        if self._seen.prompt_ids is not None:
+            self.used[0].prompt_tokens = len(self._seen.prompt_ids)
 
     def _feed(self, tokens: list[Token]) -> bool:
         """Feeds the watcher; whether to halt at one of the tokens."""
@@ -278,8 +304,6 @@ class Completion:
         """Takes out what the client did not ask for; whether there was anything."""
         parts = [chunk] if choice is None else [chunk, choice]
         dropped = ["prompt_token_ids", "token_ids"]
-        if self.asked.body.get("return_token_ids"):
-            dropped = []
         if self._num_top is None:
             dropped.append("logprobs")
         found = [part.pop(name) for part in parts for name in dropped if name in part]
@@ -292,14 +316,14 @@ class Completion:
 
     def _fall_back(self, reason: str) -> None:
         """Lets the LM think on."""
-        self._decides = False
+        self._decides, self._fallback = False, reason
         self._setting.metrics.fallbacks.labels(reason).inc()
 
     async def _ends_by_itself(self) -> bool:
         """Whether the server ends the running thought when told."""
         try:
             self.halted = await self._server.end_thought(
-                self.asked, self.completion_id, self._headers
+                self.asked, self._completion_id, self._headers
             )
         except UpstreamError:
             self.halted = False
@@ -333,6 +357,7 @@ class Completion:
     async def _body_after(self, tail: str) -> Json:
         """The body of a request that goes on from the thought and a tail behind it."""
         body = await self._server.continuation(self.asked, self._seen, tail, self._headers)
+        self._note_prompt()
         return self.asked.less(body, sum(used.completion_tokens for used in self.used))
 
     async def _begun(self, body: Json, may_be_empty: bool, held: Held | None = None) -> Leg:
@@ -341,14 +366,19 @@ class Completion:
         Args:
             body: Of its request.
             may_be_empty: Whether it may have nothing to add.
-            held: Whose own answer makes this one needless, if it is whole before.
+            held: Goes on instead, if this one begins neither soon nor before it has enough.
 
         Raises:
             UpstreamError: If it does not, or thinks on.
         """
+        soon = anyio.current_time() + _SOON
         with anyio.move_on_after(self._setting.patience) as scope:
+
+            def hurry() -> None:
+                scope.deadline = min(scope.deadline, soon)
+
             if held is not None:
-                held.when_whole(scope.cancel)
+                held.when_enough(hurry)
             leg = await self._ask(body)
             choice = await leg.first_choice() if leg.is_stream else None
             thought, text = ("", "") if choice is None else texts_of(choice)
@@ -356,13 +386,16 @@ class Completion:
                 return leg
             await leg.close()
             raise UpstreamError("no answer", "upstream did not answer where it was to")
-        if held is not None and held.is_whole:
-            raise UpstreamError("late", "upstream ended its own answer before")
+        if held is not None and held.is_enough:
+            raise UpstreamError("late", "upstream went on by itself for too long")
         raise UpstreamError("timeout", "upstream did not answer in time", 504)
 
     async def _ask(self, body: Json) -> Leg:
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        leg = await self._server.upstream.stream(path, body, self._headers)
+        headers = self._headers
+        if self._legs:  # two requests must not have one name
+            headers = [pair for pair in headers if pair[0] != b"x-request-id"]
+        leg = await self._server.upstream.stream(path, body, headers)
         self._legs.append(leg)
         return leg
 
@@ -437,7 +470,7 @@ class Completion:
                 self._finish = choice.get("finish_reason") or self._finish
                 self._strip(event.chunk, choice)
                 text = "".join(texts_of(choice))
-                if text or choice.get("finish_reason"):
+                if text or choice.get("logprobs") or choice.get("finish_reason"):
                     yield self._made(choice, self._part(text))
             used.take(event.chunk.get("usage"))
         if self._finish is None:

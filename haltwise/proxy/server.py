@@ -15,10 +15,15 @@ from haltwise.proxy.config import ServeConfig
 # A request has its client's connection and two to the upstream.
 _FILES_A_STREAM = 3
 _OTHER_FILES = 256
+# Seconds that a client may be connected before it asks for something.
+_SILENCE = 60.0
 
 
 class _Protocol(H11Protocol):
-    """Lets the application cut the connection of a client, and see that the client has cut it."""
+    """Lets the application cut the connection of a client, and see that the client has cut it.
+
+    A client that asks for nothing is let go.
+    """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called once a client has connected."""
@@ -26,6 +31,16 @@ class _Protocol(H11Protocol):
         super().connection_made(connection)
         of_connection = {"abort": connection.abort, "is_closing": connection.is_closing}
         self.app_state = self.app_state | of_connection
+        self._waiting = self.loop.call_later(_SILENCE, self._let_go)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called once the connection is no more."""
+        self._waiting.cancel()
+        super().connection_lost(exc)
+
+    def _let_go(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 def server(config: ServeConfig) -> uvicorn.Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from typing import Any
@@ -39,7 +40,7 @@ class Upstream:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._timeout = httpx2.Timeout(config.read_timeout, connect=config.connect_timeout)
         # A pool looks at each of its connections at every request: many small ones look less.
-        context = httpx2.create_ssl_context(trust_env=False)
+        context = httpx2.create_ssl_context(trust_env=True)  # whom the system trusts
         pools = [
             httpx2.AsyncHTTPTransport(verify=context, trust_env=False, limits=limits)
             for _ in range(-(-config.max_streams // _STREAMS_A_POOL))
@@ -111,6 +112,17 @@ def _json(status: int, content: bytes) -> Json:
     return found
 
 
+def _models(told: Json) -> list[Json]:
+    """The models of a server's list of them."""
+    models = told.get("data")
+    return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def _digest(asks: Json) -> bytes:
+    """A short name of a question; clients choose how long it is."""
+    return hashlib.sha256(json.dumps(asks, sort_keys=True).encode()).digest()
+
+
 class CannotContinue(Exception):
     """A thought cannot be closed and continued; `kind` says why."""
 
@@ -139,7 +151,7 @@ class Server:
         self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
         # Only white space stands behind the marker.
         self.ends_with_marker = bool(marker) and not after.strip()
-        self._opens: dict[str, bool] = {}
+        self._opens: dict[bytes, bool] = {}
 
     def why_not(self, asked: Asked) -> str | None:
         """Why a request cannot be halted here; None if it can."""
@@ -175,7 +187,7 @@ class Server:
     async def opens_thought(self, asked: Asked, headers: Headers) -> bool:
         """Whether the server's template of a chat ends inside of a thought."""
         asks = asked.named("model", "chat_template_kwargs", "reasoning_effort", "chat_template")
-        key = json.dumps(asks, sort_keys=True)
+        key = _digest(asks)
         if key not in self._opens:
             asks |= {"messages": [{"role": "user", "content": "?"}], "add_generation_prompt": True}
             try:
@@ -206,7 +218,7 @@ class Vllm(Server):
         super().__init__(upstream, rules, close_text)
         # What is asked once, however many streams need it at a time.
         self._asking = anyio.Lock()
-        self._close_ids: dict[str, list[int]] = {}
+        self._close_ids: dict[bytes, list[int]] = {}
         self._context: int | None = None
 
     def why_not(self, asked: Asked) -> str | None:
@@ -236,8 +248,8 @@ class Vllm(Server):
         """Tokens that prompt and answer can have together."""
         async with self._asking:
             if self._context is None:
-                told = await self.upstream.call("/v1/models", None, headers)
-                lengths = [model.get("max_model_len") for model in told.get("data") or ()]
+                models = _models(await self.upstream.call("/v1/models", None, headers))
+                lengths = [model.get("max_model_len") for model in models]
                 self._context = next((n for n in lengths if isinstance(n, int)), None)
             if self._context is None:
                 raise CannotContinue("context length")
@@ -253,12 +265,12 @@ class Vllm(Server):
         if text != self.close_text:
             return await self.ids_of(asks, headers)
         async with self._asking:
-            model = str(asked.body.get("model"))
-            if model not in self._close_ids:
+            key = _digest(asks)
+            if key not in self._close_ids:
                 if len(self._close_ids) >= _MOST_KEPT:
                     self._close_ids.clear()
-                self._close_ids[model] = await self.ids_of(asks, headers)
-            return self._close_ids[model]
+                self._close_ids[key] = await self.ids_of(asks, headers)
+            return self._close_ids[key]
 
     async def ids_of(self, asks: Json, headers: Headers) -> list[int]:
         """Ids of what is asked for.
@@ -294,9 +306,9 @@ class Sglang(Vllm):
             return await super().continuation(asked, seen, tail, headers)
         names = ("model", "messages", "chat_template_kwargs", "reasoning_effort")
         asks = asked.named(*names, "continue_final_message")
-        prompt_ids = await self.ids_of(asks, headers)
+        seen.prompt_ids = await self.ids_of(asks, headers)
         ids = await self.text_ids(asked, seen.text + tail, headers)
-        return await self._from_ids(asked, [*prompt_ids, *ids], headers)
+        return await self._from_ids(asked, [*seen.prompt_ids, *ids], headers)
 
 
 class LlamaServer(Server):
@@ -310,7 +322,8 @@ class LlamaServer(Server):
         self.one_at_a_time, self.num_close_tokens = one_at_a_time, num_close_tokens
 
     def _controls(self, asked: Asked) -> bool:
-        return asked.chat and self.ends_with_marker
+        own = asked.body.get("reasoning_budget_message")
+        return asked.chat and self.ends_with_marker and not own
 
     def why_not(self, asked: Asked) -> str | None:
         """What it ends by itself needs no second leg."""
@@ -342,10 +355,12 @@ class LlamaServer(Server):
 
     async def continuation(self, asked: Asked, seen: Seen, tail: str, headers: Headers) -> Json:
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail."""
-        if not seen.has_ids:
-            return await super().continuation(asked, seen, tail, headers)
+        # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
+        is_complete = seen.has_ids and seen.text.isascii()
+        is_complete &= not (asked.chat and asked.body.get("stop"))
+        said = seen.ids if is_complete else [seen.text]
         if not asked.chat:
-            return asked.continued(prompt=[asked.prompt, *seen.ids, tail])
+            return asked.continued(prompt=[asked.prompt, *said, tail])
         why_not = asked.why_not_continued(self.close_text)
         if why_not:
             raise CannotContinue(why_not)
@@ -353,7 +368,7 @@ class LlamaServer(Server):
         if not Progress(self.rules, prompt).begun:
             # The LM's own marker has no chunk.
             prompt += self.rules.think_start + "\n"
-        return asked.continued(prompt=[prompt, *seen.ids, tail])
+        return asked.continued(prompt=[prompt, *said, tail])
 
     async def opens_thought(self, asked: Asked, headers: Headers) -> bool:
         """It tells thoughts apart, or shows their marker."""
@@ -408,9 +423,10 @@ async def find_server(
     """
     found = next((known for known in _OWNERS.values() if known.kind == kind), None)
     if found is None:
-        models: Any = (await upstream.call("/v1/models", None, headers)).get("data")
-        owner = models[0].get("owned_by") if models else None
-        found = _OWNERS.get(str(owner), Server)
+        models = _models(await upstream.call("/v1/models", None, headers))
+        if not models:
+            raise UpstreamError("status", "upstream names no model yet")
+        found = _OWNERS.get(str(models[0].get("owned_by")), Server)
     if found is LlamaServer:
         props = await upstream.call("/props", None, headers)
         ids = await upstream.call("/tokenize", {"content": close_text}, headers)

@@ -104,7 +104,10 @@ def _event(text: bytes) -> Event:
     if not isinstance(chunk, dict):
         raise UpstreamError("malformed", "upstream sent an event that is no JSON object")
     if chunk.get("error"):
-        raise UpstreamError("said", "upstream sent an error", body=_error_said(chunk["error"]))
+        body = _error_said(chunk["error"])
+        code = body["error"]["code"]
+        status = code if isinstance(code, int) and 400 <= code < 600 else 502
+        raise UpstreamError("said", "upstream sent an error", status, body)
     return Event(raw, chunk)
 
 
@@ -277,7 +280,7 @@ class Whole:
             for call in value or ():
                 _add_call(self._calls.setdefault(call.get("index", 0), {}), call)
         elif name == "role":
-            self._texts[name] = value
+            self._texts[name] = value or self._texts.get(name, "assistant")
         elif isinstance(value, str):
             self._texts[name] = self._texts.get(name, "") + value
         elif value is not None:
