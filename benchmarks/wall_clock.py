@@ -1,9 +1,9 @@
 """Does the clock save what the tokens save? The embedded LM's test questions, greedily.
 
 One question at a time, many in slots that are refilled, and in fixed batches, which run until
-their longest row: there tokens are saved and time is not. Greedy, so that all contestants think
-the same thoughts, up to where they are halted. Everything runs on one thread and waits for nothing, so time
-is its CPU time, which is the wall clock's on an idle machine.
+their longest row. Greedy, so that all contestants think the same thoughts, up to where they are
+halted. Everything runs on one thread and waits for nothing, so time is its CPU time, which is the
+wall clock's on an idle machine.
 """
 
 from __future__ import annotations
