@@ -58,7 +58,7 @@ class Halter:
         head: The policy.
         tokenizer: The LM's.
         price: In exact match per 1,000 tokens: one, or one a row; default the head's own. A row
-            at a price of 0 is left alone.
+            at a price of 0 is never halted by the head.
         min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
         max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
             one a row; None for no such cap.

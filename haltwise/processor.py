@@ -44,7 +44,7 @@ class HaltProcessor(LogitsProcessor):
     A halted row is given the close text, token by token; then its LM answers as the call has it.
     Works with greedy decoding and sampling, any cache, other processors, streamers and left
     padding. Make one for each call: it looks at the LM from then on until the last thought has
-    ended, or until it is gone. A row ends with an end token of the LM's generation config.
+    ended, or until it is gone.
 
     Args:
         head: The policy; one whose probing is at_halt.
@@ -87,8 +87,8 @@ class HaltProcessor(LogitsProcessor):
         # (R, T) all tokens, and (R, V) logits of what follows them, as of the latest call.
         self._newest: LongTensor
         self._logits: Tensor
-        signals = signals_of(head.config.observing.groups)
-        self._tap = _Tap(model, "hidden" in signals)
+        self._signals = signals_of(head.config.observing.groups)
+        self._tap = _Tap(model, "hidden" in self._signals)
         weakref.finalize(self, self._tap.close)
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
@@ -119,8 +119,7 @@ class HaltProcessor(LogitsProcessor):
         terms = row_terms(self._head, num_rows, *self._asked)
         self._caps = [term.max_tokens for term in terms]
         self._monitor = monitor_of(self._head, terms)
-        signals = signals_of(self._head.config.observing.groups)
-        self._meter = SignalMeter(self._rules, signals, num_rows, scores.device)
+        self._meter = SignalMeter(self._rules, self._signals, num_rows, scores.device)
         self._everyone = np.arange(num_rows)
         prompts = [self._rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
         self._rows = [_Row(Thought(self._rules, prompt)) for prompt in prompts]
