@@ -22,22 +22,20 @@ import numpy as np
 from tqdm import tqdm
 
 from command import run
-from haltwise import MEAN_LOGPROB, Halting, InputError, Signals
-from haltwise.answers import read_answer
+from haltwise import InputError, Signals
 from haltwise.decoder import Decoder, Generation
-from haltwise.thought import Probe
-from lms.answers import exact_match
-from lms.embedded import EMBEDDED
+from haltwise.thought import Probe, ThoughtRules
+from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
-from lms.tasks import Question, each_question
+from lms.questions import Question
 from traces import SIGNALS, import_json_lines, read_ids, write_shard
 
 Row = dict[str, Any]
 Work = tuple[Question, int]
 
 
-@dataclass(frozen=True)
-class CollectConfig:
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(AskConfig):
     """What to record."""
 
     out: Path
@@ -45,24 +43,10 @@ class CollectConfig:
     json_lines: Path | None = None
     """Take the traces from this file, one JSON object a line, and record none. Of the other
     settings only --out and --shard-size count then; the folder must be new or empty."""
-    lm: str = str(EMBEDDED)
-    """Hub name or folder of the LM."""
-    task: str = "all"
-    """Task of the questions, or all."""
     num: int = 1000
-    """Questions of each split."""
+    """Questions of each split, at most."""
     split: tuple[str, ...] = ("train", "dev", "test")
     """Splits to record."""
-    every: int = 12
-    """Thinking tokens between decision points."""
-    close_text: str = "</think>"
-    """Appended to a thought to force an answer."""
-    max_tokens: int = 768
-    """Token budget of a question, its answer included."""
-    max_answer_tokens: int = 16
-    """A forced answer is cut after this many tokens."""
-    temperature: float | None = None
-    """Of sampling; 0 is greedy. Default the LM's own."""
     seed: int = 0
     """Of the questions, and of the first answer to each."""
     num_seeds: int = 1
@@ -73,8 +57,6 @@ class CollectConfig:
     """Traces in a file; so many at most are lost by a kill."""
     hidden: bool = False
     """Record last-layer states too: two bytes times the LM's width at every decision point."""
-    device: str = "cpu"
-    """As PyTorch names it."""
 
     def check(self) -> None:
         """Checks the settings before any work.
@@ -118,11 +100,11 @@ class Recording:
             # A copy, lest a vector keep those of the whole batch.
             values.append(value.astype(np.float16) if name == "hidden" else value)
 
-    def row(self, model: str, generation: Generation) -> Row:
+    def row(self, model: str, rules: ThoughtRules, generation: Generation) -> Row:
         """The finished trace, by column name."""
         question, thought = self.question, generation.thought
         probes = self.probes
-        final_answer = read_answer(thought.answer_text())
+        final_answer = rules.read_answer(thought.answer_text())
         return {
             "trace_id": trace_id(model, question, self.seed),
             "question_id": question.question_id,
@@ -135,15 +117,15 @@ class Recording:
             "num_tokens": generation.num_tokens,
             "finished": generation.finished,
             "final_answer": final_answer,
-            "final_correct": exact_match(final_answer, question.gold),
+            "final_correct": question.is_right(final_answer),
             "position": self.position,
             "probe_tokens": [probe.num_tokens for probe in probes],
             "answer": [probe.answer for probe in probes],
-            "correct": [exact_match(probe.answer, question.gold) for probe in probes],
+            "correct": [question.is_right(probe.answer) for probe in probes],
             "confidence": [probe.confidence for probe in probes],
             "answer_logprobs": [probe.logprobs for probe in probes],
             **self.signals,
-            "question": question.prompt,
+            "question": question.text,
             "text": thought.text(),
         }
 
@@ -153,13 +135,13 @@ def trace_id(model: str, question: Question, seed: int) -> str:
     return f"{model}/{question.question_id}/{seed}"
 
 
-def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
+def record(lm: LanguageModel, decoder: Decoder, work: Iterable[Work]) -> Iterator[Row]:
     """Answers questions in refilled slots and yields each trace as it ends.
 
     Args:
-        decoder: What runs the LM; all of its slots are used. What it measures is recorded.
+        lm: The LM.
+        decoder: What runs it; all of its slots are used. What it measures is recorded.
         work: Questions with sampling seeds.
-        model: The LM's name.
     """
     waiting = iter(work)
     running: dict[int, Recording] = {}
@@ -171,7 +153,7 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
         }
         decoder.start(
             np.array(list(fresh), dtype=np.int64),
-            [recording.question.prompt for recording in fresh.values()],
+            [lm.prompt(recording.question.text) for recording in fresh.values()],
             [recording.seed for recording in fresh.values()],
         )
         running |= fresh
@@ -187,7 +169,7 @@ def record(decoder: Decoder, work: Iterable[Work], model: str) -> Iterator[Row]:
         for slot in slots[~at_point].tolist():
             generation = decoder.generations[slot]
             if generation.ended:
-                yield running.pop(slot).row(model, generation)
+                yield running.pop(slot).row(lm.name, decoder.rules, generation)
 
 
 def recorder_of(lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:
@@ -206,6 +188,10 @@ def recorder_of(lm: LanguageModel, decoder: Decoder) -> dict[str, Any]:
         "close_text": halting.close_text,
         "close_tokens": len(decoder.rules.close_ids),
         "max_answer_tokens": halting.max_answer_tokens,
+        "answer_rule": halting.answer_rule,
+        "answer_end": halting.answer_end,
+        "think_start": halting.think_start,
+        "think_end": halting.think_end,
         "confidence_rule": halting.confidence_rule,
         "signals": list(decoder.measured),
         "code_version": project["version"],
@@ -255,10 +241,9 @@ def write_shards(
 
 def work(config: CollectConfig) -> Iterator[Work]:
     """All that is to be recorded, in order."""
-    for split in config.split:
-        for question in each_question(config.task, split, config.num, config.seed):
-            for seed in range(config.seed, config.seed + config.num_seeds):
-                yield question, seed
+    for question in questions(config, config.split, config.num, config.seed):
+        for seed in range(config.seed, config.seed + config.num_seeds):
+            yield question, seed
 
 
 def main(config: CollectConfig) -> None:
@@ -272,16 +257,15 @@ def main(config: CollectConfig) -> None:
         num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
         print(f"{config.out}: {num_traces:,} traces")
         return
-    lm = LanguageModel.load(config.lm, config.device)
-    rule = f"every {config.every} tokens"
-    halting = Halting("always", rule, config.close_text, MEAN_LOGPROB, config.max_answer_tokens)
+    lm = LanguageModel.load(config.lm, config.device, config)
+    halting = config.halting(lm.chat, config.open())
     temperature = lm.temperature if config.temperature is None else config.temperature
     decoder = Decoder(
         lm.model,
         lm.tokenizer,
         halting,
         config.batch_size,
-        config.max_tokens,
+        config.budget(),
         temperature,
         signals=[name for name in SIGNALS if name != "hidden" or config.hidden],
     )
@@ -289,7 +273,7 @@ def main(config: CollectConfig) -> None:
     done = recorded(config.out, recorder)
     num_done = sum(trace_id(lm.name, *job) in done for job in work(config))
     missing = (job for job in work(config) if trace_id(lm.name, *job) not in done)
-    rows = write_shards(config.out, record(decoder, missing, lm.name), recorder, config.shard_size)
+    rows = write_shards(config.out, record(lm, decoder, missing), recorder, config.shard_size)
     total = len(config.split) * config.num * config.num_seeds
     # The time left follows from the mean speed of this process.
     with tqdm(rows, config.out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:

@@ -47,8 +47,9 @@ from evaluation.report import log_to_tensorboard, write_report
 from evaluation.table import format_cases, format_table
 from haltwise import HaltHead, InputError
 from haltwise.halting import Probing
+from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
-from lms.tasks import SPLITS, questions
+from lms.questions import SPLITS
 from traces import Traces, read_traces
 
 #: By name: a policy, or several trainings of one, whose outcomes are averaged.
@@ -383,24 +384,20 @@ def _live(trained: _Run, traces: Traces) -> dict[str, Any] | None:
         print("\nThe head never halts at any operating point: nothing to run beside the LM.")
         return None
     settings = _run_config(trained.folder).get("config", {})
-    missing = [key for key in ("lm", "device", "task", "num_questions") if key not in settings]
-    if missing or not {"max_tokens", "temperature"} <= set(traces.recorder):
+    try:
+        config, num = asked_before(settings), settings["num_questions"]
+        _ = traces.recorder["max_tokens"], traces.recorder["temperature"]
+    except KeyError:
         raise InputError(
             f"{trained.folder}: not a run on traces recorded by collect.py, which --live needs"
-        )
-    lm = LanguageModel.load(settings["lm"], settings["device"])
+        ) from None
+    lm = LanguageModel.load(config.lm, config.device, config)
     if lm.name not in traces.model:
         found = ", ".join(np.unique(traces.model).tolist()) or "no LM"
         raise InputError(
             f"the questions that were not learned from are of {found}, expected {lm.name}"
         )
-    asked = [
-        question
-        for split in SPLITS
-        for question in questions(
-            settings["task"], split, settings["num_questions"], settings["seed"]
-        )
-    ]
+    asked = list(questions(config, SPLITS, num, settings["seed"]))
     comparison = run_beside(trained.head, lm, asked, traces.select(traces.model == lm.name), price)
     print(f"\n{comparison}")
     return asdict(comparison)

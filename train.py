@@ -11,13 +11,14 @@ on test questions (JSON, HTML, PNG), the agent (zip) and TensorBoard's files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -49,16 +50,15 @@ from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.halting import Probing
-from lms.embedded import EMBEDDED
+from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
-from lms.tasks import questions
 from traces import Traces, read_traces
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(AskConfig):
     """Train a halting policy with PPO and export its head."""
 
     traces: Path | None = None
@@ -70,14 +70,8 @@ class TrainConfig:
     """Run folder. Default: a new dated one under checkpoints/."""
     resume: bool = False
     """Go on with the interrupted run in --run-dir."""
-    lm: str = str(EMBEDDED)
-    """Hub name or folder of the LM that runs live."""
-    task: str = "all"
-    """Task of the questions, or all."""
     num_questions: int = 800
-    """Questions a split to record."""
-    device: str = "cpu"
-    """Where the LM runs, as PyTorch names it."""
+    """Questions a split to record, at most."""
     groups: tuple[str, ...] | None = None
     """Feature groups that the head reads. Default: all that the traces have the signals for."""
     probing: Probing | None = None
@@ -171,33 +165,22 @@ def _check(config: TrainConfig) -> None:
 
 def _record(config: TrainConfig) -> Path:
     """Records the LM's traces where they are not yet; a started recording is completed."""
-    lm = LanguageModel.load(config.lm, config.device)
-    name = f"{lm.name.replace('/', '-')}-{lm.revision[:8]}-{config.device.partition(':')[0]}"
-    settings = f"{config.task}-{config.num_questions}-{config.seed}"
-    out = _CHECKPOINTS / "traces" / f"{name}-{settings}"
-    collect(
-        CollectConfig(
-            out=out,
-            lm=config.lm,
-            task=config.task,
-            num=config.num_questions,
-            seed=config.seed,
-            device=config.device,
-        )
-    )
+    lm = LanguageModel.load(config.lm, config.device, config)
+    asked = {field.name: getattr(config, field.name) for field in fields(AskConfig)}
+    usual = asdict(AskConfig(lm=config.lm, device=config.device, task=config.task))
+    parts = [lm.name, lm.revision[:8], config.device.partition(":")[0], Path(config.task).stem]
+    parts += [str(config.num_questions), str(config.seed)]
+    if asked != usual:
+        parts.append(hashlib.sha256(repr(asked).encode()).hexdigest()[:6])
+    out = _CHECKPOINTS / "traces" / "-".join(parts).replace("/", "-").replace(":", "-")
+    collect(CollectConfig(out=out, num=config.num_questions, seed=config.seed, **asked))
     return out
 
 
 def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
     """What the head will be valid for: the conditions that the traces were recorded under."""
     recorder = traces.recorder
-    halting = Halting(
-        probing=config.probing or recorder.get("probing", "always"),
-        decision_rule=recorder.get("decision_rule", ""),
-        close_text=recorder.get("close_text", ""),
-        confidence_rule=recorder.get("confidence_rule", ""),
-        max_answer_tokens=recorder.get("max_answer_tokens", 16),
-    )
+    halting = Halting.of_recorder(recorder, config.probing)
     groups = config.groups or available_groups(traces, halting)
     halting.check_groups(groups)
     observing = observing_of(traces, groups, halting)
@@ -364,12 +347,11 @@ def _train_live(
     asked = set(traces.question_id.tolist())
     pool = [
         question
-        for split in ("train", "dev")
-        for question in questions(config.task, split, config.num_questions, config.seed)
+        for question in questions(config, ("train", "dev"), config.num_questions, config.seed)
         if question.question_id in asked
     ]
     env = LiveEnv(
-        LanguageModel.load(config.lm, config.device),
+        LanguageModel.load(config.lm, config.device, config),
         pool,
         head.halting,
         head.observing,

@@ -14,9 +14,7 @@ from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
 from benchmarks.timing import Result
 from collect import CollectConfig, record, write_shards
-from haltwise import MEAN_LOGPROB, Halting
 from haltwise.decoder import Decoder
-from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
 from lms.tasks import each_question
 from traces import read_traces
@@ -101,19 +99,19 @@ def write(num: int, folder: Path) -> None:
 def record_embedded(num: int, folder: Path) -> None:
     """Records the embedded LM as the recorder does by default."""
     config = CollectConfig(out=folder)
-    lm = LanguageModel.load(EMBEDDED)
-    halting = Halting("always", f"every {config.every} tokens", config.close_text, MEAN_LOGPROB)
+    lm = LanguageModel.load(config.lm)
+    halting = config.halting(lm.chat, config.open())
     decoder = Decoder(
         lm.model,
         lm.tokenizer,
         halting,
         config.batch_size,
-        config.max_tokens,
+        config.budget(),
         lm.temperature,
         signals=RECORDED,
     )
     work = ((question, 0) for question in each_question("all", "train", num))
-    for _ in write_shards(folder, record(decoder, work, lm.name), {}, config.shard_size):
+    for _ in write_shards(folder, record(lm, decoder, work), {}, config.shard_size):
         pass
 
 

@@ -21,9 +21,10 @@ from benchmarks.timing import Result, rate, take_turns
 from collect import record
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.decoder import Decoder
-from lms.embedded import CLOSE, EMBEDDED
+from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
-from lms.tasks import Question, questions
+from lms.questions import Question
+from lms.tasks import questions
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ def measure(config: RecorderConfig, repeats: int) -> list[Result]:
         )
         for signals in ((), RECORDED)
     )
-    asked = long_questions(blind, config.num_batches * config.batch_size)
+    asked = long_questions(lm, blind, config.num_batches * config.batch_size)
     works = {
         "transformers generate": partial(_generate, lm, asked, config),
         "Decoder without probes": partial(_decode, blind, asked),
-        "record, probes only": partial(_record, blind, asked),
-        "record, probes and signals": partial(_record, seeing, asked),
+        "record, probes only": partial(_record, lm, blind, asked),
+        "record, probes and signals": partial(_record, lm, seeing, asked),
     }
     contestants = {name: partial(rate, work) for name, work in works.items()}
     *plain, probing, recording = take_turns("recorder", "tokens/s", contestants, repeats).values()
@@ -67,7 +68,7 @@ def measure(config: RecorderConfig, repeats: int) -> list[Result]:
     return [*plain, probing, recording, *ratios]
 
 
-def long_questions(decoder: Decoder, num: int) -> list[Question]:
+def long_questions(lm: LanguageModel, decoder: Decoder, num: int) -> list[Question]:
     """Questions whose greedy thought fills the decoder's token budget.
 
     Raises:
@@ -75,7 +76,7 @@ def long_questions(decoder: Decoder, num: int) -> list[Question]:
     """
     pool = questions("let", "train", 20 * num)
     by_id = {question.question_id: question for question in pool}
-    rows = record(decoder, [(question, 0) for question in pool], "")
+    rows = record(lm, decoder, [(question, 0) for question in pool])
     full = (row["question_id"] for row in rows if row["num_tokens"] == decoder.max_tokens)
     found = [by_id[question_id] for question_id in islice(full, num)]
     if len(found) < num:
@@ -90,7 +91,7 @@ def _generate(lm: LanguageModel, asked: list[Question], config: RecorderConfig) 
     model: Any = lm.model  # its `generate` has no type
     num = 0
     for i in range(0, len(asked), config.batch_size):
-        prompts = [question.prompt for question in asked[i : i + config.batch_size]]
+        prompts = [prompt_of(question) for question in asked[i : i + config.batch_size]]
         inputs = lm.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         width = inputs["input_ids"].shape[1]
         with torch.inference_mode():
@@ -108,7 +109,7 @@ def _decode(decoder: Decoder, asked: list[Question]) -> int:
     slots = np.arange(decoder.num_slots)
     num = 0
     for i in range(0, len(asked), decoder.num_slots):
-        prompts = [question.prompt for question in asked[i : i + decoder.num_slots]]
+        prompts = [prompt_of(question) for question in asked[i : i + decoder.num_slots]]
         decoder.start(slots, prompts, [0] * len(slots))
         generations = [decoder.generations[slot] for slot in slots.tolist()]
         while not all(generation.ended for generation in generations):
@@ -117,6 +118,6 @@ def _decode(decoder: Decoder, asked: list[Question]) -> int:
     return num
 
 
-def _record(decoder: Decoder, asked: list[Question]) -> int:
+def _record(lm: LanguageModel, decoder: Decoder, asked: list[Question]) -> int:
     work = [(question, 0) for question in asked]
-    return sum(row["num_tokens"] for row in record(decoder, work, ""))
+    return sum(row["num_tokens"] for row in record(lm, decoder, work))

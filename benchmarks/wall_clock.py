@@ -21,9 +21,10 @@ from haltwise import HaltHead
 from haltwise.hf import Halter, RowReport
 from haltwise.processor import HaltProcessor
 from haltwise.refill import generate_all
-from lms.embedded import EMBEDDED
+from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
-from lms.tasks import Question, questions
+from lms.questions import Question
+from lms.tasks import questions
 
 _CHECKPOINTS = EMBEDDED.parent
 _HEADS = {"probing head": "embedded-head", "head that does not probe": "embedded-blind-head"}
@@ -114,7 +115,7 @@ def _in_batches(
     model: Any = lm.model  # its `generate` has no type
     num = 0
     for start in range(0, len(asked), size):
-        prompts = [question.prompt for question in asked[start : start + size]]
+        prompts = [prompt_of(question) for question in asked[start : start + size]]
         inputs = lm.tokenizer(prompts, return_tensors="pt", padding=True)
         ids = inputs["input_ids"]
         arguments, halter = _arguments(lm, head, price)
@@ -160,7 +161,7 @@ def _refilled(
     lm: LanguageModel, asked: list[Question], config: WallClockConfig, head: HaltHead, price: float
 ) -> int:
     """The loop whose slots are refilled, with a head."""
-    prompts = [question.prompt for question in asked]
+    prompts = [prompt_of(question) for question in asked]
     answers = generate_all(
         lm.model, lm.tokenizer, head, prompts, config.num_slots, config.max_tokens, price
     )

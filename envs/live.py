@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing
-from haltwise.answers import read_answer
 from haltwise.decoder import Decoder
 from haltwise.features import signals_of
 from haltwise.signals import Float, Index
 from haltwise.thought import Probe
-from lms.answers import exact_match
 from lms.language_model import LanguageModel
-from lms.tasks import Question
+from lms.questions import Question
 
 # Questions in a row without a decision point before an environment gives up.
 _MAX_MISSES = 200
@@ -65,7 +63,7 @@ class Episode:
 
     def conclude(self, answer: str) -> None:
         """Compares the answer that counts with the gold answer."""
-        self.answer, self.em = answer, exact_match(answer, self.question.gold)
+        self.answer, self.em = answer, self.question.is_right(answer)
 
     def info(self) -> dict[str, Any]:
         """What is told about an episode that is over."""
@@ -104,7 +102,7 @@ class Draws:
             raise InputError("no questions: an environment needs at least one")
         for question in questions:
             try:
-                exact_match("", question.gold)
+                question.is_right("")
             except ValueError as error:
                 raise InputError(f"question {question.question_id}: {error}") from None
         self.questions = list(questions)
@@ -153,6 +151,7 @@ class Table:
     ) -> None:
         """Starts with every slot empty."""
         halting.check_groups(observing.groups)
+        self._lm = lm
         self._probes = halting.probing == "always"
         self._decoder = Decoder(
             lm.model,
@@ -171,7 +170,7 @@ class Table:
 
     def begin(self, slots: Index, episodes: Sequence[Episode]) -> None:
         """Puts new episodes into slots (B,)."""
-        prompts = [episode.question.prompt for episode in episodes]
+        prompts = [self._lm.prompt(episode.question.text) for episode in episodes]
         self._decoder.start(slots, prompts, [episode.seed for episode in episodes])
         self._state.reset(slots)
         self.episodes.update(zip(slots.tolist(), episodes, strict=True))
@@ -206,7 +205,7 @@ class Table:
                 episode.position = generated
                 episode.num_points += 1
             else:
-                episode.conclude(read_answer(generation.thought.answer_text()))
+                episode.conclude(self._decoder.rules.read_answer(generation.thought.answer_text()))
         self._observe(slots[at_point])
         return at_point
 

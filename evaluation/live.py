@@ -15,13 +15,11 @@ from envs.replay import observed_features
 from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead, InputError
-from haltwise.answers import read_answer
 from haltwise.decoder import end_tokens
 from haltwise.hf import Halter, RowReport
 from haltwise.thought import Thought
-from lms.answers import exact_match
 from lms.language_model import LanguageModel
-from lms.tasks import Question
+from lms.questions import Question
 from traces import Traces
 
 _BATCH_SIZE = 64
@@ -154,8 +152,9 @@ def answer(
     columns: list[tuple[bool, int, bool]] = []
     for start in tqdm(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
         batch = asked[start : start + _BATCH_SIZE]
+        prompts = [lm.prompt(question.text) for question in batch]
         inputs = lm.tokenizer(
-            [question.prompt for question in batch],
+            prompts,
             return_tensors="pt",
             padding=True,
             add_special_tokens=False,
@@ -164,7 +163,7 @@ def answer(
         ids = generate(**inputs, **sampling.arguments(), custom_generate=halter)
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
         generated = [_without_padding(row, end_tokens(lm.model.generation_config)) for row in rows]
-        columns += map(partial(_outcome, halter), batch, generated, halter.report)
+        columns += map(partial(_outcome, halter), batch, prompts, generated, halter.report)
     em_column, cost, halted = zip(*columns, strict=True)
     return Outcome(np.array(em_column), np.array(cost, dtype=np.int64), np.array(halted))
 
@@ -176,15 +175,14 @@ def _without_padding(tokens: list[int], eos_ids: list[int]) -> list[int]:
 
 
 def _outcome(
-    halter: Halter, question: Question, generated: list[int], report: RowReport
+    halter: Halter, question: Question, prompt: str, generated: list[int], report: RowReport
 ) -> tuple[bool, int, bool]:
     """EM, cost and whether it was halted, of one row of a batch."""
     if report.halted:
         answer, spent = report.answer, report.position
     else:
-        thought = Thought(halter.rules, question.prompt)
+        thought = Thought(halter.rules, prompt)
         for token in generated:
             thought.add(token)
-        answer, spent = read_answer(thought.answer_text()), len(generated)
-    em = exact_match(answer, question.gold)
-    return em, spent + report.num_probe_tokens, report.halted
+        answer, spent = halter.rules.read_answer(thought.answer_text()), len(generated)
+    return question.is_right(answer), spent + report.num_probe_tokens, report.halted

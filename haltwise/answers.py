@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
@@ -58,3 +59,7 @@ def read_answer(text: str) -> str:
         return canonical(numbers[-1].rstrip(","))
     words = text.split()
     return canonical(words[0]) if len(words) == 1 else ""
+
+
+#: By answer rule: reads an answer from a text, "" if there is none.
+READERS: dict[str, Callable[[str], str]] = {"short": read_answer}

@@ -75,8 +75,6 @@ class Decoder:
         num_slots: Questions at once.
         max_tokens: Token budget of a question, its answer included.
         temperature: Of sampling; 0 takes the likeliest token. Forced answers are always greedy.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
         signals: Names of the signals to measure beside position and forced answer.
 
     Raises:
@@ -91,8 +89,6 @@ class Decoder:
         num_slots: int,
         max_tokens: int,
         temperature: float = 0.0,
-        think_start: str = "<think>",
-        think_end: str = "</think>",
         signals: Collection[str] = (),
     ) -> None:
         """Starts with every slot empty."""
@@ -104,8 +100,8 @@ class Decoder:
         self.num_slots = num_slots
         self.max_tokens = max_tokens
         self.temperature = temperature
-        self.rules = ThoughtRules(tokenizer, halting, think_start, think_end)
         self.eos_ids = end_tokens(model.generation_config)
+        self.rules = ThoughtRules(tokenizer, halting)
         #: What each started slot has generated.
         self.generations: dict[int, Generation] = {}
         self._meter = SignalMeter(self.rules, signals, num_slots, model.device)
@@ -193,7 +189,7 @@ class Decoder:
         if not len(slots):
             return []
         length = self.halting.max_answer_tokens
-        answers = self._slots.force(slots, self.rules.close_ids, length, self.eos_ids)
+        answers = self._slots.force(slots, self.rules, length, self.eos_ids)
         for slot, answer in zip(slots, answers, strict=True):
             if not np.isfinite(answer.logprobs).all():
                 raise _nan_logits(self.generations[int(slot)])

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from haltwise.answers import READERS
 from haltwise.errors import InputError
 from haltwise.features import GROUP_SIGNALS
 
 Probing = Literal["always", "at_halt"]
+
+#: The texts among the conditions.
+TEXTS = (
+    "decision_rule",
+    "close_text",
+    "confidence_rule",
+    "answer_rule",
+    "answer_end",
+    "think_start",
+    "think_end",
+)
 
 #: Confidence as haltwise's own recorder computes it.
 MEAN_LOGPROB = "exp of the mean of answer_logprobs"
@@ -79,20 +91,52 @@ class Halting:
     """How `confidence` is computed from the forced answer."""
     max_answer_tokens: int = 16
     """A forced answer is cut after this many tokens."""
+    answer_rule: str = "short"
+    """How an answer is read from what follows the thought: one of haltwise.answers.READERS."""
+    answer_end: str = ""
+    """A forced answer ends with this text, outside of its braces; empty: only with the LM's own
+    end token."""
+    think_start: str = "<think>"
+    """A thought begins after this text; empty: at once."""
+    think_end: str = "</think>"
+    """The LM itself closes a thought with this text; empty: only with its end token."""
 
     def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
-            InputError: If `probing` is unknown or `max_answer_tokens` is below 1.
+            InputError: If `probing` or `answer_rule` is unknown, `max_answer_tokens` is below 1,
+                a text is something else, or a thought has an end but no start.
         """
         if self.probing not in ("always", "at_halt"):
             raise InputError(f"probing is {self.probing!r}, expected 'always' or 'at_halt'")
-        texts = (self.decision_rule, self.close_text, self.confidence_rule)
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError(f"decision rule, close text and confidence rule are {texts}: not text")
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is {getattr(self, name)!r}, expected text")
+        if self.answer_rule not in READERS:
+            known = ", ".join(READERS)
+            raise InputError(f"answer_rule is {self.answer_rule!r}, expected one of {known}")
+        if bool(self.think_start) != bool(self.think_end):
+            found = (self.think_start, self.think_end)
+            raise InputError(f"think_start and think_end are {found}, expected both or none")
         if self.max_answer_tokens < 1:
             raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, expected at least 1")
+
+    @classmethod
+    def of_recorder(cls, recorder: Mapping[str, Any], probing: Probing | None = None) -> Halting:
+        """The conditions that traces were recorded under, as far as their writer knew them.
+
+        Args:
+            recorder: The files' `haltwise.recorder` metadata.
+            probing: Another than the recorder's.
+
+        Raises:
+            InputError: If they make no sense.
+        """
+        unknown = {"decision_rule": "", "close_text": "", "confidence_rule": ""}
+        names = (*TEXTS, "max_answer_tokens")
+        stated = unknown | {name: recorder[name] for name in names if name in recorder}
+        return cls(probing=probing or recorder.get("probing", "always"), **stated)
 
     @property
     def max_points(self) -> int | None:
@@ -127,7 +171,7 @@ class Halting:
         Raises:
             InputError: If a stated condition differs.
         """
-        for name in ("decision_rule", "close_text", "confidence_rule", "max_answer_tokens"):
+        for name in (*TEXTS, "max_answer_tokens"):
             expected = getattr(self, name)
             if name in recorder and recorder[name] != expected:
                 raise InputError(

@@ -10,7 +10,6 @@ Rows that are not halted get exactly the tokens that `generate` gives without a 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -28,7 +27,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from haltwise.answers import read_answer
 from haltwise.decoder import end_tokens
 from haltwise.errors import InputError
 from haltwise.features import signals_of
@@ -62,10 +60,6 @@ class Halter:
         min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
         max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
             one a row; None for no such cap.
-        read_answer: Reads an answer from a forced answer's text, as the training traces' recorder
-            did.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
 
     Raises:
         InputError: If the tokenizer is not the one that the head was trained with, or the head's
@@ -79,17 +73,12 @@ class Halter:
         price: Any = None,
         min_tokens: Any = 0,
         max_tokens: Any = None,
-        read_answer: Callable[[str], str] = read_answer,
-        think_start: str = "<think>",
-        think_end: str = "</think>",
     ) -> None:
         """Checks that head and tokenizer fit."""
         check_tokenizer(head, tokenizer)
         self.head = head
         self.asked = (price, min_tokens, max_tokens)
-        self.rules = ThoughtRules(
-            tokenizer, head.config.halting, think_start, think_end, read_answer
-        )
+        self.rules = ThoughtRules(tokenizer, head.config.halting)
         #: One entry a row, of the latest call.
         self.report: list[RowReport] = []
 
@@ -257,7 +246,9 @@ class _Batch(LogitsProcessor):
             return {}
         fork = Fork(self.model, self.cache, self.mask, rows)
         logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
-        answers = greedy_answers(logits, fork.step, self.halting.max_answer_tokens, self.eos_ids)
+        answers = greedy_answers(
+            logits, fork.step, self.halting.max_answer_tokens, self.eos_ids, self.rules
+        )
         sound = {}
         for i, answer in zip(rows.tolist(), answers, strict=True):
             report = self.rows[i].report

@@ -54,8 +54,6 @@ class HaltProcessor(LogitsProcessor):
         min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
         max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
             one a row; None for no such cap.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
         eos_token_id: The call's, if it names other end tokens than the LM's own.
 
     Raises:
@@ -71,8 +69,6 @@ class HaltProcessor(LogitsProcessor):
         price: Any = None,
         min_tokens: Any = 0,
         max_tokens: Any = None,
-        think_start: str = "<think>",
-        think_end: str = "</think>",
         eos_token_id: int | list[int] | None = None,
     ) -> None:
         """Begins to look at the LM."""
@@ -80,7 +76,7 @@ class HaltProcessor(LogitsProcessor):
             raise InputError("the head looks at answers while it thinks: use haltwise.hf.Halter")
         check_tokenizer(head, tokenizer)
         self._head = head
-        self._rules = ThoughtRules(tokenizer, head.config.halting, think_start, think_end)
+        self._rules = ThoughtRules(tokenizer, head.config.halting)
         self._asked = (price, min_tokens, max_tokens)
         self._eos_ids = end_tokens(model.generation_config, eos_token_id)
         self._rows: list[_Row] = []

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from haltwise.errors import InputError
 from haltwise.signals import Index
-from haltwise.thought import ForcedAnswer
+from haltwise.thought import ForcedAnswer, ThoughtRules
 
 # Tokens a row; buffers grow to multiples of this.
 _CAPACITY = 256
@@ -89,13 +89,13 @@ class Slots:
 
     @torch.inference_mode()
     def force(
-        self, rows: Index, close_ids: Sequence[int], max_tokens: int, eos_ids: Sequence[int]
+        self, rows: Index, rules: ThoughtRules, max_tokens: int, eos_ids: Sequence[int]
     ) -> list[ForcedAnswer]:
         """Closes the thoughts of some rows, reads their greedy answers, and undoes it all.
 
         Args:
             rows: (B,) each at most once.
-            close_ids: What closes a thought.
+            rules: What closes a thought, and what ends an answer.
             max_tokens: An answer is cut after this many.
             eos_ids: Any of these ends an answer.
 
@@ -104,13 +104,13 @@ class Slots:
         """
         lengths, index = self.lengths[rows], self._on_device(rows)
         logits, hidden = self._logits[index], self._hidden[index]
-        self.prefill(rows, [close_ids] * len(rows))
+        self.prefill(rows, [rules.close_ids] * len(rows))
 
         def feed(moving: Index, tokens: Index) -> Tensor:
             self.step(rows[moving], tokens)
             return self.next_logits(rows[moving])
 
-        answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids)
+        answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids, rules)
         self.rollback(rows, lengths)
         self._logits[index], self._hidden[index] = logits, hidden
         return answers
@@ -273,6 +273,7 @@ def greedy_answers(
     feed: Callable[[Index, Index], Tensor],
     max_tokens: int,
     eos_ids: Sequence[int],
+    rules: ThoughtRules,
 ) -> list[ForcedAnswer]:
     """Decodes one answer a row, always the likeliest token; rows drop out as they end.
 
@@ -284,6 +285,7 @@ def greedy_answers(
             logits (G, V).
         max_tokens: An answer is cut after this many.
         eos_ids: Any of these ends an answer.
+        rules: They know the text that ends an answer.
     """
     answers = [ForcedAnswer([], [], 0) for _ in logits]
     moving = np.arange(len(answers))
@@ -293,11 +295,12 @@ def greedy_answers(
         picks = torch.stack([best.indices.float(), best.values]).cpu().numpy()
         tokens, logprobs = picks[0].astype(np.int64), picks[1]
         ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
-        for i, token, logprob, last in zip(moving, tokens, logprobs, ended, strict=True):
+        for j, i in enumerate(moving.tolist()):
             answers[i].num_tokens = num
-            if not last:
-                answers[i].tokens.append(int(token))
-                answers[i].logprobs.append(float(logprob))
+            if not ended[j]:
+                answers[i].tokens.append(int(tokens[j]))
+                answers[i].logprobs.append(float(logprobs[j]))
+                ended[j] = rules.is_complete(answers[i].tokens)
         moving = moving[~ended]
         if not len(moving) or num == max_tokens:
             break

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from haltwise.answers import read_answer
+from haltwise.answers import READERS
 from haltwise.errors import InputError
 from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
 
@@ -57,24 +57,20 @@ class PointRules:
     """How thoughts begin and end, and where they have decision points.
 
     Args:
-        halting: Has the decision rule.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
+        halting: Has the decision rule and the markers.
 
     Raises:
         InputError: If the decision rule cannot be run.
     """
 
-    def __init__(
-        self, halting: Halting, think_start: str = "<think>", think_end: str = "</think>"
-    ) -> None:
+    def __init__(self, halting: Halting) -> None:
         """Reads the decision rule."""
         rule = DecisionRule(halting.decision_rule)
         rule.check_runnable()
         self.every, self._after = rule.every, rule.after or ""
         #: Decision points that a thought can have, if there is a limit.
         self.max_points = rule.max_points
-        self.think_start, self.think_end = think_start, think_end
+        self.think_start, self.think_end = halting.think_start, halting.think_end
 
     def is_point(self, position: int, text: str) -> bool:
         """Whether a decision point follows a token of a thought, at some position."""
@@ -95,7 +91,8 @@ class Progress:
         """Reads the markers in the prompt."""
         self._points = rules
         self._tail = ""
-        self.begun = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
+        opened = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
+        self.begun = not rules.think_start or opened
         """Whether the LM thinks, or has thought."""
         self.num_tokens = 0
         """Tokens generated so far."""
@@ -117,7 +114,7 @@ class Progress:
         rules = self._points
         marker = rules.think_end if self.begun else rules.think_start
         seen = self._tail + text
-        found = marker in seen
+        found = bool(marker) and marker in seen
         self._tail = "" if found else seen[-len(marker) :]
         if self.begun and not found:
             within = rules.max_points is None or self.num_points < rules.max_points
@@ -133,26 +130,16 @@ class ThoughtRules(PointRules):
 
     Args:
         tokenizer: The LM's.
-        halting: Decision rule and close text.
-        think_start: Text after which a thought begins.
-        think_end: Text with which the LM itself closes a thought.
-        read_answer: Reads an answer from a forced answer's text.
+        halting: Decision rule, markers, close text, and how answers end and are read.
 
     Raises:
         InputError: If the decision or confidence rule cannot be run, or a text that closes a
             thought has no tokens.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        halting: Halting,
-        think_start: str = "<think>",
-        think_end: str = "</think>",
-        read_answer: Callable[[str], str] = read_answer,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, halting: Halting) -> None:
         """Encodes the texts that close a thought."""
-        super().__init__(halting, think_start, think_end)
+        super().__init__(halting)
         if halting.confidence_rule != MEAN_LOGPROB:
             raise InputError(
                 f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
@@ -160,8 +147,10 @@ class ThoughtRules(PointRules):
         self.tokenizer = tokenizer
         self.close_ids = self._encode(halting.close_text)
         #: The token with which the LM itself begins to close a thought.
-        self.end_id = self._encode(think_end)[0]
-        self._read_answer = read_answer
+        self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
+        #: Reads an answer from a text.
+        self.read_answer = READERS[halting.answer_rule]
+        self._answer_end = halting.answer_end
         # "... the answer is \boxed{" leaves only the rest of the box to the LM.
         self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
         self._texts: dict[int, str] = {}
@@ -181,13 +170,27 @@ class ThoughtRules(PointRules):
         """Reads a forced answer: from its tokens, in the box that the close text opens."""
         text = self.decode(answer.tokens)
         text = self._opening + text if text.strip() else ""
-        return Probe(**vars(answer), text=text, answer=self._read_answer(text))
+        return Probe(**vars(answer), text=text, answer=self.read_answer(text))
+
+    def is_complete(self, tokens: Sequence[int]) -> bool:
+        """Whether a forced answer has come to the text that ends it."""
+        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
 
     def _encode(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
             raise InputError(f"close text {text!r} has no tokens: nothing to close")
         return tokens
+
+
+def _ends(answer: str, end: str) -> bool:
+    """Whether some text is in an answer, outside of the braces that the answer itself opens."""
+    depth, text = 0, answer.lstrip()
+    for i, letter in enumerate(text):
+        if not depth and text.startswith(end, i):
+            return True
+        depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
+    return False
 
 
 class Thought(Progress):

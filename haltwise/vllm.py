@@ -4,10 +4,10 @@
         --additional-config '{"haltwise": {"head": "FOLDER", "price": 0.5}}'
 
 `head` is a folder written by train.py, and HALTWISE_HEAD in the environment will do instead. Beside
-it may stand the terms of requests that ask for nothing (`price`, `min_tokens`, `max_tokens`, `off`)
-and the LM's markers (`think_start`, `think_end`). A request asks with `vllm_xargs` over HTTP, or
-`SamplingParams(extra_args=...)`: `haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`,
-`haltwise_off`. A bad value is that request's error (HTTP 400).
+it may stand the terms of requests that ask for nothing (`price`, `min_tokens`, `max_tokens`,
+`off`). A request asks with `vllm_xargs` over HTTP, or `SamplingParams(extra_args=...)`:
+`haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`, `haltwise_off`. A bad value is that
+request's error (HTTP 400).
 
 A thought that is halted is closed token by token with the head's close text, and then the LM goes
 on freely with the request's own sampling. A token that something else forbids, such as a grammar,
@@ -179,8 +179,8 @@ def _terms_of(sampling_params: Any, default: Terms) -> Terms:
 def _read_config(vllm_config: Any) -> tuple[HaltHead, Terms, ThoughtRules]:
     """The head, the terms of requests that ask for nothing, and how thoughts are read."""
     _check_engine(vllm_config)
-    texts, terms = _stated(vllm_config.additional_config)
-    folder = texts.pop("head", None) or os.environ.get("HALTWISE_HEAD")
+    terms = _stated(vllm_config.additional_config)
+    folder = terms.pop("head", None) or os.environ.get("HALTWISE_HEAD")
     if not folder:
         raise InputError(
             "no head: expected additional-config {'haltwise': {'head': FOLDER}}, or HALTWISE_HEAD"
@@ -195,7 +195,7 @@ def _read_config(vllm_config: Any) -> tuple[HaltHead, Terms, ThoughtRules]:
     if tokenizer is None:
         raise InputError("the engine has no tokenizer: expected one, without skip_tokenizer_init")
     check_tokenizer(head, tokenizer)
-    return head, default, ThoughtRules(tokenizer, head.config.halting, **texts)
+    return head, default, ThoughtRules(tokenizer, head.config.halting)
 
 
 def _check_engine(vllm_config: Any) -> None:
@@ -205,18 +205,17 @@ def _check_engine(vllm_config: Any) -> None:
         raise InputError("a diffusion LM: expected one that generates token by token")
 
 
-def _stated(additional_config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the engine's config says to haltwise: texts, and terms."""
+def _stated(additional_config: Any) -> dict[str, Any]:
+    """What the engine's config says to haltwise: the head's folder, and terms."""
     stated = additional_config.get("haltwise", {}) if isinstance(additional_config, dict) else {}
     if not isinstance(stated, dict):
         raise InputError(
             f"haltwise in additional-config is {stated!r}, expected {{'head': FOLDER}}"
         )
-    texts = {name: stated[name] for name in ("head", "think_start", "think_end") if name in stated}
-    for name, text in texts.items():
-        if not (isinstance(text, str) and text):
-            raise InputError(f"haltwise in additional-config: {name} is {text!r}, expected text")
-    return texts, {name: value for name, value in stated.items() if name not in texts}
+    folder = stated.get("head", "FOLDER")
+    if not (isinstance(folder, str) and folder):
+        raise InputError(f"haltwise in additional-config: head is {folder!r}, expected text")
+    return dict(stated)
 
 
 def _check_runnable(head: HaltHead) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lms.tasks import LETTERS, LIMIT, Question, apply
+from lms.questions import Question
+from lms.tasks import LETTERS, LIMIT, apply
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "checkpoints" / "embedded"
 
@@ -28,6 +29,27 @@ VOCABULARY = (
     *LETTERS,
     *(str(n) for n in range(LIMIT)),
 )
+
+
+# A question stands in its own words, and its thought follows. llama.cpp can take a thought up again
+# only if both places spell its start alike.
+CHAT_TEMPLATE = """
+{%- for message in messages -%}
+  {%- if message.role == "assistant" -%}
+    {{- " <think>" + (message.reasoning_content or "") + "</think>" + message.content + "<eos>" -}}
+  {%- else -%}
+    {{- message.content -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- " <think>" -}}
+{%- endif -%}
+"""
+
+
+def prompt_of(question: Question) -> str:
+    """What the embedded LM reads: the same as its template gives."""
+    return f"{question.text} {THINK}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class Thought:
 
 def _steps(question: Question) -> Iterator[tuple[list[str], str, int]]:
     """Yields (words leading to the new total, operator, operand); the first sets the total."""
-    words = question.prompt.split()[2:-1]
+    words = question.text.split()[2:]
     if question.task != "let":
         yield [], "+", int(words[0])
         for i in range(1, len(words), 2):

@@ -18,22 +18,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from command import run
-from lms.embedded import CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
+from lms.embedded import CHAT_TEMPLATE, CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
 
-# A question stands in its own words, and its thought follows. From this llama.cpp learns where
-# thoughts begin and end; it can take one up again only if both places spell the start alike.
-CHAT_TEMPLATE = """
-{%- for message in messages -%}
-  {%- if message.role == "assistant" -%}
-    {{- " <think>" + (message.reasoning_content or "") + "</think>" + message.content + "<eos>" -}}
-  {%- else -%}
-    {{- message.content -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- " <think>" -}}
-{%- endif -%}
-"""
 _MARKERS = {
     PAD: gguf.TokenType.CONTROL,
     EOS: gguf.TokenType.CONTROL,

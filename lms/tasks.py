@@ -7,36 +7,17 @@ leap  7 + 14 - 9 ...           large steps: attempts rarely agree, so giving up 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from haltwise import InputError
+from lms.questions import SPLITS, Question, digest_of, split_of
 
 LIMIT = 30
 """Every total is at least 0 and below this."""
 LETTERS = "abcdefg"
-SPLITS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question: what the LM reads, the answer it should give, and where it belongs."""
-
-    question_id: str
-    """Unique and stable: the same text has the same id."""
-    task: str
-    """One of TASKS."""
-    segment: str
-    """Difficulty group within the task."""
-    prompt: str
-    """The LM's whole input; ends with the "<think>" marker."""
-    gold: str
-    """Canonical answer."""
-    split: str
-    """train, dev or test, decided by the prompt alone."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +82,10 @@ def draw(task: str, rng: np.random.Generator) -> Question:
     segment = str(rng.choice(list(kind.segments)))
     low, high = kind.segments[segment]
     start, steps, gold = _chain(kind.operands, int(rng.integers(low, high + 1)), rng)
-    prompt = f"{task} : {_body(task, start, steps, rng)} <think>"
-    digest = hashlib.sha256(prompt.encode()).hexdigest()
-    # The text alone decides the split, so no draw can put one question in two of them.
-    split = {0: "test", 1: "dev"}.get(int(digest, 16) % 10, "train")
-    return Question(f"{task}-{digest[:16]}", task, segment, prompt, str(gold), split)
+    text = f"{task} : {_body(task, start, steps, rng)}"
+    # Named by what the LM reads: its weights have learned from that train split.
+    digest = digest_of(f"{text} <think>")
+    return Question(f"{task}-{digest[:16]}", task, segment, text, str(gold), split_of(digest))
 
 
 def questions(task: str, split: str, num: int, seed: int = 0) -> list[Question]:

@@ -25,8 +25,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from command import run
 from haltwise.answers import read_answer
-from lms.answers import exact_match
 from lms.embedded import (
+    CHAT_TEMPLATE,
     CLOSE,
     EMBEDDED,
     EOS,
@@ -36,9 +36,11 @@ from lms.embedded import (
     UNKNOWN,
     VOCABULARY,
     Habits,
+    prompt_of,
     think,
 )
-from lms.tasks import TASKS, Question, draw, questions
+from lms.questions import Question
+from lms.tasks import TASKS, draw, questions
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +136,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=MAX_TOKENS,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -155,7 +158,7 @@ def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Ge
         rng: moved on.
     """
     thought = think(question, habits, rng)
-    prompt = question.prompt.split()
+    prompt = prompt_of(question).split()
     trunk = [IDS[w] for w in (*prompt, *thought.words, CLOSE, thought.results[-1][1], EOS)]
     size = len(trunk) - 1
     cuts = rng.integers(len(thought.words) + 1, size=probes)
@@ -351,13 +354,13 @@ def check_model(model: LlamaForCausalLM, config: Config) -> dict[str, dict[str, 
     figures = {}
     for task in TASKS:
         asked = questions(task, "test", config.check)
-        inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)
+        inputs = tokenizer([prompt_of(q) for q in asked], return_tensors="pt", padding=True)
         ids = model.generate(  # type: ignore[misc]  # a mixin annotated for another class
             **inputs.to(model.device), generation_config=generation(config)
         )[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         answers = [read_answer(text.partition(CLOSE)[2]) for text in texts]
-        right = [exact_match(a, q.gold) for a, q in zip(answers, asked, strict=True)]
+        right = [q.is_right(a) for a, q in zip(answers, asked, strict=True)]
         figures[task] = {
             "exact_match": round(sum(right) / config.check, 3),
             "tokens": round(float((ids != IDS[PAD]).sum() / config.check), 1),

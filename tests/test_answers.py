@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltwise.answers import canonical, read_answer
-from lms.answers import exact_match
+from lms.scorers import short as exact_match
 
 
 @pytest.mark.parametrize(

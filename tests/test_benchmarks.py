@@ -26,7 +26,7 @@ from command import run
 from envs.replay import point_features
 from haltwise import MEAN_LOGPROB, Halting
 from haltwise.decoder import Decoder
-from lms.embedded import EMBEDDED
+from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
 from traces import Traces, read_traces
 
@@ -109,13 +109,13 @@ def test_questions_of_the_recorder_fill_the_budget_with_the_tokens_of_generate()
     model: Any = lm.model
     halting = Halting("always", "every 16 tokens", "</think>", MEAN_LOGPROB)
     decoder = Decoder(lm.model, lm.tokenizer, halting, 4, 65)
-    asked = long_questions(decoder, 6)
-    rows = {row["question_id"]: row for row in record(decoder, [(q, 0) for q in asked], "")}
+    asked = long_questions(lm, decoder, 6)
+    rows = {row["question_id"]: row for row in record(lm, decoder, [(q, 0) for q in asked])}
     assert len(rows) == 6
     for question in asked:
         row = rows[question.question_id]
         assert (row["num_tokens"], row["position"]) == (65, [16, 32, 48, 64])
-        prompt = torch.tensor([lm.tokenizer.encode(question.prompt, add_special_tokens=False)])
+        prompt = torch.tensor([lm.tokenizer.encode(prompt_of(question), add_special_tokens=False)])
         ids = model.generate(prompt, do_sample=False, max_new_tokens=65)
         assert lm.tokenizer.decode(ids[0, prompt.shape[1] :]) == row["text"]
 

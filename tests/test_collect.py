@@ -19,7 +19,9 @@ from collect import CollectConfig, main, record
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.answers import read_answer
 from haltwise.decoder import Decoder
-from lms.answers import exact_match
+from lms.embedded import prompt_of
+from lms.language_model import LanguageModel
+from lms.scorers import short as exact_match
 from lms.tasks import questions
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces
@@ -67,14 +69,14 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
     lm, tokenizer = tiny_lm(seed=1), tiny_tokenizer()
     for row in rows.values():
         question = asked[row["question_id"]]
-        assert (row["question"], row["split"]) == (question.prompt, question.split)
+        assert (row["question"], row["split"]) == (question.text, question.split)
         tokens = tokenizer.encode(row["text"])
         assert len(tokens) == row["num_tokens"] <= 32
         assert row["finished"] == (tokens[-1] == EOS)
         assert row["final_correct"] == exact_match(row["final_answer"], question.gold)
         assert row["position"] == list(range(4, 4 * len(row["position"]) + 1, 4))
         for i, position in enumerate(row["position"]):
-            text = f"{question.prompt} {tokenizer.decode(tokens[:position])} </think>"
+            text = f"{prompt_of(question)} {tokenizer.decode(tokens[:position])} </think>"
             ids = tokenizer(text, return_tensors="pt")
             forced = lm.generate(**ids, do_sample=False, max_new_tokens=3, pad_token_id=PAD)
             answer = forced[0, ids["input_ids"].shape[1] :]
@@ -96,8 +98,9 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
 def test_a_trace_is_the_same_whatever_is_recorded_with_it(config: CollectConfig) -> None:
     main(replace(config, hidden=True))
     halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
-    decoder = Decoder(tiny_lm(seed=1), tiny_tokenizer(), halting, 1, 32, 0.8, signals=SIGNALS)
-    for row in record(decoder, [(q, 0) for q in questions("all", "dev", 7)], "tiny"):
+    lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
+    decoder = Decoder(lm.model, lm.tokenizer, halting, 1, 32, 0.8, signals=SIGNALS)
+    for row in record(lm, decoder, [(q, 0) for q in questions("all", "dev", 7)]):
         assert_same(rows_of(config.out)[row["trace_id"]], row)
 
 

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haltwise.answers import read_answer
-from lms.answers import exact_match
 from lms.embedded import (
     CLOSE,
     EMBEDDED,
@@ -23,9 +22,12 @@ from lms.embedded import (
     Habits,
     Thought,
     attempt,
+    prompt_of,
     think,
 )
-from lms.tasks import TASKS, Question, questions
+from lms.questions import Question
+from lms.scorers import short as exact_match
+from lms.tasks import TASKS, questions
 from lms.train_embedded import (
     IDS,
     Config,
@@ -40,8 +42,8 @@ from lms.train_embedded import (
 )
 
 SURE = Habits(0.0, 0.0, 1, 2, 9, 0.0, 0.0)
-SUM = Question("q", "sum", "short", "sum : 7 + 12 - 5 <think>", "14", "train")
-LET = Question("q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c <think>", "6", "train")
+SUM = Question("q", "sum", "short", "sum : 7 + 12 - 5", "14", "train")
+LET = Question("q", "let", "short", "let : b = a - 3 , c = b + 2 , a = 7 ; c", "6", "train")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -93,7 +95,7 @@ def test_tokenizer_round_trip_without_unknown_words() -> None:
     tokenizer = build_tokenizer()
     for question in questions("all", "dev", 30):
         thought = think(question, HABITS[question.task], rng())
-        text = " ".join((question.prompt, *thought.words, CLOSE, thought.results[-1][1]))
+        text = " ".join((prompt_of(question), *thought.words, CLOSE, thought.results[-1][1]))
         ids = tokenizer(text)["input_ids"]
         assert ids == [IDS[word] for word in text.split()]
         assert tokenizer.unk_token_id not in ids
@@ -106,7 +108,7 @@ def test_close_text_needs_no_blanks() -> None:
 
 def test_row_by_hand() -> None:
     row = build_row(SUM, replace(SURE, attempts=1), 2, rng())
-    trunk = f"{SUM.prompt} 7 + 12 = 19 - 5 = 14 so 14 . {CLOSE} 14".split()
+    trunk = f"{prompt_of(SUM)} 7 + 12 = 19 - 5 = 14 so 14 . {CLOSE} 14".split()
     words = [VOCABULARY[i] for i in row.ids]
     assert words == [*trunk, CLOSE, "14", CLOSE, "14"]
     assert [VOCABULARY[i] for i in row.labels[:-4]] == [*trunk[1:], "<eos>"]
@@ -195,7 +197,7 @@ def test_shipped_model_is_small_and_answers() -> None:
     assert {tokenizer.pad_token, tokenizer.unk_token, THINK} >= {"<pad>", UNKNOWN}
     assert model.generation_config.temperature >= 0.6
     asked = [q for q in questions("sum", "test", 24) if q.segment == "short"]
-    inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True)
+    inputs = tokenizer([prompt_of(q) for q in asked], return_tensors="pt", padding=True)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=300)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     answers = [read_answer(text.partition(CLOSE)[2]) for text in texts]

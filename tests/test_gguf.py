@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lms.embedded import CLOSE, EMBEDDED, EOS, VOCABULARY
+from lms.embedded import CLOSE, EMBEDDED, EOS, VOCABULARY, prompt_of
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
-from lms.tasks import TASKS, Question, questions
+from lms.questions import Question
+from lms.tasks import TASKS, questions
 from tests.llama_server import LlamaServer, llama_server
 
 MESSAGES = [{"role": "user", "content": "sum : 9 + 3 + 6"}]
@@ -50,7 +51,7 @@ def complete(server: LlamaServer, prompt: str, **options: Any) -> tuple[str, lis
 def test_every_word_and_every_question_has_the_same_ids(
     lm: LanguageModel, server: LlamaServer
 ) -> None:
-    for text in ["", " ".join(VOCABULARY), *(q.prompt for q in questions("all", "test", 60))]:
+    for text in ["", " ".join(VOCABULARY), *(prompt_of(q) for q in questions("all", "test", 60))]:
         assert server.post("/tokenize", {"content": text})["tokens"] == encode(lm, text)
 
 
@@ -58,12 +59,12 @@ def test_every_word_and_every_question_has_the_same_ids(
 def test_greedy_answers_are_the_same_tokens_and_their_text_has_the_same_ids(
     lm: LanguageModel, server: LlamaServer, question: Question
 ) -> None:
-    inputs = lm.tokenizer(question.prompt, return_tensors="pt")
+    inputs = lm.tokenizer(prompt_of(question), return_tensors="pt")
     generate: Any = lm.model.generate  # a mixin annotated for another class
     expected = generate(**inputs, do_sample=False)[0].tolist()
-    text, tokens = complete(server, question.prompt, temperature=0)
-    assert encode(lm, question.prompt) + [token["id"] for token in tokens] == expected
-    assert encode(lm, question.prompt + text + EOS) == expected
+    text, tokens = complete(server, prompt_of(question), temperature=0)
+    assert encode(lm, prompt_of(question)) + [token["id"] for token in tokens] == expected
+    assert encode(lm, prompt_of(question) + text + EOS) == expected
 
 
 def test_log_probabilities_of_samples_are_those_of_transformers_at_temperature_1(

@@ -11,7 +11,7 @@ from evaluation.live import Sampling, answer, run_beside
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing
 from haltwise.decoder import Decoder
 from lms.language_model import LanguageModel
-from lms.tasks import Question
+from lms.questions import Question
 from tests.tiny_lm import tiny_lm, tiny_tokenizer
 from traces import Traces, read_traces, write_shard
 
@@ -41,7 +41,7 @@ def lm() -> LanguageModel:
 @pytest.fixture
 def traces(lm: LanguageModel, tmp_path: Path) -> Traces:
     decoder = Decoder(lm.model, lm.tokenizer, HALTING, 4, MAX_TOKENS, 0.0)
-    rows = list(record(decoder, [(question, 0) for question in ASKED], "tiny"))
+    rows = list(record(lm, decoder, [(question, 0) for question in ASKED]))
     write_shard(tmp_path / "0.parquet", rows, {"max_tokens": MAX_TOKENS, "temperature": 0.0})
     return read_traces(tmp_path)
 

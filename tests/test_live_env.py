@@ -21,14 +21,12 @@ from haltwise.features import signals_of
 from haltwise.halting import Probing
 from haltwise.signals import Float
 from lms.language_model import LanguageModel
-from lms.tasks import Question
+from lms.questions import Question
 from tests.projections import some_projection
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 from traces import read_traces, write_shard
 
-QUESTIONS = [
-    Question(f"q{i}", "toy", "easy", f"{i} so {i + 1} <think>", str(i), "train") for i in range(6)
-]
+QUESTIONS = [Question(f"q{i}", "toy", "easy", f"{i} so {i + 1}", str(i), "train") for i in range(6)]
 
 
 MAX_POINTS = 7
@@ -98,7 +96,7 @@ def worked_example() -> LanguageModel:
     ],
 )
 def test_the_worked_example(probing: Probing, halt_at: int | None, cost: int, value: float) -> None:
-    question = Question("q", "toy", "easy", "5 <think>", "7", "train")
+    question = Question("q", "toy", "easy", "5", "7", "train")
     env = HaltEnv(
         worked_example(),
         [question],
@@ -202,7 +200,7 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
         lm.model, lm.tokenizer, halting(), 4, 40, temperature, signals=signals_of(FEATURE_GROUPS)
     )
     jobs = [(asked[question_id], int(seed)) for question_id, seed in work]
-    write_shard(tmp_path / "0.parquet", list(record(decoder, jobs, "tiny")), {})
+    write_shard(tmp_path / "0.parquet", list(record(lm, decoder, jobs)), {})
     traces = read_traces(tmp_path)
     assert np.diff(traces.offsets).max() == MAX_POINTS
     features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS, PROJECTION)
@@ -240,7 +238,7 @@ def test_one_env_plays_the_episodes_of_a_batch() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    empty_gold = [Question("q9", "toy", "easy", "1 <think>", " ", "train")]
+    empty_gold = [Question("q9", "toy", "easy", "1", " ", "train")]
     for changes, message in (
         ({"questions": []}, "no questions"),
         ({"questions": empty_gold}, "question q9: gold answer ' ' is empty"),

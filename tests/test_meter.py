@@ -20,7 +20,8 @@ from haltwise.features import GROUP_SIGNALS, feature_names, signals_of
 from haltwise.hf import Halter
 from haltwise.meter import MEASURED, SignalMeter
 from haltwise.thought import ForcedAnswer, Thought, ThoughtRules
-from lms.tasks import Question
+from lms.language_model import LanguageModel
+from lms.questions import Question
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces, write_shard
@@ -131,8 +132,12 @@ def recorded(model: Any, temperature: float, rule: str = "every 4 tokens") -> li
     """Traces of the prompts, in order."""
     halting = Halting("always", rule, "</think>", MEAN_LOGPROB, 3)
     decoder = Decoder(model, TOKENIZER, halting, 3, 40, temperature, signals=MEASURED)
-    asked = [Question(str(i), "toy", "", p, "7", "test") for i, p in enumerate(PROMPTS)]
-    rows = record(decoder, [(question, 0) for question in asked], "tiny")
+    asked = [
+        Question(str(i), "toy", "", p.removesuffix(" <think>"), "7", "test")
+        for i, p in enumerate(PROMPTS)
+    ]
+    lm = LanguageModel("tiny", model, TOKENIZER)
+    rows = record(lm, decoder, [(question, 0) for question in asked])
     return sorted(rows, key=lambda row: str(row["question_id"]))
 
 
@@ -144,7 +149,7 @@ def test_what_is_recorded_is_the_lms_own(temperature: float, rule: str) -> None:
         text = TOKENIZER.encode(row["text"])
         for i, position in enumerate(row["position"]):
             start = row["position"][i - 1] if i else 0
-            expected = reference(model, row["question"], text[:position], start)
+            expected = reference(model, f"{row['question']} <think>", text[:position], start)
             for name, value in expected.items():
                 tolerance = 1e-3 if name == "hidden" else 1e-5
                 np.testing.assert_allclose(row[name][i], value, atol=tolerance, rtol=tolerance)

@@ -14,10 +14,11 @@ from haltwise.features import signals_of
 from haltwise.meter import SignalMeter
 from haltwise.proxy import ServeConfig
 from haltwise.thought import Thought, ThoughtRules
-from lms.embedded import CLOSE, EMBEDDED
+from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
-from lms.tasks import Question, questions
+from lms.questions import Question
+from lms.tasks import questions
 from tests.llama_server import NAME, LlamaServer, llama_server
 from tests.proxies import Proxy, proxied, saved_head, sure_head
 
@@ -84,7 +85,7 @@ def chat(
     """Thought, answer and what the proxy tells."""
     stream: Any = client.chat.completions.create(
         model=NAME,
-        messages=[{"role": "user", "content": question.prompt.removesuffix("<think>").strip()}],
+        messages=[{"role": "user", "content": prompt_of(question).removesuffix("<think>").strip()}],
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
@@ -108,13 +109,13 @@ def test_chats_are_halted_by_reasoning_control(
     for question in ASKED:
         whole, answer, told = chat(client, question, NEVER)
         own = ids_of(lm, whole + CLOSE + answer)
-        assert own == greedy(lm, question.prompt)
+        assert own == greedy(lm, prompt_of(question))
         assert not told["halted"] and told["reason"] == "closed by the LM"
         thought, answer, told = chat(client, question, SOON)
         assert told["halted"] and told["position"] == halting_point(lm, head, question, own)
         # Some tokens may come before the server has heard that the thought is to end.
         assert whole.startswith(thought) and len(ids_of(lm, thought)) >= told["position"]
-        assert ids_of(lm, answer) == greedy(lm, question.prompt + thought + CLOSE)
+        assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
         assert is_number(lm, answer)
         num_saved += len(ids_of(lm, whole)) - len(ids_of(lm, thought))
     assert num_saved > 0
@@ -124,7 +125,7 @@ def halting_point(lm: LanguageModel, head: Path, question: Question, own: list[i
     """Where the head halts the LM's own tokens, by transformers' logits."""
     loaded = HaltHead.load(head)
     monitor, row = HaltMonitor(loaded, 1, PRICE), np.zeros(1, dtype=np.int64)
-    points = measured(lm, loaded, question.prompt, own)
+    points = measured(lm, loaded, prompt_of(question), own)
     return next(int(seen.position[0]) for seen in points if monitor.observe(seen, row)[0])
 
 
@@ -134,21 +135,21 @@ def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
 ) -> None:
     def ask(headers: dict[str, str]) -> Any:
         return client.completions.create(
-            model=NAME, prompt=question.prompt, temperature=0, extra_headers=headers
+            model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=headers
         )
 
     whole = ask(NEVER).choices[0].text
     own = ids_of(lm, whole)
-    assert own == greedy(lm, question.prompt)
+    assert own == greedy(lm, prompt_of(question))
     done = ask(SOON)
     thought, _, answer = done.choices[0].text.partition(CLOSE)
     told = done.usage.haltwise
     assert told["halted"] and len(told["legs"]) == 2
     assert whole.startswith(thought) and len(ids_of(lm, thought)) == told["position"]
     assert told["position"] == halting_point(lm, head, question, own)
-    assert ids_of(lm, answer) == greedy(lm, question.prompt + thought + CLOSE)
+    assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
     assert is_number(lm, answer)
-    num_prompt = [len(ids_of(lm, question.prompt + more)) for more in ("", thought + CLOSE)]
+    num_prompt = [len(ids_of(lm, prompt_of(question) + more)) for more in ("", thought + CLOSE)]
     assert [leg["prompt_tokens"] for leg in told["legs"]] == num_prompt
     assert done.usage.total_tokens == sum(sum(leg.values()) for leg in told["legs"])
 
@@ -156,7 +157,7 @@ def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
 def test_a_cap_holds_to_the_token(client: openai.OpenAI, lm: LanguageModel) -> None:
     done: Any = client.completions.create(
         model=NAME,
-        prompt=ASKED[0].prompt,
+        prompt=prompt_of(ASKED[0]),
         temperature=0,
         extra_headers={"X-Haltwise-Price": "0", "X-Haltwise-Max-Tokens": "17"},
     )
@@ -188,10 +189,10 @@ def test_the_proxy_sees_the_signals_that_the_head_was_trained_on(
                 text = thought + CLOSE + answer
             else:
                 done = client.completions.create(
-                    model=NAME, prompt=question.prompt, temperature=0, extra_headers=NEVER
+                    model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=NEVER
                 )
                 text = done.choices[0].text
-        expected = measured(lm, HaltHead.load(head), question.prompt, ids_of(lm, text))
+        expected = measured(lm, HaltHead.load(head), prompt_of(question), ids_of(lm, text))
         assert len(seen) == len(expected) > 2
         for found, wanted in zip(seen, expected, strict=True):
             for name, value in vars(wanted).items():
@@ -226,7 +227,7 @@ def test_a_server_that_dies_amid_a_thought_is_a_clean_error(gguf: Path, head: Pa
         client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
         stream = client.completions.create(
             model=NAME,
-            prompt=ASKED[0].prompt,
+            prompt=prompt_of(ASKED[0]),
             stream=True,
             max_tokens=900,
             extra_body={"ignore_eos": True},
@@ -236,6 +237,6 @@ def test_a_server_that_dies_amid_a_thought_is_a_clean_error(gguf: Path, head: Pa
             for _ in stream:
                 server.kill()
         with pytest.raises(openai.APIStatusError) as raised:
-            client.completions.create(model=NAME, prompt=ASKED[0].prompt)
+            client.completions.create(model=NAME, prompt=prompt_of(ASKED[0]))
         assert raised.value.status_code == 502
         assert proxy.metric("haltwise_streams_in_flight") == 0

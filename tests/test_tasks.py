@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from haltwise.answers import canonical
-from lms.tasks import LIMIT, SPLITS, TASKS, apply, draw, each_question, questions
+from lms.embedded import prompt_of
+from lms.questions import SPLITS
+from lms.tasks import LIMIT, TASKS, apply, draw, each_question, questions
 
 
 def test_apply() -> None:
@@ -17,20 +19,20 @@ def test_apply() -> None:
 @pytest.mark.parametrize("task", [*TASKS, "all"])
 def test_questions_are_distinct_and_well_formed(task: str) -> None:
     found = questions(task, "train", 90)
-    assert len({q.question_id for q in found}) == len({q.prompt for q in found}) == 90
+    assert len({q.question_id for q in found}) == len({prompt_of(q) for q in found}) == 90
     for question in found:
-        assert question.prompt.startswith(f"{question.task} : ")
-        assert question.prompt.endswith(" <think>")
+        assert prompt_of(question).startswith(f"{question.task} : ")
+        assert prompt_of(question).endswith(" <think>")
         assert question.split == "train"
         assert question.gold == canonical(question.gold)
-        numbers = [w for w in question.prompt.split() if w.isdigit()]
+        numbers = [w for w in prompt_of(question).split() if w.isdigit()]
         assert len(set(numbers)) == len(numbers)
 
 
 @pytest.mark.parametrize("task", ["sum", "leap"])
 def test_gold_of_a_chain_is_its_value_and_no_total_leaves_the_limit(task: str) -> None:
     for question in questions(task, "dev", 50):
-        words = question.prompt.split()[2:-1]
+        words = prompt_of(question).split()[2:-1]
         signs = [1, *(1 if w == "+" else -1 for w in words[1::2])]
         totals = np.cumsum([s * int(n) for s, n in zip(signs, words[::2], strict=True)])
         assert question.gold == str(totals[-1])
@@ -40,7 +42,7 @@ def test_gold_of_a_chain_is_its_value_and_no_total_leaves_the_limit(task: str) -
 
 def test_gold_of_a_let_is_the_value_of_its_last_letter() -> None:
     for question in questions("let", "dev", 50):
-        body, _, wanted = question.prompt[len("let : ") : -len(" <think>")].partition(" ; ")
+        body, _, wanted = prompt_of(question)[len("let : ") : -len(" <think>")].partition(" ; ")
         values: dict[str, int] = {}
         for line in sorted(body.split(" , ")):
             name, _, right = line.partition(" = ")
@@ -54,7 +56,9 @@ def test_gold_of_a_let_is_the_value_of_its_last_letter() -> None:
 def test_segments_differ_in_length() -> None:
     found = questions("sum", "train", 120)
     lengths = {
-        segment: {q.prompt.count("+") + q.prompt.count("-") for q in found if q.segment == segment}
+        segment: {
+            prompt_of(q).count("+") + prompt_of(q).count("-") for q in found if q.segment == segment
+        }
         for segment in ("short", "medium", "long")
     }
     assert lengths == {"short": {2, 3}, "medium": {4, 5, 6}, "long": {7, 8, 9}}
@@ -62,7 +66,7 @@ def test_segments_differ_in_length() -> None:
 
 def test_splits_are_disjoint_whatever_the_seed() -> None:
     prompts = [
-        {q.prompt for seed in (0, 1) for q in questions("all", split, 150, seed)}
+        {prompt_of(q) for seed in (0, 1) for q in questions("all", split, 150, seed)}
         for split in SPLITS
     ]
     for i in range(3):

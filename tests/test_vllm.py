@@ -550,7 +550,6 @@ def test_the_head_may_be_named_in_the_environment(
         ),
         ({"price": "dear"}, "haltwise in additional-config: price is 'dear', expected a number"),
         ({"think_begin": "<t>"}, "haltwise in additional-config: 'think_begin': expected price,"),
-        ({"think_end": 5}, "haltwise in additional-config: think_end is 5, expected text"),
         ({"head": ""}, "haltwise in additional-config: head is '', expected text"),
         ({"tokenizer": None}, "the engine has no tokenizer: expected one"),
         ({"is_diffusion": True}, "a diffusion LM: expected one that generates token by token"),
@@ -579,8 +578,11 @@ def test_as_a_plugin_it_goes_where_tokens_are_shown(vllm: Any, tmp_path: Path) -
     vllm.HaltProcessor(stated, torch.device("cpu"), False)
 
 
-def test_the_lm_s_own_markers_can_be_named(vllm: Any, tmp_path: Path) -> None:
-    stated = config(saved(head_of(), tmp_path), TOKENIZER, think_start="wait so", price=ALWAYS)
+def test_the_head_names_the_lm_s_own_markers(vllm: Any, tmp_path: Path) -> None:
+    head = head_of()
+    halting = replace(head.config.halting, think_start="wait so")
+    head = HaltHead(replace(head.config, halting=halting), head.weights)
+    stated = config(saved(head, tmp_path), TOKENIZER, price=ALWAYS)
     processor = vllm.HaltProcessor(stated, torch.device("cpu"), False)
     thinks = [IDS["wait"], IDS["so"]]
     batch = [Request(0, thinks, 8), Request(1, THINKS, 8)]

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from lms.embedded import CHAT_TEMPLATE
+
 WORDS = ("<pad>", "<eos>", "<think>", "</think>", "wait", "so", ".", *(str(n) for n in range(20)))
 IDS = {word: i for i, word in enumerate(WORDS)}
 PAD, EOS, CLOSE = IDS["<pad>"], IDS["<eos>"], IDS["</think>"]
@@ -24,6 +26,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="<eos>",
         padding_side="left",
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haltwise import HaltHead
 from haltwise.processor import HaltProcessor
+from lms.embedded import prompt_of
 from lms.tasks import questions
 
 pytestmark = [
@@ -38,7 +39,7 @@ CLOSE_TEXT = ". so </think>"
 NUM_TOKENS = 96
 # At NEVER the head of these tests halts nowhere.
 NEVER, PRICES = 1e-9, (0.3, 1.0, 5.0)
-PROMPTS = [q.prompt for task in ("sum", "let", "leap") for q in questions(task, "test", 2)]
+PROMPTS = [prompt_of(q) for task in ("sum", "let", "leap") for q in questions(task, "test", 2)]
 RUNNERS = ["v1", "v2"] if find_spec("triton") else ["v1"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from haltwise import InputError
 from haltwise.answers import canonical
 
 
-def exact_match(answer: str, gold: str) -> bool:
+def short(answer: str, gold: str) -> bool:
     """Says whether an answer equals the gold answer, both in canonical spelling.
 
     Args:
@@ -20,3 +22,7 @@ def exact_match(answer: str, gold: str) -> bool:
     if not wanted:
         raise InputError(f"gold answer {gold!r} is empty: expected a reference answer")
     return canonical(answer) == wanted
+
+
+#: By answer rule (see haltwise.answers.READERS): compares what was read with the gold answer.
+SCORERS: dict[str, Callable[[str, str], bool]] = {"short": short}
