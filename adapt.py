@@ -38,7 +38,7 @@ from evaluation.protocol import (
 )
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
-from traces import Traces, read_traces
+from traces import MAX_TRACES, TraceFiles, Traces
 
 # With fewer, means and spreads are too noisy: from 20 questions the head loses 3 points of saving,
 # from 30 none.
@@ -59,6 +59,8 @@ class AdaptConfig:
     """Run folder to write, a new one."""
     labelled: bool = False
     """Whether it is known which answers are correct. Otherwise that is not looked at."""
+    max_traces: int = MAX_TRACES
+    """Traces in memory at most; of more, a sample of questions is used."""
 
 
 def main(config: AdaptConfig) -> Path:
@@ -76,7 +78,7 @@ def main(config: AdaptConfig) -> Path:
     source, gates = HaltHead.load(config.head), _transferable(load_operating_points(config.head))
     learned = load_learned(config.head)
     path = config.traces.resolve()
-    traces = _read(path, source)
+    traces = _read(path, source, config.max_traces)
     head = adapt(source, traces)
     if config.labelled:
         gates = tighten_points(head, traces, gates)
@@ -193,16 +195,16 @@ def tighten(
     return None
 
 
-def _read(path: Path, head: HaltHead) -> Traces:
+def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
     """The traces to learn from.
 
     Raises:
         InputError: If they were recorded under other conditions than the head's, are of several
             LMs, or are too few.
     """
-    traces = read_traces(path)
-    head.config.halting.check_recorded(traces.recorder, str(path))
-    traces = traces.select(traces.split != "test")
+    files = TraceFiles.open(path)
+    head.config.halting.check_recorded(files.recorder, str(path))
+    traces = files.read(files.sample(files.rows() & (files.split != "test"), max_traces))
     lms = np.unique(traces.model).tolist()
     if len(lms) > 1:
         raise InputError(f"{path}: traces of {', '.join(lms)}, expected one LM to adapt to")

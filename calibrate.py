@@ -36,7 +36,7 @@ from evaluation.learned import load_learned
 from evaluation.outcome import sweep
 from haltwise import Certificate, HaltHead, InputError
 from haltwise.certificate import Risk, SegmentCertificate, check_asked
-from traces import Traces, read_traces
+from traces import MAX_TRACES, TraceFiles, Traces
 
 # Of the planning table, beside the one that was asked for.
 _DROPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
@@ -66,6 +66,8 @@ class CalibrateConfig:
     """What a loss is: exact match minus what halting wins, or every right answer turned wrong."""
     split: str = "all"
     """Which rows: train, dev, test, or all."""
+    max_traces: int = MAX_TRACES
+    """Traces in memory at most; of more, the certificate rests on a sample of questions."""
 
 
 def main(config: CalibrateConfig) -> Certificate:
@@ -103,19 +105,18 @@ def _fresh(config: CalibrateConfig, head: HaltHead) -> Traces:
         InputError: If there are none, or they were recorded under other conditions than the head's.
     """
     learned = load_learned(config.head)
-    traces = read_traces(config.traces)
-    head.config.halting.check_recorded(traces.recorder, str(config.traces))
-    if config.split != "all":
-        traces = traces.of_split(config.split)
-    known = learned.among(traces.question_id)
-    dropped = len(np.unique(traces.question_id[known]))
-    if known.all():
+    files = TraceFiles.open(config.traces)
+    head.config.halting.check_recorded(files.recorder, str(config.traces))
+    rows = files.rows(*([] if config.split == "all" else [config.split]))
+    known = rows & files.rows_of_questions(learned.questions)
+    dropped = len(np.unique(files.question[known]))
+    if (known == rows).all():
         raise InputError(
             f"{config.traces}: the head learned from all {dropped} questions, expected others"
         )
     if dropped:
         print(f"Left out {dropped} questions that the head learned from.")
-    return traces.select(~known)
+    return files.read(files.sample(rows & ~known, config.max_traces))
 
 
 def _warn_if_asked_before(config: CalibrateConfig, head: HaltHead, traces: Traces) -> None:

@@ -50,7 +50,7 @@ from haltwise.halting import Probing
 from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
 from lms.questions import SPLITS
-from traces import Traces, read_traces
+from traces import MAX_TRACES, TraceFiles, Traces
 
 #: By name: a policy, or several trainings of one, whose outcomes are averaged.
 Policies = Mapping[str, Sequence[Policy]]
@@ -67,6 +67,8 @@ class EvaluateConfig:
     split: str = "test"
     """Which rows: train, dev, test, or all. Questions that the run learned from are judged by the
     heads of its folds that never saw them."""
+    max_traces: int = MAX_TRACES
+    """Traces in memory at most. Of more, a sample of that many is judged, by question."""
     json: Path | None = None
     """Write everything that was found as JSON here."""
     report: Path | None = None
@@ -96,12 +98,13 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     _check(config)
     trained = _Run.load(config.head)
     path = config.traces or Path(_run_config(config.head)["traces"])
-    everything = read_traces(path)
-    trained.head.config.halting.check_recorded(everything.recorder, str(path))
+    recorded = TraceFiles.open(path)
+    trained.head.config.halting.check_recorded(recorded.recorder, str(path))
     if config.explain is not None:
-        print(_explained(everything, config.explain, trained))
+        print(_explained(recorded, config.explain, trained))
         return {}
-    traces = everything if config.split == "all" else everything.of_split(config.split)
+    rows = recorded.rows(*([] if config.split == "all" else [config.split]))
+    traces = recorded.read(recorded.sample(rows, config.max_traces))
     if not traces.num_points:
         raise InputError(f"{path}: no decision point in these {len(traces)} traces, expected some")
     report = {
@@ -115,6 +118,9 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
         },
         "split": config.split,
     } | _report(traces, config.split, trained)
+    if len(traces) < rows.sum():
+        sampled = f"A sample of {len(traces):,} of the {rows.sum():,} traces, by question."
+        report["judged"] = f"{sampled} {report['judged']}"
     print(f"{report['judged']}\n\n{format_table(report['frozen'])}")
     for found in report["behaviour"][:1]:
         print(format_cases(found))
@@ -289,14 +295,18 @@ def _supervised(trained: _Run) -> dict[str, list[Supervised]]:
     if not names:
         return {}
     try:
-        traces = read_traces(Path(_run_config(trained.folder)["traces"]))
+        run = _run_config(trained.folder)
+        recorded = TraceFiles.open(run["traces"])
+        rows = recorded.rows_of_questions(learned.questions)
+        changed = recorded.digest(rows) != config.traces
     except InputError as error:
         print(f"{', '.join(names)}: not available, the run's own traces cannot be read ({error})")
         return {name: [] for name in names}
-    own = traces.select(learned.among(traces.question_id))
-    if own.digest != config.traces:
+    if changed:
         print(f"{', '.join(names)}: not available, the run's own traces have changed")
         return {name: [] for name in names}
+    max_traces = run.get("config", {}).get("max_traces", MAX_TRACES)
+    own = recorded.read(recorded.sample(rows, max_traces))
     kept_back = next(iter(learned.folds.values()), {})
     return {name: [Supervised(name, own, kept_back, config)] for name in names}
 
@@ -336,23 +346,24 @@ def _behaviour(
     return found
 
 
-def _explained(traces: Traces, trace_id: str, trained: _Run) -> str:
+def _explained(recorded: TraceFiles, trace_id: str, trained: _Run) -> str:
     """The decision path of one trace, at the head's own price.
 
     Raises:
         InputError: If there is no such trace, or the head never halts.
     """
-    rows = np.flatnonzero(traces.trace_id == trace_id)
-    if not len(rows):
+    rows = recorded.rows_of_trace(trace_id)
+    if not rows.any():
+        first = recorded.read(np.arange(len(rows)) == 0).trace_id[0]
         raise InputError(
-            f"no trace {trace_id!r} among these {len(traces)}, the first is "
-            f"{str(traces.trace_id[0])!r}"
+            f"no trace {trace_id!r} among these {len(rows)}, the first is {str(first)!r}"
         )
+    traces = recorded.read(rows)
     price = trained.head.config.default_price
     if price == 0:
         raise InputError("the head's own price is 0: it never halts, there is nothing to explain")
-    head = trained.trainings[0].judge(str(traces.question_id[rows[0]]))
-    return decision_path(traces.select(rows), head, price)
+    head = trained.trainings[0].judge(str(traces.question_id[0]))
+    return decision_path(traces, head, price)
 
 
 def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
-from traces import Traces, read_traces
+from traces import MAX_TRACES, Chunks, TraceFiles, Traces
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -72,6 +72,9 @@ class TrainConfig(AskConfig):
     """Go on with the interrupted run in --run-dir."""
     num_questions: int = 800
     """Questions a split to record, at most."""
+    max_traces: int = MAX_TRACES
+    """Traces in memory at most. Of more, the head learns a chunk at a time; all else, from the
+    standardisation to the operating points, comes from a sample of that many, by question."""
     groups: tuple[str, ...] | None = None
     """Feature groups that the head reads. Default: all that the traces have the signals for."""
     probing: Probing | None = None
@@ -106,29 +109,31 @@ def main(config: TrainConfig) -> Path:
     torch.set_num_threads(1)
     _check(config)
     path = (config.traces or _record(config)).resolve()
-    everything = read_traces(path)
+    recorded = TraceFiles.open(path)
     # Test questions are never learned from, nor anything chosen on them.
-    traces = everything.of_split("train", "dev")
-    learned_from = traces.of_split("train") if config.live else traces
-    head = _head_config(learned_from, config)
-    head.halting.check_recorded(everything.recorder, str(path))
+    traces = _Material.of(recorded, config)
+    head = _head_config(traces, config)
+    head.halting.check_recorded(recorded.recorder, str(path))
     fold = {
-        seed: folds(traces.question_id, config.folds, seed)
+        seed: folds(traces.sample.question_id, config.folds, seed)
         for seed in range(config.seed, config.seed + config.seeds)
     }
-    run_dir = _open_run(config, path, everything.digest)
+    run_dir = _open_run(config, path, recorded.digest(recorded.rows()))
+    if traces.num_more:
+        print(f"{traces.num_more:,} traces are not in the sample that points are chosen on.")
     if config.live:
-        trained = _train_beside(config, run_dir, head, traces, learned_from)
+        trained = _train_beside(config, run_dir, head, traces)
     else:
         trained = _train_from(config, run_dir, head, traces, fold)
-    choice = _choose(config, head, learned_from, trained)
+    choice = _choose(config, head, traces.learned_from, trained)
     _finish(run_dir, export(trained.agent, head), choice, trained)
     print(format_table(choice.frozen))
-    if "test" in everything.split:
+    if "test" in recorded.split:
         print("\nThe exported head, loaded again:\n")
         evaluate(
             EvaluateConfig(
                 head=run_dir,
+                max_traces=config.max_traces,
                 json=run_dir / "test.json",
                 report=run_dir / "test.html",
                 plot=run_dir / "test.png",
@@ -148,11 +153,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             f"{config.run_dir} exists: expected a new folder, or --resume to go on with it"
         )
-    if config.folds < 2 or config.seeds < 1 or config.num_questions < 1 or config.seed < 0:
-        raise InputError(
-            f"folds is {config.folds}, seeds {config.seeds}, num_questions "
-            f"{config.num_questions}, seed {config.seed}: expected at least 2, 1, 1 and 0"
-        )
+    least = {"folds": 2, "seeds": 1, "num_questions": 1, "max_traces": 1, "seed": 0}
+    small = [name for name, at_least in least.items() if getattr(config, name) < at_least]
+    if small:
+        found = ", ".join(f"{name} is {getattr(config, name)}" for name in small)
+        raise InputError(f"{found}: expected at least {', '.join(str(least[n]) for n in small)}")
     goes_on_live = config.traces is None and not config.live
     if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
         raise InputError(
@@ -177,9 +182,51 @@ def _record(config: TrainConfig) -> Path:
     return out
 
 
-def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
+@dataclass(frozen=True)
+class _Material:
+    """Traces of the train and dev splits, of which some are in memory."""
+
+    recorded: TraceFiles
+    rows: NDArray[np.bool_]
+    """What the head learns from."""
+    sample: Traces
+    """In memory; all of them if they are not too many."""
+    learned_from: Traces
+    """Those of the sample that the head learns from."""
+    max_traces: int
+
+    @classmethod
+    def of(cls, recorded: TraceFiles, config: TrainConfig) -> _Material:
+        """Reads the sample.
+
+        Raises:
+            InputError: If there is no train or dev trace, or a value is not as the schema says.
+        """
+        rows = recorded.rows("train", "dev")
+        sampled = recorded.sample(rows, config.max_traces)
+        sample = recorded.read(sampled)
+        if not config.live:
+            return cls(recorded, rows, sample, sample, config.max_traces)
+        learned_from = sample.of_split("train")
+        return cls(
+            recorded, sampled & recorded.rows("train"), sample, learned_from, config.max_traces
+        )
+
+    @property
+    def num_more(self) -> int:
+        """Traces that the head learns from and that are not in the sample."""
+        return int(self.rows.sum()) - len(self.learned_from)
+
+    def chunks(self, seed: int) -> Traces | Chunks:
+        """What the head learns from, a chunk at a time if it is too much."""
+        if not self.num_more:
+            return self.learned_from
+        return self.recorded.chunks(self.rows, self.max_traces, seed)
+
+
+def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
     """What the head will be valid for: the conditions that the traces were recorded under."""
-    recorder = traces.recorder
+    traces, recorder = material.learned_from, material.recorded.recorder
     halting = Halting.of_recorder(recorder, config.probing)
     groups = config.groups or available_groups(traces, halting)
     halting.check_groups(groups)
@@ -190,7 +237,7 @@ def _head_config(traces: Traces, config: TrainConfig) -> HeadConfig:
         default_price=observing.price_range[0],
         lm=", ".join(np.unique(traces.model).tolist()),
         tokenizer=recorder.get("tokenizer", ""),
-        traces=traces.digest,
+        traces=material.recorded.digest(material.rows),
         command=shlex.join(sys.argv),
     )
 
@@ -263,11 +310,12 @@ class _Trained:
 
 
 def _train_beside(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, learned_from: Traces
+    config: TrainConfig, run_dir: Path, head: HeadConfig, material: _Material
 ) -> _Trained:
     """Trains on the running LM alone."""
+    learned_from = material.learned_from
     agent = _train_live(config, run_dir, head, learned_from, None)
-    judged_on = traces.of_split("dev")
+    judged_on = material.sample.of_split("dev")
     outcomes = _outcomes(Head(export(agent, head)), judged_on, head.halting.probing)
     learned = Learned(frozenset(learned_from.question_id.tolist()))
     return _Trained(agent, learned, judged_on, outcomes or {}, None)
@@ -277,13 +325,14 @@ def _train_from(
     config: TrainConfig,
     run_dir: Path,
     head: HeadConfig,
-    traces: Traces,
+    material: _Material,
     fold: Mapping[int, NDArray[np.int64]],
 ) -> _Trained:
     """Trains on recorded traces, fold by fold first; and where there is one, on the running LM."""
-    trials, learned = _try(config, run_dir, head, traces, fold), _learned(traces, fold)
+    traces = material.sample
+    trials, learned = _try(config, run_dir, head, traces, fold), _learned(material, fold)
     save_kept_back(run_dir, run_dir / "folds", learned.folds, trials.best)
-    agent = _train_replay(config, run_dir, head, traces, CHECKPOINTS[trials.best])
+    agent = _train_replay(config, run_dir, head, material, CHECKPOINTS[trials.best])
     if config.traces is None:
         agent = _train_live(config, run_dir, head, traces, agent)
     return _Trained(agent, learned, traces, trials.outcomes, trials)
@@ -319,17 +368,17 @@ def _try(
     return trials
 
 
-def _learned(traces: Traces, fold: Mapping[int, NDArray[np.int64]]) -> Learned:
-    question_id = traces.question_id.tolist()
+def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Learned:
+    question_id = material.sample.question_id.tolist()
     by_seed = {seed: dict(zip(question_id, of.tolist(), strict=True)) for seed, of in fold.items()}
-    return Learned(frozenset(question_id), by_seed)
+    return Learned(material.recorded.question_ids(material.rows), by_seed)
 
 
 def _train_replay(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, share: float
+    config: TrainConfig, run_dir: Path, head: HeadConfig, material: _Material, share: float
 ) -> Agent:
     return fit(
-        traces,
+        material.chunks(config.seed),
         head,
         config.fit,
         config.seed,

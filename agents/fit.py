@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,11 +26,15 @@ from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, observed_features, point_features, projection_of
-from haltwise import Halting, HeadConfig, Observing
-from traces import Traces
+from haltwise import HaltHead, Halting, HeadConfig, Observing
+from haltwise.signals import Float
+from traces import Chunks, Traces, chunks_of
 
 #: Shares of PPO's decisions after which an agent is tried out of fold. 0 is its start.
 CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
+
+# Points that a head decides on.
+_AT_A_TIME = 1 << 16
 
 #: Price range over the mean thousand tokens of a training trace.
 _PRICES = (0.01, 2.0)
@@ -61,7 +70,7 @@ def _observing(
 
 
 def fit(
-    traces: Traces,
+    traces: Traces | Chunks,
     head: HeadConfig,
     config: FitConfig,
     seed: int,
@@ -75,7 +84,8 @@ def fit(
     """Trains an agent on recorded traces.
 
     Args:
-        traces: To replay.
+        traces: To replay. The schedule is spread evenly over chunks, and PPO takes a new one
+            between two rollouts: with more chunks than rollouts it does not come to them all.
         head: What the agent observes, and under which halting conditions.
         config: Schedule.
         seed: Of everything random.
@@ -89,12 +99,15 @@ def fit(
         InputError: If no trace has a decision point.
     """
     torch.set_num_threads(1)
-    env = ReplayEnv(traces, head.observing, head.halting, config.ppo.num_envs)
+    chunks = chunks_of(traces)
+    one_pass = iter(chunks)
+    first = next(one_pass)
+    env = ReplayEnv(first, head.observing, head.halting, config.ppo.num_envs)
     ppo = make_ppo(
         env,
         head.observing,
         config.ppo,
-        mean_points=traces.num_points / len(traces),
+        mean_points=first.num_points / len(first),
         seed=seed,
         log_dir=log_dir,
     )
@@ -102,10 +115,14 @@ def fit(
         _restore(ppo, checkpoint)
     elif config.pathwise.steps:
         net = log_odds_net(ppo)
-        start_from_traces(net, traces, head.observing, head.halting, config.pathwise, seed)
+        start_from_traces(net, chunks, head.observing, head.halting, config.pathwise, seed)
         set_log_odds(ppo, net)
+    del first
     total = config.ppo.total_timesteps
-    learn(ppo, total, "replay", checkpoint, progress_bar, [_Checkpoints(total, share, reached)])
+    callbacks: list[BaseCallback] = [_Checkpoints(total, share, reached)]
+    if len(chunks) > 1:
+        callbacks.append(_Streaming(env, one_pass, share * total / len(chunks)))
+    learn(ppo, total, "replay", checkpoint, progress_bar, callbacks)
     return ppo
 
 
@@ -202,6 +219,30 @@ class _Checkpoints(BaseCallback):
         self._over = done >= self._end
 
 
+class _Streaming(BaseCallback):
+    """Replays another chunk of traces from time to time; unfinished episodes are dropped."""
+
+    def __init__(self, env: ReplayEnv, chunks: Iterator[Traces], each: float) -> None:
+        """Takes the environment of the first chunk, the others, and decisions for each."""
+        super().__init__()
+        self._env, self._chunks, self._each = env, chunks, each
+        self._num_loaded = 1
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.model.num_timesteps < self._num_loaded * self._each:
+            return
+        traces = next(self._chunks, None)
+        if traces is not None:
+            self._num_loaded += 1
+            self._env.load(traces)
+            model: Any = self.model
+            model._last_obs = model.env.reset()
+            model._last_episode_starts = np.ones(self._env.num_envs, dtype=bool)
+
+
 class _Saving(BaseCallback):
     """Saves the agent after every tenth rollout."""
 
@@ -234,13 +275,14 @@ def _restore(ppo: Agent, checkpoint: Path) -> None:
 
 @dataclass(frozen=True)
 class _Fold:
-    train: Traces
-    held_out: Traces
+    traces: Path  # a pickle of all of them: a job is light, and a worker keeps what it selects
+    kept_back: NDArray[np.bool_]  # (N,)
     head: HeadConfig
     config: FitConfig
     prices: tuple[float, ...]
     seed: int
     folder: Path
+    decided: Path
 
 
 def out_of_fold(
@@ -250,7 +292,7 @@ def out_of_fold(
     config: FitConfig,
     prices: Sequence[float],
     cache: Path,
-) -> dict[int, NDArray[np.bool_]]:
+) -> Mapping[int, NDArray[np.bool_]]:
     """Where agents that never saw a trace's question would halt it.
 
     One agent a seed and fold, trained on the other folds, in as many processes as there are
@@ -267,38 +309,79 @@ def out_of_fold(
             agents' heads at each of CHECKPOINTS: see `fold_folder`.
 
     Returns:
-        By seed: halting decisions (C, number of prices, P) at each of CHECKPOINTS.
+        By seed: halting decisions (C, number of prices, P) at each of CHECKPOINTS, put together
+        when they are asked for.
     """
     cache.mkdir(parents=True, exist_ok=True)
     paths = {
         (seed, int(k)): cache / f"{seed}-{k}.npy" for seed in fold for k in np.unique(fold[seed])
     }
     missing = [at for at, path in paths.items() if not path.exists()]
-    jobs = (
+    everything = cache / "traces.pickle"
+    everything.write_bytes(pickle.dumps(traces))
+    jobs = [
         _Fold(
-            traces.select(fold[seed] != k),
-            traces.select(fold[seed] == k),
+            everything,
+            fold[seed] == k,
             head,
             config,
             tuple(prices),
             seed,
             fold_folder(cache, seed, k),
+            paths[seed, k],
         )
         for seed, k in missing
-    )
+    ]
     workers = min(len(missing), os.cpu_count() or 1) or 1
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        done = tqdm(pool.map(_fit_fold, jobs), "folds", len(missing))
-        for at, halts in zip(missing, done, strict=True):
-            np.save(cache / "part.npy", halts)
-            os.replace(cache / "part.npy", paths[at])
-    decided = {
-        seed: np.empty((len(CHECKPOINTS), len(prices), traces.num_points), dtype=bool)
-        for seed in fold
-    }
-    for (seed, k), path in paths.items():
-        decided[seed][:, :, fold[seed][traces.trace_of_point] == k] = np.load(path)
-    return decided
+    spawn = multiprocessing.get_context("spawn")
+    with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
+        for _ in tqdm(pool.map(_fit_fold, jobs), "folds", len(missing)):
+            pass
+    everything.unlink()
+    of_point = {seed: of[traces.trace_of_point] for seed, of in fold.items()}
+    return _Decided(paths, of_point)
+
+
+@contextmanager
+def _light_processes() -> Iterator[None]:
+    """Processes that are started here do not import the running script.
+
+    They would, as multiprocessing does, and with it LMs, figures and more that no fold needs:
+    some 250 MB a process.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
+
+
+class _Decided(Mapping[int, NDArray[np.bool_]]):
+    """The decisions of every seed, of which no more are in memory than are asked for."""
+
+    def __init__(
+        self, paths: Mapping[tuple[int, int], Path], fold: Mapping[int, NDArray[np.int64]]
+    ) -> None:
+        """Takes the file of each seed and fold, and the fold (P,) of each point by seed."""
+        self._paths, self._fold = paths, fold
+
+    def __len__(self) -> int:
+        return len(self._fold)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._fold)
+
+    def __getitem__(self, seed: int) -> NDArray[np.bool_]:
+        fold = self._fold[seed]
+        each = {
+            k: np.load(path, mmap_mode="r") for (of, k), path in self._paths.items() if of == seed
+        }
+        shape = next(iter(each.values())).shape[:-1]
+        decided = np.empty((*shape, len(fold)), dtype=bool)
+        for k, halts in each.items():
+            decided[:, :, fold == k] = halts
+        return decided
 
 
 def fold_folder(cache: Path, seed: int, k: int) -> Path:
@@ -306,20 +389,33 @@ def fold_folder(cache: Path, seed: int, k: int) -> Path:
     return cache / f"{seed}-{k}"
 
 
-def _fit_fold(job: _Fold) -> NDArray[np.bool_]:
-    """Decisions (C, number of prices, P) on the held-out traces, at each of CHECKPOINTS."""
+def _fit_fold(job: _Fold) -> None:
+    """Saves decisions (C, number of prices, P) on the traces kept back, and the fold's heads."""
+    gc.collect()  # the last job's agent and environment refer to each other
+    traces: Traces = pickle.loads(job.traces.read_bytes())
+    train, held_out = traces.select(~job.kept_back), traces.select(job.kept_back)
+    del traces
     groups, halting = job.head.observing.groups, job.head.halting
-    observing = _observing(job.train, groups, halting, job.head.observing.price_range)
+    observing = _observing(train, groups, halting, job.head.observing.price_range)
     config = HeadConfig(observing, halting, job.head.default_price)
-    features = observed_features(job.held_out, observing, halting)
+    features = observed_features(held_out, observing, halting)
     decided: list[NDArray[np.bool_]] = []
 
     def decide(ppo: Agent) -> None:
         head = export(ppo, config)
         head.save(job.folder / str(len(decided)))
-        decided.append(np.stack([head.halts(features, price) for price in job.prices]))
+        decided.append(_halts(head, features, job.prices))
 
-    ppo = fit(job.train, config, job.config, job.seed, reached=decide)
+    ppo = fit(train, config, job.config, job.seed, reached=decide)
     if not decided:  # no PPO at all
         decide(ppo)
-    return np.stack(decided + decided[-1:] * (len(CHECKPOINTS) - len(decided)))
+    temporary = job.decided.with_suffix(".part.npy")
+    np.save(temporary, np.stack(decided + decided[-1:] * (len(CHECKPOINTS) - len(decided))))
+    os.replace(temporary, job.decided)
+
+
+def _halts(head: HaltHead, features: Float, prices: Sequence[float]) -> NDArray[np.bool_]:
+    """Decisions (number of prices, P); the layers of many points would take too much memory."""
+    pieces = np.split(features, range(_AT_A_TIME, len(features), _AT_A_TIME))
+    each = [np.stack([head.halts(piece, price) for price in prices]) for piece in pieces]
+    return np.concatenate(each, axis=1)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from agents.balance import balance
-from envs.replay import observed_features
+from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
-from traces import Traces
+from traces import Chunks, Traces, chunks_of
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ class PathwiseConfig:
 
 @dataclass(frozen=True)
 class _Returns:
-    """All that decides the return of N traces with up to T points, padded; on the CPU."""
+    """All that decides the return of N traces with P points, up to T in one; on the CPU."""
 
-    obs: Tensor  # (N, T, F + 1)
+    obs: Tensor  # (P, F + 1)
+    first: Tensor  # (N,) the first point of each
     real: Tensor  # (N, T) whether the point exists
     em: Tensor  # (N, T + 1), the last column: never halted
     cost: Tensor  # (N, T + 1), in thousand tokens
@@ -61,7 +62,7 @@ class _Returns:
 
 def start_from_traces(
     policy_net: nn.Sequential,
-    traces: Traces,
+    traces: Traces | Chunks,
     observing: Observing,
     halting: Halting,
     config: PathwiseConfig,
@@ -71,7 +72,8 @@ def start_from_traces(
 
     Args:
         policy_net: Observations (.., F + 1) to log-odds of halting (.., 1).
-        traces: To learn from.
+        traces: To learn from. Chunks get the same number of steps each, one chunk after the
+            other.
         observing: How features become observations; prices are drawn from its range.
         halting: The conditions of halting.
         config: Schedule.
@@ -80,7 +82,8 @@ def start_from_traces(
     Raises:
         InputError: If no trace has a decision point.
     """
-    returns = _lay_out(traces, observing, halting)
+    chunks = chunks_of(traces)
+    steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
     correct_net = nn.Linear(cast(nn.Linear, policy_net[-1]).in_features, 2)
     optimizer = torch.optim.AdamW(
@@ -89,22 +92,36 @@ def start_from_traces(
         weight_decay=config.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=config.steps
+        optimizer, config.learning_rate, total_steps=steps * len(chunks)
     )
-    for _ in range(config.steps):
-        rows = torch.from_numpy(rng.integers(len(returns.em), size=config.batch_size))
-        price = observing.draw_price(rng, config.batch_size)
-        batch = _Batch.of(returns, rows, price, observing)
-        hidden = policy_net[:-1](batch.obs)
-        expected = _expected_return(policy_net[-1](hidden)[:, 0], batch)
-        loss = -(expected * torch.from_numpy(balance(price, observing)).float()).mean()
-        if config.correct_coef:
-            predicted = correct_net(hidden)
-            loss += config.correct_coef * binary_cross_entropy_with_logits(predicted, batch.correct)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for chunk in chunks:
+        returns = _lay_out(chunk, observing, halting)
+        for _ in range(steps):
+            rows = torch.from_numpy(rng.integers(len(returns.em), size=config.batch_size))
+            price = observing.draw_price(rng, config.batch_size)
+            batch = _Batch.of(returns, rows, price, observing)
+            loss = _loss(policy_net, correct_net, batch, balance(price, observing), config)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _loss(
+    policy_net: nn.Sequential,
+    correct_net: nn.Linear,
+    batch: _Batch,
+    weight: NDArray[np.float64],
+    config: PathwiseConfig,
+) -> Tensor:
+    """What a step goes down; weight (B,) of each trace."""
+    hidden = policy_net[:-1](batch.obs)
+    expected = _expected_return(policy_net[-1](hidden)[:, 0], batch)
+    loss = -(expected * torch.from_numpy(weight).float()).mean()
+    if config.correct_coef:
+        predicted = correct_net(hidden)
+        loss += config.correct_coef * binary_cross_entropy_with_logits(predicted, batch.correct)
+    return loss
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class _Batch:
     ) -> _Batch:
         longest = int(returns.real[rows].sum(dim=1).max())
         real = returns.real[rows, :longest]
-        obs = returns.obs[rows, :longest][real]
+        obs = returns.obs[(returns.first[rows][:, None] + torch.arange(longest))[real]]
         dial = torch.from_numpy(observing.dial(price))[:, None].expand(-1, longest)
         obs[:, -1] = dial[real]
         columns = [*range(longest), -1]
@@ -151,13 +168,10 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
     traces = traces.select(lengths > 0)
     lengths = lengths[lengths > 0]
     num, longest = len(traces), int(lengths.max())
-    features = observed_features(traces, observing, halting)
     at = (
         traces.trace_of_point,
         np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths),
     )
-    obs = np.zeros((num, longest, observing.size), dtype=np.float32)
-    obs[at] = observing.observe(features, 1.0)
     real = np.zeros((num, longest), dtype=bool)
     real[at] = True
     em = np.zeros((num, longest + 1), dtype=np.float32)
@@ -166,4 +180,5 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
     cost = np.zeros((num, longest + 1), dtype=np.float32)
     cost[at] = halt_costs(traces, halting.probing) / 1000
     cost[:, -1] = never_costs(traces, halting.probing) / 1000
-    return _Returns(*map(torch.from_numpy, (obs, real, em, cost)))
+    obs = observations(traces, observing, halting)
+    return _Returns(*map(torch.from_numpy, (obs, traces.offsets[:-1], real, em, cost)))

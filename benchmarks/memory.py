@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +15,12 @@ from agents.ppo import PPOConfig, make_ppo
 from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
 from benchmarks.timing import Result
-from collect import CollectConfig, record, write_shards
+from collect import CollectConfig
 from haltwise.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.tasks import each_question
+from recording.hf_engine import record
+from recording.shards import write_shards
 from traces import read_traces
 
 _ROOT = Path(__file__).parent.parent
@@ -39,6 +43,69 @@ class MemoryConfig:
     num_questions: tuple[int, ...] = (300, 900)
     """Questions to record with the embedded LM. Its KV cache is as long as the longest thought so
     far, whatever their number: it grows by a step now and then, up to the token budget."""
+
+
+@dataclass(frozen=True)
+class TrainingMemoryConfig:
+    """Peak memory of train.py with all that it starts, folds' processes included. Linux only."""
+
+    num_traces: tuple[int, ...] = (10_000, 100_000)
+    """Synthetic traces to train on."""
+    mean_points: int = 30
+    """Decision points of a mean trace; with many of them training takes more."""
+    total_timesteps: int = 70_000
+    """Decisions of PPO. More take longer, but no more memory."""
+
+
+def measure_training(config: TrainingMemoryConfig) -> list[Result]:
+    """Peaks in MB (a million bytes); none where the system does not tell."""
+    if not Path("/proc/self/smaps_rollup").exists():
+        return []
+    peaks = {}
+    with TemporaryDirectory() as temporary:
+        for num in config.num_traces:
+            folder = Path(temporary) / f"synthetic-{num}"
+            rows = synthetic_rows(num, mean_points=config.mean_points)
+            for _ in write_shards(folder, rows, {}, CollectConfig.shard_size):
+                pass
+            run_dir = Path(temporary) / f"run-{num}"
+            arguments = ["--traces", folder, "--run-dir", run_dir]
+            arguments += ["--fit.ppo.total-timesteps", config.total_timesteps]
+            peaks[num] = tree_peak([sys.executable, "train.py", *map(str, arguments)])
+    return _lines("train.py, all processes", peaks)
+
+
+def tree_peak(command: Sequence[str]) -> float:
+    """Peak memory of a process and of all that it starts, in MB.
+
+    Pages that some of them share count once (Linux's proportional set size). Looks five times a
+    second: what is shorter is not seen.
+
+    Raises:
+        CalledProcessError: If the command fails.
+    """
+    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL)
+    largest = 0
+    while process.poll() is None:
+        largest = max(largest, _tree_memory(process.pid))
+        time.sleep(0.2)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return largest / 1e6
+
+
+def _tree_memory(pid: int) -> int:
+    """Bytes that a process and its descendants have in memory; 0 of one that has ended."""
+    proc = Path(f"/proc/{pid}")
+    try:
+        lines = (proc / "smaps_rollup").read_text().splitlines()
+        started = [
+            int(child) for at in proc.glob("task/*/children") for child in at.read_text().split()
+        ]
+    except OSError:
+        return 0
+    own = next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return own * 1024 + sum(map(_tree_memory, started))
 
 
 def measure(config: MemoryConfig) -> list[Result]:
@@ -106,7 +173,7 @@ def record_embedded(num: int, folder: Path) -> None:
         lm.tokenizer,
         halting,
         config.batch_size,
-        config.budget(),
+        config.budget(lm.context),
         lm.temperature,
         signals=RECORDED,
     )

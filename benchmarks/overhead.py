@@ -17,12 +17,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from benchmarks.timing import Result, rate, take_turns
@@ -63,7 +62,7 @@ def measure(config: OverheadConfig, repeats: int) -> list[Result]:
     load: dict[LMName, Callable[[], LanguageModel]] = {
         "embedded": partial(LanguageModel.load, EMBEDDED),
         "135M": partial(random_lm, _shape_135m(config.vocab_size), "cpu"),
-        "0.6B": partial(random_lm, _shape_600m(), "cuda"),
+        "0.6B": partial(random_lm, shape_600m(), "cuda"),
     }
     names = [name for name in config.lms if name != "0.6B" or torch.cuda.is_available()]
     return [result for name in names for result in _of_lm(name, load[name](), config, repeats)]
@@ -136,8 +135,11 @@ def never_halting_head(every: int) -> HaltHead:
 
 
 def random_lm(config: Any, device: str) -> LanguageModel:
-    """An LM with random weights and a tokenizer of as many made-up words."""
-    words = ["<pad>", "<eos>", "<unk>", "<think>", "</think>"]
+    """An LM with random weights and a tokenizer of as many made-up words.
+
+    Made where it is to run: bfloat16 on a GPU, float32 on a CPU.
+    """
+    words = ["<pad>", "<eos>", "<unk>", "<think>", CLOSE]
     words += [f"w{i}" for i in range(len(words), config.vocab_size)]
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -145,11 +147,11 @@ def random_lm(config: Any, device: str) -> LanguageModel:
         tokenizer_object=model, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     torch.manual_seed(0)
-    kinds: dict[type, Any] = {LlamaConfig: LlamaForCausalLM, Qwen3Config: Qwen3ForCausalLM}
-    lm = kinds[type(config)](config).eval()
-    lm.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return LanguageModel(f"{config.model_type}-random", lm.to(device, dtype), tokenizer)
+    with torch.device(device):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    lm.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=1)
+    return LanguageModel(f"{config.model_type}-random", lm, tokenizer)
 
 
 def _shape_135m(vocab_size: int) -> LlamaConfig:
@@ -165,7 +167,7 @@ def _shape_135m(vocab_size: int) -> LlamaConfig:
     )
 
 
-def _shape_600m() -> Qwen3Config:
+def shape_600m() -> Qwen3Config:
     """Qwen3-0.6B's."""
     return Qwen3Config(
         vocab_size=151_936,

@@ -18,13 +18,13 @@ import torch
 
 from benchmarks.synthetic import RECORDED
 from benchmarks.timing import Result, rate, take_turns
-from collect import record
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.decoder import Decoder
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import questions
+from recording.hf_engine import record
 
 
 @dataclass(frozen=True)

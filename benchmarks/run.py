@@ -25,7 +25,7 @@ import torch
 from agents.ppo import PPOConfig
 from benchmarks import environment, memory, overhead, ppo, proxy, recorder, wall_clock
 from benchmarks.environment import EnvironmentConfig
-from benchmarks.memory import MemoryConfig
+from benchmarks.memory import MemoryConfig, TrainingMemoryConfig
 from benchmarks.overhead import OverheadConfig
 from benchmarks.ppo import PPOBenchConfig
 from benchmarks.proxy import ProxyBenchConfig
@@ -37,7 +37,16 @@ from command import run, write_json
 from haltwise import InputError
 from traces import read_traces
 
-Part = Literal["environment", "ppo", "recorder", "memory", "overhead", "wall_clock", "proxy"]
+Part = Literal[
+    "environment",
+    "ppo",
+    "recorder",
+    "memory",
+    "training_memory",
+    "overhead",
+    "wall_clock",
+    "proxy",
+]
 
 _NUM_TRACES = 2_700
 _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
@@ -63,6 +72,8 @@ class BenchConfig:
     """Recording."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """Peak memory."""
+    training_memory: TrainingMemoryConfig = field(default_factory=TrainingMemoryConfig)
+    """Peak memory of a whole training, its processes together."""
     overhead: OverheadConfig = field(default_factory=OverheadConfig)
     """A head beside `generate`."""
     wall_clock: WallClockConfig = field(default_factory=WallClockConfig)
@@ -85,6 +96,7 @@ def main(config: BenchConfig) -> None:
         "ppo": partial(ppo.measure, traces, config.ppo, config.repeats),
         "recorder": partial(recorder.measure, config.recorder, config.repeats),
         "memory": partial(memory.measure, config.memory),
+        "training_memory": partial(memory.measure_training, config.training_memory),
         "overhead": partial(overhead.measure, config.overhead, config.repeats),
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from collect import Row
+from recording.recording import Row
 from traces import SIGNALS, Traces, read_traces, write_shard
 
 #: The signals that are recorded by default.
@@ -17,15 +17,23 @@ RECORDED = tuple(name for name in SIGNALS if name != "hidden")
 _MAX_POINTS = 30
 
 
-def synthetic_rows(num: int, seed: int = 0) -> Iterator[Row]:
+def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> Iterator[Row]:
     """Yields traces one by one, so that any number of them takes no memory.
 
     A trace has 13 points on average, at most 30, and now and then none. From some point on the
     forced answers are right, and mostly surer than before. The other signals are noise.
+
+    Args:
+        num: Traces, six a question.
+        seed: Of everything random.
+        mean_points: Another average, with at most four times as many.
     """
+    prob, most = (
+        (0.06, _MAX_POINTS) if mean_points is None else (1 / (mean_points + 1), 4 * mean_points)
+    )
     rng = np.random.default_rng(seed)
     for n in range(num):
-        length = min(int(rng.geometric(0.06)) - 1, _MAX_POINTS)
+        length = min(int(rng.geometric(prob)) - 1, most)
         position = rng.geometric(1 / 220, length).cumsum()
         correct = np.arange(length) >= rng.geometric(0.15) - 1
         finally_correct = bool(rng.random() < 0.9)

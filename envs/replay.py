@@ -25,6 +25,9 @@ from haltwise.projection import check_size
 from haltwise.signals import Float, Index
 from traces import Traces
 
+# Points: standardising takes several copies of what it is given.
+_AT_A_TIME = 1 << 16
+
 
 def point_features(
     traces: Traces,
@@ -71,6 +74,20 @@ def observed_features(traces: Traces, observing: Observing, halting: Halting) ->
         InputError: See `point_features`.
     """
     return point_features(traces, observing.groups, halting.max_points, observing.projection)
+
+
+def observations(traces: Traces, observing: Observing, halting: Halting) -> Float:
+    """Observations (P, F + 1) of every decision point at a price of 1.
+
+    Raises:
+        InputError: See `point_features`.
+    """
+    features = observed_features(traces, observing, halting)
+    obs = np.empty((len(features), observing.size), dtype=np.float32)
+    for start in range(0, len(obs), _AT_A_TIME):
+        some = slice(start, start + _AT_A_TIME)
+        obs[some] = observing.observe(features[some], 1.0)
+    return obs
 
 
 def projection_of(traces: Traces, groups: tuple[str, ...]) -> Projection | None:
@@ -175,13 +192,21 @@ class ReplayEnv(BatchedEnv):
         num_envs: int,
         price: float | None = None,
     ) -> None:
-        """Lays out every point's observation, costs and EM."""
+        """Lays out the traces."""
         super().__init__(observing, num_envs)
         self._observing = observing
+        self._halting = halting
         self._fixed_price = price
-        features = observed_features(traces, observing, halting)
-        self._obs = observing.observe(features, 1.0)
-        self._costs = step_costs(traces, halting.probing).astype(np.float64)
+        self.load(traces)
+
+    def load(self, traces: Traces) -> None:
+        """Lays out every point's observation, costs and EM, to replay these traces from a reset on.
+
+        Raises:
+            InputError: If no trace has a decision point, or a signal or limit does not fit.
+        """
+        self._obs = observations(traces, self._observing, self._halting)
+        self._costs = step_costs(traces, self._halting.probing).astype(np.float64)
         self._ems = step_ems(traces)
         self._first = traces.offsets[:-1]
         self._last = traces.offsets[1:] - 1

@@ -3,10 +3,52 @@
 from __future__ import annotations
 
 import re
+import string
+import unicodedata
 from collections.abc import Callable
+from decimal import Decimal, Inexact, localcontext
+from fractions import Fraction
 
 _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+_BLANKS = r"[\s*_]*"
+_MARK = re.compile(rf"\banswer{_BLANKS}:{_BLANKS}", re.IGNORECASE)
+_STYLED = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+
+_SIZE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_EXACT = re.compile(
+    rf"(?<![\w.^])(?<!\^\{{)[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?"
+)
+_PARTED = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?|\u202f|\u2009)(?=[0-9]{3})")
+_SIGNED = re.compile(r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])")
+_LOOSE_SIGN = re.compile(r"((?:^|[=({:])\s*)-\s+(?=[.0-9])")
+_WHOLE = r"(?:(?<![\w.,])([0-9]{1,30})"
+_FRACTION = re.compile(
+    _WHOLE + r"\s*)?\\[dt]?frac\s*(?:\{\s*(-?[0-9]{1,30})\s*\}|([0-9]))"
+    r"\s*(?:\{\s*([0-9]{1,30})\s*\}|([0-9]))"
+)
+_MIXED = re.compile(_WHOLE + r"\s+)([0-9]{1,30})()/([0-9]{1,30})()(?![0-9])")
+_POWER = re.compile(
+    r"(?:(?<=[0-9])\s*(?:\\times|\\cdot|[\u00d7x*])\s*|(?<![\w.]))10\s*\^\s*"
+    r"(?:\{\s*([-+]?[0-9]{1,3})\s*\}|([-+]?[0-9]{1,3}))(?![0-9])"
+)
+# A longer number is compared as it is spelt: nobody asks for its value.
+_LONGEST_NUMBER = 300
+
+_SAID = re.compile(
+    rf"(?i:\b(?:answer|(?:correct|best|right)\s(?:choice|option))\b{_BLANKS}(?:is\b|:)"
+    r"[\s*_:]{0,8}(?:(?:option|choice)\s)?)[\s*_$(\[\"']{0,8}([A-Z]\b(?!')|[a-z](?=\)))"
+)
+_ALONE = re.compile(r"\W*([A-Za-z])(?:\W*|[.):\]]\W*\s.*)")
+_BARE = re.compile(r"\W*([A-Za-z])\W*")
+_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+
+_FORMULA = re.compile(r"\$([^$]+)\$")
+_CONCLUDED = re.compile(rf"\banswer{_BLANKS}(?:is\b{_BLANKS}:?|:){_BLANKS}", re.IGNORECASE)
+_SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\s")
+_SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 
 
 def _boxed(text: str) -> str | None:
@@ -61,5 +103,197 @@ def read_answer(text: str) -> str:
     return canonical(words[0]) if len(words) == 1 else ""
 
 
-#: By answer rule: reads an answer from a text, "" if there is none.
-READERS: dict[str, Callable[[str], str]] = {"short": read_answer}
+def _box(text: str) -> str | None:
+    """Returns what is in the last boxed{...}; of one that nothing closes, the rest of its line."""
+    boxed = _boxed(text)
+    starts = [match.end() for match in _BOXED.finditer(text)]
+    if boxed is None and starts:
+        return text[starts[-1] :].partition("\n")[0]
+    return boxed
+
+
+def _unstyled(text: str) -> str:
+    """Returns a text without LaTeX's text{...} and mathrm{...} around its parts."""
+    return _STYLED.sub(r"\1", text)
+
+
+def _lines(text: str) -> list[str]:
+    """Returns the lines that are not blank, stripped."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def read_strict(text: str) -> str:
+    """Reads an answer as it stands: nothing but outer blanks is lost.
+
+    What follows the last "Answer:" counts, or else the last "answer is", up to the end of its
+    line; without any, the last line. A boxed answer there goes before the rest.
+
+    Args:
+        text: decoded, without special tokens.
+
+    Returns:
+        The answer, or "" if none can be read.
+    """
+    marks = list(_MARK.finditer(text)) or list(_CONCLUDED.finditer(text))
+    said = text[marks[-1].end() :] if marks else text
+    boxed = _box(said)
+    if boxed is not None:
+        return _unstyled(boxed).strip()
+    lines = _lines(said)
+    if marks and lines:
+        return lines[0].removesuffix("**")
+    return lines[-1] if lines else ""
+
+
+def normal_text(answer: str) -> str:
+    """Returns the spelling that equal short texts share.
+
+    Lower case, without punctuation, articles and runs of blanks, as SQuAD's exact match has it
+    (Rajpurkar et al., 2016, arXiv:1606.05250). A minus sign and a decimal point are lost too.
+    """
+    kept = "".join(
+        letter for letter in answer.lower()
+        if letter not in string.punctuation and unicodedata.category(letter)[0] != "P"
+    )  # fmt: skip
+    return " ".join(_ARTICLES.sub(" ", kept).split())
+
+
+def read_text(text: str) -> str:
+    """Reads an answer in words; where it stands is decided as by `read_strict`.
+
+    Args:
+        text: decoded, without special tokens.
+
+    Returns:
+        The answer in normal spelling, or "" if none can be read.
+    """
+    return normal_text(read_strict(text))
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    whole, top, digit, bottom, last_digit = found.groups()
+    divisor = int(bottom or last_digit)
+    return f"{int(whole or 0) * divisor + int(top or digit)}/{divisor}"
+
+
+def _plain_numbers(text: str) -> str:
+    """Returns a text with its numbers in plain spelling: 1e3, 1/2 and 1,000."""
+    text = _PARTED.sub(",", text.replace("\u2212", "-"))
+    text = _LOOSE_SIGN.sub(r"\1-", _SIGNED.sub(r"\1", text))
+    text = _MIXED.sub(_as_fraction, _FRACTION.sub(_as_fraction, text))
+
+    def shifted(found: re.Match[str]) -> str:
+        is_factor = found.start() and not found[0].startswith("10")
+        return f"{'' if is_factor else 1}e{found[1] or found[2]}"
+
+    return _POWER.sub(shifted, text)
+
+
+def _spelt(number: str) -> str:
+    """Returns the spelling that equal numbers share: as a decimal if it is finite and short."""
+    if len(number) > _LONGEST_NUMBER:
+        return canonical(number)
+    top, _, bottom = number.replace(",", "").partition("/")
+    try:
+        value = Fraction(top) / Fraction(bottom or 1)
+    except ZeroDivisionError:
+        return ""
+    with localcontext(prec=60) as context:
+        context.traps[Inexact] = True
+        try:
+            decimal = Decimal(value.numerator) / Decimal(value.denominator)
+        except Inexact:
+            return str(value)
+    return str(value) if value.denominator == 1 else f"{decimal:f}"
+
+
+def read_number(text: str) -> str:
+    r"""Reads the last number: of the last boxed answer, or else of all.
+
+    Thousands separators, currency and percent signs do not matter, and it is the exact value
+    that counts: 1,000 is 1000.0 is 10^3, and 1/2 is \frac{1}{2} is 0.5. 50 % is 50.
+
+    Args:
+        text: decoded, without special tokens.
+
+    Returns:
+        The number as a decimal, or as p/q if that is long; "" if there is none.
+    """
+    boxed = _box(text)
+    numbers = _EXACT.findall(_plain_numbers(text if boxed is None else _unstyled(boxed)))
+    return _spelt(numbers[-1]) if numbers else ""
+
+
+def read_choice(text: str) -> str:
+    """Reads the letter of a choice: boxed, after "the answer is", or the only one in its place.
+
+    Args:
+        text: decoded, without special tokens.
+
+    Returns:
+        The letter as a capital, or "" if none can be read.
+    """
+    boxed = _box(text)
+    if boxed is not None:
+        alone = _ALONE.fullmatch(_unstyled(boxed).strip())
+        return alone[1].upper() if alone else ""
+    text = _unstyled(text)
+    said = _SAID.findall(text)
+    if said:
+        return str(said[-1]).upper()
+    lines = _lines(text)
+    bare = _BARE.fullmatch(lines[-1]) if lines else None
+    if bare:
+        return bare[1].upper()
+    # All choices said once more are no answer.
+    lettered = [found[1].upper() for found in map(_ALONE.fullmatch, lines) if found]
+    letters = {*lettered, *_IN_BRACKETS.findall(text)}
+    return letters.pop() if len(letters) == 1 else ""
+
+
+def normal_latex(answer: str) -> str:
+    r"""Returns one spelling for most equal formulas; nothing is calculated but plain numbers.
+
+    Blanks, dollar signs, \left, \right, \text, the size of fractions and a final full stop do
+    not matter.
+    """
+    text = _PARTED.sub(",", _unstyled(answer.replace("\u2212", "-")))
+    plain = _SPACING.sub(" ", _plain_numbers(text)).strip(" .")
+    number = _EXACT.fullmatch(re.sub(r"\s?\\?%$", "", plain))
+    if number:
+        return _spelt(number[0])
+    text = re.sub(r"\\[dt]frac", r"\\frac", _SPACING.sub("", text)).rstrip(".")
+    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
+    return text.casefold() if re.fullmatch(r"[A-Za-z]{3,}", text) else text
+
+
+def read_latex(text: str) -> str:
+    r"""Reads a formula: boxed, or after "the answer is", or the last $...$, or a number.
+
+    Args:
+        text: decoded, without special tokens.
+
+    Returns:
+        The formula in normal spelling, or "" if none can be read.
+    """
+    boxed = _box(text)
+    if boxed is not None:
+        return normal_latex(boxed)
+    marks = list(_CONCLUDED.finditer(text))
+    lines = _lines(text[marks[-1].end() :]) if marks else []
+    said = lines[0].rstrip("*_. ") if lines else text
+    formulas = _FORMULA.findall(said)
+    if formulas:
+        return normal_latex(formulas[-1])
+    return normal_latex(said) if lines or len(said.split()) == 1 else read_number(said)
+
+
+#: By answer rule: reads an answer from a text, "" if there is none. Equal answers are read alike.
+READERS: dict[str, Callable[[str], str]] = {
+    "short": read_answer,
+    "strict": read_strict,
+    "text": read_text,
+    "number": read_number,
+    "choice": read_choice,
+    "latex": read_latex,
+}

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from haltwise.burst import choose
 from haltwise.errors import InputError
 from haltwise.halting import Halting
 from haltwise.meter import SignalMeter
@@ -29,6 +29,8 @@ from haltwise.thought import Probe, Thought, ThoughtRules
 
 # Tokens that a slot advances at most when the decision rule does not say.
 _STRIDE = 32
+# Tokens that a GPU generates before the host looks at them.
+_BURST_ON_GPU = 64
 
 
 @dataclass
@@ -76,6 +78,9 @@ class Decoder:
         max_tokens: Token budget of a question, its answer included.
         temperature: Of sampling; 0 takes the likeliest token. Forced answers are always greedy.
         signals: Names of the signals to measure beside position and forced answer.
+        burst: Tokens generated at most before the host looks at them; they are the same for any
+            number. 0: the host hands on every token, and none is generated in vain. Default: 0 on
+            a CPU, 64 on a GPU.
 
     Raises:
         InputError: If the LM or the halting conditions cannot be run.
@@ -90,12 +95,15 @@ class Decoder:
         max_tokens: int,
         temperature: float = 0.0,
         signals: Collection[str] = (),
+        burst: int | None = None,
     ) -> None:
         """Starts with every slot empty."""
         if max_tokens < 1:
             raise InputError(f"max_tokens is {max_tokens}, expected at least 1")
         if not 0 <= temperature < np.inf:
             raise InputError(f"temperature is {temperature}, expected 0 or more")
+        if burst is not None and burst < 0:
+            raise InputError(f"burst is {burst}, expected 0 or more")
         self.halting = halting
         self.num_slots = num_slots
         self.max_tokens = max_tokens
@@ -105,7 +113,10 @@ class Decoder:
         #: What each started slot has generated.
         self.generations: dict[int, Generation] = {}
         self._meter = SignalMeter(self.rules, signals, num_slots, model.device)
-        self._slots = Slots(model, num_slots, self._meter.needs_hidden)
+        if burst is None:
+            burst = 0 if model.device.type == "cpu" else _BURST_ON_GPU
+        self._burst = burst
+        self._slots = Slots(model, num_slots, self._meter.needs_hidden, burst)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
         self._max_prompt = (
             context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
@@ -166,18 +177,16 @@ class Decoder:
         generations = [self.generations[int(slot)] for slot in slots]
         left = [generation.thought.at_point for generation in generations]
         self._meter.reset(slots[np.array(left, dtype=bool)])
-        moving = np.arange(len(slots))
-        for _ in range(self.rules.every or _STRIDE):
-            if not len(moving):
-                break
-            tokens = self._choose(slots[moving], [generations[i] for i in moving])
-            for i, token in zip(moving, tokens.tolist(), strict=True):
-                self._add(generations[i], token)
-            going = [not generations[i].ended for i in moving]
-            moving = moving[going]
-            if len(moving):
-                self._slots.step(slots[moving], tokens[going])
-                moving = moving[[not generations[i].is_waiting for i in moving]]
+        moving, num_left = np.arange(len(slots)), self.rules.every or _STRIDE
+        while num_left and len(moving):
+            here, num = [generations[i] for i in moving], 1
+            if self._burst:
+                num = min(num_left, *map(self._num_ahead, here))
+                self._run(slots[moving], here, num)
+            else:
+                self._step(slots[moving], here)
+            num_left -= num
+            moving = moving[[not (g.ended or g.is_waiting) for g in here]]
         return np.array([g.thought.at_point for g in generations], dtype=bool)
 
     def force(self, slots: Index) -> list[Probe]:
@@ -221,21 +230,68 @@ class Decoder:
         logits, hidden = self._slots.next_logits(slots), self._slots.last_hidden(slots)
         return self._meter.read(slots, thoughts, logits, hidden, probes)
 
+    def _step(self, slots: Index, generations: Sequence[Generation]) -> None:
+        """The next token of slots (B,)."""
+        tokens = self._choose(slots, generations)
+        for generation, token in zip(generations, tokens.tolist(), strict=True):
+            self._add(generation, token)
+        going = np.array([not generation.ended for generation in generations])
+        if going.any():
+            self._slots.step(slots[going], tokens[going])
+
     @torch.inference_mode()
     def _choose(self, slots: Index, generations: Sequence[Generation]) -> Index:
         """The next token (B,) of some slots, measured."""
-        logits = self._slots.next_logits(slots)
+        logits, uniforms = self._slots.next_logits(slots), None
         if self.temperature:
-            uniforms = torch.tensor([g.uniforms[g.num_tokens] for g in generations])
-            chosen, sound = sample(logits, self.temperature, uniforms.to(logits.device))
-        else:
-            largest, chosen = logits.max(dim=-1)
-            sound = largest.isfinite()
+            drawn = torch.tensor([g.uniforms[g.num_tokens] for g in generations])
+            uniforms = drawn.to(logits.device)
+        chosen, sound = choose(logits, self.temperature, uniforms)
         tokens: Index = torch.where(sound, chosen, -1).cpu().numpy()
         if tokens.min() < 0:
             raise _nan_logits(generations[int(tokens.argmin())])
         self._meter.add(slots, logits, chosen)
         return tokens
+
+    def _num_ahead(self, generation: Generation) -> int:
+        """Tokens of a burst at most, as far as is known before. A round ends at the points."""
+        num, cap = generation.num_tokens, generation.cap
+        if self.rules.every is None:
+            return 1  # where points lie is in the text
+        nums = [self._burst, self.max_tokens - num]
+        if cap is not None and num < cap and not generation.thought.closed:
+            nums.append(cap - num)
+        return min(nums)
+
+    def _run(self, slots: Index, generations: Sequence[Generation], num: int) -> None:
+        """The next tokens of slots (B,) in one burst; nobody looks at what follows an end."""
+        uniforms = None
+        if self.temperature:
+            drawn = [g.uniforms[g.num_tokens : g.num_tokens + num] for g in generations]
+            uniforms = np.stack(drawn, axis=1)
+        before = self._slots.lengths[slots]
+        tokens, logprobs = self._slots.burst(
+            slots, num, self.temperature, uniforms, self._meter.num_logprobs
+        )
+        columns = zip(generations, tokens.T.tolist(), strict=True)
+        nums = np.array([self._take(generation, column) for generation, column in columns])
+        taken = np.arange(num)[:, None] < nums
+        self._meter.take(np.broadcast_to(slots, taken.shape)[taken], logprobs[taken])
+        # A thought that began after its cap: what would follow must be seen from there.
+        early = (nums < num) & np.array([not generation.ended for generation in generations])
+        if early.any():
+            self._slots.rollback(slots[early], before[early] + nums[early] - 1)
+            self._slots.step(slots[early], tokens[nums[early] - 1, early])
+
+    def _take(self, generation: Generation, tokens: Sequence[int]) -> int:
+        """Takes in tokens up to where a thought waits or has ended; how many those are."""
+        for num, token in enumerate(tokens, start=1):
+            if token < 0:
+                raise _nan_logits(generation)
+            self._add(generation, token)
+            if generation.ended or generation.is_waiting:
+                return num
+        return len(tokens)
 
     def _add(self, generation: Generation, token: int) -> None:
         """Takes in a token; an end token, or the last one of the budget, is no decision point."""
@@ -270,22 +326,3 @@ def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> 
     if eos is None:
         raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
     return list(eos) if isinstance(eos, list) else [eos]
-
-
-def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one token a row by inverting the cumulative distribution.
-
-        token = the first whose cumulative probability exceeds the uniform number
-
-    Args:
-        logits: (B, V) float32.
-        temperature: Above 0.
-        uniforms: (B,) in [0, 1).
-
-    Returns:
-        Tokens (B,), and whether the logits made sense (B,).
-    """
-    cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1), total[:, 0].isfinite()

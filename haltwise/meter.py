@@ -1,6 +1,6 @@
 """What an LM shows while it thinks, reduced on its device.
 
-    reset  ->  add (every token)  ->  read (at a decision point)  ->  reset
+    reset  ->  add (every token), or take (a burst of them)  ->  read (at a decision point)
 
 Recording, the live environments and `generate` all measure with this code. A token
 costs one log-softmax and one top-k, on a GPU over many tokens at once; what they give is copied to
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from haltwise.gauge import LOWEST_LOGPROB, NUM_TOP, STEPWISE, Gauge
 from haltwise.reflections import num_reflections
-from haltwise.signals import Index, Signals, answer_keys
+from haltwise.signals import Float, Index, Signals, answer_keys
 from haltwise.thought import Probe, Thought, ThoughtRules
 
 #: The signals that are measured only if they are asked for.
@@ -55,6 +55,8 @@ class SignalMeter:
         self._steps = not set(STEPWISE).isdisjoint(self.signals)
         self.needs_hidden = "hidden" in self.signals
         self.needs_logits = self._steps or "end_think_logprob" in self.signals
+        #: Log probabilities that `take` wants of a token.
+        self.num_logprobs = 1 + NUM_TOP if self._steps else 0
         self._device = device
         self._most_logits = _MOST_LOGITS_ON_CPU if device.type == "cpu" else _MOST_LOGITS
         self._gauge = Gauge(num_rows)
@@ -91,6 +93,18 @@ class SignalMeter:
             self._reduce()
         if len(self._rows) == _MOST_PASSES:
             self._pass_on()
+
+    def take(self, rows: Index, logprobs: Float) -> None:
+        """Takes in tokens that have been reduced already.
+
+        Args:
+            rows: (N,) whose they are, each row's in their order; a row may have several.
+            logprobs: (N, num_logprobs), see `logprobs_of`.
+        """
+        np.add.at(self._num_tokens, rows, 1)
+        if self._steps:
+            self._pass_on()
+            self._gauge.add(rows, logprobs[:, 0], logprobs[:, 1:])
 
     @torch.inference_mode()
     def read(
@@ -152,7 +166,7 @@ class SignalMeter:
     def _reduce(self) -> None:
         """Reduces what has been added, on the device."""
         if self._logits:
-            numbers = _of_tokens(torch.cat(self._logits), torch.cat(self._tokens))
+            numbers = logprobs_of(torch.cat(self._logits), torch.cat(self._tokens))
             self._reduced.append(numbers)
             self._logits.clear()
             self._tokens.clear()
@@ -180,11 +194,17 @@ def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
     }
 
 
-def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log probabilities (N, 1 + NUM_TOP) of tokens (N,), and of the likeliest in their places."""
-    num = min(NUM_TOP, logits.shape[1])
+def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int = NUM_TOP) -> Tensor:
+    """Log probabilities (N, 1 + num_top) of tokens (N,), and of the likeliest in their places.
+
+    Args:
+        logits: (N, V) that led to the tokens.
+        tokens: (N,)
+        num_top: Likeliest tokens; a smaller vocabulary is filled up with -inf.
+    """
+    num = min(num_top, logits.shape[1])
     logprobs = logits.log_softmax(dim=-1)
     found = torch.cat([logprobs.gather(1, tokens[:, None]), logprobs.topk(num).values], dim=1)
-    if num < NUM_TOP:
-        found = torch.nn.functional.pad(found, (0, NUM_TOP - num), value=-torch.inf)
+    if num < num_top:
+        found = torch.nn.functional.pad(found, (0, num_top - num), value=-torch.inf)
     return found

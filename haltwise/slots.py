@@ -4,7 +4,7 @@ A forward pass runs over the sequences that move and over no others. A sequence 
 setting its length: what lies past it is never seen and is overwritten later.
 
 Shapes: R rows in the cache, B rows in a forward pass, T tokens fed to each, V vocabulary,
-L longest row of the pass.
+L longest row of the pass, S tokens of a burst.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from haltwise.burst import Burst, Shape, Start
 from haltwise.errors import InputError
-from haltwise.signals import Index
+from haltwise.signals import Float, Index
 from haltwise.thought import ForcedAnswer, ThoughtRules
 
 # Tokens a row; buffers grow to multiples of this.
 _CAPACITY = 256
+# Rows of a burst of more than one at least.
+_NARROW = 8
+# Tokens of forced answers between looks at whether they have ended.
+_ANSWER_BURST = 4
 
 
 class Slots:
@@ -35,12 +41,15 @@ class Slots:
         model: A decoder-only LM with full attention in every layer.
         num_rows: Sequences in the cache.
         keep_hidden: Whether last-layer states are kept too.
+        burst: Tokens of a burst at most; 0 for no bursts, not in forced answers either.
 
     Raises:
         InputError: If the LM cannot be rolled back, or its last-layer states not be seen.
     """
 
-    def __init__(self, model: PreTrainedModel, num_rows: int, keep_hidden: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, num_rows: int, keep_hidden: bool = False, burst: int = 0
+    ) -> None:
         """Starts with every row empty."""
         check_supported(model)
         self.model = model
@@ -57,6 +66,14 @@ class Slots:
         self._cache = Cache(layers=[*self._layers])
         # The rows of a forward pass lie side by side in the cache: row r is at _place[r].
         self._place: Index = np.arange(num_rows)
+        # Columns of each buffer.
+        self._capacity = 0
+        self._burst: Burst | None = None
+        if burst:
+            most, device = max(burst, _ANSWER_BURST), model.device
+            self._burst = Burst(
+                self._run, num_rows, vocabulary, size, device, most, _has_graphs(model)
+            )
 
     @torch.inference_mode()
     def prefill(self, rows: Index, token_lists: Sequence[Sequence[int]]) -> None:
@@ -110,9 +127,80 @@ class Slots:
             self.step(rows[moving], tokens)
             return self.next_logits(rows[moving])
 
-        answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids, rules)
+        if self._burst:
+            answers = self._answers(rows, max_tokens, eos_ids, rules)
+        else:
+            answers = greedy_answers(self.next_logits(rows), feed, max_tokens, eos_ids, rules)
         self.rollback(rows, lengths)
         self._logits[index], self._hidden[index] = logits, hidden
+        return answers
+
+    @torch.inference_mode()
+    def burst(
+        self,
+        rows: Index,
+        num: int,
+        temperature: float = 0.0,
+        uniforms: Float | None = None,
+        num_logprobs: int = 0,
+    ) -> tuple[Index, Float]:
+        """Generates and appends tokens, without a look at them by the host.
+
+        Args:
+            rows: (B,) each at most once.
+            num: S, at most the constructor's `burst`.
+            temperature: Of sampling; 0 takes the likeliest token.
+            uniforms: (S, B) what each token is sampled with, if it is.
+            num_logprobs: Of each token, see `haltwise.burst.Shape`.
+
+        Returns:
+            Tokens (S, B), -1 where the logits were not numbers (what follows is void), and
+            log probabilities (S, B, num_logprobs).
+        """
+        assert self._burst
+        width = min(_width(len(rows)), len(self.lengths))
+        if width < len(self.lengths):
+            self._to_front(rows)
+        here, place = np.argsort(self._place)[:width], self._place[rows]
+        length = _window_length(int(self.lengths[rows].max()) + num)
+        self._make_room(max(length, int(self.lengths.max()) + 1))
+        moves = np.zeros(width, dtype=np.bool_)
+        moves[place] = True
+        drawn = None
+        if uniforms is not None:
+            drawn = np.zeros((num, width), dtype=np.float32)
+            drawn[:, place] = uniforms
+        start = Start(self.next_logits(here), self.lengths[here], moves, self._capacity - 1, drawn)
+        tokens, logprobs = self._burst.run(
+            Shape(width, length, temperature, num_logprobs), start, num
+        )
+        self.lengths[rows] += num
+        index, source = self._on_device(rows), self._on_device(place)
+        self._logits[index] = self._burst.logits[source]
+        self._hidden[index] = self._burst.hidden[source]
+        return tokens[:, place], logprobs[:, place]
+
+    def _answers(
+        self, rows: Index, max_tokens: int, eos_ids: Sequence[int], rules: ThoughtRules
+    ) -> list[ForcedAnswer]:
+        """As `greedy_answers`, in bursts."""
+        answers = [ForcedAnswer([], [], 0) for _ in rows]
+        moving, left = np.arange(len(rows)), max_tokens
+        while left and len(moving):
+            num = min(left, _ANSWER_BURST)
+            tokens, logprobs = self.burst(rows[moving], num, num_logprobs=1)
+            going = np.ones(len(moving), dtype=np.bool_)
+            for s in range(num):
+                taken = np.flatnonzero(going)
+                going[taken] = ~_take(
+                    [answers[i] for i in moving[taken]],
+                    # Logits that were not numbers show in their logarithms.
+                    np.maximum(tokens[s, taken], 0),
+                    logprobs[s, taken, 0],
+                    eos_ids,
+                    rules,
+                )
+            moving, left = moving[going], left - num
         return answers
 
     def _feed(self, rows: Index, tokens: Index, pad: Index) -> None:
@@ -126,21 +214,46 @@ class Slots:
         num = tokens.shape[1]
         column = (np.arange(num) - pad[:, None]) % num
         positions = self._on_device(self.lengths[rows, None] + column)
-        self._window.set(positions, int(self.lengths[rows].max()) + num)
+        length = int(self.lengths[rows].max()) + num
+        self._make_room(length)
+        logits, hidden = self._run(self._on_device(tokens), positions, positions, length)
+        self.lengths[rows] += num - pad
+        index = self._on_device(rows)
+        self._logits[index] = logits.float()
+        if self._tap:
+            self._hidden[index] = hidden.float()
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, columns: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over the first B places, all (B, T) on the device: nothing waits for it.
+
+        Returns:
+            The next logits (B, V) and the newest last-layer states (B, D), D = 0 if they are not
+            kept.
+        """
+        self._window.set(columns, length)
         with self._tap or nullcontext():
             out = self.model(
-                input_ids=self._on_device(tokens),
+                input_ids=tokens,
                 position_ids=positions,
-                attention_mask=_mask(positions, self._window.length, self.model.dtype),
+                attention_mask=_mask(positions, length, self.model.dtype),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self.lengths[rows] += num - pad
-        index = self._on_device(rows)
-        self._logits[index] = out.logits[:, -1].float()
-        if self._tap:
-            self._hidden[index] = self._tap.latest.float()
+        logits: Tensor = out.logits[:, -1]
+        return logits, self._tap.latest if self._tap else logits[:, :0]
+
+    def _make_room(self, length: int) -> None:
+        """Gives each row so many columns at least. Half as many again, and never fewer."""
+        if length > self._capacity:
+            wanted = max(length, 3 * self._capacity // 2)
+            self._capacity = -(-wanted // _CAPACITY) * _CAPACITY
+            for layer in self._layers:
+                layer.grow(self._capacity)
+            if self._burst:
+                self._burst.forget()
 
     def _on_device(self, array: Index) -> Tensor:
         return torch.from_numpy(array).to(self.model.device)
@@ -201,10 +314,10 @@ class _Window:
     length = 0
     """L: what is read of each place."""
 
-    def set(self, positions: Tensor, length: int) -> None:
-        """Writes at positions (B, T) of the first B places."""
-        self.positions = positions
-        self.places = torch.arange(len(positions), device=positions.device)[:, None]
+    def set(self, columns: Tensor, length: int) -> None:
+        """Writes to columns (B, T) of the first B places."""
+        self.columns = columns
+        self.places = torch.arange(len(columns), device=columns.device)[:, None]
         self.length = length
 
 
@@ -215,7 +328,14 @@ class _SlotLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.buffers: list[Tensor] = []
         self._num_places = num_places
+        self._capacity = 0
         self._window = window
+
+    def grow(self, capacity: int) -> None:
+        """Makes room. It is zeros: what is masked must be finite all the same."""
+        room = (0, 0, 0, capacity - self._capacity)
+        self.buffers = [torch.nn.functional.pad(buffer, room) for buffer in self.buffers]
+        self._capacity = capacity
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -223,12 +343,10 @@ class _SlotLayer(DynamicLayer):
         """Stores (B, heads, T, size) and returns what the pass reads, (B, heads, L, size)."""
         window, states = self._window, (key_states, value_states)
         if not self.buffers:
-            empty = (self._num_places, key_states.shape[1], 0)
-            self.buffers = [new.new_empty(*empty, new.shape[3]) for new in states]
-        if self.buffers[0].shape[2] < window.length:
-            self.buffers = [_grown(buffer, window.length) for buffer in self.buffers]
+            shape = (self._num_places, key_states.shape[1], self._capacity)
+            self.buffers = [new.new_zeros(*shape, new.shape[3]) for new in states]
         for buffer, new in zip(self.buffers, states, strict=True):
-            buffer[window.places, :, window.positions] = new.transpose(1, 2)
+            buffer[window.places, :, window.columns] = new.transpose(1, 2)
         keys, values = (buffer[: len(key_states), :, : window.length] for buffer in self.buffers)
         return keys, values
 
@@ -237,11 +355,21 @@ class _SlotLayer(DynamicLayer):
         return self._window.length
 
 
-def _grown(buffer: Tensor, length: int) -> Tensor:
-    """A copy with room for more. The room is zeros: what is masked must be finite all the same."""
-    old = buffer.shape[2]
-    room = -(-max(length, 3 * old // 2) // _CAPACITY) * _CAPACITY - old
-    return torch.nn.functional.pad(buffer, (0, 0, 0, room))
+def _width(num: int) -> int:
+    """Rows of a burst: few sizes, lest many steps are captured. Idle rows fill them up."""
+    return 1 if num == 1 else max(_NARROW, 1 << (num - 1).bit_length())
+
+
+def _window_length(length: int) -> int:
+    """Columns that a burst reads: the next power of two, or three quarters of it."""
+    size = max(_CAPACITY, 1 << (length - 1).bit_length())
+    return 3 * size // 4 if size > _CAPACITY and length <= 3 * size // 4 else size
+
+
+def _has_graphs(model: PreTrainedModel) -> bool:
+    """Whether a forward pass can be captured: all of the LM is on one CUDA device."""
+    devices = {weight.device for weight in model.parameters()}
+    return len(devices) == 1 and model.device.type == "cuda"
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -294,15 +422,27 @@ def greedy_answers(
         # One host copy; float32 holds token ids exactly.
         picks = torch.stack([best.indices.float(), best.values]).cpu().numpy()
         tokens, logprobs = picks[0].astype(np.int64), picks[1]
-        ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
-        for j, i in enumerate(moving.tolist()):
-            answers[i].num_tokens = num
-            if not ended[j]:
-                answers[i].tokens.append(int(tokens[j]))
-                answers[i].logprobs.append(float(logprobs[j]))
-                ended[j] = rules.is_complete(answers[i].tokens)
+        ended = _take([answers[i] for i in moving], tokens, logprobs, eos_ids, rules)
         moving = moving[~ended]
         if not len(moving) or num == max_tokens:
             break
         logits = feed(moving, tokens[~ended])
     return answers
+
+
+def _take(
+    answers: Sequence[ForcedAnswer],
+    tokens: Index,
+    logprobs: Float,
+    eos_ids: Sequence[int],
+    rules: ThoughtRules,
+) -> NDArray[np.bool_]:
+    """Adds a token (G,) to each of some answers; which of them have ended (G,)."""
+    ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
+    for j, answer in enumerate(answers):
+        answer.num_tokens += 1
+        if not ended[j]:
+            answer.tokens.append(int(tokens[j]))
+            answer.logprobs.append(float(logprobs[j]))
+            ended[j] = rules.is_complete(answer.tokens)
+    return ended

@@ -115,7 +115,7 @@ class Progress:
         marker = rules.think_end if self.begun else rules.think_start
         seen = self._tail + text
         found = bool(marker) and marker in seen
-        self._tail = "" if found else seen[-len(marker) :]
+        self._tail = seen[-len(marker) :] if marker and not found else ""
         if self.begun and not found:
             within = rules.max_points is None or self.num_points < rules.max_points
             self.at_point = within and rules.is_point(self.num_tokens, text)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from haltwise import MEAN_LOGPROB, Halting
 from lms.chat import Chat
 from lms.language_model import LMConfig
 from lms.questions import Question
-from lms.sources import DataConfig, Task, open_task
+from lms.sources import Answered, DataConfig, Task, open_task
 
 _EVERY, _EVERY_OF_EMBEDDED = 64, 12
 _MAX_TOKENS, _MAX_TOKENS_OF_EMBEDDED = 4096, 768
@@ -31,7 +32,8 @@ class AskConfig(LMConfig, DataConfig):
     max_answer_tokens: int = 16
     """A forced answer is cut after this many tokens."""
     max_tokens: int | None = None
-    """Token budget of a question, its answer included. Default: 4096, for the embedded LM 768."""
+    """Token budget of a question, its answer included. Default: 4096, or half of a smaller context;
+    for the embedded LM 768."""
     temperature: float | None = None
     """Of sampling; 0 is greedy. Default: the LM's own."""
 
@@ -48,13 +50,15 @@ class AskConfig(LMConfig, DataConfig):
         """
         return open_task(self)
 
-    def budget(self) -> int:
-        """Tokens of a question."""
+    def budget(self, context: float) -> int:
+        """Tokens of a question, for an LM that sees so many tokens at once."""
         if self.max_tokens is not None:
             return self.max_tokens
-        return _MAX_TOKENS_OF_EMBEDDED if self.is_embedded else _MAX_TOKENS
+        if self.is_embedded:
+            return _MAX_TOKENS_OF_EMBEDDED
+        return int(min(_MAX_TOKENS, context // 2))
 
-    def halting(self, chat: Chat, task: Task) -> Halting:
+    def halting(self, chat: Chat, task: Answered) -> Halting:
         """How an LM is halted when it is recorded: probed at every decision point.
 
         Raises:
@@ -83,7 +87,10 @@ def asked_before(settings: Mapping[str, Any]) -> AskConfig:
     Raises:
         KeyError: If one is missing.
     """
-    return AskConfig(**{field.name: settings[field.name] for field in fields(AskConfig)})
+    asked = {field.name: settings[field.name] for field in fields(AskConfig)}
+    for name in ("data_file", "examples"):
+        asked[name] = asked[name] and Path(asked[name])
+    return AskConfig(**asked)
 
 
 def questions(config: AskConfig, splits: Sequence[str], num: int, seed: int) -> Iterator[Question]:

@@ -1,11 +1,34 @@
-"""How an LM is asked and how it thinks: read from its tokenizer's chat template."""
+"""How an LM is asked and how it thinks: seen in what its tokenizer's chat template renders."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from haltwise import InputError
+
+#: What LMs open and close their thoughts with.
+MARKERS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel>thought", "<channel|>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+)
+
+# What templates raise about messages they refuse, or stumble over.
+_REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError)
+_THOUGHT, _ANSWER = "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
+
+#: One turn of a chat: role and content.
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,9 +36,15 @@ class ChatConfig:
     """What a person may say about an LM's chat; the rest is detected."""
 
     think_start: str | None = None
-    """Text after which a thought begins, empty if at once. Default: detected."""
+    """Text after which a thought begins; empty, as --think-end, if the LM reasons in the open.
+    Default: detected."""
     think_end: str | None = None
-    """Text with which the LM itself closes a thought, empty if none. Default: detected."""
+    """Text with which the LM itself closes a thought. Default: detected."""
+    system: str = ""
+    """A system message to put before every question."""
+    examples: Path | None = None
+    """Turns to put before every question, few-shot: a file of JSON lines
+    {"user": TEXT, "assistant": TEXT}."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +58,190 @@ class Chat:
     """Text with which the LM itself closes a thought; empty if it reasons in the open."""
     close_mark: str
     """What closes a thought, blanks included: an answer, or its cue, comes next."""
+    before: tuple[Message, ...] = ()
+    """Messages that stand before every question: of the system, and examples."""
+    turn_end: int | None = None
+    """Token that the template puts behind an LM's answer; None if it has no such token."""
 
     def prompt(self, text: str) -> str:
-        """The LM's whole input for what a user asks."""
+        """The LM's whole input for what a user asks; without a template a line of text.
+
+        Raises:
+            InputError: If the template refuses it.
+        """
         if not self.tokenizer.chat_template:
-            return text
-        return _render(self.tokenizer, [{"role": "user", "content": text}], True)
+            return f"{_bos(self.tokenizer)}{text}\n"
+        messages = [*self.before, {"role": "user", "content": text}]
+        try:
+            # An LM that is said to reason in the open is not asked to think.
+            return _render(self.tokenizer, messages, True, bool(self.think_start))
+        except _REFUSALS as error:
+            roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the chat template refuses a {roles} message: {reason}") from None
+
+    def describe(self) -> str:
+        """How the LM is asked, where its thoughts begin and end, and what closes them: 3 lines."""
+        prompt = self.prompt("?")
+        how = "chat template" if self.tokenizer.chat_template else "no chat template"
+        if not self.think_start:
+            thought = "in the open, from the prompt's end; the LM has no think markers"
+        elif prompt.rstrip().endswith(self.think_start):
+            thought = f"opened by the prompt; the LM closes it with {self.think_end!r}"
+        else:
+            thought = f"the LM opens it with {self.think_start!r} and closes it with "
+            thought += repr(self.think_end)
+        return (
+            f"asked:      {how}, the prompt ends in {prompt[-32:]!r}\n"
+            f"thought:    {thought}\n"
+            f"closed by:  {self.close_mark!r}, then the task's cue"
+        )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What a template makes of a question, and of an answer with a thought; "" if it fails."""
+
+    template: str = ""
+    """The template."""
+    prompt: str = ""
+    """The question, up to where the LM goes on."""
+    before: str = ""
+    """All before the thought; empty if the template drops it."""
+    between: str = ""
+    """What stands between thought and answer."""
+    after: str = ""
+    """What follows the answer."""
 
 
 def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
-    """Reads an LM's chat from its tokenizer; what the config says wins."""
-    start = "<think>" if config.think_start is None else config.think_start
-    end = "</think>" if config.think_end is None else config.think_end
-    return Chat(tokenizer, start, end, end)
+    """Reads an LM's chat from its tokenizer; what the config says wins.
+
+    A pair of `MARKERS` is the LM's if its template ends the prompt with the first, tells of both
+    in the prompt, puts a thought between them, or strips the second where both have tokens of
+    their own, unless it closes the thought in the prompt. A vocabulary alone says nothing: LMs
+    that never think share it with those that do.
+
+    Raises:
+        InputError: If only one marker is stated, the template refuses a question, or there is no
+            place for the system message.
+    """
+    stated = (config.think_start, config.think_end)
+    if bool(stated[0]) != bool(stated[1]) or (None in stated and stated != (None, None)):
+        raise InputError(
+            f"--think-start is {stated[0]!r} and --think-end {stated[1]!r}, "
+            "expected both, both empty, or none"
+        )
+    sample = _sample(tokenizer)
+    start, end = stated
+    if start is None or end is None:
+        start, end = _markers(tokenizer, sample)
+    chat = Chat(
+        tokenizer,
+        start,
+        end,
+        _close_mark(sample, start, end),
+        _before(config),
+        _added_token(tokenizer, sample.after.strip()),
+    )
+    prompt = chat.prompt("?")
+    for message in chat.before:
+        if message["content"].strip() not in prompt:
+            raise InputError(
+                f"there is a {message['role']} message, but the LM's chat has no place for it"
+            )
+    return chat
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Any], is_open: bool) -> str:
+def _before(config: ChatConfig) -> tuple[Message, ...]:
+    """Messages that stand before every question."""
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    for i, turn in enumerate(_turns(config.examples), 1):
+        if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
+            raise InputError(
+                f'{config.examples}, line {i}: expected {{"user": TEXT, "assistant": TEXT}}'
+            )
+        messages += [{"role": role, "content": str(turn[role])} for role in ("user", "assistant")]
+    return tuple(messages)
+
+
+def _turns(path: Path | None) -> list[Any]:
+    """The lines of a file of JSON lines."""
+    if path is None:
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no JSON lines can be read from it: {error}") from None
+
+
+def _markers(tokenizer: PreTrainedTokenizerBase, sample: _Sample) -> tuple[str, str]:
+    prompt = sample.prompt.rstrip()
+    for start, end in MARKERS:
+        opened = prompt.endswith(start)
+        told = start in prompt and end in prompt
+        rendered = _is_rendered(sample, start, end)
+        tokens = [_added_token(tokenizer, marker) for marker in (start, end)]
+        stripped = end in sample.template and None not in tokens
+        closed = prompt.endswith(end)  # an empty thought: the LM is kept from thinking
+        if (opened or told or rendered or stripped) and not closed:
+            return start, end
+    return "", ""
+
+
+def _close_mark(sample: _Sample, start: str, end: str) -> str:
+    if not end:
+        return "\n\n"
+    return sample.between if _is_rendered(sample, start, end) else f"\n{end}\n\n"
+
+
+def _is_rendered(sample: _Sample, start: str, end: str) -> bool:
+    return sample.before.rstrip().endswith(start) and end in sample.between
+
+
+def _sample(tokenizer: PreTrainedTokenizerBase) -> _Sample:
+    """Renders a question, and its answer with a thought, by every name that a thought has."""
+    if not tokenizer.chat_template:
+        return _Sample()
+    question: Message = {"role": "user", "content": "?"}
+    thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT)
+    answer: Message = {"role": "assistant", "content": _ANSWER} | thought
+    template = prompt = turn = ""
+    try:
+        template = str(tokenizer.get_chat_template())
+        prompt = _render(tokenizer, [question], True, True)
+        turn = _render(tokenizer, [question, answer], False, True)
+    except _REFUSALS:
+        pass  # a question that is refused is an error once it is asked
+    before, is_shown, rest = turn.partition(_THOUGHT)
+    if not is_shown:
+        return _Sample(template, prompt, after=turn.partition(_ANSWER)[2])
+    between, _, after = rest.partition(_ANSWER)
+    return _Sample(template, prompt, before, between, after)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], is_open: bool, thinking: bool
+) -> str:
     rendered = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=is_open
+        messages,
+        tokenize=False,
+        add_generation_prompt=is_open,
+        # The two names by which templates let an LM think or not; others do not look at them.
+        enable_thinking=thinking,
+        thinking=thinking,
     )
     return str(rendered)
+
+
+def _added_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The token that a text begins with, if it is one that no plain text contains."""
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of the token that the tokenizer itself would put first; empty if it puts none."""
+    first = tokenizer.encode("")[:1]
+    is_added = first == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if is_added else ""

@@ -21,6 +21,9 @@ from haltwise import InputError
 from haltwise.hf import tokenizer_fingerprint
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
+from lms.gguf_file import folder_of, is_gguf
+
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 # Parameters; below it threads wait for each other more than they work.
 _SMALL = 20_000_000
@@ -41,7 +44,7 @@ class LanguageModel:
     """An LM that is ready to run."""
 
     name: str
-    """Hub name, or the name of its folder."""
+    """Hub name, or the name of its folder or file, without .gguf."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat_config: ChatConfig = field(default_factory=ChatConfig)
@@ -53,14 +56,17 @@ class LanguageModel:
         """Loads whatever AutoModelForCausalLM loads; bfloat16 on a GPU, float32 on a CPU.
 
         A small LM makes PyTorch use one thread from then on, which is several times faster.
+        Every token that ends what the LM says is set in its generation config: the config's own,
+        the tokenizer's, and the one that the chat template puts behind an answer.
 
         Args:
-            name: Hub name or local folder; "embedded" is the one of this repository.
+            name: Hub name, local folder or GGUF file; "embedded" is the one of this repository.
             device: As PyTorch names it.
             chat: What is known about its chat.
 
         Raises:
-            InputError: If there is no such LM or device, or the LM is damaged.
+            InputError: If there is no such LM or device, the LM is damaged, its chat makes no
+                sense, or nothing ends what it says.
         """
         try:
             torch.empty(0, device=device)
@@ -68,20 +74,36 @@ class LanguageModel:
             reason = str(error).partition("\n")[0]
             raise InputError(f"cannot use device {device!r}: {reason}") from None
         disable_progress_bar()  # it is shown for the smallest LM, amid an error's one line
-        name = EMBEDDED if str(name) == "embedded" else name
+        source = EMBEDDED if str(name) == "embedded" else name
+        source = folder_of(Path(source)) if is_gguf(source) else source
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        except _LOAD_ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"cannot load an LM from {str(name)!r}: {reason}") from None
         if model.num_parameters() < _SMALL:
             torch.set_num_threads(1)
-        is_local = Path(name).is_dir()
         model.eval().to(device)
-        name = Path(name).resolve().name if is_local else str(name)
-        return cls(name, model, tokenizer, chat or ChatConfig())
+        lm = cls(_short_name(name, source), model, tokenizer, chat or ChatConfig())
+        lm._set_end_tokens()
+        return lm
+
+    def _set_end_tokens(self) -> None:
+        config = self.model.generation_config
+        stated = config.eos_token_id
+        ends = [self.chat.turn_end, self.tokenizer.eos_token_id]
+        ends += stated if isinstance(stated, list) else [stated]
+        known = list(dict.fromkeys(token for token in ends if token is not None))
+        if not known:
+            raise InputError(
+                f"nothing ends what {self.name!r} says: expected eos_token_id in its "
+                "generation_config.json, or eos_token in its tokenizer_config.json"
+            )
+        config.eos_token_id = known
+        if self.tokenizer.eos_token is None:  # how thoughts in the open end is seen by it
+            self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(known[0])
 
     @cached_property
     def chat(self) -> Chat:
@@ -97,6 +119,12 @@ class LanguageModel:
         """The LM's own sampling temperature; 0 if it prefers the likeliest token."""
         config = self.model.generation_config
         return float(config.temperature or 1.0) if config.do_sample else 0.0
+
+    @property
+    def context(self) -> float:
+        """Tokens that it sees at once; infinite if there is no limit."""
+        config = self.model.config.get_text_config(decoder=True)
+        return float(getattr(config, "max_position_embeddings", None) or "inf")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,3 +142,9 @@ class LanguageModel:
             digest.update(name.encode())
             digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _short_name(name: str | Path, source: str | Path) -> str:
+    if is_gguf(name):
+        return Path(name).stem
+    return Path(source).resolve().name if Path(source).is_dir() else str(name)

@@ -23,7 +23,7 @@ class Question:
     text: str
     """What is asked, before any LM's template."""
     gold: str
-    """Reference answer."""
+    """Reference answer; of the scorers text and strict there may be several, one a line."""
     split: str
     """train, dev or test."""
     scorer: str = "short"

@@ -21,13 +21,13 @@ from benchmarks.run import BenchConfig, main
 from benchmarks.synthetic import synthetic_rows, synthetic_traces
 from benchmarks.timing import rate, take_turns
 from benchmarks.wall_clock import WallClockConfig
-from collect import record
 from command import run
 from envs.replay import point_features
 from haltwise import MEAN_LOGPROB, Halting
 from haltwise.decoder import Decoder
 from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
+from recording.hf_engine import record
 from traces import Traces, read_traces
 
 TINY = BenchConfig(

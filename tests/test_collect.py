@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from collect import CollectConfig, main, record
+from collect import CollectConfig, main
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.answers import read_answer
 from haltwise.decoder import Decoder
@@ -23,41 +22,29 @@ from lms.embedded import prompt_of
 from lms.language_model import LanguageModel
 from lms.scorers import short as exact_match
 from lms.tasks import questions
+from recording.hf_engine import record
+from recording.shards import write_shards
+from tests.recordings import assert_same, rows_of, save_tiny_lm, small_config
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces
 
 ROOT = Path(__file__).parent.parent
+HALTING = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
 
 
 @pytest.fixture(scope="module")
 def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lms") / "tiny"
-    model = tiny_lm(seed=1)
-    model.generation_config.update(do_sample=True, temperature=0.8)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_tiny_lm(tmp_path_factory.mktemp("lms") / "tiny")
 
 
 @pytest.fixture
 def config(lm_folder: Path, tmp_path: Path) -> CollectConfig:
-    return CollectConfig(
-        out=tmp_path / "traces",
-        lm=str(lm_folder),
-        num=7,
-        split=("train", "dev"),
-        every=4,
-        max_tokens=32,
-        max_answer_tokens=3,
-        batch_size=4,
-        shard_size=5,
-    )
+    return small_config(lm_folder, tmp_path / "traces")
 
 
-def rows_of(folder: Path) -> dict[str, dict[str, Any]]:
-    rows = [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    assert len({row["trace_id"] for row in rows}) == len(rows)
-    return {row["trace_id"]: row for row in rows}
+def out_of(config: CollectConfig) -> Path:
+    assert config.out
+    return config.out
 
 
 def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
@@ -65,7 +52,7 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
     rows = rows_of(config.out)
     asked = {q.question_id: q for s in config.split for q in questions("all", s, 7)}
     assert rows.keys() == {f"tiny/{question_id}/0" for question_id in asked}
-    assert len(list(config.out.glob("*.parquet"))) == 3
+    assert len(list(out_of(config).glob("*.parquet"))) == 3
     lm, tokenizer = tiny_lm(seed=1), tiny_tokenizer()
     for row in rows.values():
         question = asked[row["question_id"]]
@@ -88,38 +75,26 @@ def test_traces_say_what_the_lm_did(config: CollectConfig) -> None:
             assert len(logprobs) == int((answer != EOS).sum())
             expected = np.exp(np.mean(logprobs)) if logprobs else 0
             assert row["confidence"][i] == pytest.approx(expected, abs=1e-6)
-    recorder = read_traces(config.out).recorder
-    halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
-    halting.check_recorded(recorder, "traces")
+    recorder = read_traces(out_of(config)).recorder
+    HALTING.check_recorded(recorder, "traces")
     assert (recorder["lm"], recorder["temperature"], recorder["close_tokens"]) == ("tiny", 0.8, 1)
     assert len(recorder["tokenizer"]) == 16
 
 
 def test_a_trace_is_the_same_whatever_is_recorded_with_it(config: CollectConfig) -> None:
     main(replace(config, hidden=True))
-    halting = Halting("always", "every 4 tokens", "</think>", MEAN_LOGPROB, 3)
     lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
-    decoder = Decoder(lm.model, lm.tokenizer, halting, 1, 32, 0.8, signals=SIGNALS)
+    decoder = Decoder(lm.model, lm.tokenizer, HALTING, 1, 32, 0.8, signals=SIGNALS)
     for row in record(lm, decoder, [(q, 0) for q in questions("all", "dev", 7)]):
         assert_same(rows_of(config.out)[row["trace_id"]], row)
 
 
-def assert_same(row: dict[str, Any], other: dict[str, Any]) -> None:
-    floats = {"confidence", "answer_logprobs", *SIGNALS}
-    assert row.keys() == other.keys()
-    for name in row.keys() - floats:
-        assert row[name] == other[name], name
-    for name in row.keys() & floats:
-        for values, expected in zip(row[name], other[name], strict=True):
-            np.testing.assert_allclose(values, expected, atol=1e-3 if name == "hidden" else 1e-5)
-
-
 def test_only_what_is_missing_is_recorded(config: CollectConfig) -> None:
     main(config)
-    before = {path: path.stat().st_mtime_ns for path in config.out.glob("*.parquet")}
+    before = {path: path.stat().st_mtime_ns for path in out_of(config).glob("*.parquet")}
     main(config)
     main(replace(config, num_seeds=2, split=("dev",)))
-    after = {path: path.stat().st_mtime_ns for path in config.out.glob("*.parquet")}
+    after = {path: path.stat().st_mtime_ns for path in out_of(config).glob("*.parquet")}
     assert before.items() <= after.items()
     assert len(rows_of(config.out)) == 14 + 7
     assert sum(row["seed"] for row in rows_of(config.out).values()) == 7
@@ -138,7 +113,7 @@ def test_only_what_is_missing_is_recorded(config: CollectConfig) -> None:
 def test_a_folder_of_other_settings_is_refused(
     config: CollectConfig, change: dict[str, Any]
 ) -> None:
-    main(replace(config, num=1))
+    main(config)
     with pytest.raises(InputError, match=r"traces was recorded with .* choose another --out"):
         main(replace(config, **change))
 
@@ -193,18 +168,18 @@ def test_a_recording_killed_at_any_moment_is_completed(
     config = replace(config, num=60, batch_size=2, shard_size=4)
 
     def shards() -> list[Path]:
-        return list(config.out.glob("*.parquet"))
+        return list(out_of(config).glob("*.parquet"))
 
     kill_when(command(config), lambda: len(shards()) >= 3)
     kept = rows_of(config.out)
     assert 12 <= len(kept) < 120
     num = len(shards())
-    half = config.out / f".{num + 1:05d}.parquet.part"
+    half = out_of(config) / f".{num + 1:05d}.parquet.part"
     kill_when(["-c", HANG, *command(config)], lambda: half.exists() and half.stat().st_size > 0)
     assert len(shards()) == num + 1
-    (config.out / ".99999.parquet.part").write_bytes(b"left over")
+    (out_of(config) / ".99999.parquet.part").write_bytes(b"left over")
     main(replace(config, batch_size=64))
-    assert not list(config.out.glob(".*"))
+    assert not list(out_of(config).glob(".*"))
     rows = rows_of(config.out)
     assert all(rows[name] == row for name, row in kept.items())
     whole = replace(config, out=tmp_path / "whole", batch_size=16)
@@ -213,7 +188,7 @@ def test_a_recording_killed_at_any_moment_is_completed(
     assert rows.keys() == expected.keys() and len(rows) == 120
     for name, row in rows.items():
         assert_same(row, expected[name])
-    assert len(read_traces(config.out)) == 120
+    assert len(read_traces(out_of(config))) == 120
 
 
 def test_a_killed_recording_tells_how_much_is_left(
@@ -228,19 +203,45 @@ def test_a_killed_recording_tells_how_much_is_left(
 
 
 def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:
-    broken = config.out.parent / "tiny"
     model = tiny_lm(seed=1)
-    model.generation_config.update(do_sample=True, temperature=0.8)
     with torch.no_grad():
         model.model.embed_tokens.weight[IDS["wait"]] = torch.nan  # no question has it
-    model.save_pretrained(broken)
-    tiny_tokenizer().save_pretrained(broken)
+    lm = LanguageModel("tiny", model, tiny_tokenizer())
+    decoder = Decoder(model, lm.tokenizer, HALTING, 1, 32, 0.8)
+    asked = [(question, 0) for question in questions("all", "dev", 100)]
     with pytest.raises(InputError, match="LM gave NaN logits at position"):
-        main(replace(config, lm=str(broken), num=100, batch_size=1, max_tokens=4))
+        list(write_shards(out_of(config), record(lm, decoder, asked), {}, 1000))
     assert rows_of(config.out)
 
 
-def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None:
+def test_a_self_test_writes_nothing_and_needs_no_folder(
+    config: CollectConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(replace(config, self_test=True))
+    main(replace(config, self_test=True, out=None))
+    assert not out_of(config).exists()
+    assert capsys.readouterr().out.count("8 questions: thought begun 100%") == 2
+    with pytest.raises(InputError, match="expected --out, or --self-test"):
+        main(replace(config, out=None))
+
+
+def test_a_new_recording_begins_with_a_self_test_and_a_bad_lm_ends_there(
+    config: CollectConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="no thought comes to a decision point"):
+        main(replace(config, every=32))
+    assert not out_of(config).exists()
+    main(config)
+    assert "8 questions: thought begun 100%" in capsys.readouterr().out
+    main(config)
+    told = capsys.readouterr()
+    assert "questions: " not in told.out and "traces" not in told.err
+    assert f"{config.out}: all 14 traces are there, nothing is new" in told.out
+
+
+def test_bad_settings_are_refused(
+    config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for change, message in (
         ({"num": 0}, "num is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
@@ -249,9 +250,24 @@ def test_bad_settings_are_refused(config: CollectConfig, tmp_path: Path) -> None
         ({"seed": -1}, "seed is -1"),
         ({"seed": 3_000_000_000}, "seed is 3000000000"),
         ({"out": tmp_path / "file"}, "is a file"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"tensor_parallel": 0}, "tensor_parallel is 0"),
+        ({"tensor_parallel": 2}, "expected 1, or --engine vllm"),
+        ({"engine": "vllm", "hidden": True}, "vLLM shows no hidden states"),
+        ({"workers": 2}, "workers is 2, expected at least 1, and --ray"),
+        ({"workers": 0, "ray": "local"}, "workers is 0"),
     ):
         (tmp_path / "file").touch()
         with pytest.raises(InputError, match=message):
+            main(replace(config, **change))
+    missing: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("vllm", {"engine": "vllm"}),
+        ("ray", {"ray": "local"}),
+    )
+    for package, change in missing:
+        with monkeypatch.context() as patch, pytest.raises(InputError, match="is not installed"):
+            patch.setitem(sys.modules, package, None)
             main(replace(config, **change))
     with pytest.raises(InputError, match="every 0 tokens"):
         main(replace(config, every=0))

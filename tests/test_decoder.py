@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.decoder import Decoder, Generation, sample
+from haltwise.burst import sample
+from haltwise.decoder import Decoder, Generation
 from haltwise.thought import ForcedAnswer
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
@@ -192,6 +193,7 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"burst": -1}, "burst is -1"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) -> None:

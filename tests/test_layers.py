@@ -11,7 +11,7 @@ LAYERS = [
     {"command"},
     {"traces", "lms"},
     {"envs"},
-    {"agents", "evaluation"},
+    {"agents", "evaluation", "recording"},
     {"evaluate", "collect", "calibrate"},
     {"train", "adapt", "benchmarks"},  # whole jobs: they record and evaluate too
 ]

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from collect import record
 from envs.reward import halt_costs, never_costs
 from evaluation.live import Sampling, answer, run_beside
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing
 from haltwise.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from recording.hf_engine import record
 from tests.tiny_lm import tiny_lm, tiny_tokenizer
 from traces import Traces, read_traces, write_shard
 

@@ -11,7 +11,6 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_by_sb3
 
 import envs  # noqa: F401
-from collect import record
 from envs.live import HaltEnv, LiveEnv
 from envs.replay import point_features
 from envs.reward import reward, step_costs, step_ems
@@ -22,6 +21,7 @@ from haltwise.halting import Probing
 from haltwise.signals import Float
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from recording.hf_engine import record
 from tests.projections import some_projection
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 from traces import read_traces, write_shard

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from collect import record
 from envs.replay import point_features
 from evaluation.outcome import first_halts
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, Observing, Signals
 from haltwise.decoder import Decoder
 from haltwise.features import GROUP_SIGNALS, feature_names, signals_of
 from haltwise.hf import Halter
-from haltwise.meter import MEASURED, SignalMeter
+from haltwise.meter import MEASURED, SignalMeter, logprobs_of
 from haltwise.thought import ForcedAnswer, Thought, ThoughtRules
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from recording.hf_engine import record
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces, write_shard
@@ -86,6 +86,36 @@ def test_signals_by_hand() -> None:
         np.testing.assert_allclose(getattr(seen, name), values, rtol=1e-6, err_msg=name)
     assert seen.answer is not None
     assert seen.answer.astype(bool).tolist() == [True, False]
+
+
+def test_tokens_that_were_reduced_elsewhere_count_as_those_added_one_by_one() -> None:
+    rng, rows = np.random.default_rng(0), np.array([1, 0])
+    logits = torch.from_numpy(rng.normal(size=(6, len(WORDS))).astype(np.float32))
+    tokens = torch.from_numpy(rng.integers(len(WORDS), size=6))
+    whose = np.array([1, 0, 1, 0, 1, 1])
+    wanted = ("entropy", "min_logprob", "num_reflections")
+    thoughts = [thought(". . wait ."), thought("wait wait")]
+    ways = []
+    for num_added in (6, 2, 0):
+        measured = meter(wanted)
+        measured.reset(rows)
+        for i in range(num_added):
+            measured.add(whose[i : i + 1], logits[i : i + 1], tokens[i : i + 1])
+        rest = logprobs_of(logits[num_added:], tokens[num_added:])
+        assert rest.shape == (6 - num_added, measured.num_logprobs)
+        measured.take(whose[num_added:], rest.numpy())
+        ways.append(measured.read(rows, thoughts, logits[:2]))
+    for name in wanted:
+        for seen in ways[1:]:
+            np.testing.assert_array_equal(getattr(seen, name), getattr(ways[0], name))
+    assert meter(["num_reflections"]).num_logprobs == 0
+
+
+def test_a_small_vocabulary_is_filled_up() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    found = logprobs_of(logits, torch.tensor([2]), 5).exp()
+    np.testing.assert_allclose(found, [[0.25, 0.5, 0.25, 0.25, 0, 0]], atol=1e-6)
+    assert logprobs_of(logits, torch.tensor([2]), 0).tolist() == [[pytest.approx(np.log(0.25))]]
 
 
 def test_only_what_is_wanted_is_measured() -> None:

@@ -1,5 +1,6 @@
 """Hidden states: the projection by hand, learned from points, and in a head."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,8 +171,11 @@ def test_a_fold_learns_its_own_projection(
     whole = HeadConfig(observing_of(random_traces, GROUPS, HALTING), HALTING, 1.0)
     monkeypatch.setattr(Projection, "fit", spy)
     config = FitConfig(PathwiseConfig(2), PPOConfig(total_timesteps=0, net_width=4))
-    job = _Fold(train, rest, whole, config, (1.0,), 0, tmp_path)
-    assert _fit_fold(job).shape[2] == rest.num_points
+    (tmp_path / "traces.pickle").write_bytes(pickle.dumps(random_traces))
+    decided = tmp_path / "0-0.npy"
+    source = tmp_path / "traces.pickle"
+    _fit_fold(_Fold(source, held_out, whole, config, (1.0,), 0, tmp_path, decided))
+    assert np.load(decided).shape[2] == rest.num_points
     assert len(learned) == 1
     assert (learned[0] == train.signals["hidden"]).all()
 

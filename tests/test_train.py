@@ -122,8 +122,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, live=True))
     with pytest.raises(InputError, match="--run-dir"):
         train.main(replace(config, resume=True, run_dir=None))
-    with pytest.raises(InputError, match="folds is 1, seeds 2"):
-        train.main(replace(config, folds=1))
+    with pytest.raises(InputError, match="folds is 1, max_traces is 0: expected at least 2, 1"):
+        train.main(replace(config, folds=1, max_traces=0))
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):

@@ -3,12 +3,17 @@
 from traces.arrays import Traces
 from traces.json_lines import import_json_lines
 from traces.schema import SCHEMA, SIGNALS
-from traces.store import read_ids, read_traces, write_shard
+from traces.store import read_ids, write_shard
+from traces.stream import MAX_TRACES, Chunks, TraceFiles, chunks_of, read_traces
 
 __all__ = [
+    "MAX_TRACES",
     "SCHEMA",
     "SIGNALS",
+    "Chunks",
+    "TraceFiles",
     "Traces",
+    "chunks_of",
     "import_json_lines",
     "read_ids",
     "read_traces",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,15 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from haltwise import InputError
-from traces.arrays import Traces, concatenate
+from traces.arrays import Traces
 from traces.checks import check_unique, check_values
 from traces.schema import POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
+#: Traces that are decoded at a time.
+_PIECE = 1024
 _TEXTS = ("trace_id", "question_id", "task", "segment", "model", "split")
-
-
-def read_traces(path: Path | str) -> Traces:
-    """Reads a trace file, or all *.parquet shards in a folder.
-
-    Raises:
-        InputError: If there is nothing to read, a file is damaged or of another schema version,
-            a column or value is not as the schema says, or shards do not belong together.
-    """
-    paths = _shards(Path(path))
-    parts = [_traces(*_read(shard, (*REQUIRED, *SIGNALS)), str(shard)) for shard in paths]
-    for shard, part in zip(paths, parts, strict=True):
-        _check_recorder(shard, part.recorder, paths[0], parts[0].recorder)
-        _check_signals(shard, part, paths[0], parts[0])
-    traces = concatenate(parts)
-    names = np.array([str(shard) for shard in paths])
-    check_unique(traces.trace_id, np.repeat(names, [len(part) for part in parts]))
-    return traces
 
 
 def read_ids(path: Path | str) -> tuple[set[str], dict[str, Any]]:
@@ -48,13 +33,13 @@ def read_ids(path: Path | str) -> tuple[set[str], dict[str, Any]]:
     Raises:
         InputError: As `read_traces`, of what is read.
     """
-    paths = _shards(Path(path))
-    tables, recorders = zip(*(_read(shard, ("trace_id",)) for shard in paths), strict=True)
+    paths = shards_of(path)
+    recorder = recorder_of(paths)
     ids: set[str] = set()
-    for shard, table, recorder in zip(paths, tables, recorders, strict=True):
-        _check_recorder(shard, recorder, paths[0], recorders[0])
-        ids.update(_column(table, "trace_id", str(shard)).to_pylist())
-    return ids, recorders[0]
+    for shard in paths:
+        for (found,) in read_columns(shard, ("trace_id",)):
+            ids.update(found)
+    return ids, recorder
 
 
 def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict[str, Any]) -> None:
@@ -129,7 +114,13 @@ def _replace(path: Path, table: pa.Table) -> None:
     os.replace(temporary, path)
 
 
-def _shards(path: Path) -> list[Path]:
+def shards_of(path: Path | str) -> list[Path]:
+    """A trace file, or all *.parquet shards in a folder.
+
+    Raises:
+        InputError: If there is none.
+    """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder, expected traces in Parquet")
     paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
@@ -138,21 +129,87 @@ def _shards(path: Path) -> list[Path]:
     return paths
 
 
-def _read(path: Path, names: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
-    """Some columns of a shard, optional ones if they are there, and the recorder's metadata."""
-    try:
-        with pq.ParquetFile(path) as file:
-            recorder = _recorder(file.schema_arrow.metadata or {}, path)
-            found = set(file.schema_arrow.names)
-            missing = sorted(set(names) & set(REQUIRED) - found)
-            if missing:
-                raise InputError(f"{path}: column {', '.join(missing)} is missing")
-            table = file.read(columns=[name for name in names if name in found])
+def recorder_of(shards: Sequence[Path]) -> dict[str, Any]:
+    """How the traces in some shards were recorded.
+
+    Raises:
+        InputError: If a shard is damaged or of another schema version, or they are not of one
+            recording.
+    """
+    recorders = []
+    for shard in shards:
+        with _open(shard) as file:
+            recorders.append(_recorder(file.schema_arrow.metadata or {}, shard))
+        _check_recorder(shard, recorders[-1], shards[0], recorders[0])
+    return recorders[0]
+
+
+def read_columns(shard: Path, names: Sequence[str]) -> Iterator[list[list[str]]]:
+    """Some columns of texts, a piece of the rows at a time.
+
+    Raises:
+        InputError: As `read_part`, of what is read.
+    """
+    for row, table in _tables(shard, names):
+        yield [_column(table, name, _place(shard, row)).to_pylist() for name in names]
+
+
+def row_groups(shard: Path) -> list[int]:
+    """The number of rows of each row group.
+
+    Raises:
+        InputError: If the file is damaged or has no rows.
+    """
+    with _open(shard) as file:
+        metadata = file.metadata
+        if not metadata.num_rows:
+            raise InputError(f"{shard}: no rows, expected at least one trace")
+        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def read_parts(shard: Path, row_group: int | None = None) -> Iterator[Traces]:
+    """The traces of a shard, or of one of its row groups, in order, a piece at a time.
+
+    Raises:
+        InputError: If the file is damaged or of another schema version, or a column or value is
+            not as the schema says.
+    """
+    for row, table in _tables(shard, (*REQUIRED, *SIGNALS), row_group):
+        yield _traces(table, {}, _place(shard, row))
+
+
+def _tables(
+    shard: Path, names: Sequence[str], row_group: int | None = None
+) -> Iterator[tuple[int, pa.Table]]:
+    """Some columns, optional ones if they are there, with the row that each piece starts at."""
+    with _open(shard) as file:
+        found = set(file.schema_arrow.names)
+        missing = sorted(set(names) & set(REQUIRED) - found)
+        if missing:
+            raise InputError(f"{shard}: column {', '.join(missing)} is missing")
+        groups = range(file.num_row_groups) if row_group is None else [row_group]
+        row = sum(file.metadata.row_group(i).num_rows for i in range(groups[0] if groups else 0))
+        columns = [name for name in names if name in found]
+        for batch in file.iter_batches(_PIECE, list(groups), columns, use_threads=False):
+            table = pa.Table.from_batches([batch])
             table.validate(full=True)
+            yield row, table
+            row += len(table)
+
+
+@contextmanager
+def _open(shard: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        with pq.ParquetFile(shard) as file:
+            yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: damaged, or no Parquet file: {reason}") from None
-    return table, recorder
+        raise InputError(f"{shard}: damaged, or no Parquet file: {reason}") from None
+
+
+def _place(shard: Path, row: int) -> str:
+    """Where a piece of a file is, for messages that count rows."""
+    return f"{shard}, counting rows from {row}" if row else str(shard)
 
 
 def _check_recorder(
@@ -167,18 +224,23 @@ def _check_recorder(
         )
 
 
-def _check_signals(shard: Path, part: Traces, first: Path, expected: Traces) -> None:
+def check_together(place: Path, part: Traces, first: Path, expected: Traces) -> None:
+    """Checks that a part has the signals of another one.
+
+    Raises:
+        InputError: Naming the files of both.
+    """
     differ = sorted(part.signals.keys() ^ expected.signals.keys())
     if differ:
         raise InputError(
-            f"{shard}: column {', '.join(differ)} is there or in {first.name}, not in both: "
+            f"{place}: column {', '.join(differ)} is there or in {first.name}, not in both: "
             "expected in all shards or in none"
         )
     if "hidden" in part.signals and part.num_points and expected.num_points:
         found, size = (p.signals["hidden"].shape[1] for p in (part, expected))
         if found != size:
             raise InputError(
-                f"{shard}: column 'hidden' has vectors of {found}, "
+                f"{place}: column 'hidden' has vectors of {found}, "
                 f"expected {size} as in {first.name}"
             )
 
@@ -213,7 +275,10 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     logprob = logprobs.flatten().to_numpy(zero_copy_only=False)
     num_logprobs = logprobs.value_lengths().to_numpy()
     vectors = {"hidden": _matrix(arrays.pop("hidden"), source)} if "hidden" in arrays else {}
+    # Each different answer is kept once: the same ones are forced again and again.
+    answer = arrays.pop("answer").dictionary_encode()
     columns = {name: _to_numpy(array) for name, array in arrays.items()} | vectors
+    columns["answer"] = _to_numpy(answer.dictionary)[_to_numpy(answer.indices)]
     check_values(columns, lengths, source)
     del columns["gold"], columns["final_answer"]
     signals = {name: columns.pop(name) for name in SIGNALS if name in columns}

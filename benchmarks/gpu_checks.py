@@ -1,0 +1,209 @@
+"""Whether a device gives what it should: checks of benchmarks/gpu.py, before anything is timed.
+
+On a small LM in float32, where no two tokens are as good as tied.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import Qwen3Config
+
+from benchmarks.overhead import never_halting_head, random_lm
+from haltwise import HaltHead
+from haltwise.decoder import Decoder
+from haltwise.features import signals_of
+from haltwise.gauge import STEPWISE
+from lms.language_model import LanguageModel
+from lms.questions import Question
+
+_NUM_PROMPT, _EVERY, _NUM_TOKENS = 8, 8, 40
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared."""
+
+    name: str
+    difference: float
+    """The largest; of tokens their number."""
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """A difference that is not a number does not pass."""
+        return self.difference <= self.allowed
+
+
+def small_lm(device: str) -> LanguageModel:
+    """Four layers, float32."""
+    shape = Qwen3Config(
+        vocab_size=997,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        initializer_range=0.2,
+    )
+    lm = random_lm(shape, device)
+    lm.model.float()
+    return lm
+
+
+def some_questions(lm: LanguageModel, num: int, num_words: int = _NUM_PROMPT) -> list[Question]:
+    """Made-up words, at whose end the LM begins to think."""
+    drawn = np.random.default_rng(0).integers(5, lm.model.config.vocab_size, (num, num_words))
+    texts = [" ".join(f"w{i}" for i in row) + " <think>" for row in drawn.tolist()]
+    return [Question(f"q{i}", "random", "", text, "w7", "train") for i, text in enumerate(texts)]
+
+
+def check_bursts(device: str) -> list[Check]:
+    """Tokens, probes and signals of bursts against those of tokens one by one.
+
+    Raises:
+        RuntimeWarning: If steps could not be captured.
+    """
+    lm, checks = small_lm(device), []
+    for temperature in (0.0, 0.8):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            tokens, numbers = _lived(lm, temperature, burst=64)
+        expected, of_expected = _lived(lm, temperature, burst=0)
+        differing = sum(mine != theirs for mine, theirs in zip_longest(tokens, expected))
+        worst = np.abs(numbers - of_expected).max() if not differing else np.nan
+        label = f"temperature {temperature}: bursts against tokens one by one"
+        checks += [
+            Check(f"{label}, thoughts and answers that differ", differing, 0),
+            Check(f"{label}, signals", float(worst), 1e-3),
+        ]
+    return checks
+
+
+def _lived(
+    lm: LanguageModel, temperature: float, burst: int
+) -> tuple[list[list[int]], NDArray[np.float64]]:
+    """Thoughts and forced answers in their order, and what was measured."""
+    halting = replace(never_halting_head(_EVERY).config.halting, probing="always")
+    decoder = Decoder(
+        lm.model,
+        lm.tokenizer,
+        halting,
+        12,
+        _NUM_TOKENS,
+        temperature,
+        signals=(*STEPWISE, "end_think_logprob"),
+        burst=burst,
+    )
+    asked, running = some_questions(lm, 11), np.arange(11)
+    prompts = [lm.prompt(question.text) for question in asked]
+    decoder.start(running, prompts, range(len(asked)))
+    answers, numbers = [], []
+    while len(running):
+        here = running[decoder.advance(running)]
+        probes = decoder.force(here)
+        seen = vars(decoder.signals(here, probes))
+        answers += [probe.tokens for probe in probes]
+        numbers += [seen[name] for name in ("confidence", *decoder.measured)]
+        running = running[[not decoder.generations[slot].ended for slot in running.tolist()]]
+    thoughts = [decoder.generations[slot].thought.tokens for slot in range(len(asked))]
+    return [*thoughts, *answers], np.concatenate(numbers).astype(np.float64)
+
+
+def check_head(device: str) -> list[Check]:
+    """The head in numpy, as it runs, against torch on the device."""
+    head = never_halting_head(_EVERY)
+    size = (512, head.config.observing.size)
+    obs = np.random.default_rng(1).standard_normal(size, dtype=np.float32)
+    with torch.inference_mode():
+        found = _in_torch(head).to(device)(torch.from_numpy(obs).to(device))[:, 0].cpu().numpy()
+    worst = np.abs(head.log_odds_of(obs) - found).max()
+    return [Check("log-odds of a head: numpy against torch", float(worst), 1e-4)]
+
+
+def _in_torch(head: HaltHead) -> nn.Sequential:
+    """The head's network as PPO trains it."""
+    layers: list[nn.Module] = []
+    for i in range(3):
+        out, size = head.weights[f"w{i}"].shape
+        layer = nn.Linear(size, out)
+        layer.load_state_dict(
+            {
+                "weight": torch.from_numpy(head.weights[f"w{i}"]),
+                "bias": torch.from_numpy(head.weights[f"b{i}"]),
+            }
+        )
+        layers += [layer, nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def check_live(device: str) -> list[Check]:
+    """Rewards of the live environment against those of its recorded questions.
+
+    Raises:
+        ModuleNotFoundError: If gymnasium, or what recording needs, is not installed.
+    """
+    from envs.live import LiveEnv
+    from envs.reward import reward, step_costs, step_ems
+    from recording.hf_engine import record
+    from traces import read_traces, write_shard
+
+    lm, price, head = small_lm(device), 0.5, never_halting_head(_EVERY)
+    asked = some_questions(lm, 16)
+    halting, observing = replace(head.config.halting, probing="always"), head.config.observing
+    env = LiveEnv(lm, asked, halting, observing, 6, _NUM_TOKENS, temperature=0.8, price=price)
+    played = _play(env, num_steps=20)
+    by_id = {question.question_id: question for question in asked}
+    decoder = Decoder(
+        lm.model,
+        lm.tokenizer,
+        halting,
+        4,
+        _NUM_TOKENS,
+        0.8,
+        signals=signals_of(observing.groups),
+    )
+    rows = record(lm, decoder, [(by_id[name], seed) for name, seed in played])
+    with TemporaryDirectory() as folder:
+        write_shard(Path(folder) / "0.parquet", list(rows), {})
+        traces = read_traces(folder)
+    costs, ems, worst = step_costs(traces, "always"), step_ems(traces), 0.0
+    for n, key in enumerate(zip(traces.question_id.tolist(), traces.seed.tolist(), strict=True)):
+        rewards, halted = played[key]
+        at = traces.offsets[n] + np.arange(len(rewards))
+        actions = np.zeros(len(rewards), dtype=np.int64)
+        actions[-1] = halted
+        expected = reward(ems[at, actions], costs[at, actions], price)
+        worst = max(worst, float(np.abs(np.array(rewards) - expected).max()))
+    assert len(played) > 10
+    return [Check("rewards of the live environment against replay", worst, 1e-5)]
+
+
+def _play(env: Any, num_steps: int) -> dict[tuple[str, int], tuple[Sequence[float], bool]]:
+    """Rewards of finished episodes and whether each was halted, by question and seed."""
+    rng = np.random.default_rng(2)
+    played: dict[tuple[str, int], tuple[Sequence[float], bool]] = {}
+    env.reset(seed=3)
+    rewards: list[list[float]] = [[] for _ in range(env.num_envs)]
+    for _ in range(num_steps):
+        actions = (rng.random(env.num_envs) < 0.2).astype(np.int64)
+        _, paid, over, _, infos = env.step(actions)
+        for i in range(env.num_envs):
+            rewards[i].append(float(paid[i]))
+            if over[i]:
+                final = infos["final_info"]
+                key = str(final["question_id"][i]), int(final["seed"][i])
+                played[key] = rewards[i], bool(actions[i])
+                rewards[i] = []
+    return played

@@ -1,0 +1,89 @@
+"""Loading an LM from a GGUF file: turned once into an ordinary folder, which is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from haltwise import InputError
+
+_NAME_LENGTH = 16
+# What transformers reads such files with.
+_NEEDED = ("gguf", "accelerate")
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether an LM's name is that of a GGUF file."""
+    return str(name).lower().endswith(".gguf")
+
+
+def cache_folder() -> Path:
+    """Where LMs made from GGUF files are kept: $HALTWISE_CACHE, or else ~/.cache/haltwise."""
+    stated = os.environ.get("HALTWISE_CACHE")
+    return (Path(stated) if stated else Path.home() / ".cache" / "haltwise") / "gguf"
+
+
+def folder_of(path: Path) -> Path:
+    """The folder with what a GGUF file holds, as `from_pretrained` reads it.
+
+    The first call makes it, whole or not at all; whoever has the same bytes shares it. Weights are
+    kept in float32: a block's scale times its integers fits no 16-bit format, so the LM is the
+    same as straight from the file. Four bytes a parameter is what that costs.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If there is no such file, a package that reads it is missing, or transformers
+            cannot read what is in it.
+    """
+    if not path.is_file():
+        raise InputError(f"cannot load an LM from {str(path)!r}: expected a GGUF file there")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / digest[:_NAME_LENGTH]
+    if not folder.is_dir():
+        if missing := [name for name in _NEEDED if find_spec(name) is None]:
+            needed = " ".join(missing)
+            raise InputError(f"{path} cannot be read without more packages: pip install {needed}")
+        print(f"{path.name}: unpacked once, into {folder}", file=sys.stderr, flush=True)
+        _write(path, folder)
+    return folder
+
+
+def _write(path: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        part = Path(temporary) / "lm"
+        _convert(path, part)
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+
+
+def _convert(path: Path, folder: Path) -> None:
+    where, name = path.parent, path.name
+    # Recent releases would rather keep the weights in their blocks, which cannot be saved.
+    unpack = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": unpack(dequantize=True)} if unpack else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, dtype=torch.float32, **options
+        )
+    # What transformers says of a damaged file, or of an architecture it does not know, varies.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"cannot read the GGUF file {str(path)!r}: {reason}") from None
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

@@ -1,0 +1,221 @@
+"""A dry run of an LM: a few questions, and whether halting it can work at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from haltwise import Halting, InputError
+from haltwise.decoder import Decoder, Generation
+from haltwise.thought import LONGEST_OPENING, Probe, ThoughtRules
+from lms.chat import MARKERS
+from lms.language_model import LanguageModel
+from lms.questions import Question
+
+# A look at more decision points of a thought would teach nothing new.
+_POINTS = 8
+_SHOWN = 160
+
+
+@dataclass
+class Answered:
+    """One question, answered once."""
+
+    question: Question
+    prompt: str
+    generation: Generation
+    answer: str
+    """The LM's own answer, as it was read."""
+    probes: list[Probe] = field(default_factory=list)
+    """Forced answers at its first decision points."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the LM's own answer is the gold answer."""
+        return self.question.is_right(self.answer)
+
+
+@dataclass
+class SelfTest:
+    """What a dry run found; `str()` of it is for a person."""
+
+    chat: str
+    """How the LM is asked and thinks."""
+    close_text: str
+    """What was appended to force the answers."""
+    answered: list[Answered]
+    """Every question that was asked."""
+    warnings: list[str]
+    """What may be wrong, a sentence each."""
+
+    @property
+    def probes(self) -> list[Probe]:
+        """All forced answers."""
+        return [probe for one in self.answered for probe in one.probes]
+
+    def share(self, holds: Callable[[Answered], bool]) -> float:
+        """Share of the questions of which something holds."""
+        return sum(map(holds, self.answered)) / len(self.answered)
+
+    def __str__(self) -> str:
+        """About twenty lines."""
+        one = next((one for one in self.answered if one.probes), self.answered[0])
+        probe, probes = one.probes[0], self.probes
+        num_read = sum(bool(probe.answer) for probe in probes)
+        mean = np.mean([one.generation.num_tokens for one in self.answered])
+        lines = [
+            self.chat,
+            f"close text: {self.close_text!r}",
+            f"prompt:     {_short(one.prompt)}",
+            f"goes on:    {_short(one.generation.thought.text())}",
+            f"forced:     {_short(probe.text)}, read as {_short(probe.answer)}",
+            f"own answer: {_short(one.answer)}, gold {_short(one.question.gold)}",
+            f"{len(self.answered)} questions: "
+            f"thought begun {self.share(lambda one: one.generation.thought.begun):.0%}, "
+            f"ended by the LM {self.share(lambda one: one.generation.finished):.0%}, "
+            f"right {self.share(lambda one: one.is_right):.0%}, {mean:,.0f} tokens on average",
+            f"{len(probes)} forced answers: {num_read / len(probes):.0%} could be read",
+        ]
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def self_test(
+    lm: LanguageModel,
+    questions: Iterable[Question],
+    halting: Halting,
+    *,
+    max_tokens: int,
+    temperature: float,
+    num: int = 4,
+) -> SelfTest:
+    """Asks a few questions and forces answers, before hours are spent on many.
+
+    Args:
+        lm: The LM.
+        questions: The first of them are asked.
+        halting: How the LM will be halted.
+        max_tokens: Token budget of a question, its answer included.
+        temperature: Of sampling; 0 is greedy.
+        num: Questions to ask, at once.
+
+    Raises:
+        InputError: If halting cannot work: no thought begins, no thought has a decision point, no
+            forced answer can be read, or the close text closes nothing.
+    """
+    if halting.think_end not in halting.close_text:
+        raise InputError(
+            f"close text {halting.close_text!r} does not close a thought: expected "
+            f"{halting.think_end!r} in it; set --close-text, or other think markers"
+        )
+    asked = list(islice(questions, num))
+    if not asked:
+        raise InputError("no question to try the LM with: expected at least 1")
+    decoder = Decoder(lm.model, lm.tokenizer, halting, len(asked), max_tokens, temperature)
+    answered = _answer(lm, decoder, asked)
+    _check_thoughts(answered, halting)
+    probes = [probe for one in answered for probe in one.probes]
+    if not any(probe.answer for probe in probes):
+        raise InputError(
+            f"none of {len(probes)} forced answers can be read by the rule "
+            f"{halting.answer_rule!r}, such as {_short(probes[0].text)}: set --close-text to what "
+            "leads the LM to its answer, or raise --max-answer-tokens"
+        )
+    warnings = [
+        *_warn_of_texts(decoder.rules, halting),
+        *_warn_of_ends(answered, decoder),
+        *_warn_of_markers(answered, halting),
+    ]
+    return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
+
+
+def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> list[Answered]:
+    slots = np.arange(len(asked))
+    prompts = [lm.prompt(question.text) for question in asked]
+    decoder.start(slots, prompts, [0] * len(asked))
+    probes: list[list[Probe]] = [[] for _ in asked]
+    while len(slots):
+        at_point = decoder.advance(slots)
+        here = np.array([s for s in slots[at_point] if len(probes[s]) < _POINTS], dtype=np.int64)
+        for slot, probe in zip(here, decoder.force(here), strict=True):
+            probes[slot].append(probe)
+        slots = slots[[not decoder.generations[int(slot)].ended for slot in slots]]
+    generations = [decoder.generations[slot] for slot in range(len(asked))]
+    answers = [decoder.rules.read_answer(g.thought.answer_text()) for g in generations]
+    return list(map(Answered, asked, prompts, generations, answers, probes))
+
+
+def _check_thoughts(answered: Sequence[Answered], halting: Halting) -> None:
+    """Refuses thoughts that do not begin, or that have no decision point.
+
+    Raises:
+        InputError: If none does or has.
+    """
+    begun = [one.generation.thought for one in answered if one.generation.thought.begun]
+    if not begun:
+        text = answered[0].generation.thought.text()
+        raise InputError(
+            f"no thought begins: {halting.think_start!r} neither ends the prompt nor is among the "
+            f"first {LONGEST_OPENING} tokens, which are {_short(text)}; set --think-start and "
+            "--think-end, both empty if the LM reasons in the open"
+        )
+    if not any(thought.num_points for thought in begun):
+        longest = max(thought.position for thought in begun)
+        raise InputError(
+            f"no thought comes to a decision point: the longest has {longest} tokens, points are "
+            f"{halting.decision_rule!r}; lower --every or raise --max-tokens"
+        )
+
+
+def _warn_of_texts(rules: ThoughtRules, halting: Halting) -> list[str]:
+    close_text = halting.close_text
+    back = rules.decode(rules.close_ids, skip_special_tokens=False)
+    # Tokenizers that split at blanks keep none of them.
+    if "".join(back.split()) == "".join(close_text.split()):
+        return []
+    return [f"the tokens of the close text {close_text!r} read {back!r}: the LM sees another text"]
+
+
+def _warn_of_ends(answered: Sequence[Answered], decoder: Decoder) -> list[str]:
+    warnings = []
+    generations = [one.generation for one in answered]
+    if not any(g.finished or (decoder.rules.think_end and g.thought.closed) for g in generations):
+        warnings.append(
+            f"no thought and no answer ended within {decoder.max_tokens} tokens: raise "
+            "--max-tokens, or it is the budget that ends them all"
+        )
+    probes = [probe for one in answered for probe in one.probes]
+    if not any(_has_ended(probe, decoder.rules) for probe in probes):
+        warnings.append(
+            f"no forced answer came to its end within {decoder.halting.max_answer_tokens} tokens: "
+            "raise --max-answer-tokens, or set --answer-end to what follows an answer"
+        )
+    return warnings
+
+
+def _has_ended(probe: Probe, rules: ThoughtRules) -> bool:
+    return probe.num_tokens > len(probe.tokens) or rules.is_complete(probe.tokens)
+
+
+def _warn_of_markers(answered: Sequence[Answered], halting: Halting) -> list[str]:
+    if halting.think_start:
+        return []
+    for one in answered:
+        thought = one.generation.thought
+        for start, end in MARKERS:
+            if start in thought.text() or end in thought.text():
+                return [
+                    f"the LM reasons in the open, but writes {start!r} or {end!r}: if that is how "
+                    f"it thinks, set --think-start '{start}' --think-end '{end}'"
+                ]
+    return []
+
+
+def _short(text: str) -> str:
+    """A text as Python writes it, its middle left out if it is long."""
+    shown = repr(text)
+    if len(shown) <= _SHOWN:
+        return shown
+    return f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"

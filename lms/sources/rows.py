@@ -1,0 +1,172 @@
+"""Rows of data: from files, read piece by piece, or from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from haltwise import InputError
+from lms.scorers import needed
+
+Row = dict[str, Any]
+#: Every row with the split that it stands in ("" if it is not said) and its place for a message.
+Rows = Callable[[], Iterator[tuple[str, str, Row]]]
+
+#: What others call the splits.
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "dev": "dev",
+    "val": "dev",
+    "valid": "dev",
+    "validation": "dev",
+    "test": "test",
+}
+_SPLIT_OF_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])")
+
+
+def _each_object(number: int, text: str) -> Iterator[tuple[str, Any]]:
+    if text.strip():
+        try:
+            yield f"line {number}", json.loads(text)
+        except ValueError as error:
+            raise InputError(f"line {number}: {error}: expected a JSON object") from None
+
+
+def _json_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, 1):
+        yield from _each_object(number, line)
+
+
+def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
+    """A list of objects; or lines, which go by this name too."""
+    first = file.readline()
+    while first.isspace():
+        first = file.readline()
+    file.seek(0)
+    if not first.lstrip("\ufeff \t").startswith("["):
+        yield from _json_lines(file)
+        return
+    try:
+        found = json.load(file)
+    except ValueError as error:
+        raise InputError(f"{error}: expected a list of JSON objects") from None
+    yield from ((f"row {number}", row) for number, row in enumerate(found, 1))
+
+
+def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**30)  # long texts are no mistake
+    reader = csv.DictReader(file, strict=True)
+    try:
+        for row in reader:
+            place = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: expected {len(reader.fieldnames or ())} fields")
+            yield place, row
+    except csv.Error as error:
+        raise InputError(f"line {reader.reader.line_num}: {error}") from None
+
+
+_TEXT_FORMATS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}
+FORMATS = (*_TEXT_FORMATS, ".parquet")
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"row {number}", row
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """Rows of one file, each with its place.
+
+    Raises:
+        InputError: If the file, or a row, cannot be read.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet(path)
+            return
+        # Blanks at the ends of lines are the reader's: csv has lines within its fields.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for place, row in _TEXT_FORMATS[path.suffix](file):
+                if not isinstance(row, dict):
+                    raise InputError(f"{place}: found {type(row).__name__}, expected an object")
+                yield place, row
+    except InputError as error:
+        raise InputError(f"{path}, {error}") from None
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot read {path}: {reason}") from None
+
+
+def rows_of(path: Path) -> Rows:
+    """Rows of a file, or of all files in a folder; a file's name may begin with its split.
+
+    Raises:
+        InputError: If there is nothing to read; later, if it cannot be read.
+    """
+    formats = ", ".join(FORMATS)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    inside = (p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and p.is_file())
+    files = [p for p in inside if p.suffix in FORMATS] if path.is_dir() else [path]
+    if not files or files[0].suffix not in FORMATS:
+        raise InputError(f"{path}: expected a file that ends with one of {formats}")
+    found = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
+    splits = {file: SPLIT_NAMES[name[1]] for file, name in found.items() if name}
+    # Beside train.jsonl, a dataset_infos.json is no data.
+    splits = splits or dict.fromkeys(files, "")
+
+    def each() -> Iterator[tuple[str, str, Row]]:
+        for file, split in splits.items():
+            for place, row in _rows_of_file(file):
+                yield split, f"{file}, {place}", row
+
+    return each
+
+
+def rows_of_hub(name: str) -> Rows:
+    """Rows of a data set of the Hugging Face Hub; its splits are kept under their usual names.
+
+    Args:
+        name: OWNER/NAME or OWNER/NAME:CONFIG.
+
+    Raises:
+        InputError: If `datasets` is missing, there is no such data set, it cannot be reached, or
+            none of its splits has a usual name.
+    """
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise InputError(needed("datasets", "data")) from None
+    path, _, config = name.partition(":")
+    try:
+        loaded = load_dataset(path, config or None)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"cannot load {name!r} from the hub: {reason}: expected its name, or --data-file with "
+            "its rows"
+        ) from None
+    splits = {split: SPLIT_NAMES[split] for split in loaded if split in SPLIT_NAMES}
+    if not splits and len(loaded) > 1:
+        raise InputError(f"{name}: found splits {', '.join(loaded)}, expected train, dev or test")
+
+    def each() -> Iterator[tuple[str, str, Row]]:
+        for split in splits or loaded:
+            for number, row in enumerate(loaded[split], 1):
+                yield splits.get(split, ""), f"{name}, {split}, row {number}", row
+
+    return each

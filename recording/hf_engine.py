@@ -1,0 +1,111 @@
+"""Recording with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from haltwise.decoder import Decoder
+from lms.language_model import LanguageModel
+from lms.self_test import self_test
+from recording.config import Answering, EngineConfig
+from recording.recording import Recording, Row, Work, recorder_of
+from traces import SIGNALS
+
+
+class HfEngine:
+    """An LM in transformers; see `recording.engine.Engine`.
+
+    Args:
+        config: Which LM, where, and how it is asked.
+        answering: How the task is answered.
+
+    Raises:
+        InputError: If the LM cannot be loaded or run.
+    """
+
+    def __init__(self, config: EngineConfig, answering: Answering) -> None:
+        """Loads the LM."""
+        self._lm = lm = LanguageModel.load(config.lm, config.device, config)
+        self._halting = config.halting(lm.chat, answering)
+        self._max_tokens = config.budget(lm.context)
+        self._temperature = lm.temperature if config.temperature is None else config.temperature
+        self._decoder = Decoder(
+            lm.model,
+            lm.tokenizer,
+            self._halting,
+            config.batch_size,
+            self._max_tokens,
+            self._temperature,
+            signals=[name for name in SIGNALS if name != "hidden" or config.hidden],
+        )
+        self.recorder = recorder_of(
+            "hf",
+            lm,
+            self._halting,
+            self._decoder.rules,
+            self._max_tokens,
+            self._temperature,
+            self._decoder.measured,
+            answering.instruction,
+        )
+        self.description = lm.chat.describe()
+
+    def record(self, work: Iterable[Work]) -> Iterator[Row]:
+        """See `Engine`."""
+        return record(self._lm, self._decoder, work)
+
+    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
+        """See `Engine`."""
+        asked = [question for question, _ in work]
+        found = self_test(
+            self._lm,
+            asked,
+            self._halting,
+            max_tokens=min(self._max_tokens, max_tokens or self._max_tokens),
+            temperature=self._temperature,
+            num=len(asked),
+        )
+        return str(found)
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+
+def record(lm: LanguageModel, decoder: Decoder, work: Iterable[Work]) -> Iterator[Row]:
+    """Answers questions in refilled slots and yields each trace as it ends.
+
+    Args:
+        lm: The LM.
+        decoder: What runs it; all of its slots are used. What it measures is recorded.
+        work: Questions with sampling seeds.
+    """
+    waiting = iter(work)
+    running: dict[int, Recording] = {}
+    while True:
+        free = [slot for slot in range(decoder.num_slots) if slot not in running]
+        fresh = {
+            slot: Recording(*job, signals={name: [] for name in decoder.measured})
+            for slot, job in zip(free, waiting, strict=False)
+        }
+        decoder.start(
+            np.array(list(fresh), dtype=np.int64),
+            [lm.prompt(recording.question.text) for recording in fresh.values()],
+            [recording.seed for recording in fresh.values()],
+        )
+        running |= fresh
+        if not running:
+            return
+        slots = np.array(list(running))
+        at_point = decoder.advance(slots)
+        here = slots[at_point]
+        probes = decoder.force(here)
+        signals = decoder.signals(here, probes)
+        for i, (slot, probe) in enumerate(zip(here.tolist(), probes, strict=True)):
+            running[slot].see(probe, signals, i)
+        for slot in slots[~at_point].tolist():
+            generation = decoder.generations[slot]
+            if generation.ended:
+                recording = running.pop(slot)
+                yield recording.row(lm.name, decoder.rules, generation.thought, generation.finished)

@@ -1,0 +1,52 @@
+"""A folder of traces that is written shard by shard, and completed after an interrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from haltwise import InputError
+from recording.recording import Row
+from traces import read_ids, write_shard
+
+
+def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
+    """The trace ids that a folder holds already.
+
+    Raises:
+        InputError: If it was recorded under other settings.
+    """
+    if not any(out.glob("*.parquet")):
+        return set()
+    ids, known = read_ids(out)
+    for name, expected in recorder.items():
+        if name == "code_version":  # another version of haltwise records the same
+            continue
+        found = known.get(name)
+        if found != expected:
+            raise InputError(
+                f"{out} was recorded with {name} {found!r}, not {expected!r}: "
+                "choose another --out, or delete it"
+            )
+    return ids
+
+
+def write_shards(
+    out: Path, rows: Iterable[Row], recorder: dict[str, Any], shard_size: int
+) -> Iterator[Row]:
+    """Writes traces to numbered files as they come, and passes them on."""
+    for leftover in out.glob(".*.part"):  # of a killed recording
+        leftover.unlink()
+    pending: list[Row] = []
+    number = 1 + max((int(path.stem) for path in out.glob("[0-9]*.parquet")), default=-1)
+    try:
+        for row in rows:
+            pending.append(row)
+            if len(pending) == shard_size:
+                write_shard(out / f"{number:05d}.parquet", pending, recorder)
+                number, pending = number + 1, []
+            yield row
+    finally:  # an interrupt loses nothing either
+        if pending:
+            write_shard(out / f"{number:05d}.parquet", pending, recorder)

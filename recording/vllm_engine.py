@@ -1,0 +1,316 @@
+"""Recording with vLLM: whole thoughts first, then an answer forced at every decision point.
+
+vLLM gives the log probabilities of a thought's tokens and of the 20 likeliest in their places: the
+stepwise signals follow from them. A forced answer is a request of its own, prompt, thought up to
+the point and close text, whose keys and values vLLM still has in its prefix cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
+
+from haltwise import InputError, Signals
+from haltwise.decoder import end_tokens
+from haltwise.gauge import NUM_TOP, STEPWISE, Gauge
+from haltwise.reflections import num_reflections
+from haltwise.thought import ForcedAnswer, Probe, Thought, ThoughtRules
+from recording.config import Answering, EngineConfig
+from recording.recording import Recording, Row, Work, recorder_of
+from recording.weightless import load_weightless, source_of
+
+_SIGNALS = (*STEPWISE, "num_reflections")
+# Room for a prompt: vLLM sets aside memory for the longest sequence there can be, and an LM's
+# whole context may be more than a GPU holds.
+_PROMPT_ROOM = 4096
+# Forced answers in one call: each comes with its whole prompt, as Python integers.
+_MOST_FORCED = 1024
+
+
+@dataclass
+class _Thinking:
+    """A question on its way."""
+
+    recording: Recording
+    prompt: list[int]
+    thought: Thought
+    points: list[int]
+    """Tokens before each decision point."""
+    finished: bool
+    signals: Signals
+
+
+class VllmEngine:
+    """An LM in vLLM; see `recording.engine.Engine`.
+
+    Args:
+        config: Which LM, where, and how it is asked.
+        answering: How the task is answered.
+
+    Raises:
+        InputError: If the LM cannot be loaded or run, or this vLLM runs on another device.
+    """
+
+    def __init__(self, config: EngineConfig, answering: Answering) -> None:
+        """Starts the engine."""
+        _check_device(config.device)
+        self._lm = lm = load_weightless(config)
+        halting = config.halting(lm.chat, answering)
+        self._halting, self._rules = halting, ThoughtRules(lm.tokenizer, halting)
+        self._eos_ids = end_tokens(lm.model.generation_config)
+        self._batch_size, self._max_tokens = config.batch_size, config.budget(lm.context)
+        self._temperature = lm.temperature if config.temperature is None else config.temperature
+        lm_config = lm.model.config.get_text_config(decoder=True)
+        self._num_top = min(NUM_TOP, lm_config.vocab_size)
+        after_prompt = self._max_tokens + len(self._rules.close_ids) + halting.max_answer_tokens
+        max_length = int(min(lm.context, after_prompt + _PROMPT_ROOM))
+        self._max_prompt = max_length - after_prompt
+        self._llm = _start(config, str(lm.model.dtype).removeprefix("torch."), max_length)
+        self.recorder = recorder_of(
+            "vllm",
+            lm,
+            halting,
+            self._rules,
+            self._max_tokens,
+            self._temperature,
+            _SIGNALS,
+            answering.instruction,
+        )
+        self.description = lm.chat.describe()
+
+    def record(self, work: Iterable[Work]) -> Iterator[Row]:
+        """See `Engine`."""
+        waiting = iter(work)
+        while batch := list(islice(waiting, self._batch_size)):
+            yield from self._answer(batch, self._max_tokens)
+
+    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
+        """See `Engine`."""
+        budget = min(self._max_tokens, max_tokens or self._max_tokens)
+        rows = list(self._answer(work, budget))
+        answers = [answer for row in rows for answer in row["answer"]]
+        shown = f"such as {rows[0]['text']!r:.160}"
+        if not answers:
+            raise InputError(
+                f"no thought comes to a decision point ({self._halting.decision_rule!r}, thoughts "
+                f"begin with {self._halting.think_start!r}), {shown}: see --think-start, --every "
+                "and --max-tokens"
+            )
+        if not any(answers):
+            raise InputError(
+                f"none of {len(answers)} forced answers can be read by the rule "
+                f"{self._halting.answer_rule!r}, {shown}: set --close-text to what leads the LM to "
+                "its answer, or raise --max-answer-tokens"
+            )
+        num_read = sum(map(bool, answers))
+        return (
+            f"{self.description}\n{len(rows)} questions, {num_read} of {len(answers)} forced "
+            f"answers could be read, {shown}"
+        )
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        del self._llm
+
+    def _answer(self, batch: Sequence[Work], max_tokens: int) -> Iterator[Row]:
+        """Answers questions and yields their traces."""
+        thinking = self._think(batch, max_tokens)
+        answers = self._force(thinking)
+        for one in thinking:
+            for i, probe in enumerate(islice(answers, len(one.points))):
+                one.recording.see(probe, one.signals, i)
+            yield one.recording.row(self._lm.name, self._rules, one.thought, one.finished)
+
+    def _think(self, batch: Sequence[Work], max_tokens: int) -> list[_Thinking]:
+        """Lets an LM think about questions to the end."""
+        texts = [self._lm.prompt(question.text) for question, _ in batch]
+        prompts = [self._encode(text) for text in texts]
+        params = [
+            self._params(
+                max_tokens,
+                self._num_top,
+                temperature=self._temperature,
+                seed=_seed(text, seed),
+            )
+            for text, (_, seed) in zip(texts, batch, strict=True)
+        ]
+        thinking = []
+        outputs = self._generate(prompts, params)
+        for job, text, prompt, output in zip(batch, texts, prompts, outputs, strict=True):
+            tokens, logprobs = self._read(output, max_tokens, self._num_top)
+            finished = tokens[-1] in self._eos_ids
+            thought = Thought(self._rules, text)
+            points = _points(thought, tokens)
+            signals = self._signals(tokens, logprobs, points)
+            recording = Recording(*job, signals={name: [] for name in _SIGNALS})
+            thinking.append(_Thinking(recording, prompt, thought, points, finished, signals))
+        return thinking
+
+    def _force(self, thinking: Sequence[_Thinking]) -> Iterator[Probe]:
+        """Forces the answers at all decision points of some thoughts, in order."""
+        prompts = (
+            [*one.prompt, *one.thought.tokens[:point], *self._rules.close_ids]
+            for one in thinking
+            for point in one.points
+        )
+        length = self._halting.max_answer_tokens
+        params = self._params(length, 1, temperature=0.0)
+        while batch := list(islice(prompts, _MOST_FORCED)):
+            for output in self._generate(batch, [params] * len(batch)):
+                tokens, logprobs = self._read(output, length, 1)
+                yield self._rules.read(self._cut(tokens, logprobs[:, 0]))
+
+    def _cut(self, tokens: Sequence[int], logprobs: NDArray[np.float64]) -> ForcedAnswer:
+        """The forced answer that some tokens begin with."""
+        answer = ForcedAnswer([], [], 0)
+        for token, logprob in zip(tokens, logprobs.tolist(), strict=True):
+            answer.num_tokens += 1
+            if token in self._eos_ids:
+                break
+            answer.tokens.append(token)
+            answer.logprobs.append(logprob)
+            if self._rules.is_complete(answer.tokens):
+                break
+        return answer
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._lm.tokenizer.encode(text, add_special_tokens=False)
+        if not 0 < len(ids) <= self._max_prompt:
+            raise InputError(
+                f"prompt {text!r:.40} has {len(ids)} tokens, expected 1 to {self._max_prompt}: at "
+                f"most {_PROMPT_ROOM}, and the LM's context less max_tokens and a forced answer"
+            )
+        return ids
+
+    def _params(self, max_tokens: int, num_top: int, **sampling: Any) -> Any:
+        """What is asked of vLLM: it ends where we say, and tells probabilities at temperature 1."""
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=num_top,
+            flat_logprobs=True,
+            stop_token_ids=self._eos_ids,
+            ignore_eos=True,
+            detokenize=False,
+            **sampling,
+        )
+
+    def _generate(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self._llm.generate(requests, list(params), use_tqdm=False)
+        if len(outputs) != len(requests):
+            raise InputError(f"vLLM answered {len(outputs)} of {len(requests)} requests")
+        return [output.outputs[0] for output in outputs]
+
+    def _read(
+        self, output: Any, max_tokens: int, num_top: int
+    ) -> tuple[list[int], NDArray[np.float64]]:
+        """Tokens (T,) of an output and log probabilities (T, 1 + num_top).
+
+        The first is that of the token, then come those of the likeliest in its place.
+
+        Raises:
+            InputError: If they are not all there, or not numbers.
+        """
+        tokens = list(output.token_ids)
+        ended = bool(tokens) and tokens[-1] in self._eos_ids
+        if not 0 < len(tokens) <= max_tokens or (len(tokens) < max_tokens and not ended):
+            raise InputError(
+                f"vLLM gave {len(tokens)} tokens without an end ({output.finish_reason!r}), "
+                f"expected {max_tokens}, or the LM's end token before"
+            )
+        flat = output.logprobs
+        found = 0 if flat is None else len(flat.logprobs)
+        if found != len(tokens) * (1 + num_top):
+            raise InputError(
+                f"vLLM gave {found} log probabilities with {len(tokens)} tokens, expected "
+                f"{1 + num_top} a token"
+            )
+        logprobs = np.array(flat.logprobs, dtype=np.float64).reshape(len(tokens), 1 + num_top)
+        if np.isnan(logprobs).any():
+            position = int(np.isnan(logprobs).any(axis=1).argmax())
+            raise InputError(f"LM gave NaN logits at position {position}")
+        return tokens, logprobs
+
+    def _signals(
+        self, tokens: Sequence[int], logprobs: NDArray[np.float64], points: Sequence[int]
+    ) -> Signals:
+        """What is seen at some decision points of a thought."""
+        position = np.array(points, dtype=np.int64)
+        since = np.diff(position, prepend=0)
+        rows = np.repeat(np.arange(len(points)), since)
+        seen = logprobs[: len(rows)]
+        top = np.pad(seen[:, 1:], ((0, 0), (0, NUM_TOP - self._num_top)), constant_values=-np.inf)
+        gauge = Gauge(len(points))
+        gauge.add(rows, seen[:, 0], top)
+        numbers = [
+            num_reflections(tokens[:point], num, self._rules.decode)
+            for point, num in zip(points, since.tolist(), strict=True)
+        ]
+        measured: dict[str, Any] = gauge.read(np.arange(len(points)))
+        measured["num_reflections"] = np.array(numbers, dtype=np.float32)
+        return Signals(position, **measured)
+
+
+def _points(thought: Thought, tokens: Sequence[int]) -> list[int]:
+    """Gives a thought its tokens; those with a decision point behind them. The last one ends it."""
+    points = []
+    for token in tokens:
+        thought.add(token)
+        if thought.at_point:
+            points.append(thought.position)
+    return [point for point in points if point < len(tokens)]
+
+
+def _seed(prompt: str, seed: int) -> int:
+    """What vLLM draws a question's tokens with: of the question and its seed alone."""
+    digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _check_device(device: str) -> None:
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"cannot use device {device!r}: {reason}") from None
+    if asked.index is not None:
+        raise InputError(
+            f"device is {device!r}: expected {asked.type!r}, choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    if asked.type != current_platform.device_type:
+        raise InputError(
+            f"device is {device!r}, but this vLLM runs on {current_platform.device_type!r}"
+        )
+
+
+def _start(config: EngineConfig, dtype: str, max_length: int) -> Any:
+    """A running engine.
+
+    Raises:
+        InputError: If vLLM does not know the LM, or has no room for it.
+    """
+    try:
+        return LLM(
+            model=source_of(config.lm),
+            dtype=dtype,
+            max_model_len=max_length,
+            tensor_parallel_size=config.tensor_parallel,
+            distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
+            enforce_eager=config.device == "cpu",
+            enable_prefix_caching=True,
+            generation_config="vllm",
+            max_logprobs=NUM_TOP,
+            logprobs_mode="raw_logprobs",
+        )
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"vLLM does not start with {config.lm!r}: {reason}") from None

