@@ -137,11 +137,12 @@ def _open(config: CollectConfig) -> Engine:
 
 
 def _tried(config: CollectConfig) -> list[Work]:
-    """The first few questions, of the first split that has any."""
+    """The first few questions, of those splits that have any."""
+    found: list[Work] = []
     for split in config.split:
         with suppress(InputError):
-            return list(islice(work(replace(config, split=(split,))), _NUM_TRIED))
-    return list(islice(work(config), _NUM_TRIED))
+            found += islice(work(replace(config, split=(split,))), _NUM_TRIED - len(found))
+    return found or list(work(config))
 
 
 def _record(config: CollectConfig, out: Path, engine: Engine) -> None:

@@ -52,7 +52,7 @@ def test_a_gguf_file_is_the_lm_that_it_was_made_from(file: Path, cache: Path) ->
     tokens = family.tokenizer.encode(prompt, add_special_tokens=False)
     assert lm.tokenizer.encode(prompt, add_special_tokens=False) == tokens
     torch.testing.assert_close(logits(lm.model, tokens), logits(family.model, tokens))
-    ends = ["</s>", "<|eot|>"]
+    ends = ["<|eot|>", "</s>"]
     assert end_tokens(lm.model.generation_config) == family.tokenizer.convert_tokens_to_ids(ends)
 
 
@@ -109,9 +109,9 @@ def test_the_cache_lies_at_home_unless_told_otherwise(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "ends"),
     [
-        ("qwen3", ["<|endoftext|>", "<|im_end|>"]),
+        ("qwen3", ["<|im_end|>", "<|endoftext|>"]),
         ("r1", ["<|end|>"]),
-        ("instruct", ["</s>", "<|eot|>"]),
+        ("instruct", ["<|eot|>", "</s>"]),
         ("base", ["</s>"]),
     ],
 )

@@ -247,5 +247,5 @@ def test_damaged_operating_points_are_told(tmp_path: Path, content: str) -> None
 def test_outcomes_do_not_change_the_traces(worked_example: Traces) -> None:
     before: Any = worked_example.digest
     halt_outcome(worked_example, np.array([True, False, False]), "at_halt")
-    del worked_example.__dict__["digest"]
+    del worked_example.__dict__["fingerprint"]
     assert worked_example.digest == before
