@@ -7,12 +7,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from haltwise import InputError, cli
+from haltwise import HaltHead, InputError, cli
 from haltwise.proxy import ServeConfig, create_app
 from tests.fake_upstream import FakeUpstream, Plan, listening_socket
 from tests.proxies import (
@@ -95,6 +96,14 @@ def test_a_setting_out_of_its_range_is_refused(
     with pytest.raises(InputError, match=expected) as raised:
         create_app(ServeConfig(**{"head": head} | settings))
     assert "\n" not in str(raised.value)
+
+
+def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:
+    of_markers = HaltHead.load(head)
+    halting = replace(of_markers.config.halting, think_start="", think_end="")
+    HaltHead(replace(of_markers.config, halting=halting), of_markers.weights).save(tmp_path)
+    with pytest.raises(InputError, match="reasons in the open: expected think markers"):
+        create_app(ServeConfig(head=tmp_path))
 
 
 @pytest.mark.parametrize(

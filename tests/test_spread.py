@@ -87,11 +87,6 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     other = Loaded(spread.recorder | {"dtype": "bfloat16"}, "", 1, "elsewhere")
     with pytest.raises(InputError, match=r"workers on .* and elsewhere differ in dtype: "):
         spread._welcome(_Hand(None), other)
-
-    jobs = [deadly(job) for job in work(replace(config, num=1))]
-    named = "3 workers died of the 2 questions from "
-    with pytest.raises(InputError, match=named + repr(jobs[0][0].question_id)):
-        list(spread.record(jobs))
     spread.close()
 
 
@@ -115,6 +110,19 @@ def test_what_is_wrong_with_an_lm_is_told_by_its_worker(local_ray: None, tmp_pat
     nowhere = small_config(tmp_path / "nowhere", tmp_path / "traces", ray="local", workers=1)
     with pytest.raises(InputError, match=r"^cannot load an LM from "):
         main(nowhere)
+
+
+@pytest.mark.slow
+def test_questions_that_kill_every_worker_end_the_recording(
+    local_ray: None, lm_folder: Path, tmp_path: Path
+) -> None:
+    config = small_config(lm_folder, tmp_path / "traces", num=1)
+    spread = Spread(config, SHORT, "local", 2, job_size=3)
+    jobs = [deadly(job) for job in work(config)]
+    named = "3 workers died of the 2 questions from "
+    with pytest.raises(InputError, match=named + repr(jobs[0][0].question_id)):
+        list(spread.record(jobs))
+    spread.close()
 
 
 @pytest.mark.slow

@@ -67,6 +67,11 @@ class Proxy:
         head = HaltHead.load(config.head)
         check_served(head)
         self._halting = head.config.halting
+        if not self._halting.think_start:
+            raise InputError(
+                "the head's LM reasons in the open: expected think markers, by which servers tell "
+                "a thought from an answer"
+            )
         self._rules = PointRules(self._halting)
         self._terms = config.terms(head.config.default_price)
         self._setting = Setting(head, self.metrics, config.shadow, config.read_timeout)
