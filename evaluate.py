@@ -51,6 +51,7 @@ from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
 from lms.questions import SPLITS
 from traces import MAX_TRACES, TraceFiles, Traces
+from traces.store import read_columns
 
 #: By name: a policy, or several trainings of one, whose outcomes are averaged.
 Policies = Mapping[str, Sequence[Policy]]
@@ -66,7 +67,8 @@ class EvaluateConfig:
     """Trace file, or folder of *.parquet shards. Default: what the run was trained from."""
     split: str = "test"
     """Which rows: train, dev, test, or all. Questions that the run learned from are judged by the
-    heads of its folds that never saw them."""
+    heads of its folds that never saw them; those outside of its sample have none, and are no
+    evidence."""
     max_traces: int = MAX_TRACES
     """Traces in memory at most. Of more, a sample of that many is judged, by question."""
     json: Path | None = None
@@ -303,7 +305,10 @@ def _supervised(trained: _Run) -> dict[str, list[Supervised]]:
         print(f"{', '.join(names)}: not available, the run's own traces cannot be read ({error})")
         return {name: [] for name in names}
     if changed:
-        print(f"{', '.join(names)}: not available, the run's own traces have changed")
+        print(
+            f"{', '.join(names)}: not available, the run's own traces have changed, "
+            "or were digested by another version"
+        )
         return {name: [] for name in names}
     max_traces = run.get("config", {}).get("max_traces", MAX_TRACES)
     own = recorded.read(recorded.sample(rows, max_traces))
@@ -354,16 +359,18 @@ def _explained(recorded: TraceFiles, trace_id: str, trained: _Run) -> str:
     """
     rows = recorded.rows_of_trace(trace_id)
     if not rows.any():
-        first = recorded.read(np.arange(len(rows)) == 0).trace_id[0]
-        raise InputError(
-            f"no trace {trace_id!r} among these {len(rows)}, the first is {str(first)!r}"
-        )
+        ((first, *_),) = next(read_columns(recorded.shards[0], ("trace_id",)))
+        raise InputError(f"no trace {trace_id!r} among these {len(rows)}, the first is {first!r}")
     traces = recorded.read(rows)
     price = trained.head.config.default_price
     if price == 0:
         raise InputError("the head's own price is 0: it never halts, there is nothing to explain")
-    head = trained.trainings[0].judge(str(traces.question_id[0]))
-    return decision_path(traces, head, price)
+    question_id = str(traces.question_id[0])
+    told = decision_path(traces, trained.trainings[0].judge(question_id), price)
+    known = trained.learned.among(traces.question_id).any()
+    if known and not any(question_id in fold for fold in trained.learned.folds.values()):
+        told = f"The head learned from this question: what it does here is no evidence.\n{told}"
+    return told
 
 
 def _write(config: EvaluateConfig, report: dict[str, Any]) -> None:
@@ -398,9 +405,10 @@ def _live(trained: _Run, traces: Traces) -> dict[str, Any] | None:
     try:
         config, num = asked_before(settings), settings["num_questions"]
         _ = traces.recorder["max_tokens"], traces.recorder["temperature"]
-    except KeyError:
+    except KeyError as missing:
         raise InputError(
-            f"{trained.folder}: not a run on traces recorded by collect.py, which --live needs"
+            f"{trained.folder}: config.json or the traces do not say {missing}: expected a run of "
+            "this version on traces recorded by collect.py, which --live needs"
         ) from None
     lm = LanguageModel.load(config.lm, config.device, config)
     if lm.name not in traces.model:

@@ -101,7 +101,9 @@ def fit(
     torch.set_num_threads(1)
     chunks = chunks_of(traces)
     one_pass = iter(chunks)
-    first = next(one_pass)
+    first = next(one_pass, None)
+    if first is None:
+        raise InputError("no trace has a decision point: there is nothing to decide")
     env = ReplayEnv(first, head.observing, head.halting, config.ppo.num_envs)
     ppo = make_ppo(
         env,
@@ -318,7 +320,9 @@ def out_of_fold(
     }
     missing = [at for at, path in paths.items() if not path.exists()]
     everything = cache / "traces.pickle"
-    everything.write_bytes(pickle.dumps(traces))
+    if missing:
+        with everything.open("wb") as file:
+            pickle.dump(traces, file, protocol=pickle.HIGHEST_PROTOCOL)
     jobs = [
         _Fold(
             everything,
@@ -334,10 +338,12 @@ def out_of_fold(
     ]
     workers = min(len(missing), os.cpu_count() or 1) or 1
     spawn = multiprocessing.get_context("spawn")
-    with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
-        for _ in tqdm(pool.map(_fit_fold, jobs), "folds", len(missing)):
-            pass
-    everything.unlink()
+    try:
+        with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
+            for _ in tqdm(pool.map(_fit_fold, jobs), "folds", len(missing)):
+                pass
+    finally:
+        everything.unlink(missing_ok=True)
     of_point = {seed: of[traces.trace_of_point] for seed, of in fold.items()}
     return _Decided(paths, of_point)
 
@@ -392,7 +398,8 @@ def fold_folder(cache: Path, seed: int, k: int) -> Path:
 def _fit_fold(job: _Fold) -> None:
     """Saves decisions (C, number of prices, P) on the traces kept back, and the fold's heads."""
     gc.collect()  # the last job's agent and environment refer to each other
-    traces: Traces = pickle.loads(job.traces.read_bytes())
+    with job.traces.open("rb") as file:
+        traces: Traces = pickle.load(file)
     train, held_out = traces.select(~job.kept_back), traces.select(job.kept_back)
     del traces
     groups, halting = job.head.observing.groups, job.head.halting

@@ -106,7 +106,7 @@ def _lived(
         signals=(*STEPWISE, "end_think_logprob"),
         burst=burst,
     )
-    asked, running = some_questions(lm, 11), np.arange(11)
+    asked, running = some_questions(lm, 11, 230), np.arange(11)
     prompts = [lm.prompt(question.text) for question in asked]
     decoder.start(running, prompts, range(len(asked)))
     answers, numbers = [], []

@@ -13,13 +13,18 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 _BLANKS = r"[\s*_]*"
-_MARK = re.compile(rf"\banswer{_BLANKS}:{_BLANKS}", re.IGNORECASE)
+# Bold ends, or begins: a single star or line may be the answer's own.
+_BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
+_MARK = re.compile(rf"\banswer{_BLANKS}:{_BOLD}", re.IGNORECASE)
 _STYLED = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 _SIZE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+# The base of a power is no number of its own, but one of degrees is.
 _EXACT = re.compile(
-    rf"(?<![\w.^])(?<!\^\{{)[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?"
+    rf"(?<![\w.^])(?<!\^\{{)"
+    rf"(?>[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?)"
+    rf"(?!\s?\^(?!\s?\{{?\\circ))"
 )
 _PARTED = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?|\u202f|\u2009)(?=[0-9]{3})")
 _SIGNED = re.compile(r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])")
@@ -46,7 +51,9 @@ _BARE = re.compile(r"\W*([A-Za-z])\W*")
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
 _FORMULA = re.compile(r"\$([^$]+)\$")
-_CONCLUDED = re.compile(rf"\banswer{_BLANKS}(?:is\b{_BLANKS}:?|:){_BLANKS}", re.IGNORECASE)
+_CONCLUDED = re.compile(
+    rf"\banswer{_BLANKS}(?:is\b(?:\s*(?:\*\*)?\s*:)?|:){_BOLD}", re.IGNORECASE
+)
 _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\s")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 
@@ -281,7 +288,7 @@ def read_latex(text: str) -> str:
         return normal_latex(boxed)
     marks = list(_CONCLUDED.finditer(text))
     lines = _lines(text[marks[-1].end() :]) if marks else []
-    said = lines[0].rstrip("*_. ") if lines else text
+    said = lines[0].lstrip("*_ ").rstrip("*_. ") if lines else text
     formulas = _FORMULA.findall(said)
     if formulas:
         return normal_latex(formulas[-1])

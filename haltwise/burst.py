@@ -65,7 +65,6 @@ class Burst:
     """The device's side of generating: buffers of fixed place and size, and one step over them.
 
     Args:
-        forward: One pass of the LM; it must not wait for the device.
         num_rows: R.
         vocabulary: V.
         hidden: D, or 0 if nobody wants the states.
@@ -76,7 +75,6 @@ class Burst:
 
     def __init__(
         self,
-        forward: Forward,
         num_rows: int,
         vocabulary: int,
         hidden: int,
@@ -85,7 +83,7 @@ class Burst:
         captures: bool,
     ) -> None:
         """Makes the buffers."""
-        self._forward, self._device, self._captures = forward, device, captures
+        self._device, self._captures = device, captures
         new = partial(torch.zeros, device=device)
         #: (R, V) of what follows; the first W rows are the burst's.
         self.logits = new(num_rows, vocabulary)
@@ -104,19 +102,17 @@ class Burst:
 
     def forget(self) -> None:
         """Drops all graphs: what they read and write has moved."""
-        self._steps: dict[Shape, Work] = {}
+        self._graphs: dict[Shape, Work] = {}
         self._pool: Any = None
 
-    def run(self, shape: Shape, start: Start, num: int) -> tuple[Index, Float]:
+    def run(self, forward: Forward, shape: Shape, start: Start, num: int) -> tuple[Index, Float]:
         """Generates `num` tokens of each row; `logits` and `hidden` are then of the last ones.
 
         Returns:
             Tokens (S, W), -1 where the logits were not numbers (what follows is void), and the
             logarithms (S, W, num_logprobs) of probabilities: the only copy to the host.
         """
-        step = self._steps.get(shape)
-        if step is None:
-            step = self._steps[shape] = self._prepare(shape, start.scratch)
+        step = self._graphs.get(shape) or self._prepare(forward, shape, start.scratch)
         self._load(shape.width, start)
         for _ in range(num):
             step()
@@ -127,7 +123,7 @@ class Burst:
         found = flat[: tokens.numel()].reshape(tokens.shape).astype(np.int64)
         return found, flat[tokens.numel() :].reshape(logprobs.shape)
 
-    def step(self, shape: Shape) -> None:
+    def step(self, forward: Forward, shape: Shape) -> None:
         """Chooses a token a row, keeps what it shows, and feeds it."""
         width = shape.width
         logits, num = self.logits[:width], self._num
@@ -139,7 +135,7 @@ class Burst:
             kept = self._logprobs[:, :width, : shape.num_logprobs]
             kept.index_copy_(0, num, seen[None])
         positions, columns = self._positions[:width], self._columns[:width]
-        new, hidden = self._forward(chosen[:, None], positions, columns, shape.length)
+        new, hidden = forward(chosen[:, None], positions, columns, shape.length)
         logits.copy_(new)
         self.hidden[:width].copy_(hidden)
         positions.add_(self._pace[:width])
@@ -163,9 +159,9 @@ class Burst:
             self._uniforms[: len(uniforms), :width] = uniforms
         self._num.zero_()
 
-    def _prepare(self, shape: Shape, scratch: int) -> Work:
+    def _prepare(self, forward: Forward, shape: Shape, scratch: int) -> Work:
         """The step of some shape, as a graph where there are graphs."""
-        step = partial(self.step, shape)
+        step = partial(self.step, forward, shape)
         if not self._captures:
             return step
         # A step is run to warm up: one that writes where nobody reads.
@@ -175,7 +171,10 @@ class Burst:
         try:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            return capture(step, self._device, self._pool)
+            graph = self._graphs[shape] = capture(step, self._device, self._pool)
+            return graph
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self._captures = False
             reason = str(error).strip().partition("\n")[0]
@@ -200,14 +199,14 @@ def capture(work: Work, device: torch.device, pool: Any) -> Work:
         RuntimeError: If the work waits for the device, or cannot be captured for another reason.
     """
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
+        aside, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         aside.wait_stream(torch.cuda.current_stream())
+        # A capture that fails leaves its stream current; the outer context does not.
         with torch.cuda.stream(aside):
             work()
+            with torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local"):
+                work()
         torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            work()
     return graph.replay
 
 

@@ -118,7 +118,8 @@ class Decoder:
         self._burst = burst
         self._slots = Slots(model, num_slots, self._meter.needs_hidden, burst)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
-        self._max_prompt = (
+        #: Tokens of a prompt at most.
+        self.max_prompt = (
             context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
         )
 
@@ -149,10 +150,10 @@ class Decoder:
             return
         tokens = [self.rules.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
         for prompt, ids in zip(prompts, tokens, strict=True):
-            if not 0 < len(ids) <= self._max_prompt:
+            if not 0 < len(ids) <= self.max_prompt:
                 raise InputError(
                     f"prompt {prompt!r:.40} has {len(ids)} tokens, expected 1 to "
-                    f"{self._max_prompt}: the LM's context less max_tokens and a forced answer"
+                    f"{self.max_prompt}: the LM's context less max_tokens and a forced answer"
                 )
         for slot, prompt, seed in zip(slots, prompts, seeds, strict=True):
             thought = Thought(self.rules, prompt)

@@ -231,7 +231,11 @@ class HaltHead:
         """SHA-256 of all that its decisions at a price depend on."""
         observing, projection = asdict(self.config.observing), self.config.observing.projection
         del observing["projection"]
-        settings = [observing, asdict(self.config.halting), self.config.threshold]
+        halting = asdict(self.config.halting)
+        for name in ("answer_rule", "answer_end", "think_start", "think_end"):
+            if halting[name] == getattr(Halting, name):  # certificates are older than these
+                del halting[name]
+        settings = [observing, halting, self.config.threshold]
         tensors = self.weights | ({} if projection is None else vars(projection))
         content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in sorted(tensors):

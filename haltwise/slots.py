@@ -71,9 +71,7 @@ class Slots:
         self._burst: Burst | None = None
         if burst:
             most, device = max(burst, _ANSWER_BURST), model.device
-            self._burst = Burst(
-                self._run, num_rows, vocabulary, size, device, most, _has_graphs(model)
-            )
+            self._burst = Burst(num_rows, vocabulary, size, device, most, _has_graphs(model))
 
     @torch.inference_mode()
     def prefill(self, rows: Index, token_lists: Sequence[Sequence[int]]) -> None:
@@ -163,7 +161,7 @@ class Slots:
             self._to_front(rows)
         here, place = np.argsort(self._place)[:width], self._place[rows]
         length = _window_length(int(self.lengths[rows].max()) + num)
-        self._make_room(max(length, int(self.lengths.max()) + 1))
+        self._make_room(max(length, int(self.lengths.max()) + 1), spare=False)
         moves = np.zeros(width, dtype=np.bool_)
         moves[place] = True
         drawn = None
@@ -171,9 +169,8 @@ class Slots:
             drawn = np.zeros((num, width), dtype=np.float32)
             drawn[:, place] = uniforms
         start = Start(self.next_logits(here), self.lengths[here], moves, self._capacity - 1, drawn)
-        tokens, logprobs = self._burst.run(
-            Shape(width, length, temperature, num_logprobs), start, num
-        )
+        shape = Shape(width, length, temperature, num_logprobs)
+        tokens, logprobs = self._burst.run(self._run, shape, start, num)
         self.lengths[rows] += num
         index, source = self._on_device(rows), self._on_device(place)
         self._logits[index] = self._burst.logits[source]
@@ -245,10 +242,10 @@ class Slots:
         logits: Tensor = out.logits[:, -1]
         return logits, self._tap.latest if self._tap else logits[:, :0]
 
-    def _make_room(self, length: int) -> None:
-        """Gives each row so many columns at least. Half as many again, and never fewer."""
+    def _make_room(self, length: int, spare: bool = True) -> None:
+        """Gives each row so many columns at least, half as many again if some are to be spare."""
         if length > self._capacity:
-            wanted = max(length, 3 * self._capacity // 2)
+            wanted = max(length, 3 * self._capacity // 2 if spare else 0)
             self._capacity = -(-wanted // _CAPACITY) * _CAPACITY
             for layer in self._layers:
                 layer.grow(self._capacity)

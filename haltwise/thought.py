@@ -146,6 +146,10 @@ class ThoughtRules(PointRules):
             )
         self.tokenizer = tokenizer
         self.close_ids = self._encode(halting.close_text)
+        if not (self.think_end or tokenizer.eos_token):
+            raise InputError(
+                "the tokenizer has no eos_token: expected one, for an LM that reasons in the open"
+            )
         #: The token with which the LM itself begins to close a thought.
         self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
         #: Reads an answer from a text.

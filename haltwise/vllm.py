@@ -5,9 +5,9 @@
 
 `head` is a folder written by train.py, and HALTWISE_HEAD in the environment will do instead. Beside
 it may stand the terms of requests that ask for nothing (`price`, `min_tokens`, `max_tokens`,
-`off`). A request asks with `vllm_xargs` over HTTP, or `SamplingParams(extra_args=...)`:
-`haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`, `haltwise_off`. A bad value is that
-request's error (HTTP 400).
+`off`). The LM's markers are the head's. A request asks with `vllm_xargs` over HTTP, or
+`SamplingParams(extra_args=...)`: `haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`,
+`haltwise_off`. A bad value is that request's error (HTTP 400).
 
 A thought that is halted is closed token by token with the head's close text, and then the LM goes
 on freely with the request's own sampling. A token that something else forbids, such as a grammar,
@@ -542,6 +542,8 @@ class _Watch:
 
     def _end_of_prompt(self, prompt: list[int]) -> str:
         """Enough of a prompt's text to tell whether it ends in a thought."""
+        if not self._rules.think_start:
+            return ""
         if len(self._markers) < 2:
             return self._rules.decode(prompt, skip_special_tokens=False)
         return next((self._markers[t] for t in reversed(prompt) if t in self._markers), "")

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,12 @@ def test_halting_refuses_unknown_conditions(change: dict[str, Any]) -> None:
     )
     with pytest.raises(InputError):
         Halting(**good | change)
+
+
+def test_a_shipped_head_is_still_what_was_certified() -> None:
+    """Conditions that are newer than a certificate do not change a head that has the usual ones."""
+    digest = "66ff10e8009a452d287d0f21cb0e231283ac6df72ba1060fb4bee89b175268ae"
+    head = HaltHead.load(Path(__file__).parent.parent / "checkpoints" / "embedded-head")
+    assert head.digest == digest
+    halting = replace(head.config.halting, answer_end="}")
+    assert HaltHead(replace(head.config, halting=halting), head.weights).digest != digest

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -162,3 +164,18 @@ def test_lms_that_cannot_be_rolled_back_are_refused() -> None:
         Slots(encoder, 1)
     with pytest.raises(InputError, match="expected sdpa or eager"):
         Slots(tiny_lm(attn_implementation="flex_attention"), 1)
+
+
+@pytest.mark.parametrize("burst", [0, 4])
+def test_slots_that_nobody_holds_are_gone_at_once(burst: int) -> None:
+    """Their cache may fill a GPU, whose allocator waits for no garbage collector."""
+    gc.disable()
+    try:
+        slots = Slots(tiny_lm(), 2, burst=burst)
+        slots.prefill(np.arange(2), [[2], [3]])
+        slots.force(np.arange(2), closing([CLOSE]), 3, [EOS])
+        seen = weakref.ref(slots)
+        del slots
+        assert seen() is None
+    finally:
+        gc.enable()

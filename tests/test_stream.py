@@ -75,7 +75,7 @@ def test_a_sample_is_of_the_splits_that_are_asked_for(folder: Path) -> None:
         files.rows("other")
 
 
-@pytest.mark.parametrize("most", [1, 7, 13, 59, 60, 1000])
+@pytest.mark.parametrize("most", [7, 13, 59, 60, 1000])
 def test_a_pass_of_chunks_sees_every_trace_once_and_never_more_than_its_size(
     folder: Path, most: int
 ) -> None:
@@ -276,3 +276,27 @@ def test_processes_of_folds_start_without_the_script_and_it_comes_back() -> None
         assert not hasattr(sys.modules["__main__"], "__file__")
         raise KeyError
     assert sys.modules["__main__"] is script
+
+
+def test_a_chunk_without_decision_points_teaches_nothing_and_harms_nothing(
+    make_row: MakeRow, tmp_path: Path
+) -> None:
+    points = ("position", "probe_tokens", "answer", "correct", "confidence", "answer_logprobs")
+    rows = [make_row(trace_id=f"t{i}", question_id=f"q{i}") for i in range(12)]
+    for row in rows[4:8]:
+        row.update({name: [] for name in points})
+    for k in range(3):
+        write_shard(tmp_path / f"{k}.parquet", rows[4 * k : 4 * k + 4], {})
+    files = TraceFiles.open(tmp_path)
+    chunks = files.chunks(files.rows(), 4, seed=0)
+    assert sorted(len(chunk) for chunk in chunks) == [4, 4]
+    assert all(chunk.num_points for chunk in chunks)
+    alone = files.chunks(files.rows(), 1, seed=0)
+    taught = [f"t{i}" for i in range(12) if not 4 <= i < 8]
+    assert sorted(str(chunk.trace_id[0]) for chunk in alone) == sorted(taught)
+
+
+def test_at_least_one_trace_must_fit(folder: Path) -> None:
+    files = TraceFiles.open(folder)
+    with pytest.raises(InputError, match="max_traces is 0, expected at least 1"):
+        files.sample(files.rows(), 0)

@@ -117,7 +117,9 @@ class _Together:
             if size != self._size[1]:
                 expected = f"expected {self._size[1]} as in line {self._size[0]}"
                 raise self._error(number, "hidden", f"vector of {size}, {expected}")
-        first = self._ids.setdefault(str(row.get("trace_id")), number)
+        if row.get("trace_id") is None:
+            raise self._error(number, "trace_id", "missing")
+        first = self._ids.setdefault(str(row["trace_id"]), number)
         if first != number:
             raise self._error(number, "trace_id", f"{row['trace_id']!r} is in line {first} too")
 

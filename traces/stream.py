@@ -130,7 +130,12 @@ class TraceFiles:
 
         The sample is always the same, whatever the order of rows: the questions with the smallest
         keys, a hash of their ids, as many as have no more traces than that; but at least one.
+
+        Raises:
+            InputError: If the number is below 1.
         """
+        if max_traces < 1:
+            raise InputError(f"max_traces is {max_traces}, expected at least 1")
         if rows.sum() <= max_traces:
             return rows
         keys, num = np.unique(self.question[rows], return_counts=True)
@@ -217,7 +222,10 @@ class TraceFiles:
 
 @dataclass(frozen=True, eq=False)
 class _Chunks:
-    """Chunks of one size but for the last, which may be a little smaller."""
+    """Chunks of one size but for the last, which may be a little smaller.
+
+    One without a decision point is left out: there is nothing to learn from it.
+    """
 
     files: TraceFiles
     rows: Rows
@@ -229,18 +237,20 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[Traces]:
         size = -(-int(self.rows.sum()) // self.num)
+        for traces in self._of_size(size):
+            if traces.num_points:
+                yield replace(traces, recorder=self.files.recorder)
+
+    def _of_size(self, size: int) -> Iterator[Traces]:
         waiting: list[Traces] = []
         for part, at in self.files.parts(self.rows, self.order):
             waiting.append(part.select(at))
             while sum(map(len, waiting)) >= size:
                 traces = concatenate(waiting)
                 waiting = [traces.select(np.arange(len(traces)) >= size)]
-                yield self._chunk(traces.select(np.arange(len(traces)) < size))
+                yield traces.select(np.arange(len(traces)) < size)
         if sum(map(len, waiting)):
-            yield self._chunk(concatenate(waiting))
-
-    def _chunk(self, traces: Traces) -> Traces:
-        return replace(traces, recorder=self.files.recorder)
+            yield concatenate(waiting)
 
 
 def chunks_of(traces: Traces | Chunks) -> Chunks:
