@@ -27,10 +27,12 @@ from tqdm import tqdm
 from command import run
 from haltwise import InputError
 from lms.ask import questions
+from lms.questions import SPLITS
+from lms.scorers import needed
 from recording.config import Answering, EngineConfig
 from recording.engine import Engine, open_engine
 from recording.recording import Work, trace_id
-from recording.shards import recorded, write_shards
+from recording.shards import alone, recorded, write_shards
 from traces import import_json_lines
 
 # Questions that the LM is tried with.
@@ -69,14 +71,17 @@ class CollectConfig(EngineConfig):
         """Checks the settings before any work.
 
         Raises:
-            InputError: If a count is below 1, a seed negative or too large, a split not named or
-                named twice, the folder is a file or missing, or as `EngineConfig.check`.
+            InputError: If a count is below 1, a seed negative or too large, a split unknown, not
+                named or named twice, the folder is a file or missing, or as `EngineConfig.check`.
         """
         super().check()
         if not 0 <= self.seed <= 2**31 - 1 - self.num_seeds:
             raise InputError(f"seed is {self.seed}, expected 0 or more, and with num_seeds int32")
         if len(set(self.split)) < len(self.split):
             raise InputError(f"split is {self.split}, expected each split once")
+        if unknown := set(self.split) - set(SPLITS):
+            found = ", ".join(sorted(unknown))
+            raise InputError(f"unknown split {found}: choose from {', '.join(SPLITS)}")
         for name in ("num", "num_seeds", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -111,11 +116,16 @@ def main(config: CollectConfig) -> None:
         num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
         print(f"{config.out}: {num_traces:,} traces")
         return
-    with closing(_open(config)) as engine:
-        if config.out and not config.self_test:
-            _record(config, config.out, engine)
-        else:
+    if not config.self_test:  # what lacks a split is told before anything is loaded
+        list(questions(config, config.split, 1, config.seed))
+    if config.self_test or not config.out:
+        with closing(_open(config)) as engine:
             print(engine.self_test(_tried(config), None))
+    else:
+        with closing(_open(config)) as engine:
+            _begin(config, config.out, engine)
+            with alone(config.out):
+                _record(config, config.out, engine)
 
 
 def _open(config: CollectConfig) -> Engine:
@@ -126,11 +136,13 @@ def _open(config: CollectConfig) -> Engine:
     settings = {field.name: getattr(config, field.name) for field in fields(EngineConfig)}
     if not config.is_embedded and Path(config.lm).exists():  # workers have other working folders
         settings["lm"] = str(Path(config.lm).resolve())
+    if config.examples:
+        settings["examples"] = config.examples.resolve()
     engine_config = EngineConfig(**settings)
     if config.ray is None:
         return open_engine(engine_config, answering)
     if find_spec("ray") is None:
-        raise InputError("Ray is not installed: expected it for --ray (pip install ray)")
+        raise InputError(needed("Ray", "ray"))
     from recording.spread import Spread
 
     return Spread(engine_config, answering, config.ray, config.workers, config.shard_size)
@@ -139,16 +151,27 @@ def _open(config: CollectConfig) -> Engine:
 def _tried(config: CollectConfig) -> list[Work]:
     """The first few questions, of those splits that have any."""
     found: list[Work] = []
+    few = replace(config, num=min(config.num, _NUM_TRIED))
     for split in config.split:
         with suppress(InputError):
-            found += islice(work(replace(config, split=(split,))), _NUM_TRIED - len(found))
-    return found or list(work(config))
+            found += islice(work(replace(few, split=(split,))), _NUM_TRIED - len(found))
+    return found or list(work(few))
+
+
+def _begin(config: CollectConfig, out: Path, engine: Engine) -> None:
+    """Finds out whether it can work; with a new recording on a few questions."""
+    if config.num_seeds > 1 and engine.recorder["temperature"] == 0:
+        raise InputError(
+            f"num_seeds is {config.num_seeds}, but the LM is greedy: expected --temperature above "
+            "0, or one seed"
+        )
+    is_new = not recorded(out, engine.recorder)
+    print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)
 
 
 def _record(config: CollectConfig, out: Path, engine: Engine) -> None:
     """Records what is missing."""
     done = recorded(out, engine.recorder)
-    print(engine.description if done else engine.self_test(_tried(config), config.trial_budget()))
     model = engine.recorder["lm"]
     is_done = (trace_id(model, *job) in done for job in work(config))
     num_done, total = 0, 0
@@ -166,6 +189,9 @@ def _record(config: CollectConfig, out: Path, engine: Engine) -> None:
             tokens += row["num_tokens"] + sum(row["probe_tokens"])
             rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            num_done += 1
+    if num_done < total:
+        print(f"{out}: {total - num_done:,} of {total:,} are left out, too long for the LM")
 
 
 if __name__ == "__main__":

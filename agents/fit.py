@@ -26,7 +26,7 @@ from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, observed_features, point_features, projection_of
-from haltwise import HaltHead, Halting, HeadConfig, Observing
+from haltwise import HaltHead, Halting, HeadConfig, InputError, Observing
 from haltwise.signals import Float
 from traces import Chunks, Traces, chunks_of
 

@@ -17,6 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from command import run
+from haltwise import InputError
+
+# There are 4,672 sums.
+_MOST = 9000
 
 CAPITALS = (
     "France Paris, Italy Rome, Spain Madrid, Germany Berlin, Austria Vienna, Norway Oslo, "
@@ -81,7 +85,7 @@ class Config:
     out: Path
     """Folder for both files."""
     num: int = 600
-    """Questions, of which a third at most ask for capitals."""
+    """Questions, up to 9000, of which a third at most ask for capitals."""
     seed: int = 0
     """Of the sums and towns."""
 
@@ -121,7 +125,13 @@ def _town(rng: np.random.Generator) -> tuple[str, str, str]:
 
 
 def main(config: Config) -> None:
-    """Writes both files."""
+    """Writes both files.
+
+    Raises:
+        InputError: If there are to be none, or more than there are.
+    """
+    if not 1 <= config.num <= _MOST:
+        raise InputError(f"num is {config.num}, expected 1 to {_MOST}")
     config.out.mkdir(parents=True, exist_ok=True)
     turns = [{"user": user, "assistant": assistant} for user, assistant in EXAMPLES]
     for name, rows in (("questions", questions(config.num, config.seed)), ("examples", turns)):

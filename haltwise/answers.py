@@ -51,9 +51,7 @@ _BARE = re.compile(r"\W*([A-Za-z])\W*")
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
 _FORMULA = re.compile(r"\$([^$]+)\$")
-_CONCLUDED = re.compile(
-    rf"\banswer{_BLANKS}(?:is\b(?:\s*(?:\*\*)?\s*:)?|:){_BOLD}", re.IGNORECASE
-)
+_CONCLUDED = re.compile(rf"\banswer{_BLANKS}(?:is\b(?:\s*(?:\*\*)?\s*:)?|:){_BOLD}", re.IGNORECASE)
 _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\s")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 

@@ -120,8 +120,9 @@ class Halting:
             found = (self.think_start, self.think_end)
             raise InputError(f"think_start and think_end are {found}, expected both or none")
         if not isinstance(self.max_answer_tokens, int) or self.max_answer_tokens < 1:
-            found = self.max_answer_tokens
-            raise InputError(f"max_answer_tokens is {found!r}, expected a number from 1")
+            raise InputError(
+                f"max_answer_tokens is {self.max_answer_tokens!r}, expected a number from 1"
+            )
 
     @classmethod
     def of_recorder(cls, recorder: Mapping[str, Any], probing: Probing | None = None) -> Halting:

@@ -124,7 +124,7 @@ def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
 
     Raises:
         InputError: If only one marker is stated, the template refuses a question, or there is no
-            place for the system message.
+            place for what stands before every question.
     """
     stated = (config.think_start, config.think_end)
     if bool(stated[0]) != bool(stated[1]) or (None in stated and stated != (None, None)):
@@ -144,13 +144,27 @@ def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
         _before(config),
         _added_token(tokenizer, sample.after.strip()),
     )
+    _check_before(chat)
+    return chat
+
+
+def _check_before(chat: Chat) -> None:
+    """Refuses messages that the LM would not see.
+
+    Raises:
+        InputError: If there is no template, or it does not show one of them as it is.
+    """
+    if chat.before and not chat.tokenizer.chat_template:
+        raise InputError("no chat template: no place for --system or --examples")
     prompt = chat.prompt("?")
     for message in chat.before:
-        if message["content"].strip() not in prompt:
+        content = message["content"].strip()
+        if content not in prompt:
             raise InputError(
-                f"there is a {message['role']} message, but the LM's chat has no place for it"
+                f"the chat template drops or changes the {message['role']} message "
+                f"{content[:40]!r}: expected one that it shows as it is (earlier thoughts are "
+                "often dropped)"
             )
-    return chat
 
 
 def _before(config: ChatConfig) -> tuple[Message, ...]:
@@ -170,9 +184,13 @@ def _turns(path: Path | None) -> list[Any]:
     if path is None:
         return []
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        turns = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no JSON lines can be read from it: {error}") from None
+    if not turns:
+        raise InputError(f"{path} is empty, expected JSON lines of user and assistant")
+    return turns
 
 
 def _markers(tokenizer: PreTrainedTokenizerBase, sample: _Sample) -> tuple[str, str]:

@@ -51,9 +51,10 @@ def folder_of(path: Path) -> Path:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / digest[:_NAME_LENGTH]
     if not folder.is_dir():
-        if missing := [name for name in _NEEDED if find_spec(name) is None]:
-            needed = " ".join(missing)
-            raise InputError(f"{path} cannot be read without more packages: pip install {needed}")
+        if any(find_spec(name) is None for name in _NEEDED):
+            raise InputError(
+                f"{path} cannot be read without more packages: expected pip install -e '.[gguf]'"
+            )
         print(f"{path.name}: unpacked once, into {folder}", file=sys.stderr, flush=True)
         _write(path, folder)
     return folder

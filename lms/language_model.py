@@ -23,7 +23,8 @@ from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
 
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+#: What loading an LM raises.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
 # Parameters; below it threads wait for each other more than they work.
 _SMALL = 20_000_000
@@ -69,28 +70,32 @@ class LanguageModel:
                 sense, or nothing ends what it says.
         """
         try:
-            torch.empty(0, device=device)
+            torch.empty(1, device=device).cpu()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"cannot use device {device!r}: {reason}") from None
         disable_progress_bar()  # it is shown for the smallest LM, amid an error's one line
-        source = EMBEDDED if str(name) == "embedded" else name
-        source = folder_of(Path(source)) if is_gguf(source) else source
+        source = source_of(name)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = load_tokenizer(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        except _LOAD_ERRORS as error:
+        except LOAD_ERRORS as error:
             reason = str(error).strip().partition("\n")[0]
             raise InputError(f"cannot load an LM from {str(name)!r}: {reason}") from None
         if model.num_parameters() < _SMALL:
             torch.set_num_threads(1)
         model.eval().to(device)
-        lm = cls(_short_name(name, source), model, tokenizer, chat or ChatConfig())
-        lm._set_end_tokens()
+        lm = cls(short_name(name, source), model, tokenizer, chat or ChatConfig())
+        lm.set_end_tokens()
         return lm
 
-    def _set_end_tokens(self) -> None:
+    def set_end_tokens(self) -> None:
+        """Sets every token that ends what the LM says, in its generation config.
+
+        Raises:
+            InputError: If there is none.
+        """
         config = self.model.generation_config
         stated = config.eos_token_id
         ends = [self.chat.turn_end, self.tokenizer.eos_token_id]
@@ -144,7 +149,31 @@ class LanguageModel:
         return digest.hexdigest()
 
 
-def _short_name(name: str | Path, source: str | Path) -> str:
+def source_of(name: str | Path) -> str:
+    """The hub name or folder behind an LM's name.
+
+    Raises:
+        InputError: If it is a GGUF file that cannot be read.
+    """
+    if str(name) == "embedded":
+        return str(EMBEDDED)
+    return str(folder_of(Path(name)) if is_gguf(name) else name)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or folder.
+
+    Raises:
+        InputError: If there is none: transformers makes up one that knows no text.
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise InputError("found no tokenizer, expected its files beside the weights")
+    return tokenizer
+
+
+def short_name(name: str | Path, source: str) -> str:
+    """What an LM is called: its hub name, or that of its folder or file."""
     if is_gguf(name):
         return Path(name).stem
     return Path(source).resolve().name if Path(source).is_dir() else str(name)

@@ -170,7 +170,7 @@ def _verify(answer: str, gold: str) -> bool:
 
 def needed(package: str, extra: str) -> str:
     """Says that a package is missing, and what installs it."""
-    return f"{package} is not installed: expected it, pip install 'haltwise[{extra}]'"
+    return f"{package} is not installed: expected it, pip install -e '.[{extra}]'"
 
 
 def check_scorer(name: str) -> None:

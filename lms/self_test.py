@@ -105,11 +105,7 @@ def self_test(
         InputError: If halting cannot work: no thought begins, no thought has a decision point, no
             forced answer can be read, or the close text closes nothing.
     """
-    if halting.think_end not in halting.close_text:
-        raise InputError(
-            f"close text {halting.close_text!r} does not close a thought: expected "
-            f"{halting.think_end!r} in it; set --close-text, or other think markers"
-        )
+    check_closes(halting)
     asked = list(islice(questions, num))
     if not asked:
         raise InputError("no question to try the LM with: expected at least 1")
@@ -129,6 +125,19 @@ def self_test(
         *_warn_of_markers(answered, halting),
     ]
     return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
+
+
+def check_closes(halting: Halting) -> None:
+    """Refuses a close text that leaves a thought open.
+
+    Raises:
+        InputError: If what closes the LM's thoughts is not in it.
+    """
+    if halting.think_end not in halting.close_text:
+        raise InputError(
+            f"close text {halting.close_text!r} does not close a thought: expected "
+            f"{halting.think_end!r} in it; set --close-text, or other think markers"
+        )
 
 
 def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> list[Answered]:
@@ -161,7 +170,7 @@ def _check_thoughts(answered: Sequence[Answered], halting: Halting) -> None:
             f"first {LONGEST_OPENING} tokens, which are {_short(text)}; set --think-start and "
             "--think-end, both empty if the LM reasons in the open"
         )
-    if not any(thought.num_points for thought in begun):
+    if not any(one.probes for one in answered):
         longest = max(thought.position for thought in begun)
         raise InputError(
             f"no thought comes to a decision point: the longest has {longest} tokens, points are "

@@ -23,6 +23,8 @@ class Engine(Protocol):
     def record(self, work: Iterable[Work]) -> Iterator[Row]:
         """Answers questions with sampling seeds, in any order, and yields each trace.
 
+        A question that is too long for the LM is told and left out.
+
         Raises:
             InputError: If a question cannot be asked, or the LM's logits are not numbers.
         """

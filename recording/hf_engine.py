@@ -10,7 +10,7 @@ from haltwise.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.self_test import self_test
 from recording.config import Answering, EngineConfig
-from recording.recording import Recording, Row, Work, recorder_of
+from recording.recording import Recording, Row, Work, asked, recorder_of, tried
 from traces import SIGNALS
 
 
@@ -58,14 +58,15 @@ class HfEngine:
 
     def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
         """See `Engine`."""
-        asked = [question for question, _ in work]
+        jobs = tried(self._lm, work, self._decoder.max_prompt)
+        chosen = [question for (question, _), _ in jobs]
         found = self_test(
             self._lm,
-            asked,
+            chosen,
             self._halting,
             max_tokens=min(self._max_tokens, max_tokens or self._max_tokens),
             temperature=self._temperature,
-            num=len(asked),
+            num=len(chosen),
         )
         return str(found)
 
@@ -79,19 +80,19 @@ def record(lm: LanguageModel, decoder: Decoder, work: Iterable[Work]) -> Iterato
     Args:
         lm: The LM.
         decoder: What runs it; all of its slots are used. What it measures is recorded.
-        work: Questions with sampling seeds.
+        work: Questions with sampling seeds; those that are too long are left out.
     """
-    waiting = iter(work)
+    waiting = asked(lm, work, decoder.max_prompt)
     running: dict[int, Recording] = {}
     while True:
         free = [slot for slot in range(decoder.num_slots) if slot not in running]
-        fresh = {
-            slot: Recording(*job, signals={name: [] for name in decoder.measured})
-            for slot, job in zip(free, waiting, strict=False)
-        }
+        prompts, fresh = [], {}
+        for slot, (job, prompt) in zip(free, waiting, strict=False):
+            prompts.append(prompt)
+            fresh[slot] = Recording(*job, signals={name: [] for name in decoder.measured})
         decoder.start(
             np.array(list(fresh), dtype=np.int64),
-            [lm.prompt(recording.question.text) for recording in fresh.values()],
+            prompts,
             [recording.seed for recording in fresh.values()],
         )
         running |= fresh

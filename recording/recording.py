@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from haltwise import Halting, Signals
+from haltwise import Halting, InputError, Signals
 from haltwise.thought import Probe, Thought, ThoughtRules
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -78,6 +79,41 @@ class Recording:
             "question": question.text,
             "text": thought.text(),
         }
+
+
+def asked(lm: LanguageModel, work: Iterable[Work], max_prompt: float) -> Iterator[tuple[Work, str]]:
+    """Questions with their prompts; those that are too long are told and left out.
+
+    Args:
+        lm: The LM.
+        work: Questions with sampling seeds.
+        max_prompt: Tokens of a prompt at most.
+    """
+    for job in work:
+        prompt = lm.prompt(job[0].text)
+        num_tokens = len(lm.tokenizer.encode(prompt, add_special_tokens=False))
+        if num_tokens <= max_prompt:
+            yield job, prompt
+        else:
+            tqdm.write(
+                f"{job[0].question_id} has {num_tokens:,} tokens, expected at most "
+                f"{max_prompt:,}: left out"
+            )
+
+
+def tried(lm: LanguageModel, work: Sequence[Work], max_prompt: float) -> list[tuple[Work, str]]:
+    """Those of some questions that can be tried; as `asked`.
+
+    Raises:
+        InputError: If all of them are too long.
+    """
+    fitting = list(asked(lm, work, max_prompt))
+    if not fitting:
+        raise InputError(
+            f"none of {len(work)} questions has at most {max_prompt:,} tokens, the LM's context "
+            "less max_tokens and a forced answer: expected shorter ones, or lower --max-tokens"
+        )
+    return fitting
 
 
 def trace_id(model: str, question: Question, seed: int) -> str:

@@ -24,9 +24,11 @@ from haltwise.decoder import end_tokens
 from haltwise.gauge import NUM_TOP, STEPWISE, Gauge
 from haltwise.reflections import num_reflections
 from haltwise.thought import ForcedAnswer, Probe, Thought, ThoughtRules
+from lms.language_model import source_of
+from lms.self_test import check_closes
 from recording.config import Answering, EngineConfig
-from recording.recording import Recording, Row, Work, recorder_of
-from recording.weightless import load_weightless, source_of
+from recording.recording import Recording, Row, Work, asked, recorder_of, tried
+from recording.weightless import load_weightless
 
 _SIGNALS = (*STEPWISE, "num_reflections")
 # Room for a prompt: vLLM sets aside memory for the longest sequence there can be, and an LM's
@@ -89,14 +91,15 @@ class VllmEngine:
 
     def record(self, work: Iterable[Work]) -> Iterator[Row]:
         """See `Engine`."""
-        waiting = iter(work)
+        waiting = asked(self._lm, work, self._max_prompt)
         while batch := list(islice(waiting, self._batch_size)):
             yield from self._answer(batch, self._max_tokens)
 
     def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
         """See `Engine`."""
+        check_closes(self._halting)
         budget = min(self._max_tokens, max_tokens or self._max_tokens)
-        rows = list(self._answer(work, budget))
+        rows = list(self._answer(tried(self._lm, work, self._max_prompt), budget))
         answers = [answer for row in rows for answer in row["answer"]]
         shown = f"such as {rows[0]['text']!r:.160}"
         if not answers:
@@ -121,7 +124,7 @@ class VllmEngine:
         """Ends the engine's processes."""
         del self._llm
 
-    def _answer(self, batch: Sequence[Work], max_tokens: int) -> Iterator[Row]:
+    def _answer(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> Iterator[Row]:
         """Answers questions and yields their traces."""
         thinking = self._think(batch, max_tokens)
         answers = self._force(thinking)
@@ -130,10 +133,10 @@ class VllmEngine:
                 one.recording.see(probe, one.signals, i)
             yield one.recording.row(self._lm.name, self._rules, one.thought, one.finished)
 
-    def _think(self, batch: Sequence[Work], max_tokens: int) -> list[_Thinking]:
+    def _think(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> list[_Thinking]:
         """Lets an LM think about questions to the end."""
-        texts = [self._lm.prompt(question.text) for question, _ in batch]
-        prompts = [self._encode(text) for text in texts]
+        encode = self._lm.tokenizer.encode
+        prompts = [encode(text, add_special_tokens=False) for _, text in batch]
         params = [
             self._params(
                 max_tokens,
@@ -141,11 +144,11 @@ class VllmEngine:
                 temperature=self._temperature,
                 seed=_seed(text, seed),
             )
-            for text, (_, seed) in zip(texts, batch, strict=True)
+            for (_, seed), text in batch
         ]
         thinking = []
         outputs = self._generate(prompts, params)
-        for job, text, prompt, output in zip(batch, texts, prompts, outputs, strict=True):
+        for (job, text), prompt, output in zip(batch, prompts, outputs, strict=True):
             tokens, logprobs = self._read(output, max_tokens, self._num_top)
             finished = tokens[-1] in self._eos_ids
             thought = Thought(self._rules, text)
@@ -181,15 +184,6 @@ class VllmEngine:
             if self._rules.is_complete(answer.tokens):
                 break
         return answer
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._lm.tokenizer.encode(text, add_special_tokens=False)
-        if not 0 < len(ids) <= self._max_prompt:
-            raise InputError(
-                f"prompt {text!r:.40} has {len(ids)} tokens, expected 1 to {self._max_prompt}: at "
-                f"most {_PROMPT_ROOM}, and the LM's context less max_tokens and a forced answer"
-            )
-        return ids
 
     def _params(self, max_tokens: int, num_top: int, **sampling: Any) -> Any:
         """What is asked of vLLM: it ends where we say, and tells probabilities at temperature 1."""

@@ -8,12 +8,17 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from haltwise import InputError
-from lms.embedded import EMBEDDED
-from lms.gguf_file import folder_of, is_gguf
-from lms.language_model import LanguageModel, LMConfig
+from lms.language_model import (
+    LOAD_ERRORS,
+    LanguageModel,
+    LMConfig,
+    load_tokenizer,
+    short_name,
+    source_of,
+)
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
@@ -36,17 +41,6 @@ class WeightlessLM(LanguageModel):
         return digest.hexdigest()
 
 
-def source_of(name: str) -> str:
-    """The hub name or folder behind an LM's name.
-
-    Raises:
-        InputError: If it is a GGUF file that cannot be read.
-    """
-    if name == "embedded":
-        return str(EMBEDDED)
-    return str(folder_of(Path(name))) if is_gguf(name) else name
-
-
 def load_weightless(config: LMConfig) -> WeightlessLM:
     """Loads all of an LM but its weights, in the type that they would have.
 
@@ -56,19 +50,15 @@ def load_weightless(config: LMConfig) -> WeightlessLM:
     source = source_of(config.lm)
     dtype = torch.float32 if torch.device(config.device).type == "cpu" else torch.bfloat16
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source)
         with torch.device("meta"):
             lm_config = AutoConfig.from_pretrained(source)
             model = AutoModelForCausalLM.from_config(lm_config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except LOAD_ERRORS as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot load an LM from {config.lm!r}: {reason}") from None
     with suppress(OSError):  # few LMs have none; then it follows from their config
         model.generation_config = GenerationConfig.from_pretrained(source)
-    if is_gguf(config.lm):
-        name = Path(config.lm).stem
-    else:
-        name = Path(source).resolve().name if Path(source).is_dir() else config.lm
-    lm = WeightlessLM(name, model, tokenizer, config)
-    lm._set_end_tokens()
+    lm = WeightlessLM(short_name(config.lm, source), model, tokenizer, config)
+    lm.set_end_tokens()
     return lm

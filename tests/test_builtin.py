@@ -229,5 +229,5 @@ def test_refused_generators_exist() -> None:
 
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(InputError, match=r"reasoning-gym is not installed.*haltwise\[gym\]"):
+    with pytest.raises(InputError, match=r"reasoning-gym is not installed.*-e '\.\[gym\]'"):
         Gym("gcd", "short", "")

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 import haltwise.burst
 import haltwise.slots
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.burst import Burst, Shape, Work, capture
+from haltwise.burst import Burst, Work, capture
 from haltwise.decoder import Decoder
 from haltwise.meter import MEASURED
 from haltwise.slots import Slots

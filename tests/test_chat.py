@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -159,8 +160,12 @@ def test_a_system_message_comes_first() -> None:
         (USER, {"think_start": "<think>"}, "expected both, both empty, or none"),
         (USER, {"think_start": "", "think_end": "</think>"}, "expected both, both empty, or none"),
         (USER, {"think_end": ""}, "expected both, both empty, or none"),
-        ("{{ messages[-1].content }}", {"system": "Be brief"}, "no place for it"),
-        (None, {"system": "Be brief"}, "no place for it"),
+        (
+            "{{ messages[-1].content }}",
+            {"system": "Be brief"},
+            "drops or changes the system message 'Be brief': expected one that it shows as it is",
+        ),
+        (None, {"system": "Be brief"}, "no chat template: no place for --system or --examples"),
         ("{{ raise_exception('no') }}", {}, "refuses a user message: no"),
         ("{{ messages[0].content + 1 }}", {}, "refuses a user message: can only concatenate"),
         (
@@ -175,3 +180,15 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         chat_of(template, **stated)
+
+
+def test_examples_are_lines_and_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"user": "a\u2028b", "assistant": "c"}\n', encoding="utf-8-sig")
+    prompt = chat_of(USER + ASK, examples=path).prompt("?")
+    assert prompt == "[user]a\u2028b[assistant]c[user]?[assistant]"
+    with pytest.raises(InputError, match="no chat template: no place"):
+        chat_of(None, examples=path)
+    path.write_text("\n")
+    with pytest.raises(InputError, match=r"examples.jsonl is empty, expected JSON lines"):
+        chat_of(USER + ASK, examples=path)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from lms.language_model import LanguageModel
 from lms.scorers import short as exact_match
 from lms.tasks import questions
 from recording.hf_engine import record
-from recording.shards import write_shards
+from recording.shards import alone, write_shards
 from tests.recordings import assert_same, rows_of, save_tiny_lm, small_config
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces
@@ -214,6 +216,51 @@ def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:
     assert rows_of(config.out)
 
 
+def test_two_recordings_cannot_share_a_folder(config: CollectConfig) -> None:
+    assert config.out
+    with alone(config.out):
+        with pytest.raises(InputError, match="another recording writes there, expected one"):
+            main(config)
+        assert not list(config.out.iterdir())
+    main(config)
+    assert len(rows_of(config.out)) == 14
+
+
+def test_questions_that_are_too_long_are_left_out_each_time(
+    config: CollectConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"question": "1 " * 3000, "answer": "1", "split": "dev"}
+    other = {"question": "1", "answer": "1", "split": "test"}
+    rows = [long | {"question": f"{n} {n + 1}"} for n in range(1, 8)]
+    task = tmp_path / "own.jsonl"
+    task.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long, other]))
+    config = replace(
+        config, task=str(task), split=("dev",), split_column="split", num=8, instruction=""
+    )
+    for _ in range(2):
+        main(config)
+        told = capsys.readouterr().out
+        assert re.search(
+            "own-[0-9a-f]{16} has 3,00. tokens, expected at most 2,0..: left out", told
+        )
+        assert "traces: 1 of 8 are left out, too long for the LM" in told
+        assert len(rows_of(config.out)) == 7
+    task = tmp_path / "long.jsonl"
+    task.write_text(json.dumps(long) + "\n" + json.dumps(other) + "\n")
+    with pytest.raises(InputError, match="none of 1 questions has at most 2,0"):
+        main(replace(config, task=str(task), out=tmp_path / "other"))
+
+
+def test_splits_that_are_not_there_are_told_before_the_lm_is_loaded(
+    config: CollectConfig, tmp_path: Path
+) -> None:
+    task = tmp_path / "own.jsonl"
+    task.write_text('{"question": "1", "answer": "1"}\n')
+    nowhere = replace(config, lm=str(tmp_path / "nowhere"), task=str(task))
+    with pytest.raises(InputError, match=r"no question of split dev, .*or --split with those"):
+        main(nowhere)
+
+
 def test_a_self_test_writes_nothing_and_needs_no_folder(
     config: CollectConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +294,8 @@ def test_bad_settings_are_refused(
         ({"batch_size": -1}, "batch_size is -1"),
         ({"split": ()}, "no split"),
         ({"split": ("test", "test")}, "each split once"),
+        ({"split": ("test", "valid")}, "unknown split valid: choose from train, dev, test"),
+        ({"num_seeds": 2, "temperature": 0.0}, "num_seeds is 2, but the LM is greedy"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 3_000_000_000}, "seed is 3000000000"),
         ({"out": tmp_path / "file"}, "is a file"),

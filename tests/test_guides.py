@@ -1,7 +1,6 @@
 """The commands and snippets of the guides run, on the embedded LM."""
 
 import json
-import os
 import re
 import runpy
 import shlex
@@ -10,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from examples import small_lm
+from haltwise import InputError
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ("YOUR_LM", "YOUR_DATA", "SIGNALS", "PRICE")
@@ -57,10 +59,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("guide", [*GUIDES, pytest.param("CLUSTER", marks=pytest.mark.slow)])
 def test_every_command_of_a_guide_runs(
     guide: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if guide == "CLUSTER":
+        pytest.importorskip("ray")
     monkeypatch.chdir(folder)
     found = commands(guide)
     assert found
@@ -91,4 +95,10 @@ def test_no_command_of_a_guide_is_left_out() -> None:
         assert languages <= {"sh", "python"}, path
         if "sh" in languages:
             assert path.stem in (*GUIDES, "CLUSTER"), path
-    assert os.path.exists(ROOT / "docs/CLUSTER.md")
+
+
+@pytest.mark.parametrize("num", [0, 9001])
+def test_a_small_lm_has_so_many_questions(num: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"num is {num}, expected 1 to 9000"):
+        small_lm.main(small_lm.Config(tmp_path / "out", num))
+    assert not list(tmp_path.iterdir())

@@ -91,8 +91,9 @@ def test_a_bad_line_is_told_and_leaves_nothing(
         ('{"haltwise.recorder": {}, "seed": 0}\n', "line 1: expected haltwise.recorder alone"),
         ('\n{"seed": 0\n}', "line 2: no JSON: Expecting"),
         ("[" * 100_000, "line 1: no JSON: maximum recursion depth"),
-        ('{"seed": 0}\n', "line 1: column 'trace_id', row 0: found null"),
-        ("{}\n", "line 1: column 'trace_id', row 0: found null"),
+        ('{"seed": 0}\n{"seed": 0}\n', "line 1: column 'trace_id': missing"),
+        ('{"trace_id": null}\n', "line 1: column 'trace_id': missing"),
+        ("{}\n", "line 1: column 'trace_id': missing"),
     ],
 )
 def test_a_file_that_holds_no_traces_is_told(tmp_path: Path, content: str, message: str) -> None:

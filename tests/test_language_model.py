@@ -15,7 +15,8 @@ from lms import gguf_file
 from lms.chat import ChatConfig
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of
-from lms.language_model import LanguageModel
+from lms.language_model import LanguageModel, LMConfig
+from recording.weightless import load_weightless
 from tests.families import (
     FAMILIES,
     Family,
@@ -97,7 +98,7 @@ def test_gguf_files_that_cannot_be_read(
     with pytest.raises(InputError, match=r"cannot read the GGUF file .*damaged"):
         LanguageModel.load(damaged)
     monkeypatch.setattr(gguf_file, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pip install gguf accelerate$"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[gguf\]'$"):
         LanguageModel.load(file)
 
 
@@ -156,3 +157,17 @@ def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
         LanguageModel.load(tmp_path)
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
         LanguageModel.load("embedded", "abacus")
+    with pytest.raises(InputError, match="cannot use device 'meta'"):
+        LanguageModel.load("embedded", "meta")
+
+
+def test_an_lm_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = qwen3_like().save(tmp_path / "lm")
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            path.unlink()
+    told = r"cannot load an LM from .*lm': found no tokenizer, expected its files beside"
+    with pytest.raises(InputError, match=told):
+        LanguageModel.load(folder)
+    with pytest.raises(InputError, match=told):
+        load_weightless(LMConfig(lm=str(folder)))

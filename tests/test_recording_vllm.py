@@ -194,9 +194,20 @@ def test_bad_settings_are_refused(
     for change, message in changes:
         with pytest.raises(InputError, match=message):
             open_vllm(replace(config, **change), SHORT)
+    engine = open_vllm(replace(config, close_text="so"), replace(SHORT, cue="so"))
+    with pytest.raises(InputError, match="close text 'so' does not close a thought"):
+        engine.self_test(list(work(config)), 32)
+
+
+def test_questions_that_are_too_long_are_left_out(
+    open_vllm: Callable[..., Engine], config: CollectConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     engine = open_vllm(replace(config, max_tokens=2035), SHORT)
-    with pytest.raises(InputError, match=r"has \d+ tokens, expected 1 to 6"):
-        recorded(engine, config)
+    assert not list(engine.record(work(config)))
+    told = capsys.readouterr().out
+    assert told.count("tokens, expected at most 6: left out") == 14
+    with pytest.raises(InputError, match="none of 14 questions has at most 6 tokens"):
+        engine.self_test(list(work(config)), 32)
 
 
 def test_an_engine_that_does_not_start_tells_why(

@@ -72,6 +72,11 @@ def test_a_thought_without_a_decision_point_is_refused() -> None:
         run(lm_of(only("7")), every=1000)
 
 
+def test_a_decision_point_at_the_very_end_is_none() -> None:
+    with pytest.raises(InputError, match="no thought comes to a decision point"):
+        run(lm_of(only("7")), max_tokens=8, num=1)
+
+
 def only(token: str) -> Family:
     """An LM that says one token for ever."""
     tokenizer = byte_tokenizer(special=("<s>", "</s>"), eos_token="</s>")

@@ -54,9 +54,10 @@ def everything(task: Task, num: int = 1000) -> list[Question]:
     return found
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".CSV"])
 def test_every_format_gives_the_same_questions(tmp_path: Path, suffix: str) -> None:
-    found = everything(own(write(tmp_path / f"sums{suffix}", ROWS)))
+    path = write(tmp_path / f"sums{suffix.lower()}", ROWS)
+    found = everything(own(path.rename(path.with_suffix(suffix))))
     assert {question.text.partition("\n")[0]: question.gold for question in found} == {
         row["question"]: row["answer"] for row in ROWS
     }
@@ -96,6 +97,19 @@ def test_choices_get_letters(tmp_path: Path, answer: str | int) -> None:
     assert question.gold == "B"
     assert question.scorer == "choice"
     assert question.is_right("B")
+
+
+@pytest.mark.parametrize(("answer", "gold"), [(0, "A"), (4, "D"), (2, None), (3, None), (5, None)])
+def test_a_number_is_a_place_or_the_text_of_a_choice(
+    tmp_path: Path, answer: int, gold: str | None
+) -> None:
+    row = {"question": "2 + 2?", "answer": answer, "options": [1, 2, 3, 4]}
+    task = own(write(tmp_path / "choices.jsonl", [row]), choices_column="options")
+    if gold:
+        assert everything(task)[0].gold == gold
+        return
+    with pytest.raises(InputError, match=rf"the answer (is )?{answer}.* expected a letter"):
+        task.describe()
 
 
 def test_alternatives_stand_one_a_line(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_without_datasets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"datasets is not installed.*haltwise\[data\]"):
+    with pytest.raises(InputError, match=r"datasets is not installed.*-e '\.\[data\]'"):
         open_task(DataConfig(task="owner/absent"))
 
 
@@ -250,6 +264,8 @@ def test_a_row_that_cannot_be_asked_is_named(
         ("a.jsonl", b"\n{oops\n", r"a.jsonl, line 2: Expecting .*: expected a JSON object"),
         ("a.jsonl", b"[1]\n", r"a.jsonl, line 1: found list, expected an object"),
         ("a.json", b"[1]\n", r"a.json, row 1: found int, expected an object"),
+        ("a.json", b'{\n"question": "?"\n}', r"a.json, found one object over many lines, expected"),
+        ("a.jsonl", b'{"question": "?", "answer": NaN}', r"answer is nan, expected a text or a"),
         ("a.json", b"[{]\n", r"a.json, Expecting .*: expected a list of JSON objects"),
         ("a.csv", b"question,answer\n1,2,3\n", r"a.csv, line 2: expected 2 fields"),
         ("a.csv", b"question,answer\n1\n", r"a.csv, line 2: expected 2 fields"),

@@ -80,9 +80,9 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     for row in rows:
         assert_same(row, expected[row["trace_id"]])
 
-    long = [(replace(question, text="1 " * 3000), seed) for question, seed in work(config)]
-    with pytest.raises(InputError, match=r"^prompt '1 1 .* has 3001 tokens, expected 1 to "):
-        list(spread.record(long[:1]))
+    question, seed = next(work(config))
+    with pytest.raises(InputError, match=r"^gold answer '' is empty: expected "):
+        list(spread.record([(replace(question, gold=""), seed)]))
 
     other = Loaded(spread.recorder | {"dtype": "bfloat16"}, "", 1, "elsewhere")
     with pytest.raises(InputError, match=r"workers on .* and elsewhere differ in dtype: "):

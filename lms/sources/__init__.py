@@ -80,7 +80,7 @@ def _built_in(config: DataConfig) -> Task:
 
 def _own(config: DataConfig) -> Task:
     path, name = Path(config.task), config.task
-    if path.suffix in FORMATS or path.exists():
+    if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
         name, rows = path.resolve().stem, rows_of(path)
     elif "/" in name:

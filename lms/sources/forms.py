@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def words(row: Row, column: str) -> str:
 
 
 def _scalar(found: Any, column: str) -> str:
-    if isinstance(found, bool) or not isinstance(found, str | int | float):
+    is_known = isinstance(found, str | int | float) and not isinstance(found, bool)
+    if not is_known or (isinstance(found, float) and not math.isfinite(found)):
         raise InputError(f"{column} is {found!r}, expected a text or a number")
     return str(found).strip()
 
@@ -86,11 +88,18 @@ def letter_of(answer: Any, choices: Sequence[str], labels: Sequence[str] | None 
         labels: What the data calls them. Default: the letters.
 
     Raises:
-        InputError: If the answer is none of them.
+        InputError: If the answer is none of them, or a place and the text of another choice.
     """
     letters = string.ascii_uppercase[: len(choices)]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return letters[answer]
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        by_place = letters[answer] if 0 <= answer < len(choices) else ""
+        by_text = letters[choices.index(str(answer))] if str(answer) in choices else ""
+        if by_place and by_text and by_place != by_text:
+            raise InputError(
+                f"the answer {answer} is a place and the text of another choice: expected a letter"
+            )
+        if by_place or by_text:
+            return by_place or by_text
     for names in (labels or list(letters), choices):
         if isinstance(answer, str) and answer.strip() in names:
             return letters[list(names).index(answer.strip())]

@@ -51,7 +51,9 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
     while first.isspace():
         first = file.readline()
     file.seek(0)
-    if not first.lstrip("\ufeff \t").startswith("["):
+    if first.strip() == "{":
+        raise InputError("found one object over many lines, expected a list, or an object a line")
+    if not first.lstrip().startswith("["):
         yield from _json_lines(file)
         return
     try:
@@ -94,12 +96,13 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
         InputError: If the file, or a row, cannot be read.
     """
     try:
-        if path.suffix == ".parquet":
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
             yield from _parquet(path)
             return
         # Blanks at the ends of lines are the reader's: csv has lines within its fields.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for place, row in _TEXT_FORMATS[path.suffix](file):
+            for place, row in _TEXT_FORMATS[suffix](file):
                 if not isinstance(row, dict):
                     raise InputError(f"{place}: found {type(row).__name__}, expected an object")
                 yield place, row
@@ -120,8 +123,8 @@ def rows_of(path: Path) -> Rows:
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     inside = (p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and p.is_file())
-    files = [p for p in inside if p.suffix in FORMATS] if path.is_dir() else [path]
-    if not files or files[0].suffix not in FORMATS:
+    files = [p for p in inside if p.suffix.lower() in FORMATS] if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in FORMATS:
         raise InputError(f"{path}: expected a file that ends with one of {formats}")
     found = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
     splits = {file: SPLIT_NAMES[name[1]] for file, name in found.items() if name}

@@ -94,7 +94,10 @@ class Table:
             taken[place] = self._question(item, digest, split)
         if not taken:
             found = ", ".join(f"{name} {n:,}" for name, n in self._survey.num_rows().items())
-            raise InputError(f"{self.name}: no question of split {split}, found rows: {found}")
+            raise InputError(
+                f"{self.name}: no question of split {split}, found rows: {found}: expected more "
+                "rows, --split-column, or --split with those there are"
+            )
         yield from (taken[place] for place in sorted(taken))
 
     def describe(self) -> str:
