@@ -109,8 +109,8 @@ def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
     }
     report = go(asked, tmp_path, False, capsys)
     (never,) = (row for row in report["rows"] if row["policy"] == "never")
-    # Thinking aloud it is right on about half of them; it is no random LM.
-    assert 0.3 <= never["em"] <= 0.95
+    # Thinking aloud it is right on about a third of them: it is no random LM.
+    assert 0.1 <= never["em"] <= 0.8
     config = CollectConfig(**asked, out=tmp_path)
     (question,) = open_task(config).questions("test", 1, 0)
     lm = LanguageModel.load(config.lm, config.device, config)
