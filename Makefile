@@ -15,12 +15,12 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The slow tests too: simulations, and what needs minutes.
 test-all: export OMP_NUM_THREADS := 1
 test-all: $(STAMP)
-	$(BIN)/pytest -n 2 -m "slow or not slow"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 # A real vLLM, the build for CPUs, in an environment of its own (3.4 GB). pip needs to find a CPU
 # build of torch. What vLLM brings for pictures and sound does not fit that torch.

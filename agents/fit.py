@@ -336,16 +336,24 @@ def out_of_fold(
         )
         for seed, k in missing
     ]
-    workers = min(len(missing), os.cpu_count() or 1) or 1
-    spawn = multiprocessing.get_context("spawn")
     try:
-        with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
-            for _ in tqdm(pool.map(_fit_fold, jobs), "folds", len(missing)):
-                pass
+        for _ in tqdm(_each(jobs, os.cpu_count() or 1), "folds", len(missing)):
+            pass
     finally:
         everything.unlink(missing_ok=True)
     of_point = {seed: of[traces.trace_of_point] for seed, of in fold.items()}
     return _Decided(paths, of_point)
+
+
+def _each(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
+    """Fits folds in as many processes as there are cores; on one core in this one."""
+    workers = min(len(jobs), num_cores)
+    if workers < 2:
+        yield from map(_fit_fold, jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
+        yield from pool.map(_fit_fold, jobs)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The commands and snippets of the guides run, on the embedded LM."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -43,6 +44,12 @@ def run_command(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = "" if "--self-test" in arguments else QUICK.get(script, "")
     monkeypatch.setattr(sys, "argv", [script, *arguments, *quick.split()])
     runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds are fitted in this process: each other one would load torch anew."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 @pytest.fixture(scope="module")

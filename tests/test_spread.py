@@ -183,6 +183,7 @@ def collect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_cluster_is_joined_and_gets_the_code_and_the_embedded_lm(
     address: str, tmp_path: Path
 ) -> None:
