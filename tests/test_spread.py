@@ -148,7 +148,7 @@ def test_a_cluster_without_room_is_refused(
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
     """A cluster of one machine with one CPU, which other processes join."""
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | QUIET_WITH_A_TOKEN
     command = [sys.executable, "-c", CLUSTER]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -158,6 +158,8 @@ def address(tmp_path: Path) -> Iterator[str]:
         process.stdin.close()
 
 
+# Ray's own clusters ask for a token; who joins by an address has to say so.
+QUIET_WITH_A_TOKEN = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 CLUSTER = """
 import sys, ray
 context = ray.init(
@@ -176,6 +178,7 @@ def collect(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "collect.py"), *arguments],
         cwd=cwd,
+        env=os.environ | QUIET_WITH_A_TOKEN,
         capture_output=True,
         text=True,
         check=False,
