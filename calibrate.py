@@ -35,7 +35,7 @@ from evaluation.certify import (
 from evaluation.learned import load_learned
 from evaluation.outcome import sweep
 from haltwise import Certificate, HaltHead, InputError
-from haltwise.certificate import Risk, SegmentCertificate, check_asked
+from haltwise.policy.certificate import Risk, SegmentCertificate, check_asked
 from traces import MAX_TRACES, TraceFiles, Traces
 
 # Of the planning table, beside the one that was asked for.

@@ -46,7 +46,7 @@ from evaluation.protocol import Points, load_operating_points, strictest_price
 from evaluation.report import log_to_tensorboard, write_report
 from evaluation.table import format_cases, format_table
 from haltwise import HaltHead, InputError
-from haltwise.halting import Probing
+from haltwise.policy.halting import Probing
 from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
 from lms.questions import SPLITS

@@ -49,7 +49,7 @@ from evaluation.protocol import folds, save_operating_points, strictest_price
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
-from haltwise.halting import Probing
+from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
 from traces import MAX_TRACES, Chunks, TraceFiles, Traces

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from envs.replay import observed_features, point_features
 from haltwise import HaltHead, Observing, feature_names
-from haltwise.halting import Probing
-from haltwise.signals import Float
+from haltwise.policy.halting import Probing
+from haltwise.policy.signals import Float
 from traces import Traces
 
 Halts = NDArray[np.bool_]

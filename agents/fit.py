@@ -27,7 +27,7 @@ from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, observed_features, point_features, projection_of
 from haltwise import HaltHead, Halting, HeadConfig, InputError, Observing
-from haltwise.signals import Float
+from haltwise.policy.signals import Float
 from traces import Chunks, Traces, chunks_of
 
 #: Shares of PPO's decisions after which an agent is tried out of fold. 0 is its start.

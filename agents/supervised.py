@@ -22,7 +22,7 @@ from agents.baselines import Halts
 from agents.fit import observing_of
 from envs.replay import observed_features
 from haltwise import HeadConfig, Observing
-from haltwise.signals import Float
+from haltwise.policy.signals import Float
 from traces import Traces
 
 _CALIBRATION_FOLDS = 3

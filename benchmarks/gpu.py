@@ -31,11 +31,9 @@ from transformers import Qwen2Config, Qwen3Config
 from benchmarks.gpu_checks import Check, check_bursts, check_head, check_live, some_questions
 from benchmarks.overhead import never_halting_head, random_lm, shape_600m
 from benchmarks.timing import Result, Work, rate, take_turns
-from haltwise.decoder import Decoder
-from haltwise.features import signals_of
-from haltwise.hf import Halter
-from haltwise.processor import HaltProcessor
-from haltwise.refill import generate_all
+from haltwise.engine.decoder import Decoder
+from haltwise.policy.features import signals_of
+from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
 from lms.language_model import LanguageModel
 
 _NUM_PROMPT = 32
@@ -136,11 +134,11 @@ class Contest:
         works = {
             "generate": partial(self._generate, size),
             "HaltProcessor": partial(self._generate, size, self._processor),
-            "Halter": partial(self._generate, size, self._halter),
+            "ProbingGeneration": partial(self._generate, size, self._halter),
             "slots": partial(self._refilled, size, 0.0),
             "slots with a head": partial(self._refilled, size, 1.0),
         }
-        over = [("generate", "HaltProcessor"), ("generate", "Halter")]
+        over = [("generate", "HaltProcessor"), ("generate", "ProbingGeneration")]
         return self._turns("overhead", size, works, [*over, ("slots", "slots with a head")])
 
     def steps(self, size: int) -> list[Result]:
@@ -204,7 +202,7 @@ class Contest:
         return {"logits_processor": [HaltProcessor(self._head, self.lm.model, self.lm.tokenizer)]}
 
     def _halter(self) -> dict[str, Any]:
-        return {"custom_generate": Halter(self._head, self.lm.tokenizer)}
+        return {"custom_generate": ProbingGeneration(self._head, self.lm.tokenizer)}
 
     def _refilled(self, size: int, price: float) -> int:
         """Slots that are refilled; at a price of 0 nobody measures anything."""

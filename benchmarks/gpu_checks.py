@@ -21,9 +21,9 @@ from transformers import Qwen3Config
 
 from benchmarks.overhead import never_halting_head, random_lm
 from haltwise import HaltHead
-from haltwise.decoder import Decoder
-from haltwise.features import signals_of
-from haltwise.gauge import STEPWISE
+from haltwise.engine.decoder import Decoder
+from haltwise.policy.features import signals_of
+from haltwise.session.token_statistics import STEPWISE
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

@@ -16,7 +16,7 @@ from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
 from benchmarks.timing import Result
 from collect import CollectConfig
-from haltwise.decoder import Decoder
+from haltwise.engine.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.tasks import each_question
 from recording.hf_engine import record

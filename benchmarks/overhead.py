@@ -26,8 +26,8 @@ from transformers import (
 
 from benchmarks.timing import Result, rate, take_turns
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, InputError, Observing
-from haltwise.features import feature_names
-from haltwise.processor import HaltProcessor
+from haltwise.policy.features import feature_names
+from haltwise.transformers import HaltProcessor
 from lms.embedded import CLOSE, EMBEDDED
 from lms.language_model import LanguageModel
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks.synthetic import RECORDED
 from benchmarks.timing import Result, rate, take_turns
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.decoder import Decoder
+from haltwise.engine.decoder import Decoder
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
 from lms.questions import Question

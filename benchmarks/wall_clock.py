@@ -18,9 +18,8 @@ from typing import Any
 
 from benchmarks.timing import Result
 from haltwise import HaltHead
-from haltwise.hf import Halter, RowReport
-from haltwise.processor import HaltProcessor
-from haltwise.refill import generate_all
+from haltwise.session.rows import RowReport
+from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
 from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -134,12 +133,12 @@ def _in_batches(
 
 def _arguments(
     lm: LanguageModel, head: HaltHead | None, price: float
-) -> tuple[dict[str, Any], Halter | None]:
+) -> tuple[dict[str, Any], ProbingGeneration | None]:
     if head is None:
         return {}, None
     if head.config.halting.probing == "at_halt":
         return {"logits_processor": [HaltProcessor(head, lm.model, lm.tokenizer, price)]}, None
-    halter = Halter(head, lm.tokenizer, price)
+    halter = ProbingGeneration(head, lm.tokenizer, price)
     return {"custom_generate": halter}, halter
 
 

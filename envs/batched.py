@@ -12,8 +12,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from haltwise import Observing
-from haltwise.head import CLIP
-from haltwise.signals import Float, Index
+from haltwise.policy.head import CLIP
+from haltwise.policy.signals import Float, Index
 
 
 def spaces(observing: Observing) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:

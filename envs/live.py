@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from envs.batched import BatchedEnv, spaces
 from envs.reward import reward
 from haltwise import FeatureState, Halting, InputError, Observing
-from haltwise.decoder import Decoder
-from haltwise.features import signals_of
-from haltwise.signals import Float, Index
-from haltwise.thought import Probe
+from haltwise.engine.decoder import Decoder
+from haltwise.policy.features import signals_of
+from haltwise.policy.signals import Float, Index
+from haltwise.session.thought import Probe
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

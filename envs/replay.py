@@ -20,9 +20,9 @@ from haltwise import (
     answer_keys,
     feature_names,
 )
-from haltwise.features import GROUP_SIGNALS, signals_of
-from haltwise.projection import check_size
-from haltwise.signals import Float, Index
+from haltwise.policy.features import GROUP_SIGNALS, signals_of
+from haltwise.policy.projection import check_size
+from haltwise.policy.signals import Float, Index
 from traces import Traces
 
 # Points: standardising takes several copies of what it is given.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from haltwise.halting import Probing
+from haltwise.policy.halting import Probing
 from traces import Traces
 
 Tokens = NDArray[np.int64]

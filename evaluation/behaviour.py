@@ -17,9 +17,9 @@ from envs.replay import observed_features
 from envs.reward import halt_costs, never_costs, reward
 from evaluation.outcome import first_halts
 from haltwise import HaltHead, HeadConfig, explain
-from haltwise.halting import Probing
-from haltwise.head import prob_of
-from haltwise.signals import Float
+from haltwise.policy.halting import Probing
+from haltwise.policy.head import prob_of
+from haltwise.policy.signals import Float
 from traces import Traces
 
 Bools = NDArray[np.bool_]

@@ -22,7 +22,7 @@ from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
 from numpy.typing import NDArray
 
 from evaluation.outcome import Outcome, saving
-from haltwise.certificate import Risk
+from haltwise.policy.certificate import Risk
 from traces import Traces
 
 Float = NDArray[np.float64]

@@ -11,8 +11,8 @@ from envs.replay import observed_features
 from envs.reward import halt_costs, reward
 from evaluation.outcome import halt_outcome, never_outcome
 from haltwise import Explanation, HaltHead, explain
-from haltwise.projection import NUM_DIRECTIONS
-from haltwise.signals import Float
+from haltwise.policy.projection import NUM_DIRECTIONS
+from haltwise.policy.signals import Float
 from traces import Traces
 
 #: Of every feature: what a person would say of a higher value than before, and of a lower one.

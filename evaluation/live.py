@@ -15,9 +15,10 @@ from envs.replay import observed_features
 from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead, InputError
-from haltwise.decoder import end_tokens
-from haltwise.hf import Halter, RowReport
-from haltwise.thought import Thought
+from haltwise.engine.decoder import end_tokens
+from haltwise.session.rows import RowReport
+from haltwise.session.thought import Thought
+from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from traces import Traces
@@ -146,7 +147,7 @@ def answer(
         InputError: If head and LM do not fit each other.
     """
     torch.manual_seed(sampling.seed)
-    halter = Halter(head, lm.tokenizer, price)
+    halter = ProbingGeneration(head, lm.tokenizer, price)
     lm.tokenizer.padding_side = "left"
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     columns: list[tuple[bool, int, bool]] = []
@@ -175,7 +176,11 @@ def _without_padding(tokens: list[int], eos_ids: list[int]) -> list[int]:
 
 
 def _outcome(
-    halter: Halter, question: Question, prompt: str, generated: list[int], report: RowReport
+    halter: ProbingGeneration,
+    question: Question,
+    prompt: str,
+    generated: list[int],
+    report: RowReport,
 ) -> tuple[bool, int, bool]:
     """EM, cost and whether it was halted, of one row of a batch."""
     if report.halted:

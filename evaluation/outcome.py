@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.reward import halt_costs, never_costs
-from haltwise.halting import Probing
+from haltwise.policy.halting import Probing
 from traces import Traces
 
 Row = dict[str, Any]

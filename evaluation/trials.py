@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evaluation.outcome import Outcome, Row, average, em_delta, saving, sweep
 from evaluation.protocol import GATES, operating_point
-from haltwise.halting import Probing
+from haltwise.policy.halting import Probing
 from traces import Traces
 
 

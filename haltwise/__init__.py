@@ -1,15 +1,15 @@
 """haltwise: a small policy that decides when a language model has thought enough."""
 
-from haltwise.certificate import Certificate
 from haltwise.errors import InputError
-from haltwise.explain import Explanation, explain
-from haltwise.features import FEATURE_GROUPS, FeatureState, feature_names
-from haltwise.halting import MEAN_LOGPROB, DecisionRule, Halting
-from haltwise.head import HaltHead, HeadConfig, Observing
-from haltwise.monitor import HaltMonitor
-from haltwise.projection import Projection
-from haltwise.signals import Signals, answer_keys
-from haltwise.terms import Terms
+from haltwise.policy.certificate import Certificate
+from haltwise.policy.explain import Explanation, explain
+from haltwise.policy.features import FEATURE_GROUPS, FeatureState, feature_names
+from haltwise.policy.halting import MEAN_LOGPROB, DecisionRule, Halting
+from haltwise.policy.head import HaltHead, HeadConfig, Observing
+from haltwise.policy.projection import Projection
+from haltwise.policy.signals import Signals, answer_keys
+from haltwise.session.monitor import HaltMonitor
+from haltwise.session.terms import Terms
 
 __all__ = [
     "FEATURE_GROUPS",

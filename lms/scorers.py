@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from haltwise import InputError
-from haltwise.answers import canonical, normal_latex, normal_text, read_choice, read_number
+from haltwise.policy.answers import canonical, normal_latex, normal_text, read_choice, read_number
 
 _BOXED = r"Reason step by step and put the final answer in \boxed{}."
 _SAID = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
@@ -185,7 +185,7 @@ def check_scorer(name: str) -> None:
         raise InputError(needed("math-verify", "math"))
 
 
-#: By answer rule, the same names as in haltwise.answers.READERS.
+#: By answer rule, the same names as in haltwise.policy.answers.READERS.
 SCORERS: dict[str, Scorer] = {
     "short": Scorer(short, _BOXED, _OPEN_BOX, "}"),
     "strict": Scorer(strict, _SAID, "Answer:", "\n"),

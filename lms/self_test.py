@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 
 from haltwise import Halting, InputError
-from haltwise.decoder import Decoder, Generation
-from haltwise.thought import LONGEST_OPENING, Probe, ThoughtRules
+from haltwise.engine.decoder import Decoder, Generation
+from haltwise.session.thought import LONGEST_OPENING, Probe, ThoughtRules
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from command import run
-from haltwise.answers import read_answer
+from haltwise.policy.answers import read_answer
 from lms.embedded import (
     CHAT_TEMPLATE,
     CLOSE,

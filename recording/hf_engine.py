@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from haltwise.decoder import Decoder
+from haltwise.engine.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.self_test import self_test
 from recording.config import Answering, EngineConfig

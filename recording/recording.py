@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from haltwise import Halting, InputError, Signals
-from haltwise.thought import Probe, Thought, ThoughtRules
+from haltwise.session.thought import Probe, Thought, ThoughtRules
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

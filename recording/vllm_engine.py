@@ -20,10 +20,10 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from haltwise import InputError, Signals
-from haltwise.decoder import end_tokens
-from haltwise.gauge import NUM_TOP, STEPWISE, Gauge
-from haltwise.reflections import num_reflections
-from haltwise.thought import ForcedAnswer, Probe, Thought, ThoughtRules
+from haltwise.engine.decoder import end_tokens
+from haltwise.session.reflections import num_reflections
+from haltwise.session.thought import ForcedAnswer, Probe, Thought, ThoughtRules
+from haltwise.session.token_statistics import NUM_TOP, STEPWISE, TokenStatistics
 from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import Answering, EngineConfig
@@ -243,7 +243,7 @@ class VllmEngine:
         rows = np.repeat(np.arange(len(points)), since)
         seen = logprobs[: len(rows)]
         top = np.pad(seen[:, 1:], ((0, 0), (0, NUM_TOP - self._num_top)), constant_values=-np.inf)
-        gauge = Gauge(len(points))
+        gauge = TokenStatistics(len(points))
         gauge.add(rows, seen[:, 0], top)
         numbers = [
             num_reflections(tokens[:point], num, self._rules.decode)

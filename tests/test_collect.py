@@ -18,8 +18,8 @@ import torch
 
 from collect import CollectConfig, main
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.answers import read_answer
-from haltwise.decoder import Decoder
+from haltwise.engine.decoder import Decoder
+from haltwise.policy.answers import read_answer
 from lms.embedded import prompt_of
 from lms.language_model import LanguageModel
 from lms.scorers import short as exact_match

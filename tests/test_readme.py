@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lms.gguf import write_gguf
-from tests.llama_server import llama_server
-from tests.proxies import spawned_proxy
+from tests.proxy.llama_server import llama_server
+from tests.proxy.proxies import spawned_proxy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,7 +27,14 @@ def snippet(imported: str) -> str:
 
 def test_every_integration_takes_ten_lines_at_most() -> None:
     assert max(len(text.splitlines()) for text in SNIPPETS) <= 10
-    wanted = {"HaltProcessor", "Halter", "generate_all", "export", "LLM, SamplingParams", "OpenAI"}
+    wanted = {
+        "HaltProcessor",
+        "ProbingGeneration",
+        "generate_all",
+        "export",
+        "LLM, SamplingParams",
+        "OpenAI",
+    }
     for name in (*wanted, "HaltHead, HaltMonitor, Signals"):
         snippet(name)
 
@@ -36,7 +43,7 @@ def test_every_integration_takes_ten_lines_at_most() -> None:
     ("imported", "expected"),
     [
         ("HaltProcessor", "</think>.*reason='halted'"),
-        ("Halter", "</think>.*reason='halted'"),
+        ("ProbingGeneration", "</think>.*reason='halted'"),
         ("generate_all", "(?m)^8 halted .*</think>"),
         ("export", "</think> "),
         ("HaltHead, HaltMonitor, Signals", r"^\[False +True\]$"),

@@ -19,7 +19,7 @@ from agents.ppo import PPOConfig
 from collect import CollectConfig
 from examples import small_lm
 from haltwise import HaltHead
-from haltwise.hf import Halter, HaltProcessor
+from haltwise.transformers import HaltProcessor, ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.sources import open_task
 from tests.families import FAMILIES
@@ -64,7 +64,7 @@ def beside(lm: LanguageModel, question: str, folder: Path) -> None:
     """Every inference loop that the head runs in; each thought is closed at last."""
     model: Any = lm.model
     head = HaltHead.load(folder / "run")
-    halter = Halter(head, lm.tokenizer, price=1e6, max_tokens=30)
+    halter = ProbingGeneration(head, lm.tokenizer, price=1e6, max_tokens=30)
     loops: list[tuple[Any, dict[str, Any]]] = [(halter, {"custom_generate": halter})]
     if head.config.halting.probing == "at_halt":
         processor = HaltProcessor(head, model, lm.tokenizer, price=1e6, max_tokens=30)

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise.errors import InputError
-from haltwise.head import HaltHead
+from haltwise.policy.head import HaltHead
 from haltwise.proxy.asked import Asked
 from haltwise.proxy.client import Client, GoneError, RawHeaders, RefusedError
 from haltwise.proxy.config import Keys, ServeConfig
@@ -30,9 +30,9 @@ from haltwise.proxy.record import Record
 from haltwise.proxy.relay import Completion, Setting
 from haltwise.proxy.upstream import Server, Upstream, find_server
 from haltwise.proxy.wire import Event, Json, UpstreamError, error_body
-from haltwise.terms import Terms
-from haltwise.thought import PointRules
-from haltwise.watcher import check_served
+from haltwise.session.stream import check_served
+from haltwise.session.terms import Terms
+from haltwise.session.thought import PointRules
 
 log = logging.getLogger("haltwise.proxy")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from haltwise.gauge import NUM_TOP
 from haltwise.proxy.wire import Json
+from haltwise.session.token_statistics import NUM_TOP
 
 _STRUCTURED = (
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),

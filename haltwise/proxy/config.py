@@ -12,7 +12,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from haltwise.errors import InputError
-from haltwise.terms import Terms
+from haltwise.session.terms import Terms
 
 Kind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import anyio
 
-from haltwise.head import HaltHead
+from haltwise.policy.head import HaltHead
 from haltwise.proxy.asked import Asked
 from haltwise.proxy.legs import Held, Leg, Seen, Skip, Used
 from haltwise.proxy.metrics import Metrics
@@ -29,8 +29,8 @@ from haltwise.proxy.wire import (
     tokens_of,
     trim_logprobs,
 )
-from haltwise.terms import Terms
-from haltwise.watcher import Watcher
+from haltwise.session.stream import Watcher
+from haltwise.session.terms import Terms
 
 log = logging.getLogger("haltwise.proxy")
 

@@ -10,12 +10,12 @@ from typing import Any
 import anyio
 import httpx2
 
-from haltwise.gauge import NUM_TOP
 from haltwise.proxy.asked import Asked
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.legs import Leg, Seen, told
 from haltwise.proxy.wire import Json, UpstreamError
-from haltwise.thought import PointRules, Progress
+from haltwise.session.thought import PointRules, Progress
+from haltwise.session.token_statistics import NUM_TOP
 
 _STREAMS_A_POOL = 16
 # Seconds that an answer to such a question may take: a client waits for it.

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from haltwise import HaltHead
-from haltwise.processor import HaltProcessor
+from haltwise.transformers import HaltProcessor
 from lms.embedded import prompt_of
 from lms.tasks import questions
 

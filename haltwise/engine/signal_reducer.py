@@ -1,0 +1,210 @@
+"""What an LM shows while it thinks, reduced on its device.
+
+    reset  ->  add (every token), or take (a burst of them)  ->  read (at a decision point)
+
+Recording, the live environments and `generate` all measure with this code. A token
+costs one log-softmax and one top-k, on a GPU over many tokens at once; what they give is copied to
+the host once a decision point.
+
+Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haltwise.policy.signals import Float, Index, Signals, answer_keys
+from haltwise.session.reflections import num_reflections
+from haltwise.session.thought import Probe, Thought, ThoughtRules
+from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE, TokenStatistics
+
+#: The signals that are measured only if they are asked for.
+MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
+
+_LARGEST_HALF = 65504.0
+# Logits that wait to be reduced at most: a GPU is kept waiting by many small works (32 MB), a CPU
+# by what its caches do not hold. And passes that wait for the host.
+_MOST_LOGITS, _MOST_LOGITS_ON_CPU = 2**23, 2**16
+_MOST_PASSES = 512
+
+
+class SignalReducer:
+    """Measures R thoughts between their decision points.
+
+    Probabilities are the LM's own, at temperature 1, however its tokens are chosen.
+
+    Args:
+        rules: Shared by the thoughts.
+        signals: Names of the wanted signals. Position and forced answer need no measuring.
+        num_rows: R.
+        device: The LM's.
+    """
+
+    def __init__(
+        self, rules: ThoughtRules, signals: Collection[str], num_rows: int, device: torch.device
+    ) -> None:
+        """Starts every row without a token."""
+        self._rules = rules
+        #: What is measured.
+        self.signals = tuple(name for name in MEASURED if name in signals)
+        self._steps = not set(STEPWISE).isdisjoint(self.signals)
+        self.needs_hidden = "hidden" in self.signals
+        self.needs_logits = self._steps or "end_think_logprob" in self.signals
+        #: Log probabilities that `take` wants of a token.
+        self.num_logprobs = 1 + NUM_TOP if self._steps else 0
+        self._device = device
+        self._most_logits = _MOST_LOGITS_ON_CPU if device.type == "cpu" else _MOST_LOGITS
+        self._gauge = TokenStatistics(num_rows)
+        # (R,) tokens since the previous point.
+        self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
+        # What the gauge has not seen yet: rows (B,) of each pass; the passes' logits (B, V) and
+        # tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
+        self._rows: list[Index] = []
+        self._logits: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+        self._reduced: list[Tensor] = []
+
+    def reset(self, rows: Index) -> None:
+        """Begins anew after a decision point of rows (B,), or with new thoughts."""
+        self._num_tokens[rows] = 0
+        self._pass_on()
+        self._gauge.reset(rows)
+
+    def add(self, rows: Index, logits: Tensor, tokens: Tensor) -> None:
+        """Takes in a token of each of some rows.
+
+        Args:
+            rows: (B,) each at most once.
+            logits: (B, V) that led to the tokens; they are kept, so nobody may write into them.
+            tokens: (B,)
+        """
+        self._num_tokens[rows] += 1
+        if not self._steps:
+            return
+        self._rows.append(rows.copy())
+        self._logits.append(logits)
+        self._tokens.append(tokens)
+        if len(self._logits) * logits.numel() >= self._most_logits:
+            self._reduce()
+        if len(self._rows) == _MOST_PASSES:
+            self._pass_on()
+
+    def take(self, rows: Index, logprobs: Float) -> None:
+        """Takes in tokens that have been reduced already.
+
+        Args:
+            rows: (N,) whose they are, each row's in their order; a row may have several.
+            logprobs: (N, num_logprobs), see `logprobs_of`.
+        """
+        np.add.at(self._num_tokens, rows, 1)
+        if self._steps:
+            self._pass_on()
+            self._gauge.add(rows, logprobs[:, 0], logprobs[:, 1:])
+
+    @torch.inference_mode()
+    def read(
+        self,
+        rows: Index,
+        thoughts: Sequence[Thought],
+        logits: Tensor,
+        hidden: Tensor | None = None,
+        probes: Sequence[Probe] | None = None,
+    ) -> Signals:
+        """What is seen of rows (B,) at their decision points.
+
+        Args:
+            rows: Each has had a token since it was reset.
+            thoughts: Of those rows.
+            logits: (B, V) of what would follow.
+            hidden: (B, D) last-layer states of the newest tokens, if they are wanted.
+            probes: Forced answers of those rows, if anybody looked.
+        """
+        seen = self._measured(rows, logits, hidden)
+        if "num_reflections" in self.signals:
+            numbers = [
+                num_reflections(thought.tokens, num, self._rules.decode)
+                for thought, num in zip(thoughts, self._num_tokens[rows].tolist(), strict=True)
+            ]
+            seen["num_reflections"] = np.array(numbers, dtype=np.float32)
+        if probes is not None:
+            seen |= _of_answers(probes)
+        if self._rules.max_points is not None:
+            num_points = np.array([thought.num_points for thought in thoughts], dtype=np.int64)
+            seen["points_left"] = self._rules.max_points - num_points
+        position = np.array([thought.position for thought in thoughts], dtype=np.int64)
+        return Signals(position, **seen)
+
+    def _measured(self, rows: Index, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
+        """The wanted signals that are on the device: one copy to the host."""
+        self._reduce()
+        parts = [*self._reduced]
+        if "end_think_logprob" in self.signals:
+            parts.append(logits[:, self._rules.end_id, None] - logits.logsumexp(-1, keepdim=True))
+        if self.needs_hidden and hidden is not None:
+            parts.append(hidden.to(self._device, torch.float32))
+        if not parts:
+            return {}
+        flat = torch.cat([part.flatten() for part in parts]).cpu()
+        rest = list(flat.split([part.numel() for part in parts]))
+        self._reduced, rest = rest[: len(self._reduced)], rest[len(self._reduced) :]
+        self._pass_on()
+        seen: dict[str, Any] = self._gauge.read(rows) if self._steps else {}
+        if "end_think_logprob" in self.signals:
+            seen["end_think_logprob"] = np.maximum(rest.pop(0).numpy(), LOWEST_LOGPROB)
+        if self.needs_hidden and hidden is not None:
+            # As precise as a recording.
+            bounded = rest.pop(0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
+            seen["hidden"] = bounded.reshape(hidden.shape).numpy()
+        return {name: seen[name] for name in self.signals if name in seen}
+
+    @torch.inference_mode()
+    def _reduce(self) -> None:
+        """Reduces what has been added, on the device."""
+        if self._logits:
+            numbers = logprobs_of(torch.cat(self._logits), torch.cat(self._tokens))
+            self._reduced.append(numbers)
+            self._logits.clear()
+            self._tokens.clear()
+
+    @torch.inference_mode()
+    def _pass_on(self) -> None:
+        """Gives the gauge what has waited; a copy to the host, unless it is there already."""
+        if not self._rows:
+            return
+        self._reduce()
+        table = torch.cat([part.flatten() for part in self._reduced]).cpu().numpy()
+        table = table.reshape(-1, 1 + NUM_TOP)
+        self._gauge.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
+        self._rows.clear()
+        self._reduced.clear()
+
+
+def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
+    """Signals (B,) of forced answers."""
+    return {
+        "confidence": np.array([probe.confidence for probe in probes], dtype=np.float32),
+        "answer": answer_keys([probe.answer for probe in probes]),
+        "worst_logprob": np.array([probe.worst_logprob for probe in probes], dtype=np.float32),
+        "probe_tokens": np.array([probe.num_tokens for probe in probes], dtype=np.int64),
+    }
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int = NUM_TOP) -> Tensor:
+    """Log probabilities (N, 1 + num_top) of tokens (N,), and of the likeliest in their places.
+
+    Args:
+        logits: (N, V) that led to the tokens.
+        tokens: (N,)
+        num_top: Likeliest tokens; a smaller vocabulary is filled up with -inf.
+    """
+    num = min(num_top, logits.shape[1])
+    logprobs = logits.log_softmax(dim=-1)
+    found = torch.cat([logprobs.gather(1, tokens[:, None]), logprobs.topk(num).values], dim=1)
+    if num < num_top:
+        found = torch.nn.functional.pad(found, (0, num_top - num), value=-torch.inf)
+    return found

@@ -1,0 +1,235 @@
+"""A head as a repository of the Hugging Face hub, run by `generate(custom_generate=...)`.
+
+    python -m haltwise.transformers.hub --head RUN --out FOLDER --repo OWNER/NAME
+    hf upload OWNER/NAME FOLDER
+
+    model.generate(
+        **inputs, tokenizer=tokenizer, custom_generate="OWNER/NAME", trust_remote_code=True
+    )
+
+The folder runs as it is, too: `custom_generate=FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from haltwise.errors import InputError
+from haltwise.policy.head import HaltHead, HeadConfig
+from haltwise.session.rows import RowReport
+from haltwise.transformers.probing import ProbingGeneration
+from haltwise.transformers.processor import HaltProcessor
+
+_FILES = ["head.json", "head.safetensors"]
+
+_GENERATE = '''"""Halts the thoughts of an LM by the head of this repository: see README.md."""
+
+from haltwise.transformers import hub
+
+# A repository of the hub, or a folder.
+HEAD = {source!r}
+
+
+def generate(model, **arguments):
+    """Called by transformers in place of `model.generate`."""
+    return hub.generate(model, **{{"head": HEAD}} | arguments)
+'''
+
+_CARD = """---
+library_name: haltwise
+tags:
+- custom_generate
+- reasoning
+---
+
+# A halting policy for {lm}
+
+This head decides, while a reasoning LM thinks, whether it has thought enough. Halting closes the
+thought, and the LM answers.
+
+```python
+ids = model.generate(
+    **inputs,  # padded on the left
+    tokenizer=tokenizer,
+    price={price:.3g},
+    max_new_tokens=4096,
+    custom_generate={source!r},
+    trust_remote_code=True,
+)
+```
+
+`pip install 'haltwise[hf]'` first. Other arguments are those of `generate`, and:
+
+- `price`: exact match that 1,000 tokens are worth, one or one a row; higher halts earlier, 0 never.
+- `min_tokens`, `max_tokens`: thinking tokens before which the head does not halt, and at which the
+  thought is closed whatever it says.
+- `report`: a list that is given one entry a row: where and why its thought ended.
+
+It is valid under these conditions, and refuses others where it can:
+
+| | |
+|---|---|
+| LM | {lm} |
+| tokenizer | {tokenizer} |
+| prices trained on | {low:.3g} to {high:.3g} |
+| decision points | {rule} |
+| forced answers | {probing} |
+| close text | `{close!r}` |
+| certified | {certified} |
+
+`head.json` has the rest. Greedy decoding and sampling; no beams.
+"""
+
+
+def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> None:
+    """Writes a head as a repository: weights, the code that runs it, and a card.
+
+    Args:
+        head: What to write.
+        folder: Where to.
+        repo_id: The repository that it will be; by default the folder is its own.
+
+    Raises:
+        InputError: If the repository's name makes no sense.
+    """
+    folder = Path(folder)
+    if repo_id is not None and [bool(part) for part in repo_id.split("/")] != [True, True]:
+        raise InputError(f"repository is {repo_id!r}, expected OWNER/NAME")
+    source = repo_id or str(folder.resolve())
+    head.save(folder)
+    code = folder / "custom_generate"
+    code.mkdir(exist_ok=True)
+    (code / "generate.py").write_text(_GENERATE.format(source=source))
+    (code / "requirements.txt").write_text(f"haltwise>={version('haltwise')}\n")
+    (folder / "README.md").write_text(_card(head.config, source))
+
+
+def load(source: str, revision: str | None = None) -> HaltHead:
+    """Reads a head from a folder, or else from the hub.
+
+    Args:
+        source: A folder, or a repository of the hub.
+        revision: Of the repository; default its newest.
+
+    Raises:
+        InputError: If what is there is no head.
+    """
+    if Path(source).is_dir():
+        return HaltHead.load(source)
+    return _load_from_hub(source, revision)
+
+
+@lru_cache(maxsize=8)
+def _load_from_hub(source: str, revision: str | None) -> HaltHead:
+    """Asked for once a process, and not at every call of `generate`."""
+    try:
+        folder = snapshot_download(source, revision=revision, allow_patterns=_FILES)
+    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{source!r} is no folder and no repository: {reason}") from None
+    return HaltHead.load(folder)
+
+
+def generate(
+    model: PreTrainedModel,
+    head: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    price: Any = None,
+    min_tokens: Any = 0,
+    max_tokens: Any = None,
+    report: list[RowReport] | None = None,
+    revision: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """Generates with a head beside the LM; what the code of a repository calls.
+
+    Args:
+        model: The LM.
+        head: A folder, or a repository of the hub.
+        tokenizer: The LM's.
+        price: See `ProbingGeneration`; `min_tokens` and `max_tokens` too.
+        min_tokens: One, or one a row.
+        max_tokens: One, or one a row.
+        report: Is given one entry a row.
+        revision: Of the repository.
+        arguments: Of `model.generate`.
+
+    Raises:
+        InputError: If there is no tokenizer, a streamer for a head that looks at answers, or
+            anything that the head refuses.
+    """
+    if tokenizer is None:
+        raise InputError("no tokenizer: expected generate(..., tokenizer=tokenizer)")
+    loaded, asked = load(head, revision), (price, min_tokens, max_tokens)
+    runner: HaltProcessor | ProbingGeneration
+    if loaded.config.halting.probing == "at_halt":
+        eos = arguments.get("eos_token_id")
+        if eos is None and arguments.get("generation_config") is not None:
+            eos = arguments["generation_config"].eos_token_id
+        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos_token_id=eos)
+        arguments["logits_processor"] = [*(arguments.get("logits_processor") or ()), runner]
+    elif arguments.get("streamer") is not None:
+        raise InputError("the head looks at answers while the LM thinks: expected no streamer")
+    else:
+        runner = ProbingGeneration(loaded, tokenizer, *asked)
+        arguments["custom_generate"] = runner
+    # `model.generate` may be what calls this.
+    out: Any = GenerationMixin.generate(model, **arguments)  # type: ignore[arg-type]
+    if report is not None:
+        report[:] = runner.report
+    return out
+
+
+def _card(config: HeadConfig, source: str) -> str:
+    low, high = config.observing.price_range
+    certified = "nothing"
+    if config.certificate is not None:
+        found = config.certificate
+        certified = (
+            f"price {found.price or 0:.3g}: a loss of exact match of at most {found.max_em_drop}, "
+            f"with a confidence of {found.confidence} ({found.risk})"
+        )
+    looks = config.halting.probing == "always"
+    return _CARD.format(
+        lm=config.lm or "an LM that its traces do not name",
+        tokenizer=config.tokenizer or "not known",
+        price=config.default_price,
+        source=source,
+        low=low,
+        high=high,
+        rule=config.halting.decision_rule,
+        probing="looked at, at every decision point" if looks else "not looked at before halting",
+        close=config.halting.close_text,
+        certified=certified,
+    )
+
+
+def main() -> None:
+    """Exports a head from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m haltwise.hub", description=export.__doc__)
+    parser.add_argument("--head", required=True, help="folder of the head")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--repo", help="the hub repository that it will be, OWNER/NAME")
+    asked = parser.parse_args()
+    try:
+        export(HaltHead.load(asked.head), asked.out, asked.repo)
+    except (InputError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Comparing answers with gold answers."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from haltwise import InputError
+from haltwise.policy.answers import READERS
+from lms.scorers import SCORERS, check_scorer
+
+
+def is_right(rule: str, text: str, gold: str) -> bool:
+    """Whether what an LM has written holds the gold answer."""
+    return SCORERS[rule](READERS[rule](text), gold)
+
+
+def test_every_rule_reads_and_compares() -> None:
+    assert list(SCORERS) == list(READERS)
+
+
+@pytest.mark.parametrize("rule", SCORERS)
+def test_a_forced_answer_is_read_in_the_form_its_cue_asks_for(rule: str) -> None:
+    scorer, gold = SCORERS[rule], {"choice": "B"}.get(rule, "42")
+    # As a thought's rules put it: the box that the cue opens is in front.
+    opening = r"\boxed{" if scorer.cue.endswith(r"\boxed{") else ""
+    assert is_right(rule, f"{opening}{gold}{scorer.answer_end}", gold)
+    assert is_right(rule, f"{opening} {gold}", gold)
+    assert not is_right(rule, f"{opening}41{scorer.answer_end}", gold)
+
+
+@pytest.mark.parametrize("rule", SCORERS)
+def test_an_lm_that_does_as_it_is_told_is_understood(rule: str) -> None:
+    scorer, gold = SCORERS[rule], {"choice": "B"}.get(rule, "42")
+    said = f"\\boxed{{{gold}}}" if "boxed" in scorer.instruction else f"Answer: {gold}"
+    assert is_right(rule, f"First 6 * 7, so A it is.\n\nBy 1999 that was known.\n{said}", gold)
+
+
+@pytest.mark.parametrize("rule", SCORERS)
+def test_no_answer_is_never_right(rule: str) -> None:
+    assert not SCORERS[rule]("", "B" if rule == "choice" else "42")
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "gold", "expected"),
+    [
+        ("short", "\\boxed{New  York}", "new york", True),
+        ("short", "0.5", "1/2", False),
+        ("strict", "Answer: aB", "aB", True),
+        ("strict", "Answer: ab", "aB", False),
+        ("strict", "Answer: b c", "a\nb c", True),
+        ("text", "Answer: The Hallin Yard.", "Hallin yard", True),
+        ("text", "Answer: yard", "Hallin yard\nthe yard\n", True),
+        ("text", "Answer: ship", "Hallin yard\nthe yard", False),
+        ("text", "Answer: at the yard", "yard", False),
+        ("number", "It is $1,000.00.", "1000", True),
+        ("number", "\\boxed{\\frac{1}{2}}", "0.5", True),
+        ("number", "\\boxed{-4}", "4", False),
+        ("number", "0.333", "1/3", False),
+        ("choice", "the answer is (B)", "B", True),
+        ("choice", "the answer is (B)", "(b)", True),
+        ("choice", "the answer is (C)", "B", False),
+    ],
+)
+def test_exact_match(rule: str, text: str, gold: str, expected: bool) -> None:
+    assert is_right(rule, text, gold) is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("x+1", "1 + x", True),
+        ("\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", True),
+        ("2^{10}", "1024", True),
+        ("\\{1,2\\}", "\\{2,1\\}", True),
+        ("(1,2)", "(2,1)", False),
+        ("\\pi", "3.14", False),
+        ("46/262", "23/131", True),
+        # What math-verify does not do, or does wrongly.
+        ("mother", "mother", True),
+        ("True", "true", True),
+        ("mother", "father", False),
+        ("\u22123", "-3", True),
+        ("0x1854", "0x1999", False),
+        ("0x1854", "0x1854", True),
+        ("[0,1)", "[0,1)", True),
+        ("}{{", "3", False),
+        ("10^{10^{10}}", "3", False),
+        ("99999!", "3", False),
+        ("1+" * 200 + "1", "201", False),
+    ],
+)
+def test_formulas_are_equal_if_math_verify_says_so(answer: str, gold: str, expected: bool) -> None:
+    pytest.importorskip("math_verify")
+    assert is_right("latex", f"\\boxed{{{answer}}}", gold) is expected
+
+
+def test_formulas_are_compared_in_threads_too() -> None:
+    pytest.importorskip("math_verify")
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(SCORERS["latex"]("x+1", "1+x")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize(
+    ("rule", "gold", "message"),
+    [
+        *((rule, " ", "is empty: expected") for rule in SCORERS),
+        ("text", "the", "cannot be compared: expected a reference answer"),
+        ("number", "many", "cannot be compared: expected a number"),
+        ("choice", "Rome", "cannot be compared: expected the letter"),
+        ("latex", "$.$", "is empty: expected a formula"),
+    ],
+)
+def test_a_gold_answer_that_is_none_is_an_error(rule: str, gold: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SCORERS[rule]("3", gold)
+
+
+def test_an_unknown_rule_is_an_error() -> None:
+    with pytest.raises(InputError, match="'exact', expected one of short, strict, text, number"):
+        check_scorer("exact")
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    assert SCORERS["latex"]("x+1", "x+1")
+    with pytest.raises(InputError, match=r"math-verify is not installed.*-e '\.\[math\]'"):
+        SCORERS["latex"]("x+1", "1+x")
+    monkeypatch.setattr("lms.scorers.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"-e '\.\[math\]'"):
+        check_scorer("latex")

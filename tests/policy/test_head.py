@@ -1,0 +1,155 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from haltwise import HaltHead, Halting, HeadConfig, InputError, Observing
+
+
+def features_of(run: float) -> np.ndarray:
+    features = np.zeros((1, 7), dtype=np.float32)
+    features[0, 1] = np.log1p(run)
+    return features
+
+
+def test_log_odds_by_hand(run_head: HaltHead) -> None:
+    inner = np.log1p(4) - np.log1p(1.5) + 0.5 * 0  # a price of 1 is the middle of the range
+    expected = np.tanh(np.tanh(inner))
+    assert run_head.log_odds(features_of(4), 1.0)[0] == pytest.approx(expected, rel=1e-5)
+    prob = 1 / (1 + np.exp(-expected))
+    assert run_head.prob_halt(features_of(4), 1.0)[0] == pytest.approx(prob, rel=1e-5)
+
+
+def test_a_higher_price_halts_sooner(run_head: HaltHead) -> None:
+    halts = [[run_head.halts(features_of(r), p)[0] for r in (1, 2, 4)] for p in (10, 1, 0.1)]
+    assert halts == [[True, True, True], [False, True, True], [False, False, True]]
+
+
+def test_default_price_is_the_heads_own(run_head: HaltHead) -> None:
+    assert run_head.log_odds(features_of(3)) == run_head.log_odds(features_of(3), 1.0)
+
+
+def test_missing_features_never_halt(run_head: HaltHead) -> None:
+    assert not run_head.halts(np.full((1, 7), np.nan, dtype=np.float32), 10.0)[0]
+
+
+def test_observations_are_standardised_clipped_and_end_in_the_price() -> None:
+    observing = Observing(("pace",), (1.0, 0.0, 0.0), (2.0, 1.0, 1.0), (0.1, 10.0))
+    obs = observing.observe(np.array([[5, 100, -100]], dtype=np.float32), 10.0)
+    assert obs.tolist() == [[2.0, 5.0, -5.0, 1.0]]
+    assert observing.dial([0.1, 1.0, 1e9]).tolist() == pytest.approx([-1, 0, 5])
+    prices = observing.draw_price(np.random.default_rng(0), 1000)
+    assert prices.min() >= 0.1 and prices.max() <= 10
+    assert np.median(prices) == pytest.approx(1, rel=0.3)
+
+
+def test_fit_leaves_a_constant_feature_at_zero() -> None:
+    features = np.array([[1, 2, 3], [3, 2, 5]], dtype=np.float32)
+    observing = Observing.fit(("pace",), features, (0.1, 1.0))
+    assert observing.mean == (2, 2, 4) and observing.scale == (1, 1, 1)
+
+
+def test_saved_and_loaded_it_is_the_same(run_head: HaltHead, tmp_path: Path) -> None:
+    run_head.save(tmp_path)
+    loaded = HaltHead.load(tmp_path)
+    assert loaded.config == run_head.config
+    assert (loaded.log_odds(features_of(2), 0.3) == run_head.log_odds(features_of(2), 0.3)).all()
+    assert os.stat(tmp_path / "head.safetensors").st_mode & 0o044  # readable by a server's user
+
+
+def broken(change: dict[str, Any]) -> Any:
+    def apply(folder: Path) -> None:
+        data = json.loads((folder / "head.json").read_text())
+        (folder / "head.json").write_text(json.dumps(data | change))
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "head.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def other_shape(folder: Path) -> None:
+    save_file({"w0": np.zeros((2, 2), dtype=np.float32)}, folder / "head.safetensors")
+
+
+def not_finite(folder: Path) -> None:
+    head = HaltHead.load(folder)
+    head.weights["b1"][:] = np.nan
+    head.save(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (broken({"format": 2}), "format 2, this haltwise expects 1"),
+        (broken({"features_version": 9}), "features_version 9"),
+        (broken({"features": ["x"]}), "features"),
+        (broken({"surprise": 1}), "surprise"),
+        (broken({"threshold": 1.5}), "threshold is 1.5"),
+        (broken({"default_price": -1}), "default price is -1"),
+        (broken({"observing": {}}), "not a readable head"),
+        (broken({"halting": {"probing": "now"}}), "not a readable head"),
+        (lambda f: (f / "head.json").write_text("{"), "not a readable head"),
+        (lambda f: (f / "head.json").unlink(), "no head.json"),
+        (lambda f: (f / "head.safetensors").unlink(), "no head.safetensors"),
+        (truncate, "not a readable head"),
+        (other_shape, "tensors"),
+        (not_finite, "not finite"),
+    ],
+)
+def test_damaged_heads_are_refused(
+    damage: Any, told: str, run_head: HaltHead, tmp_path: Path
+) -> None:
+    run_head.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=told):
+        HaltHead.load(tmp_path)
+
+
+def test_a_head_for_another_observation_is_refused(run_head: HaltHead) -> None:
+    pace = Observing(("pace",), (0.0,) * 3, (1.0,) * 3, (0.1, 1.0))
+    with pytest.raises(InputError, match="w0"):
+        HaltHead(HeadConfig(pace, run_head.config.halting, 1.0), run_head.weights)
+
+
+def test_observing_refuses_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match="2 means"):
+        Observing(("pace",), (0.0,) * 2, (1.0,) * 3, (0.1, 1.0))
+    with pytest.raises(InputError, match="price range"):
+        Observing(("pace",), (0.0,) * 3, (1.0,) * 3, (1.0, 0.1))
+
+
+def test_halting_is_checked_against_a_recording() -> None:
+    halting = Halting("always", "every 16 tokens", "</think>", "source")
+    halting.check_recorded({"decision_rule": "every 16 tokens", "probing": "always"}, "f")
+    halting.check_recorded({}, "f")
+    for name in ("decision_rule", "close_text", "confidence_rule"):
+        with pytest.raises(InputError, match=f"f: {name} is 'other'"):
+            halting.check_recorded({name: "other"}, "f")
+    with pytest.raises(InputError, match="without probes"):
+        halting.check_recorded({"probing": "at_halt"}, "f")
+
+
+@pytest.mark.parametrize("change", [{"probing": "maybe"}, {"max_answer_tokens": 0}])
+def test_halting_refuses_unknown_conditions(change: dict[str, Any]) -> None:
+    good: dict[str, Any] = dict(
+        probing="always", decision_rule="", close_text="", confidence_rule=""
+    )
+    with pytest.raises(InputError):
+        Halting(**good | change)
+
+
+def test_a_shipped_head_is_still_what_was_certified() -> None:
+    """Conditions that are newer than a certificate do not change a head that has the usual ones."""
+    digest = "66ff10e8009a452d287d0f21cb0e231283ac6df72ba1060fb4bee89b175268ae"
+    head = HaltHead.load(Path(__file__).parents[2] / "checkpoints" / "embedded-head")
+    assert head.digest == digest
+    halting = replace(head.config.halting, answer_end="}")
+    assert HaltHead(replace(head.config, halting=halting), head.weights).digest != digest

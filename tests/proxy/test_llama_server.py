@@ -1,0 +1,242 @@
+"""The real proxy before a real llama-server, with the embedded LM and a head beside it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import torch
+
+from haltwise import HaltHead, HaltMonitor, Signals
+from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.policy.features import signals_of
+from haltwise.proxy import ServeConfig
+from haltwise.session.thought import Thought, ThoughtRules
+from lms.embedded import CLOSE, EMBEDDED, prompt_of
+from lms.gguf import write_gguf
+from lms.language_model import LanguageModel
+from lms.questions import Question
+from lms.tasks import questions
+from tests.proxy.llama_server import NAME, LlamaServer, llama_server
+from tests.proxy.proxies import Proxy, proxied, saved_head, sure_head
+
+ASKED = questions("sum", "test", 4)
+PRICE = 10.0
+SOON, NEVER = {"X-Haltwise-Price": str(PRICE)}, {"X-Haltwise-Price": "1e-9"}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "embedded.gguf"
+    write_gguf(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shipped = EMBEDDED.parent / "embedded-blind-head"
+    if shipped.is_dir():
+        return shipped
+    return saved_head(tmp_path_factory.mktemp("head"), sure_head(CLOSE, "every 12 tokens"))
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return LanguageModel.load(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def server(gguf: Path) -> Iterator[LlamaServer]:
+    with llama_server(gguf) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def proxy(server: LlamaServer, head: Path) -> Iterator[Proxy]:
+    with proxied(ServeConfig(head=head, upstream=server.url)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(proxy: Proxy) -> openai.OpenAI:
+    return openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+
+
+def greedy(lm: LanguageModel, text: str) -> list[int]:
+    """The tokens that the LM says after a text, by transformers; the last one ends it."""
+    model: Any = lm.model
+    ids = torch.tensor([ids_of(lm, text)])
+    with torch.inference_mode():
+        out = model.generate(ids, do_sample=False, max_new_tokens=900)
+    tokens: list[int] = out[0, ids.shape[1] :].tolist()
+    return tokens[:-1]
+
+
+def ids_of(lm: LanguageModel, text: str) -> list[int]:
+    ids: list[int] = lm.tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def chat(
+    client: openai.OpenAI, question: Question, headers: dict[str, str]
+) -> tuple[str, str, Any]:
+    """Thought, answer and what the proxy tells."""
+    stream: Any = client.chat.completions.create(
+        model=NAME,
+        messages=[{"role": "user", "content": prompt_of(question).removesuffix("<think>").strip()}],
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_headers=headers,
+    )
+    chunks = list(stream)
+    parts = [choice.delta for chunk in chunks for choice in chunk.choices]
+    thought = "".join(getattr(part, "reasoning_content", None) or "" for part in parts)
+    answer = "".join(part.content or "" for part in parts)
+    return thought, answer, chunks[-1].usage.haltwise
+
+
+def is_number(lm: LanguageModel, answer: str) -> bool:
+    return answer.strip().isdigit() and len(ids_of(lm, answer)) == 1
+
+
+def test_chats_are_halted_by_reasoning_control(
+    client: openai.OpenAI, lm: LanguageModel, head: Path
+) -> None:
+    num_saved = 0
+    for question in ASKED:
+        whole, answer, told = chat(client, question, NEVER)
+        own = ids_of(lm, whole + CLOSE + answer)
+        assert own == greedy(lm, prompt_of(question))
+        assert not told["halted"] and told["reason"] == "closed by the LM"
+        thought, answer, told = chat(client, question, SOON)
+        assert told["halted"] and told["position"] == halting_point(lm, head, question, own)
+        # Some tokens may come before the server has heard that the thought is to end.
+        assert whole.startswith(thought) and len(ids_of(lm, thought)) >= told["position"]
+        assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
+        assert is_number(lm, answer)
+        num_saved += len(ids_of(lm, whole)) - len(ids_of(lm, thought))
+    assert num_saved > 0
+
+
+def halting_point(lm: LanguageModel, head: Path, question: Question, own: list[int]) -> int:
+    """Where the head halts the LM's own tokens, by transformers' logits."""
+    loaded = HaltHead.load(head)
+    monitor, row = HaltMonitor(loaded, 1, PRICE), np.zeros(1, dtype=np.int64)
+    points = measured(lm, loaded, prompt_of(question), own)
+    return next(int(seen.position[0]) for seen in points if monitor.observe(seen, row)[0])
+
+
+@pytest.mark.parametrize("question", ASKED, ids=lambda question: question.question_id)
+def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
+    client: openai.OpenAI, lm: LanguageModel, head: Path, question: Question
+) -> None:
+    def ask(headers: dict[str, str]) -> Any:
+        return client.completions.create(
+            model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=headers
+        )
+
+    whole = ask(NEVER).choices[0].text
+    own = ids_of(lm, whole)
+    assert own == greedy(lm, prompt_of(question))
+    done = ask(SOON)
+    thought, _, answer = done.choices[0].text.partition(CLOSE)
+    told = done.usage.haltwise
+    assert told["halted"] and len(told["legs"]) == 2
+    assert whole.startswith(thought) and len(ids_of(lm, thought)) == told["position"]
+    assert told["position"] == halting_point(lm, head, question, own)
+    assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
+    assert is_number(lm, answer)
+    num_prompt = [len(ids_of(lm, prompt_of(question) + more)) for more in ("", thought + CLOSE)]
+    assert [leg["prompt_tokens"] for leg in told["legs"]] == num_prompt
+    assert done.usage.total_tokens == sum(sum(leg.values()) for leg in told["legs"])
+
+
+def test_a_cap_holds_to_the_token(client: openai.OpenAI, lm: LanguageModel) -> None:
+    done: Any = client.completions.create(
+        model=NAME,
+        prompt=prompt_of(ASKED[0]),
+        temperature=0,
+        extra_headers={"X-Haltwise-Price": "0", "X-Haltwise-Max-Tokens": "17"},
+    )
+    thought, _, _ = done.choices[0].text.partition(CLOSE)
+    assert len(ids_of(lm, thought)) == done.usage.haltwise["position"] == 17
+
+
+@pytest.mark.parametrize("in_chat", [True, False], ids=["chat", "completions"])
+def test_the_proxy_sees_the_signals_that_the_head_was_trained_on(
+    client: openai.OpenAI,
+    lm: LanguageModel,
+    head: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_chat: bool,
+) -> None:
+    seen: list[Signals] = []
+    observe = HaltMonitor.observe
+
+    def spy(monitor: HaltMonitor, signals: Signals, rows: Any) -> Any:
+        seen.append(signals)
+        return observe(monitor, signals, rows)
+
+    for question in ASKED[:3]:
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(HaltMonitor, "observe", spy)
+            if in_chat:
+                thought, answer, _ = chat(client, question, NEVER)
+                text = thought + CLOSE + answer
+            else:
+                done = client.completions.create(
+                    model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=NEVER
+                )
+                text = done.choices[0].text
+        expected = measured(lm, HaltHead.load(head), prompt_of(question), ids_of(lm, text))
+        assert len(seen) == len(expected) > 2
+        for found, wanted in zip(seen, expected, strict=True):
+            for name, value in vars(wanted).items():
+                if value is not None:
+                    np.testing.assert_allclose(getattr(found, name), value, atol=1e-3, rtol=0)
+
+
+def measured(lm: LanguageModel, head: HaltHead, prompt: str, own: list[int]) -> list[Signals]:
+    """The signals at each decision point of some tokens, by transformers' logits."""
+    rules = ThoughtRules(lm.tokenizer, head.config.halting)
+    names = signals_of(head.config.observing.groups)
+    meter, thought = SignalReducer(rules, names, 1, lm.model.device), Thought(rules, prompt)
+    row = np.zeros(1, dtype=np.int64)
+    before = ids_of(lm, prompt)
+    with torch.inference_mode():
+        logits = lm.model(input_ids=torch.tensor([before + own])).logits[0, len(before) - 1 :]
+    found = []
+    for i, token in enumerate(own):
+        meter.add(row, logits[i : i + 1], torch.tensor([token]))
+        thought.add(token)
+        if thought.at_point:
+            found.append(meter.read(row, [thought], logits[i + 1 : i + 2]))
+            meter.reset(row)
+    return found
+
+
+def test_a_server_that_dies_amid_a_thought_is_a_clean_error(gguf: Path, head: Path) -> None:
+    with (
+        llama_server(gguf) as server,
+        proxied(ServeConfig(head=head, upstream=server.url)) as proxy,
+    ):
+        client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+        stream = client.completions.create(
+            model=NAME,
+            prompt=prompt_of(ASKED[0]),
+            stream=True,
+            max_tokens=900,
+            extra_body={"ignore_eos": True},
+            extra_headers=NEVER,
+        )
+        with pytest.raises(openai.APIError):
+            for _ in stream:
+                server.kill()
+        with pytest.raises(openai.APIStatusError) as raised:
+            client.completions.create(model=NAME, prompt=prompt_of(ASKED[0]))
+        assert raised.value.status_code == 502
+        assert proxy.metric("haltwise_streams_in_flight") == 0

@@ -1,0 +1,192 @@
+"""A thousand streams at once, through sockets and processes, halted here and there."""
+
+import asyncio
+import json
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+
+from benchmarks import proxy
+from benchmarks.proxy import ProxyBenchConfig
+from tests.proxy.fake_upstream import Plan
+from tests.proxy.proxies import (
+    CLOSE,
+    PATHS,
+    Fetched,
+    Proxy,
+    Reply,
+    fetch,
+    saved_head,
+    spawned_fake,
+    spawned_proxy,
+)
+
+NUM_STREAMS = 1_000
+#: Of these prices, and where a thought of 14 tokens is halted; None is never.
+HALTED_AT = {"100": 4, "10": 8, "1": 12, "0.1": None, "0": None}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stream."""
+
+    number: int
+
+    @property
+    def price(self) -> str:
+        return list(HALTED_AT)[self.number % len(HALTED_AT)]
+
+    @property
+    def chat(self) -> bool:
+        return self.number % 2 == 0
+
+    @property
+    def stream(self) -> bool:
+        return self.number % 7 != 0
+
+    @property
+    def shadow(self) -> bool:
+        return self.number % 4 == 3
+
+    @property
+    def plan(self) -> Plan:
+        # Each waits after its second token until all others are there.
+        steps = ((0, -3.0), (4, -1.5), (8, -0.5))
+        return Plan(f"s{self.number}", 14, 3, steps, trouble="crowds", at=2, legs=(1,))
+
+    @property
+    def seen(self) -> int:
+        """Thinking tokens that the LM sees when it answers."""
+        position = None if self.shadow else HALTED_AT[self.price]
+        return self.plan.thinking if position is None else position
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_files() -> Iterator[None]:
+    """Every stream takes three sockets; the processes that are started inherit the limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8 * NUM_STREAMS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def everything(cases: list[Case], acting: str, shadow: str) -> list[Fetched]:
+    async def one(case: Case) -> Fetched:
+        body: dict[str, Any] = {"model": "fake", "stream": case.stream}
+        plan = case.plan
+        if case.chat:
+            body["messages"] = plan.messages()
+        else:
+            body |= {"prompt": plan.prompt(), "max_tokens": 99}
+        if case.stream:
+            body["stream_options"] = {"include_usage": True}
+        url = shadow if case.shadow else acting
+        return await fetch(url, PATHS[case.chat], body, {"X-Haltwise-Price": case.price})
+
+    return await asyncio.gather(*map(one, cases))
+
+
+def test_a_thousand_streams_lose_and_mix_up_nothing(tmp_path: Path) -> None:
+    cases = [Case(number) for number in range(NUM_STREAMS)]
+    head = str(saved_head(tmp_path / "head"))
+    with spawned_fake("--crowd", str(NUM_STREAMS)) as upstream:
+        # On a busy machine a thousand connections take their time.
+        flags = ("--head", head, "--upstream", upstream, "--connect-timeout", "60")
+        logs = tmp_path / "acting", tmp_path / "shadow"
+        with (
+            spawned_proxy(*flags, log=logs[0]) as acting,
+            spawned_proxy(*flags, "--shadow", log=logs[1]) as shadow,
+        ):
+            found = asyncio.run(everything(cases, acting.url, shadow.url))
+            for case, fetched in zip(cases, found, strict=True):
+                check(case, fetched.reply)
+            check_metrics(cases, [acting, shadow])
+            asked = httpx2.get(upstream + "/asked", timeout=30).json()
+    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    assert sum(line.get("outcome") in ("ok", "relayed") for line in lines) == NUM_STREAMS
+    num_halted = sum(case.seen < case.plan.thinking for case in cases)
+    streams = [ended for path, ended in asked if path in PATHS.values()]
+    assert len(streams) == NUM_STREAMS + num_halted
+    assert set(streams) <= {"done", "closed"}
+
+
+def check(case: Case, reply: Reply) -> None:
+    """Holds if a client got its own stream, whole."""
+    plan, halted = case.plan, case.seen < case.plan.thinking
+    assert reply.status == 200 and reply.streamed == case.stream, (case, reply.body)
+    assert not case.stream or reply.done
+    close = CLOSE if halted else "</think>"
+    before = close.split("</think>")[0]
+    if case.chat:
+        expected = plan.thought(case.seen) + before, plan.answer_text(case.seen)
+    else:
+        expected = "", plan.thought(case.seen) + close + plan.answer_text(case.seen)
+    assert (reply.thought, reply.text, reply.finish) == (*expected, "stop"), case
+    usage = reply.usage
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    if case.price == "0":
+        assert "haltwise" not in usage
+        return
+    told = usage["haltwise"]
+    legs = told["legs"]
+    assert (told["halted"], len(legs)) == (halted, 1 + halted), case
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert usage[name] == sum(leg[name] for leg in legs), case
+    if halted:
+        assert told["position"] == case.seen <= legs[0]["completion_tokens"] <= 19
+        assert legs[1]["completion_tokens"] == plan.answer + 1
+        num_between = legs[1]["prompt_tokens"] - legs[0]["prompt_tokens"] - case.seen
+        assert num_between in (2, 3)  # the close text
+    else:
+        assert legs[0]["completion_tokens"] == plan.thinking + 1 + plan.answer + 1
+    expected_shadow = HALTED_AT[case.price] if case.shadow else None
+    assert told.get("shadow", {}).get("position") == expected_shadow
+
+
+def check_metrics(cases: list[Case], proxies: list[Proxy]) -> None:
+    acting, shadow = proxies
+    for each in proxies:
+        assert each.metric("haltwise_streams_in_flight") == 0
+        assert each.metric("haltwise_fallbacks_total") == 0
+        assert each.metric("haltwise_upstream_errors_total") == 0
+        own = [case for case in cases if case.shadow == (each is shadow)]
+        assert each.metric("haltwise_requests_total") == len(own)
+        off = sum(case.price == "0" for case in own)
+        assert each.metric("haltwise_thoughts_total", reason="off") == off
+    num_halted = sum(case.seen < case.plan.thinking for case in cases)
+    assert acting.metric("haltwise_thoughts_total", reason="halted") == num_halted
+    assert shadow.metric("haltwise_thoughts_total", reason="halted") == 0
+
+
+def test_the_benchmark_tells_times_and_what_the_proxy_adds() -> None:
+    results = proxy.measure(ProxyBenchConfig((1, 3), 60), repeats=2)
+    assert {result.part for result in results} == {"proxy, 1 streams", "proxy, 3 streams"}
+    names = [result.name for result in results if result.part == "proxy, 3 streams"]
+    assert names[:7] == [
+        "first token: server alone",
+        "first token: proxy, off",
+        "first token: proxy, watching",
+        "first token: proxy, off, added",
+        "first token: proxy, off / first token: server alone",
+        "first token: proxy, watching, added",
+        "first token: proxy, watching / first token: server alone",
+    ]
+    assert len(names) == 16 and names[7] == "a token: server alone"
+    assert names[14:] == ["CPU time a token: proxy, off", "CPU time a token: proxy, watching"]
+    for result in results:
+        assert len(result.values) == 2
+        assert "added" in result.name or "CPU" in result.name or min(result.values) > 0
+        if result.name.endswith("watching, added"):
+            by_name = {other.name: other for other in results if other.part == result.part}
+            mine = by_name[result.name.removesuffix(", added")]
+            other = by_name[mine.name.partition(":")[0] + ": server alone"]
+            assert result.values == tuple(np.subtract(mine.values, other.values))

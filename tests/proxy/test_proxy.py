@@ -1,0 +1,762 @@
+"""What a client of the proxy gets, through real sockets, from fakes of all kinds of servers."""
+
+import asyncio
+import json
+import logging
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from haltwise import HaltMonitor, Signals
+from tests.proxy.fake_upstream import CONTEXT, Kind, Plan, Thoughts, top_logprobs
+from tests.proxy.proxies import CLOSE, Pair, Pairs, Reply, ask, wait_until
+
+KINDS: tuple[Kind, ...] = ("vllm", "sglang", "llama-server", "ollama")
+BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
+STREAMED = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+ALL_KINDS = pytest.mark.parametrize("kind", KINDS)
+NEVER = {"X-Haltwise-Price": "0.1"}
+# The fake waits where it is halted. Of what a server sends while it is being halted a client may
+# see some, and the first leg's tokens would be counted by chance.
+WAITS: dict[str, Any] = {"trouble": "hangs", "at": 20, "legs": (1,)}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    with Pairs(tmp_path_factory.mktemp("heads")) as found:
+        yield found
+
+
+@pytest.fixture
+def vllm(pairs: Pairs) -> Pair:
+    return pairs("vllm")
+
+
+@pytest.fixture
+def plan(request: pytest.FixtureRequest) -> Plan:
+    """28 thinking tokens, halted at 20 at a price of 1; no other test has its name."""
+    number = sum(ord(c) * 131**i for i, c in enumerate(request.node.nodeid)) % 10**9
+    return Plan(f"p{number}")
+
+
+def halted(plan: Plan, chat: bool, position: int = 20, close: str = CLOSE) -> tuple[str, str]:
+    """Thought and text that a client gets if the thought is closed after so many tokens."""
+    thought, answer = plan.thought(position), plan.answer_text(position)
+    before, after = close.split("</think>")
+    return (thought + before, after.lstrip() + answer) if chat else ("", thought + close + answer)
+
+
+def unhalted(plan: Plan, chat: bool) -> tuple[str, str]:
+    """What it gets otherwise."""
+    if chat:
+        return plan.thought(), plan.answer_text()
+    return "", plan.thought() + "</think>" + plan.answer_text()
+
+
+def shown(reply: Reply) -> tuple[str, str]:
+    assert reply.status == 200 and (not reply.streamed or reply.done), reply.body[-500:]
+    return reply.thought, reply.text
+
+
+def bare(event: Any) -> Any:
+    """An event without what the proxy may add, and without fields that are null."""
+    if isinstance(event, dict):
+        return {k: bare(v) for k, v in event.items() if v is not None and k != "haltwise"}
+    return [bare(item) for item in event] if isinstance(event, list) else event
+
+
+def numbers(chat: bool, num: int | None) -> dict[str, Any]:
+    """Asks for the log probabilities of so many of the likeliest tokens."""
+    if num is None:
+        return {}
+    return {"logprobs": True, "top_logprobs": num} if chat else {"logprobs": num}
+
+
+# Relaying
+
+
+@BOTH
+@STREAMED
+@ALL_KINDS
+def test_off_is_byte_for_byte_what_the_server_says(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool
+) -> None:
+    pair = pairs(kind)
+    direct = ask(pair.direct, plan, chat, stream, **numbers(chat, 3))
+    for headers in ({"X-Haltwise-Off": "1"}, {"X-Haltwise-Price": "0"}):
+        reply = ask(pair.client, plan, chat, stream, headers, **numbers(chat, 3))
+        assert (reply.status, reply.body) == (direct.status, direct.body)
+        assert reply.headers["content-type"] == direct.headers["content-type"]
+        assert json.loads(reply.headers["x-haltwise"]) == {"halted": False, "reason": "off"}
+    first, *others = pair.upstream.of(plan)
+    assert len(others) == 2 and all(other.body == first.body for other in others)
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize(
+    ("kind", "num"), [*((kind, num) for kind in KINDS for num in (None, 3)), ("vllm", 0)]
+)
+def test_a_watched_thought_that_is_not_halted_is_what_the_server_says(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, num: int | None
+) -> None:
+    pair = pairs(kind)
+    direct = ask(pair.direct, plan, chat, stream, **numbers(chat, num))
+    reply = ask(pair.client, plan, chat, stream, NEVER, **numbers(chat, num))
+    assert shown(reply) == unhalted(plan, chat)
+    found, expected = bare(reply.events), bare(direct.events)
+    if kind == "llama-server" and not stream:
+        # In its streams it leaves out the numbers of tokens without text.
+        for choice in (found[0]["choices"][0], expected[0]["choices"][0]):
+            choice.pop("logprobs", None)
+    assert found == expected
+    assert reply.haltwise["reason"] == "closed by the LM" and not reply.haltwise["halted"]
+
+
+@BOTH
+def test_a_stream_without_usage_has_none(vllm: Pair, plan: Plan, chat: bool) -> None:
+    for price in ("0.1", "1"):
+        headers = {"X-Haltwise-Price": price}
+        reply = ask(vllm.client, plan, chat, headers=headers, stream_options=None)
+        assert reply.done and not any(event.get("usage") for event in reply.events)
+        assert all(event["choices"] for event in reply.events)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_other_paths_are_relayed_as_they_are(vllm: Pair, method: str) -> None:
+    content = b"\x00 any bytes" if method == "POST" else b""
+    direct = vllm.direct.request(method, "/v1/echo?a=b%20c", content=content)
+    reply = vllm.client.request(method, "/v1/echo?a=b%20c", content=content)
+    assert (reply.status_code, reply.content) == (203, direct.content)
+    assert reply.headers["x-fake"] == "yes"
+    assert reply.headers["content-type"] == direct.headers["content-type"]
+    assert vllm.client.get("/v1/models").json() == vllm.direct.get("/v1/models").json()
+    assert vllm.client.get("/v1/nowhere").status_code == 404
+    assert vllm.client.get("/asked").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("chat", "asked", "reason"),
+    [
+        (True, {"n": 2}, "n is not 1"),
+        (False, {"n": 2}, "n is not 1"),
+        (False, {"best_of": 2}, "best_of"),
+        (False, {"echo": True}, "echo"),
+        (False, {"suffix": "end"}, "suffix"),
+        (True, {"tools": [{"type": "function", "function": {"name": "call"}}]}, "tools"),
+        (True, {"response_format": {"type": "json_object"}}, "structured output"),
+    ],
+    ids=str,
+)
+@STREAMED
+def test_what_cannot_be_halted_is_relayed_and_counted(
+    vllm: Pair, plan: Plan, chat: bool, asked: dict[str, Any], reason: str, stream: bool
+) -> None:
+    plan = replace(plan, tool="tools" in asked)
+    counted = vllm.proxy.metric("haltwise_thoughts_total", reason=reason)
+    direct = ask(vllm.direct, plan, chat, stream, **asked)
+    reply = ask(vllm.client, plan, chat, stream, **asked)
+    assert (reply.status, reply.body) == (direct.status, direct.body)
+    assert json.loads(reply.headers["x-haltwise"]) == {"halted": False, "reason": reason}
+    assert vllm.proxy.metric("haltwise_thoughts_total", reason=reason) == counted + 1
+    first, second = vllm.upstream.of(plan)
+    assert second.body == first.body
+
+
+def test_prompts_of_ids_and_pictures_are_relayed(vllm: Pair, plan: Plan) -> None:
+    ids = vllm.upstream.ids(plan.prompt())
+    reply = ask(vllm.client, plan, chat=False, prompt=ids)
+    assert shown(reply) == unhalted(plan, chat=False)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "token prompt"
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}, "text": ""}
+    parts = [{"type": "text", "text": plan.text()}, picture]
+    reply = ask(vllm.client, plan, messages=[{"role": "user", "content": parts}])
+    assert shown(reply) == unhalted(plan, chat=True)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "media"
+
+
+def test_a_server_that_nobody_knows_is_halted_in_completions_alone(
+    pairs: Pairs, plan: Plan
+) -> None:
+    pair = pairs("plain")
+    assert shown(ask(pair.client, plan, chat=False)) == halted(plan, chat=False)
+    reply = ask(pair.client, plan)
+    assert shown(reply) == unhalted(plan, chat=True)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "unknown server"
+
+
+def test_an_upstream_may_be_named_with_the_path_of_its_api(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", upstream=pairs("vllm").upstream.url + "/v1/")
+    assert shown(ask(pair.client, plan)) == halted(plan, chat=True)
+    assert pair.client.get("/v1/models").status_code == 200
+
+
+# Halting
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize(("price", "position"), [("100", 4), ("10", 12), ("1", 20), ("0.1", None)])
+def test_a_thought_is_halted_at_the_point_that_was_computed_by_hand(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, price: str, position: int | None
+) -> None:
+    reply = ask(vllm.client, plan, chat, stream, {"X-Haltwise-Price": price})
+    expected = unhalted(plan, chat) if position is None else halted(plan, chat, position)
+    assert shown(reply) == expected
+    assert (reply.finish, reply.streamed) == ("stop", stream)
+    told = reply.haltwise
+    assert (told["halted"], told["price"]) == (position is not None, float(price))
+    assert told["reason"] == ("closed by the LM" if position is None else "halted")
+    assert position in (None, told["position"])
+    if not stream:
+        assert json.loads(reply.headers["x-haltwise"]) == told
+
+
+@BOTH
+@ALL_KINDS
+def test_every_kind_of_server_is_halted(pairs: Pairs, kind: Kind, plan: Plan, chat: bool) -> None:
+    pair = pairs(kind)
+    for stream in (True, False):
+        plan = replace(plan, name=f"{plan.name}{stream}".lower(), **WAITS)
+        reply = ask(pair.client, plan, chat, stream)
+        assert shown(reply) == halted(plan, chat)
+        assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
+        first, *others = pair.upstream.of(plan)
+        assert first.gone.wait(20)
+        # llama-server is told to end a chat's thought; others are left, and asked anew.
+        by_itself = kind == "llama-server" and chat
+        assert (first.ended, len(others)) == (("done", 0) if by_itself else ("closed", 1))
+
+
+@BOTH
+@ALL_KINDS
+def test_events_of_both_legs_look_like_those_of_one(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool
+) -> None:
+    reply = ask(pairs(kind).client, plan, chat)
+    events, choices = reply.events, [c for e in reply.events for c in e["choices"]]
+    assert len({(e["id"], e["created"], e["model"], e["object"]) for e in events}) == 1
+    assert events[0]["object"] == ("chat.completion.chunk" if chat else "text_completion")
+    assert not chat or choices[0]["delta"]["role"] == "assistant"
+    finishes = [choice["finish_reason"] for choice in choices]
+    assert finishes[-1] == "stop" and set(finishes[:-1]) == {None}
+    assert [bool(event.get("usage")) for event in events] == [False] * (len(events) - 1) + [True]
+    assert not any({"token_ids", "prompt_token_ids"} & {*c, *e} for e in events for c in choices)
+    assert not any(choice.get("logprobs") for choice in choices)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_the_second_leg_has_exactly_the_prompt_the_thought_and_the_close_text(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool
+) -> None:
+    upstream = pairs(kind).upstream
+    sampling: dict[str, Any] = {
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "seed": 5,
+        "stop": ["never"],
+        "max_tokens": 100,
+    }
+    ask(pairs(kind).client, plan, chat, user="somebody", **sampling)
+    first, second = upstream.of(plan)
+    prompt = plan.text() + "\n<|assistant|><think>\n" if chat else plan.prompt()
+    sent = second.body["prompt"]
+    text = sent if isinstance(sent, str) else upstream.text(sent)
+    assert text == prompt + plan.thought(20) + CLOSE
+    assert second.path == "/v1/completions"
+    for name, value in sampling.items():
+        assert first.body[name] == value
+        assert second.body[name] == (80 if name == "max_tokens" else value)
+    assert second.body["model"] == "fake" and second.body["user"] == "somebody"
+    assert not {"messages", "tools"} & set(second.body)
+
+
+def test_what_is_left_of_the_newer_limit_goes_to_the_second_leg(vllm: Pair, plan: Plan) -> None:
+    ask(vllm.client, replace(plan, **WAITS), max_completion_tokens=50)
+    first, second = vllm.upstream.of(replace(plan, **WAITS))
+    assert first.body["max_completion_tokens"] == 50 and "max_tokens" not in first.body
+    assert second.body["max_tokens"] == 30 and "max_completion_tokens" not in second.body
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_the_answer_of_a_chat_without_a_limit_may_fill_the_context(
+    pairs: Pairs, kind: Kind, plan: Plan
+) -> None:
+    ask(pairs(kind).client, replace(plan, answer=40))
+    _, second = pairs(kind).upstream.of(replace(plan, answer=40))
+    num_prompt = len(second.body["prompt"])
+    assert num_prompt <= CONTEXT - second.body["max_tokens"] <= num_prompt + 50
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("kind", "close"),
+    [
+        *((kind, "\nEnough.\n</think>\n\nThe answer is") for kind in KINDS),
+        ("llama-server", "\nEnough.\n</think>\n\n"),
+    ],
+)
+def test_the_close_text_may_end_the_thought_and_begin_the_answer(
+    pairs: Pairs, kind: Kind, close: str, plan: Plan, chat: bool
+) -> None:
+    plan = replace(plan, **WAITS)
+    reply = ask(pairs(kind, close).client, plan, chat)
+    assert shown(reply) == halted(plan, chat, close=close)
+
+
+@pytest.mark.parametrize(
+    ("kind", "thoughts"),
+    [("vllm", "opened"), ("vllm", "written"), ("llama-server", "written")],
+)
+@STREAMED
+def test_a_chat_s_thought_may_stand_in_its_content(
+    pairs: Pairs, kind: Kind, plan: Plan, thoughts: Thoughts, stream: bool
+) -> None:
+    plan = replace(plan, **WAITS)
+    reply = ask(pairs(kind, fake={"thoughts": thoughts}).client, plan, stream=stream)
+    # The LM's own marker is a token too.
+    start, seen = ("<think>", 19) if thoughts == "written" else ("", 20)
+    close = CLOSE.rstrip() if kind == "llama-server" else CLOSE  # which it writes by itself
+    text = start + plan.thought(seen) + close + plan.answer_text(seen)
+    assert shown(reply) == ("", text)
+    assert reply.haltwise["position"] == 20
+
+
+def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, plan: Plan) -> None:
+    pair, plan = pairs("llama-server"), replace(plan, **WAITS)
+    reply = ask(pair.client, plan, reasoning_budget_message="mine")
+    assert shown(reply) == halted(plan, chat=True)
+    first, second = pair.upstream.of(plan)
+    assert first.body["reasoning_budget_message"] == "mine"
+    assert "reasoning_control" not in first.body and second.path == "/v1/completions"
+
+
+def test_a_message_may_have_parts(vllm: Pair, plan: Plan) -> None:
+    parts = [{"type": "text", "text": plan.text()}, {"type": "text", "text": " please"}]
+    reply = ask(vllm.client, plan, messages=[{"role": "user", "content": parts}])
+    assert shown(reply) == halted(plan, chat=True)
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_usage_is_that_of_both_legs(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool
+) -> None:
+    plan, pair = replace(plan, **WAITS), pairs(kind)
+    reply = ask(pair.client, plan, chat, stream)
+    prompt = plan.text() + "\n<|assistant|><think>\n" if chat else plan.prompt()
+    num_prompt, num_close = len(pair.upstream.ids(prompt)), len(pair.upstream.ids(CLOSE))
+    first = {"prompt_tokens": num_prompt, "completion_tokens": 20}
+    # Four tokens and the one that ends the answer.
+    second = {"prompt_tokens": num_prompt + 20 + num_close, "completion_tokens": 5}
+    assert reply.haltwise["legs"] == [first, second]
+    assert bare(reply.usage) == {
+        "prompt_tokens": 2 * num_prompt + 20 + num_close,
+        "completion_tokens": 25,
+        "total_tokens": 2 * num_prompt + 45 + num_close,
+    }
+
+
+@BOTH
+@STREAMED
+def test_log_probabilities_are_those_of_what_is_shown(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    reply = ask(vllm.client, plan, chat, stream, **numbers(chat, 3))
+    tokens, tops = [], []
+    for choice in (c for event in reply.events for c in event["choices"] if c.get("logprobs")):
+        if chat:
+            tokens += [entry["token"] for entry in choice["logprobs"]["content"]]
+            tops += [len(entry["top_logprobs"]) for entry in choice["logprobs"]["content"]]
+        else:
+            tokens += choice["logprobs"]["tokens"]
+            tops += [len(top) for top in choice["logprobs"]["top_logprobs"]]
+    assert "".join(tokens) == plan.thought(20) + plan.answer_text(20) + "<eos>"
+    assert set(tops) <= {3, 4}
+
+
+@BOTH
+@ALL_KINDS
+def test_max_tokens_holds_for_both_legs_together(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool
+) -> None:
+    plan, client = replace(plan, answer=50), pairs(kind).client
+    reply = ask(client, plan, chat, max_tokens=40)
+    answer = reply.text if chat else reply.text.partition("</think>")[2]
+    assert reply.finish == "length"
+    seen = reply.haltwise["position"] if kind != "llama-server" else 20
+    assert plan.answer_text(seen).startswith(answer.lstrip("\n"))
+    # What came while the thought was being halted counts too, and so does a marker.
+    assert 0 < len(answer.split()) <= 20
+    reply = ask(client, plan, chat, max_tokens=10)
+    assert reply.finish == "length" and "</think>" not in reply.text
+    assert reply.haltwise["reason"] == "token budget"
+
+
+@BOTH
+def test_several_tokens_a_chunk_are_not_cut(vllm: Pair, plan: Plan, chat: bool) -> None:
+    plan = replace(plan, per_chunk=7)
+    reply = ask(vllm.client, plan, chat)
+    # The point at 20 lies in the third chunk, which ends at 21.
+    assert reply.text.endswith(plan.answer_text(21))
+    assert plan.thought(21) in (reply.thought + reply.text)
+    assert reply.haltwise["position"] == 20
+
+
+@BOTH
+@pytest.mark.parametrize("split", [1, 7, 1_000])
+def test_packets_may_end_anywhere(vllm: Pair, plan: Plan, chat: bool, split: int) -> None:
+    plan = replace(plan, thinking=6, split=split)
+    reply = ask(vllm.client, plan, chat, headers={"X-Haltwise-Price": "100"})
+    assert shown(reply) == halted(plan, chat, 4)
+
+
+@BOTH
+@ALL_KINDS
+def test_every_kind_of_server_shows_the_head_the_same_signals(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Signals] = []
+    observe = HaltMonitor.observe
+
+    def spy(monitor: HaltMonitor, signals: Signals, rows: Any) -> Any:
+        seen.append(signals)
+        return observe(monitor, signals, rows)
+
+    monkeypatch.setattr(HaltMonitor, "observe", spy)
+    # The first tokens are not among the likeliest 20 in their places.
+    plan = replace(plan, thinking=9, logprobs=((0, -6.0), (3, -2.0)))
+    ask(pairs(kind).client, plan, chat, headers=NEVER)
+    assert [int(signals.position[0]) for signals in seen] == [4, 8]
+    for signals, logprobs in zip(seen, [(-6.0, -6.0, -6.0, -2.0), (-2.0,) * 4], strict=True):
+        entropies = [entropy_of(logprob) for logprob in logprobs]
+        expected = {
+            "entropy": sum(entropies) / 4,
+            "max_entropy": max(entropies),
+            "logprob": sum(logprobs) / 4,
+            "min_logprob": min(logprobs),
+            "margin": sum(map(margin_of, logprobs)) / 4,
+            "num_reflections": 0.0,
+        }
+        found = {name: float(getattr(signals, name)[0]) for name in expected}
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def likeliest(logprob: float) -> list[float]:
+    """Probabilities of the likeliest 20 tokens in the place of one."""
+    return sorted((math.exp(x) for x in [logprob, *top_logprobs(logprob)]), reverse=True)[:20]
+
+
+def entropy_of(logprob: float) -> float:
+    """Nats, with all tokens that are not told as one."""
+    probs = likeliest(logprob)
+    return -sum(p * math.log(p) for p in [*probs, 1 - sum(probs)])
+
+
+def margin_of(logprob: float) -> float:
+    first, second = likeliest(logprob)[:2]
+    return first - second
+
+
+# Terms
+
+
+@pytest.mark.parametrize(
+    ("headers", "position"),
+    [
+        ({"X-Haltwise-Price": "100", "X-Haltwise-Min-Tokens": "5"}, 8),
+        ({"X-Haltwise-Price": "100", "X-Haltwise-Min-Tokens": "4"}, 4),
+        ({"X-Haltwise-Max-Tokens": "7"}, 7),
+        ({"X-Haltwise-Price": "0", "X-Haltwise-Max-Tokens": "7"}, 7),
+        ({"X-Haltwise-Price": "100", "X-Haltwise-Max-Tokens": "7"}, 4),
+    ],
+    ids=str,
+)
+@BOTH
+def test_a_thought_has_a_least_and_a_largest_length(
+    vllm: Pair, plan: Plan, headers: dict[str, str], position: int, chat: bool
+) -> None:
+    reply = ask(vllm.client, plan, chat, headers=headers)
+    assert reply.text.endswith(plan.answer_text(position))
+    told = reply.haltwise
+    assert (told["halted"], told["position"]) == (True, position)
+    assert told["reason"] == ("halted" if position % 4 == 0 else "capped")
+
+
+@pytest.mark.parametrize("top", ["none", "few", "nan", "null", "words"])
+@BOTH
+def test_the_cap_needs_no_log_probabilities_and_the_head_does(
+    vllm: Pair, plan: Plan, top: str, chat: bool
+) -> None:
+    plan = replace(plan, top=top)
+    counted = vllm.proxy.metric("haltwise_bad_signals_total")
+    reply = ask(vllm.client, plan, chat, headers={"X-Haltwise-Price": "100"})
+    assert shown(reply) == unhalted(plan, chat)
+    assert not reply.haltwise["halted"]
+    assert vllm.proxy.metric("haltwise_bad_signals_total") > counted
+    reply = ask(vllm.client, plan, chat, headers={"X-Haltwise-Max-Tokens": "7"})
+    assert reply.text.endswith(plan.answer_text(7)) and reply.haltwise["reason"] == "capped"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"X-Haltwise-Price": "cheap"},
+        {"X-Haltwise-Price": "-1"},
+        {"X-Haltwise-Price": "nan"},
+        {"X-Haltwise-Price": ""},
+        {"X-Haltwise-Off": "perhaps"},
+        {"X-Haltwise-Min-Tokens": "1.5"},
+        {"X-Haltwise-Min-Tokens": "20", "X-Haltwise-Max-Tokens": "10"},
+        {"X-Haltwise-Max-Tokens": "0"},
+    ],
+    ids=str,
+)
+def test_bad_terms_are_refused_and_go_no_further(
+    vllm: Pair, plan: Plan, headers: dict[str, str]
+) -> None:
+    reply = ask(vllm.client, plan, headers=headers)
+    assert reply.status == 400 and "expected" in reply.error["message"]
+    assert "\n" not in reply.error["message"]
+    assert vllm.upstream.of(plan) == []
+
+
+def test_headers_of_the_proxy_are_not_passed_on_and_others_are(vllm: Pair, plan: Plan) -> None:
+    headers = {"X-Haltwise-Price": "1", "X-Request-Id": "r7", "Authorization": "Bearer own"}
+    ask(vllm.client, plan, headers=headers)
+    asked = vllm.upstream.of(plan)
+    for each in asked:
+        assert not any(name.startswith("x-haltwise") for name in each.headers)
+        assert each.key == "own"
+    # Two requests must not have one name.
+    assert [each.headers.get("x-request-id") for each in asked] == ["r7", None]
+
+
+@BOTH
+def test_a_stop_text_that_is_no_part_of_the_close_text_does_not_matter(
+    vllm: Pair, plan: Plan, chat: bool
+) -> None:
+    for stop in ("never", ["never", "nowhere"], None):
+        plan = replace(plan, name=plan.name + "x")
+        assert shown(ask(vllm.client, plan, chat, stop=stop)) == halted(plan, chat)
+    reply = ask(vllm.client, plan, chat, stop=["</think>"])
+    assert json.loads(reply.headers["x-haltwise"]) == {"halted": False, "reason": "stop"}
+
+
+# Keys
+
+
+@pytest.fixture
+def guarded(pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    keys = tmp_path / "keys.json"
+    entries = {"sk-one": {"price": 10}, "sk-two": {"max_tokens": 7}, "sk-three": {}}
+    keys.write_text(json.dumps(entries))
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-inner")
+    return pairs(
+        "vllm",
+        fake={"key": "sk-inner"},
+        price=100.0,
+        keys=keys,
+        upstream_key_env="UPSTREAM_KEY",
+    )
+
+
+def test_the_price_is_the_header_s_or_the_key_s_or_the_default(guarded: Pair, plan: Plan) -> None:
+    expected = {
+        ("one", None): 12,
+        ("one", "1"): 20,
+        ("two", None): 4,
+        ("two", "0.1"): 7,
+        ("three", None): 4,
+        ("three", "10"): 12,
+    }
+    for (key, price), position in expected.items():
+        plan = replace(plan, name=plan.name + "x")
+        headers = {"Authorization": f"Bearer sk-{key}"}
+        if price is not None:
+            headers["X-Haltwise-Price"] = price
+        reply = ask(guarded.client, plan, headers=headers)
+        assert reply.haltwise["position"] == position, (key, price)
+        assert {asked.key for asked in guarded.upstream.of(plan)} == {"sk-inner"}
+
+
+def test_an_unknown_key_is_refused_everywhere_and_no_key_is_told(
+    guarded: Pair,
+    plan: Plan,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="haltwise")
+    seen = []
+    for value in (None, "Bearer sk-guessed", "sk-one", "Bearer", "Basic sk-one"):
+        headers: dict[str, str] = {} if value is None else {"Authorization": value}
+        for chat in (True, False):
+            reply = ask(guarded.client, plan, chat, headers=headers)
+            seen.append(reply.body.decode())
+            assert reply.status == 401 and reply.error["message"]
+        assert guarded.client.get("/v1/models", headers=headers).status_code == 401
+        assert guarded.upstream.of(plan) == []
+    listed = {"Authorization": "Bearer sk-one"}
+    assert ask(guarded.client, plan, headers=listed).status == 200
+    broken = replace(plan, name=plan.name + "x", trouble="dies", at=3)
+    seen.append(ask(guarded.client, broken, headers=listed).body.decode())
+    for path in ("/metrics", "/health"):
+        told = guarded.client.get(path)
+        assert told.status_code == 200
+        seen.append(told.text)
+    wait_until(lambda: caplog.text.count('"outcome"') == 17)
+    seen += [caplog.text, *capfd.readouterr()]
+    assert not any("sk-" in text for text in seen)
+
+
+def test_a_key_that_the_server_refuses_is_refused_as_the_server_does(
+    pairs: Pairs, plan: Plan
+) -> None:
+    pair = pairs("vllm", fake={"key": "right"})
+    reply = ask(pair.client, plan, headers={"Authorization": "Bearer wrong"})
+    assert (reply.status, reply.error["message"]) == (401, "invalid api key")
+    reply = ask(pair.client, plan, headers={"Authorization": "Bearer right"})
+    assert shown(reply) == halted(plan, chat=True)
+
+
+def test_logs_have_a_line_a_request_and_never_what_was_said(
+    vllm: Pair, plan: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="haltwise")
+    ask(vllm.client, plan)
+    wait_until(lambda: '"outcome"' in caplog.text)
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("haltwise")]
+    (line,) = [line for line in told if line != '{"upstream": "vllm"}']
+    told = json.loads(line)
+    assert told["reason"] == "halted" and told["position"] == 20
+    assert plan.name not in line.replace(f"chatcmpl-{plan.name}", "")
+
+
+# Shadow
+
+
+@BOTH
+@STREAMED
+def test_in_shadow_nothing_changes_and_the_saving_is_told(
+    pairs: Pairs, plan: Plan, chat: bool, stream: bool
+) -> None:
+    pair = pairs("vllm", shadow=True)
+    saved = pair.proxy.metric("haltwise_shadow_saved_tokens_total")
+    reply = ask(pair.client, plan, chat, stream)
+    assert bare(reply.events) == bare(ask(pair.direct, plan, chat, stream).events)
+    told = reply.haltwise
+    assert not told["halted"] and len(told["legs"]) == 1
+    assert told["shadow"]["reason"] == "halted" and told["shadow"]["position"] == 20
+    # Of 28 thinking tokens; the marker that closes the thought may count as one.
+    assert told["shadow"]["saved_tokens"] in (8, 9)
+    saved += told["shadow"]["saved_tokens"]
+    assert pair.proxy.metric("haltwise_shadow_saved_tokens_total") == saved
+    assert len(pair.upstream.of(plan)) == 2
+    assert "return_token_ids" not in pair.upstream.of(plan)[0].body
+    assert "shadow" not in ask(pair.client, plan, chat, stream, NEVER).haltwise
+    assert pair.proxy.metric("haltwise_shadow_saved_tokens_total") == saved
+
+
+# Official clients
+
+
+def test_the_official_client_streams_a_halted_chat(vllm: Pair, plan: Plan) -> None:
+    client = openai.OpenAI(base_url=vllm.proxy.url + "/v1", api_key="any", max_retries=0)
+    stream = client.chat.completions.create(
+        model="fake",
+        messages=plan.messages(),
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_headers={"X-Haltwise-Price": "10"},
+    )
+    chunks = list(stream)
+    parts: list[Any] = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    thought = "".join(getattr(part, "reasoning", None) or "" for part in parts)
+    assert thought.strip() == plan.thought(12).strip()
+    assert "".join(part.content or "" for part in parts) == plan.answer_text(12)
+    usage: Any = chunks[-1].usage
+    assert usage.haltwise["position"] == 12
+    legs = usage.haltwise["legs"]
+    assert usage.completion_tokens == sum(leg["completion_tokens"] for leg in legs)
+
+
+def test_the_official_client_takes_a_whole_completion(vllm: Pair, plan: Plan) -> None:
+    client = openai.OpenAI(base_url=vllm.proxy.url + "/v1", api_key="any", max_retries=0)
+    done = client.completions.create(model="fake", prompt=plan.prompt(), max_tokens=100)
+    assert done.choices[0].text == halted(plan, chat=False)[1]
+    assert done.choices[0].finish_reason == "stop"
+    usage: Any = done.usage
+    assert usage.haltwise["halted"]
+    assert client.models.list().data[0].id == "fake"
+
+
+def test_the_official_client_may_ask_many_things_at_once(vllm: Pair, plan: Plan) -> None:
+    plans = [replace(plan, name=f"{plan.name}x{n}") for n in range(20)]
+
+    async def everything() -> list[Any]:
+        url = vllm.proxy.url + "/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as client:
+            create = client.chat.completions.create
+            return await asyncio.gather(
+                *(create(model="fake", messages=each.messages()) for each in plans)
+            )
+
+    for found, each in zip(asyncio.run(everything()), plans, strict=True):
+        message = found.choices[0].message
+        assert (message.reasoning, message.content) == halted(each, chat=True)
+
+
+# Metrics and layers
+
+
+def test_metrics_count_what_has_happened(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", max_streams=99)  # its own
+    for n in range(3):
+        ask(pair.client, replace(plan, name=f"{plan.name}x{n}"))
+    ask(pair.client, Plan("short", thinking=10), chat=False)
+    ask(pair.client, Plan("off"), headers={"X-Haltwise-Off": "true"})
+    ask(pair.client, Plan("refused", trouble="500"))
+    pair.client.get("/v1/anything/at/all")
+    metric = pair.proxy.metric
+    assert metric("haltwise_thoughts_total", reason="halted") == 3
+    assert metric("haltwise_thoughts_total", reason="closed by the LM") == 1
+    assert metric("haltwise_thoughts_total", reason="off") == 1
+    assert metric("haltwise_requests_total") == 7
+    assert metric("haltwise_requests_total", endpoint="other") == 1
+    assert metric("haltwise_upstream_errors_total") == 1
+    assert metric("haltwise_streams_in_flight") == 0
+    assert 70 <= metric("haltwise_thinking_tokens_total") <= 75
+    assert metric("haltwise_decision_seconds_count") == 3 * 5 + 2
+    assert metric("haltwise_first_token_seconds_count") >= 4
+    assert metric("haltwise_fallbacks_total") == 0
+    assert "anything" not in pair.client.get("/metrics").text
+
+
+@ALL_KINDS
+def test_health_tells_how_the_server_is(pairs: Pairs, kind: Kind, plan: Plan) -> None:
+    pair = pairs(kind)
+    ask(pair.client, plan)
+    told = pair.client.get("/health")
+    assert told.status_code == 200
+    num = len(pair.upstream.asked)
+    for _ in range(20):
+        pair.client.get("/health")
+    assert len(pair.upstream.asked) < num + 20
+    expected = {"status": "ok", "upstream": "ok", "streams_in_flight": 0, "kind": kind}
+    assert told.json() == expected
+
+
+def test_the_proxy_loads_no_framework() -> None:
+    heavy = "{'torch', 'transformers', 'vllm', 'gymnasium', 'pyarrow', 'openai'}"
+    code = f"import sys, haltwise.proxy; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,226 @@
+"""`haltwise serve` as a command."""
+
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from haltwise import HaltHead, InputError, cli
+from haltwise.proxy import ServeConfig, create_app
+from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
+from tests.proxy.proxies import (
+    ROOT,
+    SERVE,
+    Proxy,
+    Reply,
+    ask,
+    connected,
+    listens,
+    request_bytes,
+    saved_head,
+    spawned_proxy,
+    wait_until,
+)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_head(tmp_path_factory.mktemp("head"))
+
+
+def run(*flags: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*SERVE, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_names_every_flag() -> None:
+    done = run("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for flag in ("head", "upstream", "kind", "host", "port", "price", "min-thinking-tokens",
+                 "max-thinking-tokens", "shadow", "keys", "upstream-key-env", "max-streams",
+                 "max-body-bytes", "connect-timeout", "read-timeout", "send-timeout",
+                 "drain-timeout"):  # fmt: skip
+        assert f"--{flag}" in done.stdout
+
+
+def test_an_unknown_flag_ends_with_status_2(head: Path) -> None:
+    assert run("--head", str(head), "--colour", "red").returncode == 2
+    assert run().returncode == 2
+
+
+def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
+    with listening_socket() as taken:
+        port = str(taken.getsockname()[1])
+        for flags, expected in {
+            ("--head", "nowhere"): "nowhere",
+            ("--head", str(head), "--price", "-1"): "price",
+            ("--head", str(head), "--port", port): port,
+        }.items():
+            done = run(*flags)
+            (line,) = done.stderr.splitlines()
+            assert (done.returncode, done.stdout) == (2, "")
+            assert line.startswith("error: ") and expected in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"head": ROOT / "checkpoints" / "embedded-head"}, "at_halt"),
+        ({"upstream": "ftp://somewhere"}, "ftp"),
+        ({"upstream": "127.0.0.1:8080"}, "expected"),
+        ({"upstream": "http://"}, "http"),
+        ({"port": 65_536}, "port"),
+        ({"port": -1}, "port"),
+        ({"price": float("nan")}, "price"),
+        ({"min_thinking_tokens": -1}, "min_tokens"),
+        ({"min_thinking_tokens": 5, "max_thinking_tokens": 4}, "max_tokens"),
+        ({"max_thinking_tokens": 0}, "max_tokens"),
+        ({"max_streams": 0}, "max_streams"),
+        ({"max_body_bytes": 0}, "max_body_bytes"),
+        ({"read_timeout": 0.0}, "read_timeout"),
+        ({"send_timeout": float("inf")}, "send_timeout"),
+        ({"upstream_key_env": "NOT_SET_AT_ALL"}, "NOT_SET_AT_ALL"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_its_range_is_refused(
+    head: Path, settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(InputError, match=expected) as raised:
+        create_app(ServeConfig(**{"head": head} | settings))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:
+    of_markers = HaltHead.load(head)
+    halting = replace(of_markers.config.halting, think_start="", think_end="")
+    HaltHead(replace(of_markers.config, halting=halting), of_markers.weights).save(tmp_path)
+    with pytest.raises(InputError, match="reasons in the open: expected think markers"):
+        create_app(ServeConfig(head=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "no json",
+        "[]",
+        "{}",
+        '{"sk-secret": 1}',
+        '{"sk-secret": {"price": "cheap"}}',
+        '{"sk-secret": {"price": -1}}',
+        '{"sk-secret": {"prize": 1}}',
+        '{"sk-secret": {"min_tokens": 5, "max_tokens": 4}}',
+        None,
+    ],
+)
+def test_a_bad_file_of_keys_is_refused_without_telling_a_key(
+    head: Path, tmp_path: Path, content: str | None
+) -> None:
+    keys = tmp_path / "keys.json"
+    if content is not None:
+        keys.write_text(content)
+    with pytest.raises(InputError, match=r"keys\.json") as raised:
+        create_app(ServeConfig(head=head, keys=keys))
+    assert "sk-secret" not in str(raised.value)
+
+
+def test_it_listens_on_the_loopback_interface_alone(head: Path) -> None:
+    with spawned_proxy("--head", str(head)) as proxy, socket.socket() as client:
+        port = int(proxy.url.rpartition(":")[2])
+        # Another address of this machine.
+        assert listens(port) and client.connect_ex(("127.0.0.2", port)) != 0
+
+
+def process_of(proxy: Proxy) -> "subprocess.Popen[bytes]":
+    assert proxy.process is not None
+    return proxy.process
+
+
+@contextmanager
+def told_to_end_amid_a_thought(
+    head: Path, plan: Plan, *flags: str, log: Path | None = None
+) -> Iterator[tuple[FakeUpstream, Proxy, Callable[[], Reply | None]]]:
+    """A proxy with one request that hangs upstream; the last one waits for its reply, if any."""
+    with FakeUpstream("vllm") as upstream:
+        flags = ("--head", str(head), "--upstream", upstream.url, *flags)
+        with spawned_proxy(*flags, log=log) as proxy, ThreadPoolExecutor() as pool:
+            reply = pool.submit(ask, proxy.client, plan)
+            wait_until(lambda: bool(upstream.of(plan)) and upstream.of(plan)[0].num_sent > 0)
+            process_of(proxy).send_signal(signal.SIGTERM)
+
+            def got() -> Reply | None:
+                return None if reply.exception(20) else reply.result()
+
+            yield upstream, proxy, got
+
+
+def test_requests_that_run_are_finished_before_it_ends(head: Path, tmp_path: Path) -> None:
+    plan = Plan("drained", thinking=28, trouble="hangs", at=5, legs=(1,))
+    log = tmp_path / "log"
+    with told_to_end_amid_a_thought(head, plan, log=log) as (upstream, proxy, got):
+        wait_until(lambda: not listens(int(proxy.url.rpartition(":")[2])))
+        assert process_of(proxy).poll() is None
+        upstream.free(upstream.of(plan)[0])
+        reply = got()
+        assert reply is not None and reply.done and reply.text == plan.answer_text(20)
+        assert process_of(proxy).wait(20) in (0, -signal.SIGTERM)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert [line["reason"] for line in lines if "reason" in line] == ["halted"]
+    assert "Traceback" not in log.read_text()
+
+
+def test_a_request_that_never_ends_does_not_hold_it_up(head: Path) -> None:
+    plan = Plan("endless", thinking=28, trouble="hangs", at=5, legs=(1,))
+    with told_to_end_amid_a_thought(head, plan, "--drain-timeout", "0.5") as (upstream, proxy, got):
+        assert process_of(proxy).wait(20) is not None
+        reply = got()
+        assert reply is None or not reply.done
+        assert upstream.of(plan)[0].gone.wait(20)
+
+
+def test_clients_that_leave_do_not_fill_the_log(head: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with FakeUpstream("vllm") as upstream:
+        flags = ("--head", str(head), "--upstream", upstream.url)
+        with spawned_proxy(*flags, log=log) as proxy:
+            for n in range(20):
+                plan = Plan(f"left{n}", trouble="endless")
+                with connected(proxy) as client:
+                    client.sendall(request_bytes(plan, True, True, {"X-Haltwise-Price": "0.1"}))
+                    assert b"200" in client.recv(1000)
+                    # What is left unread makes this a reset.
+            wait_until(
+                lambda: proxy.metric("haltwise_requests_total", outcome="disconnected") == 20
+            )
+            assert proxy.metric("haltwise_streams_in_flight") == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["outcome"] for line in lines if "outcome" in line] == ["disconnected"] * 20
+
+
+def test_a_serving_process_has_no_framework_in_memory(head: Path) -> None:
+    with (
+        FakeUpstream("vllm") as upstream,
+        spawned_proxy("--head", str(head), "--upstream", upstream.url) as proxy,
+    ):
+        plan = Plan("small", thinking=28)
+        assert ask(proxy.client, plan).haltwise["halted"]
+        maps = Path(f"/proc/{process_of(proxy).pid}/maps").read_text()
+        assert "numpy" in maps and "torch" not in maps
+
+
+def test_tokens_are_sent_at_once(head: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Running:
+        def run(self, sockets: list[socket.socket]) -> None:
+            # asyncio lets small pieces go unless the protocol of the listener is unnamed.
+            assert [listener.proto for listener in sockets] == [socket.IPPROTO_TCP]
+
+    monkeypatch.setattr("haltwise.proxy.server", lambda config: Running())
+    cli.serve(ServeConfig(head=head, port=0))

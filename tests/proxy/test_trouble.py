@@ -1,0 +1,545 @@
+"""What a client of the proxy gets when something goes wrong: a clean error, or the whole answer."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import openai
+import pytest
+
+from haltwise.proxy import relay, upstream
+from haltwise.proxy.legs import Leg
+from haltwise.session.stream import Watcher
+from tests.proxy.fake_upstream import Kind, Plan
+from tests.proxy.proxies import (
+    CLOSE,
+    PATHS,
+    Pair,
+    Pairs,
+    Reply,
+    ask,
+    connected,
+    free_port,
+    request_bytes,
+    wait_until,
+)
+
+BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
+STREAMED = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+NEVER = {"X-Haltwise-Price": "0.1"}
+OFF = {"X-Haltwise-Off": "1"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    with Pairs(tmp_path_factory.mktemp("heads")) as found:
+        yield found
+
+
+@pytest.fixture
+def vllm(pairs: Pairs) -> Pair:
+    return pairs("vllm")
+
+
+@pytest.fixture
+def hasty(pairs: Pairs) -> Pair:
+    """Gives an upstream up soon."""
+    return pairs("vllm", read_timeout=0.3)
+
+
+@pytest.fixture
+def plan(request: pytest.FixtureRequest) -> Plan:
+    """28 thinking tokens, halted at 20 at a price of 1; no other test has its name."""
+    number = sum(ord(c) * 131**i for i, c in enumerate(request.node.nodeid)) % 10**9
+    return Plan(f"q{number}")
+
+
+def is_unhalted(reply: Reply, plan: Plan, chat: bool) -> bool:
+    thought, text = reply.thought, reply.text
+    if not chat:
+        thought, _, text = text.partition("</think>")
+    return (thought, text, reply.finish) == (plan.thought(), plan.answer_text(), "stop")
+
+
+def before_the_error(reply: Reply) -> str:
+    """What a stream that ended in an error had shown, without markers."""
+    assert reply.status == 200 and not reply.done and reply.error["message"]
+    text = ""
+    for choice in (c for event in reply.events[:-1] for c in event.get("choices", [])):
+        part = choice.get("delta", choice)
+        text += "".join(part.get(name) or "" for name in ("reasoning", "content", "text"))
+    return text.replace("</think>", "")
+
+
+# The server does not answer, or not with a stream
+
+
+@BOTH
+@STREAMED
+def test_a_server_that_is_not_there_is_a_502(
+    pairs: Pairs, plan: Plan, chat: bool, stream: bool
+) -> None:
+    proxy = pairs("vllm", upstream=f"http://127.0.0.1:{free_port()}").proxy
+    reply = ask(proxy.client, plan, chat, stream)
+    assert reply.status == 502 and reply.error["message"]
+    assert ask(proxy.client, plan, chat, stream, OFF).status == 502
+    assert proxy.client.get("/v1/models").status_code == 502
+    assert proxy.client.get("/health").status_code == 503
+    assert proxy.metric("haltwise_upstream_errors_total") >= 3
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("status", [400, 401, 429, 500])
+def test_errors_of_the_server_are_passed_on(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, status: int
+) -> None:
+    plan = replace(plan, trouble=str(status))
+    expected = ask(vllm.direct, plan, chat, stream)
+    reply = ask(vllm.client, plan, chat, stream)
+    assert (reply.status, reply.body) == (status, expected.body)
+    assert reply.headers["content-type"] == expected.headers["content-type"]
+    assert reply.headers["retry-after"] == "7"
+    # What was refused may have been what the proxy asked for beside: then it is asked without.
+    assert len(vllm.upstream.of(plan)) == 2 + (status == 400)
+
+
+@BOTH
+@STREAMED
+def test_a_server_that_gives_few_log_probabilities_is_asked_again_without(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    plan = replace(plan, top="refused")
+    reply = ask(vllm.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "refused"
+    assert len(vllm.upstream.of(plan)) == 2
+
+
+@BOTH
+def test_something_else_than_an_api_is_an_error(vllm: Pair, plan: Plan, chat: bool) -> None:
+    plan = replace(plan, trouble="html")
+    for stream in (True, False):
+        reply = ask(vllm.client, plan, chat, stream)
+        assert reply.status == 502 and reply.error["message"]
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("trouble", ["mute", "hangs"])
+def test_a_silent_server_is_given_up(
+    hasty: Pair, plan: Plan, trouble: str, chat: bool, stream: bool
+) -> None:
+    plan = replace(plan, trouble=trouble, at=5)
+    reply = ask(hasty.client, plan, chat, stream)
+    if stream and trouble == "hangs":
+        assert before_the_error(reply) == plan.thought(5)
+    else:
+        assert reply.status == 504 and reply.error["message"]
+    if trouble == "hangs":
+        assert hasty.upstream.of(plan)[0].gone.wait(20)
+    assert hasty.proxy.metric("haltwise_streams_in_flight") == 0
+
+
+# The first leg goes wrong
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "list", "says"])
+@pytest.mark.parametrize("at", [0, 10, 30])
+def test_a_broken_stream_ends_in_a_clean_error(
+    vllm: Pair, plan: Plan, chat: bool, trouble: str, at: int
+) -> None:
+    plan = replace(plan, trouble=trouble, at=at, legs=(1,))
+    reply = ask(vllm.client, plan, chat, headers=NEVER)
+    # The 29th token closes the thought, the 30th is an answer's.
+    assert before_the_error(reply) == (plan.thought() + plan.answer_text())[: len(
+        plan.thought(min(at, 28)) + (" " + plan.name + ".a0é") * (at == 30)
+    )]  # fmt: skip
+    if trouble == "says":
+        assert reply.error["message"] == "the engine has died"
+    assert vllm.upstream.of(plan)[0].gone.wait(20)
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["dies", "says"])
+def test_a_stream_that_breaks_before_it_is_halted_is_an_error_too(
+    vllm: Pair, plan: Plan, chat: bool, trouble: str
+) -> None:
+    plan = replace(plan, trouble=trouble, at=10, legs=(1,))
+    assert before_the_error(ask(vllm.client, plan, chat)) == plan.thought(10)
+    # Where it would have broken later nobody is there any more.
+    plan = replace(plan, name=plan.name + "x", at=25)
+    assert ask(vllm.client, plan, chat).text.endswith(plan.answer_text(20))
+
+
+@BOTH
+def test_a_stream_that_is_only_passed_on_ends_in_a_clean_error(
+    vllm: Pair, plan: Plan, chat: bool
+) -> None:
+    plan = replace(plan, trouble="dies", at=10)
+    assert before_the_error(ask(vllm.client, plan, chat, headers=OFF)) == plan.thought(10)
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
+def test_without_a_stream_a_broken_one_is_an_error_of_the_server(
+    vllm: Pair, plan: Plan, chat: bool, trouble: str
+) -> None:
+    reply = ask(vllm.client, replace(plan, trouble=trouble, at=9), chat, stream=False)
+    # An error that the server tells of has a status of its own.
+    assert reply.status == (500 if trouble == "says" else 502) and reply.error["message"]
+    assert plan.name not in reply.body.decode()
+
+
+def test_the_official_client_sees_a_broken_stream_as_an_error(vllm: Pair, plan: Plan) -> None:
+    client = openai.OpenAI(base_url=vllm.proxy.url + "/v1", api_key="any", max_retries=0)
+    plan = replace(plan, trouble="dies", at=10)
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(model="m", messages=plan.messages(), stream=True))
+    with pytest.raises(openai.APIStatusError) as raised:
+        client.completions.create(model="m", prompt=plan.prompt())
+    assert raised.value.status_code == 502
+
+
+@BOTH
+def test_comments_keep_a_stream_alive_and_change_nothing(
+    vllm: Pair, plan: Plan, chat: bool
+) -> None:
+    plan = replace(plan, trouble="pings")
+    reply = ask(vllm.client, plan, chat)
+    assert reply.done and reply.text.endswith(plan.answer_text(20))
+    assert is_unhalted(ask(vllm.client, plan, chat, headers=NEVER), plan, chat)
+
+
+@BOTH
+def test_huge_tokens_pass(vllm: Pair, plan: Plan, chat: bool) -> None:
+    plan = replace(plan, thinking=2, answer=1, token_bytes=400_000)
+    assert is_unhalted(ask(vllm.client, plan, chat), plan, chat)
+
+
+@BOTH
+def test_a_policy_that_fails_lets_the_lm_think_on(
+    vllm: Pair, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> bool:
+        raise RuntimeError("a mistake of ours")
+
+    counted = vllm.proxy.metric("haltwise_fallbacks_total")
+    monkeypatch.setattr(Watcher, "add", fail)
+    assert is_unhalted(ask(vllm.client, plan, chat), plan, chat)
+    assert vllm.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+# The second leg goes wrong
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("trouble", ["500", "html", "dies", "ends", "malformed", "says"])
+def test_if_the_second_leg_fails_the_first_one_goes_on(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
+) -> None:
+    counted = vllm.proxy.metric("haltwise_fallbacks_total")
+    plan = replace(plan, trouble=trouble, legs=(2, 3))
+    reply = ask(vllm.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat)
+    assert not reply.haltwise["halted"] and reply.haltwise["fallback"]
+    assert vllm.proxy.metric("haltwise_fallbacks_total") == counted + 1
+    assert vllm.upstream.of(plan)[0].ended == "done"
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["hangs", "mute"])
+def test_if_the_second_leg_is_silent_the_first_one_goes_on(
+    hasty: Pair, plan: Plan, chat: bool, trouble: str
+) -> None:
+    counted = hasty.proxy.metric("haltwise_fallbacks_total")
+    plan = replace(plan, trouble=trouble, legs=(2, 3))
+    assert is_unhalted(ask(hasty.client, plan, chat), plan, chat)
+    assert hasty.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+@BOTH
+@STREAMED
+def test_a_second_leg_that_waits_for_the_first_to_end_is_too_late(
+    pairs: Pairs, plan: Plan, chat: bool, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "_SOON", 0.0)
+    pair = pairs("vllm", fake={"num_slots": 1}, read_timeout=20.0)
+    plan = replace(plan, trouble="hangs", legs=(2,))
+    counted = pair.proxy.metric("haltwise_fallbacks_total", reason="late")
+    reply = ask(pair.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat) and reply.haltwise["fallback"] == "late"
+    assert pair.proxy.metric("haltwise_fallbacks_total", reason="late") == counted + 1
+
+
+@BOTH
+def test_what_a_server_does_not_tell_in_time_is_not_waited_for(
+    pairs: Pairs, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    ask(pair.client, replace(plan, name=plan.name + "x"))  # it is known by now
+
+    async def hang(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(upstream, "_CALL_TIMEOUT", 0.1)
+    monkeypatch.setattr(
+        upstream.Vllm, "text_ids", lambda self, *_: self.upstream.call("/x", {}, [])
+    )
+    monkeypatch.setattr(Leg, "body", hang)
+    counted = pair.proxy.metric("haltwise_fallbacks_total", reason="timeout")
+    assert is_unhalted(ask(pair.client, plan, chat), plan, chat)
+    assert pair.proxy.metric("haltwise_fallbacks_total", reason="timeout") == counted + 1
+
+
+# llama-server is told to end the thought of a chat: there is no second leg.
+ONE_STREAM = pytest.mark.parametrize(
+    ("kind", "chat"), [("llama-server", False), ("ollama", True), ("ollama", False)]
+)
+
+
+@ONE_STREAM
+@STREAMED
+@pytest.mark.parametrize("trouble", ["500", "dies", "malformed"])
+def test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, trouble: str
+) -> None:
+    pair = pairs(kind, fake={"num_slots": 1})
+    counted = pair.proxy.metric("haltwise_fallbacks_total")
+    plan = replace(plan, trouble=trouble, legs=(2, 3))
+    reply = ask(pair.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat)
+    assert pair.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+@ONE_STREAM
+def test_a_server_of_one_stream_is_halted(pairs: Pairs, kind: Kind, plan: Plan, chat: bool) -> None:
+    pair = pairs(kind, fake={"num_slots": 1})
+    plan = replace(plan, trouble="hangs", at=20, legs=(1,))
+    reply = ask(pair.client, plan, chat)
+    assert reply.text.endswith(plan.answer_text(20)) and reply.haltwise["halted"]
+    assert [asked.ended for asked in pair.upstream.of(plan)] == ["closed", "done"]
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
+def test_an_answer_that_breaks_off_is_continued_once(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
+) -> None:
+    plan = replace(plan, answer=6, trouble=trouble, at=3, legs=(2,))
+    reply = ask(vllm.client, plan, chat, stream)
+    assert reply.text.endswith(plan.answer_text(20)) and reply.text.count(".a0é") == 1
+    assert reply.finish == "stop" and reply.haltwise["halted"]
+    prompt = vllm.upstream.of(plan)[2].body["prompt"]
+    text = prompt if isinstance(prompt, str) else vllm.upstream.text(prompt)
+    said = text.rpartition(CLOSE)[2]
+    assert said.endswith(".a2é") and plan.answer_text(20).startswith(said)
+    assert reply.haltwise["legs"][1]["completion_tokens"] == 3
+
+
+@BOTH
+@STREAMED
+def test_an_answer_that_breaks_off_again_is_an_error(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    plan = replace(plan, answer=9, trouble="dies", at=3, legs=(2, 3))
+    reply = ask(vllm.client, plan, chat, stream)
+    assert len(vllm.upstream.of(plan)) == 3
+    if stream:
+        answer = before_the_error(reply).partition(".t19é")[2].lstrip("\n")
+        assert answer.endswith(".a5é") and plan.answer_text(20).startswith(answer)
+    else:
+        assert reply.status == 502 and reply.error["message"]
+
+
+# The client goes wrong
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("leg", "stream", "headers"),
+    [(1, True, NEVER), (1, False, NEVER), (2, True, {}), (2, False, {}), (1, True, OFF)],
+    ids=["first", "first-whole", "second", "second-whole", "off"],
+)
+def test_a_client_that_leaves_ends_what_was_asked_for_it(
+    vllm: Pair, plan: Plan, chat: bool, leg: int, stream: bool, headers: dict[str, str]
+) -> None:
+    plan = replace(plan, trouble="hangs", at=21 if leg == 1 else 1, legs=(leg,))
+    with connected(vllm.proxy) as client:
+        client.sendall(request_bytes(plan, chat, stream, headers))
+        wait_until(lambda: len(asked := vllm.upstream.of(plan)) == leg and asked[-1].num_sent > 0)
+        if stream:
+            assert b"200" in client.recv(100)
+    *others, last = vllm.upstream.of(plan)
+    assert last.gone.wait(20) and last.ended == "closed"
+    assert all(other.gone.wait(20) for other in others)
+    wait_until(lambda: vllm.proxy.metric("haltwise_streams_in_flight") == 0)
+
+
+@pytest.mark.parametrize("headers", [NEVER, OFF], ids=["watched", "off"])
+def test_a_client_that_does_not_read_is_dropped_and_nobody_else(
+    pairs: Pairs, plan: Plan, headers: dict[str, str]
+) -> None:
+    pair = pairs("vllm", send_timeout=0.5)
+    other, plan = plan, replace(plan, name="endless", trouble="endless", token_bytes=10_000)
+    plan = replace(plan, name="endless" + "x" * (headers is OFF))
+    with connected(pair.proxy) as client:
+        client.sendall(request_bytes(plan, True, True, headers))
+        wait_until(lambda: bool(pair.upstream.of(plan)))
+        (stuck,) = pair.upstream.of(plan)
+        assert ask(pair.client, other).text == other.answer_text(20)
+        assert stuck.gone.wait(20) and stuck.ended == "closed"
+        # What the sockets' own buffers hold on the way: nine tenths of what the server sends are
+        # numbers, which the client does not get.
+        assert stuck.num_sent < 200_000_000
+    wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
+    assert ask(pair.client, replace(other, name="later")).status == 200
+
+
+def test_a_client_that_does_not_finish_its_request_is_dropped(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", send_timeout=0.5)
+    with connected(pair.proxy) as client:
+        client.sendall(request_bytes(plan, True, True, {})[:-5])
+        assert b" 408 " in client.recv(100)
+    wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
+    assert pair.upstream.of(plan) == []
+
+
+def test_a_client_that_sends_its_request_piece_by_piece_has_one_deadline(
+    pairs: Pairs, plan: Plan
+) -> None:
+    pair = pairs("vllm", send_timeout=0.5)
+    with connected(pair.proxy) as client:
+        data = request_bytes(plan, True, True, {})
+        client.sendall(data[:-99])
+        client.settimeout(0.1)
+        found = b""
+        for byte in data[-99:]:
+            with suppress(TimeoutError):
+                found += client.recv(100)
+            if found:
+                break
+            client.sendall(bytes([byte]))
+        assert b" 408 " in found
+    assert pair.upstream.of(plan) == []
+
+
+def test_a_client_that_asks_for_nothing_is_let_go(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    monkeypatch.setattr(import_module("haltwise.proxy.server"), "_SILENCE", 0.05)
+    with connected(pair.proxy) as client:
+        assert client.recv(1) == b""
+
+
+def test_a_slow_client_gets_everything(vllm: Pair, plan: Plan) -> None:
+    plan = replace(plan, thinking=20, token_bytes=200_000)
+    body = {"model": "m", "stream": True, "prompt": plan.prompt(), "max_tokens": 99}
+    with vllm.client.stream("POST", PATHS[False], json=body, headers=NEVER) as reply:
+        data = b"".join(reply.iter_raw(chunk_size=1 << 16))
+    assert is_unhalted(Reply(200, {}, data, True), plan, chat=False)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no json",
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100_000,
+        b"{}",
+        b'{"messages": 3, "prompt": null}',
+        b'{"messages": [3], "prompt": 3}',
+        b'{"messages": [{"role": "user"}], "prompt": {}}',
+        b'{"messages": [], "prompt": []}',
+    ],
+    ids=lambda content: repr(content[:40]),
+)
+@BOTH
+def test_a_malformed_request_is_refused(vllm: Pair, content: bytes, chat: bool) -> None:
+    headers = {"content-type": "application/json"}
+    reply = vllm.client.post(PATHS[chat], content=content, headers=headers)
+    assert reply.status_code == 400 and reply.json()["error"]["message"]
+    assert vllm.proxy.metric("haltwise_streams_in_flight") == 0
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"n": "two"}, {"max_tokens": "many"}, {"max_tokens": [1]}, {"logprobs": "x"},
+     {"logprobs": True, "top_logprobs": "x"}],
+    ids=str,
+)  # fmt: skip
+@BOTH
+def test_a_field_of_the_wrong_type_is_refused_by_the_server(
+    vllm: Pair, plan: Plan, asked: dict[str, Any], chat: bool
+) -> None:
+    for stream in (True, False):
+        reply = ask(vllm.client, plan, chat, stream, **asked)
+        assert (reply.status, reply.error["message"]) == (400, "malformed request")
+
+
+@pytest.mark.parametrize("asked", [{"stop": 5}, {"stop": [None, 3]}, {"seed": {}}], ids=str)
+@BOTH
+def test_an_odd_field_that_the_server_takes_is_no_trouble(
+    vllm: Pair, plan: Plan, asked: dict[str, Any], chat: bool
+) -> None:
+    assert ask(vllm.client, plan, chat, stream=False, **asked).status == 200
+
+
+def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:
+    num = len(vllm.upstream.asked)
+    paths = ("/v1/../asked", "/v1/%2e%2e/asked", "/v1/x/..%2f..%2fasked", "//asked", "/v1/a#b")
+    for path in (*paths, "/v1/" + "x" * 2**16):
+        with connected(vllm.proxy) as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode())
+            assert b" 404 " in client.recv(100)
+    assert len(vllm.upstream.asked) == num
+
+
+def test_a_request_has_a_largest_size(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", max_body_bytes=5 * 2**20)
+    padding = "x" * 4 * 2**20
+    body: dict[str, Any] = {"model": "m", "messages": plan.messages()}
+    body["messages"].insert(0, {"role": "system", "content": padding})
+    reply = pair.client.post(PATHS[True], json=body)
+    assert reply.json()["choices"][0]["message"]["content"] == plan.answer_text(20)
+    sent = pair.upstream.of(plan)[0].body
+    assert sent["messages"] == body["messages"]
+    num = len(pair.upstream.asked)
+    body["messages"][0]["content"] = padding * 2
+    data = json.dumps(body).encode()
+    pieces = (data[i : i + 2**16] for i in range(0, len(data), 2**16))
+    for content in (data, pieces):  # with a length, and in chunks without one
+        reply = pair.client.post(PATHS[True], content=content)
+        assert reply.status_code == 413 and reply.json()["error"]["message"]
+    assert len(pair.upstream.asked) == num
+    assert ask(pair.client, replace(plan, name="later")).status == 200
+
+
+def test_there_are_no_more_streams_than_allowed(pairs: Pairs, plan: Plan) -> None:
+    pair = pairs("vllm", max_streams=2)
+    held = [replace(plan, name=f"{plan.name}x{n}", trouble="hangs", at=5) for n in range(2)]
+    with ThreadPoolExecutor() as pool:
+        replies = [pool.submit(ask, pair.client, each, headers=NEVER) for each in held]
+        wait_until(lambda: all(pair.upstream.of(each) for each in held))
+        assert pair.proxy.metric("haltwise_streams_in_flight") == 2
+        refused = ask(pair.client, plan)
+        assert refused.status == 503 and refused.error["message"]
+        assert int(refused.headers["retry-after"]) >= 1
+        assert pair.upstream.of(plan) == []
+        assert pair.client.get("/health").status_code == 200
+        for asked in (asked for each in held for asked in pair.upstream.of(each)):
+            pair.upstream.free(asked)
+        assert all(reply.result(20).done for reply in replies)
+    wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
+    assert ask(pair.client, plan).status == 200

@@ -1,0 +1,718 @@
+"""The proxy's pure parts: events, chunks, requests, settings, and the watcher of one stream."""
+
+import asyncio
+import json
+import math
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haltwise import HaltMonitor, InputError, Terms, cli
+from haltwise.policy.signals import Signals
+from haltwise.proxy.app import _without
+from haltwise.proxy.asked import Asked
+from haltwise.proxy.config import Keys, ServeConfig
+from haltwise.proxy.legs import _MOST_HELD, Held, Leg, Seen, Skip
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.relay import Completion, Setting
+from haltwise.proxy.upstream import LlamaServer, Server, find_server
+from haltwise.proxy.wire import (
+    Event,
+    EventReader,
+    Json,
+    UpstreamError,
+    Whole,
+    chat_logprobs,
+    choice_of,
+    texts_of,
+    tokens_of,
+    trim_logprobs,
+)
+from haltwise.session.stream import Watcher, check_served
+from haltwise.session.thought import PointRules
+from haltwise.session.token_statistics import NUM_TOP
+from tests.heads import random_head
+from tests.proxy.proxies import sure_head
+
+HEAD = sure_head(rule="every 8 tokens")
+RULES = PointRules(HEAD.config.halting)
+TERMS = Terms(1.0)
+
+
+# Events
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers()), max_size=5),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.integers(1, 40),
+)
+def test_events_do_not_depend_on_how_their_bytes_are_cut(
+    chunks: list[Json], end: str, size: int
+) -> None:
+    chunks = [{"x" + name: value for name, value in chunk.items()} for chunk in chunks]
+    lines = [f"data: {json.dumps(chunk, ensure_ascii=False)}{end}{end}" for chunk in chunks]
+    data = "".join([f": ping{end}{end}", *lines, f"data: [DONE]{end}{end}"])
+    raw = data.encode("utf-8", "surrogatepass")
+    reader = EventReader()
+    pieces = [raw[i : i + size] for i in range(0, len(raw), size)]
+    # A lone \r at the end may be the first half of an end of line: one more byte settles it.
+    events = [event for piece in [*pieces, b"\n"] for event in reader.feed(piece)]
+    assert [event.chunk for event in events] == [None, *chunks, None]
+    assert [event.is_done for event in events] == [False] * (len(chunks) + 1) + [True]
+
+
+def test_an_event_has_the_fields_that_the_format_allows() -> None:
+    text = b'id: 7\nevent: message\ndata:{"a":\ndata: 1}\nretry: 5\n\n'
+    (event,) = EventReader().feed(text)
+    assert (event.chunk, event.raw, event.encode()) == ({"a": 1}, text, text)
+    event.chunk, event.raw = {"b": "é"}, b""
+    assert event.encode() == b'data: {"b":"\\u00e9"}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (b"data: {", "malformed"),
+        (b"data: []", "malformed"),
+        (b"data: " + b"[" * 100_000, "malformed"),
+        (b'data: {"error": {"message": "m", "code": 7}}', "said"),
+        (b'data: {"error": "m"}', "said"),
+    ],
+    ids=lambda text: repr(text[:20]),
+)
+def test_an_event_that_is_none_is_an_error(text: bytes, kind: str) -> None:
+    with pytest.raises(UpstreamError) as raised:
+        list(EventReader().feed(text + b"\n\n"))
+    assert raised.value.kind == kind
+    assert set(raised.value.body["error"]) == {"message", "type", "param", "code"}
+    assert kind == "malformed" or raised.value.body["error"]["message"] == "m"
+
+
+def test_an_event_that_does_not_end_is_not_kept_for_ever() -> None:
+    reader = EventReader()
+    with pytest.raises(UpstreamError, match="does not end"):
+        for _ in range(20):
+            assert list(reader.feed(b"x" * 2**20)) == []
+
+
+# Chunks
+
+
+CHAT = {
+    "content": [
+        {
+            "token": "a",
+            "logprob": -0.1,
+            "bytes": [97],
+            "top_logprobs": [
+                {"token": "a", "logprob": -0.1, "bytes": [97]},
+                {"token": "é", "logprob": -3.0, "bytes": [195, 169]},
+            ],
+        }
+    ]
+}
+LEGACY = {
+    "tokens": ["a"],
+    "token_logprobs": [-0.1],
+    "top_logprobs": [{"a": -0.1, "é": -3.0}],
+    "text_offset": [0],
+}
+
+
+def test_log_probabilities_are_read_in_both_forms() -> None:
+    (chat,), (legacy,) = tokens_of({"logprobs": CHAT}), tokens_of({"logprobs": LEGACY})
+    assert chat == legacy
+    assert (chat.text, chat.logprob, chat.top) == ("a", -0.1, [-0.1, -3.0])
+    assert chat_logprobs(LEGACY) == CHAT == chat_logprobs(CHAT)
+    with_id = {"content": [{"token": "a", "logprob": 0, "id": 7}]}
+    assert tokens_of({"logprobs": with_id})[0].id == 7
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        {"content": [{"token": "a", "logprob": None, "top_logprobs": [{"logprob": "x"}]}]},
+        {"content": [{"token": "a", "top_logprobs": 3}]},
+        {"tokens": ["a"], "token_logprobs": [], "top_logprobs": None},
+        {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [["a"]]},
+    ],
+)
+def test_malformed_log_probabilities_are_unknown(logprobs: Json) -> None:
+    (token,) = tokens_of({"logprobs": logprobs})
+    assert token.text == "a" and math.isnan(token.logprob)
+    assert all(map(math.isnan, token.top))
+    trim_logprobs(logprobs, 1)
+    chat_logprobs(logprobs)
+
+
+@pytest.mark.parametrize("logprobs", [None, 3, {}, {"content": 3}, {"tokens": "a"}])
+def test_no_log_probabilities_are_no_tokens(logprobs: Any) -> None:
+    assert tokens_of({"logprobs": logprobs}) == []
+    trim_logprobs(logprobs, 1)
+
+
+def test_a_client_sees_as_many_likely_tokens_as_it_asked_for() -> None:
+    top = {"c": -3.0, "a": -0.1, "b": -2.0, "own": -9.0}
+    legacy = {"tokens": ["own"], "top_logprobs": [dict(top)]}
+    trim_logprobs(legacy, 2)
+    assert legacy["top_logprobs"] == [{"a": -0.1, "b": -2.0, "own": -9.0}]
+    chat = {"content": [{"top_logprobs": [{"token": name} for name in "abc"]}]}
+    for num in (2, 0):
+        trim_logprobs(chat, num)
+        assert [e["token"] for e in chat["content"][0]["top_logprobs"]] == list("ab")[:num]
+
+
+@pytest.mark.parametrize("choices", [3, [3], [{"delta": 3}], {"a": 1}])
+def test_malformed_choices_are_an_error(choices: Any) -> None:
+    with pytest.raises(UpstreamError, match="malformed"):
+        choice_of({"choices": choices})
+
+
+def test_a_text_is_found_wherever_a_server_puts_it() -> None:
+    assert texts_of({"text": "t"}) == texts_of({"delta": {"content": "t"}}) == ("", "t")
+    for name in ("reasoning_content", "reasoning"):
+        assert texts_of({"delta": {name: "r", "content": None}}) == ("r", "")
+    assert texts_of({"delta": {}}) == texts_of({"text": None}) == ("", "")
+
+
+def test_a_stream_of_a_chat_is_put_together() -> None:
+    whole = Whole()
+    parts: list[Json] = [
+        {"role": "assistant", "content": ""},
+        {"reasoning": "think", "role": None},
+        {"reasoning": "ing"},
+        {"content": "ans"},
+        {"content": "wer"},
+        {"tool_calls": [{"index": 1, "id": "c1", "function": {"name": "g", "arguments": "{"}}]},
+        {"tool_calls": [{"index": 0, "id": "c0", "function": {"name": "f", "arguments": ""}}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "}"}}]},
+    ]
+    for part in parts:
+        whole.add({"id": "7", "object": "x", "choices": [{"index": 0, "delta": part}]})
+    whole.add({"id": "7", "choices": [{"delta": {}, "finish_reason": "stop", "logprobs": CHAT}]})
+    whole.add({"id": "7", "choices": [], "usage": {"prompt_tokens": 3}})
+    assert whole.answer(chat=True) == {
+        "id": "7",
+        "object": "chat.completion",
+        "usage": {"prompt_tokens": 3},
+        "choices": [
+            {
+                "index": 0,
+                "finish_reason": "stop",
+                "logprobs": CHAT,
+                "message": {
+                    "role": "assistant",
+                    "reasoning": "thinking",
+                    "content": "answer",
+                    "tool_calls": [
+                        {"id": "c0", "function": {"name": "f", "arguments": ""}},
+                        {"id": "c1", "function": {"name": "g", "arguments": "{}"}},
+                    ],
+                },
+            }
+        ],
+    }
+
+
+def test_a_stream_of_a_completion_is_put_together() -> None:
+    whole = Whole()
+    for text in ("one", " two", ""):
+        finish = None if text else "length"
+        logprobs = LEGACY if text else None
+        choice = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        whole.add({"object": "text_completion", "choices": [choice]})
+    (choice,) = whole.answer(chat=False)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one two", "length")
+    assert choice["logprobs"]["token_logprobs"] == [-0.1, -0.1]
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("chat", "body", "reason"),
+    [
+        (True, {"n": 1, "best_of": 1, "echo": False, "max_tokens": None}, None),
+        (True, {"n": 2}, "n is not 1"),
+        (True, {"n": "2"}, "malformed"),
+        (True, {"top_logprobs": "many"}, "malformed"),
+        (True, {"top_logprobs": -1}, "malformed"),
+        (False, {"logprobs": -1}, "malformed"),
+        (True, {"max_tokens": {}}, "malformed"),
+        (True, {"stream_options": []}, "malformed"),
+        (True, {"stop": [7]}, "malformed"),
+        (True, {"messages": "hello"}, "malformed"),
+        (True, {"model": "m" * 1001}, "malformed"),
+        (True, {"messages": [3]}, "malformed"),
+        (True, {"post_sampling_probs": True}, "post_sampling_probs"),
+        (True, {"return_token_ids": True}, "return_token_ids"),
+        (False, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+        (False, {"best_of": 3}, "best_of"),
+        (False, {"echo": True}, "echo"),
+        (False, {"suffix": "s"}, "suffix"),
+        (False, {"prompt": ["one"]}, None),
+        (False, {"prompt": ["one", "two"]}, "several prompts"),
+        (False, {"prompt": [[1], [2]]}, "several prompts"),
+        (False, {"prompt": [1, 2]}, "token prompt"),
+        (False, {"prompt": []}, "malformed"),
+        (False, {"prompt": None}, "malformed"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_halted_is_known_beforehand(
+    chat: bool, body: Json, reason: str | None
+) -> None:
+    default: Json = {"messages": [{"role": "user", "content": "q"}]} if chat else {"prompt": "q"}
+    assert Asked(chat, default | body).why_not() == reason
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"response_format": {"type": "text"}, "stop": "never", "tools": []}, None),
+        ({"tools": [{}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "structured output"),
+        ({"guided_regex": "a"}, "structured output"),
+        ({"stop": ["x", "</think>"]}, "stop"),
+        ({"stop": "\n"}, "stop"),
+        ({"messages": [{"content": [{"type": "image_url"}]}]}, "media"),
+        ({"messages": [{"content": [{"type": "text", "text": "t"}]}]}, None),
+        ({"include_reasoning": False}, "hidden reasoning"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_continued_is_known_beforehand(body: Json, reason: str | None) -> None:
+    assert Asked(True, body).why_not_continued("\n</think>\n\n") == reason
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
+def test_a_second_leg_has_what_is_left_of_the_limits(limit: str) -> None:
+    asked = Asked(True, {limit: 100, "min_tokens": 30, "tools": None, "messages": [], "top_k": 4})
+    asked.body["request_id"] = "r7"
+    body = asked.less(asked.continued(prompt=[1, 2]), 40)
+    assert body == {
+        "prompt": [1, 2],
+        "max_tokens": 60,
+        "min_tokens": 0,
+        "top_k": 4,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert asked.less(body, 1_000)["max_tokens"] == 1
+    unlimited = Asked(True, {limit: -1})
+    assert unlimited.max_tokens is None and unlimited.less({limit: -1}, 40) == {limit: -1}
+
+
+def test_what_is_asked_for_beside_is_what_the_client_did_not_ask_for() -> None:
+    own: Json = {"messages": [], "stream_options": {"continuous_usage_stats": True}}
+    asked = Asked(True, own)
+    assert asked.watched({"extra": 1}) == {
+        "messages": [],
+        "logprobs": True,
+        "top_logprobs": NUM_TOP,
+        "stream": True,
+        "stream_options": {"continuous_usage_stats": True, "include_usage": True},
+        "extra": 1,
+    }
+    assert (asked.num_top, asked.streams, asked.wants_usage) == (None, False, True)
+    assert Asked(True, {"logprobs": True, "top_logprobs": 40}).watched({})["top_logprobs"] == 40
+    assert Asked(False, {"logprobs": 0}).num_top == 0
+    assert Asked(False, {"prompt": "p", "logprobs": 2}).continued(prompt="q")["logprobs"] == 2
+    changed = Asked(True, {"logprobs": True}).continued(messages=[1])
+    assert (changed["logprobs"], changed["top_logprobs"]) == (True, 0)
+
+
+# Answers in parts
+
+
+@given(st.text("ab é", max_size=12), st.text("ab é", min_size=1, max_size=12), st.integers(1, 9))
+def test_an_answer_that_comes_anew_goes_on_where_it_broke_off(
+    had: str, new: str, size: int
+) -> None:
+    skip, whole = Skip(had, "</think>"), had + new
+    got = ""
+    for i in range(0, len(whole), size):
+        choice = {"text": whole[i : i + size]}
+        if skip.rest(choice):
+            got += choice["text"]
+    assert got == new
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_of_another_answer_what_follows_its_thought_is_left(size: int) -> None:
+    text = "this time I think so</think> 18"
+    skip, got = Skip("that time", "</think>"), ""
+    for i in range(0, len(text), size):
+        choice: Json = {"text": text[i : i + size]}
+        got += choice["text"] if skip.rest(choice) else ""
+    assert got == "</think> 18"
+    skip = Skip("that time", "</think>")
+    parts: list[Json] = [{"reasoning": "this"}, {"reasoning": " time"}, {"content": " 18"}]
+    assert [part for part in parts if skip.rest({"delta": part})] == [{"content": " 18"}]
+
+
+def test_what_was_seen_can_be_gone_on_from() -> None:
+    seen = Seen()
+    first = {"prompt_token_ids": [1, 2], "choices": [{"text": "a", "token_ids": [3]}]}
+    seen.add(first)
+    # The first half of a character has no text; the second one has both.
+    for text, pieces in (("", ["\ufffd"]), ("é", ["\ufffd"]), ("bc", ["b", "c"])):
+        content = [{"token": piece, "logprob": -1.0, "id": 4} for piece in pieces]
+        seen.add({"choices": [{"text": text, "logprobs": {"content": content}}]})
+    assert (seen.text, seen.prompt_ids, seen.ids) == ("aébc", [1, 2], [3, 4, 4, 4, 4])
+    assert seen.has_ids and seen.num_tokens == 5
+    seen.add({"choices": [{"text": "no id"}]})
+    assert not seen.has_ids and seen.num_tokens == 6
+
+
+class OwnLeg:
+    """Events without a server."""
+
+    def __init__(self, events: list[Event], failure: Exception | None = None) -> None:
+        self.events, self.failure, self.num_read = events, failure, 0
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for event in self.events:
+            self.num_read += 1
+            yield event
+        if self.failure:
+            raise self.failure
+
+
+def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
+    num = 40
+    events = [Event(b"x" * 2**20, {"choices": [{"text": str(i)}]}) for i in range(num)]
+
+    async def play() -> None:
+        leg: Any = OwnLeg(events, UpstreamError("cut", "cut"))
+        held = Held(leg)
+        while leg.num_read <= _MOST_HELD // 2**20:
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert leg.num_read == _MOST_HELD // 2**20 + 1
+        assert held.is_enough
+        got = []
+        with pytest.raises(UpstreamError):
+            async for event in held:
+                got.append(event)
+        assert got == events
+        held = Held(OwnLeg(events[:2]))  # type: ignore[arg-type]
+        await asyncio.sleep(0.0)
+        await held.close()
+        assert held.num_tokens() == 2
+
+    asyncio.run(play())
+
+
+def test_a_leg_that_is_held_tells_when_it_is_whole_and_keeps_nobody_waiting() -> None:
+    last = Event(b"", {"choices": [{"text": "", "finish_reason": "stop"}]})
+    called: list[bool] = []
+
+    async def play() -> None:
+        leg: Any = OwnLeg([last], RuntimeError("a mistake of ours"))
+        held = Held(leg)
+        held.when_enough(lambda: called.append(held.is_enough))
+        with pytest.raises(UpstreamError):
+            async for event in held:
+                assert event is last
+        held.when_enough(lambda: called.append(held.is_enough))
+
+    asyncio.run(play())
+    assert called == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "begins", "may_be_empty"),
+    [
+        ([{"delta": {"role": "assistant"}}, {"delta": {"content": "18"}}], True, True),
+        ([{"text": "", "finish_reason": "stop"}], False, True),
+        ([{"delta": {"reasoning": "hm"}}, {"delta": {"content": "18"}}], False, False),
+        ([], False, False),
+    ],
+    ids=["answer", "empty", "thought", "nothing"],
+)
+def test_a_second_leg_has_to_answer(
+    chunks: list[Json], begins: bool, may_be_empty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def content() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield Event(chunk={"choices": [chunk]}).encode()
+
+    async def ask(*_: Any) -> Leg:
+        kind = {"content-type": "text/event-stream"}
+        return Leg(httpx2.Response(200, headers=kind, content=content()))
+
+    async def begun(may_be_empty: bool) -> list[Json]:
+        setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+        server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+        completion = Completion(Asked(True, {}), TERMS, [], server, setting)
+        leg = await completion._begun({}, may_be_empty)
+        return [event.chunk["choices"][0] async for event in leg if event.chunk]
+
+    monkeypatch.setattr(Completion, "_ask", ask)
+    for empty, expected in ((False, begins), (True, may_be_empty)):
+        if expected:
+            assert asyncio.run(begun(empty)) == chunks
+        else:
+            with pytest.raises(UpstreamError, match="did not answer"):
+                asyncio.run(begun(empty))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_answer_that_breaks_off_behind_its_end_is_whole(ends: bool) -> None:
+    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"prompt": "q"}), TERMS, [], server, setting)
+    choice = {"text": "18", "finish_reason": "stop" if ends else None}
+    leg: Any = OwnLeg([Event(chunk={"choices": [choice]})], UpstreamError("cut", "cut"))
+
+    async def play() -> Json:
+        return await completion.whole(leg)
+
+    if ends:
+        assert asyncio.run(play())["choices"][0]["text"] == "18"
+    else:
+        with pytest.raises(UpstreamError):
+            asyncio.run(play())
+
+
+def test_numbers_of_tokens_without_a_text_are_kept() -> None:
+    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"logprobs": 1, "prompt": ""}), TERMS, [], server, setting)
+    # The first half of a character has no text.
+    choices: list[Json] = [
+        {"text": text, "logprobs": LEGACY, "finish_reason": finish}
+        for text, finish in (("", None), ("é", None), ("", "stop"))
+    ]
+    leg: Any = OwnLeg([Event(chunk={"choices": [choice]}) for choice in choices])
+
+    async def play() -> list[Any]:
+        events = [event async for event in completion._answer_of(leg, Seen())]
+        return [event.chunk["choices"][0]["logprobs"] for event in events if event.chunk]
+
+    assert asyncio.run(play()) == [LEGACY] * 3
+
+
+def test_a_thought_whose_tokens_are_named_by_their_ids_is_not_watched() -> None:
+    metrics = Metrics()
+    setting = Setting(HEAD, metrics, shadow=False, patience=9.0)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = Completion(Asked(False, {"prompt": "<think>"}), TERMS, [], server, setting)
+    choice = {"text": "x", "logprobs": {"tokens": ["token_id:7"]}}
+    events = [Event(chunk={"choices": [choice]}) for _ in range(20)]
+    events.append(Event(chunk={"choices": [{"text": "", "finish_reason": "stop"}]}))
+    leg: Any = OwnLeg(events)
+
+    async def play() -> Json:
+        return await completion.whole(leg)
+
+    told = asyncio.run(play())["usage"]["haltwise"]
+    assert (told["halted"], told["fallback"]) == (False, "token texts")
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "said"),
+    [
+        ("hm", {}, [7]),
+        ("h\u00e9", {}, ["h\u00e9"]),
+        ("hm", {"stop": "never"}, ["hm"]),
+    ],
+    ids=["whole", "character", "stop"],
+)
+def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
+    text: str, body: Json, said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rendered(*_: Any) -> str:
+        return "q<think>"
+
+    monkeypatch.setattr(LlamaServer, "rendered", rendered)
+    server = LlamaServer(None, RULES, "</think>\n\n", one_at_a_time=False, num_close_tokens=2)
+    # What the chunk shows may be longer than what its numbers tell of.
+    logprobs = {"content": [{"token": text[-1], "id": 7, "logprob": -1.0}]}
+    seen = Seen()
+    seen.add({"choices": [{"delta": {"reasoning_content": text}, "logprobs": logprobs}]})
+    asked = Asked(True, {"messages": []} | body)
+    found = asyncio.run(server.continuation(asked, seen, "</think>\n\n", []))
+    assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
+
+
+@pytest.mark.parametrize("data", [None, [], [3], "x", {}], ids=str)
+def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
+    class Upstream:
+        async def call(self, *_: Any) -> Json:
+            return {"data": data}
+
+    upstream: Any = Upstream()
+    with pytest.raises(UpstreamError, match="no model yet") as raised:
+        asyncio.run(find_server(upstream, "auto", RULES, "</think>", []))
+    assert raised.value.kind == "status"
+
+
+def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def rendered(*_: Any) -> str:
+        return "<think>"
+
+    monkeypatch.setattr(Server, "rendered", rendered)
+    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
+    asked = Asked(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
+    assert asyncio.run(server.opens_thought(asked, []))
+    assert all(len(key) <= 64 for key in server._opens)
+
+
+# Watching
+
+
+def top(logprob: float) -> list[float]:
+    """20 log probabilities with that of the token first: the others share what is left."""
+    return [logprob, *[math.log((1 - math.exp(logprob)) / 30)] * 19]
+
+
+def entropy(logprob: float) -> float:
+    """Of such a token, with 11 of the 30 others as one."""
+    p = math.exp(logprob)
+    rest = (1 - p) / 30
+    return -p * logprob - 19 * rest * math.log(rest) - 11 * rest * math.log(11 * rest)
+
+
+def test_the_head_sees_the_numbers_since_the_previous_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    points: list[Signals] = []
+    observe = HaltMonitor.observe
+
+    def watched(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
+        points.append(signals)
+        return observe(self, signals, rows)
+
+    monkeypatch.setattr(HaltMonitor, "observe", watched)
+    watcher = Watcher(HEAD, RULES, Terms(0.0), "q <think>")
+    logprobs = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8] * 2
+    texts = [" wa", "it", " but", "ton", " Hmm", " so", " so", " ver", "ify"]
+    texts += [" so"] * 6 + [" check"]
+    for text, logprob in zip(texts, logprobs, strict=True):
+        assert not watcher.add(text, logprob, top(logprob)[::-1])
+    first, second = points
+    assert [first.position.item(), second.position.item()] == [8, 16]
+    assert first.num_reflections is not None and second.num_reflections is not None
+    # wait and Hmm, not button; verify, which the border cuts, and check.
+    assert [first.num_reflections.item(), second.num_reflections.item()] == [2, 2]
+    for signals in points:
+        expected = {
+            "entropy": np.mean([entropy(value) for value in logprobs]),
+            "max_entropy": entropy(-0.8),
+            "logprob": -0.45,
+            "min_logprob": -0.8,
+            "margin": np.mean([math.exp(v) - (1 - math.exp(v)) / 30 for v in logprobs]),
+        }
+        for name, value in expected.items():
+            assert getattr(signals, name).item() == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
+    sure = [(" x", -0.1, top(-0.1))] * 20
+    unopened = Watcher(HEAD, RULES, TERMS)
+    assert not any(unopened.add(*token) for token in sure)
+    assert not unopened.add("<think>", -0.1, top(-0.1))  # the 21st
+    assert [unopened.add(*token) for token in sure] == [i == 2 for i in range(20)]
+    assert (unopened.halted_at, unopened.capped) == (24, False)
+    closed = Watcher(HEAD, RULES, TERMS, "<think>")
+    assert not any(closed.add(*token) for token in [*sure[:7], ("</think>", -0.1, top(-0.1))])
+    assert not any(closed.add(*token) for token in sure)
+    assert closed.is_over and closed.halted_at is None
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (math.nan, top(-0.1)),
+        (-0.1, ()),
+        (-0.1, top(-0.1)[:15]),
+        (-0.1, [math.nan, *top(-0.1)[1:]]),
+    ],
+    ids=["no number", "none beside", "too few", "one not a number"],
+)
+def test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does(numbers: Any) -> None:
+    watcher = Watcher(HEAD, RULES, TERMS, "<think>")
+    assert not any(watcher.add(" x", *numbers) for _ in range(40))
+    assert watcher.num_bad_signals == 5
+    terms = Terms(1.0, max_tokens=13)
+    unopened = Watcher(HEAD, RULES, terms)
+    assert not any(unopened.add(" x", *numbers) for _ in range(40))
+    capped = Watcher(HEAD, RULES, terms, "<think>")
+    assert [capped.add(" x", *numbers) for _ in range(20)] == [i == 12 for i in range(20)]
+    assert capped.capped and capped.halted_at == 13
+
+
+def test_more_log_probabilities_than_needed_are_no_harm() -> None:
+    many = top(-0.1) + [top(-0.1)[-1]] * 11
+    watchers = [Watcher(HEAD, RULES, TERMS, "<think>") for _ in range(2)]
+    for watcher, numbers in zip(watchers, (top(-0.1), many[::-1]), strict=True):
+        assert [watcher.add(" x", -0.1, numbers) for _ in range(8)] == [False] * 7 + [True]
+
+
+def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
+    watcher = Watcher(HEAD, RULES, Terms(1.0, max_tokens=70))
+    sure = (-0.1, top(-0.1))
+    assert not any(watcher.add(" x", *sure) for _ in range(64))
+    assert watcher.is_over and not watcher.progress.begun
+    assert not any(watcher.add(text, *sure) for text in ["<think>", *[" x"] * 100])
+
+
+def test_a_head_that_needs_more_than_a_server_shows_is_refused() -> None:
+    check_served(HEAD)
+    with pytest.raises(InputError, match=r"--probing at_halt --groups pace .* reflection$"):
+        check_served(random_head(0))
+
+
+# Settings
+
+
+def test_the_upstream_is_named_as_clients_name_it() -> None:
+    for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
+        assert ServeConfig(Path("head"), upstream=text).upstream_url == "http://h:1"
+    deep = ServeConfig(Path("head"), upstream="https://h/lm/v1")
+    assert deep.upstream_url == "https://h/lm"
+
+
+def test_a_key_has_its_terms_and_is_kept_as_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({" sk-a\n": {"price": 2}, "sk-é": {"off": True}}))
+    keys = Keys(path, Terms(1.0, max_tokens=9))
+    assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
+    assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
+    monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
+    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").upstream_key == "sk-inner"
+    # HTTP headers are bytes, shown as Latin-1.
+    assert keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1")) == Terms(0.0)
+    for other in (None, "", "sk-a", "Basic sk-a", "Bearer", "Bearer sk-", "Bearer sk-aa"):
+        assert keys.terms_of(other) is None
+    assert "sk-" not in repr(vars(keys))
+
+
+def test_headers_of_one_connection_go_no_further() -> None:
+    headers = [(b"Connection", b"close, X-Own"), (b"x-own", b"1"), (b"TE", b"trailers")]
+    headers += [(b"Host", b"h"), (b"Accept", b"a"), (b"accept", b"b")]
+    assert _without(headers, {b"host"}) == [(b"accept", b"a"), (b"accept", b"b")]
+
+
+def test_a_missing_package_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "haltwise.proxy", None)
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "haltwise[proxy]" in line

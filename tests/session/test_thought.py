@@ -1,0 +1,19 @@
+import pytest
+
+from haltwise import MEAN_LOGPROB, Halting
+from haltwise.session.thought import LONGEST_OPENING, PointRules, Progress
+
+RULES = PointRules(Halting("at_halt", "every 4 tokens", "</think>", MEAN_LOGPROB))
+
+
+@pytest.mark.parametrize(
+    ("before", "begins"), [(LONGEST_OPENING - 1, True), (LONGEST_OPENING, False)]
+)
+def test_a_thought_begins_early_or_is_only_mentioned(before: int, begins: bool) -> None:
+    progress = Progress(RULES, "q <think></think>")
+    for text in [*["a"] * before, "<think>", *["b"] * 8]:
+        progress.add_text(text)
+    assert progress.begun == begins
+    assert progress.num_points == 2 * begins
+    assert progress.position == (before + 9 if begins else LONGEST_OPENING)
+    assert progress.num_tokens == before + 9

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from collect import CollectConfig, main
+from haltwise import InputError
+from traces import import_json_lines, read_traces, write_shard
+
+Row = dict[str, Any]
+MakeRow = Callable[..., Row]
+ROOT = Path(__file__).parents[2]
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def rows(make_row: MakeRow, num: int, **changes: Any) -> list[Row]:
+    return [make_row(trace_id=f"t{n}", **changes) for n in range(num)]
+
+
+def test_lines_become_shards(tmp_path: Path, make_row: MakeRow) -> None:
+    hidden = [[0.5, 1.0]] * 3
+    made = rows(make_row, 5, entropy=[0.5, float("nan"), 1], hidden=hidden, segment=None)
+    source = write(tmp_path / "x.jsonl", {"haltwise.recorder": {"lm": "x"}}, *made)
+    source.write_text(source.read_text() + "\n")
+    assert import_json_lines(source, tmp_path / "out", 2) == 5
+    shards = sorted((tmp_path / "out").iterdir())
+    assert [pq.read_metadata(path).num_rows for path in shards] == [2, 2, 1]
+    write_shard(tmp_path / "expected.parquet", made, {})
+    traces = read_traces(tmp_path / "out")
+    assert traces.digest == read_traces(tmp_path / "expected.parquet").digest
+    assert traces.recorder == {"lm": "x"}
+    np.testing.assert_array_equal(traces.signals["entropy"][:3], [0.5, np.nan, 1])
+
+
+def test_the_command_imports_too(tmp_path: Path, make_row: MakeRow) -> None:
+    source = write(tmp_path / "x.jsonl", *rows(make_row, 3), [])
+    arguments = ["--json-lines", str(source), "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        [sys.executable, "collect.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert process.stderr == f"error: {source}, line 4: [] is not a JSON object\n"
+    write(source, *rows(make_row, 3))
+    main(CollectConfig(out=tmp_path / "out", json_lines=source, shard_size=2))
+    assert read_traces(tmp_path / "out").recorder == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": "many"}, "column 'num_tokens' does not fit int32: .*'many'"),
+        ({"position": [1, 1, 2]}, "column 'position', row 0: found 1, expected strictly"),
+        ({"correct": [True]}, "column 'correct', row 0: found 1 entries, expected 3"),
+        ({"gold": None}, "column 'gold', row 0: found null"),
+        ({"model": "\ud800"}, "column 'model' does not fit string: .*surrogates"),
+        ({"anwser": []}, "column 'anwser': there, but missing in line 1"),
+        ({"trace_id": "t1"}, "column 'trace_id': 't1' is in line 2 too"),
+        ({"hidden": [[0.0]] * 3}, "column 'hidden': vector of 1, expected 2 as in line 1"),
+        ({"hidden": [["a", "b"]] * 3}, "column 'hidden' does not fit"),
+    ],
+)
+@pytest.mark.parametrize("shard_size", [2, 10])
+def test_a_bad_line_is_told_and_leaves_nothing(
+    tmp_path: Path, make_row: MakeRow, change: Row, message: str, shard_size: int
+) -> None:
+    made = rows(make_row, 6, hidden=[[0.0, 1.0]] * 3)
+    source = write(tmp_path / "x.jsonl", *made[:4], made[4] | change, made[5])
+    with pytest.raises(InputError, match=rf"x\.jsonl, line 5: {message}"):
+        import_json_lines(source, tmp_path / "out", shard_size)
+    assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no traces, expected one JSON object a line"),
+        ('{"haltwise.recorder": {}}\n', "no traces"),
+        ('{"haltwise.recorder": 1}\n', "line 1: expected haltwise.recorder alone, an object"),
+        ('{"haltwise.recorder": {}, "seed": 0}\n', "line 1: expected haltwise.recorder alone"),
+        ('\n{"seed": 0\n}', "line 2: no JSON: Expecting"),
+        ("[" * 100_000, "line 1: no JSON: maximum recursion depth"),
+        ('{"seed": 0}\n{"seed": 0}\n', "line 1: column 'trace_id': missing"),
+        ('{"trace_id": null}\n', "line 1: column 'trace_id': missing"),
+        ("{}\n", "line 1: column 'trace_id': missing"),
+    ],
+)
+def test_a_file_that_holds_no_traces_is_told(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(InputError, match=rf"x\.jsonl.*{message}"):
+        import_json_lines(tmp_path / "x.jsonl", tmp_path / "out", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'{"model": "\xff"}\n')
+    with pytest.raises(InputError, match=r"line 1: no JSON: 'utf-8' codec"):
+        import_json_lines(tmp_path / "x.jsonl", tmp_path / "out", 2)
+
+
+def test_a_folder_in_use_is_refused_and_an_empty_one_is_not(
+    tmp_path: Path, make_row: MakeRow
+) -> None:
+    source = write(tmp_path / "x.jsonl", make_row())
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.part").mkdir()  # of a killed import
+    (tmp_path / ".out.part" / "00007.parquet").touch()
+    import_json_lines(source, tmp_path / "out", 2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000.parquet"]
+    for used in (tmp_path / "out", source):
+        with pytest.raises(InputError, match="is in use, expected a new or empty folder"):
+            import_json_lines(source, used, 2)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from haltwise import HaltHead, InputError
+from haltwise.transformers import BatchAnswer, HaltProcessor, ProbingGeneration, generate_all
+from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm
+from tests.transformers.hf_cases import (
+    ALWAYS,
+    NEVER,
+    TOKENIZER,
+    blind_head,
+    generate,
+    head,
+    lm_with,
+    new_tokens,
+    picky_head,
+)
+
+PROMPTS = [f"{n} {'. ' * (n % 4)}<think>" for n in range(11)]
+
+
+def answers(
+    model: Any, policy: HaltHead, num_slots: int = 3, **arguments: Any
+) -> list[BatchAnswer]:
+    defaults: dict[str, Any] = {"prompts": PROMPTS, "max_new_tokens": 40}
+    done = generate_all(model, TOKENIZER, policy, num_slots=num_slots, **defaults | arguments)
+    return sorted(done, key=lambda answer: answer.index)
+
+
+def alone(model: Any, prompt: str, **arguments: Any) -> list[int]:
+    return new_tokens(generate(model, [prompt], **arguments)[0], len(prompt.split()))
+
+
+@pytest.mark.parametrize("num_slots", [1, 4, 20])
+@pytest.mark.parametrize("policy", [head(), blind_head("after 1")], ids=["probing", "blind"])
+@pytest.mark.parametrize("price", [0, NEVER])
+def test_a_head_that_never_halts_changes_nothing(
+    policy: HaltHead, price: float, num_slots: int
+) -> None:
+    model = tiny_lm(seed=3)
+    done = answers(model, policy, num_slots, price=price)
+    assert [answer.index for answer in done] == list(range(11))
+    for answer, prompt in zip(done, PROMPTS, strict=True):
+        assert answer.ids == alone(model, prompt)
+        closed = CLOSE in answer.ids or answer.ids[-1] == EOS
+        assert answer.report.reason == ("closed by the LM" if closed else "token budget")
+        end = answer.ids.index(CLOSE) + 1 if CLOSE in answer.ids else len(answer.ids)
+        assert (answer.report.position, answer.report.price) == (end, price)
+    looked = sum(answer.report.num_probe_tokens for answer in done)
+    assert (looked > 0) == (price > 0 and policy.config.halting.probing == "always")
+
+
+@pytest.mark.parametrize("num_slots", [1, 4])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
+    terms: dict[str, Any] = {"price": 1.0, "min_tokens": 5, "max_tokens": 30}
+    model, policy = tiny_lm(seed=seed), picky_head(seed)
+    for answer in answers(model, policy, num_slots, **terms):
+        looking = HaltProcessor(policy, model, TOKENIZER, **terms)
+        prompt = PROMPTS[answer.index]
+        assert answer.ids == alone(model, prompt, logits_processor=[looking])
+        (expected,) = looking.report
+        if expected.halted:
+            assert answer.report == expected
+    probing = head(groups=("pace", "confidence", "tokens", "agreement"))
+    for answer in answers(model, probing, num_slots, **terms | {"price": ALWAYS}):
+        halter = ProbingGeneration(probing, TOKENIZER, **terms | {"price": ALWAYS})
+        assert answer.ids == alone(model, PROMPTS[answer.index], custom_generate=halter)
+        assert [answer.report] == halter.report
+        assert answer.report.position <= 8
+
+
+def test_answers_by_hand() -> None:
+    # A thought is "." and more; a closed one is answered by 7 and the end.
+    follows = {CLOSE: IDS["7"], IDS["7"]: EOS}
+    model = ScriptedLM(lambda token, _: follows.get(token, IDS["."]))
+    (looked,) = answers(model, head(), prompts=["5 <think>"], price=ALWAYS)
+    assert TOKENIZER.decode(looked.ids) == ". . . . </think> 7 <eos>"
+    assert (looked.report.answer, looked.report.num_probe_tokens) == ("7", 2)
+    blind = blind_head(close="so </think>")
+    (halted,) = answers(model, blind, prompts=["5 <think>"], price=ALWAYS, min_tokens=6)
+    assert TOKENIZER.decode(halted.ids) == ". . . . . . . . so </think> 7 <eos>"
+    assert (halted.report.reason, halted.report.position) == ("halted", 8)
+    # A cap between decision points, and one at a point where nobody asks the head.
+    for cap in (6, 8):
+        for policy, num_probe_tokens in ((head(), 2), (blind, 0)):
+            (capped,) = answers(model, policy, prompts=["5 <think>"], price=0, max_tokens=cap)
+            close = "so " * (policy is blind) + "</think>"
+            assert TOKENIZER.decode(capped.ids) == f"{'. ' * cap}{close} 7 <eos>"
+            report = capped.report
+            assert (report.reason, report.position) == ("capped", cap)
+            assert report.num_probe_tokens == num_probe_tokens
+
+
+@pytest.mark.parametrize("budget", [5, 6, 7])
+@pytest.mark.parametrize("policy", [head(close="so </think>"), blind_head(close="so </think>")])
+def test_the_budget_holds_for_halted_rows(policy: HaltHead, budget: int) -> None:
+    follows = {CLOSE: IDS["7"], IDS["7"]: EOS}
+    model = ScriptedLM(lambda token, _: follows.get(token, IDS["."]))
+    done = answers(model, policy, price=ALWAYS, max_new_tokens=budget)
+    for answer in done:
+        whole = ". . . . so </think> 7"
+        assert TOKENIZER.decode(answer.ids) == " ".join(whole.split()[:budget])
+        assert answer.report.reason == "halted"
+
+
+def test_prompts_are_taken_as_slots_become_free() -> None:
+    num_taken = 0
+
+    def prompts() -> Iterator[str]:
+        nonlocal num_taken
+        for prompt in PROMPTS:
+            num_taken += 1
+            yield prompt
+
+    done = generate_all(tiny_lm(seed=3), TOKENIZER, head(), prompts(), 3, 40, price=ALWAYS)
+    assert num_taken == 0
+    for num_done, _ in enumerate(done):
+        assert num_taken <= 3 + num_done
+    assert (num_done, num_taken) == (10, 11)
+
+
+def test_sampled_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
+    model, arguments = tiny_lm(seed=3), {"temperature": 0.9, "price": NEVER}
+    few, many = (answers(model, head(), num, **arguments) for num in (2, 7))
+    assert few == many
+    others = answers(model, head(), 2, **arguments, seed=1)
+    assert sum(a.ids != b.ids for a, b in zip(few, others, strict=True)) > 6
+
+
+def test_logits_that_are_not_numbers_are_an_error() -> None:
+    model = tiny_lm(seed=3)
+    model.lm_head.weight.data[:] = float("nan")
+    with pytest.raises(InputError, match="LM gave NaN logits at position 0"):
+        answers(model, head())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"policy": head(tokenizer="0123")}, "but the head was trained with 0123"),
+        ({"price": -1.0}, "price is -1"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"num_slots": 0}, "num_slots is 0"),
+        ({"prompts": ["1 <think>", ""]}, "has 0 tokens"),
+        ({"model": lm_with("sliding")}, "expected full attention in every layer"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"model": tiny_lm(), "policy": head()}
+    with pytest.raises(InputError, match=message):
+        answers(**arguments | changes)
