@@ -112,9 +112,9 @@ def _decode(decoder: Decoder, asked: list[Question]) -> int:
         prompts = [prompt_of(question) for question in asked[i : i + decoder.num_slots]]
         decoder.start(slots, prompts, [0] * len(slots))
         generations = [decoder.generations[slot] for slot in slots.tolist()]
-        while not all(generation.ended for generation in generations):
-            decoder.advance(slots[[not generation.ended for generation in generations]])
-        num += sum(generation.num_tokens for generation in generations)
+        while not all(generation.thought.ended for generation in generations):
+            decoder.advance(slots[[not generation.thought.ended for generation in generations]])
+        num += sum(generation.thought.num_tokens for generation in generations)
     return num
 
 

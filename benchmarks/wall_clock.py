@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.timing import Result
 from haltwise import HaltHead
-from haltwise.session.rows import RowReport
+from haltwise.session.report import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
 from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
@@ -125,7 +125,7 @@ def _in_batches(
             max_new_tokens=max_tokens,
             **arguments,
         )
-        reports: list[RowReport | None] = [*halter.report] if halter else [None] * len(prompts)
+        reports: list[ThoughtReport | None] = [*halter.report] if halter else [None] * len(prompts)
         for row, report in zip(out[:, ids.shape[1] :].tolist(), reports, strict=True):
             num += _num_tokens(lm, row, report)
     return num
@@ -142,7 +142,7 @@ def _arguments(
     return {"custom_generate": halter}, halter
 
 
-def _num_tokens(lm: LanguageModel, row: list[int], report: RowReport | None) -> int:
+def _num_tokens(lm: LanguageModel, row: list[int], report: ThoughtReport | None) -> int:
     """Tokens generated for a row.
 
     Args:

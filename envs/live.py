@@ -21,7 +21,7 @@ from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Float, Index
-from haltwise.session.thought import Probe
+from haltwise.session.forced_answer import Probe
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
@@ -195,11 +195,13 @@ class Table:
         going = np.arange(len(slots))
         while len(going):
             at_point[going] = self._decoder.advance(slots[going])
-            ended = [self._decoder.generations[slot].ended for slot in slots[going].tolist()]
+            ended = [
+                self._decoder.generations[slot].thought.ended for slot in slots[going].tolist()
+            ]
             going = going[~(at_point[going] | ended)]
         for slot, pauses in zip(slots.tolist(), at_point, strict=True):
             episode, generation = self.episodes[slot], self._decoder.generations[slot]
-            generated = generation.thought.position if pauses else generation.num_tokens
+            generated = generation.thought.position if pauses else generation.thought.num_tokens
             episode.owed += generated - episode.position
             if pauses:
                 episode.position = generated

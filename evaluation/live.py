@@ -16,7 +16,7 @@ from evaluation.intervals import Interval, interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from haltwise import HaltHead, InputError
 from haltwise.engine.decoder import end_tokens
-from haltwise.session.rows import RowReport
+from haltwise.session.report import ThoughtReport
 from haltwise.session.thought import Thought
 from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
@@ -180,7 +180,7 @@ def _outcome(
     question: Question,
     prompt: str,
     generated: list[int],
-    report: RowReport,
+    report: ThoughtReport,
 ) -> tuple[bool, int, bool]:
     """EM, cost and whether it was halted, of one row of a batch."""
     if report.halted:

@@ -10,7 +10,9 @@ import numpy as np
 
 from haltwise import Halting, InputError
 from haltwise.engine.decoder import Decoder, Generation
-from haltwise.session.thought import LONGEST_OPENING, Probe, ThoughtRules
+from haltwise.engine.token_rules import TokenRules
+from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import LONGEST_OPENING
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -65,7 +67,7 @@ class SelfTest:
         one = next((one for one in self.answered if one.probes), self.answered[0])
         probe, probes = one.probes[0], self.probes
         num_read = sum(bool(probe.answer) for probe in probes)
-        mean = np.mean([one.generation.num_tokens for one in self.answered])
+        mean = np.mean([one.generation.thought.num_tokens for one in self.answered])
         lines = [
             self.chat,
             f"close text: {self.close_text!r}",
@@ -75,7 +77,7 @@ class SelfTest:
             f"own answer: {_short(one.answer)}, gold {_short(one.question.gold)}",
             f"{len(self.answered)} questions: "
             f"thought begun {self.share(lambda one: one.generation.thought.begun):.0%}, "
-            f"ended by the LM {self.share(lambda one: one.generation.finished):.0%}, "
+            f"ended by the LM {self.share(lambda one: one.generation.thought.finished):.0%}, "
             f"right {self.share(lambda one: one.is_right):.0%}, {mean:,.0f} tokens on average",
             f"{len(probes)} forced answers: {num_read / len(probes):.0%} could be read",
         ]
@@ -150,7 +152,7 @@ def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> l
         here = np.array([s for s in slots[at_point] if len(probes[s]) < _POINTS], dtype=np.int64)
         for slot, probe in zip(here, decoder.force(here), strict=True):
             probes[slot].append(probe)
-        slots = slots[[not decoder.generations[int(slot)].ended for slot in slots]]
+        slots = slots[[not decoder.generations[int(slot)].thought.ended for slot in slots]]
     generations = [decoder.generations[slot] for slot in range(len(asked))]
     answers = [decoder.rules.read_answer(g.thought.answer_text()) for g in generations]
     return list(map(Answered, asked, prompts, generations, answers, probes))
@@ -178,7 +180,7 @@ def _check_thoughts(answered: Sequence[Answered], halting: Halting) -> None:
         )
 
 
-def _warn_of_texts(rules: ThoughtRules, halting: Halting) -> list[str]:
+def _warn_of_texts(rules: TokenRules, halting: Halting) -> list[str]:
     close_text = halting.close_text
     back = rules.decode(rules.close_ids, skip_special_tokens=False)
     # Tokenizers that split at blanks keep none of them.
@@ -190,7 +192,9 @@ def _warn_of_texts(rules: ThoughtRules, halting: Halting) -> list[str]:
 def _warn_of_ends(answered: Sequence[Answered], decoder: Decoder) -> list[str]:
     warnings = []
     generations = [one.generation for one in answered]
-    if not any(g.finished or (decoder.rules.think_end and g.thought.closed) for g in generations):
+    if not any(
+        g.thought.finished or (decoder.rules.think_end and g.thought.closed) for g in generations
+    ):
         warnings.append(
             f"no thought and no answer ended within {decoder.max_tokens} tokens: raise "
             "--max-tokens, or it is the budget that ends them all"
@@ -204,7 +208,7 @@ def _warn_of_ends(answered: Sequence[Answered], decoder: Decoder) -> list[str]:
     return warnings
 
 
-def _has_ended(probe: Probe, rules: ThoughtRules) -> bool:
+def _has_ended(probe: Probe, rules: TokenRules) -> bool:
     return probe.num_tokens > len(probe.tokens) or rules.is_complete(probe.tokens)
 
 

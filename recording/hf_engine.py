@@ -107,6 +107,6 @@ def record(lm: LanguageModel, decoder: Decoder, work: Iterable[Work]) -> Iterato
             running[slot].see(probe, signals, i)
         for slot in slots[~at_point].tolist():
             generation = decoder.generations[slot]
-            if generation.ended:
+            if generation.thought.ended:
                 recording = running.pop(slot)
-                yield recording.row(lm.name, decoder.rules, generation.thought, generation.finished)
+                yield recording.row(lm.name, decoder.rules, generation.thought)

@@ -12,7 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from haltwise import Halting, InputError, Signals
-from haltwise.session.thought import Probe, Thought, ThoughtRules
+from haltwise.engine.token_rules import TokenRules
+from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Thought
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
@@ -45,14 +47,13 @@ class Recording:
             # A copy, lest a vector keep those of the whole batch.
             values.append(value.astype(np.float16) if name == "hidden" else value)
 
-    def row(self, model: str, rules: ThoughtRules, thought: Thought, finished: bool) -> Row:
+    def row(self, model: str, rules: TokenRules, thought: Thought) -> Row:
         """The finished trace, by column name.
 
         Args:
             model: Name of the LM.
             rules: How an answer is read.
             thought: All that was generated.
-            finished: Whether the LM itself has ended it.
         """
         question, probes = self.question, self.probes
         final_answer = rules.read_answer(thought.answer_text())
@@ -66,7 +67,7 @@ class Recording:
             "split": question.split,
             "gold": question.gold,
             "num_tokens": thought.num_tokens,
-            "finished": finished,
+            "finished": thought.finished,
             "final_answer": final_answer,
             "final_correct": question.is_right(final_answer),
             "position": self.position,
@@ -125,7 +126,7 @@ def recorder_of(
     engine: str,
     lm: LanguageModel,
     halting: Halting,
-    rules: ThoughtRules,
+    rules: TokenRules,
     max_tokens: int,
     temperature: float,
     signals: Sequence[str],

@@ -21,8 +21,10 @@ from vllm.platforms import current_platform
 
 from haltwise import InputError, Signals
 from haltwise.engine.decoder import end_tokens
+from haltwise.engine.token_rules import TokenRules
+from haltwise.session.forced_answer import ForcedAnswer, Probe
 from haltwise.session.reflections import num_reflections
-from haltwise.session.thought import ForcedAnswer, Probe, Thought, ThoughtRules
+from haltwise.session.thought import Thought
 from haltwise.session.token_statistics import NUM_TOP, STEPWISE, TokenStatistics
 from lms.language_model import source_of
 from lms.self_test import check_closes
@@ -47,7 +49,6 @@ class _Thinking:
     thought: Thought
     points: list[int]
     """Tokens before each decision point."""
-    finished: bool
     signals: Signals
 
 
@@ -67,7 +68,7 @@ class VllmEngine:
         _check_device(config.device)
         self._lm = lm = load_weightless(config)
         halting = config.halting(lm.chat, answering)
-        self._halting, self._rules = halting, ThoughtRules(lm.tokenizer, halting)
+        self._halting, self._rules = halting, TokenRules(lm.tokenizer, halting)
         self._eos_ids = end_tokens(lm.model.generation_config)
         self._batch_size, self._max_tokens = config.batch_size, config.budget(lm.context)
         self._temperature = lm.temperature if config.temperature is None else config.temperature
@@ -131,7 +132,7 @@ class VllmEngine:
         for one in thinking:
             for i, probe in enumerate(islice(answers, len(one.points))):
                 one.recording.see(probe, one.signals, i)
-            yield one.recording.row(self._lm.name, self._rules, one.thought, one.finished)
+            yield one.recording.row(self._lm.name, self._rules, one.thought)
 
     def _think(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> list[_Thinking]:
         """Lets an LM think about questions to the end."""
@@ -150,12 +151,12 @@ class VllmEngine:
         outputs = self._generate(prompts, params)
         for (job, text), prompt, output in zip(batch, prompts, outputs, strict=True):
             tokens, logprobs = self._read(output, max_tokens, self._num_top)
-            finished = tokens[-1] in self._eos_ids
             thought = Thought(self._rules, text)
             points = _points(thought, tokens)
+            thought.end(by_lm=tokens[-1] in self._eos_ids)
             signals = self._signals(tokens, logprobs, points)
             recording = Recording(*job, signals={name: [] for name in _SIGNALS})
-            thinking.append(_Thinking(recording, prompt, thought, points, finished, signals))
+            thinking.append(_Thinking(recording, prompt, thought, points, signals))
         return thinking
 
     def _force(self, thinking: Sequence[_Thinking]) -> Iterator[Probe]:
@@ -243,13 +244,13 @@ class VllmEngine:
         rows = np.repeat(np.arange(len(points)), since)
         seen = logprobs[: len(rows)]
         top = np.pad(seen[:, 1:], ((0, 0), (0, NUM_TOP - self._num_top)), constant_values=-np.inf)
-        gauge = TokenStatistics(len(points))
-        gauge.add(rows, seen[:, 0], top)
+        statistics = TokenStatistics(len(points))
+        statistics.add(rows, seen[:, 0], top)
         numbers = [
             num_reflections(tokens[:point], num, self._rules.decode)
             for point, num in zip(points, since.tolist(), strict=True)
         ]
-        measured: dict[str, Any] = gauge.read(np.arange(len(points)))
+        measured: dict[str, Any] = statistics.read(np.arange(len(points)))
         measured["num_reflections"] = np.array(numbers, dtype=np.float32)
         return Signals(position, **measured)
 

@@ -92,7 +92,7 @@ def test_the_inference_loop_of_the_guide_halts(
     (snippet,) = blocks("YOUR_LM", "python")
     snippet = snippet.replace("What is 6 times 7?", "sum : 9 + 3 + 6 + 7 - 2 - 5")
     exec(compile(snippet, "YOUR_LM", "exec"), {})
-    assert re.search("</think>.*RowReport", capsys.readouterr().out)
+    assert re.search("</think>.*ThoughtReport", capsys.readouterr().out)
 
 
 def test_no_command_of_a_guide_is_left_out() -> None:

@@ -22,10 +22,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import Slots
+from haltwise.engine.token_rules import TokenRules
 from haltwise.errors import InputError
 from haltwise.policy.halting import Halting
 from haltwise.policy.signals import Index, Signals
-from haltwise.session.thought import Probe, Thought, ThoughtRules
+from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Thought
 
 # Tokens that a slot advances at most when the decision rule does not say.
 _STRIDE = 32
@@ -35,33 +37,12 @@ _BURST_ON_GPU = 64
 
 @dataclass
 class Generation:
-    """What one slot has generated."""
+    """What one slot generates."""
 
     thought: Thought
+    """Everything so far."""
     uniforms: NDArray[np.float32]
     """(max_tokens,) in [0, 1): what each token is sampled with."""
-    cap: int | None = None
-    """Thinking tokens at which the slot stands still, to be closed; None for no such cap."""
-    ended: bool = False
-    """Nothing more is generated."""
-    finished: bool = False
-    """Ended by the LM itself, not by the token budget."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens generated, the end token included."""
-        return len(self.thought.tokens)
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it is to be decided how the thought goes on."""
-        return self.thought.at_point or self.at_cap
-
-    @property
-    def at_cap(self) -> bool:
-        """Whether an open thought has reached its cap."""
-        is_open = self.thought.begun and not (self.thought.closed or self.ended)
-        return is_open and self.cap is not None and self.thought.position >= self.cap
 
 
 class Decoder:
@@ -109,14 +90,14 @@ class Decoder:
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.eos_ids = end_tokens(model.generation_config)
-        self.rules = ThoughtRules(tokenizer, halting)
+        self.rules = TokenRules(tokenizer, halting)
         #: What each started slot has generated.
         self.generations: dict[int, Generation] = {}
-        self._meter = SignalReducer(self.rules, signals, num_slots, model.device)
+        self._reducer = SignalReducer(self.rules, signals, num_slots, model.device)
         if burst is None:
             burst = 0 if model.device.type == "cpu" else _BURST_ON_GPU
         self._burst = burst
-        self._slots = Slots(model, num_slots, self._meter.needs_hidden, burst)
+        self._slots = Slots(model, num_slots, self._reducer.needs_hidden, burst)
         context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
         #: Tokens of a prompt at most.
         self.max_prompt = (
@@ -126,22 +107,15 @@ class Decoder:
     @property
     def measured(self) -> tuple[str, ...]:
         """The signals that are measured."""
-        return self._meter.signals
+        return self._reducer.signals
 
-    def start(
-        self,
-        slots: Index,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        cap: int | None = None,
-    ) -> None:
+    def start(self, slots: Index, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Gives slots (B,) to new questions.
 
         Args:
             slots: Each at most once.
             prompts: The LM's whole inputs; nothing is added to them.
             seeds: Of sampling, one a question.
-            cap: Thinking tokens at which `advance` leaves a thought to be closed.
 
         Raises:
             InputError: If a prompt is empty or too long for the LM.
@@ -158,8 +132,8 @@ class Decoder:
         for slot, prompt, seed in zip(slots, prompts, seeds, strict=True):
             thought = Thought(self.rules, prompt)
             uniforms = _uniforms(prompt, seed, self.max_tokens)
-            self.generations[int(slot)] = Generation(thought, uniforms, cap)
-        self._meter.reset(slots)
+            self.generations[int(slot)] = Generation(thought, uniforms)
+        self._reducer.reset(slots)
         self._slots.rollback(slots, 0)
         self._slots.prefill(slots, tokens)
 
@@ -170,14 +144,12 @@ class Decoder:
         wait for a long answer: the next call takes it further.
 
         Returns:
-            Whether each is at a decision point (B,); of the others, `Generation.ended` tells.
+            Whether each is at a decision point (B,); of the others, `Thought.ended` tells.
 
         Raises:
             InputError: If the LM's logits are not numbers.
         """
         generations = [self.generations[int(slot)] for slot in slots]
-        left = [generation.thought.at_point for generation in generations]
-        self._meter.reset(slots[np.array(left, dtype=bool)])
         moving, num_left = np.arange(len(slots)), self.rules.every or _STRIDE
         while num_left and len(moving):
             here, num = [generations[i] for i in moving], 1
@@ -187,7 +159,7 @@ class Decoder:
             else:
                 self._step(slots[moving], here)
             num_left -= num
-            moving = moving[[not (g.ended or g.is_waiting) for g in here]]
+            moving = moving[[not (g.thought.ended or g.thought.waits) for g in here]]
         return np.array([g.thought.at_point for g in generations], dtype=bool)
 
     def force(self, slots: Index) -> list[Probe]:
@@ -210,12 +182,13 @@ class Decoder:
         close_ids = self.rules.close_ids
         fits = []
         for slot in slots.tolist():
-            generation = self.generations[slot]
-            generation.thought.closed = True
-            for token in close_ids[: self.max_tokens - generation.num_tokens]:
-                generation.thought.add(token)
-            generation.ended = generation.num_tokens == self.max_tokens
-            if not generation.ended:
+            thought = self.generations[slot].thought
+            thought.closed = True
+            for token in close_ids[: self.max_tokens - thought.num_tokens]:
+                thought.add(token)
+            if thought.num_tokens == self.max_tokens:
+                thought.end(by_lm=False)
+            else:
                 fits.append(slot)
         if fits:
             self._slots.prefill(np.array(fits), [close_ids] * len(fits))
@@ -229,14 +202,14 @@ class Decoder:
         """
         thoughts = [self.generations[int(slot)].thought for slot in slots]
         logits, hidden = self._slots.next_logits(slots), self._slots.last_hidden(slots)
-        return self._meter.read(slots, thoughts, logits, hidden, probes)
+        return self._reducer.read(slots, thoughts, logits, hidden, probes)
 
     def _step(self, slots: Index, generations: Sequence[Generation]) -> None:
         """The next token of slots (B,)."""
         tokens = self._choose(slots, generations)
         for generation, token in zip(generations, tokens.tolist(), strict=True):
             self._add(generation, token)
-        going = np.array([not generation.ended for generation in generations])
+        going = np.array([not generation.thought.ended for generation in generations])
         if going.any():
             self._slots.step(slots[going], tokens[going])
 
@@ -245,65 +218,55 @@ class Decoder:
         """The next token (B,) of some slots, measured."""
         logits, uniforms = self._slots.next_logits(slots), None
         if self.temperature:
-            drawn = torch.tensor([g.uniforms[g.num_tokens] for g in generations])
+            drawn = torch.tensor([g.uniforms[g.thought.num_tokens] for g in generations])
             uniforms = drawn.to(logits.device)
         chosen, sound = choose(logits, self.temperature, uniforms)
         tokens: Index = torch.where(sound, chosen, -1).cpu().numpy()
         if tokens.min() < 0:
             raise _nan_logits(generations[int(tokens.argmin())])
-        self._meter.add(slots, logits, chosen)
+        self._reducer.add(slots, logits, chosen)
         return tokens
 
     def _num_ahead(self, generation: Generation) -> int:
-        """Tokens of a burst at most, as far as is known before. A round ends at the points."""
-        num, cap = generation.num_tokens, generation.cap
-        if self.rules.every is None:
-            return 1  # where points lie is in the text
-        nums = [self._burst, self.max_tokens - num]
-        if cap is not None and num < cap and not generation.thought.closed:
-            nums.append(cap - num)
-        return min(nums)
+        """Returns the tokens of a burst at most, as far as is known before it."""
+        thought, num = generation.thought, generation.thought.num_tokens
+        return min(self._burst, self.max_tokens - num, thought.next_look - num)
 
     def _run(self, slots: Index, generations: Sequence[Generation], num: int) -> None:
         """The next tokens of slots (B,) in one burst; nobody looks at what follows an end."""
         uniforms = None
         if self.temperature:
-            drawn = [g.uniforms[g.num_tokens : g.num_tokens + num] for g in generations]
-            uniforms = np.stack(drawn, axis=1)
-        before = self._slots.lengths[slots]
+            starts = [(g.uniforms, g.thought.num_tokens) for g in generations]
+            uniforms = np.stack([drawn[start : start + num] for drawn, start in starts], axis=1)
         tokens, logprobs = self._slots.burst(
-            slots, num, self.temperature, uniforms, self._meter.num_logprobs
+            slots, num, self.temperature, uniforms, self._reducer.num_logprobs
         )
         columns = zip(generations, tokens.T.tolist(), strict=True)
         nums = np.array([self._take(generation, column) for generation, column in columns])
         taken = np.arange(num)[:, None] < nums
-        self._meter.take(np.broadcast_to(slots, taken.shape)[taken], logprobs[taken])
-        # A thought that began after its cap: what would follow must be seen from there.
-        early = (nums < num) & np.array([not generation.ended for generation in generations])
-        if early.any():
-            self._slots.rollback(slots[early], before[early] + nums[early] - 1)
-            self._slots.step(slots[early], tokens[nums[early] - 1, early])
+        self._reducer.take(np.broadcast_to(slots, taken.shape)[taken], logprobs[taken])
 
     def _take(self, generation: Generation, tokens: Sequence[int]) -> int:
-        """Takes in tokens up to where a thought waits or has ended; how many those are."""
+        """Takes in tokens up to the end; returns how many those are."""
         for num, token in enumerate(tokens, start=1):
             if token < 0:
                 raise _nan_logits(generation)
             self._add(generation, token)
-            if generation.ended or generation.is_waiting:
+            if generation.thought.ended:
                 return num
         return len(tokens)
 
     def _add(self, generation: Generation, token: int) -> None:
-        """Takes in a token; an end token, or the last one of the budget, is no decision point."""
-        generation.thought.add(token)
-        generation.finished = token in self.eos_ids
-        generation.ended = generation.finished or generation.num_tokens == self.max_tokens
-        generation.thought.at_point &= not generation.ended
+        """Takes in a token, perhaps the last one."""
+        thought = generation.thought
+        thought.add(token)
+        by_lm = token in self.eos_ids
+        if by_lm or thought.num_tokens == self.max_tokens:
+            thought.end(by_lm)
 
 
 def _nan_logits(generation: Generation) -> InputError:
-    return InputError(f"LM gave NaN logits at position {generation.num_tokens}")
+    return InputError(f"LM gave NaN logits at position {generation.thought.num_tokens}")
 
 
 def _uniforms(prompt: str, seed: int, num: int) -> NDArray[np.float32]:

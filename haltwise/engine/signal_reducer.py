@@ -2,7 +2,7 @@
 
     reset  ->  add (every token), or take (a burst of them)  ->  read (at a decision point)
 
-Recording, the live environments and `generate` all measure with this code. A token
+Recording, the live environments, `generate` and vLLM all measure with this code. A token
 costs one log-softmax and one top-k, on a GPU over many tokens at once; what they give is copied to
 the host once a decision point.
 
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise.policy.signals import Float, Index, Signals, answer_keys
-from haltwise.session.reflections import num_reflections
-from haltwise.session.thought import Probe, Thought, ThoughtRules
-from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE, TokenStatistics
+from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.signals import Float, Index, Signals
+from haltwise.session.forced_answer import Probe
+from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.thought import Thought
+from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE
 
 #: The signals that are measured only if they are asked for.
 MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
@@ -34,46 +36,43 @@ _MOST_PASSES = 512
 
 
 class SignalReducer:
-    """Measures R thoughts between their decision points.
+    """Reduces the logits of R thoughts to the signals of their decision points.
 
     Probabilities are the LM's own, at temperature 1, however its tokens are chosen.
 
     Args:
         rules: Shared by the thoughts.
-        signals: Names of the wanted signals. Position and forced answer need no measuring.
+        signals: Names of the wanted signals. Position and forced answers are always given.
         num_rows: R.
         device: The LM's.
     """
 
     def __init__(
-        self, rules: ThoughtRules, signals: Collection[str], num_rows: int, device: torch.device
+        self, rules: TokenRules, signals: Collection[str], num_rows: int, device: torch.device
     ) -> None:
         """Starts every row without a token."""
         self._rules = rules
-        #: What is measured.
+        #: The names of what is measured.
         self.signals = tuple(name for name in MEASURED if name in signals)
-        self._steps = not set(STEPWISE).isdisjoint(self.signals)
+        self._collector = SignalCollector(rules, self.signals, num_rows)
+        self._reduces = self._collector.wants_logprobs
         self.needs_hidden = "hidden" in self.signals
-        self.needs_logits = self._steps or "end_think_logprob" in self.signals
+        self.needs_logits = self._reduces or "end_think_logprob" in self.signals
         #: Log probabilities that `take` wants of a token.
-        self.num_logprobs = 1 + NUM_TOP if self._steps else 0
+        self.num_logprobs = 1 + NUM_TOP if self._reduces else 0
         self._device = device
         self._most_logits = _MOST_LOGITS_ON_CPU if device.type == "cpu" else _MOST_LOGITS
-        self._gauge = TokenStatistics(num_rows)
-        # (R,) tokens since the previous point.
-        self._num_tokens: Index = np.zeros(num_rows, dtype=np.int64)
-        # What the gauge has not seen yet: rows (B,) of each pass; the passes' logits (B, V) and
-        # tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
+        # What the collector has not seen yet: rows (B,) of each pass; the passes' logits (B, V)
+        # and tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
         self._rows: list[Index] = []
         self._logits: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._reduced: list[Tensor] = []
 
     def reset(self, rows: Index) -> None:
-        """Begins anew after a decision point of rows (B,), or with new thoughts."""
-        self._num_tokens[rows] = 0
+        """Gives rows (B,) to new thoughts."""
         self._pass_on()
-        self._gauge.reset(rows)
+        self._collector.reset(rows)
 
     def add(self, rows: Index, logits: Tensor, tokens: Tensor) -> None:
         """Takes in a token of each of some rows.
@@ -81,10 +80,9 @@ class SignalReducer:
         Args:
             rows: (B,) each at most once.
             logits: (B, V) that led to the tokens; they are kept, so nobody may write into them.
-            tokens: (B,)
+            tokens: (B,) the tokens.
         """
-        self._num_tokens[rows] += 1
-        if not self._steps:
+        if not self._reduces:
             return
         self._rows.append(rows.copy())
         self._logits.append(logits)
@@ -101,10 +99,9 @@ class SignalReducer:
             rows: (N,) whose they are, each row's in their order; a row may have several.
             logprobs: (N, num_logprobs), see `logprobs_of`.
         """
-        np.add.at(self._num_tokens, rows, 1)
-        if self._steps:
+        if self._reduces:
             self._pass_on()
-            self._gauge.add(rows, logprobs[:, 0], logprobs[:, 1:])
+            self._collector.add(rows, logprobs[:, 0], logprobs[:, 1:])
 
     @torch.inference_mode()
     def read(
@@ -115,32 +112,20 @@ class SignalReducer:
         hidden: Tensor | None = None,
         probes: Sequence[Probe] | None = None,
     ) -> Signals:
-        """What is seen of rows (B,) at their decision points.
+        """Returns what is seen of rows (B,) at their decision points, and begins anew.
 
         Args:
-            rows: Each has had a token since it was reset.
-            thoughts: Of those rows.
+            rows: Each has had a token since its previous point.
+            thoughts: Those of the rows.
             logits: (B, V) of what would follow.
             hidden: (B, D) last-layer states of the newest tokens, if they are wanted.
-            probes: Forced answers of those rows, if anybody looked.
+            probes: Forced answers of the rows, if anybody looked.
         """
-        seen = self._measured(rows, logits, hidden)
-        if "num_reflections" in self.signals:
-            numbers = [
-                num_reflections(thought.tokens, num, self._rules.decode)
-                for thought, num in zip(thoughts, self._num_tokens[rows].tolist(), strict=True)
-            ]
-            seen["num_reflections"] = np.array(numbers, dtype=np.float32)
-        if probes is not None:
-            seen |= _of_answers(probes)
-        if self._rules.max_points is not None:
-            num_points = np.array([thought.num_points for thought in thoughts], dtype=np.int64)
-            seen["points_left"] = self._rules.max_points - num_points
-        position = np.array([thought.position for thought in thoughts], dtype=np.int64)
-        return Signals(position, **seen)
+        measured = self._measured(logits, hidden)
+        return self._collector.collect(rows, thoughts, probes, measured)
 
-    def _measured(self, rows: Index, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
-        """The wanted signals that are on the device: one copy to the host."""
+    def _measured(self, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
+        """Returns the wanted signals that are on the device: one copy to the host."""
         self._reduce()
         parts = [*self._reduced]
         if "end_think_logprob" in self.signals:
@@ -153,14 +138,14 @@ class SignalReducer:
         rest = list(flat.split([part.numel() for part in parts]))
         self._reduced, rest = rest[: len(self._reduced)], rest[len(self._reduced) :]
         self._pass_on()
-        seen: dict[str, Any] = self._gauge.read(rows) if self._steps else {}
+        seen: dict[str, Any] = {}
         if "end_think_logprob" in self.signals:
             seen["end_think_logprob"] = np.maximum(rest.pop(0).numpy(), LOWEST_LOGPROB)
         if self.needs_hidden and hidden is not None:
             # As precise as a recording.
             bounded = rest.pop(0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
             seen["hidden"] = bounded.reshape(hidden.shape).numpy()
-        return {name: seen[name] for name in self.signals if name in seen}
+        return seen
 
     @torch.inference_mode()
     def _reduce(self) -> None:
@@ -173,25 +158,15 @@ class SignalReducer:
 
     @torch.inference_mode()
     def _pass_on(self) -> None:
-        """Gives the gauge what has waited; a copy to the host, unless it is there already."""
+        """Gives the collector what has waited: a copy to the host, unless it is there already."""
         if not self._rows:
             return
         self._reduce()
         table = torch.cat([part.flatten() for part in self._reduced]).cpu().numpy()
         table = table.reshape(-1, 1 + NUM_TOP)
-        self._gauge.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
+        self._collector.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
         self._rows.clear()
         self._reduced.clear()
-
-
-def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
-    """Signals (B,) of forced answers."""
-    return {
-        "confidence": np.array([probe.confidence for probe in probes], dtype=np.float32),
-        "answer": answer_keys([probe.answer for probe in probes]),
-        "worst_logprob": np.array([probe.worst_logprob for probe in probes], dtype=np.float32),
-        "probe_tokens": np.array([probe.num_tokens for probe in probes], dtype=np.int64),
-    }
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int = NUM_TOP) -> Tensor:

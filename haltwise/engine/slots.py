@@ -9,22 +9,24 @@ L longest row of the pass, S tokens of a burst.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from haltwise.engine.burst import Burst, Shape, Start
+from haltwise.engine.forced_answers import greedy_answers, take_tokens
+from haltwise.engine.hidden_states import HiddenStateHook
+from haltwise.engine.token_rules import TokenRules
 from haltwise.errors import InputError
 from haltwise.policy.signals import Float, Index
-from haltwise.session.thought import ForcedAnswer, ThoughtRules
+from haltwise.session.forced_answer import ForcedAnswer
 
 # Tokens a row; buffers grow to multiples of this.
 _CAPACITY = 256
@@ -57,7 +59,7 @@ class Slots:
         self.lengths: Index = np.zeros(num_rows, dtype=np.int64)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self._logits = torch.zeros(num_rows, vocabulary, device=model.device)
-        self._tap = HiddenTap(model) if keep_hidden else None
+        self._tap = HiddenStateHook(model) if keep_hidden else None
         size = self._tap.size if self._tap else 0
         self._hidden = torch.zeros(num_rows, size, device=model.device)
         self._window = _Window()
@@ -104,7 +106,7 @@ class Slots:
 
     @torch.inference_mode()
     def force(
-        self, rows: Index, rules: ThoughtRules, max_tokens: int, eos_ids: Sequence[int]
+        self, rows: Index, rules: TokenRules, max_tokens: int, eos_ids: Sequence[int]
     ) -> list[ForcedAnswer]:
         """Closes the thoughts of some rows, reads their greedy answers, and undoes it all.
 
@@ -178,7 +180,7 @@ class Slots:
         return tokens[:, place], logprobs[:, place]
 
     def _answers(
-        self, rows: Index, max_tokens: int, eos_ids: Sequence[int], rules: ThoughtRules
+        self, rows: Index, max_tokens: int, eos_ids: Sequence[int], rules: TokenRules
     ) -> list[ForcedAnswer]:
         """As `greedy_answers`, in bursts."""
         answers = [ForcedAnswer([], [], 0) for _ in rows]
@@ -189,7 +191,7 @@ class Slots:
             going = np.ones(len(moving), dtype=np.bool_)
             for s in range(num):
                 taken = np.flatnonzero(going)
-                going[taken] = ~_take(
+                going[taken] = ~take_tokens(
                     [answers[i] for i in moving[taken]],
                     # Logits that were not numbers show in their logarithms.
                     np.maximum(tokens[s, taken], 0),
@@ -271,38 +273,6 @@ class Slots:
                     buffer[target, :, :length] = buffer[source, :, :length]
             self._place[swapped] = there
         return np.argsort(self._place[rows])
-
-
-class HiddenTap:
-    """Sees what the head of an LM reads: the last-layer states of the newest tokens.
-
-    A context manager around forward passes.
-
-    Raises:
-        InputError: If the LM has no head of its own.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Finds the head."""
-        head = model.get_output_embeddings()
-        if head is None:
-            raise InputError(f"{type(model).__name__} has no output embeddings: no hidden states")
-        self._head = head
-        #: D
-        self.size = int(head.weight.shape[-1])
-        #: (B, D) of the latest pass.
-        self.latest = torch.empty(0, self.size)
-
-    def __enter__(self) -> None:
-        """Begins to look."""
-        self._handle = self._head.register_forward_pre_hook(self._see)
-
-    def __exit__(self, *_: object) -> None:
-        """Leaves no mark on the LM."""
-        self._handle.remove()
-
-    def _see(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.latest = inputs[0][:, -1]
 
 
 class _Window:
@@ -391,55 +361,3 @@ def _mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Added to attention scores, (B, 1, T, L): a token sees what is at its position or before."""
     hidden = torch.arange(length, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, -torch.inf)
-
-
-def greedy_answers(
-    logits: Tensor,
-    feed: Callable[[Index, Index], Tensor],
-    max_tokens: int,
-    eos_ids: Sequence[int],
-    rules: ThoughtRules,
-) -> list[ForcedAnswer]:
-    """Decodes one answer a row, always the likeliest token; rows drop out as they end.
-
-    Logits that are not numbers give log probabilities that are not.
-
-    Args:
-        logits: (B, V) of each answer's first token.
-        feed: Given which of the B rows go on (G,) and their tokens (G,), returns their next
-            logits (G, V).
-        max_tokens: An answer is cut after this many.
-        eos_ids: Any of these ends an answer.
-        rules: They know the text that ends an answer.
-    """
-    answers = [ForcedAnswer([], [], 0) for _ in logits]
-    moving = np.arange(len(answers))
-    for num in range(1, max_tokens + 1):
-        best = logits.log_softmax(dim=-1).max(dim=-1)
-        # One host copy; float32 holds token ids exactly.
-        picks = torch.stack([best.indices.float(), best.values]).cpu().numpy()
-        tokens, logprobs = picks[0].astype(np.int64), picks[1]
-        ended = _take([answers[i] for i in moving], tokens, logprobs, eos_ids, rules)
-        moving = moving[~ended]
-        if not len(moving) or num == max_tokens:
-            break
-        logits = feed(moving, tokens[~ended])
-    return answers
-
-
-def _take(
-    answers: Sequence[ForcedAnswer],
-    tokens: Index,
-    logprobs: Float,
-    eos_ids: Sequence[int],
-    rules: ThoughtRules,
-) -> NDArray[np.bool_]:
-    """Adds a token (G,) to each of some answers; which of them have ended (G,)."""
-    ended = np.isin(tokens, eos_ids) & np.isfinite(logprobs)
-    for j, answer in enumerate(answers):
-        answer.num_tokens += 1
-        if not ended[j]:
-            answer.tokens.append(int(tokens[j]))
-            answer.logprobs.append(float(logprobs[j]))
-            ended[j] = rules.is_complete(answer.tokens)
-    return ended

@@ -14,7 +14,7 @@ from haltwise.proxy.asked import Asked
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.legs import Leg, Seen, told
 from haltwise.proxy.wire import Json, UpstreamError
-from haltwise.session.thought import PointRules, Progress
+from haltwise.session.thought import PointRules, Thought
 from haltwise.session.token_statistics import NUM_TOP
 
 _STREAMS_A_POOL = 16
@@ -196,7 +196,7 @@ class Server:
                 return False
             if len(self._opens) >= _MOST_KEPT:
                 self._opens.clear()
-            self._opens[key] = Progress(self.rules, rendered).begun
+            self._opens[key] = Thought(self.rules, rendered).begun
         return self._opens[key]
 
     async def rendered(self, asks: Json, headers: Headers) -> str:
@@ -365,7 +365,7 @@ class LlamaServer(Server):
         if why_not:
             raise CannotContinue(why_not)
         prompt = await self.rendered(asked.body, headers)
-        if not Progress(self.rules, prompt).begun:
+        if not Thought(self.rules, prompt).begun:
             # The LM's own marker has no chunk.
             prompt += self.rules.think_start + "\n"
         return asked.continued(prompt=[prompt, *said, tail])

@@ -1,9 +1,8 @@
-"""One stream of tokens, watched by a head: a token in, whether to close the thought out."""
+"""One thought that a server streams: a token in, whether to close the thought out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,23 +10,20 @@ from numpy.typing import NDArray
 from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Signals
-from haltwise.session.monitor import HaltMonitor
-from haltwise.session.reflections import num_reflections
-from haltwise.session.terms import Terms
-from haltwise.session.thought import LONGEST_OPENING, PointRules, Progress
-from haltwise.session.token_statistics import NUM_TOP, TokenStatistics
+from haltwise.session.control import Control
+from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.session import Session
+from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.thought import PointRules, Thought
+from haltwise.session.token_statistics import NUM_TOP
 
 #: Groups of features that a server's log probabilities and texts give.
 SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
 
 # Servers that name the likeliest tokens by their text lose some that share one.
 _FEWEST_TOP = 16
-# A word of reflection may begin so many tokens before a decision point.
-_CONTEXT = 8
-# Tokens that wait for the gauge at most.
+# Tokens that wait to be summed up at most.
 _MOST_WAITING = 256
-_ROW = np.zeros(1, dtype=np.int64)
 
 
 def check_served(head: HaltHead) -> None:
@@ -46,108 +42,85 @@ def check_served(head: HaltHead) -> None:
         )
 
 
-class Watcher:
-    """Watches one thought, token by token, and tells when to close it.
+class StreamedThought:
+    """A thought whose tokens come with their log probabilities, one by one.
 
     Numbers that are missing or malformed never close a thought; only the cap does then.
 
     Args:
         head: The policy, see `check_served`.
-        rules: Of the head's halting; one object serves all streams.
-        terms: Of this request.
+        rules: Those of the head's halting; one object serves all streams.
+        request: What is asked.
         prompt: What the LM was given, or the end of it; the thought begins at once if that is
             inside of one.
+        control: Sets terms and prices; by default those that are asked for are constant.
     """
 
-    def __init__(self, head: HaltHead, rules: PointRules, terms: Terms, prompt: str = "") -> None:
-        """Starts before the first token."""
-        self.terms = terms
-        self.progress = Progress(rules, prompt)
-        """How far the thought has come."""
-        self.halted_at: int | None = None
-        """Position at which it was to be closed."""
-        self.capped = False
-        """Whether its cap closed it, and not the head."""
-        self.is_over = False
-        """Whether the LM has closed the thought, or answers without one."""
-        self._rules = rules
-        self._signals = signals_of(head.config.observing.groups)
-        self._monitor = HaltMonitor(head, 1)
-        self._monitor.reset(_ROW, terms)
-        self._gauge = TokenStatistics(1)
-        # Since the newest decision point; the texts reach a little further back.
+    def __init__(
+        self,
+        head: HaltHead,
+        rules: PointRules,
+        request: Request,
+        prompt: str = "",
+        control: Control | None = None,
+    ) -> None:
+        """Stands before the first token."""
+        self.thought = Thought(rules, prompt)
+        """How far it has come."""
+        self._session = Session(head, 1, control)
+        self._session.join(0, request, self.thought)
+        self._collector = SignalCollector(rules, signals_of(head.config.observing.groups), 1)
+        # Tokens that are not summed up yet: their log probabilities, and those of the likeliest.
         self._logprobs: list[float] = []
         self._top: list[Sequence[float]] = []
-        self._texts: list[str] = []
-
-    @property
-    def num_bad_signals(self) -> int:
-        """Decision points whose numbers were missing or malformed."""
-        return int(self._monitor.num_bad_signals[0])
 
     def add(self, text: str, logprob: float, top: Sequence[float]) -> bool:
-        """Takes in the next token.
+        """Takes in the next token; returns whether to close the thought now, True once.
 
         Args:
-            text: Of the token.
-            logprob: Of the token, nats; NaN if unknown.
+            text: The token's text.
+            logprob: The token's log probability, nats; NaN if unknown.
             top: Log probabilities of the likeliest tokens in its place, in any order, nats.
-
-        Returns:
-            Whether to close the thought now; True once.
         """
-        progress = self.progress
-        progress.add_text(text)
-        if not progress.begun and progress.num_tokens >= LONGEST_OPENING:
-            self.is_over = True
-        self.is_over |= progress.closed
-        if self.is_over or self.halted_at is not None:
+        session, thought = self._session, self.thought
+        thought.add(text)
+        if not session.open[0] or thought.is_over:
             return False
-        self._logprobs.append(logprob)
-        self._top.append(top)
-        self._texts.append(text)
-        if len(self._top) == _MOST_WAITING:
-            self._measure()
-        reached = progress.begun and self._reaches_cap()
-        if (progress.at_point and self._decides()) or reached:
-            self.halted_at, self.capped = progress.position, reached
-        return self.halted_at is not None
+        if session.watched[0]:
+            self._logprobs.append(logprob)
+            self._top.append(top)
+            if len(self._top) == _MOST_WAITING:
+                self._sum_up()
+        if not thought.waits:
+            return False
+        signals, points = None, session.points([0])
+        if len(points):
+            self._sum_up()
+            signals = self._collector.collect(points, [thought])
+        return bool(session.decide([0], signals))
 
-    def _reaches_cap(self) -> bool:
-        cap = self.terms.max_tokens
-        return cap is not None and self.progress.position >= cap
+    def release(self, fallback: str = "") -> None:
+        """Leaves the thought to its LM; see `Session.release`."""
+        self._session.release(0, fallback)
 
-    def _decides(self) -> bool:
-        """Whether the head closes the thought at this decision point."""
-        progress = self.progress
-        self._measure()
-        num = int(self._gauge.num_tokens[0])
-        seen: dict[str, Any] = dict(self._gauge.read(_ROW))
-        self._gauge.reset(_ROW)
-        if "num_reflections" in self._signals:
-            number = num_reflections(range(len(self._texts)), num, self._text_of)
-            seen["num_reflections"] = np.array([number], dtype=np.float32)
-        position = np.array([progress.position])
-        left = None
-        if self._rules.max_points is not None:
-            left = np.array([self._rules.max_points - progress.num_points])
-        del self._texts[: max(len(self._texts) - _CONTEXT, 0)]
-        signals = Signals(position, **seen, points_left=left)
-        return bool(self._monitor.observe(signals, _ROW)[0])
+    @property
+    def report(self) -> ThoughtReport:
+        """What has happened so far."""
+        return self._session.report(0)
 
-    def _measure(self) -> None:
-        """Gives the gauge what has waited."""
+    def finish(self) -> ThoughtReport:
+        """Returns what has happened, after the control has been told."""
+        return self._session.finish(0)
+
+    def _sum_up(self) -> None:
         rows = np.zeros(len(self._top), dtype=np.int64)
-        self._gauge.add(rows, np.array(self._logprobs), _table(self._top))
+        self._collector.add(rows, np.array(self._logprobs), _table(self._top))
         self._logprobs.clear()
         self._top.clear()
 
-    def _text_of(self, places: Sequence[int]) -> str:
-        return "".join(self._texts[i] for i in places)
-
 
 def _table(top: Sequence[Sequence[float]]) -> NDArray[np.float64]:
-    """(N, NUM_TOP), the likeliest first; NaN where too few are known."""
+    """Returns (N, NUM_TOP), the likeliest first, and NaN where too few are known."""
     table = np.full((len(top), NUM_TOP), -np.inf)
     for row, values in zip(table, top, strict=True):
         if len(values) < _FEWEST_TOP:

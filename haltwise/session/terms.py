@@ -46,21 +46,36 @@ class Terms:
 
     @classmethod
     def read(cls, asked: Mapping[str, Any], default: Terms) -> Terms:
-        """Terms as a request states them; what it leaves out is as in the default.
+        """Returns terms as somebody states them; what is left out is as in the default.
 
         Args:
             asked: Any of "price", "min_tokens", "max_tokens", as numbers or text, and "off", as a
-                truth value: then nothing halts the thought.
-            default: Of requests that ask for nothing.
+                truth value: then the price is 0.
+            default: The terms of who states nothing.
 
         Raises:
-            InputError: If a key is unknown or a value is none.
+            InputError: If a key is unknown or a value makes no sense.
         """
         unknown = sorted(set(asked) - {"price", "off", "min_tokens", "max_tokens"})
         if unknown:
             raise InputError(f"{unknown[0]!r}: expected price, off, min_tokens or max_tokens")
         terms = replace(default, **{key: asked[key] for key in asked if key != "off"})
-        return cls(0.0) if _truth("off", asked.get("off", False)) else terms
+        return replace(terms, price=0.0) if _truth("off", asked.get("off", False)) else terms
+
+    @classmethod
+    def within(cls, asked: Mapping[str, Any], limits: Terms) -> Terms:
+        """Returns the terms that a client asks for, under a cap that only the operator can lift.
+
+        Args:
+            asked: As for `read`.
+            limits: The operator's terms. The cap is the smaller one of both.
+
+        Raises:
+            InputError: As `read`, and if the client's terms contradict the operator's.
+        """
+        terms = cls.read(asked, replace(limits, max_tokens=None))
+        caps = [cap for cap in (terms.max_tokens, limits.max_tokens) if cap is not None]
+        return replace(terms, max_tokens=min(caps, default=None))
 
 
 def _number(name: str, value: Any) -> float:

@@ -1,63 +1,32 @@
-"""Thoughts: how they begin, where they can be halted, how their forced answers are read."""
+"""A thought as its tokens come in: how it begins and ends, and where it can be halted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
-import numpy as np
+from haltwise.policy.halting import DecisionRule, Halting
 
-from haltwise.errors import InputError
-from haltwise.policy.answers import READERS
-from haltwise.policy.halting import MEAN_LOGPROB, DecisionRule, Halting
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# A thought begins within so many tokens: later its marker is only mentioned.
+#: A thought begins within so many tokens; later its marker is only mentioned.
 LONGEST_OPENING = 64
 
-_BOX = r"\boxed{"
+#: More tokens than any thought has.
+NEVER = 2**62
 
-
-@dataclass
-class ForcedAnswer:
-    """What an LM answers greedily when its thought is closed."""
-
-    tokens: list[int]
-    """Without the token that ended the answer."""
-    logprobs: list[float]
-    """Natural log of the probability of each of `tokens`."""
-    num_tokens: int
-    """Tokens generated, the one that ended the answer included."""
-
-    @property
-    def confidence(self) -> float:
-        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
-        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
-
-    @property
-    def worst_logprob(self) -> float:
-        """Smallest of `logprobs`; NaN if there is none."""
-        return min(self.logprobs, default=float("nan"))
-
-
-@dataclass
-class Probe(ForcedAnswer):
-    """A forced answer that has been read."""
-
-    text: str
-    """What to read the answer from."""
-    answer: str
-    """Empty if none could be read."""
+#: Why a thought ended. "halted" is the head's doing and "capped" that of its cap; "token budget"
+#: stands for any other limit of the LM; "no thought" is an LM that answered without one, and
+#: "cut off" a request that was broken off.
+Reason = Literal["halted", "capped", "closed by the LM", "token budget", "no thought", "cut off"]
 
 
 class PointRules:
-    """How thoughts begin and end, and where they have decision points.
+    """The rules by which thoughts begin, end and have decision points.
+
+    A token is a text here, as servers tell it; `haltwise.engine.token_rules.TokenRules` reads
+    token ids.
 
     Args:
-        halting: Has the decision rule and the markers.
+        halting: Has the decision rule and the markers of a thought.
 
     Raises:
         InputError: If the decision rule cannot be run.
@@ -68,50 +37,106 @@ class PointRules:
         rule = DecisionRule(halting.decision_rule)
         rule.check_runnable()
         self.every, self._after = rule.every, rule.after or ""
-        #: Decision points that a thought can have, if there is a limit.
+        #: Decision points that a thought can have, or None if there is no limit.
         self.max_points = rule.max_points
         self.think_start, self.think_end = halting.think_start, halting.think_end
 
     def is_point(self, position: int, text: str) -> bool:
-        """Whether a decision point follows a token of a thought, at some position."""
+        """Whether a decision point follows the token with this text at this position."""
         if self.every:
             return position % self.every == 0
         return self._after in text
 
+    def token_text(self, token: Any) -> str:
+        """Returns the text of one token."""
+        return str(token)
 
-class Progress:
-    """How far one thought has come, text by text.
+    def decode(self, tokens: Sequence[Any], skip_special_tokens: bool = True) -> str:
+        """Returns the text of some tokens."""
+        return "".join(tokens)
+
+
+class Thought:
+    """How far the thought of one request has come.
+
+    Only the first thought of an answer counts: what an LM thinks after it has closed that one, or
+    after it was halted, is part of its answer.
 
     Args:
         rules: Shared by all thoughts of an LM.
-        prompt: What the LM was given; the thought begins at once if it ends inside of one.
+        prompt: What the LM was given; the thought has begun if it ends inside of one.
     """
 
-    def __init__(self, rules: PointRules, prompt: str) -> None:
-        """Reads the markers in the prompt."""
-        self._points = rules
+    def __init__(self, rules: PointRules, prompt: str = "") -> None:
+        """Stands before the first token."""
+        self._rules = rules
         self._tail = ""
-        opened = prompt.rfind(rules.think_start) > prompt.rfind(rules.think_end)
-        self.begun = not rules.think_start or opened
+        self.cap: int | None = None
+        """Thinking tokens at which it is to be closed, if there is such a cap."""
+        self.tokens: list[Any] = []
+        """Everything generated so far: ids, or texts."""
+        self.begun = False
         """Whether the LM thinks, or has thought."""
-        self.num_tokens = 0
-        """Tokens generated so far."""
         self.position = 0
         """Tokens of the thought so far; whatever the LM wrote before it counts too."""
         self.closed = False
-        """Whether the LM itself has closed the thought."""
+        """Whether the thought has been closed, by the LM or for it."""
+        self.ended = False
+        """Whether nothing more is generated."""
+        self.finished = False
+        """Whether the LM itself has ended its answer."""
         self.num_points = 0
         """Decision points so far."""
         self.at_point = False
         """Whether the newest token is at a decision point."""
+        self.gap = 0
+        """Tokens since the previous decision point, or since the start."""
+        self.read_prompt(prompt)
 
-    def add_text(self, text: str) -> None:
-        """Takes in the text of the next token."""
-        self.num_tokens += 1
+    def read_prompt(self, prompt: str) -> None:
+        """Finds out whether a prompt, or the end of one, leaves the LM inside of a thought."""
+        start, end = self._rules.think_start, self._rules.think_end
+        self.begun = not start or prompt.rfind(start) > prompt.rfind(end)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated so far, an end token included."""
+        return len(self.tokens)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can be halted any more; a thought that has not begun soon never will."""
+        never_begins = not self.begun and self.num_tokens >= LONGEST_OPENING
+        return self.closed or self.ended or never_begins
+
+    @property
+    def at_cap(self) -> bool:
+        """Whether the open thought has reached its cap."""
+        reached = self.cap is not None and self.position >= self.cap
+        return reached and self.begun and not self.is_over
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is to be decided how the thought goes on."""
+        return self.at_point or self.at_cap
+
+    @property
+    def next_look(self) -> int:
+        """Tokens, more than there are, before which the thought surely has nothing to decide."""
+        num, every = self.num_tokens, self._rules.every
+        if self.is_over:
+            return NEVER
+        look = num + 1 if every is None else (num // every + 1) * every
+        return look if self.cap is None else min(look, max(self.cap, num + 1))
+
+    def add(self, token: Any) -> None:
+        """Takes in the next token."""
+        self.tokens.append(token)
+        self.gap = 1 if self.at_point else self.gap + 1
         self.at_point = False
         if self.closed or (not self.begun and self.num_tokens > LONGEST_OPENING):
             return
-        rules = self._points
+        rules, text = self._rules, self._rules.token_text(token)
         marker = rules.think_end if self.begun else rules.think_start
         seen = self._tail + text
         found = bool(marker) and marker in seen
@@ -124,98 +149,25 @@ class Progress:
         self.closed = self.begun and found
         self.begun = self.begun or found
 
+    def end(self, by_lm: bool) -> None:
+        """Notes that the newest token was the last: the LM's own end, or some limit's.
 
-class ThoughtRules(PointRules):
-    """How thoughts are read from an LM's tokens, and how they are closed.
-
-    Args:
-        tokenizer: The LM's.
-        halting: Decision rule, markers, close text, and how answers end and are read.
-
-    Raises:
-        InputError: If the decision or confidence rule cannot be run, or a text that closes a
-            thought has no tokens.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, halting: Halting) -> None:
-        """Encodes the texts that close a thought."""
-        super().__init__(halting)
-        if halting.confidence_rule != MEAN_LOGPROB:
-            raise InputError(
-                f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
-            )
-        self.tokenizer = tokenizer
-        self.close_ids = self._encode(halting.close_text)
-        if not (self.think_end or tokenizer.eos_token):
-            raise InputError(
-                "the tokenizer has no eos_token: expected one, for an LM that reasons in the open"
-            )
-        #: The token with which the LM itself begins to close a thought.
-        self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
-        #: Reads an answer from a text.
-        self.read_answer = READERS[halting.answer_rule]
-        self._answer_end = halting.answer_end
-        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
-        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
-        self._texts: dict[int, str] = {}
-
-    def token_text(self, token: int) -> str:
-        """Text of one token, special or not."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
-        return text
-
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of some tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
-
-    def read(self, answer: ForcedAnswer) -> Probe:
-        """Reads a forced answer: from its tokens, in the box that the close text opens."""
-        text = self.decode(answer.tokens)
-        text = self._opening + text if text.strip() else ""
-        return Probe(**vars(answer), text=text, answer=self.read_answer(text))
-
-    def is_complete(self, tokens: Sequence[int]) -> bool:
-        """Whether a forced answer has come to the text that ends it."""
-        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
-
-    def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        if not tokens:
-            raise InputError(f"close text {text!r} has no tokens: nothing to close")
-        return tokens
-
-
-def _ends(answer: str, end: str) -> bool:
-    """Whether some text is in an answer, outside of the braces that the answer itself opens."""
-    depth, text = 0, answer.lstrip()
-    for i, letter in enumerate(text):
-        if not depth and text.startswith(end, i):
-            return True
-        depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
-    return False
-
-
-class Thought(Progress):
-    """One thought, token by token; arguments as of `Progress`."""
-
-    def __init__(self, rules: ThoughtRules, prompt: str) -> None:
-        """Reads the markers in the prompt."""
-        super().__init__(rules, prompt)
-        self._rules = rules
-        self.tokens: list[int] = []
-        """Everything generated so far."""
-
-    def add(self, token: int) -> None:
-        """Takes in the next token."""
-        self.tokens.append(token)
-        self.add_text(self._rules.token_text(token))
+        There is nothing to decide at the last token, even if a decision point lies there.
+        """
+        self.ended, self.finished, self.at_point = True, by_lm, False
 
     def text(self) -> str:
-        """Everything generated, special tokens included."""
+        """Returns everything generated, special tokens included."""
         return self._rules.decode(self.tokens, skip_special_tokens=False)
 
     def answer_text(self) -> str:
-        """What to read the LM's own answer from: what follows the thought, or else everything."""
+        """Returns what follows the thought, or everything if the thought was never closed."""
         return self._rules.decode(self.tokens[self.position :] if self.closed else self.tokens)
+
+    def why_ended(self) -> Reason:
+        """Returns why the thought ended if nobody halted it."""
+        if not self.begun:
+            return "no thought" if self.is_over else "cut off"
+        if self.closed or self.finished:
+            return "closed by the LM"
+        return "token budget" if self.ended else "cut off"

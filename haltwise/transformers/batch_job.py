@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise.engine.decoder import Decoder
@@ -18,11 +17,11 @@ from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index
-from haltwise.session.monitor import HaltMonitor
-from haltwise.session.rows import Reason, RowReport
+from haltwise.session.control import Control
+from haltwise.session.forced_answer import Probe
+from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.session import Session
 from haltwise.session.terms import Terms
-from haltwise.session.thought import Probe
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,11 @@ class BatchAnswer:
     """One prompt's answer."""
 
     index: int
-    """Of the prompt."""
+    """The number of the prompt."""
     ids: list[int]
     """All that follows the prompt, up to the end token."""
-    report: RowReport
+    report: ThoughtReport
+    """What happened to its thought."""
 
 
 def generate_all(
@@ -48,6 +48,7 @@ def generate_all(
     max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    control: Control | None = None,
 ) -> Iterator[BatchAnswer]:
     """Answers prompts in refilled slots, with a head that halts their thoughts.
 
@@ -66,6 +67,7 @@ def generate_all(
         max_tokens: Thinking tokens at which a thought is closed, whatever the head says.
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of sampling.
+        control: Sets terms and prices; by default those that are asked for are constant.
 
     Returns:
         Each answer as soon as it is known.
@@ -79,6 +81,7 @@ def generate_all(
             raise InputError(f"{name} is {count}, expected at least 1")
     check_tokenizer(head, tokenizer)
     terms = Terms(head.config.default_price if price is None else price, min_tokens, max_tokens)
+    measures = terms.price > 0 or control is not None
     decoder = Decoder(
         model,
         tokenizer,
@@ -86,87 +89,77 @@ def generate_all(
         num_slots,
         max_new_tokens,
         temperature,
-        signals=signals_of(head.config.observing.groups) if terms.price else (),
+        signals=signals_of(head.config.observing.groups) if measures else (),
     )
-    return _Job(head, decoder, terms).run(prompts, seed)
+    return _Job(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
 
 
 class _Job:
-    """A decoder whose slots are halted by a head, and refilled."""
+    """A decoder whose slots are halted by a session, and refilled."""
 
-    def __init__(self, head: HaltHead, decoder: Decoder, terms: Terms) -> None:
-        self._decoder, self._terms = decoder, terms
-        self._monitor = HaltMonitor(head, decoder.num_slots)
-        self._looks = head.config.halting.probing == "always"
-        # Slots in use, by number, with the prompt that each works on.
-        self._running: dict[int, BatchAnswer] = {}
+    def __init__(self, session: Session, decoder: Decoder, terms: Terms) -> None:
+        self._session, self._decoder, self._terms = session, decoder, terms
+        self._looks = session.head.config.halting.probing == "always"
 
     def run(self, prompts: Iterable[str], seed: int) -> Iterator[BatchAnswer]:
         """Yields each answer as soon as it is known."""
-        waiting = enumerate(prompts)
-        while True:
-            self._refill(waiting, seed)
-            if not self._running:
-                return
-            slots = np.array(list(self._running))
-            at_point = self._decoder.advance(slots)
-            answers = self._halt(slots, at_point)
-            for slot in slots.tolist():
-                if slot in answers or self._decoder.generations[slot].ended:
-                    yield self._finish(slot, answers.get(slot))
+        waiting, session = enumerate(prompts), self._session
+        try:
+            while True:
+                self._refill(waiting, seed)
+                if not session.running:
+                    return
+                slots = list(session.running)
+                self._decoder.advance(np.array(slots))
+                answers = self._halt(slots)
+                for slot in slots:
+                    if slot in answers or session.running[slot].thought.ended:
+                        yield self._finish(slot, answers.get(slot))
+        finally:  # whoever takes the answers may have enough of them
+            for slot in list(session.running):
+                session.finish(slot)
 
     def _refill(self, waiting: Iterator[tuple[int, str]], seed: int) -> None:
         """Gives free slots to the next prompts."""
-        free = [slot for slot in range(self._decoder.num_slots) if slot not in self._running]
+        free = [
+            slot for slot in range(self._decoder.num_slots) if slot not in self._session.running
+        ]
         fresh = dict(zip(free, waiting, strict=False))
         slots, prompts = np.array(list(fresh), dtype=np.int64), [text for _, text in fresh.values()]
-        self._decoder.start(slots, prompts, [seed] * len(slots), self._terms.max_tokens)
-        self._monitor.reset(slots, self._terms)
+        self._decoder.start(slots, prompts, [seed] * len(slots))
         for slot, (index, _) in fresh.items():
-            self._running[slot] = BatchAnswer(index, [], RowReport(self._terms.price))
+            request = Request(self._terms, {"prompt": index})
+            self._session.join(slot, request, self._decoder.generations[slot].thought)
 
-    def _halt(self, slots: Index, at_point: NDArray[np.bool_]) -> dict[int, Probe]:
-        """Halts some of slots (B,); their answers, by slot, if they are known by that."""
-        generations, probes = self._decoder.generations, dict[int, Probe]()
-        capped = [slot for slot in slots.tolist() if generations[slot].at_cap]
-        here, halted = slots[at_point], []
-        # At a price of 0 nobody asks the head.
-        if len(here) and self._terms.price:
+    def _halt(self, slots: list[int]) -> dict[int, Probe]:
+        """Halts some of the slots; returns their answers, if they are known by that."""
+        session, probes = self._session, dict[int, Probe]()
+        signals, points = None, session.points(slots)
+        if len(points):
             if self._looks:
-                probes = self._force(here)
-            signals = self._decoder.signals(here, list(probes.values()) if self._looks else None)
-            halted = here[self._monitor.observe(signals, here)].tolist()
-        halting = list(dict.fromkeys([*halted, *capped]))
-        for slot in halting:
-            reason: Reason = "capped" if slot in capped else "halted"
-            self._running[slot].report.reason = reason
+                probes = self._force(points.tolist())
+            signals = self._decoder.signals(points, list(probes.values()) if self._looks else None)
+        halted = session.decide(slots, signals)
         if not self._looks:
-            self._decoder.close(np.array(halting, dtype=np.int64))
+            self._decoder.close(np.array(halted, dtype=np.int64))
             return {}
-        unseen = [slot for slot in halting if slot not in probes]
-        probes |= self._force(np.array(unseen, dtype=np.int64))
-        return {slot: probes[slot] for slot in halting}
+        probes |= self._force([slot for slot in halted if slot not in probes])
+        return {slot: probes[slot] for slot in halted}
 
-    def _force(self, slots: Index) -> dict[int, Probe]:
-        """Forces the answers of slots (B,)."""
-        probes = dict(zip(slots.tolist(), self._decoder.force(slots), strict=True))
-        for slot, probe in probes.items():
-            self._running[slot].report.num_probe_tokens += probe.num_tokens
-        return probes
+    def _force(self, slots: list[int]) -> dict[int, Probe]:
+        """Forces the answers of some slots."""
+        probes = self._decoder.force(np.array(slots, dtype=np.int64))
+        for slot, probe in zip(slots, probes, strict=True):
+            self._session.running[slot].num_probe_tokens += probe.num_tokens
+        return dict(zip(slots, probes, strict=True))
 
     def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
         """Frees a slot whose LM has ended, or whose forced answer is known."""
-        done, generation = self._running.pop(slot), self._decoder.generations[slot]
-        thought, report = generation.thought, done.report
-        done.ids.extend(thought.tokens)
+        decoder, running = self._decoder, self._session.running[slot]
+        ids = list(running.thought.tokens)
         if probe:
-            report.answer = probe.answer
-            done.ids.extend(
-                [*self._decoder.rules.close_ids, *probe.tokens, self._decoder.eos_ids[0]]
-            )
-        elif not report.halted and (thought.closed or generation.finished):
-            report.reason = "closed by the LM"
-        del done.ids[self._decoder.max_tokens :]
-        report.position = thought.position
-        report.num_bad_signals = int(self._monitor.num_bad_signals[slot])
-        return done
+            running.answer = probe.answer
+            ids.extend([*decoder.rules.close_ids, *probe.tokens, decoder.eos_ids[0]])
+        index = running.request.about["prompt"]
+        report = self._session.finish(slot)
+        return BatchAnswer(index, ids[: decoder.max_tokens], report)

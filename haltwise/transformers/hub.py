@@ -29,7 +29,8 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead, HeadConfig
-from haltwise.session.rows import RowReport
+from haltwise.session.control import Control
+from haltwise.session.report import ThoughtReport
 from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
@@ -150,7 +151,8 @@ def generate(
     price: Any = None,
     min_tokens: Any = 0,
     max_tokens: Any = None,
-    report: list[RowReport] | None = None,
+    report: list[ThoughtReport] | None = None,
+    control: Control | None = None,
     revision: str | None = None,
     **arguments: Any,
 ) -> Any:
@@ -163,9 +165,10 @@ def generate(
         price: See `ProbingGeneration`; `min_tokens` and `max_tokens` too.
         min_tokens: One, or one a row.
         max_tokens: One, or one a row.
-        report: Is given one entry a row.
-        revision: Of the repository.
-        arguments: Of `model.generate`.
+        report: A list that is given what happened to each row.
+        control: Sets terms and prices; by default those that are asked for are constant.
+        revision: The revision of the repository.
+        arguments: What else `model.generate` takes.
 
     Raises:
         InputError: If there is no tokenizer, a streamer for a head that looks at answers, or
@@ -179,17 +182,18 @@ def generate(
         eos = arguments.get("eos_token_id")
         if eos is None and arguments.get("generation_config") is not None:
             eos = arguments["generation_config"].eos_token_id
-        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos_token_id=eos)
+        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos, control)
         arguments["logits_processor"] = [*(arguments.get("logits_processor") or ()), runner]
     elif arguments.get("streamer") is not None:
         raise InputError("the head looks at answers while the LM thinks: expected no streamer")
     else:
-        runner = ProbingGeneration(loaded, tokenizer, *asked)
+        runner = ProbingGeneration(loaded, tokenizer, *asked, control)
         arguments["custom_generate"] = runner
-    # `model.generate` may be what calls this.
-    out: Any = GenerationMixin.generate(model, **arguments)  # type: ignore[arg-type]
+    # `model.generate` may be what calls this. It needs the tokenizer too, for stop_strings.
+    out: Any = GenerationMixin.generate(model, tokenizer=tokenizer, **arguments)  # type: ignore[arg-type]
+    reports = runner.report
     if report is not None:
-        report[:] = runner.report
+        report[:] = reports
     return out
 
 

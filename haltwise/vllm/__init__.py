@@ -1,5 +1,6 @@
 """Halting inside vLLM: `--logits-processors haltwise.vllm:HaltProcessor`."""
 
-from haltwise.vllm.processor import HaltCounts, HaltProcessor
+from haltwise.vllm.halting import HaltCounts
+from haltwise.vllm.processor import HaltProcessor
 
 __all__ = ["HaltCounts", "HaltProcessor"]

@@ -20,7 +20,7 @@ from haltwise.engine.burst import Burst, Work, capture
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED
 from haltwise.engine.slots import Slots
-from haltwise.session.thought import ThoughtRules
+from haltwise.engine.token_rules import TokenRules
 from tests.tiny_lm import CLOSE, EOS, IDS, PAD, ScriptedLM, tiny_config, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -60,9 +60,11 @@ def lived(
         **arguments | settings,
     )
     slots = np.array([4, 0, 2, 1])
-    lm.start(slots, PROMPTS, range(len(PROMPTS)), cap)
+    lm.start(slots, PROMPTS, range(len(PROMPTS)))
+    for generation in lm.generations.values():
+        generation.thought.cap = cap
     for i in range(num_rounds):
-        running = slots[[not lm.generations[slot].ended for slot in slots.tolist()]]
+        running = slots[[not lm.generations[slot].thought.ended for slot in slots.tolist()]]
         if not len(running):
             return
         here = running[lm.advance(running)]
@@ -74,7 +76,7 @@ def lived(
                     g.thought.position,
                     g.thought.begun,
                     g.thought.closed,
-                    g.finished,
+                    g.thought.finished,
                 )
                 for g in (lm.generations[slot] for slot in slots.tolist())
             ],
@@ -83,7 +85,7 @@ def lived(
             "logprobs": [probe.logprobs for probe in probes],
             "signals": lm.signals(here, probes) if len(here) else None,
         }
-        capped = [slot for slot in running.tolist() if lm.generations[slot].at_cap]
+        capped = [slot for slot in running.tolist() if lm.generations[slot].thought.at_cap]
         closed = {*capped, *(here[-1:].tolist() if i == 3 else [])}
         lm.close(np.array(sorted(closed), dtype=np.int64))
 
@@ -156,12 +158,13 @@ def test_a_thought_that_begins_after_its_cap_waits_where_it_began() -> None:
     halting = replace(HALTING, decision_rule="every 40 tokens")
     for burst in (0, 64):
         lm = Decoder(model, TOKENIZER, halting, 2, 60, burst=burst)
-        lm.start(np.array([1]), ["5 5"], [0], cap=3)
+        lm.start(np.array([1]), ["5 5"], [0])
+        lm.generations[1].thought.cap = 3
         assert not lm.advance(np.array([1]))[0]
         generation = lm.generations[1]
-        assert (generation.num_tokens, generation.at_cap) == (5, True)
+        assert (generation.thought.num_tokens, generation.thought.at_cap) == (5, True)
         lm.advance(np.array([1]))
-        assert (generation.num_tokens, generation.at_cap) == (6, True)
+        assert (generation.thought.num_tokens, generation.thought.at_cap) == (6, True)
         assert generation.thought.text() == "1 2 3 4 <think> 6"
 
 
@@ -173,12 +176,12 @@ def test_bursts_end_where_something_is_to_be_decided(monkeypatch: pytest.MonkeyP
     model = ScriptedLM(lambda token, position: IDS["."])
     lm = Decoder(model, TOKENIZER, HALTING, 2, 11, burst=64)
     slots = np.arange(2)
-    lm.start(slots[:1], ["<think>"], [0], cap=6)
-    lm.start(slots[1:], ["<think>"], [0])
+    lm.start(slots, ["<think>"] * 2, [0, 0])
+    lm.generations[0].thought.cap = 6
     for expected in ([4, 4], [6, 8], [11, 11]):
         lm.advance(slots)
-        assert [lm.generations[slot].num_tokens for slot in slots.tolist()] == expected
-        if lm.generations[0].at_cap:
+        assert [lm.generations[slot].thought.num_tokens for slot in slots.tolist()] == expected
+        if lm.generations[0].thought.at_cap:
             lm.close(slots[:1])  # two tokens
 
 
@@ -211,7 +214,7 @@ def test_logits_that_are_not_numbers_are_an_error_after_the_burst(temperature: f
     lm = Decoder(model, TOKENIZER, HALTING, 2, 40, temperature, burst=64)
     lm.start(np.arange(2), ["5 <think>", "1 1 1 <think>"], [0, 1])
     lm.advance(np.arange(2))
-    num = min(lm.generations[i].num_tokens for i in range(2))
+    num = min(lm.generations[i].thought.num_tokens for i in range(2))
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(InputError, match="LM gave NaN logits at position"):
         lm.force(np.arange(2))
@@ -383,7 +386,7 @@ def test_bursts_have_few_widths() -> None:
 def test_forced_answers_of_a_burst_end_where_they_end() -> None:
     # The answer is 7 8 9 ..., and "9" ends it.
     model = ScriptedLM(lambda token, position: IDS["7"] if token == CLOSE else token + 1)
-    rules = ThoughtRules(TOKENIZER, replace(HALTING, answer_end="9"))
+    rules = TokenRules(TOKENIZER, replace(HALTING, answer_end="9"))
     for max_tokens, words in ((10, "7 8 9"), (2, "7 8"), (3, "7 8 9")):
         slots = Slots(model, 2, burst=4)
         slots.prefill(np.array([1]), [[IDS["5"]]])

@@ -11,7 +11,7 @@ import torch
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.burst import sample
 from haltwise.engine.decoder import Decoder, Generation
-from haltwise.session.thought import ForcedAnswer
+from haltwise.session.forced_answer import ForcedAnswer
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -55,7 +55,7 @@ def answer_all(
         if probes:
             decoder.force(slots[at_point])
         for slot in slots[~at_point].tolist():
-            if decoder.generations[slot].ended:
+            if decoder.generations[slot].thought.ended:
                 done[question_in.pop(slot)] = decoder.generations[slot]
     return [done[i] for i in range(len(prompts))]
 
@@ -71,8 +71,8 @@ def test_tokens_depend_on_neither_slots_nor_probes(temperature: float) -> None:
         batch = decoder(temperature=temperature, halting=halting(rule))
         together = answer_all(batch, PROMPTS, seeds, 3, probes=True)
         assert [g.thought.tokens for g in together] == [g.thought.tokens for g in alone]
-        assert [g.finished for g in together] == [g.finished for g in alone]
-    assert len({g.num_tokens for g in alone}) > 1
+        assert [g.thought.finished for g in together] == [g.thought.finished for g in alone]
+    assert len({g.thought.num_tokens for g in alone}) > 1
 
 
 def test_greedy_tokens_are_those_of_generate() -> None:
@@ -113,7 +113,7 @@ def points(decoder: Decoder, prompt: str) -> list[int]:
     """Positions of all decision points of one question."""
     slot, found = np.arange(1), []
     decoder.start(slot, [prompt], [0])
-    while not decoder.generations[0].ended:
+    while not decoder.generations[0].thought.ended:
         if decoder.advance(slot)[0]:
             found.append(decoder.generations[0].thought.position)
     return found
@@ -129,7 +129,7 @@ def test_decision_points_lie_inside_the_thought(rule: str, expected: list[int]) 
     lm = decoder(model=model, halting=halting(rule), temperature=0.0)
     assert points(lm, "5 <think>") == expected
     generation = lm.generations[0]
-    assert (generation.finished, generation.num_tokens) == (True, 11)
+    assert (generation.thought.finished, generation.thought.num_tokens) == (True, 11)
     assert generation.thought.closed
     assert generation.thought.answer_text() == "wait ."
     assert generation.thought.text().split()[-3:] == ["wait", ".", "<eos>"]
@@ -141,7 +141,10 @@ def test_nobody_waits_for_a_long_answer() -> None:
     lm.start(np.arange(1), ["5 <think>"], [0])
     for num in (5, 10, 15):
         assert not lm.advance(np.arange(1))[0]
-        assert (lm.generations[0].num_tokens, lm.generations[0].ended) == (num, False)
+        assert (lm.generations[0].thought.num_tokens, lm.generations[0].thought.ended) == (
+            num,
+            False,
+        )
 
 
 def test_a_thought_that_the_lm_opens_begins_there() -> None:
@@ -156,7 +159,7 @@ def test_the_budget_ends_a_thought() -> None:
     lm = decoder(model=ScriptedLM(script(p4="9")), max_tokens=8, temperature=0.0)
     assert points(lm, "5 <think>") == [4]
     generation = lm.generations[0]
-    assert (generation.finished, generation.num_tokens) == (False, 8)
+    assert (generation.thought.finished, generation.thought.num_tokens) == (False, 8)
     assert generation.thought.answer_text() == ". . 9 . . . . ."
 
 

@@ -16,8 +16,10 @@ from evaluation.outcome import first_halts
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, Observing, Signals
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED, SignalReducer, logprobs_of
+from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import GROUP_SIGNALS, feature_names, signals_of
-from haltwise.session.thought import ForcedAnswer, Thought, ThoughtRules
+from haltwise.session.forced_answer import ForcedAnswer
+from haltwise.session.thought import Thought
 from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -41,12 +43,12 @@ def logits_of(rows: Sequence[dict[str, float]]) -> Tensor:
 
 
 def meter(signals: Sequence[str], num_rows: int = 2) -> SignalReducer:
-    rules = ThoughtRules(TOKENIZER, HALTING)
+    rules = TokenRules(TOKENIZER, HALTING)
     return SignalReducer(rules, signals, num_rows, torch.device("cpu"))
 
 
 def thought(words: str) -> Thought:
-    made = Thought(ThoughtRules(TOKENIZER, HALTING), "<think>")
+    made = Thought(TokenRules(TOKENIZER, HALTING), "<think>")
     for word in words.split():
         made.add(IDS[word])
     return made
@@ -62,7 +64,7 @@ def test_signals_by_hand() -> None:
         measured.add(np.array([1]), logits_of([{"7": 0.75, "8": 0.25}]), torch.tensor([IDS["8"]]))
     ending = logits_of([{"7": 0.5, "</think>": 0.5}, {"7": 1.0}])
     hidden = torch.tensor([[0.1, 1e6], [-1e6, 2.0]])
-    rules = ThoughtRules(TOKENIZER, HALTING)
+    rules = TokenRules(TOKENIZER, HALTING)
     probes = [rules.read(ForcedAnswer(*a)) for a in (([IDS["7"]], [-0.5, -0.25], 2), ([], [], 1))]
     seen = measured.read(
         np.array([1, 0]), [thought("7 8"), thought("7 7 wait")], ending, hidden, probes

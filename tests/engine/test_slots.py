@@ -17,15 +17,15 @@ from transformers import (
 
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.slots import Slots
-from haltwise.session.thought import ThoughtRules
+from haltwise.engine.token_rules import TokenRules
 from tests.tiny_lm import CLOSE, EOS, WORDS, tiny_lm, tiny_tokenizer
 
 
-def closing(tokens: list[int]) -> ThoughtRules:
+def closing(tokens: list[int]) -> TokenRules:
     """Rules that close a thought with some tokens."""
     tokenizer = tiny_tokenizer()
     text = " ".join(WORDS[token] for token in tokens)
-    return ThoughtRules(tokenizer, Halting("always", "every 4 tokens", text, MEAN_LOGPROB))
+    return TokenRules(tokenizer, Halting("always", "every 4 tokens", text, MEAN_LOGPROB))
 
 
 def reference_logits(model: Any, tokens: list[int]) -> Tensor:

@@ -56,7 +56,7 @@ def test_every_family_passes_as_it_is_loaded(name: str, tmp_path: Path) -> None:
 def test_the_embedded_lm_passes_without_a_warning() -> None:
     test = run(LanguageModel.load(EMBEDDED), 768, num=2, every=12)
     assert not test.warnings
-    assert test.share(lambda one: one.generation.finished) == 1.0
+    assert test.share(lambda one: one.generation.thought.finished) == 1.0
     assert len(test.answered) == 2
     for one in test.answered:
         assert 1 <= len(one.probes) <= 8

@@ -11,9 +11,10 @@ import torch
 
 from haltwise import HaltHead, HaltMonitor, Signals
 from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
 from haltwise.proxy import ServeConfig
-from haltwise.session.thought import Thought, ThoughtRules
+from haltwise.session.thought import Thought
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
@@ -202,7 +203,7 @@ def test_the_proxy_sees_the_signals_that_the_head_was_trained_on(
 
 def measured(lm: LanguageModel, head: HaltHead, prompt: str, own: list[int]) -> list[Signals]:
     """The signals at each decision point of some tokens, by transformers' logits."""
-    rules = ThoughtRules(lm.tokenizer, head.config.halting)
+    rules = TokenRules(lm.tokenizer, head.config.halting)
     names = signals_of(head.config.observing.groups)
     meter, thought = SignalReducer(rules, names, 1, lm.model.device), Thought(rules, prompt)
     row = np.zeros(1, dtype=np.int64)

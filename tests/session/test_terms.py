@@ -15,8 +15,8 @@ DEFAULT = Terms(0.5, min_tokens=10, max_tokens=100)
         ({"price": 2}, Terms(2.0, 10, 100)),
         ({"price": " 0.25 ", "max_tokens": "40"}, Terms(0.25, 10, 40)),
         ({"min_tokens": 0.0}, Terms(0.5, 0, 100)),
-        ({"off": 1}, Terms(0.0)),
-        ({"off": "True", "price": 3}, Terms(0.0)),
+        ({"off": 1}, Terms(0.0, 10, 100)),
+        ({"off": "True", "price": 3}, Terms(0.0, 10, 100)),
         ({"off": False, "price": 3}, Terms(3.0, 10, 100)),
         ({"off": "0"}, DEFAULT),
     ],
@@ -25,6 +25,17 @@ def test_what_a_request_leaves_out_is_as_in_the_default(
     asked: dict[str, Any], expected: Terms
 ) -> None:
     assert Terms.read(asked, DEFAULT) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "cap"),
+    [({}, 100), ({"max_tokens": 50}, 50), ({"max_tokens": 500}, 100), ({"max_tokens": None}, 100)],
+)
+@pytest.mark.parametrize("off", [False, True])
+def test_no_client_lifts_the_operators_cap(asked: dict[str, Any], cap: int, off: bool) -> None:
+    terms = Terms.within({**asked, "off": off}, DEFAULT)
+    assert terms == Terms(0.0 if off else DEFAULT.price, 10, cap)
+    assert Terms.within(asked, Terms(1.0)).max_tokens == asked.get("max_tokens")
 
 
 @pytest.mark.parametrize(

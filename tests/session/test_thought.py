@@ -1,7 +1,7 @@
 import pytest
 
 from haltwise import MEAN_LOGPROB, Halting
-from haltwise.session.thought import LONGEST_OPENING, PointRules, Progress
+from haltwise.session.thought import LONGEST_OPENING, PointRules, Thought
 
 RULES = PointRules(Halting("at_halt", "every 4 tokens", "</think>", MEAN_LOGPROB))
 
@@ -10,9 +10,9 @@ RULES = PointRules(Halting("at_halt", "every 4 tokens", "</think>", MEAN_LOGPROB
     ("before", "begins"), [(LONGEST_OPENING - 1, True), (LONGEST_OPENING, False)]
 )
 def test_a_thought_begins_early_or_is_only_mentioned(before: int, begins: bool) -> None:
-    progress = Progress(RULES, "q <think></think>")
+    progress = Thought(RULES, "q <think></think>")
     for text in [*["a"] * before, "<think>", *["b"] * 8]:
-        progress.add_text(text)
+        progress.add(text)
     assert progress.begun == begins
     assert progress.num_points == 2 * begins
     assert progress.position == (before + 9 if begins else LONGEST_OPENING)

@@ -10,7 +10,7 @@ from transformers import dynamic_module_utils
 
 from haltwise import HaltHead, InputError
 from haltwise.engine.fingerprint import tokenizer_fingerprint
-from haltwise.session.rows import RowReport
+from haltwise.session.report import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, hub
 from tests.tiny_lm import tiny_lm
 from tests.transformers.hf_cases import ALWAYS, NEVER, TOKENIZER, blind_head, generate, head
@@ -34,7 +34,7 @@ def run_repository(model: Any, source: str, **arguments: Any) -> Any:
 def test_a_folder_runs_its_head_inside_generate(policy: HaltHead, tmp_path: Path) -> None:
     model, folder = tiny_lm(seed=3), tmp_path / "repository"
     hub.export(policy, folder)
-    report: list[RowReport] = []
+    report: list[ThoughtReport] = []
     out = run_repository(
         model, str(folder), price=PRICES, max_tokens=[None, None, 7], report=report
     )

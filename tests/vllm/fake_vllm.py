@@ -81,9 +81,15 @@ def plugin(has_v2: bool = True) -> Iterator[Any]:
             vars(sys.modules[name]).update(content)
         if not has_v2:
             patch.setitem(sys.modules, of_v2, None)
-        patch.delitem(sys.modules, "haltwise.vllm", raising=False)
+        forget_plugin()
         yield import_module("haltwise.vllm")
-        sys.modules.pop("haltwise.vllm")
+        forget_plugin()
+
+
+def forget_plugin() -> None:
+    """Lets the next import of haltwise.vllm, and of what is in it, be the first."""
+    for name in [name for name in sys.modules if name.startswith("haltwise.vllm")]:
+        del sys.modules[name]
 
 
 def config(folder: str | None, tokenizer: Any, **changes: Any) -> Any:

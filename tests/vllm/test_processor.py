@@ -28,9 +28,10 @@ from haltwise import (
 )
 from haltwise.engine.fingerprint import tokenizer_fingerprint
 from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
 from haltwise.session.terms import Terms
-from haltwise.session.thought import Thought, ThoughtRules
+from haltwise.session.thought import Thought
 from tests.heads import random_head
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_tokenizer
@@ -43,6 +44,7 @@ from tests.vllm.fake_vllm import (
     V2Engine,
     V2Processor,
     config,
+    forget_plugin,
     plugin,
 )
 
@@ -100,7 +102,7 @@ def dull(request: Request) -> Tensor:
 def alone(head: HaltHead, request: Request) -> list[int]:
     """What a request gives by itself: one row, token by token, nothing kept in slots."""
     terms = Terms.read(request.asked, Terms(head.config.default_price))
-    rules = ThoughtRules(TOKENIZER, head.config.halting)
+    rules = TokenRules(TOKENIZER, head.config.halting)
     monitor = HaltMonitor(head, 1)
     row = np.array([0])
     monitor.reset(row, terms)
@@ -236,7 +238,7 @@ def test_v2_requests_go_as_each_does_alone(
         (asking(max_tokens=6), 6),
         (asking(price=0, max_tokens=1), 1),
         (asking(price=ALWAYS, max_tokens=6), 4),
-        (asking(max_tokens=6, off=True), None),
+        (asking(max_tokens=6, off=True), 6),
         ({"of_another_plugin": 1}, None),
     ],
 )
@@ -257,11 +259,19 @@ def test_the_engine_s_config_has_the_terms_of_those_who_ask_for_nothing(
     batch = [
         Request(0, THINKS, 9),
         Request(1, THINKS, 9, asking(price=NEVER)),
-        # Against the engine's max_tokens: a request's own terms win.
+        # Against the engine's max_tokens: its cap holds.
         Request(2, THINKS, 16, asking(min_tokens=11)),
+        Request(3, THINKS, 16, asking(max_tokens=12, price=0)),
+        Request(4, THINKS, 16, asking(off=True)),
     ]
     engine(vllm, head_of(), tmp_path, dull, price=ALWAYS, max_tokens=10).run(batch)
-    assert [CLOSE in r.output and r.output.index(CLOSE) - 1 for r in batch] == [4, False, 12]
+    assert [CLOSE in r.output and r.output.index(CLOSE) - 1 for r in batch] == [
+        4,
+        False,
+        10,
+        10,
+        10,
+    ]
 
 
 @pytest.mark.parametrize("engine", [V1Engine, V2Engine])
@@ -609,6 +619,6 @@ def test_a_vllm_without_the_second_runner_will_do(tmp_path: Path) -> None:
 def test_without_vllm_the_import_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("vllm", "vllm.tokenizers"):
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "haltwise.vllm", raising=False)
+    forget_plugin()
     with pytest.raises(ImportError, match="vllm"):
         import_module("haltwise.vllm")

@@ -1,0 +1,90 @@
+"""How an LM's token ids are read: thoughts, and the answers that are forced from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from haltwise.errors import InputError
+from haltwise.policy.answers import READERS
+from haltwise.policy.halting import MEAN_LOGPROB, Halting
+from haltwise.session.forced_answer import ForcedAnswer, Probe
+from haltwise.session.thought import PointRules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BOX = r"\boxed{"
+
+
+class TokenRules(PointRules):
+    """How thoughts are read from an LM's tokens, and how they are closed.
+
+    Args:
+        tokenizer: The LM's.
+        halting: Has the decision rule, the markers, the close text, and how answers end and are
+            read.
+
+    Raises:
+        InputError: If the decision or confidence rule cannot be run, or a text that closes a
+            thought has no tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, halting: Halting) -> None:
+        """Encodes the texts that close a thought."""
+        super().__init__(halting)
+        if halting.confidence_rule != MEAN_LOGPROB:
+            raise InputError(
+                f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
+            )
+        self.tokenizer = tokenizer
+        self.close_ids = self._encode(halting.close_text)
+        if not (self.think_end or tokenizer.eos_token):
+            raise InputError(
+                "the tokenizer has no eos_token: expected one, for an LM that reasons in the open"
+            )
+        #: The token with which the LM itself begins to close a thought.
+        self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
+        #: Reads an answer from a text.
+        self.read_answer = READERS[halting.answer_rule]
+        self._answer_end = halting.answer_end
+        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
+        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
+        self._texts: dict[int, str] = {}
+
+    def token_text(self, token: int) -> str:
+        """Returns the text of one token id, special or not."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
+        return text
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Returns the text of some token ids."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    def read(self, answer: ForcedAnswer) -> Probe:
+        """Reads a forced answer from its tokens, in the box that the close text opens."""
+        text = self.decode(answer.tokens)
+        text = self._opening + text if text.strip() else ""
+        return Probe(**vars(answer), text=text, answer=self.read_answer(text))
+
+    def is_complete(self, tokens: Sequence[int]) -> bool:
+        """Returns whether a forced answer has come to the text that ends it."""
+        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        if not tokens:
+            raise InputError(f"close text {text!r} has no tokens: nothing to close")
+        return tokens
+
+
+def _ends(answer: str, end: str) -> bool:
+    """Returns whether an end text is in an answer, outside of the braces that the answer opens."""
+    depth, text = 0, answer.lstrip()
+    for i, letter in enumerate(text):
+        if not depth and text.startswith(end, i):
+            return True
+        depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
+    return False

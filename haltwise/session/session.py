@@ -1,0 +1,267 @@
+"""Halting: the one place where it is decided, whatever runs the LM.
+
+    join  ->  Thought.add (every token)  ->  decide (where the thought waits)  ->  finish
+
+An adapter delivers tokens and signals, and forces what closes a thought; all else is here.
+
+Shapes: R rows, B of them in a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from haltwise.errors import InputError
+from haltwise.policy.head import HaltHead
+from haltwise.policy.signals import Index, Signals
+from haltwise.session.control import ConstantControl, Control
+from haltwise.session.monitor import Bools, HaltMonitor
+from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.terms import Terms
+from haltwise.session.thought import NEVER, Thought
+
+log = logging.getLogger("haltwise")
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunningRequest:
+    """A request in one row of a session."""
+
+    request: Request
+    """As it was asked."""
+    terms: Terms
+    """On which it began."""
+    thought: Thought
+    """How far it has come."""
+    price: float
+    """At the newest decision point, in exact match per 1,000 tokens."""
+    watched: bool
+    """Whether the head is to decide about it, as long as there is something to decide."""
+    decided_at: int | None = None
+    """Position at which it was to be halted; None so far."""
+    halted: bool = False
+    """Whether its thought is being closed, or has been, for the LM."""
+    capped: bool = False
+    """Whether it was to be halted because of its cap, and not by the head."""
+    answer: str = ""
+    """The forced answer that stands for the LM's own, if there is one."""
+    num_probe_tokens: int = 0
+    """Tokens generated to look at answers."""
+    num_bad_probes: int = 0
+    """Forced answers that made no sense."""
+    released: bool = False
+    """Whether it was left to its LM for good."""
+    fallback: str = ""
+    """Why it was left to its LM although it was to be halted, if it was."""
+
+
+class Session:
+    """Decides about the thoughts of R rows.
+
+    Rows are independent. A request joins a row and runs until it is finished. Where its thought
+    waits, `decide` tells whether it is halted. The head halts no request at a price of 0, before
+    `min_tokens`, or on signals that are missing or not finite; the cap halts any thought that has
+    begun.
+
+    Args:
+        head: The policy.
+        num_rows: R.
+        control: Sets terms and prices; by default each request's own are constant.
+    """
+
+    def __init__(self, head: HaltHead, num_rows: int, control: Control | None = None) -> None:
+        """Starts without a request."""
+        self.head = head
+        self.control = control or ConstantControl()
+        #: The requests that run, by row.
+        self.running: dict[int, RunningRequest] = {}
+        #: (R,) whether the head may still halt the row.
+        self.watched: Bools = np.zeros(num_rows, dtype=np.bool_)
+        #: (R,) whether the head or the cap may still halt the row.
+        self.open: Bools = np.zeros(num_rows, dtype=np.bool_)
+        #: (R,) tokens of the row before which there is nothing to decide.
+        self.next_look: Index = np.full(num_rows, NEVER)
+        #: Decision points so far with signals that were missing or not finite.
+        self.num_bad_signals = 0
+        self._monitor = HaltMonitor(head, num_rows)
+
+    def join(self, row: int, request: Request, thought: Thought) -> bool:
+        """Gives a row to a request; returns whether anything can halt it.
+
+        Args:
+            row: If another request runs there, that one is finished.
+            request: What is asked.
+            thought: Without a token so far.
+        """
+        if row in self.running:
+            self.finish(row)
+        never = replace(request.terms, price=0.0)
+        terms = _guarded(never, self.control.terms, request)
+        thought.cap = terms.max_tokens
+        self._monitor.reset(np.array([row]), terms)
+        watched = terms.price > 0 or self.control.moves_prices
+        self.running[row] = RunningRequest(request, terms, thought, terms.price, watched)
+        self.look(row)
+        return bool(self.open[row])
+
+    def look(self, row: int) -> None:
+        """Takes in that a row's thought has come further than at the latest look."""
+        running = self.running[row]
+        thought = running.thought
+        goes_on = not (running.halted or running.released or thought.is_over)
+        self.watched[row] = goes_on and running.watched
+        self.open[row] = goes_on and (running.watched or thought.cap is not None)
+        self.next_look[row] = thought.next_look if self.open[row] else NEVER
+
+    def points(self, rows: Iterable[int]) -> Index:
+        """Returns those of some rows that are at a decision point of which the head is asked."""
+        running = self.running
+        at_point = [r for r in rows if self.watched[r] and running[r].thought.at_point]
+        return np.array(at_point, dtype=np.int64)
+
+    def waiting(self, rows: Iterable[int]) -> list[int]:
+        """Returns those of some rows that `decide` is to be asked about."""
+        return [r for r in rows if self._waits(r)]
+
+    def _waits(self, row: int) -> bool:
+        thought = self.running[row].thought
+        return bool((self.watched[row] and thought.at_point) or (self.open[row] and thought.at_cap))
+
+    def decide(self, rows: Sequence[int], signals: Signals | None = None) -> list[int]:
+        """Decides about rows whose thoughts wait.
+
+        Args:
+            rows: Each at most once; the others among them are left as they are.
+            signals: Those of `points(rows)`, in that order; None if there are none.
+
+        Returns:
+            Those that are halted now: the caller closes their thoughts, or calls `release`.
+        """
+        points = self.points(rows)
+        halts = set()
+        if len(points):
+            assert signals is not None
+            self._monitor.price[points] = [self._price(row) for row in points.tolist()]
+            num_before = self._monitor.num_bad_signals[points].sum()
+            halts = set(points[self._monitor.observe(signals, points)].tolist())
+            num_now = self._monitor.num_bad_signals[points].sum()
+            self.num_bad_signals += int(num_now - num_before)
+        halted = [row for row in self.waiting(rows) if row in halts or self._at_cap(row)]
+        for row in halted:
+            running = self.running[row]
+            running.halted, running.capped = True, running.thought.at_cap
+            running.decided_at = running.thought.position
+        for row in rows:
+            self.look(row)
+        return halted
+
+    def _at_cap(self, row: int) -> bool:
+        return self.running[row].thought.at_cap
+
+    def _price(self, row: int) -> float:
+        """Returns the price of a row at its decision point, 0 if the control fails."""
+        running = self.running[row]
+        running.price = _guarded(0.0, lambda: Terms(self.control.price(running)).price)
+        return running.price
+
+    def skip(self, row: int) -> None:
+        """Passes a decision point of a row, since what was seen there makes no sense."""
+        running = self.running[row]
+        running.num_bad_probes += 1
+        running.thought.at_point = False
+
+    def lose(self, row: int) -> None:
+        """Leaves a row to its LM and its cap: the head has not seen all of it."""
+        self.running[row].watched = False
+        self.look(row)
+
+    def undo(self, row: int) -> None:
+        """Takes back that a row is halted, which is tried again where its thought waits next."""
+        running = self.running[row]
+        running.halted, running.decided_at = False, None
+        self.look(row)
+
+    def release(self, row: int, fallback: str = "") -> None:
+        """Leaves a row to its LM for good, even one that was to be halted.
+
+        Args:
+            row: Nobody decides about it any more.
+            fallback: Why; empty if halting was never meant.
+        """
+        running = self.running[row]
+        running.halted, running.released, running.fallback = False, True, fallback
+        self.look(row)
+
+    def report(self, row: int) -> ThoughtReport:
+        """Returns what has happened to a row so far."""
+        one = self.running[row]
+        reason = one.thought.why_ended()
+        if one.halted:
+            reason = "capped" if one.capped else "halted"
+        at = one.decided_at if one.halted and one.decided_at is not None else one.thought.position
+        num_bad = int(self._monitor.num_bad_signals[row]) + one.num_bad_probes
+        return ThoughtReport(
+            one.request,
+            one.price,
+            reason,
+            at,
+            one.thought.num_points,
+            one.answer,
+            one.num_probe_tokens,
+            num_bad,
+            one.decided_at,
+            one.fallback,
+        )
+
+    def finish(self, row: int) -> ThoughtReport:
+        """Frees a row; returns what has happened, after the control has been told."""
+        report = self.report(row)
+        del self.running[row]
+        self.watched[row] = self.open[row] = False
+        self.next_look[row] = NEVER
+        _guarded(None, self.control.finished, report)
+        return report
+
+
+def requests_of(
+    head: HaltHead, num_rows: int, price: Any, min_tokens: Any, max_tokens: Any
+) -> list[Request]:
+    """Returns the requests of the rows of a batch.
+
+    Args:
+        head: Its default price stands for a price of None.
+        num_rows: R.
+        price: One, or one a row; the others too.
+        min_tokens: See `Terms`.
+        max_tokens: See `Terms`.
+
+    Raises:
+        InputError: If there are more or fewer than rows, or a value makes no sense.
+    """
+    price = head.config.default_price if price is None else price
+    columns = []
+    for name, value in (("price", price), ("min_tokens", min_tokens), ("max_tokens", max_tokens)):
+        column = np.asarray(value, dtype=object)
+        if column.shape not in ((), (num_rows,)):
+            raise InputError(
+                f"{column.size} values of {name} for {num_rows} rows, expected one, or one a row"
+            )
+        columns.append(np.broadcast_to(column, num_rows).tolist())
+    terms = [Terms(*values) for values in zip(*columns, strict=True)]
+    return [Request(term, {"row": row}) for row, term in enumerate(terms)]
+
+
+def _guarded(otherwise: T, call: Callable[..., T], *about: Any) -> T:
+    """Returns what a control says, or something else if it fails."""
+    try:
+        return call(*about)
+    except Exception:
+        log.exception("the control failed: nothing is halted")
+        return otherwise

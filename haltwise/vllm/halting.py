@@ -1,0 +1,263 @@
+"""Requests in the slots of a vLLM engine: what they show, and how their thoughts are closed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.features import signals_of
+from haltwise.policy.head import HaltHead
+from haltwise.policy.signals import Index
+from haltwise.session.control import Control
+from haltwise.session.monitor import Bools
+from haltwise.session.report import Request
+from haltwise.session.session import Session
+from haltwise.session.thought import NEVER, Thought
+from haltwise.vllm.step import SlotSource, StepRows, on_device
+
+# Under vLLM's own logger: it is the one that vLLM shows.
+_log = logging.getLogger("vllm.haltwise")
+
+
+@dataclass
+class HaltCounts:
+    """What has happened since the start, in this process."""
+
+    num_requests: int = 0
+    """Requests that could be halted."""
+    num_halted: int = 0
+    """Thoughts that the head closed."""
+    num_capped: int = 0
+    """Thoughts that reached their `max_tokens`."""
+    num_bad_signals: int = 0
+    """Decision points with a signal that was not finite; the request went on."""
+    num_lost: int = 0
+    """Times that the head has not seen all tokens of a request, and decides no more about it."""
+
+
+class SlotHalting:
+    """Shows a session what requests in slots generate, and closes the thoughts that it halts.
+
+    Args:
+        head: The policy.
+        rules: How thoughts are read and closed.
+        num_slots: S.
+        vocab_size: V.
+        device: The LM's.
+        tells: Whether to log what happens.
+        control: Sets terms and prices.
+    """
+
+    def __init__(
+        self,
+        head: HaltHead,
+        rules: TokenRules,
+        num_slots: int,
+        vocab_size: int,
+        device: torch.device,
+        tells: bool,
+        control: Control,
+    ) -> None:
+        """Starts without a request."""
+        self._rules, self._device, self._tells = rules, device, tells
+        self._markers = _single_tokens(rules)
+        self._session = Session(head, num_slots, control)
+        signals = signals_of(head.config.observing.groups)
+        self._reducer = SignalReducer(rules, signals, num_slots, device)
+        self._close = torch.tensor(rules.close_ids, device=device)
+        self.counts = HaltCounts()
+        #: (S,) tokens generated at the newest row of each slot; -1 before the first.
+        self.num_tokens: Index = np.full(num_slots, -1)
+        # (S,) tokens after which the close text begins, or -1.
+        self._halted_at: Index = np.full(num_slots, -1)
+        # (S,) whether the thought is closed as soon as it begins, which the device sees by itself;
+        # and the tokens after which it did, where the device can see them.
+        self._armed: Bools = np.zeros(num_slots, dtype=np.bool_)
+        self._opened_at = torch.full((num_slots,), NEVER, device=device)
+        # (S,) whether something else than the close text came; (S, V) what the next token is
+        # drawn from.
+        self._strays = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        width = vocab_size if self._reducer.needs_logits else 0
+        self._logits = torch.zeros(num_slots, width, device=device)
+
+    def join(self, slot: int, request: Request) -> bool:
+        """Gives a slot to a new request; returns whether anything can halt that."""
+        self._reducer.reset(np.array([slot]))
+        self.num_tokens[slot] = self._halted_at[slot] = -1
+        self._armed[slot], self._opened_at[slot], self._strays[slot] = False, NEVER, False
+        return self._session.join(slot, request, Thought(self._rules))
+
+    @torch.inference_mode()
+    def step(self, rows: StepRows, source: SlotSource, logits: Tensor) -> None:
+        """Runs between the LM and the choice of its next tokens: may change logits (rows, V)."""
+        is_active = self._is_active(rows.slots)
+        self.num_tokens[rows.slots[~is_active]] = rows.num_tokens[~is_active]
+        rows = rows.only(is_active)
+        if len(rows.index):
+            self._take_in(rows)
+            self._decide(rows, source, logits)
+            self._keep(rows, logits)
+            self._force(rows, logits)
+
+    def _is_active(self, slots: Index) -> Bools:
+        """Returns which slots (B,) are watched or being closed."""
+        halted_at = self._halted_at[slots]
+        closing = (halted_at >= 0) & (self.num_tokens[slots] - halted_at < len(self._close))
+        active: Bools = self._session.open[slots] | closing
+        return active
+
+    def _take_in(self, rows: StepRows) -> None:
+        """Measures the newest tokens."""
+        before = self.num_tokens[rows.slots]
+        grown = rows.num_tokens == before + 1
+        self._lose(rows.slots[~grown & (rows.num_tokens != before) | ~rows.known])
+        for slot in rows.slots[~rows.known & self._session.open[rows.slots]].tolist():
+            self._session.release(slot)
+        self.num_tokens[rows.slots] = rows.num_tokens
+        self.counts.num_requests += int((grown & (before < 0)).sum())
+        is_measured = grown & (before >= 0) & self._session.watched[rows.slots]
+        measured = np.flatnonzero(is_measured)
+        if len(measured):
+            slots = rows.slots[measured]
+            led = self._logits[self._on(slots)]
+            newest = rows.newest[self._on(rows.index[measured])]
+            self._reducer.add(slots, led, newest.long())
+
+    def _decide(self, rows: StepRows, source: SlotSource, logits: Tensor) -> None:
+        """Lets the session decide about rows that may wait, and begins to close those it halts."""
+        session, num, every = self._session, rows.num_tokens, self._rules.every
+        due = session.open[rows.slots] & (num >= session.next_look[rows.slots])
+        if every:  # what is armed needs the host no more than anything else
+            due &= ~self._armed[rows.slots] | (num % every == 0)
+        looked = np.flatnonzero(due)
+        if not len(looked):
+            return
+        slots = rows.slots[looked]
+        self._catch_up(slots, num[looked], source)
+        signals, points = None, session.points(slots.tolist())
+        if len(points):
+            index = rows.index[looked[np.isin(slots, points)]]
+            thoughts = [session.running[slot].thought for slot in points.tolist()]
+            signals = self._reducer.read(points, thoughts, logits[self._on(index)])
+        for slot in session.decide(slots.tolist(), signals):
+            self._halt(slot)
+        self.counts.num_bad_signals = session.num_bad_signals
+        self._settle(slots)
+
+    def _catch_up(self, slots: Index, num_tokens: Index, source: SlotSource) -> None:
+        """Brings the thoughts of some slots up to their newest tokens, or to their cap."""
+        thoughts = [self._session.running[slot].thought for slot in slots.tolist()]
+        for slot, thought in zip(slots.tolist(), thoughts, strict=True):
+            if not thought.tokens:
+                thought.read_prompt(self._end_of_prompt(source.prompt(slot)))
+        starts = [thought.num_tokens for thought in thoughts]
+        spans = list(zip(slots.tolist(), starts, num_tokens.tolist(), strict=True))
+        armed, generated = self._armed[slots].tolist(), source.generated(spans)
+        for thought, tokens, is_armed in zip(thoughts, generated, armed, strict=True):
+            for token in tokens:
+                if not (is_armed and thought.at_cap):  # the device closes it from there on
+                    thought.add(token)
+
+    def _end_of_prompt(self, prompt: list[int]) -> str:
+        """Returns enough of a prompt's text to tell whether it ends in a thought."""
+        if not self._rules.think_start:
+            return ""
+        if len(self._markers) < 2:
+            return self._rules.decode(prompt, skip_special_tokens=False)
+        return next((self._markers[t] for t in reversed(prompt) if t in self._markers), "")
+
+    def _settle(self, slots: Index) -> None:
+        """Notes which of some slots are armed, and finishes those with nothing more to decide."""
+        starts = [token for token, text in self._markers.items() if text == self._rules.think_start]
+        for slot in slots.tolist():
+            thought = self._session.running[slot].thought
+            waits_to_open = thought.cap is not None and thought.num_tokens >= thought.cap
+            is_open = bool(self._session.open[slot])
+            self._armed[slot] = bool(starts) and is_open and waits_to_open and not thought.begun
+            if not is_open:
+                self._session.finish(slot)
+
+    def _halt(self, slot: int) -> None:
+        """Begins to close a thought."""
+        running = self._session.running[slot]
+        self._halted_at[slot] = running.thought.num_tokens
+        self.counts.num_capped += running.capped
+        self.counts.num_halted += not running.capped
+        if self._tells:
+            _log.info(
+                "haltwise %s a thought at %d tokens, decision point %d, price %g "
+                "(so far %d halted and %d capped, of %d requests)",
+                "capped" if running.capped else "halted",
+                running.thought.position,
+                running.thought.num_points,
+                running.price,
+                self.counts.num_halted,
+                self.counts.num_capped,
+                self.counts.num_requests,
+            )
+
+    def _keep(self, rows: StepRows, logits: Tensor) -> None:
+        """Keeps what the next tokens are drawn from, where they will be measured."""
+        kept = np.flatnonzero(self._session.watched[rows.slots])
+        if len(kept) and self._reducer.needs_logits:
+            self._logits[self._on(rows.slots[kept])] = logits[self._on(rows.index[kept])]
+
+    def _force(self, rows: StepRows, logits: Tensor) -> None:
+        """Lets nothing but the close text follow a halted thought.
+
+        Where its next token is comes from the number of tokens, never from what they are: those
+        that vLLM shows may be old. Nothing more is forced where another token came.
+        """
+        place, last = rows.num_tokens - self._halted_at[rows.slots], len(self._close) - 1
+        closing = (self._halted_at[rows.slots] >= 0) & (place >= 0) & (place <= last)
+        chosen = np.flatnonzero(closing | self._armed[rows.slots])
+        if not len(chosen):
+            return
+        slots, index = self._on(rows.slots[chosen]), self._on(rows.index[chosen])
+        newest, at = rows.newest[index], self._on(np.where(closing, place, -1)[chosen])
+        if self._armed[rows.slots].any():
+            at = torch.maximum(at, self._place_since_opened(rows, chosen, newest))
+        closes, at = (at >= 0) & (at <= last), at.clamp(0, last)
+        came = (at == 0) | (newest < 0) | (newest == self._close[at - 1])
+        self._strays[slots] |= closes & ~came
+        token = self._close[at]
+        own = logits[index, token]
+        forced = closes & ~self._strays[slots] & (own != -torch.inf)
+        logits[index] = torch.where(forced[:, None], -torch.inf, logits[index])
+        logits[index, token] = torch.where(forced, 0.0, own)
+
+    def _place_since_opened(self, rows: StepRows, chosen: Index, newest: Tensor) -> Tensor:
+        """Returns tokens (B,) since armed thoughts have begun, negative before: no host copy."""
+        armed = self._armed[rows.slots[chosen]]
+        start = next(t for t, text in self._markers.items() if text == self._rules.think_start)
+        slots, num = self._on(rows.slots[chosen]), self._on(rows.num_tokens[chosen])
+        opens = self._on(armed) & (newest == start)
+        self._opened_at[slots] = torch.where(
+            opens, torch.minimum(self._opened_at[slots], num), self._opened_at[slots]
+        )
+        return torch.where(self._on(armed), num - self._opened_at[slots], -1)
+
+    def _lose(self, slots: Index) -> None:
+        """Leaves the thoughts of some slots to the LM and their caps."""
+        for slot in slots[self._session.open[slots]].tolist():
+            self.counts.num_lost += int(self._session.watched[slot])
+            self._session.lose(slot)
+
+    def _on(self, index: Index | Bools) -> Tensor:
+        return on_device(self._device, index)
+
+
+def _single_tokens(rules: TokenRules) -> dict[int, str]:
+    """Returns the markers of a thought that are one token each."""
+    markers = {}
+    for text in (rules.think_start, rules.think_end):
+        tokens = rules.tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) == 1:
+            markers[tokens[0]] = text
+    return markers

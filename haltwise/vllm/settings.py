@@ -1,0 +1,103 @@
+"""What a vLLM engine's config says to haltwise, and whether the two fit each other."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from haltwise.engine.fingerprint import check_tokenizer
+from haltwise.engine.token_rules import TokenRules
+from haltwise.errors import InputError
+from haltwise.policy.features import signals_of
+from haltwise.policy.head import HaltHead
+from haltwise.session.control import Control, load_control
+from haltwise.session.terms import Terms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all requests of an engine have in common."""
+
+    head: HaltHead
+    """The policy."""
+    terms: Terms
+    """The terms of requests that ask for nothing."""
+    rules: TokenRules
+    """How thoughts are read and closed."""
+    control: Control
+    """Sets terms and prices."""
+
+
+def read_settings(vllm_config: Any) -> Settings:
+    """Reads what the engine's config says to haltwise.
+
+    Raises:
+        InputError: If there is no head, or the head does not fit this engine.
+    """
+    _check_engine(vllm_config)
+    terms = _stated(vllm_config.additional_config)
+    control = load_control(terms.pop("control", None))
+    folder = terms.pop("head", None) or os.environ.get("HALTWISE_HEAD")
+    if not folder:
+        raise InputError(
+            "no head: expected additional-config {'haltwise': {'head': FOLDER}}, or HALTWISE_HEAD"
+        )
+    head = HaltHead.load(folder)
+    _check_runnable(head)
+    try:
+        default = Terms.read(terms, Terms(head.config.default_price))
+    except InputError as error:
+        raise InputError(f"haltwise in additional-config: {error}") from None
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    if tokenizer is None:
+        raise InputError("the engine has no tokenizer: expected one, without skip_tokenizer_init")
+    check_tokenizer(head, tokenizer)
+    return Settings(head, default, TokenRules(tokenizer, head.config.halting), control)
+
+
+def _check_engine(vllm_config: Any) -> None:
+    if vllm_config.speculative_config is not None:
+        raise InputError("speculative decoding: expected none, a head decides token by token")
+    if getattr(vllm_config.model_config, "is_diffusion", False):
+        raise InputError("a diffusion LM: expected one that generates token by token")
+
+
+def _stated(additional_config: Any) -> dict[str, Any]:
+    """Returns what the engine's config says: the head's folder, a control, and terms."""
+    stated = additional_config.get("haltwise", {}) if isinstance(additional_config, dict) else {}
+    if not isinstance(stated, dict):
+        raise InputError(
+            f"haltwise in additional-config is {stated!r}, expected {{'head': FOLDER}}"
+        )
+    folder = stated.get("head", "FOLDER")
+    if not (isinstance(folder, str) and folder):
+        raise InputError(f"haltwise in additional-config: head is {folder!r}, expected text")
+    return dict(stated)
+
+
+def _check_runnable(head: HaltHead) -> None:
+    if head.config.halting.probing != "at_halt":
+        raise InputError("head probes always: expected at_halt, vLLM cannot try out answers")
+    if "hidden" in signals_of(head.config.observing.groups):
+        raise InputError("head has features 'hidden': expected none, vLLM does not show states")
+
+
+def check_tokens_are_shown(vllm_config: Any) -> None:
+    """Refuses a V1 engine that would show placeholders instead of the newest tokens."""
+    if vllm_config.scheduler_config.async_scheduling and not (
+        vllm_config.model_config.logits_processors
+    ):
+        raise InputError(
+            "loaded as a plugin, V1 with async scheduling hides the newest tokens: expected "
+            "--logits-processors haltwise.vllm:HaltProcessor, or --no-async-scheduling"
+        )
+
+
+def is_first(parallel_config: Any) -> bool:
+    """Whether this process is the first of those that sample the same requests: it logs."""
+    if getattr(parallel_config, "enable_batch_sharded_sampling", False):
+        return True  # each process samples its own
+    return bool(parallel_config.rank % parallel_config.tensor_parallel_size == 0)
