@@ -8,13 +8,17 @@ from haltwise.policy.halting import MEAN_LOGPROB, DecisionRule, Halting
 from haltwise.policy.head import HaltHead, HeadConfig, Observing
 from haltwise.policy.projection import Projection
 from haltwise.policy.signals import Signals, answer_keys
+from haltwise.session.control import Control
 from haltwise.session.monitor import HaltMonitor
+from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.session import RunningRequest, Session
 from haltwise.session.terms import Terms
 
 __all__ = [
     "FEATURE_GROUPS",
     "MEAN_LOGPROB",
     "Certificate",
+    "Control",
     "DecisionRule",
     "Explanation",
     "FeatureState",
@@ -25,8 +29,12 @@ __all__ = [
     "InputError",
     "Observing",
     "Projection",
+    "Request",
+    "RunningRequest",
+    "Session",
     "Signals",
     "Terms",
+    "ThoughtReport",
     "answer_keys",
     "explain",
     "feature_names",

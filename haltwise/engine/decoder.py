@@ -230,7 +230,7 @@ class Decoder:
     def _num_ahead(self, generation: Generation) -> int:
         """Returns the tokens of a burst at most, as far as is known before it."""
         thought, num = generation.thought, generation.thought.num_tokens
-        return min(self._burst, self.max_tokens - num, thought.next_look - num)
+        return min(self._burst, self.max_tokens - num, thought.next_look() - num)
 
     def _run(self, slots: Index, generations: Sequence[Generation], num: int) -> None:
         """The next tokens of slots (B,) in one burst; nobody looks at what follows an end."""

@@ -22,7 +22,7 @@ class Request:
     in the proxy."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ThoughtReport:
     """What happened to the thought of one request."""
 
@@ -30,9 +30,9 @@ class ThoughtReport:
     """The request, as it was asked; reports of other requests may be equal."""
     price: float
     """The newest price, in exact match per 1,000 tokens."""
-    reason: Reason
+    reason: Reason = "cut off"
     """Why the thought ended."""
-    position: int
+    position: int = 0
     """Tokens of the thought."""
     num_points: int = 0
     """Decision points of the thought."""

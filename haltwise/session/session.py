@@ -34,32 +34,16 @@ T = TypeVar("T")
 class RunningRequest:
     """A request in one row of a session."""
 
-    request: Request
-    """As it was asked."""
     terms: Terms
-    """On which it began."""
+    """The terms on which it began."""
     thought: Thought
     """How far it has come."""
-    price: float
-    """At the newest decision point, in exact match per 1,000 tokens."""
+    report: ThoughtReport
+    """What has happened to it; position and end are filled in by `Session.report`."""
     watched: bool
     """Whether the head is to decide about it, as long as there is something to decide."""
-    decided_at: int | None = None
-    """Position at which it was to be halted; None so far."""
-    halted: bool = False
-    """Whether its thought is being closed, or has been, for the LM."""
-    capped: bool = False
-    """Whether it was to be halted because of its cap, and not by the head."""
-    answer: str = ""
-    """The forced answer that stands for the LM's own, if there is one."""
-    num_probe_tokens: int = 0
-    """Tokens generated to look at answers."""
-    num_bad_probes: int = 0
-    """Forced answers that made no sense."""
     released: bool = False
     """Whether it was left to its LM for good."""
-    fallback: str = ""
-    """Why it was left to its LM although it was to be halted, if it was."""
 
 
 class Session:
@@ -107,7 +91,8 @@ class Session:
         thought.cap = terms.max_tokens
         self._monitor.reset(np.array([row]), terms)
         watched = terms.price > 0 or self.control.moves_prices
-        self.running[row] = RunningRequest(request, terms, thought, terms.price, watched)
+        report = ThoughtReport(request, terms.price)
+        self.running[row] = RunningRequest(terms, thought, report, watched)
         self.look(row)
         return bool(self.open[row])
 
@@ -115,10 +100,11 @@ class Session:
         """Takes in that a row's thought has come further than at the latest look."""
         running = self.running[row]
         thought = running.thought
-        goes_on = not (running.halted or running.released or thought.is_over)
+        goes_on = not (running.report.halted or running.released or thought.is_over)
         self.watched[row] = goes_on and running.watched
         self.open[row] = goes_on and (running.watched or thought.cap is not None)
-        self.next_look[row] = thought.next_look if self.open[row] else NEVER
+        look = thought.next_look(bool(self.watched[row]))
+        self.next_look[row] = look if self.open[row] else NEVER
 
     def points(self, rows: Iterable[int]) -> Index:
         """Returns those of some rows that are at a decision point of which the head is asked."""
@@ -153,28 +139,28 @@ class Session:
             halts = set(points[self._monitor.observe(signals, points)].tolist())
             num_now = self._monitor.num_bad_signals[points].sum()
             self.num_bad_signals += int(num_now - num_before)
-        halted = [row for row in self.waiting(rows) if row in halts or self._at_cap(row)]
-        for row in halted:
-            running = self.running[row]
-            running.halted, running.capped = True, running.thought.at_cap
-            running.decided_at = running.thought.position
+        halted = []
         for row in rows:
+            thought, report = self.running[row].thought, self.running[row].report
+            capped = bool(self.open[row]) and thought.at_cap
+            if capped or row in halts:
+                report.reason = "capped" if capped else "halted"
+                report.decided_at = thought.position
+                halted.append(row)
             self.look(row)
         return halted
-
-    def _at_cap(self, row: int) -> bool:
-        return self.running[row].thought.at_cap
 
     def _price(self, row: int) -> float:
         """Returns the price of a row at its decision point, 0 if the control fails."""
         running = self.running[row]
-        running.price = _guarded(0.0, lambda: Terms(self.control.price(running)).price)
-        return running.price
+        price = _guarded(0.0, lambda: Terms(self.control.price(running)).price)
+        running.report.price = price
+        return price
 
     def skip(self, row: int) -> None:
         """Passes a decision point of a row, since what was seen there makes no sense."""
         running = self.running[row]
-        running.num_bad_probes += 1
+        running.report.num_bad_signals += 1
         running.thought.at_point = False
 
     def lose(self, row: int) -> None:
@@ -184,8 +170,8 @@ class Session:
 
     def undo(self, row: int) -> None:
         """Takes back that a row is halted, which is tried again where its thought waits next."""
-        running = self.running[row]
-        running.halted, running.decided_at = False, None
+        report = self.running[row].report
+        report.reason, report.decided_at = "cut off", None
         self.look(row)
 
     def release(self, row: int, fallback: str = "") -> None:
@@ -196,28 +182,20 @@ class Session:
             fallback: Why; empty if halting was never meant.
         """
         running = self.running[row]
-        running.halted, running.released, running.fallback = False, True, fallback
+        running.released, running.report.fallback = True, fallback
+        running.report.reason = "cut off"
         self.look(row)
 
     def report(self, row: int) -> ThoughtReport:
         """Returns what has happened to a row so far."""
-        one = self.running[row]
-        reason = one.thought.why_ended()
-        if one.halted:
-            reason = "capped" if one.capped else "halted"
-        at = one.decided_at if one.halted and one.decided_at is not None else one.thought.position
-        num_bad = int(self._monitor.num_bad_signals[row]) + one.num_bad_probes
-        return ThoughtReport(
-            one.request,
-            one.price,
-            reason,
-            at,
-            one.thought.num_points,
-            one.answer,
-            one.num_probe_tokens,
-            num_bad,
-            one.decided_at,
-            one.fallback,
+        thought, report = self.running[row].thought, self.running[row].report
+        at = report.decided_at if report.halted else None
+        return replace(
+            report,
+            reason=report.reason if report.halted else thought.why_ended(),
+            position=thought.position if at is None else at,
+            num_points=thought.num_points,
+            num_bad_signals=report.num_bad_signals + int(self._monitor.num_bad_signals[row]),
         )
 
     def finish(self, row: int) -> ThoughtReport:

@@ -120,13 +120,18 @@ class Thought:
         """Whether it is to be decided how the thought goes on."""
         return self.at_point or self.at_cap
 
-    @property
-    def next_look(self) -> int:
-        """Tokens, more than there are, before which the thought surely has nothing to decide."""
-        num, every = self.num_tokens, self._rules.every
+    def next_look(self, at_points: bool = True) -> int:
+        """Returns the tokens, more than there are, before which there is nothing to decide.
+
+        Args:
+            at_points: Whether anything is to be decided at decision points, or only at the cap.
+        """
+        num, look = self.num_tokens, NEVER
         if self.is_over:
             return NEVER
-        look = num + 1 if every is None else (num // every + 1) * every
+        if at_points:
+            every = self._rules.every
+            look = num + 1 if every is None else (num // every + 1) * every
         return look if self.cap is None else min(look, max(self.cap, num + 1))
 
     def add(self, token: Any) -> None:

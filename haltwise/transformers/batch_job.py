@@ -150,7 +150,7 @@ class _Job:
         """Forces the answers of some slots."""
         probes = self._decoder.force(np.array(slots, dtype=np.int64))
         for slot, probe in zip(slots, probes, strict=True):
-            self._session.running[slot].num_probe_tokens += probe.num_tokens
+            self._session.running[slot].report.num_probe_tokens += probe.num_tokens
         return dict(zip(slots, probes, strict=True))
 
     def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
@@ -158,8 +158,8 @@ class _Job:
         decoder, running = self._decoder, self._session.running[slot]
         ids = list(running.thought.tokens)
         if probe:
-            running.answer = probe.answer
+            running.report.answer = probe.answer
             ids.extend([*decoder.rules.close_ids, *probe.tokens, decoder.eos_ids[0]])
-        index = running.request.about["prompt"]
+        index = running.report.request.about["prompt"]
         report = self._session.finish(slot)
         return BatchAnswer(index, ids[: decoder.max_tokens], report)

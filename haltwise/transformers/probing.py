@@ -163,7 +163,7 @@ class _Batch(LogitsProcessor):
     def is_known(self) -> bool:
         """Whether what follows needs no LM in any row."""
         running = self.session.running.values()
-        return all(one.thought.ended or one.halted for one in running)
+        return all(one.thought.ended or one.report.halted for one in running)
 
     def see(self, logits: Tensor) -> None:
         """Keeps what the LM itself gives (B, V), before anything is done to it."""
@@ -211,7 +211,7 @@ class _Batch(LogitsProcessor):
             self.session.undo(row)
             return
         self.thoughts[row].closed = True
-        self.session.running[row].answer = probe.answer
+        self.session.running[row].report.answer = probe.answer
         self.pending[row].extend([*self.rules.close_ids, *probe.tokens, self.eos_ids[0]])
 
     def probe(self, rows: Sequence[int]) -> dict[int, Probe]:
@@ -225,7 +225,7 @@ class _Batch(LogitsProcessor):
         )
         sound = {}
         for row, answer in zip(rows, answers, strict=True):
-            self.session.running[row].num_probe_tokens += answer.num_tokens
+            self.session.running[row].report.num_probe_tokens += answer.num_tokens
             if np.isfinite(answer.logprobs).all():
                 sound[row] = self.rules.read(answer)
             else:

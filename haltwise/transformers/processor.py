@@ -111,6 +111,8 @@ class HaltProcessor(LogitsProcessor):
         self._newest = input_ids
         if self._session.open.any():
             self._look(input_ids, scores)
+        else:
+            self._passes.close()
         return force_next(scores, self._pending)
 
     @property
@@ -156,8 +158,6 @@ class HaltProcessor(LogitsProcessor):
         if num and num >= self._session.next_look.min():
             self._read(input_ids)
             self._decide(logits, hidden)
-            if not self._session.open.any():
-                self._passes.close()
 
     def _read(self, input_ids: LongTensor) -> None:
         """Brings the thoughts up to the newest tokens (R, T): one copy to the host."""

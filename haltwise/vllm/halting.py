@@ -187,16 +187,17 @@ class SlotHalting:
         """Begins to close a thought."""
         running = self._session.running[slot]
         self._halted_at[slot] = running.thought.num_tokens
-        self.counts.num_capped += running.capped
-        self.counts.num_halted += not running.capped
+        capped = running.report.reason == "capped"
+        self.counts.num_capped += capped
+        self.counts.num_halted += not capped
         if self._tells:
             _log.info(
                 "haltwise %s a thought at %d tokens, decision point %d, price %g "
                 "(so far %d halted and %d capped, of %d requests)",
-                "capped" if running.capped else "halted",
+                running.report.reason,
                 running.thought.position,
                 running.thought.num_points,
-                running.price,
+                running.report.price,
                 self.counts.num_halted,
                 self.counts.num_capped,
                 self.counts.num_requests,

@@ -12,6 +12,7 @@ from haltwise import HaltHead, InputError
 from haltwise.engine.fingerprint import tokenizer_fingerprint
 from haltwise.session.report import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, hub
+from tests.families import qwen3_like
 from tests.tiny_lm import tiny_lm
 from tests.transformers.hf_cases import ALWAYS, NEVER, TOKENIZER, blind_head, generate, head
 
@@ -49,6 +50,19 @@ def test_a_folder_runs_its_head_inside_generate(policy: HaltHead, tmp_path: Path
     # At the head's own price, and with a processor of the caller's.
     plain = generate(model, repetition_penalty=1.2)
     assert torch.equal(run_repository(model, str(folder), repetition_penalty=1.2), plain)
+
+
+@pytest.mark.parametrize("policy", [head(), blind_head()], ids=["probing", "blind"])
+def test_a_repository_stops_at_strings(policy: HaltHead, tmp_path: Path) -> None:
+    family = qwen3_like()
+    hub.export(policy, tmp_path)
+    inputs = family.tokenizer(["one <think>"], return_tensors="pt")
+    stops: dict[str, Any] = {"tokenizer": family.tokenizer, "stop_strings": ["0"]}
+    plain = family.model.generate(**inputs, **stops, max_new_tokens=60, do_sample=False)
+    assert family.tokenizer.decode(plain[0]).count("0") == 1
+    mine = {"custom_generate": str(tmp_path), "trust_remote_code": True, "price": 0}
+    out = family.model.generate(**inputs, **stops, **mine, max_new_tokens=60, do_sample=False)
+    assert torch.equal(out, plain)
 
 
 def test_a_repository_of_the_hub_finds_its_own_head(

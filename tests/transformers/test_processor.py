@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -133,6 +135,33 @@ def test_a_thought_that_the_lm_opens_begins_there() -> None:
     assert looking.report[0].reason == "capped"
 
 
+def test_a_thought_that_opens_behind_its_cap_is_closed_where_it_opens() -> None:
+    said = {IDS["4"]: IDS["<think>"], IDS["<think>"]: IDS["."], IDS["."]: IDS["."]}
+    model = ScriptedLM(lambda token, _: said.get(token, token + 1))
+    for rule in ("every 16 tokens", "every 4 tokens", "after 1"):
+        looking = processor(model, blind_head(rule), price=ALWAYS, max_tokens=3)
+        out = generate(model, ["0"], logits_processor=[looking], max_new_tokens=12)
+        assert TOKENIZER.decode(out[0, 1:7]) == "1 2 3 4 <think> </think>"
+        assert (looking.report[0].reason, looking.report[0].position) == ("capped", 5)
+
+
+def test_calls_in_other_threads_do_not_disturb_a_processor() -> None:
+    model, inputs = tiny_lm(seed=3), TOKENIZER(PROMPTS, return_tensors="pt", padding=True)
+    policy = picky_head(1, (*BLIND, "hidden"))
+
+    def run(price: float, ready: Barrier) -> Any:
+        looking = processor(model, policy, price=price)
+        ready.wait()
+        arguments: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False}
+        out = model.generate(**inputs, **arguments, logits_processor=[looking])
+        return out.tolist(), looking.report
+
+    prices = [NEVER, ALWAYS]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(run, prices, [Barrier(2)] * 2))
+    assert together == [run(price, Barrier(1)) for price in prices]
+
+
 def test_a_rule_without_positions_is_looked_up_token_by_token() -> None:
     model = ScriptedLM(script(p4="wait", p8="wait"))
     looking = processor(model, blind_head("after ai"), price=ALWAYS, min_tokens=5)
@@ -232,11 +261,8 @@ def test_logits_that_are_not_numbers_halt_nothing() -> None:
     looking = processor(model, price=[ALWAYS, 0.0, ALWAYS])
     out = generate(model, **arguments, logits_processor=[Mend(), looking])
     assert torch.equal(out, plain)
-    assert [row.num_bad_signals for row in looking.report] == [
-        3,
-        0,
-        3,
-    ]  # at a price of 0 nobody looks
+    # At a price of 0 nobody looks.
+    assert [row.num_bad_signals for row in looking.report] == [3, 0, 3]
     looking = processor(model, price=ALWAYS, max_tokens=10)
     generate(model, **arguments, logits_processor=[Mend(), looking])
     assert [row.reason for row in looking.report] == ["capped"] * 3
@@ -283,7 +309,9 @@ def test_the_lm_is_left_without_a_mark() -> None:
     assert hooks() == 2
     generate(model, logits_processor=[looking])
     assert hooks() == 0  # since no thought is open any more
-    looking = processor(model, policy, price=0)
+    generate(model, max_new_tokens=2, logits_processor=[processor(model, policy, price=0)])
+    assert hooks() == 0  # since nothing can halt
+    looking = processor(model, policy, min_tokens=100)
     generate(model, **OPEN_END, max_new_tokens=6, logits_processor=[looking])
     assert hooks() == 2
     del looking

@@ -175,7 +175,7 @@ def requests(draw: st.DrawFn) -> list[Request]:
         if draw(st.booleans()):
             asked["min_tokens"] = draw(st.integers(0, 12))
         if draw(st.booleans()):
-            asked["max_tokens"] = draw(st.integers(13, 25))
+            asked["max_tokens"] = draw(st.integers(max(asked.get("min_tokens", 0), 1), 25))
         if draw(st.integers(0, 5)) == 0:
             asked["off"] = "true"
         made.append(Request(name, [IDS["5"], *marks], draw(st.integers(1, 40)), asked))
@@ -272,6 +272,22 @@ def test_the_engine_s_config_has_the_terms_of_those_who_ask_for_nothing(
         10,
         10,
     ]
+
+
+@pytest.mark.parametrize("asked", [{}, asking(max_tokens=8)], ids=["no cap", "a cap"])
+def test_a_thought_that_never_opens_is_looked_at_no_oftener_with_a_cap(
+    vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]
+) -> None:
+    reads: list[Any] = []
+    engine = v2_engine(vllm, head_of(), tmp_path, dull)
+    slots = engine.processor._slots
+    generated = slots.generated
+    monkeypatch.setattr(slots, "generated", lambda spans: reads.append(1) or generated(spans))
+    request = Request(0, [IDS["5"]], 90, asked)
+    engine.run([request])
+    # A point every 4 tokens; from the 64th on it is known that there is no thought.
+    assert len(reads) == 64 / 4
+    assert request.output == [IDS["wait"]] * 90
 
 
 @pytest.mark.parametrize("engine", [V1Engine, V2Engine])
