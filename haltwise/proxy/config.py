@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from haltwise.errors import InputError
 from haltwise.session.terms import Terms
 
-Kind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
+ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ServeConfig:
     """Folder of a head trained with --probing at_halt and --groups pace distribution reflection."""
     upstream: str = "http://127.0.0.1:8080"
     """Where the LM's own server listens."""
-    kind: Kind = "auto"
+    kind: ServerKind = "auto"
     """Of that server; auto asks it."""
     host: str = "127.0.0.1"
     """Where to listen; another one than loopback is open to the network."""
@@ -111,7 +111,7 @@ class ServeConfig:
         return Terms(price, self.min_thinking_tokens, self.max_thinking_tokens)
 
 
-class Keys:
+class APIKeys:
     """The API keys that are let in, each with its terms; only their digests are kept.
 
     Args:

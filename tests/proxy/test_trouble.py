@@ -12,8 +12,9 @@ from typing import Any
 import openai
 import pytest
 
-from haltwise.proxy import relay, upstream
-from haltwise.proxy.legs import Leg
+from haltwise.proxy import second_leg, upstream
+from haltwise.proxy.legs import UpstreamLeg
+from haltwise.proxy.lm_server import VllmServer
 from haltwise.session.stream import Watcher
 from tests.proxy.fake_upstream import Kind, Plan
 from tests.proxy.proxies import (
@@ -270,7 +271,7 @@ def test_if_the_second_leg_is_silent_the_first_one_goes_on(
 def test_a_second_leg_that_waits_for_the_first_to_end_is_too_late(
     pairs: Pairs, plan: Plan, chat: bool, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "_SOON", 0.0)
+    monkeypatch.setattr(second_leg, "_SOON", 0.0)
     pair = pairs("vllm", fake={"num_slots": 1}, read_timeout=20.0)
     plan = replace(plan, trouble="hangs", legs=(2,))
     counted = pair.proxy.metric("haltwise_fallbacks_total", reason="late")
@@ -290,10 +291,8 @@ def test_what_a_server_does_not_tell_in_time_is_not_waited_for(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(upstream, "_CALL_TIMEOUT", 0.1)
-    monkeypatch.setattr(
-        upstream.Vllm, "text_ids", lambda self, *_: self.upstream.call("/x", {}, [])
-    )
-    monkeypatch.setattr(Leg, "body", hang)
+    monkeypatch.setattr(VllmServer, "text_ids", lambda self, *_: self.upstream.call("/x", {}, []))
+    monkeypatch.setattr(UpstreamLeg, "body", hang)
     counted = pair.proxy.metric("haltwise_fallbacks_total", reason="timeout")
     assert is_unhalted(ask(pair.client, plan, chat), plan, chat)
     assert pair.proxy.metric("haltwise_fallbacks_total", reason="timeout") == counted + 1
