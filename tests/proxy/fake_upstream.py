@@ -685,7 +685,7 @@ class FakeUpstream:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = self._server.force_exit = True
-        self._thread.join(30)
+        self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:
