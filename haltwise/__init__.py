@@ -10,7 +10,7 @@ from haltwise.policy.projection import Projection
 from haltwise.policy.signals import Signals, answer_keys
 from haltwise.session.control import Control
 from haltwise.session.monitor import HaltMonitor
-from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.session import RunningRequest, Session
 from haltwise.session.terms import Terms
 
@@ -29,12 +29,12 @@ __all__ = [
     "InputError",
     "Observing",
     "Projection",
-    "Request",
     "RunningRequest",
     "Session",
     "Signals",
     "Terms",
     "ThoughtReport",
+    "ThoughtRequest",
     "answer_keys",
     "explain",
     "feature_names",

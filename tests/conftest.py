@@ -4,9 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, Observing
 from traces import Traces, read_traces, write_shard
+
+# How long an example takes says nothing about whether it holds.
+settings.register_profile("haltwise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("haltwise")
 
 Row = dict[str, Any]
 MakeTraces = Callable[..., Traces]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from haltwise import InputError, Request, Terms
+from haltwise import InputError, Terms, ThoughtRequest
 from haltwise.session.control import load_control
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import PointRules
@@ -102,7 +102,7 @@ def streamed(control: Any, num: int = 20) -> list[int]:
     """The tokens after which a streamed thought is to be closed."""
     policy = blind_head(groups=("pace", "distribution", "reflection"))
     rules = PointRules(policy.config.halting)
-    thought = StreamedThought(policy, rules, Request(Terms(ALWAYS)), "<think>", control)
+    thought = StreamedThought(policy, rules, ThoughtRequest(Terms(ALWAYS)), "<think>", control)
     closes = [thought.add("a ", -0.1, [-0.1, *[-5.0] * 19]) for _ in range(num)]
     thought.finish()
     return [i for i, closed in enumerate(closes, start=1) if closed]

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from haltwise import Request, RunningRequest, Terms, ThoughtReport
+from haltwise import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 
 HALTS_FROM = 12
 HIGH = 10.0
@@ -14,7 +14,7 @@ class RisingPrice:
     moves_prices = True
     reports: list[ThoughtReport] = []  # noqa: RUF012
 
-    def terms(self, request: Request) -> Terms:
+    def terms(self, request: ThoughtRequest) -> Terms:
         return replace(request.terms, price=0.0)
 
     def price(self, running: RunningRequest) -> float:

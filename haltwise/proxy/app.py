@@ -21,15 +21,18 @@ from starlette.types import Receive, Scope, Send
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead
-from haltwise.proxy.asked import Asked
-from haltwise.proxy.client import Client, GoneError, RawHeaders, RefusedError
-from haltwise.proxy.config import Keys, ServeConfig
-from haltwise.proxy.legs import Leg
+from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
+from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
+from haltwise.proxy.legs import UpstreamLeg
+from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.record import Record
-from haltwise.proxy.relay import Completion, Setting
-from haltwise.proxy.upstream import Server, Upstream, find_server
-from haltwise.proxy.wire import Event, Json, UpstreamError, error_body
+from haltwise.proxy.request_record import RequestRecord
+from haltwise.proxy.upstream import Upstream
+from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError, error_body
+from haltwise.session.control import Control, load_control
+from haltwise.session.report import ThoughtRequest
 from haltwise.session.stream import check_served
 from haltwise.session.terms import Terms
 from haltwise.session.thought import PointRules
@@ -55,12 +58,13 @@ class Proxy:
 
     Args:
         config: The settings.
+        control: Sets terms and prices, in place of the one that the settings name.
 
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
         """Reads the head and the keys."""
         self.config = config
         self.metrics = Metrics()
@@ -74,10 +78,16 @@ class Proxy:
             )
         self._rules = PointRules(self._halting)
         self._terms = config.terms(head.config.default_price)
-        self._setting = Setting(head, self.metrics, config.shadow, config.read_timeout)
-        self._keys = None if config.keys is None else Keys(config.keys, self._terms)
+        self._settings = CompletionSettings(
+            head,
+            control or load_control(config.control),
+            self.metrics,
+            config.shadow,
+            patience=config.read_timeout,
+        )
+        self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config)
-        self._server: Server | None = None
+        self._server: LMServer | None = None
         self._finding = anyio.Lock()
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
@@ -85,10 +95,10 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1."""
-        client = Client(scope, receive, send, self.config.send_timeout)
+        client = RequestingClient(scope, receive, send, self.config.send_timeout)
         posts = scope["method"] == "POST"
         endpoint = _ENDPOINTS.get(scope["path"], "other") if posts else "other"
-        record = Record(endpoint, self.metrics)
+        record = RequestRecord(endpoint, self.metrics)
         try:
             await self._answer(client, record)
         except RefusedError as error:
@@ -98,7 +108,7 @@ class Proxy:
             record.note_error(error)
             record.status = error.status
             await self._refuse(client, error.body, record, [])
-        except GoneError as error:
+        except ClientGoneError as error:
             record.outcome = error.kind
         except Exception:
             log.exception("a defect of the proxy")
@@ -106,20 +116,20 @@ class Proxy:
             await self._refuse(client, error_body("the proxy failed", "defect"), record, [])
         finally:
             record.close()
-        with suppress(GoneError):
+        with suppress(ClientGoneError):
             await client.finish()
 
     async def _refuse(
-        self, client: Client, body: Json, record: Record, headers: RawHeaders
+        self, client: RequestingClient, body: Json, record: RequestRecord, headers: RawHeaders
     ) -> None:
         """Tells of an error, or cuts an answer that has begun."""
-        with suppress(GoneError):
+        with suppress(ClientGoneError):
             if client.has_started:
                 await client.drop()
             else:
                 await client.answer(record.status or 500, body, headers)
 
-    async def _answer(self, client: Client, record: Record) -> None:
+    async def _answer(self, client: RequestingClient, record: RequestRecord) -> None:
         default = self._let_in(client)
         if self._num_streams >= self.config.max_streams:
             message = f"{self._num_streams} requests run, there is no room for more"
@@ -137,7 +147,7 @@ class Proxy:
             self._num_streams -= 1
             self.metrics.streams_in_flight.dec()
 
-    def _let_in(self, client: Client) -> Terms:
+    def _let_in(self, client: RequestingClient) -> Terms:
         """The terms of requests of this client.
 
         Raises:
@@ -156,19 +166,25 @@ class Proxy:
 
     # Completions
 
-    async def _complete(self, client: Client, record: Record, body: bytes, default: Terms) -> None:
+    async def _complete(
+        self, client: RequestingClient, record: RequestRecord, body: bytes, default: Terms
+    ) -> None:
         """Answers a request for a completion."""
-        asked = Asked(record.endpoint == "chat", _object(body))
+        headers = _passed_headers(client)
+        request = CompletionRequest(record.endpoint == "chat", _object(body), headers)
         terms = _terms(client, default)
-        record.about = {"model": str(asked.body.get("model", ""))[:100], **asdict(terms)}
-        off = terms.price == 0 and terms.max_tokens is None
-        why_not = "off" if off else asked.why_not()
+        record.about = {"model": request.model[:100], **asdict(terms)}
+        halts = terms.price > 0 or self._settings.control.moves_prices
+        off = not halts and terms.max_tokens is None
+        why_not = "off" if off else request.why_not_halted()
         if why_not is None:
-            server = await self._find_server(client)
-            why_not = server.why_not(asked)
+            server = await self._find_server(headers)
+            why_not = server.why_not_halted(request)
         if why_not is None:
-            headers = self._passed_headers(client)
-            completion = Completion(asked, terms, headers, server, self._setting)
+            about = {"endpoint": record.endpoint, "model": request.model}
+            about["tenant"] = tenant_of(client.headers.get("authorization"))
+            asked = ThoughtRequest(terms, about)
+            completion = WatchedCompletion(request, asked, server, self._settings)
             try:
                 why_not = await self._watch(client, record, completion)
             finally:
@@ -177,29 +193,28 @@ class Proxy:
             record.outcome = "relayed"
             record.about["reason"] = why_not
             self.metrics.thoughts.labels(why_not).inc()
-            told = json.dumps({"halted": False, "reason": why_not}).encode()
-            await self._pass_on(client, record, body, [(b"x-haltwise", told)])
+            report = json.dumps({"halted": False, "reason": why_not}).encode()
+            await self._pass_on(client, record, body, [(b"x-haltwise", report)])
 
-    async def _find_server(self, client: Client) -> Server:
-        """The upstream's kind, which is asked for once."""
+    async def _find_server(self, headers: RawHeaders) -> LMServer:
+        """The LM's server, whose kind is asked for until it has told it."""
         async with self._finding:
             if self._server is not None:
                 return self._server
-            close_text = self._halting.close_text
-            headers = self._passed_headers(client)
+            known = self.upstream, self.config.kind, self._rules, self._halting.close_text
             try:
-                self._server = await find_server(
-                    self.upstream, self.config.kind, self._rules, close_text, headers
-                )
+                self._server = await find_lm_server(*known, headers)
             except UpstreamError as error:
                 if error.kind not in ("status", "timeout"):
                     raise
                 # It may tell others, or later.
-                return Server(self.upstream, self._rules, close_text)
+                return LMServer(self.upstream, self._rules, self._halting.close_text)
             log.info(json.dumps({"upstream": self._server.kind}))
             return self._server
 
-    async def _watch(self, client: Client, record: Record, completion: Completion) -> str | None:
+    async def _watch(
+        self, client: RequestingClient, record: RequestRecord, completion: WatchedCompletion
+    ) -> str | None:
         """Answers with a watched completion; why not, if the upstream refuses."""
         leg = await completion.open()
         status = leg.response.status_code
@@ -212,7 +227,7 @@ class Proxy:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
-            if completion.asked.streams:
+            if completion.request.streams:
                 await self._stream(client, record, completion, leg, headers)
             else:
                 answer = await completion.whole(leg)
@@ -226,7 +241,12 @@ class Proxy:
         return None
 
     async def _stream(
-        self, client: Client, record: Record, completion: Completion, leg: Leg, headers: RawHeaders
+        self,
+        client: RequestingClient,
+        record: RequestRecord,
+        completion: WatchedCompletion,
+        leg: UpstreamLeg,
+        headers: RawHeaders,
     ) -> None:
         kind = (b"content-type", leg.response.headers["content-type"].encode())
         await client.start(200, [*headers, kind])
@@ -238,18 +258,18 @@ class Proxy:
                     await client.send(event.encode())
         except UpstreamError as error:
             record.note_error(error)
-            await client.send(Event(chunk=error.body).encode())
+            await client.send(StreamEvent(chunk=error.body).encode())
 
     # Everything else
 
     async def _pass_on(
-        self, client: Client, record: Record, body: bytes, headers: RawHeaders
+        self, client: RequestingClient, record: RequestRecord, body: bytes, headers: RawHeaders
     ) -> None:
         """Passes a request on as it is, and the answer back."""
         scope = client.scope
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
-        passed = self._passed_headers(client)
+        passed = _passed_headers(client)
         try:
             leg = await self.upstream.open(scope["method"], target, passed, body)
         except httpx2.InvalidURL:
@@ -259,7 +279,9 @@ class Proxy:
         finally:
             await leg.close()
 
-    async def _relay(self, client: Client, record: Record, leg: Leg, more: RawHeaders) -> None:
+    async def _relay(
+        self, client: RequestingClient, record: RequestRecord, leg: UpstreamLeg, more: RawHeaders
+    ) -> None:
         """Passes an answer back as it is."""
         record.status = leg.response.status_code
         if record.status >= 500:
@@ -278,11 +300,7 @@ class Proxy:
                 raise
             record.note_error(error)
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"
-            await client.send(gap + Event(chunk=error.body).encode())
-
-    def _passed_headers(self, client: Client) -> RawHeaders:
-        headers = _without(client.raw_headers, _OF_REQUESTS)
-        return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
+            await client.send(gap + StreamEvent(chunk=error.body).encode())
 
     # About the proxy itself
 
@@ -318,13 +336,17 @@ class Proxy:
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-def create_app(config: ServeConfig) -> Starlette:
+def create_app(config: ServeConfig, control: Control | None = None) -> Starlette:
     """The proxy, for any ASGI server.
+
+    Args:
+        config: The settings.
+        control: Sets terms and prices, in place of the one that the settings name.
 
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.
     """
-    proxy = Proxy(config)
+    proxy = Proxy(config, control)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -349,16 +371,22 @@ def _object(body: bytes) -> Json:
     return found
 
 
-def _terms(client: Client, default: Terms) -> Terms:
+def _terms(client: RequestingClient, default: Terms) -> Terms:
     asked = {
         name.removeprefix(_TERMS).replace("-", "_"): value
         for name, value in client.headers.items()
         if name.startswith(_TERMS)
     }
     try:
-        return Terms.read(asked, default)
+        return Terms.within(asked, default)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+
+
+def _passed_headers(client: RequestingClient) -> RawHeaders:
+    """The headers of a client that go on to the upstream: all but those that are the proxy's."""
+    headers = _without(client.raw_headers, _OF_REQUESTS)
+    return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
 
 
 def _without(headers: RawHeaders, names: set[bytes]) -> RawHeaders:

@@ -11,9 +11,7 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from haltwise.proxy.wire import Json
-
-RawHeaders = list[tuple[bytes, bytes]]
+from haltwise.proxy.wire import Json, RawHeaders
 
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
 
@@ -29,7 +27,7 @@ class RefusedError(Exception):
         self.status, self.kind, self.headers = status, kind, headers or []
 
 
-class GoneError(Exception):
+class ClientGoneError(Exception):
     """The client has left, or does not read."""
 
     def __init__(self, kind: str) -> None:
@@ -38,7 +36,7 @@ class GoneError(Exception):
         self.kind = kind
 
 
-class Client:
+class RequestingClient:
     """One request.
 
     Args:
@@ -66,7 +64,7 @@ class Client:
 
         Raises:
             RefusedError: If that is more than the limit, or does not come.
-            GoneError: If the client leaves.
+            ClientGoneError: If the client leaves.
         """
         length = self.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
@@ -83,7 +81,7 @@ class Client:
         while more:
             message = await self._receive()
             if message["type"] == "http.disconnect":
-                raise GoneError("disconnected")
+                raise ClientGoneError("disconnected")
             pieces.append(message.get("body", b""))
             num += len(pieces[-1])
             if num > limit:
@@ -96,7 +94,7 @@ class Client:
         """Runs its block for as long as the client is there; then it is cancelled.
 
         Raises:
-            GoneError: If it was cancelled.
+            ClientGoneError: If it was cancelled.
         """
         failure: Exception | None = None
 
@@ -116,13 +114,13 @@ class Client:
         if failure is not None:
             raise failure
         if self.is_gone:
-            raise GoneError("disconnected")
+            raise ClientGoneError("disconnected")
 
     async def start(self, status: int, headers: RawHeaders) -> None:
         """Sends the status and the headers.
 
         Raises:
-            GoneError: If the client does not read, as below.
+            ClientGoneError: If the client does not read, as below.
         """
         self.has_started = True
         await self._deliver({"type": "http.response.start", "status": status, "headers": headers})
@@ -154,16 +152,16 @@ class Client:
         is_closing: Callable[[], bool] | None = self.scope.get("state", {}).get("is_closing")
         if is_closing is not None and is_closing():
             self.is_gone = True  # asyncio would log each attempt
-            raise GoneError("disconnected")
+            raise ClientGoneError("disconnected")
         try:
             async with asyncio.timeout(self._patience):
                 await self._send(message)
         except TimeoutError:
             await self.drop()
-            raise GoneError("stalled") from None
+            raise ClientGoneError("stalled") from None
         except OSError:
             self.is_gone = True
-            raise GoneError("disconnected") from None
+            raise ClientGoneError("disconnected") from None
 
 
 def _too_large(limit: int) -> RefusedError:

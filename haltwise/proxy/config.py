@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from haltwise.errors import InputError
 from haltwise.session.terms import Terms
 
-Kind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
+ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ServeConfig:
     """Folder of a head trained with --probing at_halt and --groups pace distribution reflection."""
     upstream: str = "http://127.0.0.1:8080"
     """Where the LM's own server listens."""
-    kind: Kind = "auto"
+    kind: ServerKind = "auto"
     """Of that server; auto asks it."""
     host: str = "127.0.0.1"
     """Where to listen; another one than loopback is open to the network."""
@@ -37,6 +37,8 @@ class ServeConfig:
     """The head does not halt a shorter thought."""
     max_thinking_tokens: int | None = None
     """Every longer thought is closed, whatever the head says."""
+    control: str | None = None
+    """MODULE:NAME of a class that sets terms and prices, see haltwise.Control."""
     shadow: bool = False
     """Decide, log and count, but halt nothing."""
     keys: Path | None = None
@@ -111,7 +113,7 @@ class ServeConfig:
         return Terms(price, self.min_thinking_tokens, self.max_thinking_tokens)
 
 
-class Keys:
+class APIKeys:
     """The API keys that are let in, each with its terms; only their digests are kept.
 
     Args:
@@ -144,6 +146,12 @@ class Keys:
         if scheme.lower() != "bearer":
             return None
         return self._terms.get(_digest(key.strip().encode("latin-1", "replace")))
+
+
+def tenant_of(authorization: str | None) -> str:
+    """A short digest of the API key in an Authorization header; empty if there is none."""
+    key = (authorization or "").partition(" ")[2].strip()
+    return _digest(key.encode("latin-1", "replace")).hex()[:16] if key else ""
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,4 +1,8 @@
-"""Answers of the upstream while they come in: read, held back, skipped, and remembered."""
+"""Legs: the answers of the upstream that make up one completion, while they come in.
+
+A completion whose thought runs to its end has one leg. One that is halted has a second, which goes
+on behind the closed thought, and sometimes a third.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,10 @@ import httpx2
 from haltwise.proxy.wire import (
     EVENT_STREAM,
     REASONING_FIELDS,
-    Event,
     EventReader,
     Json,
-    Token,
+    ServedToken,
+    StreamEvent,
     UpstreamError,
     choice_of,
     texts_of,
@@ -32,8 +36,8 @@ _MOST_HELD = 2 * 2**20
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """Turns what may happen on the way to the upstream into UpstreamError."""
+def as_upstream_errors() -> Iterator[None]:
+    """Turns what may go wrong on the way to the upstream into an UpstreamError."""
     try:
         yield
     except httpx2.ConnectTimeout:
@@ -47,34 +51,38 @@ def told() -> Iterator[None]:
         raise UpstreamError("cut", "upstream broke off its answer") from None
 
 
-class Leg:
-    """One answer of the upstream. As an iterator it gives the events that are left."""
+class UpstreamLeg:
+    """One answer of the upstream; as an iterator it gives the events that are left.
+
+    Args:
+        response: The answer, whose headers have come.
+    """
 
     def __init__(self, response: httpx2.Response) -> None:
-        """Takes an answer whose headers have come."""
+        """Reads nothing of the body yet."""
         self.response = response
         self._events = self._read()
-        self._back: list[Event] = []
+        self._put_back: list[StreamEvent] = []
 
     @property
     def is_stream(self) -> bool:
-        """Whether it is a stream of events."""
+        """Whether the answer is a stream of events."""
         kind = self.response.headers.get("content-type", "")
         return self.response.status_code == 200 and kind.startswith(EVENT_STREAM)
 
-    def __aiter__(self) -> AsyncIterator[Event]:
-        """Gives itself."""
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        """Returns the leg itself."""
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> StreamEvent:
         """The next event.
 
         Raises:
             UpstreamError: If it is malformed or an error, or the answer is cut or too late.
         """
-        return self._back.pop() if self._back else await anext(self._events)
+        return self._put_back.pop() if self._put_back else await anext(self._events)
 
-    async def _read(self) -> AsyncGenerator[Event, None]:
+    async def _read(self) -> AsyncGenerator[StreamEvent, None]:
         reader = EventReader()
         async with aclosing(self.pieces()) as pieces:
             async for data in pieces:
@@ -82,56 +90,62 @@ class Leg:
                     yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
-        """The answer as it was sent, of any kind.
+        """The body piece by piece, as it was sent, whatever its type.
 
         Raises:
-            UpstreamError: If it is cut or too late.
+            UpstreamError: If the answer is cut or too late.
         """
-        with told():
+        with as_upstream_errors():
             async for data in self.response.aiter_raw():
                 yield data
 
     async def body(self) -> bytes:
-        """All of it.
+        """The whole body.
 
         Raises:
-            UpstreamError: If it is cut or too late.
+            UpstreamError: If the answer is cut or too late.
         """
         async with aclosing(self.pieces()) as pieces:
             return b"".join([data async for data in pieces])
 
     async def first_choice(self) -> Json | None:
-        """The first choice with a text or an end; None without one. Nothing is taken away.
+        """The first choice with a text or an end; None without one.
+
+        The events up to it are given by the iterator all the same.
 
         Raises:
-            UpstreamError: As `__anext__`.
+            UpstreamError: If one is malformed or an error, or the answer is cut or too late.
         """
         passed = []
         async for event in self:
             passed.append(event)
             choice = choice_of(event.chunk) if event.chunk else None
             if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
-                self._back = passed[::-1]
+                self._put_back = passed[::-1]
                 return choice
         return None
 
     async def close(self) -> None:
-        """Ends it; the upstream need not go on."""
+        """Ends the leg: the upstream need not go on with it."""
         with anyio.CancelScope(shield=True):
             await self._events.aclose()
             await self.response.aclose()
 
 
-class Held:
-    """Reads on in a leg while nobody listens, up to a limit, and forgets nothing."""
+class HeldBackLeg:
+    """Reads on in a leg while nobody listens, up to a limit, and forgets nothing.
 
-    def __init__(self, leg: Leg) -> None:
-        """Begins to read."""
+    Args:
+        leg: The leg; nobody else may read it from now on.
+    """
+
+    def __init__(self, leg: UpstreamLeg) -> None:
+        """Begins to read, in a task of its own."""
         self.is_enough = False
         """Whether the end of its answer has come, or there is no room for it."""
         self._leg = leg
         self._on_enough: Callable[[], None] | None = None
-        self._events: asyncio.Queue[Event | UpstreamError | None] = asyncio.Queue()
+        self._events: asyncio.Queue[StreamEvent | UpstreamError | None] = asyncio.Queue()
         self._num_bytes, self._room = 0, asyncio.Event()
         self._task = asyncio.create_task(self._read())
 
@@ -159,15 +173,15 @@ class Held:
             self._on_enough()
 
     def when_enough(self, call: Callable[[], None]) -> None:
-        """Sets what to call, perhaps at once, when there is no more to wait for."""
+        """Sets what is called, perhaps at once, when there is no more to wait for."""
         self._on_enough = call
         self._tell()
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """What the leg says from where it was held back.
+    async def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        """Gives the leg's events from where it was held back.
 
         Raises:
-            UpstreamError: As of a leg.
+            UpstreamError: If one is malformed or an error, or the answer is cut or too late.
         """
         while (event := await self._events.get()) is not None:
             if isinstance(event, UpstreamError):
@@ -178,13 +192,13 @@ class Held:
             yield event
 
     def num_tokens(self) -> int:
-        """Tokens that nobody has listened to, and nobody will."""
-        seen = Seen()
+        """Counts the tokens that were held back, and drops them: nobody will listen to them."""
+        unheard = GeneratedSoFar()
         while not self._events.empty():
             event = self._events.get_nowait()
-            if isinstance(event, Event) and event.chunk:
-                seen.add(event.chunk)
-        return seen.num_tokens
+            if isinstance(event, StreamEvent) and event.chunk:
+                unheard.add(event.chunk)
+        return unheard.num_tokens
 
     async def close(self) -> None:
         """Reads no more."""
@@ -193,26 +207,32 @@ class Held:
             await self._task
 
 
-def _is_last(event: Event) -> bool:
-    """Whether an answer ends with it."""
+def _is_last(event: StreamEvent) -> bool:
+    """Whether an answer ends with this event."""
     choice = choice_of(event.chunk) if event.chunk else None
     return choice is not None and bool(choice.get("finish_reason"))
 
 
 @dataclass
-class Seen:
-    """What an answer has shown so far, for going on from it."""
+class GeneratedSoFar:
+    """What a leg has shown of the LM's tokens: enough to count them and to go on from them."""
 
     texts: list[str] = field(default_factory=list)
-    """All of it, in pieces."""
+    """The text, in pieces."""
     ids: list[int] = field(default_factory=list)
-    """Of its tokens, if the server tells them."""
+    """Ids of the tokens, if the server tells them."""
     prompt_ids: list[int] | None = None
-    """Of the prompt, if the server tells them."""
+    """Ids of the prompt's tokens, if the server tells them."""
     num_tokens: int = 0
+    """Number of tokens."""
 
-    def add(self, chunk: Json, tokens: Sequence[Token] | None = None) -> None:
-        """Takes in a chunk; its tokens, if the caller has them."""
+    def add(self, chunk: Json, tokens: Sequence[ServedToken] | None = None) -> None:
+        """Takes in the next chunk.
+
+        Args:
+            chunk: The chunk.
+            tokens: Its tokens, if the caller has read them already.
+        """
         choice = choice_of(chunk)
         if choice is None:
             return
@@ -226,12 +246,12 @@ class Seen:
         self.num_tokens += len(ids) or len(tokens) or bool(text)
         # A token that ends inside of a character has no text of its own.
         own = "".join(token.text for token in tokens)
-        whole = len(own) >= len(text) and "\ufffd" not in own
-        self.texts.append(own if whole else text)
+        is_whole = len(own) >= len(text) and "\ufffd" not in own
+        self.texts.append(own if is_whole else text)
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The whole text."""
         return "".join(self.texts)
 
     @property
@@ -241,41 +261,42 @@ class Seen:
 
 
 @dataclass
-class Used:
-    """Tokens of one leg."""
+class LegUsage:
+    """The tokens of one leg, as they were counted until the server tells them itself."""
 
     prompt_tokens: int | None = None
+    """None if they are not known."""
     completion_tokens: int = 0
 
     def take(self, usage: Any) -> None:
-        """Believes what the server says."""
+        """Believes the usage that the server tells, if it is one."""
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 setattr(self, name, usage[name])
 
 
-class Skip:
-    """Leaves out of an answer that comes anew what the client has of it.
+class AlreadyShown:
+    """Leaves out of an answer that comes anew what the client has of it already.
 
     If it is another answer this time, what follows its thought is left.
 
     Args:
-        has: All text that the client has: it broke off inside of a thought.
+        shown: All text that the client has: it broke off inside of a thought.
         think_end: The marker that closes a thought.
     """
 
-    def __init__(self, has: str, think_end: str) -> None:
+    def __init__(self, shown: str, think_end: str) -> None:
         """Starts before the first chunk."""
-        self._has, self._think_end = has, think_end
-        self._text, self._reasons, self._is_over = "", False, False
+        self._shown, self._think_end = shown, think_end
+        self._text, self._has_field, self._is_over = "", False, False
 
-    def rest(self, choice: Json) -> bool:
-        """Cuts a choice to what is new; whether that is anything."""
+    def leave_out_of(self, choice: Json) -> bool:
+        """Cuts the next choice to what is new; returns whether anything of it is."""
         if self._is_over:
             return True
         thought, text = texts_of(choice)
         self._text += thought + text
-        self._reasons |= bool(thought)
+        self._has_field |= bool(thought)
         num = self._num_new(text)
         self._is_over = num > 0
         new = self._text[len(self._text) - num :]
@@ -284,12 +305,12 @@ class Skip:
         return self._is_over or bool(choice.get("finish_reason"))
 
     def _num_new(self, text: str) -> int:
-        """Characters at the end that are new."""
-        if self._has.startswith(self._text):
+        """The number of characters at the end of all text that are new."""
+        if self._shown.startswith(self._text):
             return 0
-        if self._text.startswith(self._has):
-            return len(self._text) - len(self._has)
-        if self._reasons:
+        if self._text.startswith(self._shown):
+            return len(self._text) - len(self._shown)
+        if self._has_field:
             return len(text)
         end = self._text.find(self._think_end)
         return 0 if end < 0 else len(self._text) - end

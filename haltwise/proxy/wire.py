@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Json = dict[str, Any]
+#: HTTP headers as they are sent, in order; the names are in lower case.
+RawHeaders = list[tuple[bytes, bytes]]
 
 #: The media type of a stream of events.
 EVENT_STREAM = "text/event-stream"
@@ -36,7 +38,7 @@ def error_body(message: str, kind: str) -> Json:
 
 
 @dataclass(slots=True)
-class Event:
+class StreamEvent:
     """One event of a stream."""
 
     raw: bytes = b""
@@ -54,7 +56,7 @@ class Event:
 
 
 #: What a stream that is whole ends with.
-DONE = Event(b"data: [DONE]\n\n", is_done=True)
+DONE = StreamEvent(b"data: [DONE]\n\n", is_done=True)
 
 
 class EventReader:
@@ -65,7 +67,7 @@ class EventReader:
         self._rest: list[bytes] = []
         self._num_rest = 0
 
-    def feed(self, data: bytes) -> Iterator[Event]:
+    def feed(self, data: bytes) -> Iterator[StreamEvent]:
         """The events that a further piece completes.
 
         Raises:
@@ -90,11 +92,11 @@ class EventReader:
             raise UpstreamError("malformed", "upstream sent an event that does not end")
 
 
-def _event(text: bytes) -> Event:
+def _event(text: bytes) -> StreamEvent:
     lines = [line[5:] for line in text.split(b"\n") if line.startswith(b"data:")]
     data, raw = b"\n".join(lines).strip(), text + b"\n\n"
     if not data:
-        return Event(raw)
+        return StreamEvent(raw)
     if data == b"[DONE]":
         return DONE
     try:
@@ -108,7 +110,7 @@ def _event(text: bytes) -> Event:
         code = body["error"]["code"]
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
         raise UpstreamError("said", "upstream sent an error", status, body)
-    return Event(raw, chunk)
+    return StreamEvent(raw, chunk)
 
 
 def _error_said(error: Any) -> Json:
@@ -150,7 +152,7 @@ def texts_of(choice: Json) -> tuple[str, str]:
 
 
 @dataclass(slots=True)
-class Token:
+class ServedToken:
     """A generated token, as a server tells of it."""
 
     text: str
@@ -161,7 +163,7 @@ class Token:
     id: int | None = None
 
 
-def tokens_of(choice: Json) -> list[Token]:
+def tokens_of(choice: Json) -> list[ServedToken]:
     """The tokens of a choice whose log probabilities are there, in any of their two forms.
 
     What is malformed in them is unknown, not an error.
@@ -177,15 +179,17 @@ def tokens_of(choice: Json) -> list[Token]:
     numbers = _padded(logprobs.get("token_logprobs"), len(texts))
     tops = _padded(logprobs.get("top_logprobs"), len(texts))
     return [
-        Token(str(text), _number(number), _numbers(top.values() if isinstance(top, dict) else ()))
+        ServedToken(
+            str(text), _number(number), _numbers(top.values() if isinstance(top, dict) else ())
+        )
         for text, number, top in zip(texts, numbers, tops, strict=True)
     ]
 
 
-def _token(entry: Json) -> Token:
+def _token(entry: Json) -> ServedToken:
     top, token_id = entry.get("top_logprobs"), entry.get("id")
     others = top if isinstance(top, list) else ()
-    return Token(
+    return ServedToken(
         str(entry.get("token", "")),
         _number(entry.get("logprob")),
         _numbers(other.get("logprob") for other in others if isinstance(other, dict)),
@@ -249,7 +253,7 @@ def _entry(text: Any, logprob: Any) -> Json:
 # A stream put together
 
 
-class Whole:
+class WholeAnswer:
     """Puts the chunks of a stream together to the answer that a client without one expects."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol, cast
 
 from haltwise.errors import InputError
-from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Control(Protocol):
     """Whether prices can rise while requests run. If not, a request at a price of 0 is not looked
     at, which costs nothing."""
 
-    def terms(self, request: Request) -> Terms:
+    def terms(self, request: ThoughtRequest) -> Terms:
         """Returns the terms on which a request begins."""
 
     def price(self, running: RunningRequest) -> float:
@@ -40,7 +40,7 @@ class ConstantControl:
 
     moves_prices = False
 
-    def terms(self, request: Request) -> Terms:
+    def terms(self, request: ThoughtRequest) -> Terms:
         """Returns what the request asks for."""
         return request.terms
 

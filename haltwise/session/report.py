@@ -11,7 +11,7 @@ from haltwise.session.thought import Reason
 
 
 @dataclass(frozen=True)
-class Request:
+class ThoughtRequest:
     """What is known of a request before its first token."""
 
     terms: Terms
@@ -26,7 +26,7 @@ class Request:
 class ThoughtReport:
     """What happened to the thought of one request."""
 
-    request: Request = field(compare=False)
+    request: ThoughtRequest = field(compare=False)
     """The request, as it was asked; reports of other requests may be equal."""
     price: float
     """The newest price, in exact match per 1,000 tokens."""
@@ -42,8 +42,10 @@ class ThoughtReport:
     """Tokens generated to look at answers; they are no part of the output."""
     num_bad_signals: int = 0
     """Decision points with signals that were missing or not finite; the thought went on."""
+    decided: Reason | None = None
+    """What was decided, "halted" or "capped", whether it was carried out or not."""
     decided_at: int | None = None
-    """Position at which the thought was to be halted, whether it was or not; None if never."""
+    """The position at which it was."""
     fallback: str = ""
     """Why a thought that was to be halted went on, if it did."""
 

@@ -21,7 +21,7 @@ from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import ConstantControl, Control
 from haltwise.session.monitor import Bools, HaltMonitor
-from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
 from haltwise.session.thought import NEVER, Thought
 
@@ -76,7 +76,7 @@ class Session:
         self.num_bad_signals = 0
         self._monitor = HaltMonitor(head, num_rows)
 
-    def join(self, row: int, request: Request, thought: Thought) -> bool:
+    def join(self, row: int, request: ThoughtRequest, thought: Thought) -> bool:
         """Gives a row to a request; returns whether anything can halt it.
 
         Args:
@@ -100,7 +100,7 @@ class Session:
         """Takes in that a row's thought has come further than at the latest look."""
         running = self.running[row]
         thought = running.thought
-        goes_on = not (running.report.halted or running.released or thought.is_over)
+        goes_on = not (running.report.decided or running.released or thought.is_over)
         self.watched[row] = goes_on and running.watched
         self.open[row] = goes_on and (running.watched or thought.cap is not None)
         look = thought.next_look(bool(self.watched[row]))
@@ -144,7 +144,7 @@ class Session:
             thought, report = self.running[row].thought, self.running[row].report
             capped = bool(self.open[row]) and thought.at_cap
             if capped or row in halts:
-                report.reason = "capped" if capped else "halted"
+                report.decided = "capped" if capped else "halted"
                 report.decided_at = thought.position
                 halted.append(row)
             self.look(row)
@@ -171,7 +171,7 @@ class Session:
     def undo(self, row: int) -> None:
         """Takes back that a row is halted, which is tried again where its thought waits next."""
         report = self.running[row].report
-        report.reason, report.decided_at = "cut off", None
+        report.decided = report.decided_at = None
         self.look(row)
 
     def release(self, row: int, fallback: str = "") -> None:
@@ -183,17 +183,19 @@ class Session:
         """
         running = self.running[row]
         running.released, running.report.fallback = True, fallback
-        running.report.reason = "cut off"
         self.look(row)
 
     def report(self, row: int) -> ThoughtReport:
         """Returns what has happened to a row so far."""
-        thought, report = self.running[row].thought, self.running[row].report
-        at = report.decided_at if report.halted else None
+        running = self.running[row]
+        thought, report = running.thought, running.report
+        reason, position = thought.why_ended(), thought.position
+        if report.decided and report.decided_at is not None and not running.released:
+            reason, position = report.decided, report.decided_at
         return replace(
             report,
-            reason=report.reason if report.halted else thought.why_ended(),
-            position=thought.position if at is None else at,
+            reason=reason,
+            position=position,
             num_points=thought.num_points,
             num_bad_signals=report.num_bad_signals + int(self._monitor.num_bad_signals[row]),
         )
@@ -210,7 +212,7 @@ class Session:
 
 def requests_of(
     head: HaltHead, num_rows: int, price: Any, min_tokens: Any, max_tokens: Any
-) -> list[Request]:
+) -> list[ThoughtRequest]:
     """Returns the requests of the rows of a batch.
 
     Args:
@@ -233,7 +235,7 @@ def requests_of(
             )
         columns.append(np.broadcast_to(column, num_rows).tolist())
     terms = [Terms(*values) for values in zip(*columns, strict=True)]
-    return [Request(term, {"row": row}) for row, term in enumerate(terms)]
+    return [ThoughtRequest(term, {"row": row}) for row, term in enumerate(terms)]
 
 
 def _guarded(otherwise: T, call: Callable[..., T], *about: Any) -> T:

@@ -11,7 +11,7 @@ from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
 from haltwise.policy.head import HaltHead
 from haltwise.session.control import Control
-from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
 from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import PointRules, Thought
@@ -60,7 +60,7 @@ class StreamedThought:
         self,
         head: HaltHead,
         rules: PointRules,
-        request: Request,
+        request: ThoughtRequest,
         prompt: str = "",
         control: Control | None = None,
     ) -> None:
@@ -103,9 +103,8 @@ class StreamedThought:
         """Leaves the thought to its LM; see `Session.release`."""
         self._session.release(0, fallback)
 
-    @property
     def report(self) -> ThoughtReport:
-        """What has happened so far."""
+        """Returns what has happened so far."""
         return self._session.report(0)
 
     def finish(self) -> ThoughtReport:

@@ -19,7 +19,7 @@ from haltwise.policy.features import signals_of
 from haltwise.policy.head import HaltHead
 from haltwise.session.control import Control
 from haltwise.session.forced_answer import Probe
-from haltwise.session.report import Request, ThoughtReport
+from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
 from haltwise.session.terms import Terms
 
@@ -128,7 +128,7 @@ class _Job:
         slots, prompts = np.array(list(fresh), dtype=np.int64), [text for _, text in fresh.values()]
         self._decoder.start(slots, prompts, [seed] * len(slots))
         for slot, (index, _) in fresh.items():
-            request = Request(self._terms, {"prompt": index})
+            request = ThoughtRequest(self._terms, {"prompt": index})
             self._session.join(slot, request, self._decoder.generations[slot].thought)
 
     def _halt(self, slots: list[int]) -> dict[int, Probe]:

@@ -25,7 +25,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead, HeadConfig
@@ -189,7 +194,11 @@ def generate(
     else:
         runner = ProbingGeneration(loaded, tokenizer, *asked, control)
         arguments["custom_generate"] = runner
-    # `model.generate` may be what calls this. It needs the tokenizer too, for stop_strings.
+        # Beside a callable `generate` drops the tokenizer that its stop strings need.
+        if stop_strings := arguments.pop("stop_strings", None):
+            stops = StopStringCriteria(tokenizer, stop_strings)
+            arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), stops]
+    # `model.generate` may be what calls this.
     out: Any = GenerationMixin.generate(model, tokenizer=tokenizer, **arguments)  # type: ignore[arg-type]
     reports = runner.report
     if report is not None:

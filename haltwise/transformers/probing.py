@@ -163,7 +163,7 @@ class _Batch(LogitsProcessor):
     def is_known(self) -> bool:
         """Whether what follows needs no LM in any row."""
         running = self.session.running.values()
-        return all(one.thought.ended or one.report.halted for one in running)
+        return all(one.thought.ended or one.report.decided for one in running)
 
     def see(self, logits: Tensor) -> None:
         """Keeps what the LM itself gives (B, V), before anything is done to it."""

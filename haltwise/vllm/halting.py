@@ -16,7 +16,7 @@ from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index
 from haltwise.session.control import Control
 from haltwise.session.monitor import Bools
-from haltwise.session.report import Request
+from haltwise.session.report import ThoughtRequest
 from haltwise.session.session import Session
 from haltwise.session.thought import NEVER, Thought
 from haltwise.vllm.step import SlotSource, StepRows, on_device
@@ -86,7 +86,7 @@ class SlotHalting:
         width = vocab_size if self._reducer.needs_logits else 0
         self._logits = torch.zeros(num_slots, width, device=device)
 
-    def join(self, slot: int, request: Request) -> bool:
+    def join(self, slot: int, request: ThoughtRequest) -> bool:
         """Gives a slot to a new request; returns whether anything can halt that."""
         self._reducer.reset(np.array([slot]))
         self.num_tokens[slot] = self._halted_at[slot] = -1
@@ -187,14 +187,14 @@ class SlotHalting:
         """Begins to close a thought."""
         running = self._session.running[slot]
         self._halted_at[slot] = running.thought.num_tokens
-        capped = running.report.reason == "capped"
+        capped = running.report.decided == "capped"
         self.counts.num_capped += capped
         self.counts.num_halted += not capped
         if self._tells:
             _log.info(
                 "haltwise %s a thought at %d tokens, decision point %d, price %g "
                 "(so far %d halted and %d capped, of %d requests)",
-                running.report.reason,
+                running.report.decided,
                 running.thought.position,
                 running.thought.num_points,
                 running.report.price,

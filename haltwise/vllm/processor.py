@@ -45,7 +45,7 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
 from haltwise.errors import InputError
-from haltwise.session.report import Request
+from haltwise.session.report import ThoughtRequest
 from haltwise.session.terms import Terms
 from haltwise.vllm.halting import SlotHalting
 from haltwise.vllm.settings import check_tokens_are_shown, is_first, read_settings
@@ -133,7 +133,7 @@ class HaltProcessor(*_INTERFACES):  # type: ignore[misc]
             terms = _terms_of(sampling_params, replace(self._terms, min_tokens=0), "min_tokens")
             terms = replace(terms, min_tokens=terms.max_tokens or 0)
             _log.warning("a request's terms contradict the engine's, its cap holds: %s", error)
-        return self._halting.join(slot, Request(terms, sampling_params.extra_args or {}))
+        return self._halting.join(slot, ThoughtRequest(terms, sampling_params.extra_args or {}))
 
 
 def _terms_of(sampling_params: Any, limits: Terms, *unheard: str) -> Terms:

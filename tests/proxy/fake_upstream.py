@@ -307,9 +307,10 @@ class _Fake:
             body = await request.json()
             prompt = self.prompt_of(body)
             plan = Plan.read(prompt)
-            counts = ("n", "max_tokens", "logprobs", "top_logprobs")
-            numbers = {name: int(body.get(name) or 0) for name in counts}
+            counts = ("n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs")
+            numbers = {name: _count(body.get(name)) for name in counts}
             dict(body.get("stream_options") or {})
+            (body.get("model") or "").encode()
         except (ValueError, TypeError, LookupError, AttributeError):
             return _refusal(self._ask(request, None), 400, "malformed request")
         asked = self._ask(request, body)
@@ -400,6 +401,13 @@ class _Fake:
     async def tell(self, request: Request) -> Response:
         """How the streams so far have ended, by path."""
         return JSONResponse([[asked.path, asked.ended] for asked in list(self.asked)])
+
+
+def _count(value: Any) -> int:
+    """A count that a request names, or 0; as real servers do, the fake refuses all else."""
+    if not isinstance(value, int | None) or (value or 0) > 10**9:
+        raise ValueError(value)
+    return value or 0
 
 
 def _refusal(asked: Asked, status: int, message: str) -> Response:
@@ -677,7 +685,7 @@ class FakeUpstream:
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = self._server.force_exit = True
-        self._thread.join(30)
+        self._thread.join()
         self._socket.close()
 
     def _run(self) -> None:

@@ -33,7 +33,7 @@ class LlamaServer:
         request = Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urlopen(request, timeout=60) as response:
+        with urlopen(request, timeout=600) as response:
             if not body.get("stream"):
                 return json.load(response)
             lines = [line.decode().strip().removeprefix("data: ") for line in response]

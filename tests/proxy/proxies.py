@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -27,6 +29,10 @@ from haltwise.proxy import ServeConfig, server
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 
 CLOSE = "\n</think>\n\n"
+#: Seconds to wait for what comes for sure, however busy the machine is.
+PATIENCE = 600.0
+#: Why a proxy may leave a thought alone that it was to halt, if the machine is busy.
+FALLBACKS = ("timeout", "late")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
 
@@ -58,7 +64,7 @@ class Proxy:
     client: httpx2.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx2.Client(base_url=self.url, timeout=30)
+        self.client = httpx2.Client(base_url=self.url, timeout=PATIENCE)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum over all samples of a name that have these labels."""
@@ -88,7 +94,7 @@ def proxied(config: ServeConfig) -> Iterator[Proxy]:
     finally:
         proxy.client.close()
         running.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
         listener.close()
 
 
@@ -148,7 +154,7 @@ class Pairs:
             wanted: dict[str, Any] = {"head": head, "upstream": upstream.url} | settings
             config = ServeConfig(**wanted)
             proxy = stack.enter_context(proxied(config))
-            direct = stack.enter_context(httpx2.Client(base_url=upstream.url, timeout=30))
+            direct = stack.enter_context(httpx2.Client(base_url=upstream.url, timeout=PATIENCE))
             self._pairs[key] = Pair(upstream, proxy, direct)
         return self._pairs[key]
 
@@ -242,7 +248,7 @@ def ask(
 def connected(proxy: Proxy) -> socket.socket:
     """A bare connection to a proxy."""
     host, port = proxy.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
 def request_bytes(plan: Plan, chat: bool, stream: bool, headers: dict[str, str]) -> bytes:
@@ -256,9 +262,9 @@ def request_bytes(plan: Plan, chat: bool, stream: bool, headers: dict[str, str])
     return "\r\n".join(lines).encode() + data
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(true: Callable[[], bool]) -> None:
     """Waits for what is sure to come true."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
@@ -284,25 +290,38 @@ def spawned_fake(*flags: str) -> Iterator[str]:
 
 @contextmanager
 def spawned_proxy(*flags: str, log: Path | None = None) -> Iterator[Proxy]:
-    """`haltwise serve` in a process of its own; what it writes to stderr goes to a file."""
-    port = free_port()
-    with (
-        open(log or os.devnull, "w") as stderr,
-        subprocess.Popen([*SERVE, "--port", str(port), *flags], cwd=ROOT, stderr=stderr) as process,
-    ):
-        try:
-            wait_until(lambda: listens(port) or process.poll() is not None)
-            assert process.poll() is None
-            yield Proxy(f"http://127.0.0.1:{port}", process)
-        finally:
-            process.kill()
+    """`haltwise serve` in a process of its own, at a port that it finds and tells.
+
+    Args:
+        flags: More of them.
+        log: The file that gets what it writes to stderr.
+    """
+    with TemporaryDirectory() as folder:
+        log = log or Path(folder) / "log"
+        command = [*SERVE, "--port", "0", *flags]
+        with (
+            log.open("w") as stderr,
+            subprocess.Popen(command, cwd=ROOT, stderr=stderr) as process,
+        ):
+
+            def port() -> int | None:
+                found = re.search(r'"listening".*"port": (\d+)}\n', log.read_text())
+                return int(found[1]) if found else None
+
+            try:
+                wait_until(lambda: port() is not None or process.poll() is not None)
+                assert process.poll() is None, log.read_text()
+                yield Proxy(f"http://127.0.0.1:{port()}", process)
+            finally:
+                process.kill()
 
 
-def free_port() -> int:
-    """That nobody listens at."""
+@contextmanager
+def unheard_port() -> Iterator[int]:
+    """A port that nobody listens at, and nobody can for as long as the block runs."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+        yield int(found.getsockname()[1])
 
 
 def listens(port: int) -> bool:

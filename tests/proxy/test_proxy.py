@@ -16,7 +16,7 @@ import pytest
 
 from haltwise import HaltMonitor, Signals
 from tests.proxy.fake_upstream import CONTEXT, Kind, Plan, Thoughts, top_logprobs
-from tests.proxy.proxies import CLOSE, Pair, Pairs, Reply, ask, wait_until
+from tests.proxy.proxies import CLOSE, PATIENCE, Pair, Pairs, Reply, ask, wait_until
 
 KINDS: tuple[Kind, ...] = ("vllm", "sglang", "llama-server", "ollama")
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
@@ -229,7 +229,7 @@ def test_every_kind_of_server_is_halted(pairs: Pairs, kind: Kind, plan: Plan, ch
         assert shown(reply) == halted(plan, chat)
         assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
         first, *others = pair.upstream.of(plan)
-        assert first.gone.wait(20)
+        assert first.gone.wait(PATIENCE)
         # llama-server is told to end a chat's thought; others are left, and asked anew.
         by_itself = kind == "llama-server" and chat
         assert (first.ended, len(others)) == (("done", 0) if by_itself else ("closed", 1))
@@ -750,7 +750,7 @@ def test_health_tells_how_the_server_is(pairs: Pairs, kind: Kind, plan: Plan) ->
     num = len(pair.upstream.asked)
     for _ in range(20):
         pair.client.get("/health")
-    assert len(pair.upstream.asked) < num + 20
+    assert len(pair.upstream.asked) == num  # what it was told a moment ago is believed
     expected = {"status": "ok", "upstream": "ok", "streams_in_flight": 0, "kind": kind}
     assert told.json() == expected
 

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import numpy as np
@@ -17,25 +17,28 @@ from hypothesis import strategies as st
 from haltwise import HaltMonitor, InputError, Terms, cli
 from haltwise.policy.signals import Signals
 from haltwise.proxy.app import _without
-from haltwise.proxy.asked import Asked
-from haltwise.proxy.config import Keys, ServeConfig
-from haltwise.proxy.legs import _MOST_HELD, Held, Leg, Seen, Skip
+from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.config import APIKeys, ServeConfig
+from haltwise.proxy.legs import _MOST_HELD, AlreadyShown, GeneratedSoFar, HeldBackLeg, UpstreamLeg
+from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.relay import Completion, Setting
-from haltwise.proxy.upstream import LlamaServer, Server, find_server
+from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.wire import (
-    Event,
     EventReader,
     Json,
+    StreamEvent,
     UpstreamError,
-    Whole,
+    WholeAnswer,
     chat_logprobs,
     choice_of,
     texts_of,
     tokens_of,
     trim_logprobs,
 )
-from haltwise.session.stream import Watcher, check_served
+from haltwise.session.control import ConstantControl
+from haltwise.session.report import ThoughtRequest
+from haltwise.session.stream import StreamedThought, check_served
 from haltwise.session.thought import PointRules
 from haltwise.session.token_statistics import NUM_TOP
 from tests.heads import random_head
@@ -44,6 +47,7 @@ from tests.proxy.proxies import sure_head
 HEAD = sure_head(rule="every 8 tokens")
 RULES = PointRules(HEAD.config.halting)
 TERMS = Terms(1.0)
+ASKED = ThoughtRequest(TERMS)
 
 
 # Events
@@ -184,7 +188,7 @@ def test_a_text_is_found_wherever_a_server_puts_it() -> None:
 
 
 def test_a_stream_of_a_chat_is_put_together() -> None:
-    whole = Whole()
+    whole = WholeAnswer()
     parts: list[Json] = [
         {"role": "assistant", "content": ""},
         {"reasoning": "think", "role": None},
@@ -223,7 +227,7 @@ def test_a_stream_of_a_chat_is_put_together() -> None:
 
 
 def test_a_stream_of_a_completion_is_put_together() -> None:
-    whole = Whole()
+    whole = WholeAnswer()
     for text in ("one", " two", ""):
         finish = None if text else "length"
         logprobs = LEGACY if text else None
@@ -271,7 +275,7 @@ def test_what_cannot_be_halted_is_known_beforehand(
     chat: bool, body: Json, reason: str | None
 ) -> None:
     default: Json = {"messages": [{"role": "user", "content": "q"}]} if chat else {"prompt": "q"}
-    assert Asked(chat, default | body).why_not() == reason
+    assert CompletionRequest(chat, default | body).why_not_halted() == reason
 
 
 @pytest.mark.parametrize(
@@ -290,14 +294,16 @@ def test_what_cannot_be_halted_is_known_beforehand(
     ids=str,
 )
 def test_what_cannot_be_continued_is_known_beforehand(body: Json, reason: str | None) -> None:
-    assert Asked(True, body).why_not_continued("\n</think>\n\n") == reason
+    assert CompletionRequest(True, body).why_not_continued("\n</think>\n\n") == reason
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens"])
 def test_a_second_leg_has_what_is_left_of_the_limits(limit: str) -> None:
-    asked = Asked(True, {limit: 100, "min_tokens": 30, "tools": None, "messages": [], "top_k": 4})
+    asked = CompletionRequest(
+        True, {limit: 100, "min_tokens": 30, "tools": None, "messages": [], "top_k": 4}
+    )
     asked.body["request_id"] = "r7"
-    body = asked.less(asked.continued(prompt=[1, 2]), 40)
+    body = asked.less_tokens(asked.continued_body(prompt=[1, 2]), 40)
     assert body == {
         "prompt": [1, 2],
         "max_tokens": 60,
@@ -306,15 +312,15 @@ def test_a_second_leg_has_what_is_left_of_the_limits(limit: str) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    assert asked.less(body, 1_000)["max_tokens"] == 1
-    unlimited = Asked(True, {limit: -1})
-    assert unlimited.max_tokens is None and unlimited.less({limit: -1}, 40) == {limit: -1}
+    assert asked.less_tokens(body, 1_000)["max_tokens"] == 1
+    unlimited = CompletionRequest(True, {limit: -1})
+    assert unlimited.max_tokens is None and unlimited.less_tokens({limit: -1}, 40) == {limit: -1}
 
 
 def test_what_is_asked_for_beside_is_what_the_client_did_not_ask_for() -> None:
     own: Json = {"messages": [], "stream_options": {"continuous_usage_stats": True}}
-    asked = Asked(True, own)
-    assert asked.watched({"extra": 1}) == {
+    asked = CompletionRequest(True, own)
+    assert asked.watched_body({"extra": 1}) == {
         "messages": [],
         "logprobs": True,
         "top_logprobs": NUM_TOP,
@@ -323,10 +329,20 @@ def test_what_is_asked_for_beside_is_what_the_client_did_not_ask_for() -> None:
         "extra": 1,
     }
     assert (asked.num_top, asked.streams, asked.wants_usage) == (None, False, True)
-    assert Asked(True, {"logprobs": True, "top_logprobs": 40}).watched({})["top_logprobs"] == 40
-    assert Asked(False, {"logprobs": 0}).num_top == 0
-    assert Asked(False, {"prompt": "p", "logprobs": 2}).continued(prompt="q")["logprobs"] == 2
-    changed = Asked(True, {"logprobs": True}).continued(messages=[1])
+    assert (
+        CompletionRequest(True, {"logprobs": True, "top_logprobs": 40}).watched_body({})[
+            "top_logprobs"
+        ]
+        == 40
+    )
+    assert CompletionRequest(False, {"logprobs": 0}).num_top == 0
+    assert (
+        CompletionRequest(False, {"prompt": "p", "logprobs": 2}).continued_body(prompt="q")[
+            "logprobs"
+        ]
+        == 2
+    )
+    changed = CompletionRequest(True, {"logprobs": True}).continued_body(messages=[1])
     assert (changed["logprobs"], changed["top_logprobs"]) == (True, 0)
 
 
@@ -337,11 +353,11 @@ def test_what_is_asked_for_beside_is_what_the_client_did_not_ask_for() -> None:
 def test_an_answer_that_comes_anew_goes_on_where_it_broke_off(
     had: str, new: str, size: int
 ) -> None:
-    skip, whole = Skip(had, "</think>"), had + new
+    skip, whole = AlreadyShown(had, "</think>"), had + new
     got = ""
     for i in range(0, len(whole), size):
         choice = {"text": whole[i : i + size]}
-        if skip.rest(choice):
+        if skip.leave_out_of(choice):
             got += choice["text"]
     assert got == new
 
@@ -349,18 +365,18 @@ def test_an_answer_that_comes_anew_goes_on_where_it_broke_off(
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_of_another_answer_what_follows_its_thought_is_left(size: int) -> None:
     text = "this time I think so</think> 18"
-    skip, got = Skip("that time", "</think>"), ""
+    skip, got = AlreadyShown("that time", "</think>"), ""
     for i in range(0, len(text), size):
         choice: Json = {"text": text[i : i + size]}
-        got += choice["text"] if skip.rest(choice) else ""
+        got += choice["text"] if skip.leave_out_of(choice) else ""
     assert got == "</think> 18"
-    skip = Skip("that time", "</think>")
+    skip = AlreadyShown("that time", "</think>")
     parts: list[Json] = [{"reasoning": "this"}, {"reasoning": " time"}, {"content": " 18"}]
-    assert [part for part in parts if skip.rest({"delta": part})] == [{"content": " 18"}]
+    assert [part for part in parts if skip.leave_out_of({"delta": part})] == [{"content": " 18"}]
 
 
 def test_what_was_seen_can_be_gone_on_from() -> None:
-    seen = Seen()
+    seen = GeneratedSoFar()
     first = {"prompt_token_ids": [1, 2], "choices": [{"text": "a", "token_ids": [3]}]}
     seen.add(first)
     # The first half of a character has no text; the second one has both.
@@ -373,13 +389,23 @@ def test_what_was_seen_can_be_gone_on_from() -> None:
     assert not seen.has_ids and seen.num_tokens == 6
 
 
+def settings_of(metrics: Metrics, patience: float = 9.0) -> CompletionSettings:
+    return CompletionSettings(HEAD, ConstantControl(), metrics, shadow=False, patience=patience)
+
+
+def watched(request: CompletionRequest, patience: float = 600.0) -> WatchedCompletion:
+    """A completion without a server."""
+    server = LMServer(cast(Any, None), RULES, "</think>")
+    return WatchedCompletion(request, ASKED, server, settings_of(Metrics(), patience))
+
+
 class OwnLeg:
     """Events without a server."""
 
-    def __init__(self, events: list[Event], failure: Exception | None = None) -> None:
+    def __init__(self, events: list[StreamEvent], failure: Exception | None = None) -> None:
         self.events, self.failure, self.num_read = events, failure, 0
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
+    async def __aiter__(self) -> AsyncIterator[StreamEvent]:
         for event in self.events:
             self.num_read += 1
             yield event
@@ -389,11 +415,11 @@ class OwnLeg:
 
 def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
     num = 40
-    events = [Event(b"x" * 2**20, {"choices": [{"text": str(i)}]}) for i in range(num)]
+    events = [StreamEvent(b"x" * 2**20, {"choices": [{"text": str(i)}]}) for i in range(num)]
 
     async def play() -> None:
         leg: Any = OwnLeg(events, UpstreamError("cut", "cut"))
-        held = Held(leg)
+        held = HeldBackLeg(leg)
         while leg.num_read <= _MOST_HELD // 2**20:
             await asyncio.sleep(0)
         for _ in range(100):
@@ -405,7 +431,7 @@ def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
             async for event in held:
                 got.append(event)
         assert got == events
-        held = Held(OwnLeg(events[:2]))  # type: ignore[arg-type]
+        held = HeldBackLeg(OwnLeg(events[:2]))  # type: ignore[arg-type]
         await asyncio.sleep(0.0)
         await held.close()
         assert held.num_tokens() == 2
@@ -414,12 +440,12 @@ def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
 
 
 def test_a_leg_that_is_held_tells_when_it_is_whole_and_keeps_nobody_waiting() -> None:
-    last = Event(b"", {"choices": [{"text": "", "finish_reason": "stop"}]})
+    last = StreamEvent(b"", {"choices": [{"text": "", "finish_reason": "stop"}]})
     called: list[bool] = []
 
     async def play() -> None:
         leg: Any = OwnLeg([last], RuntimeError("a mistake of ours"))
-        held = Held(leg)
+        held = HeldBackLeg(leg)
         held.when_enough(lambda: called.append(held.is_enough))
         with pytest.raises(UpstreamError):
             async for event in held:
@@ -445,20 +471,18 @@ def test_a_second_leg_has_to_answer(
 ) -> None:
     async def content() -> AsyncIterator[bytes]:
         for chunk in chunks:
-            yield Event(chunk={"choices": [chunk]}).encode()
+            yield StreamEvent(chunk={"choices": [chunk]}).encode()
 
-    async def ask(*_: Any) -> Leg:
+    async def ask(*_: Any) -> UpstreamLeg:
         kind = {"content-type": "text/event-stream"}
-        return Leg(httpx2.Response(200, headers=kind, content=content()))
+        return UpstreamLeg(httpx2.Response(200, headers=kind, content=content()))
 
     async def begun(may_be_empty: bool) -> list[Json]:
-        setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
-        server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
-        completion = Completion(Asked(True, {}), TERMS, [], server, setting)
-        leg = await completion._begun({}, may_be_empty)
+        completion = watched(CompletionRequest(True, {}))
+        leg = await completion._closer.begun({}, may_be_empty)
         return [event.chunk["choices"][0] async for event in leg if event.chunk]
 
-    monkeypatch.setattr(Completion, "_ask", ask)
+    monkeypatch.setattr(ThoughtCloser, "ask", ask)
     for empty, expected in ((False, begins), (True, may_be_empty)):
         if expected:
             assert asyncio.run(begun(empty)) == chunks
@@ -469,11 +493,13 @@ def test_a_second_leg_has_to_answer(
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_an_answer_that_breaks_off_behind_its_end_is_whole(ends: bool) -> None:
-    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
-    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
-    completion = Completion(Asked(False, {"prompt": "q"}), TERMS, [], server, setting)
+    settings = settings_of(Metrics())
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = WatchedCompletion(
+        CompletionRequest(False, {"prompt": "q"}), ASKED, server, settings
+    )
     choice = {"text": "18", "finish_reason": "stop" if ends else None}
-    leg: Any = OwnLeg([Event(chunk={"choices": [choice]})], UpstreamError("cut", "cut"))
+    leg: Any = OwnLeg([StreamEvent(chunk={"choices": [choice]})], UpstreamError("cut", "cut"))
 
     async def play() -> Json:
         return await completion.whole(leg)
@@ -486,18 +512,20 @@ def test_an_answer_that_breaks_off_behind_its_end_is_whole(ends: bool) -> None:
 
 
 def test_numbers_of_tokens_without_a_text_are_kept() -> None:
-    setting = Setting(HEAD, Metrics(), shadow=False, patience=9.0)
-    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
-    completion = Completion(Asked(False, {"logprobs": 1, "prompt": ""}), TERMS, [], server, setting)
+    settings = settings_of(Metrics())
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = WatchedCompletion(
+        CompletionRequest(False, {"logprobs": 1, "prompt": ""}), ASKED, server, settings
+    )
     # The first half of a character has no text.
     choices: list[Json] = [
         {"text": text, "logprobs": LEGACY, "finish_reason": finish}
         for text, finish in (("", None), ("é", None), ("", "stop"))
     ]
-    leg: Any = OwnLeg([Event(chunk={"choices": [choice]}) for choice in choices])
+    leg: Any = OwnLeg([StreamEvent(chunk={"choices": [choice]}) for choice in choices])
 
     async def play() -> list[Any]:
-        events = [event async for event in completion._answer_of(leg, Seen())]
+        events = [event async for event in completion._events_of_leg(leg, GeneratedSoFar())]
         return [event.chunk["choices"][0]["logprobs"] for event in events if event.chunk]
 
     assert asyncio.run(play()) == [LEGACY] * 3
@@ -505,12 +533,14 @@ def test_numbers_of_tokens_without_a_text_are_kept() -> None:
 
 def test_a_thought_whose_tokens_are_named_by_their_ids_is_not_watched() -> None:
     metrics = Metrics()
-    setting = Setting(HEAD, metrics, shadow=False, patience=9.0)
-    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
-    completion = Completion(Asked(False, {"prompt": "<think>"}), TERMS, [], server, setting)
+    settings = settings_of(metrics)
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    completion = WatchedCompletion(
+        CompletionRequest(False, {"prompt": "<think>"}), ASKED, server, settings
+    )
     choice = {"text": "x", "logprobs": {"tokens": ["token_id:7"]}}
-    events = [Event(chunk={"choices": [choice]}) for _ in range(20)]
-    events.append(Event(chunk={"choices": [{"text": "", "finish_reason": "stop"}]}))
+    events = [StreamEvent(chunk={"choices": [choice]}) for _ in range(20)]
+    events.append(StreamEvent(chunk={"choices": [{"text": "", "finish_reason": "stop"}]}))
     leg: Any = OwnLeg(events)
 
     async def play() -> Json:
@@ -539,10 +569,10 @@ def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
     server = LlamaServer(None, RULES, "</think>\n\n", one_at_a_time=False, num_close_tokens=2)
     # What the chunk shows may be longer than what its numbers tell of.
     logprobs = {"content": [{"token": text[-1], "id": 7, "logprob": -1.0}]}
-    seen = Seen()
+    seen = GeneratedSoFar()
     seen.add({"choices": [{"delta": {"reasoning_content": text}, "logprobs": logprobs}]})
-    asked = Asked(True, {"messages": []} | body)
-    found = asyncio.run(server.continuation(asked, seen, "</think>\n\n", []))
+    asked = CompletionRequest(True, {"messages": []} | body)
+    found = asyncio.run(server.continuation(asked, seen, "</think>\n\n"))
     assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
 
 
@@ -554,7 +584,7 @@ def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
 
     upstream: Any = Upstream()
     with pytest.raises(UpstreamError, match="no model yet") as raised:
-        asyncio.run(find_server(upstream, "auto", RULES, "</think>", []))
+        asyncio.run(find_lm_server(upstream, "auto", RULES, "</think>", []))
     assert raised.value.kind == "status"
 
 
@@ -562,10 +592,10 @@ def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPat
     async def rendered(*_: Any) -> str:
         return "<think>"
 
-    monkeypatch.setattr(Server, "rendered", rendered)
-    server = Server(None, RULES, "</think>")  # type: ignore[arg-type]
-    asked = Asked(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
-    assert asyncio.run(server.opens_thought(asked, []))
+    monkeypatch.setattr(LMServer, "rendered", rendered)
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    asked = CompletionRequest(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
+    assert asyncio.run(server.opens_thought(asked))
     assert all(len(key) <= 64 for key in server._opens)
 
 
@@ -584,18 +614,22 @@ def entropy(logprob: float) -> float:
     return -p * logprob - 19 * rest * math.log(rest) - 11 * rest * math.log(11 * rest)
 
 
+def streamed(terms: Terms, prompt: str = "") -> StreamedThought:
+    return StreamedThought(HEAD, RULES, ThoughtRequest(terms), prompt)
+
+
 def test_the_head_sees_the_numbers_since_the_previous_point(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     points: list[Signals] = []
     observe = HaltMonitor.observe
 
-    def watched(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
+    def observed(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
         points.append(signals)
         return observe(self, signals, rows)
 
-    monkeypatch.setattr(HaltMonitor, "observe", watched)
-    watcher = Watcher(HEAD, RULES, Terms(0.0), "q <think>")
+    monkeypatch.setattr(HaltMonitor, "observe", observed)
+    watcher = streamed(Terms(0.1), "q <think>")
     logprobs = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8] * 2
     texts = [" wa", "it", " but", "ton", " Hmm", " so", " so", " ver", "ify"]
     texts += [" so"] * 6 + [" check"]
@@ -620,15 +654,15 @@ def test_the_head_sees_the_numbers_since_the_previous_point(
 
 def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
     sure = [(" x", -0.1, top(-0.1))] * 20
-    unopened = Watcher(HEAD, RULES, TERMS)
+    unopened = streamed(TERMS)
     assert not any(unopened.add(*token) for token in sure)
     assert not unopened.add("<think>", -0.1, top(-0.1))  # the 21st
     assert [unopened.add(*token) for token in sure] == [i == 2 for i in range(20)]
-    assert (unopened.halted_at, unopened.capped) == (24, False)
-    closed = Watcher(HEAD, RULES, TERMS, "<think>")
+    assert (unopened.report().reason, unopened.report().position) == ("halted", 24)
+    closed = streamed(TERMS, "<think>")
     assert not any(closed.add(*token) for token in [*sure[:7], ("</think>", -0.1, top(-0.1))])
     assert not any(closed.add(*token) for token in sure)
-    assert closed.is_over and closed.halted_at is None
+    assert closed.thought.is_over and closed.report().reason == "closed by the LM"
 
 
 @pytest.mark.parametrize(
@@ -642,29 +676,29 @@ def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
     ids=["no number", "none beside", "too few", "one not a number"],
 )
 def test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does(numbers: Any) -> None:
-    watcher = Watcher(HEAD, RULES, TERMS, "<think>")
+    watcher = streamed(TERMS, "<think>")
     assert not any(watcher.add(" x", *numbers) for _ in range(40))
-    assert watcher.num_bad_signals == 5
+    assert watcher.report().num_bad_signals == 5
     terms = Terms(1.0, max_tokens=13)
-    unopened = Watcher(HEAD, RULES, terms)
+    unopened = streamed(terms)
     assert not any(unopened.add(" x", *numbers) for _ in range(40))
-    capped = Watcher(HEAD, RULES, terms, "<think>")
+    capped = streamed(terms, "<think>")
     assert [capped.add(" x", *numbers) for _ in range(20)] == [i == 12 for i in range(20)]
-    assert capped.capped and capped.halted_at == 13
+    assert (capped.report().reason, capped.report().position) == ("capped", 13)
 
 
 def test_more_log_probabilities_than_needed_are_no_harm() -> None:
     many = top(-0.1) + [top(-0.1)[-1]] * 11
-    watchers = [Watcher(HEAD, RULES, TERMS, "<think>") for _ in range(2)]
+    watchers = [streamed(TERMS, "<think>") for _ in range(2)]
     for watcher, numbers in zip(watchers, (top(-0.1), many[::-1]), strict=True):
         assert [watcher.add(" x", -0.1, numbers) for _ in range(8)] == [False] * 7 + [True]
 
 
 def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
-    watcher = Watcher(HEAD, RULES, Terms(1.0, max_tokens=70))
+    watcher = streamed(Terms(1.0, max_tokens=70))
     sure = (-0.1, top(-0.1))
     assert not any(watcher.add(" x", *sure) for _ in range(64))
-    assert watcher.is_over and not watcher.progress.begun
+    assert watcher.report().reason == "no thought"
     assert not any(watcher.add(text, *sure) for text in ["<think>", *[" x"] * 100])
 
 
@@ -689,13 +723,14 @@ def test_a_key_has_its_terms_and_is_kept_as_a_digest(
 ) -> None:
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({" sk-a\n": {"price": 2}, "sk-é": {"off": True}}))
-    keys = Keys(path, Terms(1.0, max_tokens=9))
+    keys = APIKeys(path, Terms(1.0, max_tokens=9))
     assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
     assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
     monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
     assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").upstream_key == "sk-inner"
     # HTTP headers are bytes, shown as Latin-1.
-    assert keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1")) == Terms(0.0)
+    found = keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1"))
+    assert found == Terms(0.0, max_tokens=9)  # off lifts no cap
     for other in (None, "", "sk-a", "Basic sk-a", "Bearer", "Bearer sk-", "Bearer sk-aa"):
         assert keys.terms_of(other) is None
     assert "sk-" not in repr(vars(keys))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from haltwise import HaltHead, Request, Session, Signals, Terms, answer_keys
+from haltwise import HaltHead, Session, Signals, Terms, ThoughtRequest, answer_keys
 from haltwise.session.thought import NEVER, PointRules, Thought
 from tests.heads import random_head
 
@@ -13,7 +13,7 @@ def running(
 ) -> tuple[Session, Thought]:
     """A session with one request in row 1 of 2, after some tokens of a letter each."""
     session, thought = Session(head, 2), Thought(PointRules(head.config.halting), prompt)
-    session.join(1, Request(terms), thought)
+    session.join(1, ThoughtRequest(terms), thought)
     for token in text:
         thought.add(token)
     session.look(1)
@@ -146,7 +146,7 @@ def test_a_row_that_is_joined_anew_finishes_who_was_there(run_head: HaltHead) ->
     class Telling:
         moves_prices = False
 
-        def terms(self, request: Request) -> Terms:
+        def terms(self, request: ThoughtRequest) -> Terms:
             return Terms(request.terms.price / 2)
 
         def price(self, running: object) -> float:
@@ -157,7 +157,7 @@ def test_a_row_that_is_joined_anew_finishes_who_was_there(run_head: HaltHead) ->
 
     session, rules = Session(run_head, 1, Telling()), PointRules(run_head.config.halting)
     for _ in range(2):
-        assert session.join(0, Request(Terms(4.0)), Thought(rules))
+        assert session.join(0, ThoughtRequest(Terms(4.0)), Thought(rules))
     assert session.running[0].terms.price == 2.0
     assert len(told) == 1
-    assert not session.join(0, Request(Terms(0.0)), Thought(rules))
+    assert not session.join(0, ThoughtRequest(Terms(0.0)), Thought(rules))

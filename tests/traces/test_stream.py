@@ -20,7 +20,7 @@ import train
 from agents.fit import FitConfig, _light_processes, fit, observing_of
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import PPOConfig, export
-from benchmarks.memory import tree_peak
+from benchmarks import memory
 from envs.replay import ReplayEnv
 from evaluate import EvaluateConfig
 from haltwise import HaltHead, HeadConfig, InputError
@@ -262,12 +262,27 @@ def test_more_traces_than_may_be_in_memory_train_end_to_end(
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
-def test_the_peak_of_a_command_counts_what_it_starts() -> None:
-    ballast = "import time; kept = bytearray(10 ** 8); kept[::4096] = b'x' * 24415; time.sleep(1)"
+def test_the_peak_of_a_command_counts_what_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, was_seen = memory._tree_memory, tmp_path / "was seen"
+
+    def noticed(pid: int) -> int:
+        found = look(pid)
+        if found > 100e6:
+            was_seen.touch()
+        return found
+
+    # The ballast is there until somebody has looked at it.
+    monkeypatch.setattr(memory, "_tree_memory", noticed)
+    ballast = (
+        "import os, time; kept = bytearray(10 ** 8); kept[::4096] = b'x' * 24415\n"
+        f"while not os.path.exists({str(was_seen)!r}): time.sleep(0.01)"
+    )
     starting = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ballast!r}])"
-    assert 100 < tree_peak([sys.executable, "-c", starting]) < 200
+    assert 100 < memory.tree_peak([sys.executable, "-c", starting]) < 200
     with pytest.raises(subprocess.CalledProcessError):
-        tree_peak([sys.executable, "-c", "raise SystemExit(3)"])
+        memory.tree_peak([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_processes_of_folds_start_without_the_script_and_it_comes_back() -> None:

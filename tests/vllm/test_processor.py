@@ -282,7 +282,12 @@ def test_a_thought_that_never_opens_is_looked_at_no_oftener_with_a_cap(
     engine = v2_engine(vllm, head_of(), tmp_path, dull)
     slots = engine.processor._slots
     generated = slots.generated
-    monkeypatch.setattr(slots, "generated", lambda spans: reads.append(1) or generated(spans))
+
+    def counted(spans: Any) -> Any:
+        reads.append(spans)
+        return generated(spans)
+
+    monkeypatch.setattr(slots, "generated", counted)
     request = Request(0, [IDS["5"]], 90, asked)
     engine.run([request])
     # A point every 4 tokens; from the 64th on it is known that there is no thought.

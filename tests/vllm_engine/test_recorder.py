@@ -30,7 +30,7 @@ def collect(out: Path, *arguments: str) -> dict[str, Row]:
         env=os.environ | CPU,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

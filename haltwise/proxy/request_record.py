@@ -13,7 +13,7 @@ from haltwise.proxy.wire import Json, UpstreamError
 log = logging.getLogger("haltwise.proxy")
 
 
-class Record:
+class RequestRecord:
     """One request: a line in the log and some numbers; nothing that was said, and no key.
 
     Args:

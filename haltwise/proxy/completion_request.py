@@ -1,11 +1,12 @@
-"""What a client asked for: what its completion may be halted with, and what it is to get."""
+"""What a client asked for: whether its thought can be halted, and what its answer is to hold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from haltwise.proxy.wire import Json
+from haltwise.proxy.wire import Json, RawHeaders
 from haltwise.session.token_statistics import NUM_TOP
 
 _STRUCTURED = (
@@ -24,40 +25,49 @@ _CHANGING = (
     *("echo", "suffix", "post_sampling_probs"),
     *("return_token_ids", "return_tokens_as_token_ids"),
 )
-# Of a model; longer ones are no names.
+# Characters of a model's name; longer ones are no names.
 _LONGEST_NAME = 1000
+# Levels of a body; what is nested deeper can be read, but not written from everywhere.
+_DEEPEST = 100
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 _NUMBERS = ("n", "best_of", "logprobs", "top_logprobs", *_MAX_TOKENS)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request for a completion."""
+class CompletionRequest:
+    """A client's request for a completion.
+
+    Nothing is known of the body but that it is a JSON object. Only `why_not_halted` takes every
+    one; all else may be asked once that is None.
+    """
 
     chat: bool
-    """Whether it is one of a chat."""
+    """Whether it is for a chat completion."""
     body: Json
-    """As the client sent it."""
+    """The body, as the client sent it."""
+    headers: RawHeaders = field(default_factory=list)
+    """Those of the client's headers that the upstream gets."""
 
     @property
-    def path(self) -> str:
-        """Where it goes."""
-        return "/v1/chat/completions" if self.chat else "/v1/completions"
+    def model(self) -> str:
+        """The name of the model; empty if the client named none."""
+        model = self.body.get("model")
+        return model if isinstance(model, str) else ""
 
     @property
     def prompt(self) -> str:
-        """Of a completion that is none of a chat."""
+        """The prompt of a completion that is none of a chat."""
         prompt = self.body["prompt"]
         return str(prompt[0] if isinstance(prompt, list) else prompt)
 
     @property
     def streams(self) -> bool:
-        """Whether the client wants events."""
+        """Whether the client wants a stream of events."""
         return bool(self.body.get("stream"))
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the client wants to be told what it used."""
+        """Whether the client wants to be told how many tokens it used."""
         options = self.body.get("stream_options")
         return not self.streams or bool(options and options.get("include_usage"))
 
@@ -72,25 +82,17 @@ class Asked:
     @property
     def max_tokens(self) -> int | None:
         """Tokens that may be generated; None if the client set no limit, or -1 for none."""
-        found = [int(limit) for limit in self.named(*_MAX_TOKENS).values()]
+        found = [int(limit) for limit in self.fields_set(*_MAX_TOKENS).values()]
         return found[0] if found and found[0] >= 0 else None
 
-    def why_not(self) -> str | None:
+    def why_not_halted(self) -> str | None:
         """Why this cannot be halted on any server; None if it can.
 
         What is malformed is for the server to refuse.
         """
-        body = self.body
-        options, stop = body.get("stream_options"), body.get("stop")
-        stops = stop if isinstance(stop, list) else [stop]
-        if (
-            any(not isinstance(number, int) for number in self.named(*_NUMBERS).values())
-            or not isinstance(options, dict | None)
-            or not all(isinstance(text, str | None) for text in stops)
-            or any(number < 0 for number in self.named("logprobs", "top_logprobs").values())
-            or len(str(body.get("model"))) > _LONGEST_NAME
-        ):
+        if self._is_malformed():
             return "malformed"
+        body = self.body
         if (body.get("n") or 1) != 1:
             return "n is not 1"
         if (body.get("best_of") or 1) != 1:
@@ -98,15 +100,35 @@ class Asked:
         for name in _CHANGING:
             if body.get(name):
                 return name
-        if not self.chat:
-            return _why_not_prompt(body.get("prompt"))
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            return "malformed"
-        return None
+        return None if self.chat else _why_not_prompt(body.get("prompt"))
+
+    def _is_malformed(self) -> bool:
+        """Whether a field that the proxy reads is of a type that it cannot have."""
+        body, messages = self.body, self.body.get("messages")
+        numbers = self.fields_set(*_NUMBERS)
+        return (
+            _is_nested_deeper(body.values(), _DEEPEST)
+            or any(not isinstance(number, int) for number in numbers.values())
+            or any(numbers.get(name, 0) < 0 for name in ("logprobs", "top_logprobs"))
+            or not isinstance(body.get("stream_options"), dict | None)
+            or not all(isinstance(text, str | None) for text in self._stops)
+            or len(self.model) > _LONGEST_NAME
+            or not isinstance(body.get("model"), str | None)
+            or not (_are_objects(messages) or (messages is None and not self.chat))
+        )
+
+    @property
+    def _stops(self) -> list[Any]:
+        """The texts at which the answer is to end, as the client named them."""
+        stops = self.body.get("stop")
+        return stops if isinstance(stops, list) else [stops]
 
     def why_not_continued(self, close_text: str) -> str | None:
-        """Why a second request cannot go on where the first was cut; None if it can."""
+        """Why a second request cannot go on where the first was cut; None if it can.
+
+        Args:
+            close_text: What the first one's thought is closed with.
+        """
         body = self.body
         form = body.get("response_format")
         if body.get("tools") or body.get("functions"):
@@ -117,17 +139,20 @@ class Asked:
             return "structured output"
         if body.get("include_reasoning") is False:
             return "hidden reasoning"
-        stop = body.get("stop") or []
-        if any(text in close_text for text in ([stop] if isinstance(stop, str) else stop)):
+        if any(text is not None and text in close_text for text in self._stops):
             return "stop"
         return "media" if any(map(_has_media, body.get("messages") or ())) else None
 
-    def named(self, *names: str) -> Json:
-        """Those of some fields that the client set."""
+    def fields_set(self, *names: str) -> Json:
+        """Those of some fields that the client set to something else than null."""
         return {name: self.body[name] for name in names if self.body.get(name) is not None}
 
-    def watched(self, extra: Json) -> Json:
-        """The body of a request whose tokens can be watched."""
+    def watched_body(self, extra: Json) -> Json:
+        """The body of a request whose thought can be watched.
+
+        Args:
+            extra: Fields that the kind of server needs beside.
+        """
         options = self.body.get("stream_options")
         num_top = max(NUM_TOP, self.num_top or 0)
         numbers: Json = {"logprobs": num_top}
@@ -136,7 +161,7 @@ class Asked:
         streaming = {"stream": True, "stream_options": {**(options or {}), "include_usage": True}}
         return self.body | numbers | streaming | extra
 
-    def continued(self, **changes: Any) -> Json:
+    def continued_body(self, **changes: Any) -> Json:
         """The body of a request that goes on, less what its endpoint does not have.
 
         Args:
@@ -151,14 +176,27 @@ class Asked:
             body |= numbers if chat else {"logprobs": self.num_top}
         return body | changes
 
-    def less(self, body: Json, num_used: int) -> Json:
-        """A body with limits that leave out tokens that were generated already."""
+    def less_tokens(self, body: Json, num_used: int) -> Json:
+        """A body whose limits leave out the tokens that were generated already."""
         if self.max_tokens is not None:
             body = {name: value for name, value in body.items() if name not in _MAX_TOKENS}
             body["max_tokens"] = max(self.max_tokens - num_used, 1)
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = max(body["min_tokens"] - num_used, 0)
         return body
+
+
+def _is_nested_deeper(values: Iterable[Any], limit: int) -> bool:
+    """Whether JSON values have lists and objects inside of each other on more levels."""
+    level = list(values)
+    for _ in range(limit):
+        inner = (value for value in level if isinstance(value, list | dict))
+        level = [x for each in inner for x in (each.values() if isinstance(each, dict) else each)]
+    return bool(level)
+
+
+def _are_objects(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, dict) for value in values)
 
 
 def _why_not_prompt(prompt: Any) -> str | None:
@@ -171,7 +209,7 @@ def _why_not_prompt(prompt: Any) -> str | None:
     return "token prompt" if isinstance(prompt[0], int) else "several prompts"
 
 
-def _has_media(message: Any) -> bool:
+def _has_media(message: Json) -> bool:
     """Whether a message has a part that is no text."""
     content = message.get("content")
     return isinstance(content, list) and any(

@@ -1,0 +1,118 @@
+"""What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.wire import Json, StreamEvent, chat_logprobs, texts_of, trim_logprobs
+
+# What the chunks of one answer have in common: their envelope.
+_ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
+# What a choice has on every server.
+_OF_CHOICE = ("index", "delta", "text", "logprobs", "finish_reason")
+
+
+class ClientAnswer:
+    """Gives what the legs say the form that the client asked for.
+
+    Args:
+        reader: Knows the request, the server, and the usage of each leg.
+        report: Tells what is to stand in the usage about the thought.
+    """
+
+    def __init__(self, reader: ThoughtReader, report: Callable[[], Json]) -> None:
+        """Starts before the first chunk."""
+        self.envelope: Json = {}
+        """What all chunks have in common, from the first leg's first one."""
+        self.finish: str | None = None
+        """Why the answer ended, once it has."""
+        self._reader, self._report = reader, report
+        self._request, self._usages = reader.request, reader.usages
+        self._num_top = reader.server.num_top_shown(reader.request)
+
+    def note_envelope(self, chunk: Json) -> None:
+        """Remembers what a chunk of the first leg has in common with all others."""
+        self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
+
+    def note_finish(self, choice: Json) -> None:
+        """Remembers why the answer ended, if it ends with this choice."""
+        self.finish = choice.get("finish_reason") or self.finish
+
+    def shown(self, event: StreamEvent, choice: Json | None) -> StreamEvent | None:
+        """An event of the first leg without what the client did not ask for; None to show none.
+
+        Args:
+            event: The event; it is changed if it has more than that, and else sent as it came.
+            choice: The choice of its chunk, if there is one.
+        """
+        chunk: Json = event.chunk or {}
+        if self._strip(chunk, choice):
+            event.raw = b""
+        usage = chunk.get("usage")
+        if isinstance(usage, dict):
+            self._usages[-1].take(usage)
+            if choice is None and not self._request.wants_usage:
+                return None
+            if self.finish is not None:
+                chunk["usage"], event.raw = self.usage(usage), b""
+        return event
+
+    def _strip(self, chunk: Json, choice: Json | None) -> bool:
+        """Takes out what the client did not ask for; returns whether there could be anything."""
+        parts = [chunk] if choice is None else [chunk, choice]
+        dropped = ["prompt_token_ids", "token_ids"]
+        if self._num_top is None:
+            dropped.append("logprobs")
+        found = [part.pop(name) for part in parts for name in dropped if name in part]
+        if choice is not None and self._num_top is not None:
+            trim_logprobs(choice.get("logprobs"), self._num_top)
+            return True
+        return bool(found)
+
+    def usage(self, own: Json) -> Json:
+        """The usage of all legs together, and the report about the thought.
+
+        Args:
+            own: What the server told of the last leg; it is believed if that is the only one.
+        """
+        prompt = sum(usage.prompt_tokens or 0 for usage in self._usages)
+        completion = sum(usage.completion_tokens for usage in self._usages)
+        usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
+        usage |= {"total_tokens": prompt + completion}
+        return usage | (own if len(self._usages) == 1 else {}) | {"haltwise": self._report()}
+
+    def usage_event(self) -> StreamEvent:
+        """The event that tells the usage of an answer of several legs."""
+        return StreamEvent(chunk=self.envelope | {"choices": [], "usage": self.usage({})})
+
+    def close_events(self) -> Iterator[StreamEvent]:
+        """The events that show the close text, in the thought's field and behind it."""
+        server, field = self._reader.server, self._reader.field
+        before, after = server.close_parts
+        if field and before:
+            yield self._made({}, {field: before})
+        if text := after if field else server.close_text:
+            yield self._made({}, self._part(text))
+
+    def continued(self, chunk: Json, choice: Json) -> StreamEvent | None:
+        """A choice of a later leg as one of the first leg's; None if it has nothing to show."""
+        self._strip(chunk, choice)
+        text = "".join(texts_of(choice))
+        if text or choice.get("logprobs") or choice.get("finish_reason"):
+            return self._made(choice, self._part(text))
+        return None
+
+    def _part(self, text: str) -> Json:
+        return {"content": text} if self._request.chat else {"text": text}
+
+    def _made(self, choice: Json, part: Json) -> StreamEvent:
+        """A chunk as those of the first leg, with what a choice of another one tells beside."""
+        own: Json = {"index": 0}
+        own |= {"delta": part} if self._request.chat else part
+        if self._num_top is not None:
+            logprobs = choice.get("logprobs")
+            own["logprobs"] = chat_logprobs(logprobs) if self._request.chat else logprobs
+        own["finish_reason"] = choice.get("finish_reason")
+        own |= {name: value for name, value in choice.items() if name not in _OF_CHOICE}
+        return StreamEvent(chunk=self.envelope | {"choices": [own]})

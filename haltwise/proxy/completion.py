@@ -1,0 +1,245 @@
+"""One watched completion: from the first token of its thought to the last of its answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict, dataclass
+
+from haltwise.policy.head import HaltHead
+from haltwise.proxy.answer import ClientAnswer
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.legs import GeneratedSoFar, HeldBackLeg, LegUsage, UpstreamLeg
+from haltwise.proxy.lm_server import LMServer
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.second_leg import ThoughtCloser
+from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.wire import (
+    DONE,
+    Json,
+    StreamEvent,
+    UpstreamError,
+    WholeAnswer,
+    choice_of,
+    texts_of,
+)
+from haltwise.session.control import Control
+from haltwise.session.report import ThoughtRequest
+from haltwise.session.stream import StreamedThought
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """What all watched completions have in common."""
+
+    head: HaltHead
+    """The policy."""
+    control: Control
+    """Sets terms and prices."""
+    metrics: Metrics
+    """Where completions are counted."""
+    shadow: bool
+    """Whether they only tell what they would have done."""
+    patience: float
+    """Seconds to wait for a second leg."""
+
+
+class WatchedCompletion:
+    """One completion that is watched, from the first token to the last.
+
+    The thought is read (`ThoughtReader`) until it is to be halted; then it is closed and continued
+    (`ThoughtCloser`); all that the client gets is given its form (`ClientAnswer`).
+
+    Args:
+        request: What the client asked for.
+        asked: The terms that it asks for, and what else is known of it.
+        server: The LM's server.
+        settings: What all completions have in common.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        asked: ThoughtRequest,
+        server: LMServer,
+        settings: CompletionSettings,
+    ) -> None:
+        """Asks nothing yet."""
+        self.request = request
+        self._server, self._settings = server, settings
+        prompt = "" if request.chat else request.prompt
+        self._streamed = StreamedThought(
+            settings.head, server.rules, asked, prompt, settings.control
+        )
+        self._reader = ThoughtReader(request, server, self._streamed, settings.metrics)
+        self._closer = ThoughtCloser(self._reader, settings.patience)
+        self._answer = ClientAnswer(self._reader, self.report)
+
+    async def open(self) -> UpstreamLeg:
+        """Asks the upstream for a stream that can be watched; returns its first leg.
+
+        Raises:
+            UpstreamError: If no answer comes.
+        """
+        extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
+        return await self._closer.ask(self.request.watched_body(extra))
+
+    async def close(self) -> None:
+        """Ends whatever still runs, and tells the control what has happened."""
+        self._streamed.finish()
+        await self._closer.close()
+
+    async def whole(self, first: UpstreamLeg) -> Json:
+        """The answer to a client that wants no stream.
+
+        Args:
+            first: The first leg.
+
+        Raises:
+            UpstreamError: If the answer is not whole.
+        """
+        whole = WholeAnswer()
+        async for event in self.events(first):
+            if event.chunk is not None:
+                whole.add(event.chunk)
+        answer = whole.answer(self.request.chat)
+        return answer | {"usage": self._answer.usage(answer.get("usage") or {})}
+
+    async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a stream: those of the first leg, and of what takes its place.
+
+        An answer that breaks off behind its own end is whole.
+
+        Args:
+            first: The first leg.
+
+        Raises:
+            UpstreamError: If the answer is not whole.
+        """
+        try:
+            async with aclosing(self._events_of_all_legs(first)) as events:
+                async for event in events:
+                    yield event
+        except UpstreamError:
+            if self._answer.finish is None:
+                raise
+        if self._answer.finish is None:
+            raise UpstreamError("cut", "upstream broke off its answer")
+        yield DONE
+
+    async def _events_of_all_legs(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
+        source: AsyncIterator[StreamEvent] | HeldBackLeg = first
+        halts = True
+        while halts:
+            halts = False
+            async for event in source:
+                shown, halts = await self._take(event)
+                if shown is not None:
+                    yield shown
+                if halts:
+                    break
+            envelope = self._answer.envelope
+            if halts and not await self._closer.is_ended_by_server(str(envelope.get("id", ""))):
+                second, source = await self._closer.continued(first, envelope)
+                if second is not None:
+                    async for event in self._events_behind_thought(second):
+                        yield event
+                    break
+
+    async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
+        """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
+        if event.chunk is None:
+            return None if event.is_done else event, False
+        choice, halts = choice_of(event.chunk), False
+        if choice is not None:
+            self._answer.note_envelope(event.chunk)
+            if self._reader.is_thinking:
+                halts = await self._reader.read(event.chunk, choice)
+            elif any(texts_of(choice)):
+                self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
+            self._answer.note_finish(choice)
+        halts &= self._answer.finish is None and not self._settings.shadow
+        return self._answer.shown(event, choice), halts
+
+    async def _events_behind_thought(self, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+        """The close text, the second leg's answer, and the rest in a third if that breaks off."""
+        for event in self._answer.close_events():
+            yield event
+        said = GeneratedSoFar()
+        try:
+            async for event in self._events_of_leg(leg, said):
+                yield event
+        except UpstreamError as error:
+            if self._answer.finish is None:
+                await leg.close()
+                leg = await self._closer.resumed(said.text, error)
+                async for event in self._events_of_leg(leg, GeneratedSoFar()):
+                    yield event
+        first, second, *_ = self._reader.usages
+        if first.prompt_tokens is None and second.prompt_tokens is not None:
+            num_sent = self._reader.generated.num_tokens + self._server.num_close_tokens
+            first.prompt_tokens = second.prompt_tokens - num_sent
+        if self.request.wants_usage:
+            yield self._answer.usage_event()
+
+    async def _events_of_leg(
+        self, leg: UpstreamLeg, said: GeneratedSoFar
+    ) -> AsyncIterator[StreamEvent]:
+        """The answer of a leg behind the thought, in the form that the client expects.
+
+        Args:
+            leg: The second or third leg.
+            said: Takes in what it says.
+
+        Raises:
+            UpstreamError: If it breaks off.
+        """
+        usage = LegUsage()
+        self._reader.usages.append(usage)
+        async for event in leg:
+            choice = choice_of(event.chunk) if event.chunk else None
+            if event.chunk is None:
+                if not event.is_done:
+                    yield event
+                continue
+            said.add(event.chunk)
+            usage.completion_tokens = said.num_tokens
+            if choice is not None:
+                self._answer.note_finish(choice)
+                if (shown := self._answer.continued(event.chunk, choice)) is not None:
+                    yield shown
+            usage.take(event.chunk.get("usage"))
+        if self._answer.finish is None:
+            raise UpstreamError("cut", "upstream broke off its answer")
+
+    def report(self) -> Json:
+        """What the client and the log are told about the thought."""
+        reader, finish = self._reader, self._answer.finish
+        if finish is not None:
+            reader.thought.end(by_lm=finish != "length")
+        found = self._streamed.report()
+        if found.decided and not self._closer.has_closed:
+            self._streamed.release(reader.fallback)
+            found = self._streamed.report()
+        report: Json = {
+            "halted": found.halted,
+            "reason": found.reason,
+            "position": found.position,
+            "price": found.price,
+            "legs": [asdict(usage) for usage in reader.usages],
+        }
+        if reader.fallback:
+            report["fallback"] = reader.fallback
+        if self._settings.shadow and found.decided_at is not None:
+            saved = found.position - found.decided_at
+            shadow = {"reason": found.decided, "position": found.decided_at, "saved_tokens": saved}
+            report["shadow"] = shadow
+        return report
+
+    def count(self) -> None:
+        """Adds the completion to the metrics, once it has ended."""
+        report, metrics = self.report(), self._settings.metrics
+        metrics.thoughts.labels(report["reason"]).inc()
+        metrics.thinking_tokens.inc(self._reader.thought.position)
+        metrics.bad_signals.inc(self._streamed.report().num_bad_signals)
+        metrics.shadow_saved_tokens.inc(report.get("shadow", {}).get("saved_tokens", 0))

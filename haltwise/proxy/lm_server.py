@@ -1,0 +1,411 @@
+"""The LM's server: what kind it is, and how each kind ends a thought and goes on behind it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import anyio
+
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.legs import GeneratedSoFar
+from haltwise.proxy.upstream import Upstream
+from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.session.thought import PointRules, Thought
+from haltwise.session.token_statistics import NUM_TOP
+
+# Answers to questions that hang on what clients send are kept for so many.
+_MOST_KEPT = 1000
+# Tokens of its context that SGLang may keep for itself.
+_RESERVED = 16
+
+
+class CannotContinueError(Exception):
+    """A thought cannot be closed and continued; `kind` says why."""
+
+    def __init__(self, kind: str) -> None:
+        """Takes the reason in a word or two."""
+        super().__init__(kind)
+        self.kind = kind
+
+
+class LMServer:
+    """The LM's server, of a kind that nobody knows: completions can be continued as text.
+
+    Args:
+        upstream: The connections to it.
+        rules: The think markers, and where thoughts have decision points.
+        close_text: What closes a thought.
+    """
+
+    kind = "unknown"
+    one_at_a_time = False
+    """Whether a second request waits for the first to end."""
+    num_close_tokens = 0
+    """Number of tokens of the close text; 0 if it is not known."""
+
+    def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
+        """Asks nothing yet."""
+        self.upstream = upstream
+        self.rules = rules
+        self.close_text = close_text
+        before, marker, after = close_text.partition(rules.think_end)
+        self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
+        """What of the close text stands inside of the thought, and what stands behind it."""
+        # Only white space stands behind the marker.
+        self.ends_with_marker = bool(marker) and not after.strip()
+        self._opens: dict[bytes, bool] = {}
+
+    def why_not_halted(self, request: CompletionRequest) -> str | None:
+        """Why a request cannot be halted on this server; None if it can."""
+        return "unknown server" if request.chat else request.why_not_continued(self.close_text)
+
+    def num_top_shown(self, request: CompletionRequest) -> int | None:
+        """How many of the likeliest tokens the client expects to see; None for no numbers."""
+        return request.num_top
+
+    def extra_fields(self, request: CompletionRequest) -> Json:
+        """Fields that this kind of server needs in a request that is watched."""
+        return {}
+
+    async def end_thought(self, request: CompletionRequest, completion_id: str) -> bool:
+        """Tells the server to end a running thought by itself; returns whether it will.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        return False
+
+    async def continuation(
+        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
+    ) -> Json:
+        """The body of the request that goes on from what was generated, and a tail behind it.
+
+        Raises:
+            CannotContinueError: If the server did not show enough for it.
+            UpstreamError: If the server does not answer what it has to be asked for it.
+        """
+        if request.chat:
+            raise CannotContinueError("no token ids")
+        return request.continued_body(prompt=request.prompt + generated.text + tail)
+
+    async def opens_thought(self, request: CompletionRequest) -> bool:
+        """Whether the server's chat template ends inside of a thought; False if it does not tell.
+
+        The answer is kept: it is the same for all requests with the same model and template.
+        """
+        names = ("model", "chat_template_kwargs", "reasoning_effort", "chat_template")
+        asks = request.fields_set(*names)
+        key = _digest(asks)
+        if key not in self._opens:
+            asks |= {"messages": [{"role": "user", "content": "?"}], "add_generation_prompt": True}
+            try:
+                rendered = await self.rendered(asks, request.headers)
+            except UpstreamError:
+                return False
+            if len(self._opens) >= _MOST_KEPT:
+                self._opens.clear()
+            self._opens[key] = Thought(self.rules, rendered).begun
+        return self._opens[key]
+
+    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
+        """The text that the server's chat template makes of messages.
+
+        Raises:
+            UpstreamError: If the server does not tell.
+        """
+        raise UpstreamError("status", "this kind of server does not tell")
+
+
+class VllmServer(LMServer):
+    """vLLM: tells the ids of the prompt and of every token, and takes ids as a prompt."""
+
+    kind = "vllm"
+
+    def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
+        """Asks nothing yet; what is asked once is asked once, however many streams need it."""
+        super().__init__(upstream, rules, close_text)
+        self._asking = anyio.Lock()
+        self._close_ids: dict[bytes, list[int]] = {}
+        self._context: int | None = None
+
+    def why_not_halted(self, request: CompletionRequest) -> str | None:
+        """Chats can be halted as well as completions, since both can be continued."""
+        return request.why_not_continued(self.close_text)
+
+    def extra_fields(self, request: CompletionRequest) -> Json:
+        """Asks for the ids of the tokens."""
+        return {"return_token_ids": True}
+
+    async def continuation(
+        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
+    ) -> Json:
+        """Goes on from ids if the server told all of them, which older ones do not, else text.
+
+        Raises:
+            CannotContinueError: If the ids of a chat, or the length of the context, are unknown.
+            UpstreamError: If the server does not tell the ids of the tail.
+        """
+        if generated.prompt_ids is None or not generated.has_ids:
+            return await super().continuation(request, generated, tail)
+        ids = await self.text_ids(request, tail)
+        return await self._from_ids(request, [*generated.prompt_ids, *generated.ids, *ids])
+
+    async def _from_ids(self, request: CompletionRequest, ids: list[int]) -> Json:
+        """The body that goes on from ids: what has no limit in a chat has 16 in completions."""
+        body = request.continued_body(prompt=ids)
+        if request.chat and request.max_tokens is None:
+            context = await self._context_length(request.headers)
+            body["max_tokens"] = max(context - len(ids) - _RESERVED, 1)
+        return body
+
+    async def _context_length(self, headers: RawHeaders) -> int:
+        """How many tokens prompt and answer can have together."""
+        async with self._asking:
+            if self._context is None:
+                models = _models(await self.upstream.call("/v1/models", None, headers))
+                lengths = [model.get("max_model_len") for model in models]
+                self._context = next((n for n in lengths if isinstance(n, int)), None)
+            if self._context is None:
+                raise CannotContinueError("context length")
+            return self._context
+
+    async def text_ids(self, request: CompletionRequest, text: str) -> list[int]:
+        """The ids of a text's tokens; those of the close text are kept.
+
+        Raises:
+            UpstreamError: If the server does not tell.
+        """
+        asks = request.fields_set("model") | {"prompt": text, "add_special_tokens": False}
+        if text != self.close_text:
+            return await self.ids_of(asks, request.headers)
+        async with self._asking:
+            key = _digest(asks)
+            if key not in self._close_ids:
+                if len(self._close_ids) >= _MOST_KEPT:
+                    self._close_ids.clear()
+                self._close_ids[key] = await self.ids_of(asks, request.headers)
+            return self._close_ids[key]
+
+    async def ids_of(self, asks: Json, headers: RawHeaders) -> list[int]:
+        """The ids that the server makes of a prompt or of messages.
+
+        Raises:
+            UpstreamError: If the server does not tell.
+        """
+        found = (await self.upstream.call("/tokenize", asks, headers)).get("tokens")
+        if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
+            raise UpstreamError("malformed", "upstream's /tokenize gave no ids")
+        return found
+
+    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
+        """The text that the template makes of messages, by way of its ids.
+
+        Raises:
+            UpstreamError: If the server does not tell.
+        """
+        model = {"model": asks["model"]} if "model" in asks else {}
+        ids = await self.ids_of(asks, headers)
+        found = await self.upstream.call("/detokenize", model | {"tokens": ids}, headers)
+        return str(found.get("prompt") or found.get("text") or "")
+
+
+class SglangServer(VllmServer):
+    """SGLang: as vLLM, but its streams of chats have no ids."""
+
+    kind = "sglang"
+
+    def extra_fields(self, request: CompletionRequest) -> Json:
+        """Asks for ids in completions alone: a stream of a chat would be refused with it."""
+        return {} if request.chat else super().extra_fields(request)
+
+    async def continuation(
+        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
+    ) -> Json:
+        """Goes on, in a chat, from the ids of its messages and of the text so far.
+
+        Raises:
+            CannotContinueError: If the length of the context is unknown.
+            UpstreamError: If the server does not tell ids.
+        """
+        if not request.chat:
+            return await super().continuation(request, generated, tail)
+        names = ("model", "messages", "chat_template_kwargs", "reasoning_effort")
+        asks = request.fields_set(*names, "continue_final_message")
+        generated.prompt_ids = await self.ids_of(asks, request.headers)
+        ids = await self.text_ids(request, generated.text + tail)
+        return await self._from_ids(request, [*generated.prompt_ids, *ids])
+
+
+class LlamaServer(LMServer):
+    """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed.
+
+    Args:
+        args: As of any server.
+        one_at_a_time: Whether it has a single slot.
+        num_close_tokens: Number of tokens of the close text.
+    """
+
+    kind = "llama-server"
+
+    def __init__(self, *args: Any, one_at_a_time: bool, num_close_tokens: int) -> None:
+        """Asks nothing yet."""
+        super().__init__(*args)
+        self.one_at_a_time, self.num_close_tokens = one_at_a_time, num_close_tokens
+
+    def _controls(self, request: CompletionRequest) -> bool:
+        """Whether the server can end this request's thought by itself."""
+        own = request.body.get("reasoning_budget_message")
+        return request.chat and self.ends_with_marker and not own
+
+    def why_not_halted(self, request: CompletionRequest) -> str | None:
+        """A thought that the server ends by itself can always be halted: it has no second leg."""
+        if self._controls(request):
+            return None
+        return request.why_not_continued(self.close_text)
+
+    def num_top_shown(self, request: CompletionRequest) -> int | None:
+        """In a chat it shows some even if no number is named; in completions none if it is 0."""
+        if request.chat:
+            named = request.num_top is None or "top_logprobs" in request.body
+            return request.num_top if named else NUM_TOP
+        return request.num_top or None
+
+    def extra_fields(self, request: CompletionRequest) -> Json:
+        """Asks the server to listen for the end of the thought, and says what to end it with."""
+        if not self._controls(request):
+            return {}
+        message = self.close_parts[0]
+        return {"reasoning_control": True} | (
+            {"reasoning_budget_message": message} if message else {}
+        )
+
+    async def end_thought(self, request: CompletionRequest, completion_id: str) -> bool:
+        """Works in chats alone, and only if the close text ends with the marker.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        if not self._controls(request):
+            return False
+        asks = request.fields_set("model") | {"id": completion_id, "action": "reasoning_end"}
+        found = await self.upstream.call("/v1/chat/completions/control", asks, request.headers)
+        return found.get("success") is True
+
+    async def continuation(
+        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
+    ) -> Json:
+        """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.
+
+        Raises:
+            CannotContinueError: If the request has what a second one cannot have.
+            UpstreamError: If the server does not render the messages of a chat.
+        """
+        # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
+        is_complete = generated.has_ids and generated.text.isascii()
+        is_complete &= not (request.chat and request.body.get("stop"))
+        said = generated.ids if is_complete else [generated.text]
+        if not request.chat:
+            return request.continued_body(prompt=[request.prompt, *said, tail])
+        why_not = request.why_not_continued(self.close_text)
+        if why_not:
+            raise CannotContinueError(why_not)
+        prompt = await self.rendered(request.body, request.headers)
+        if not Thought(self.rules, prompt).begun:
+            # The LM's own marker has no chunk.
+            prompt += self.rules.think_start + "\n"
+        return request.continued_body(prompt=[prompt, *said, tail])
+
+    async def opens_thought(self, request: CompletionRequest) -> bool:
+        """Never has to be known: the server tells thoughts apart, or shows their marker."""
+        return False
+
+    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
+        """The text that the template makes of messages; the server has an endpoint for it.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        return str((await self.upstream.call("/apply-template", asks, headers)).get("prompt") or "")
+
+
+class OllamaServer(LMServer):
+    """Ollama: wraps every prompt in its template; goes on with a last message of the assistant."""
+
+    kind = "ollama"
+    one_at_a_time = True
+
+    def why_not_halted(self, request: CompletionRequest) -> str | None:
+        """Refuses a message that the client has begun: it looks like a thought that was begun."""
+        messages = request.body.get("messages") or [{}]
+        if messages[-1].get("role") == "assistant":
+            return "prefill"
+        return request.why_not_continued(self.close_text)
+
+    async def continuation(
+        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
+    ) -> Json:
+        """Goes on from a message of the assistant, in completions too."""
+        text, start = generated.text + tail, self.rules.think_start
+        if request.chat:
+            messages = request.body["messages"]
+            text = text if start in text else f"{start}\n{text}"
+        else:
+            messages = [{"role": "user", "content": request.prompt}]
+        said = {"role": "assistant", "content": text}
+        return request.continued_body(messages=[*messages, said])
+
+
+# What their lists of models name as the owner.
+_OWNERS: dict[str, type[LMServer]] = {
+    "vllm": VllmServer,
+    "sglang": SglangServer,
+    "library": OllamaServer,
+    "llamacpp": LlamaServer,
+}
+
+
+async def find_lm_server(
+    upstream: Upstream, kind: str, rules: PointRules, close_text: str, headers: RawHeaders
+) -> LMServer:
+    """The server, of the kind that it is or is said to be.
+
+    Args:
+        upstream: The connections to it.
+        kind: The kind that it is said to be; "auto" to ask it.
+        rules: The think markers, and where thoughts have decision points.
+        close_text: What closes a thought.
+        headers: The client's, whose key the questions are asked with.
+
+    Raises:
+        UpstreamError: If it has to be asked and does not answer.
+    """
+    found = next((known for known in _OWNERS.values() if known.kind == kind), None)
+    if found is None:
+        models = _models(await upstream.call("/v1/models", None, headers))
+        if not models:
+            raise UpstreamError("status", "upstream names no model yet")
+        found = _OWNERS.get(str(models[0].get("owned_by")), LMServer)
+    if found is LlamaServer:
+        props = await upstream.call("/props", None, headers)
+        ids = await upstream.call("/tokenize", {"content": close_text}, headers)
+        return LlamaServer(
+            upstream,
+            rules,
+            close_text,
+            one_at_a_time=props.get("total_slots") == 1,
+            num_close_tokens=len(ids.get("tokens") or ()),
+        )
+    return found(upstream, rules, close_text)
+
+
+def _models(listing: Json) -> list[Json]:
+    """The models of a server's list of them."""
+    models = listing.get("data")
+    return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def _digest(asks: Json) -> bytes:
+    """A short name of a question; clients choose how long the question is."""
+    return hashlib.sha256(json.dumps(asks, sort_keys=True).encode()).digest()

@@ -1,0 +1,117 @@
+"""The thought of a completion: how it is read from the first leg, and where the head halts it."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.legs import GeneratedSoFar, LegUsage
+from haltwise.proxy.lm_server import LMServer
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.wire import REASONING_FIELDS, Json, ServedToken, texts_of, tokens_of
+from haltwise.session.stream import StreamedThought
+
+log = logging.getLogger("haltwise.proxy")
+
+# How vLLM begins the texts of tokens that it was told to name by their ids.
+_ID_TEXT = "token_id:"
+
+
+class ThoughtReader:
+    """Reads a thought from the chunks of the first leg, and says when to halt it.
+
+    Args:
+        request: What the client asked for.
+        server: The LM's server.
+        streamed: The thought, before its first token.
+        metrics: Where decisions and fallbacks are counted.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        server: LMServer,
+        streamed: StreamedThought,
+        metrics: Metrics,
+    ) -> None:
+        """Starts before the first chunk."""
+        self.request, self.server = request, server
+        self.streamed, self.thought = streamed, streamed.thought
+        self.generated = GeneratedSoFar()
+        """All tokens up to the end of the thought."""
+        self.usages = [LegUsage()]
+        """Tokens of each leg, the first one's first; who opens another leg adds its own."""
+        self.is_thinking = True
+        """Whether the next chunk belongs to the thought, or to what stands before it."""
+        self.may_halt = True
+        """Whether halting has not been tried yet."""
+        self.fallback = ""
+        """Why the LM was left to think on; empty if it was not."""
+        self.field = ""
+        """The field in which the server puts the thought; empty if it stands in the text."""
+        self.shown_texts: list[str] = []
+        """What the client has of the thought."""
+        self._metrics = metrics
+        self._knows_opening = not request.chat
+
+    async def read(self, chunk: Json, choice: Json) -> bool:
+        """Reads the next chunk, which has this choice; returns whether to halt behind it."""
+        tokens, (thought, text) = tokens_of(choice), texts_of(choice)
+        self.generated.add(chunk, tokens)
+        self.usages[0].completion_tokens = self.generated.num_tokens
+        self.note_prompt()
+        if choice.get("delta", {}).get("tool_calls") or (text and self.field):
+            self.is_thinking, self.thought.closed = False, True  # the server tells them apart
+            return False
+        self.shown_texts.append(thought + text)
+        if thought and not self.field:
+            self.field = next(name for name in REASONING_FIELDS if choice["delta"].get(name))
+            self._knows_opening = True
+            self.thought.begun = True
+        elif not self._knows_opening and (tokens or text):
+            self._knows_opening = True
+            await self._look_for_opening(text + "".join(token.text for token in tokens))
+        if any(token.text.startswith(_ID_TEXT) for token in tokens):
+            self.is_thinking = False  # its markers cannot be seen
+            self.fall_back("token texts")
+            return False
+        if not tokens and thought + text:
+            tokens = [ServedToken(thought + text)]
+        halts = self._show_head(tokens)
+        self.is_thinking &= not self.thought.is_over
+        budget = self.request.max_tokens
+        is_within = budget is None or self.generated.num_tokens < budget
+        return halts and self.may_halt and is_within
+
+    def note_prompt(self) -> None:
+        """Counts the prompt's tokens, once the server has told their ids."""
+        if self.generated.prompt_ids is not None:
+            self.usages[0].prompt_tokens = len(self.generated.prompt_ids)
+
+    async def _look_for_opening(self, opening: str) -> None:
+        """Finds out whether a chat whose first text this is has begun with a thought."""
+        if self.server.rules.think_start in opening or (
+            await self.server.opens_thought(self.request)
+        ):
+            self.thought.begun = True
+
+    def _show_head(self, tokens: list[ServedToken]) -> bool:
+        """Shows tokens to the head; returns whether it halts at one of them."""
+        halts = False
+        try:
+            for token in tokens:
+                num_points, started = self.thought.num_points, time.perf_counter()
+                halts |= self.streamed.add(token.text, token.logprob, token.top)
+                if self.thought.num_points > num_points:
+                    self._metrics.decision_seconds.observe(time.perf_counter() - started)
+        except Exception:
+            log.exception("a decision failed: the LM thinks on")
+            self.is_thinking = False
+            self.fall_back("policy")
+        return halts
+
+    def fall_back(self, reason: str) -> None:
+        """Lets the LM think on, and counts why."""
+        self.may_halt, self.fallback = False, reason
+        self._metrics.fallbacks.labels(reason).inc()
