@@ -11,50 +11,9 @@ from envs.replay import observed_features
 from envs.reward import halt_costs, reward
 from evaluation.outcome import halt_outcome, never_outcome
 from haltwise import Explanation, HaltHead, explain
-from haltwise.policy.projection import NUM_DIRECTIONS
+from haltwise.policy.features import features_of
 from haltwise.policy.signals import Float
 from traces import Traces
-
-#: Of every feature: what a person would say of a higher value than before, and of a lower one.
-#: Features that are said in the same words are told as one.
-PHRASES: dict[str, tuple[str, str]] = {
-    "log_position": ("later in the thought", "early in the thought"),
-    "log_point": ("later in the thought", "early in the thought"),
-    "log_gap": ("a longer step", "a shorter step"),
-    "last_point": ("last chance to halt", "chances left to halt"),
-    "log_points_left": ("more chances left", "fewer chances left"),
-    "confidence_logit": ("surer answer", "less sure answer"),
-    "confidence_max": ("a sure answer was seen", "no sure answer so far"),
-    "confidence_mean": ("surer answers of late", "unsure answers of late"),
-    "confidence_change": ("confidence rose more", "confidence rose less"),
-    "confidence_low": ("surer answer", "less sure answer"),
-    "doubt": ("its weakest word shakier", "its weakest word firmer"),
-    "least_doubt": ("less proven answer", "better proven answer"),
-    "log_probe": ("longer answer", "shorter answer"),
-    "answered": ("there is an answer", "there is no answer"),
-    "log_run": ("repeated more in a row", "repeated less in a row"),
-    "run_share": ("settled for longer", "settled for less long"),
-    "top_share": ("answers agree more", "answers agree less"),
-    "leads": ("its commonest answer", "not its commonest answer"),
-    "log_distinct": ("more answers tried", "fewer answers tried"),
-    "returned": ("back to an old answer", "no old answer is back"),
-    "entropy": ("less certain thinking", "more certain thinking"),
-    "entropy_mean": ("uncertain thinking lately", "certain thinking lately"),
-    "max_entropy": ("a harder choice of word", "no hard choice of word"),
-    "logprob": ("likelier words", "less likely words"),
-    "min_logprob": ("no surprising word", "a surprising word"),
-    "margin": ("clearer choice of words", "closer choice of words"),
-    "margin_mean": ("clear words lately", "unclear words lately"),
-    "end_think": ("nearer its own end", "further from its own end"),
-    "end_think_max": ("was near its own end", "never near its own end"),
-    "end_think_mean": ("near its end lately", "far from its end lately"),
-    "log_reflections": ("more second thoughts", "fewer second thoughts"),
-    "reflections_mean": ("second thoughts lately", "few second thoughts lately"),
-    "log_reflections_all": ("more doubts in all", "fewer doubts in all"),
-} | {
-    f"hidden_{i}": (f"inner state {i} higher", f"inner state {i} lower")
-    for i in range(NUM_DIRECTIONS)
-}
 
 _WIDTH = 110
 _ANSWER_WIDTH = 12
@@ -141,7 +100,7 @@ def _points(path: _Path) -> list[str]:
     lines = [_LEGEND.format(threshold=100 * path.head.config.threshold)]
     for i in range(path.num_seen):
         explanation = explain(path.head, path.features[i], path.price, path.before(i))
-        movers = _movers(explanation, path.features[i] > path.before(i))
+        movers = _movers(path, explanation, path.features[i] > path.before(i))
         lines.append(_fill(_columns(path, i, explanation), movers))
     return lines
 
@@ -166,11 +125,11 @@ def _columns(path: _Path, i: int, explanation: Explanation) -> str:
     )
 
 
-def _movers(explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
+def _movers(path: _Path, explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
     """What moved the policy most, in words; higher (F,): which features are above the reference."""
     moved: dict[str, float] = {}
-    for i, name in enumerate(explanation.names):
-        phrase = PHRASES[name][0 if higher[i] else 1]
+    for i, feature in enumerate(features_of(path.head.config.observing.groups)):
+        phrase = feature.higher if higher[i] else feature.lower
         moved[phrase] = moved.get(phrase, 0.0) + float(explanation.contributions[i])
     strongest = sorted(moved, key=lambda phrase: -abs(moved[phrase]))[:_NUM_MOVERS]
     return [
@@ -193,7 +152,7 @@ def _after(path: _Path) -> list[str]:
     if not path.halts.any():
         return ["It is not halted.", _passed(path, "Points", range(num_points))]
     at = path.features[num_seen - 1]
-    movers = _movers(explain(path.head, at, path.price), at > path.average)
+    movers = _movers(path, explain(path.head, at, path.price), at > path.average)
     return [
         f"It is halted at point {num_seen} of {num_points} with a "
         f"{_right(path.trace.correct[num_seen - 1])} answer.",

@@ -21,16 +21,17 @@ from vllm.platforms import current_platform
 
 from haltwise import InputError, Signals
 from haltwise.engine.decoder import end_tokens
+from haltwise.policy.signals import signals_from
 from haltwise.session.reflections import num_reflections
 from haltwise.session.thought import ForcedAnswer, Probe, Thought, ThoughtRules
-from haltwise.session.token_statistics import NUM_TOP, STEPWISE, TokenStatistics
+from haltwise.session.token_statistics import NUM_TOP, TokenStatistics
 from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import Answering, EngineConfig
 from recording.recording import Recording, Row, Work, asked, recorder_of, tried
 from recording.weightless import load_weightless
 
-_SIGNALS = (*STEPWISE, "num_reflections")
+_SIGNALS = signals_from("token_logprobs", "text")
 # Room for a prompt: vLLM sets aside memory for the longest sequence there can be, and an LM's
 # whole context may be more than a GPU holds.
 _PROMPT_ROOM = 4096

@@ -56,8 +56,13 @@ _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\s")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 
 
-def _boxed(text: str) -> str | None:
-    """Returns what is in the last boxed{...}, braces balanced; None if there is none."""
+def _boxed(text: str, may_be_open: bool = False) -> str | None:
+    """Returns what is in the last boxed{...}, with balanced braces; None if there is none.
+
+    Args:
+        text: decoded, without special tokens.
+        may_be_open: If nothing closes the last one, the rest of its line is what is in it.
+    """
     starts = [match.end() for match in _BOXED.finditer(text)]
     if not starts:
         return None
@@ -66,7 +71,7 @@ def _boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
             return text[starts[-1] : i]
-    return None
+    return text[starts[-1] :].partition("\n")[0] if may_be_open else None
 
 
 def canonical(answer: str) -> str:
@@ -108,15 +113,6 @@ def read_answer(text: str) -> str:
     return canonical(words[0]) if len(words) == 1 else ""
 
 
-def _box(text: str) -> str | None:
-    """Returns what is in the last boxed{...}; of one that nothing closes, the rest of its line."""
-    boxed = _boxed(text)
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    if boxed is None and starts:
-        return text[starts[-1] :].partition("\n")[0]
-    return boxed
-
-
 def _unstyled(text: str) -> str:
     """Returns a text without LaTeX's text{...} and mathrm{...} around its parts."""
     return _STYLED.sub(r"\1", text)
@@ -141,7 +137,7 @@ def read_strict(text: str) -> str:
     """
     marks = list(_MARK.finditer(text)) or list(_CONCLUDED.finditer(text))
     said = text[marks[-1].end() :] if marks else text
-    boxed = _box(said)
+    boxed = _boxed(said, may_be_open=True)
     if boxed is not None:
         return _unstyled(boxed).strip()
     lines = _lines(said)
@@ -224,7 +220,7 @@ def read_number(text: str) -> str:
     Returns:
         The number as a decimal, or as p/q if that is long; "" if there is none.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     numbers = _EXACT.findall(_plain_numbers(text if boxed is None else _unstyled(boxed)))
     return _spelt(numbers[-1]) if numbers else ""
 
@@ -238,7 +234,7 @@ def read_choice(text: str) -> str:
     Returns:
         The letter as a capital, or "" if none can be read.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     if boxed is not None:
         alone = _ALONE.fullmatch(_unstyled(boxed).strip())
         return alone[1].upper() if alone else ""
@@ -281,7 +277,7 @@ def read_latex(text: str) -> str:
     Returns:
         The formula in normal spelling, or "" if none can be read.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     if boxed is not None:
         return normal_latex(boxed)
     marks = list(_CONCLUDED.finditer(text))

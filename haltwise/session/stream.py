@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.policy.features import signals_of
+from haltwise.policy.features import signals_of, unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Signals
 from haltwise.session.monitor import HaltMonitor
@@ -17,9 +17,6 @@ from haltwise.session.reflections import num_reflections
 from haltwise.session.terms import Terms
 from haltwise.session.thought import LONGEST_OPENING, PointRules, Progress
 from haltwise.session.token_statistics import NUM_TOP, TokenStatistics
-
-#: Groups of features that a server's log probabilities and texts give.
-SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
 
 # Servers that name the likeliest tokens by their text lose some that share one.
 _FEWEST_TOP = 16
@@ -34,11 +31,12 @@ def check_served(head: HaltHead) -> None:
     """Refuses a head that needs more than a server shows.
 
     Raises:
-        InputError: If it looks at forced answers, or at features that are not in SERVED_GROUPS.
+        InputError: If it looks at forced answers, or at features that are made from more than
+            log probabilities and text.
     """
     config = head.config
-    unseen = [group for group in config.observing.groups if group not in SERVED_GROUPS]
-    if config.halting.probing != "at_halt" or unseen:
+    unshown = unshown_groups(config.observing.groups, "proxy")
+    if config.halting.probing != "at_halt" or unshown:
         raise InputError(
             f"head has probing {config.halting.probing} and groups "
             f"{list(config.observing.groups)}, which a server does not show: "

@@ -54,7 +54,7 @@ from vllm.v1.sample.logits_processor import MoveDirectionality
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.errors import InputError
-from haltwise.policy.features import signals_of
+from haltwise.policy.features import signals_of, unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index
 from haltwise.session.monitor import HaltMonitor
@@ -221,8 +221,9 @@ def _stated(additional_config: Any) -> dict[str, Any]:
 def _check_runnable(head: HaltHead) -> None:
     if head.config.halting.probing != "at_halt":
         raise InputError("head probes always: expected at_halt, vLLM cannot try out answers")
-    if "hidden" in signals_of(head.config.observing.groups):
-        raise InputError("head has features 'hidden': expected none, vLLM does not show states")
+    unshown = unshown_groups(head.config.observing.groups, "vllm")
+    if unshown:
+        raise InputError(f"head has features {unshown}: expected none, vLLM does not show states")
 
 
 def _check_tokens_are_shown(vllm_config: Any) -> None:
