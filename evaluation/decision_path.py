@@ -40,35 +40,41 @@ class _Path:
     """A head's decisions on one trace."""
 
     trace: Traces
+    """The trace, and no other one."""
     head: HaltHead
+    """The head that decides."""
     price: float
+    """The price at which it decides, in exact match per 1,000 tokens."""
     features: Float
-    """(P, F)"""
+    """(P, F) what the head is fed at each point."""
     halts: NDArray[np.bool_]
-    """(P,) whether it would halt at each point."""
+    """(P,) whether the head would halt at each point."""
 
     @property
     def num_seen(self) -> int:
-        """Points that the policy comes to."""
+        """How many points the policy comes to."""
         return int(self.halts.argmax()) + 1 if self.halts.any() else self.trace.num_points
 
     @property
     def average(self) -> Float:
-        """(F,) of an average point of the training traces."""
+        """(F,) the features of an average point of the training traces."""
         return np.array(self.head.config.observing.mean, dtype=np.float32)
 
     def before(self, i: int) -> Float:
-        """(F,) of what the i-th point is compared with: the one before, if there is one."""
+        """Returns the features (F,) that the i-th point is compared with.
+
+        They are those of the point before, or of an average point if it is the first one.
+        """
         return self.features[i - 1] if i else self.average
 
 
 def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
-    """What a head does on one trace, in lines of about 110 characters.
+    """Tells what a head does on one trace, in lines of about 110 characters.
 
     Args:
-        trace: Exactly one.
-        head: Decides.
-        price: In exact match per 1,000 tokens, above 0.
+        trace: Exactly one trace.
+        head: The head that decides.
+        price: The price at which it decides, in exact match per 1,000 tokens, above 0.
 
     Raises:
         InputError: If the trace lacks a signal that the head needs.
@@ -82,6 +88,7 @@ def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
 
 
 def _heading(path: _Path) -> list[str]:
+    """Says which trace it is, and what it would have come to without a policy."""
     trace = path.trace
     segment = f", {trace.segment[0]}" if trace.segment[0] not in ("", trace.task[0]) else ""
     end = "ends by itself" if trace.finished[0] else "is cut off"
@@ -96,7 +103,7 @@ def _heading(path: _Path) -> list[str]:
 
 
 def _points(path: _Path) -> list[str]:
-    """A line for each point that the policy comes to, below what its columns mean."""
+    """Returns a line for each point that the policy comes to, below what the columns mean."""
     lines = [_LEGEND.format(threshold=100 * path.head.config.threshold)]
     for i in range(path.num_seen):
         explanation = explain(path.head, path.features[i], path.price, path.before(i))
@@ -106,7 +113,7 @@ def _points(path: _Path) -> list[str]:
 
 
 def _columns(path: _Path, i: int, explanation: Explanation) -> str:
-    """All of the i-th point's line but what moved the policy."""
+    """Returns the line of the i-th point up to the words about what moved the policy."""
     trace = path.trace
     answer = " ".join(trace.answer[i].split()) or "(none)"
     if len(answer) > _ANSWER_WIDTH:
@@ -126,7 +133,13 @@ def _columns(path: _Path, i: int, explanation: Explanation) -> str:
 
 
 def _movers(path: _Path, explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
-    """What moved the policy most, in words; higher (F,): which features are above the reference."""
+    """Says in words what moved the policy most.
+
+    Args:
+        path: The head's decisions.
+        explanation: The decision at one point, against a reference.
+        higher: (F,) which features are above those of the reference.
+    """
     moved: dict[str, float] = {}
     for i, feature in enumerate(features_of(path.head.config.observing.groups)):
         phrase = feature.higher if higher[i] else feature.lower
@@ -140,14 +153,14 @@ def _movers(path: _Path, explanation: Explanation, higher: NDArray[np.bool_]) ->
 
 
 def _fill(start: str, movers: list[str]) -> str:
-    """A line that ends with as many movers as fit; one always does."""
+    """Returns a line that ends with as many movers as fit; one always does."""
     while len(start + ", ".join(movers)) > _WIDTH:
         movers = movers[:-1]
     return start + (", ".join(movers) or "little")
 
 
 def _after(path: _Path) -> list[str]:
-    """Where it is halted and why, and what other points would have come to."""
+    """Says where the trace is halted and why, and what other points would have come to."""
     num_points, num_seen = path.trace.num_points, path.num_seen
     if not path.halts.any():
         return ["It is not halted.", _passed(path, "Points", range(num_points))]
@@ -163,7 +176,10 @@ def _after(path: _Path) -> list[str]:
 
 
 def _passed(path: _Path, name: str, points: range) -> str:
-    """How many of some points that it was not halted at are right, and what the first costs."""
+    """Counts the right answers at some points where the policy did not halt.
+
+    It also says what halting at the first right one would have cost.
+    """
     right = [i for i in points if path.trace.correct[i]]
     line = f"{name}: {len(points)}, with a right answer: {len(right)}"
     if right:
@@ -173,7 +189,7 @@ def _passed(path: _Path, name: str, points: range) -> str:
 
 
 def _verdict(path: _Path) -> list[str]:
-    """What the policy came to, against no policy."""
+    """Compares what the policy came to with what no policy would have come to."""
     trace, probing = path.trace, path.head.config.halting.probing
     outcome, never = halt_outcome(trace, path.halts, probing), never_outcome(trace)
     cost, num_tokens = int(outcome.cost[0]), int(trace.num_tokens[0])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from haltwise.policy.signals import MEASURED_ORIGINS, SIGNAL_KINDS, SignalKind, signals_from
+from haltwise.policy.signals import MEASURED_FROM, SIGNAL_KINDS, SignalKind, signals_from
 
 #: The major version, which is in the file's metadata under "haltwise.schema".
 VERSION = "1"
 
 #: The signals that are measured beside a running LM. Each of them is a column in all shards of a
 #: recording, or in none; `haltwise.Signals` says what they mean.
-SIGNALS = signals_from(*MEASURED_ORIGINS)
+SIGNALS = signals_from(*MEASURED_FROM)
 
 #: The columns that a file may leave out. Readers ignore any further column.
 OPTIONAL = (*SIGNALS, "question", "text")

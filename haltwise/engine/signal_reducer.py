@@ -18,20 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise.policy.signals import (
-    MEASURED_ORIGINS,
-    Float,
-    Index,
-    Signals,
-    answer_keys,
-    signals_from,
-)
+from haltwise.policy.signals import MEASURED_FROM, Float, Index, Signals, answer_keys, signals_from
 from haltwise.session.reflections import num_reflections
 from haltwise.session.thought import Probe, Thought, ThoughtRules
 from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE, TokenStatistics
 
 #: The signals that are measured only if they are asked for.
-MEASURED = signals_from(*MEASURED_ORIGINS)
+MEASURED = signals_from(*MEASURED_FROM)
 
 _LARGEST_HALF = 65504.0
 # Logits that wait to be reduced at most: a GPU is kept waiting by many small works (32 MB), a CPU

@@ -30,7 +30,7 @@ Origin = Literal["point", "forced_answer", "token_logprobs", "text", "logits", "
 
 #: The origins whose signals are measured only if somebody asks for them. These signals are the
 #: optional columns of a trace.
-MEASURED_ORIGINS: tuple[Origin, ...] = ("token_logprobs", "text", "logits", "hidden_state")
+MEASURED_FROM: tuple[Origin, ...] = ("token_logprobs", "text", "logits", "hidden_state")
 
 #: The origins that a head can see beside a server: behind the proxy or inside vLLM. Beside
 #: transformers it can see all of them.

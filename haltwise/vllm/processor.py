@@ -223,7 +223,7 @@ def _check_runnable(head: HaltHead) -> None:
         raise InputError("head probes always: expected at_halt, vLLM cannot try out answers")
     unshown = unshown_groups(head.config.observing.groups, "vllm")
     if unshown:
-        raise InputError(f"head has features {unshown}: expected none, vLLM does not show states")
+        raise InputError(f"head has features {unshown[0]!r}: expected none, vLLM cannot show them")
 
 
 def _check_tokens_are_shown(vllm_config: Any) -> None:
