@@ -60,6 +60,8 @@ class _RowState:
 class FeatureGroup(_RowState):
     """Some features of R rows, with all that they remember of earlier points.
 
+    A subclass keeps what it remembers in arrays whose last axis is R, so that `reset` forgets it.
+
     Args:
         num_rows: R.
         projection: What the head sees of hidden states, if it sees them.
