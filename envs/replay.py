@@ -20,7 +20,7 @@ from haltwise import (
     answer_keys,
     feature_names,
 )
-from haltwise.policy.features import GROUP_SIGNALS, signals_of
+from haltwise.policy.features import signals_of
 from haltwise.policy.projection import check_size
 from haltwise.policy.signals import Float, Index
 from traces import Traces
@@ -107,7 +107,7 @@ def available_groups(traces: Traces, halting: Halting) -> tuple[str, ...]:
 def _has(traces: Traces, group: str, halting: Halting) -> bool:
     try:
         halting.check_groups([group])
-        for name in GROUP_SIGNALS[group]:
+        for name in signals_of([group]):
             _column(traces, name, halting.max_points)
     except InputError:
         return False

@@ -11,50 +11,9 @@ from envs.replay import observed_features
 from envs.reward import halt_costs, reward
 from evaluation.outcome import halt_outcome, never_outcome
 from haltwise import Explanation, HaltHead, explain
-from haltwise.policy.projection import NUM_DIRECTIONS
+from haltwise.policy.features import features_of
 from haltwise.policy.signals import Float
 from traces import Traces
-
-#: Of every feature: what a person would say of a higher value than before, and of a lower one.
-#: Features that are said in the same words are told as one.
-PHRASES: dict[str, tuple[str, str]] = {
-    "log_position": ("later in the thought", "early in the thought"),
-    "log_point": ("later in the thought", "early in the thought"),
-    "log_gap": ("a longer step", "a shorter step"),
-    "last_point": ("last chance to halt", "chances left to halt"),
-    "log_points_left": ("more chances left", "fewer chances left"),
-    "confidence_logit": ("surer answer", "less sure answer"),
-    "confidence_max": ("a sure answer was seen", "no sure answer so far"),
-    "confidence_mean": ("surer answers of late", "unsure answers of late"),
-    "confidence_change": ("confidence rose more", "confidence rose less"),
-    "confidence_low": ("surer answer", "less sure answer"),
-    "doubt": ("its weakest word shakier", "its weakest word firmer"),
-    "least_doubt": ("less proven answer", "better proven answer"),
-    "log_probe": ("longer answer", "shorter answer"),
-    "answered": ("there is an answer", "there is no answer"),
-    "log_run": ("repeated more in a row", "repeated less in a row"),
-    "run_share": ("settled for longer", "settled for less long"),
-    "top_share": ("answers agree more", "answers agree less"),
-    "leads": ("its commonest answer", "not its commonest answer"),
-    "log_distinct": ("more answers tried", "fewer answers tried"),
-    "returned": ("back to an old answer", "no old answer is back"),
-    "entropy": ("less certain thinking", "more certain thinking"),
-    "entropy_mean": ("uncertain thinking lately", "certain thinking lately"),
-    "max_entropy": ("a harder choice of word", "no hard choice of word"),
-    "logprob": ("likelier words", "less likely words"),
-    "min_logprob": ("no surprising word", "a surprising word"),
-    "margin": ("clearer choice of words", "closer choice of words"),
-    "margin_mean": ("clear words lately", "unclear words lately"),
-    "end_think": ("nearer its own end", "further from its own end"),
-    "end_think_max": ("was near its own end", "never near its own end"),
-    "end_think_mean": ("near its end lately", "far from its end lately"),
-    "log_reflections": ("more second thoughts", "fewer second thoughts"),
-    "reflections_mean": ("second thoughts lately", "few second thoughts lately"),
-    "log_reflections_all": ("more doubts in all", "fewer doubts in all"),
-} | {
-    f"hidden_{i}": (f"inner state {i} higher", f"inner state {i} lower")
-    for i in range(NUM_DIRECTIONS)
-}
 
 _WIDTH = 110
 _ANSWER_WIDTH = 12
@@ -81,35 +40,41 @@ class _Path:
     """A head's decisions on one trace."""
 
     trace: Traces
+    """The trace, and no other one."""
     head: HaltHead
+    """The head that decides."""
     price: float
+    """The price at which it decides, in exact match per 1,000 tokens."""
     features: Float
-    """(P, F)"""
+    """(P, F) what the head is fed at each point."""
     halts: NDArray[np.bool_]
-    """(P,) whether it would halt at each point."""
+    """(P,) whether the head would halt at each point."""
 
     @property
     def num_seen(self) -> int:
-        """Points that the policy comes to."""
+        """How many points the policy comes to."""
         return int(self.halts.argmax()) + 1 if self.halts.any() else self.trace.num_points
 
     @property
     def average(self) -> Float:
-        """(F,) of an average point of the training traces."""
+        """(F,) the features of an average point of the training traces."""
         return np.array(self.head.config.observing.mean, dtype=np.float32)
 
     def before(self, i: int) -> Float:
-        """(F,) of what the i-th point is compared with: the one before, if there is one."""
+        """Returns the features (F,) that the i-th point is compared with.
+
+        They are those of the point before, or of an average point if it is the first one.
+        """
         return self.features[i - 1] if i else self.average
 
 
 def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
-    """What a head does on one trace, in lines of about 110 characters.
+    """Tells what a head does on one trace, in lines of about 110 characters.
 
     Args:
-        trace: Exactly one.
-        head: Decides.
-        price: In exact match per 1,000 tokens, above 0.
+        trace: Exactly one trace.
+        head: The head that decides.
+        price: The price at which it decides, in exact match per 1,000 tokens, above 0.
 
     Raises:
         InputError: If the trace lacks a signal that the head needs.
@@ -123,6 +88,7 @@ def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
 
 
 def _heading(path: _Path) -> list[str]:
+    """Says which trace it is, and what it would have come to without a policy."""
     trace = path.trace
     segment = f", {trace.segment[0]}" if trace.segment[0] not in ("", trace.task[0]) else ""
     end = "ends by itself" if trace.finished[0] else "is cut off"
@@ -137,17 +103,17 @@ def _heading(path: _Path) -> list[str]:
 
 
 def _points(path: _Path) -> list[str]:
-    """A line for each point that the policy comes to, below what its columns mean."""
+    """Returns a line for each point that the policy comes to, below what the columns mean."""
     lines = [_LEGEND.format(threshold=100 * path.head.config.threshold)]
     for i in range(path.num_seen):
         explanation = explain(path.head, path.features[i], path.price, path.before(i))
-        movers = _movers(explanation, path.features[i] > path.before(i))
+        movers = _movers(path, explanation, path.features[i] > path.before(i))
         lines.append(_fill(_columns(path, i, explanation), movers))
     return lines
 
 
 def _columns(path: _Path, i: int, explanation: Explanation) -> str:
-    """All of the i-th point's line but what moved the policy."""
+    """Returns the line of the i-th point up to the words about what moved the policy."""
     trace = path.trace
     answer = " ".join(trace.answer[i].split()) or "(none)"
     if len(answer) > _ANSWER_WIDTH:
@@ -166,11 +132,17 @@ def _columns(path: _Path, i: int, explanation: Explanation) -> str:
     )
 
 
-def _movers(explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
-    """What moved the policy most, in words; higher (F,): which features are above the reference."""
+def _movers(path: _Path, explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
+    """Says in words what moved the policy most.
+
+    Args:
+        path: The head's decisions.
+        explanation: The decision at one point, against a reference.
+        higher: (F,) which features are above those of the reference.
+    """
     moved: dict[str, float] = {}
-    for i, name in enumerate(explanation.names):
-        phrase = PHRASES[name][0 if higher[i] else 1]
+    for i, feature in enumerate(features_of(path.head.config.observing.groups)):
+        phrase = feature.higher if higher[i] else feature.lower
         moved[phrase] = moved.get(phrase, 0.0) + float(explanation.contributions[i])
     strongest = sorted(moved, key=lambda phrase: -abs(moved[phrase]))[:_NUM_MOVERS]
     return [
@@ -181,19 +153,19 @@ def _movers(explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:
 
 
 def _fill(start: str, movers: list[str]) -> str:
-    """A line that ends with as many movers as fit; one always does."""
+    """Returns a line that ends with as many movers as fit; one always does."""
     while len(start + ", ".join(movers)) > _WIDTH:
         movers = movers[:-1]
     return start + (", ".join(movers) or "little")
 
 
 def _after(path: _Path) -> list[str]:
-    """Where it is halted and why, and what other points would have come to."""
+    """Says where the trace is halted and why, and what other points would have come to."""
     num_points, num_seen = path.trace.num_points, path.num_seen
     if not path.halts.any():
         return ["It is not halted.", _passed(path, "Points", range(num_points))]
     at = path.features[num_seen - 1]
-    movers = _movers(explain(path.head, at, path.price), at > path.average)
+    movers = _movers(path, explain(path.head, at, path.price), at > path.average)
     return [
         f"It is halted at point {num_seen} of {num_points} with a "
         f"{_right(path.trace.correct[num_seen - 1])} answer.",
@@ -204,7 +176,10 @@ def _after(path: _Path) -> list[str]:
 
 
 def _passed(path: _Path, name: str, points: range) -> str:
-    """How many of some points that it was not halted at are right, and what the first costs."""
+    """Counts the right answers at some points where the policy did not halt.
+
+    It also says what halting at the first right one would have cost.
+    """
     right = [i for i in points if path.trace.correct[i]]
     line = f"{name}: {len(points)}, with a right answer: {len(right)}"
     if right:
@@ -214,7 +189,7 @@ def _passed(path: _Path, name: str, points: range) -> str:
 
 
 def _verdict(path: _Path) -> list[str]:
-    """What the policy came to, against no policy."""
+    """Compares what the policy came to with what no policy would have come to."""
     trace, probing = path.trace, path.head.config.halting.probing
     outcome, never = halt_outcome(trace, path.halts, probing), never_outcome(trace)
     cost, num_tokens = int(outcome.cost[0]), int(trace.num_tokens[0])

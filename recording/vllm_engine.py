@@ -22,17 +22,18 @@ from vllm.platforms import current_platform
 from haltwise import InputError, Signals
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.signals import signals_from
 from haltwise.session.forced_answer import ForcedAnswer, Probe
-from haltwise.session.reflections import num_reflections
+from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import Thought
-from haltwise.session.token_statistics import NUM_TOP, STEPWISE, TokenStatistics
+from haltwise.session.token_statistics import NUM_TOP
 from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import Answering, EngineConfig
 from recording.recording import Recording, Row, Work, asked, recorder_of, tried
 from recording.weightless import load_weightless
 
-_SIGNALS = (*STEPWISE, "num_reflections")
+_SIGNALS = signals_from("token_logprobs", "text")
 # Room for a prompt: vLLM sets aside memory for the longest sequence there can be, and an LM's
 # whole context may be more than a GPU holds.
 _PROMPT_ROOM = 4096
@@ -47,9 +48,8 @@ class _Thinking:
     recording: Recording
     prompt: list[int]
     thought: Thought
-    points: list[int]
-    """Tokens before each decision point."""
-    signals: Signals
+    seen: list[Signals]
+    """What is seen at each decision point, (1,) each."""
 
 
 class VllmEngine:
@@ -130,8 +130,8 @@ class VllmEngine:
         thinking = self._think(batch, max_tokens)
         answers = self._force(thinking)
         for one in thinking:
-            for i, probe in enumerate(islice(answers, len(one.points))):
-                one.recording.see(probe, one.signals, i)
+            for signals, probe in zip(one.seen, islice(answers, len(one.seen)), strict=True):
+                one.recording.see(probe, signals, 0)
             yield one.recording.row(self._lm.name, self._rules, one.thought)
 
     def _think(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> list[_Thinking]:
@@ -152,19 +152,18 @@ class VllmEngine:
         for (job, text), prompt, output in zip(batch, prompts, outputs, strict=True):
             tokens, logprobs = self._read(output, max_tokens, self._num_top)
             thought = Thought(self._rules, text)
-            points = _points(thought, tokens)
+            seen = self._seen(thought, tokens, logprobs)
             thought.end(by_lm=tokens[-1] in self._eos_ids)
-            signals = self._signals(tokens, logprobs, points)
             recording = Recording(*job, signals={name: [] for name in _SIGNALS})
-            thinking.append(_Thinking(recording, prompt, thought, points, signals))
+            thinking.append(_Thinking(recording, prompt, thought, seen))
         return thinking
 
     def _force(self, thinking: Sequence[_Thinking]) -> Iterator[Probe]:
-        """Forces the answers at all decision points of some thoughts, in order."""
+        """Yields the forced answers at all decision points of some thoughts, in order."""
         prompts = (
-            [*one.prompt, *one.thought.tokens[:point], *self._rules.close_ids]
+            [*one.prompt, *one.thought.tokens[: seen.position.item()], *self._rules.close_ids]
             for one in thinking
-            for point in one.points
+            for seen in one.seen
         )
         length = self._halting.max_answer_tokens
         params = self._params(length, 1, temperature=0.0)
@@ -235,34 +234,27 @@ class VllmEngine:
             raise InputError(f"LM gave NaN logits at position {position}")
         return tokens, logprobs
 
-    def _signals(
-        self, tokens: Sequence[int], logprobs: NDArray[np.float64], points: Sequence[int]
-    ) -> Signals:
-        """What is seen at some decision points of a thought."""
-        position = np.array(points, dtype=np.int64)
-        since = np.diff(position, prepend=0)
-        rows = np.repeat(np.arange(len(points)), since)
-        seen = logprobs[: len(rows)]
-        top = np.pad(seen[:, 1:], ((0, 0), (0, NUM_TOP - self._num_top)), constant_values=-np.inf)
-        statistics = TokenStatistics(len(points))
-        statistics.add(rows, seen[:, 0], top)
-        numbers = [
-            num_reflections(tokens[:point], num, self._rules.decode)
-            for point, num in zip(points, since.tolist(), strict=True)
-        ]
-        measured: dict[str, Any] = statistics.read(np.arange(len(points)))
-        measured["num_reflections"] = np.array(numbers, dtype=np.float32)
-        return Signals(position, **measured)
+    def _seen(
+        self, thought: Thought, tokens: Sequence[int], logprobs: NDArray[np.float64]
+    ) -> list[Signals]:
+        """Gives a thought its tokens; returns what is seen at each decision point before the end.
 
-
-def _points(thought: Thought, tokens: Sequence[int]) -> list[int]:
-    """Gives a thought its tokens; those with a decision point behind them. The last one ends it."""
-    points = []
-    for token in tokens:
-        thought.add(token)
-        if thought.at_point:
-            points.append(thought.position)
-    return [point for point in points if point < len(tokens)]
+        Args:
+            thought: Before its first token.
+            tokens: All of them (N,).
+            logprobs: (N, 1 + number of likeliest tokens) of each token, nats.
+        """
+        collector, seen = SignalCollector(self._rules, _SIGNALS, 1), []
+        missing = ((0, 0), (0, NUM_TOP - self._num_top))
+        top = np.pad(logprobs[:, 1:], missing, constant_values=-np.inf)
+        for num, token in enumerate(tokens, start=1):
+            thought.add(token)
+            if thought.at_point and num < len(tokens):
+                since = slice(num - thought.gap, num)
+                rows = np.zeros(thought.gap, dtype=np.int64)
+                collector.add(rows, logprobs[since, 0], top[since])
+                seen.append(collector.collect(rows[:1], [thought]))
+        return seen
 
 
 def _seed(prompt: str, seed: int) -> int:

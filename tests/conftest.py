@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, Observing
+from haltwise import HaltHead, Halting, HeadConfig, Observing, feature_names
 from traces import Traces, read_traces, write_shard
 
 # How long an example takes says nothing about whether it holds.
@@ -126,7 +126,7 @@ def run_head() -> HaltHead:
 
     Its log-odds are tanh(tanh(log1p(run) - log1p(1.5) + log10(price) / 2)).
     """
-    names = FEATURE_GROUPS["agreement"]
+    names = feature_names(["agreement"])
     mean = np.where(np.array(names) == "log_run", np.log1p(1.5), 0.0)
     observing = Observing(("agreement",), tuple(mean), (1.0,) * len(names), (0.1, 10.0))
     w0 = np.zeros((1, observing.size), dtype=np.float32)

@@ -3,10 +3,14 @@
 import numpy as np
 
 from haltwise import HaltHead, Halting, HeadConfig, Observing, feature_names
+from haltwise.policy.halting import Probing
 
 
 def random_head(
-    seed: int, groups: tuple[str, ...] = ("confidence", "agreement"), num_hidden: int = 8
+    seed: int,
+    groups: tuple[str, ...] = ("confidence", "agreement"),
+    num_hidden: int = 8,
+    probing: Probing = "always",
 ) -> HaltHead:
     """A head with steep random weights: its decisions hang on many features and on the price."""
     rng = np.random.default_rng(seed)
@@ -23,5 +27,5 @@ def random_head(
         "b2": (1,),
     }
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    halting = Halting("always", "every 20 tokens", "</think>", "source")
+    halting = Halting(probing, "every 20 tokens", "</think>", "source")
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)

@@ -17,7 +17,7 @@ from evaluate import main as evaluate
 from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome
 from evaluation.protocol import load_operating_points, save_operating_points
-from haltwise import FEATURE_GROUPS, Certificate, HaltHead, InputError, Observing
+from haltwise import Certificate, HaltHead, InputError, Observing, feature_names
 from tests.projections import some_projection
 from traces import Traces, read_traces, write_shard
 
@@ -71,7 +71,7 @@ def write(path: Path, rows: list[Row], **recorder: Any) -> Path:
 
 def test_features_are_standardised_by_the_new_lms_traces(config: AdaptConfig) -> None:
     head = HaltHead.load(adapt.main(config))
-    column = FEATURE_GROUPS["agreement"].index("log_run")
+    column = feature_names(["agreement"]).index("log_run")
     runs = np.log1p([1, 1, 2])  # the answers are 3, 7, 7
     assert head.config.observing.mean[column] == pytest.approx(runs.mean())
     assert head.config.observing.scale[column] == pytest.approx(runs.std())
@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
 def test_a_head_that_sees_hidden_states_is_refused(config: AdaptConfig, run_head: HaltHead) -> None:
     observing = Observing(("hidden",), (0.0,) * 16, (1.0,) * 16, (0.1, 10.0), some_projection(16))
     weights = run_head.weights | {"w0": np.ones((1, 17), dtype=np.float32)}
-    HaltHead(replace(run_head.config, observing=observing, features=()), weights).save(config.head)
+    HaltHead(replace(run_head.config, observing=observing), weights).save(config.head)
     with pytest.raises(InputError, match="every LM has its own"):
         adapt.main(config)
     assert not config.run_dir.exists()

@@ -1,26 +1,27 @@
-"""Columns of a trace file, version 1: Apache Parquet, one row a trace."""
+"""The columns of a trace file, version 1: Apache Parquet, one row a trace."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-#: Major version, in the file's metadata under "haltwise.schema".
+from haltwise.policy.signals import MEASURED_FROM, SIGNAL_KINDS, SignalKind, signals_from
+
+#: The major version, which is in the file's metadata under "haltwise.schema".
 VERSION = "1"
 
-#: Signals of the LM's own distribution and text: in all shards of a recording, or in none.
-SIGNALS = (
-    "entropy",
-    "max_entropy",
-    "logprob",
-    "min_logprob",
-    "margin",
-    "end_think_logprob",
-    "num_reflections",
-    "hidden",
-)
+#: The signals that are measured beside a running LM. Each of them is a column in all shards of a
+#: recording, or in none; `haltwise.Signals` says what they mean.
+SIGNALS = signals_from(*MEASURED_FROM)
 
-#: Columns that a file may leave out. Readers ignore any further column.
+#: The columns that a file may leave out. Readers ignore any further column.
 OPTIONAL = (*SIGNALS, "question", "text")
+
+
+def _column_type(kind: SignalKind) -> pa.DataType:
+    """The type of a signal's column: a list with one entry a decision point."""
+    entry = pa.from_numpy_dtype(kind.dtype)
+    return pa.list_(pa.list_(entry) if kind.is_vector else entry)
+
 
 SCHEMA = pa.schema(
     [
@@ -43,20 +44,15 @@ SCHEMA = pa.schema(
         ("correct", pa.list_(pa.bool_())),
         ("confidence", pa.list_(pa.float32())),  # in [0, 1], NaN if unknown
         ("answer_logprobs", pa.list_(pa.list_(pa.float32()))),  # nats; empty if unknown
-        # Optional, one entry a decision point, NaN if unknown; "since" the previous point:
-        ("entropy", pa.list_(pa.float32())),  # mean since, nats
-        ("max_entropy", pa.list_(pa.float32())),  # largest since, nats
-        ("logprob", pa.list_(pa.float32())),  # mean of the generated tokens since, nats
-        ("min_logprob", pa.list_(pa.float32())),  # smallest since, nats
-        ("margin", pa.list_(pa.float32())),  # mean difference of the two largest probabilities
-        ("end_think_logprob", pa.list_(pa.float32())),  # of the end-of-thinking token, nats
-        ("num_reflections", pa.list_(pa.float32())),  # reflection words since
-        ("hidden", pa.list_(pa.list_(pa.float16()))),  # last-layer state; one size in a recording
+        # Optional, one entry a decision point, NaN if unknown:
+        *((name, _column_type(SIGNAL_KINDS[name])) for name in SIGNALS),
         # Optional:
         ("question", pa.string()),
         ("text", pa.string()),
     ]
 )
 
+#: The columns that every file has.
 REQUIRED = tuple(name for name in SCHEMA.names if name not in OPTIONAL)
+#: The columns that have one entry a decision point.
 POINTWISE = tuple(name for name in SCHEMA.names if pa.types.is_list(SCHEMA.field(name).type))

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.signals import Float, Index, Signals
+from haltwise.policy.signals import MEASURED_FROM, Float, Index, Signals, signals_from
 from haltwise.session.forced_answer import Probe
 from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import Thought
-from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE
+from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP
 
 #: The signals that are measured only if they are asked for.
-MEASURED = (*STEPWISE, "end_think_logprob", "num_reflections", "hidden")
+MEASURED = signals_from(*MEASURED_FROM)
 
 _LARGEST_HALF = 65504.0
 # Logits that wait to be reduced at most: a GPU is kept waiting by many small works (32 MB), a CPU

@@ -1,4 +1,7 @@
-"""Reading the answer that an LM gives after its thought: the same in training and in serving."""
+"""Reading the answer that an LM gives after its thought: the same in training and in serving.
+
+An answer rule is a function that reads an answer from a text; `READERS` has them all by name.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ _BOXED = re.compile(r"\\boxed\s*\{")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 _BLANKS = r"[\s*_]*"
-# Bold ends, or begins: a single star or line may be the answer's own.
+# Here bold type may end, or begin; a single star or underscore may be a part of the answer.
 _BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
 _MARK = re.compile(rf"\banswer{_BLANKS}:{_BOLD}", re.IGNORECASE)
 _STYLED = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox)\s*\{([^{}]*)\}")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 _SIZE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-# The base of a power is no number of its own, but one of degrees is.
+# The base of a power is no number by itself, but a number of degrees (90^\circ) is one.
 _EXACT = re.compile(
     rf"(?<![\w.^])(?<!\^\{{)"
     rf"(?>[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?)"
@@ -39,7 +42,7 @@ _POWER = re.compile(
     r"(?:(?<=[0-9])\s*(?:\\times|\\cdot|[\u00d7x*])\s*|(?<![\w.]))10\s*\^\s*"
     r"(?:\{\s*([-+]?[0-9]{1,3})\s*\}|([-+]?[0-9]{1,3}))(?![0-9])"
 )
-# A longer number is compared as it is spelt: nobody asks for its value.
+# A number of more characters is compared as it is spelt: nobody asks for its value.
 _LONGEST_NUMBER = 300
 
 _SAID = re.compile(
@@ -56,8 +59,13 @@ _SPACING = re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\s")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 
 
-def _boxed(text: str) -> str | None:
-    """Returns what is in the last boxed{...}, braces balanced; None if there is none."""
+def _boxed(text: str, may_be_open: bool = False) -> str | None:
+    """Returns what is in the last boxed{...}, with balanced braces; None if there is none.
+
+    Args:
+        text: The decoded text, without special tokens.
+        may_be_open: If nothing closes the last one, the rest of its line is what is in it.
+    """
     starts = [match.end() for match in _BOXED.finditer(text)]
     if not starts:
         return None
@@ -66,15 +74,15 @@ def _boxed(text: str) -> str | None:
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
             return text[starts[-1] : i]
-    return None
+    return text[starts[-1] :].partition("\n")[0] if may_be_open else None
 
 
 def canonical(answer: str) -> str:
     """Returns the one spelling that equal answers share.
 
-    Case, outer blanks, dollar signs, a final full stop and runs of blanks do not matter; a number
-    loses its thousands separators, plus sign, leading zeros and empty decimals. Nothing is
-    calculated: 1/2 and 0.5 stay different.
+    Case, outer blanks, dollar signs, a final full stop and runs of blanks do not matter. A number
+    loses its thousands separators, plus sign, leading zeros and decimals that are zero at its
+    end. Nothing is calculated: 1/2 and 0.5 stay different.
     """
     text = " ".join(answer.replace("\u2212", "-").casefold().split()).strip(" $.")
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?", text):
@@ -90,10 +98,11 @@ def canonical(answer: str) -> str:
 def read_answer(text: str) -> str:
     """Reads the answer from the text generated after the close text.
 
-    The last boxed answer counts; without one the last number; without one a single word.
+    The last boxed answer counts. If there is none, the last number does, and if there is no number
+    either, a word that stands alone.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The canonical answer, or "" if none can be read.
@@ -106,15 +115,6 @@ def read_answer(text: str) -> str:
         return canonical(numbers[-1].rstrip(","))
     words = text.split()
     return canonical(words[0]) if len(words) == 1 else ""
-
-
-def _box(text: str) -> str | None:
-    """Returns what is in the last boxed{...}; of one that nothing closes, the rest of its line."""
-    boxed = _boxed(text)
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    if boxed is None and starts:
-        return text[starts[-1] :].partition("\n")[0]
-    return boxed
 
 
 def _unstyled(text: str) -> str:
@@ -130,18 +130,19 @@ def _lines(text: str) -> list[str]:
 def read_strict(text: str) -> str:
     """Reads an answer as it stands: nothing but outer blanks is lost.
 
-    What follows the last "Answer:" counts, or else the last "answer is", up to the end of its
-    line; without any, the last line. A boxed answer there goes before the rest.
+    The answer is what follows the last "Answer:", or else the last "answer is", up to the end of
+    its line. If the text has neither, it is the last line. If there is a boxed answer in that
+    place, it is that one.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The answer, or "" if none can be read.
     """
     marks = list(_MARK.finditer(text)) or list(_CONCLUDED.finditer(text))
     said = text[marks[-1].end() :] if marks else text
-    boxed = _box(said)
+    boxed = _boxed(said, may_be_open=True)
     if boxed is not None:
         return _unstyled(boxed).strip()
     lines = _lines(said)
@@ -153,8 +154,8 @@ def read_strict(text: str) -> str:
 def normal_text(answer: str) -> str:
     """Returns the spelling that equal short texts share.
 
-    Lower case, without punctuation, articles and runs of blanks, as SQuAD's exact match has it
-    (Rajpurkar et al., 2016, arXiv:1606.05250). A minus sign and a decimal point are lost too.
+    It is in lower case and has no punctuation, articles and runs of blanks, as in SQuAD's exact
+    match (Rajpurkar et al., 2016, arXiv:1606.05250). A minus sign and a decimal point are lost too.
     """
     kept = "".join(
         letter for letter in answer.lower()
@@ -164,10 +165,10 @@ def normal_text(answer: str) -> str:
 
 
 def read_text(text: str) -> str:
-    """Reads an answer in words; where it stands is decided as by `read_strict`.
+    """Reads an answer in words, in the place where `read_strict` finds it.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The answer in normal spelling, or "" if none can be read.
@@ -213,32 +214,35 @@ def _spelt(number: str) -> str:
 
 
 def read_number(text: str) -> str:
-    r"""Reads the last number: of the last boxed answer, or else of all.
+    r"""Reads the last number of the last boxed answer, or of the whole text if nothing is boxed.
 
-    Thousands separators, currency and percent signs do not matter, and it is the exact value
-    that counts: 1,000 is 1000.0 is 10^3, and 1/2 is \frac{1}{2} is 0.5. 50 % is 50.
+    Thousands separators, currency and percent signs do not matter, and the exact value counts:
+    1,000 and 1000.0 and 10^3 are one number, and so are 1/2 and \frac{1}{2} and 0.5. 50 % is 50.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The number as a decimal, or as p/q if that is long; "" if there is none.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     numbers = _EXACT.findall(_plain_numbers(text if boxed is None else _unstyled(boxed)))
     return _spelt(numbers[-1]) if numbers else ""
 
 
 def read_choice(text: str) -> str:
-    """Reads the letter of a choice: boxed, after "the answer is", or the only one in its place.
+    """Reads the letter of a choice: the boxed one, or the one after words such as "the answer is".
+
+    If there is neither, it is the letter that stands alone in the last line, or the only one that
+    is marked as a choice.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The letter as a capital, or "" if none can be read.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     if boxed is not None:
         alone = _ALONE.fullmatch(_unstyled(boxed).strip())
         return alone[1].upper() if alone else ""
@@ -257,10 +261,10 @@ def read_choice(text: str) -> str:
 
 
 def normal_latex(answer: str) -> str:
-    r"""Returns one spelling for most equal formulas; nothing is calculated but plain numbers.
+    r"""Returns a spelling that most equal formulas share.
 
     Blanks, dollar signs, \left, \right, \text, the size of fractions and a final full stop do
-    not matter.
+    not matter. Nothing is calculated but plain numbers.
     """
     text = _PARTED.sub(",", _unstyled(answer.replace("\u2212", "-")))
     plain = _SPACING.sub(" ", _plain_numbers(text)).strip(" .")
@@ -273,15 +277,17 @@ def normal_latex(answer: str) -> str:
 
 
 def read_latex(text: str) -> str:
-    r"""Reads a formula: boxed, or after "the answer is", or the last $...$, or a number.
+    r"""Reads a formula: the boxed one, or what follows "the answer is", or the last $...$.
+
+    If there is none of these, a single word or the last number is read.
 
     Args:
-        text: decoded, without special tokens.
+        text: The decoded text, without special tokens.
 
     Returns:
         The formula in normal spelling, or "" if none can be read.
     """
-    boxed = _box(text)
+    boxed = _boxed(text, may_be_open=True)
     if boxed is not None:
         return normal_latex(boxed)
     marks = list(_CONCLUDED.finditer(text))
@@ -293,7 +299,8 @@ def read_latex(text: str) -> str:
     return normal_latex(said) if lines or len(said.split()) == 1 else read_number(said)
 
 
-#: By answer rule: reads an answer from a text, "" if there is none. Equal answers are read alike.
+#: The function that reads an answer by each answer rule. It returns "" if there is no answer, and
+#: the same text for equal answers.
 READERS: dict[str, Callable[[str], str]] = {
     "short": read_answer,
     "strict": read_strict,

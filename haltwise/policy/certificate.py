@@ -1,4 +1,4 @@
-"""What was certified about a head: a price, and the exact match it may cost at most."""
+"""What was certified about a head: a price, and how much exact match it costs at most."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args
 
 from haltwise.errors import InputError
 
-#: What is bounded: exact match lost, net of what halting wins; or the questions that the LM would
-#: have ended right and is halted wrong on.
+#: The loss that a certificate bounds:
+#: - net-em-loss: the exact match that halting loses, less what it wins;
+#: - right-to-wrong: the share of questions that the LM would have answered right by itself and
+#:   answers wrong when halted.
 Risk = Literal["net-em-loss", "right-to-wrong"]
 
 
@@ -18,13 +20,14 @@ class SegmentCertificate:
     """What was certified for the questions of one segment."""
 
     segment: str
-    """Its name; the task where traces name no segment."""
+    """The segment's name, or the task's if the traces name no segment."""
     num_questions: int
-    """Of this segment."""
+    """Calibration questions of this segment."""
     price: float | None
-    """Certified for this segment; None: never halt its questions."""
+    """The price that was certified for this segment; None if its questions are never to be
+    halted."""
     saving: float
-    """Share of the tokens not spent on the segment's traces at that price."""
+    """Share of the tokens that was not spent on the segment's traces at that price."""
     observed_loss: float
     """Mean loss of the segment's questions at that price."""
 
@@ -32,58 +35,62 @@ class SegmentCertificate:
         """Checks the values.
 
         Raises:
-            InputError: If one is out of its range.
+            InputError: If a value is out of its range.
         """
-        _check_found(self.num_questions, self.price, self.saving, self.observed_loss)
+        _check_found(self)
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """With this confidence, the mean loss of a question at the price is at most `max_em_drop`.
+    """A statement: the mean loss of a question at `price` is at most `max_em_drop`.
 
-    It holds for the average over all questions like those it was calibrated on. With the same
-    confidence all statements on segments hold together; they bound each segment by itself.
+    It holds with the probability `confidence`, for the average over all questions like those that
+    it was calibrated on. The statements on segments bound each segment by itself; with the same
+    probability all of them hold together.
     """
 
     risk: Risk
-    """The loss that is bounded; a question's is the mean over its traces."""
+    """The loss that is bounded. The loss of a question is the mean over its traces."""
     max_em_drop: float
-    """What was asked: how much of it there may be, in (0, 1)."""
+    """The bound that was asked for, in (0, 1)."""
     confidence: float
-    """What was asked: the chance, over the draw of the questions, that the statement holds."""
+    """The probability that was asked for, in (0, 1): how likely it is, over the draw of the
+    questions, that the statement holds."""
     price: float | None
-    """The certified price with the largest saving; None: never halt."""
+    """The certified price with the largest saving; None if no question is to be halted."""
     saving: float
-    """Share of the calibration traces' tokens not spent at that price."""
+    """Share of the calibration traces' tokens that was not spent at that price."""
     observed_loss: float
     """Mean loss of the calibration questions at that price."""
     num_questions: int
-    """That it was calibrated on; the head learned from none of them."""
+    """Calibration questions; the head learned from none of them."""
     num_traces: int
-    """Of those questions."""
+    """Traces of those questions."""
     traces: str
     """Digest of those traces."""
     lm: str
-    """The LM that they are of, which the certificate is for; of several their mixture."""
+    """The LM that the traces are of, which the certificate is for. If there are several LMs, it
+    is for their mixture."""
     head: str
     """Digest of the head that was certified, see `HaltHead.digest`."""
     smallest_em_drop: float | None
-    """With which some saving could have been certified; for planning, it is no certificate."""
+    """The smallest bound with which some saving could have been certified. It helps to plan and
+    is no certificate itself."""
     command: str
-    """The command that certified."""
+    """The command that certified the head."""
     segments: tuple[SegmentCertificate, ...] = ()
-    """One for each segment, those never to be halted included."""
+    """One statement for each segment, also for those whose questions are never to be halted."""
 
     def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
-            InputError: If one is unknown or out of its range.
+            InputError: If a value is unknown or out of its range.
         """
         if self.risk not in get_args(Risk):
             raise InputError(f"certified risk is {self.risk!r}, expected {get_args(Risk)}")
         check_asked(self.max_em_drop, self.confidence)
-        _check_found(self.num_questions, self.price, self.saving, self.observed_loss)
+        _check_found(self)
         losses = [self.observed_loss, *(entry.observed_loss for entry in self.segments)]
         if max(losses) > self.max_em_drop + 1e-9:
             raise InputError(f"certificate has a loss above its own bound, {self.max_em_drop}")
@@ -111,34 +118,31 @@ class Certificate:
             raise InputError(f"certificate is not readable ({error!r})") from None
 
     def price_of(self, segment: str) -> float:
-        """The price certified for a request's segment; 0, which never halts, if none was."""
+        """Returns the price for a request of some segment: 0, never halt, if none was certified."""
         prices = {entry.segment: entry.price for entry in self.segments}
         return prices.get(segment) or 0.0
 
 
 def check_asked(max_em_drop: float, confidence: float) -> None:
-    """Refuses what cannot be asked of a certificate.
+    """Refuses a bound and a probability that no certificate can have.
 
     Raises:
-        InputError: If the drop or the confidence is not between 0 and 1.
+        InputError: If one of them is not between 0 and 1.
     """
     for name, value in (("drop in exact match", max_em_drop), ("confidence", confidence)):
         if not 0 < value < 1:
             raise InputError(f"{name} is {value}, expected between 0 and 1, neither included")
 
 
-def _check_found(
-    num_questions: int, price: float | None, saving: float, observed_loss: float
-) -> None:
-    if num_questions < 1:
-        raise InputError(f"certificate of {num_questions} questions, expected at least 1")
-    if price is not None and not 0 < price < math.inf:
-        raise InputError(f"certified price is {price}, expected above 0 or null")
-    if not (-1 <= observed_loss <= 1 and 0 <= saving <= 1):
-        raise InputError(
-            f"certificate has loss {observed_loss} and saving {saving}, expected -1 to 1 and 0 to 1"
-        )
-    if price is None and (saving or observed_loss):
-        raise InputError(
-            f"certificate has loss {observed_loss} and saving {saving}, expected 0 without a price"
-        )
+def _check_found(part: Certificate | SegmentCertificate) -> None:
+    """Refuses results that no calibration can have."""
+    loss, saving = part.observed_loss, part.saving
+    if part.num_questions < 1:
+        raise InputError(f"certificate of {part.num_questions} questions, expected at least 1")
+    if part.price is not None and not 0 < part.price < math.inf:
+        raise InputError(f"certified price is {part.price}, expected above 0 or null")
+    found = f"certificate has loss {loss} and saving {saving}"
+    if not (-1 <= loss <= 1 and 0 <= saving <= 1):
+        raise InputError(f"{found}, expected -1 to 1 and 0 to 1")
+    if part.price is None and (saving or loss):
+        raise InputError(f"{found}, expected 0 without a price")

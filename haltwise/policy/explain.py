@@ -1,8 +1,8 @@
 """Why a head decides as it does: what each feature contributes, and at which price it would flip.
 
-Contributions are integrated gradients (Sundararajan, Taly and Yan, "Axiomatic Attribution for
+The contributions are integrated gradients (Sundararajan, Taly and Yan, "Axiomatic Attribution for
 Deep Networks", 2017, section 3) along the straight line between two observations. The last number
-of an observation is the price; it is the same at both ends, so it contributes nothing.
+of an observation is the log price. It is the same at both ends, so it contributes nothing.
 
 Shapes: F features, O = F + 1 numbers in an observation, H hidden units, T places on the line.
 """
@@ -10,7 +10,6 @@ Shapes: F features, O = F + 1 numbers in an observation, H hidden units, T place
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,44 +19,47 @@ from haltwise.policy.head import HaltHead, prob_of
 
 Double = NDArray[np.float64]
 
-# Gauss-Legendre nodes and weights on [0, 1].
+# The nodes of Gauss-Legendre quadrature on [0, 1], and the share that each has in a mean.
 _NODES, _SHARES = (np.polynomial.legendre.leggauss(16) + np.array([[1.0], [0.0]])) / 2
-# The line is cut into 1, 2, 4, ... equal pieces until the contributions sum up to this precision.
+# The line is cut into 1, 2, 4, ... equal pieces until the contributions sum to the change of the
+# log-odds, to this precision.
 _TOLERANCE = 1e-9
 _MOST_PIECES = 1024
 
-# Prices between which the decision is taken to flip at most once, and halvings of such an interval:
-# together finer than the float32 of an observed price.
+# So many prices are tried, and between two neighbours the decision is taken to flip at most once.
+# So often is the interval of a flip halved: it is finer then than the float32 of an observed price.
 _NUM_PRICES = 513
 _NUM_HALVINGS = 30
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """One decision of a head, against a reference."""
+    """One decision of a head, compared with its decision at a reference."""
 
     names: tuple[str, ...]
-    """Of the features, in order."""
+    """The names of the features, in order."""
     contributions: Double
-    """(F,) in log-odds of halting; they sum to `log_odds - reference_log_odds`."""
+    """(F,) what each feature adds to the log-odds of halting. The sum of all is
+    `log_odds - reference_log_odds`."""
     log_odds: float
-    """Of halting."""
+    """The log-odds of halting."""
     reference_log_odds: float
-    """Of halting at the reference, at the same price."""
+    """The log-odds of halting at the reference, at the same price."""
     prob_halt: float
-    """Probability of halting."""
+    """The probability of halting."""
     price: float
-    """Of the decision, in exact match per 1,000 tokens."""
+    """The price at which the head decides, in exact match per 1,000 tokens."""
     indifference_price: float
-    """The price at which the decision would flip, among those trained on; of several the nearest.
+    """The price at which the decision would flip, among the prices that the head was trained for.
 
-    0 if it halts at every price trained on, infinite if at none. As in Gittins' index, it is what
-    1,000 more tokens are expected to buy: halting is best from the price on that equals the
-    largest ratio, over later halts, of expected gain in exact match to expected tokens.
+    If there are several, it is the nearest one. It is 0 if the head halts at all of those prices,
+    and infinite if it halts at none. As in Gittins' index, it is what 1,000 more tokens are
+    expected to buy: halting is best at every price above the largest ratio, over all later halts,
+    of the expected gain in exact match to the expected tokens.
     """
 
     def drivers(self, num: int) -> list[tuple[str, float]]:
-        """The features that contribute most in magnitude, and their contributions."""
+        """Returns the features that contribute most in magnitude, with their contributions."""
         order = np.argsort(-np.abs(self.contributions), kind="stable")[:num]
         return [(self.names[i], float(self.contributions[i])) for i in order]
 
@@ -72,25 +74,24 @@ def explain(
 
     Args:
         head: The head.
-        features: (F,) of the point, the columns of `head.config.features`.
-        price: In exact match per 1,000 tokens; default the head's own.
-        reference: (F,) what the point is compared with, such as an earlier point; default the
-            mean of the training points.
+        features: (F,) the features of the point, as listed in `head.config.features`.
+        price: In exact match per 1,000 tokens; by default the head's own.
+        reference: (F,) the features that the point is compared with, such as those of an earlier
+            point; by default the mean of the training points.
 
     Raises:
-        InputError: If a price is not positive and finite; or if features are not F finite
-            numbers: a row with a NaN feature continues whatever its other features are, so there
-            is nothing to explain.
+        InputError: If the price is not positive and finite, or the features are not F finite
+            numbers. A head continues at a NaN feature, whatever the other features are, so there
+            would be nothing to explain.
     """
     config = head.config
     price = config.default_price if price is None else price
     if not 0 < price < np.inf:
         raise InputError(f"price is {price}, expected positive and finite")
     point = _observed(head, "features", features, price)
-    origin = _observed(
-        head, "reference", config.observing.mean if reference is None else reference, price
-    )
-    reference_log_odds, log_odds = _log_odds(head, np.stack([origin, point])).tolist()
+    reference = config.observing.mean if reference is None else reference
+    origin = _observed(head, "reference", reference, price)
+    reference_log_odds, log_odds = head.log_odds_of(np.stack([origin, point])).tolist()
     contributions = _integrated_gradients(head, origin, point, log_odds - reference_log_odds)
     return Explanation(
         names=config.features,
@@ -104,7 +105,7 @@ def explain(
 
 
 def _observed(head: HaltHead, name: str, features: ArrayLike, price: float) -> Double:
-    """The observation (O,) of features (F,)."""
+    """Returns the observation (O,) of features (F,), by their name for messages."""
     names, row = head.config.features, np.asarray(features, dtype=np.float32)
     if row.shape != (len(names),):
         raise InputError(f"{name}: found shape {row.shape}, expected ({len(names)},)")
@@ -118,13 +119,8 @@ def _observed(head: HaltHead, name: str, features: ArrayLike, price: float) -> D
     return observed
 
 
-def _log_odds(head: HaltHead, obs: NDArray[Any]) -> Double:
-    """The head's own log-odds (T,) at observations (T, O); in float64, as those are."""
-    return np.asarray(head.log_odds_of(obs), dtype=np.float64)
-
-
 def _slopes(head: HaltHead, obs: Double) -> Double:
-    """Gradient (T, O) of the log-odds at observations (T, O)."""
+    """Returns the gradient (T, O) of the log-odds at observations (T, O)."""
     w = head.weights
     first = np.tanh(obs @ w["w0"].T + w["b0"])
     second = np.tanh(first @ w["w1"].T + w["b1"])
@@ -135,12 +131,12 @@ def _slopes(head: HaltHead, obs: Double) -> Double:
 
 
 def _integrated_gradients(head: HaltHead, origin: Double, point: Double, change: float) -> Double:
-    """Contributions (O,) to a change of the log-odds between two observations (O,).
+    """Returns the contributions (O,) to the change of the log-odds between two observations (O,).
 
         contribution = (point - origin) * mean of the gradient over the line between them
 
     Raises:
-        InputError: If the head is too steep for them to sum to the change.
+        InputError: If the head is so steep that the contributions do not sum to the change.
     """
     pieces = 1
     while pieces <= _MOST_PIECES:
@@ -157,7 +153,10 @@ def _integrated_gradients(head: HaltHead, origin: Double, point: Double, change:
 
 
 def _indifference_price(head: HaltHead, point: Double, price: float) -> float:
-    """See `Explanation.indifference_price`; point (O,)."""
+    """Finds the price at which the decision at an observation (O,) flips.
+
+    See `Explanation.indifference_price`.
+    """
     lowest, highest = np.log(head.config.observing.price_range)
     logs = np.linspace(lowest, highest, _NUM_PRICES)
     halts = _halts_at(head, point, logs)
@@ -174,9 +173,9 @@ def _indifference_price(head: HaltHead, point: Double, price: float) -> float:
 
 
 def _halts_at(head: HaltHead, point: Double, log_prices: Double) -> NDArray[np.bool_]:
-    """Whether the head would halt a point (O,) at some log prices (T,)."""
+    """Tells at which of some log prices (T,) the head would halt at an observation (O,)."""
     obs = np.repeat(point[None], len(log_prices), axis=0)
     obs[:, -1] = head.config.observing.dial(np.exp(log_prices))
     threshold = head.config.threshold
-    halts: NDArray[np.bool_] = _log_odds(head, obs) >= np.log(threshold) - np.log1p(-threshold)
+    halts: NDArray[np.bool_] = head.log_odds_of(obs) >= np.log(threshold) - np.log1p(-threshold)
     return halts

@@ -1,33 +1,22 @@
-"""How an LM is halted: the rules that a head is trained under and is valid for."""
+"""How an LM is halted: the conditions that a head is trained under and is valid for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from haltwise.errors import InputError
 from haltwise.policy.answers import READERS
-from haltwise.policy.features import GROUP_SIGNALS
+from haltwise.policy.features import signals_of
+from haltwise.policy.signals import signals_from
 
 Probing = Literal["always", "at_halt"]
 
-#: The texts among the conditions.
-TEXTS = (
-    "decision_rule",
-    "close_text",
-    "confidence_rule",
-    "answer_rule",
-    "answer_end",
-    "think_start",
-    "think_end",
-)
-
-#: Confidence as haltwise's own recorder computes it.
+#: The confidence rule of haltwise's own recorder.
 MEAN_LOGPROB = "exp of the mean of answer_logprobs"
 
-_OF_ANSWERS = {"confidence", "answer", "worst_logprob", "probe_tokens"}
 _LIMIT = re.compile(r", at most (\d+)$")
 _EVERY = re.compile(r"every (\d+) tokens")
 _AFTER = re.compile(r"after (.+)", re.DOTALL)
@@ -37,10 +26,10 @@ _AFTER = re.compile(r"after (.+)", re.DOTALL)
 class DecisionRule:
     """Where decision points lie in a thought.
 
-    Written "every 16 tokens", or "after TEXT" for a point after every token whose text
-    contains TEXT; with ", at most 30" behind it, there are no more points after the 30th. A
-    recording may name any other rule: its traces can be replayed, but an LM cannot be run under
-    a rule that is only a name.
+    A rule is written "every 16 tokens", or "after TEXT" for a point after every token whose text
+    contains TEXT. If ", at most 30" follows, there are no more points after the 30th. A recording
+    may state any other rule: its traces can be replayed, but no LM can be run under a rule that
+    is only a name.
     """
 
     text: str
@@ -79,35 +68,40 @@ class DecisionRule:
 
 @dataclass(frozen=True)
 class Halting:
-    """The conditions of every halting decision: part of the head, and checked against it."""
+    """The conditions of every halting decision.
+
+    They are part of a head, which refuses traces and LMs under other conditions.
+    """
 
     probing: Probing
-    """always: an answer is forced at every point and is seen; at_halt: only when halting."""
+    """always: an answer is forced at every decision point, and the head sees it; at_halt: an
+    answer is forced only when the head halts."""
     decision_rule: str
-    """See DecisionRule."""
+    """Where decision points lie, see `DecisionRule`."""
     close_text: str
-    """Appended to the thought to force an answer; prefill, not generation."""
+    """The text that is appended to a thought to force an answer. Its tokens are prefilled and do
+    not count as generated."""
     confidence_rule: str
-    """How `confidence` is computed from the forced answer."""
+    """How the LM's confidence in a forced answer is computed."""
     max_answer_tokens: int = 16
     """A forced answer is cut after this many tokens."""
     answer_rule: str = "short"
     """How an answer is read from what follows the thought: a key of
     `haltwise.policy.answers.READERS`."""
     answer_end: str = ""
-    """A forced answer ends with this text, outside of its braces; empty: only with the LM's own
-    end token."""
+    """A forced answer ends with this text, unless it is between braces. If it is empty, only the
+    LM's own end token ends an answer."""
     think_start: str = "<think>"
-    """A thought begins after this text; empty: at once."""
+    """A thought begins after this text. If it is empty, the thought begins at once."""
     think_end: str = "</think>"
-    """The LM itself closes a thought with this text; empty: only with its end token."""
+    """The LM itself closes a thought with this text. If it is empty, only its end token does."""
 
     def __post_init__(self) -> None:
         """Checks the values.
 
         Raises:
             InputError: If `probing` or `answer_rule` is unknown, `max_answer_tokens` is below 1,
-                a text is something else, or a thought has an end but no start.
+                what should be a text is none, or only one end of a thought has a text.
         """
         if self.probing not in ("always", "at_halt"):
             raise InputError(f"probing is {self.probing!r}, expected 'always' or 'at_halt'")
@@ -127,14 +121,14 @@ class Halting:
 
     @classmethod
     def of_recorder(cls, recorder: Mapping[str, Any], probing: Probing | None = None) -> Halting:
-        """The conditions that traces were recorded under, as far as their writer knew them.
+        """Returns the conditions that traces were recorded under, as far as the files tell.
 
         Args:
             recorder: The files' `haltwise.recorder` metadata.
-            probing: Another than the recorder's.
+            probing: The probing to halt under, if it is not the recorder's.
 
         Raises:
-            InputError: If they make no sense.
+            InputError: If the metadata state what cannot be a condition.
         """
         unknown = {"decision_rule": "", "close_text": "", "confidence_rule": ""}
         names = (*TEXTS, "max_answer_tokens")
@@ -150,29 +144,31 @@ class Halting:
         """Refuses features that cannot be seen under these conditions.
 
         Raises:
-            InputError: If probing is at_halt and a feature group is made from forced answers, or
-                if one counts the points that are left and the decision rule has no limit.
+            InputError: If a feature group is made from forced answers and probing is at_halt, or
+                if a group counts the points that are left and the decision rule has no limit.
         """
-        unseen = [group for group in groups if not _OF_ANSWERS.isdisjoint(GROUP_SIGNALS[group])]
+        of_answers = set(signals_from("forced_answer"))
+        unseen = [group for group in groups if of_answers.intersection(signals_of([group]))]
         if unseen and self.probing == "at_halt":
             raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
-        if "limit" in groups and self.max_points is None:
+        counting = [group for group in groups if "points_left" in signals_of([group])]
+        if counting and self.max_points is None:
             raise InputError(
-                f"features 'limit' need points_left: expected a decision rule with ', at most N', "
-                f"found {self.decision_rule!r}"
+                f"features {counting} need points_left: expected a decision rule with "
+                f"', at most N', found {self.decision_rule!r}"
             )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
         """Refuses traces that were recorded under other conditions.
 
-        A file may leave out what its writer did not know; what it states must agree.
+        A file may leave out what its writer did not know. What it states must agree.
 
         Args:
             recorder: The file's `haltwise.recorder` metadata.
             source: The file's name, for the message.
 
         Raises:
-            InputError: If a stated condition differs.
+            InputError: If the file states another condition.
         """
         for name in (*TEXTS, "max_answer_tokens"):
             expected = getattr(self, name)
@@ -184,3 +180,7 @@ class Halting:
             raise InputError(
                 f"{source}: recorded without probes, the head needs one at every point"
             )
+
+
+#: The conditions that are texts, in order.
+TEXTS = tuple(condition.name for condition in fields(Halting) if condition.type == "str")

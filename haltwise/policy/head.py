@@ -1,8 +1,10 @@
 """The exported head: a small network that reads features and a price, and says when to halt.
 
-A head is a folder with two files: head.safetensors (the weights, and the projection of hidden
-states if there is one) and head.json (all that the weights are valid for). Loading needs numpy and
-safetensors, and never unpickles anything.
+A head is a folder with two files. head.safetensors holds the weights, and the projection of hidden
+states if the head sees them. head.json says under which conditions the weights are valid. Loading
+needs numpy and safetensors, and never unpickles anything.
+
+Shapes: B rows, F features, P points, H hidden units.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from safetensors.numpy import load_file, save
 
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
-from haltwise.policy.features import FEATURES_VERSION, check_projection, feature_names
+from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names
 from haltwise.policy.halting import Halting
-from haltwise.policy.projection import Projection
+from haltwise.policy.projection import Projection, check_tensor
 from haltwise.policy.signals import Float
 
+#: The form of the two files.
 FORMAT = 1
 
 #: Standardised features are clipped here, so that an outlier cannot saturate the network.
@@ -42,32 +45,33 @@ class Observing:
     """How features and a price become what the network is fed."""
 
     groups: tuple[str, ...]
-    """Feature groups, in order."""
+    """Names of the feature groups, in order."""
     mean: tuple[float, ...]
-    """Of each feature over the training points."""
+    """Mean of each feature over the training points."""
     scale: tuple[float, ...]
     """Standard deviation of each feature over the training points."""
     price_range: tuple[float, float]
-    """Smallest and largest price trained on, in exact match per 1,000 tokens."""
+    """Smallest and largest price that the head was trained for, in exact match per 1,000 tokens."""
     projection: Projection | None = None
-    """Of hidden states; None exactly if the group "hidden" is absent. Not in head.json."""
+    """What the head sees of hidden states; None exactly if the group "hidden" is absent. It is
+    kept in head.safetensors."""
 
     def __post_init__(self) -> None:
         """Checks that the parts fit each other.
 
         Raises:
-            InputError: If the lengths differ, a scale is not positive, the range is empty or the
-                projection does not fit the groups.
+            InputError: If there is not one mean and one scale a feature, a scale is not positive,
+                the price range is empty, or the projection does not fit the groups.
         """
         num_features = len(feature_names(self.groups))
         check_projection(self.groups, self.projection)
         if not len(self.mean) == len(self.scale) == num_features:
             raise InputError(
-                f"{len(self.mean)} means and {len(self.scale)} scales "
-                f"for {num_features} features of {list(self.groups)}"
+                f"found {len(self.mean)} means and {len(self.scale)} scales, expected "
+                f"{num_features} of each for the features of {list(self.groups)}"
             )
         if not np.isfinite([*self.mean, *self.scale]).all() or min(self.scale) <= 0:
-            raise InputError("a mean or scale is not a number, or a scale is not positive")
+            raise InputError("a mean or scale is not finite, or a scale is not positive")
         low, high = self.price_range
         if not 0 < low < high < np.inf:
             raise InputError(f"price range is {self.price_range}, expected 0 < lowest < highest")
@@ -80,25 +84,25 @@ class Observing:
         price_range: tuple[float, float],
         projection: Projection | None = None,
     ) -> Observing:
-        """Standardises by the mean and spread of some features (P, F)."""
+        """Returns an observing that standardises by the mean and spread of features (P, F)."""
         mean, scale = features.mean(axis=0), features.std(axis=0)
         scale = np.where(scale > 1e-6, scale, 1.0)  # a constant column stays zero
         return cls(groups, tuple(mean.tolist()), tuple(scale.tolist()), price_range, projection)
 
     @property
     def size(self) -> int:
-        """Length of an observation: the features and the log price."""
+        """Length of an observation, which is the features and the log price."""
         return len(self.mean) + 1
 
     @cached_property
     def _constants(self) -> Float:
-        """(2, F) mean and scale, for a decision must be quick."""
+        """(2, F) mean and scale, made once: a decision must be quick."""
         return np.array([self.mean, self.scale], dtype=np.float32)
 
     def observe(self, features: Float, price: ArrayLike) -> Float:
-        """Observations (B, F + 1) of features (B, F) at prices (B,) or one price.
+        """Returns observations (B, F + 1) of features (B, F) at prices (B,) or one price.
 
-        Features are standardised and clipped at 5; for the log price see `dial`.
+        Features are standardised and clipped at 5. The log price comes last, see `dial`.
         """
         mean, scale = self._constants
         standard = (features - mean) / scale
@@ -106,129 +110,148 @@ class Observing:
         return np.concatenate([np.clip(standard, -CLIP, CLIP), dial], axis=1)
 
     def dial(self, price: ArrayLike) -> Float:
-        """The log price as observed: the price range maps to [-1, 1]; beyond it to at most 5."""
+        """Returns the log price as the network sees it, of one price or of many.
+
+        The price range becomes [-1, 1]; prices beyond it go on in the same way, up to -5 and 5.
+        """
         low, high = np.log(self.price_range)
         place = (2 * np.log(np.asarray(price, dtype=np.float64)) - low - high) / (high - low)
         dial: Float = np.clip(place, -CLIP, CLIP).astype(np.float32)
         return dial
 
     def draw_price(self, rng: np.random.Generator, num: int) -> NDArray[np.float64]:
-        """Prices (num,), log-uniform over the range."""
+        """Draws prices (num,), log-uniform over the price range."""
         low, high = np.log(self.price_range)
         return np.exp(rng.uniform(low, high, num))
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Everything in head.json."""
+    """The conditions that the weights of a head are valid for: what is kept in head.json."""
 
     observing: Observing
+    """How features and a price become what the network is fed."""
     halting: Halting
+    """How the LM is halted."""
     default_price: float
-    """Used when a caller names no price; 0 never halts."""
+    """The price if a caller names none; 0 never halts."""
     threshold: float = 0.5
-    """Halt when the probability of halting is at least this."""
+    """The head halts when the probability of halting is at least this."""
     lm: str = ""
     """The LM or LMs that the training traces came from."""
     tokenizer: str = ""
-    """Fingerprint of the tokenizer; empty if the traces do not tell."""
+    """Fingerprint of the LM's tokenizer; empty if the traces do not tell."""
     traces: str = ""
     """Digest of the training traces."""
     command: str = ""
     """The command that trained this head."""
     certificate: Certificate | None = None
     """What was certified about the head, if anything."""
-    format: int = FORMAT
-    features_version: int = FEATURES_VERSION
-    features: tuple[str, ...] = field(default=())
-    """The ordered feature list, checked against `observing.groups`."""
 
     def __post_init__(self) -> None:
-        """Checks versions and ranges.
+        """Checks that the parts fit each other.
 
         Raises:
-            InputError: If this haltwise cannot serve such a head.
+            InputError: If the features cannot be seen under the halting conditions, or the
+                threshold or the default price is out of its range.
         """
-        names = feature_names(self.observing.groups)
-        if not self.features:
-            object.__setattr__(self, "features", names)
-        for name, found, expected in (
-            ("format", self.format, FORMAT),
-            ("features_version", self.features_version, FEATURES_VERSION),
-            ("features", list(self.features), list(names)),
-        ):
-            if found != expected:
-                raise InputError(f"head has {name} {found}, this haltwise expects {expected}")
         self.halting.check_groups(self.observing.groups)
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}, expected between 0 and 1")
         if not 0 <= self.default_price < np.inf:
             raise InputError(f"default price is {self.default_price}, expected 0 or more")
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the features, in order."""
+        return feature_names(self.observing.groups)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what head.json holds: this config, and the features that the weights are for."""
+        data = asdict(self)
+        del data["observing"]["projection"]
+        versions = {group: FEATURE_GROUPS[group].version for group in self.observing.groups}
+        return data | {"format": FORMAT, "features_version": versions, "features": self.features}
+
     @classmethod
     def from_json(cls, data: dict[str, Any], projection: Projection | None) -> HeadConfig:
         """Rebuilds a config from parsed JSON, and from the projection that is kept beside it.
 
         Raises:
-            InputError: If a key is missing, unknown or of the wrong form.
+            InputError: If a key is missing, unknown or of the wrong form, or if this haltwise
+                computes other features than those that the head was trained on.
         """
-        known = {f.name for f in fields(cls)}
+        own = {f.name for f in fields(cls)}
+        known = own | {"format", "features_version", "features"}
         if set(data) != known:
             raise InputError(
                 f"head.json: missing keys {sorted(known - set(data))}, "
                 f"unknown keys {sorted(set(data) - known)}"
             )
-        observing = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in data["observing"].items()
-        }
+        _check_features(data)
+        observing = {key: tuple(value) for key, value in data["observing"].items()}
         certificate = data["certificate"]
-        typed = ("observing", "halting", "features", "certificate")
-        rest = {k: v for k, v in data.items() if k not in typed}
-        return cls(
-            observing=Observing(**observing, projection=projection),
-            halting=Halting(**data["halting"]),
-            features=tuple(data["features"]),
-            certificate=None if certificate is None else Certificate.from_json(certificate),
-            **rest,
-        )
+        parts = {
+            "observing": Observing(**observing, projection=projection),
+            "halting": Halting(**data["halting"]),
+            "certificate": None if certificate is None else Certificate.from_json(certificate),
+        }
+        return cls(**{name: data[name] for name in own} | parts)
+
+
+def _check_features(data: dict[str, Any]) -> None:
+    """Refuses a head.json whose features are not those that this haltwise computes."""
+    groups = data["observing"]["groups"]
+    names = feature_names(groups)
+    versions = data["features_version"]
+    for group in groups:
+        # A head that is older than the versions of the groups states one version for all of them.
+        found = versions.get(group) if isinstance(versions, dict) else versions
+        expected = FEATURE_GROUPS[group].version
+        if found != expected:
+            raise InputError(
+                f"head reads version {found} of feature group {group!r}, this haltwise expects "
+                f"{expected}: train the head anew"
+            )
+    for key, value in (("format", FORMAT), ("features", list(names))):
+        if data[key] != value:
+            raise InputError(f"head has {key} {data[key]}, this haltwise expects {value}")
 
 
 class HaltHead:
-    """A halting policy: two hidden tanh layers, then the log-odds of halting.
+    """A halting policy: two hidden layers of H tanh units, then the log-odds of halting.
 
         h0 = tanh(w0 x + b0);  h1 = tanh(w1 h0 + b1);  log_odds = w2 h1 + b2
 
     Args:
-        config: What the weights are valid for.
+        config: The conditions that the weights are valid for.
         weights: w0 (H, F + 1), b0 (H,), w1 (H, H), b1 (H,), w2 (1, H), b2 (1,), float32.
 
     Raises:
-        InputError: If the weights do not fit the config, or are not finite, or if the config's
-            certificate is of another head.
+        InputError: If the weights do not fit the config or are not finite, or if the config's
+            certificate is for another head.
     """
 
     def __init__(self, config: HeadConfig, weights: dict[str, Float]) -> None:
-        """Checks the weights."""
+        """Checks the weights, and that the certificate is for them."""
         if sorted(weights) != sorted(_WEIGHTS):
-            raise InputError(f"head has tensors {sorted(weights)}, expected {list(_WEIGHTS)}")
+            raise InputError(f"head has tensors {sorted(weights)}, expected {sorted(_WEIGHTS)}")
         hidden = weights["b0"].size
         size = config.observing.size
         shapes = [(hidden, size), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,)]
         for name, shape in zip(_WEIGHTS, shapes, strict=True):
-            if weights[name].shape != shape or weights[name].dtype != np.float32:
-                found = (weights[name].shape, str(weights[name].dtype))
-                raise InputError(f"head tensor {name} is {found}, expected {(shape, 'float32')}")
-            if not np.isfinite(weights[name]).all():
-                raise InputError(f"head tensor {name} has values that are not finite")
+            check_tensor(f"head tensor {name}", weights[name], shape)
         self.config = config
         self.weights = weights
         if config.certificate is not None and config.certificate.head != self.digest:
-            raise InputError("the certificate is of another head, or of this one before a change")
+            raise InputError("the certificate is for another head, or for this one before a change")
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that its decisions at a price depend on."""
+        """SHA-256 of everything that the head's decisions at a price depend on.
+
+        Certificates name it, so it must never change for the same head.
+        """
         observing, projection = asdict(self.config.observing), self.config.observing.projection
         del observing["projection"]
         halting = asdict(self.config.halting)
@@ -243,53 +266,58 @@ class HaltHead:
         return content.hexdigest()
 
     def log_odds(self, features: Float, price: ArrayLike | None = None) -> Float:
-        """Log-odds of halting (B,) at features (B, F); NaN features give NaN.
+        """Returns the log-odds of halting (B,); NaN features give NaN.
 
         Args:
             features: (B, F), the columns of `config.features`.
-            price: (B,) or one, in exact match per 1,000 tokens; default the head's own. At 0
-                tokens cost nothing, and it never halts.
+            price: (B,) or one for all, in exact match per 1,000 tokens; by default the head's own.
+                At a price of 0 tokens cost nothing, and the head never halts.
         """
         price = np.asarray(self.config.default_price if price is None else price)
         low, _ = self.config.observing.price_range
         obs = self.config.observing.observe(features, np.where(price > 0, price, low))
         return np.where(price > 0, self.log_odds_of(obs), np.float32(-np.inf))
 
-    def log_odds_of(self, obs: Float) -> Float:
-        """Log-odds of halting (B,) at observations (B, F + 1)."""
+    def log_odds_of(self, obs: NDArray[Any]) -> NDArray[Any]:
+        """Returns the log-odds of halting (B,) at observations (B, F + 1), in their precision."""
         w = self.weights
         hidden = np.tanh(obs @ w["w0"].T + w["b0"])
         hidden = np.tanh(hidden @ w["w1"].T + w["b1"])
-        log_odds: Float = (hidden @ w["w2"].T + w["b2"])[:, 0]
+        log_odds: NDArray[Any] = (hidden @ w["w2"].T + w["b2"])[:, 0]
         return log_odds
 
     def prob_halt(self, features: Float, price: ArrayLike | None = None) -> Float:
-        """Probability of halting (B,); arguments as in `log_odds`."""
+        """Returns the probability of halting (B,); the arguments are those of `log_odds`."""
         return prob_of(self.log_odds(features, price))
 
     def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
-        """Whether to halt (B,); a row with a NaN feature continues."""
+        """Tells which rows to halt (B,); a row with a NaN feature continues.
+
+        The arguments are those of `log_odds`.
+        """
         return self.prob_halt(features, price) >= self.config.threshold
 
     def save(self, folder: Path | str) -> None:
-        """Writes head.safetensors and head.json into a folder, each whole or not at all."""
+        """Writes head.safetensors and head.json into a folder, each whole or not at all.
+
+        The folder is made if it is not there.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # `save_file` would make a file that only its owner can read.
-        projection, config = self.config.observing.projection, asdict(self.config)
-        del config["observing"]["projection"]
+        projection = self.config.observing.projection
         tensors = {} if projection is None else vars(projection)
         beside = {_PROJECTION + name: tensor for name, tensor in tensors.items()}
         _write(folder / "head.safetensors", save(self.weights | beside))
-        text = json.dumps(config, indent=2) + "\n"
+        text = json.dumps(self.config.to_json(), indent=2) + "\n"
         _write(folder / "head.json", text.encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> HaltHead:
-        """Reads a head.
+        """Reads a head from a folder that `save` has written.
 
         Raises:
-            InputError: If a file is missing, damaged, or not for this version of haltwise.
+            InputError: If a file is missing or damaged, or if this haltwise cannot serve the head.
         """
         folder = Path(folder)
         for name in ("head.json", "head.safetensors"):
@@ -297,11 +325,8 @@ class HaltHead:
                 raise InputError(f"no {name} in {folder}: expected a folder written by train.py")
         try:
             weights = load_file(folder / "head.safetensors")
-            beside = {
-                name.removeprefix(_PROJECTION): weights.pop(name)
-                for name in list(weights)
-                if name.startswith(_PROJECTION)
-            }
+            names = [name for name in weights if name.startswith(_PROJECTION)]
+            beside = {name.removeprefix(_PROJECTION): weights.pop(name) for name in names}
             projection = Projection(**beside) if beside else None
             data = json.loads((folder / "head.json").read_text())
             return cls(HeadConfig.from_json(data, projection), weights)
@@ -312,7 +337,7 @@ class HaltHead:
 
 
 def prob_of(log_odds: NDArray[Any]) -> NDArray[Any]:
-    """Probabilities of some log-odds."""
+    """Returns the probabilities that some log-odds stand for."""
     prob: NDArray[Any] = 0.5 * (1 + np.tanh(0.5 * log_odds))
     return prob
 

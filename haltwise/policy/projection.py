@@ -1,4 +1,6 @@
-"""The projection: a few directions of an LM's hidden states, learned from recorded ones.
+"""The projection: what a head sees of an LM's hidden states, learned from recorded ones.
+
+It is the place of a state along the few directions in which the recorded states spread most.
 
 Shapes: P points or B rows, D size of a hidden state, K = 16 directions.
 """
@@ -15,10 +17,10 @@ from numpy.typing import NDArray
 from haltwise.errors import InputError
 from haltwise.policy.signals import Float
 
-#: K.
+#: K, the directions that are kept.
 NUM_DIRECTIONS = 16
 
-# States taken to double precision at a time: to learn from them, and how many numbers to project.
+# What is taken to double precision at a time: states to learn from, and numbers to project.
 _STATES = 1024
 _NUMBERS = 2**15
 # A direction with less variance, relative to the first, shows rounding only.
@@ -27,39 +29,33 @@ _LEAST_VARIANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """What a head sees of hidden states: features = (hidden - center) @ directions.T."""
+    """A linear map of hidden states: features = (hidden - center) @ directions.T."""
 
     directions: Float
-    """(K, D) float32; a direction without spread is zero."""
+    """(K, D) float32; a direction in which the states did not spread is zero."""
     center: Float
-    """(D,) float32."""
+    """(D,) float32, the mean of the states."""
 
     def __post_init__(self) -> None:
         """Checks both arrays.
 
         Raises:
-            InputError: If a shape or type is another one, or a value is not finite.
+            InputError: If an array has another shape or type, or a value that is not finite, or
+                if D is below K.
         """
-        for name, shape in (
-            ("directions", (NUM_DIRECTIONS, self.center.size)),
-            ("center", (self.center.size,)),
-        ):
-            array = getattr(self, name)
-            if array.shape != shape or array.dtype != np.float32:
-                found = (array.shape, str(array.dtype))
-                raise InputError(f"projection {name} is {found}, expected {(shape, 'float32')}")
-            if not np.isfinite(array).all():
-                raise InputError(f"projection {name} has values that are not finite")
-        check_size(self.center.size)
+        size = self.center.size
+        check_tensor("projection directions", self.directions, (NUM_DIRECTIONS, size))
+        check_tensor("projection center", self.center, (size,))
+        check_size(size)
 
     @classmethod
     def fit(cls, states: NDArray[Any]) -> Projection:
-        """The principal components of some states (P, D), those with most variance first.
+        """Learns the principal components of some states (P, D), those with most variance first.
 
-        The largest entry of a direction is positive.
+        The sign of a direction is such that its largest entry is positive.
 
         Raises:
-            InputError: If there is no state, one is not finite, or D is below K.
+            InputError: If there is no state, one of them is not finite, or D is below K.
         """
         num, size = states.shape
         if not num:
@@ -82,10 +78,10 @@ class Projection:
         return cls(directions.astype(np.float32, order="C"), center.astype(np.float32))
 
     def features(self, states: NDArray[Any]) -> Float:
-        """Features (B, K) of states (B, D); a NaN state gives NaN features.
+        """Returns the features (B, K) of states (B, D); a NaN state gives NaN features.
 
         Raises:
-            InputError: If D is not that of the projection.
+            InputError: If D is not that of the states that the projection was learned from.
         """
         if states.shape[1] != self.center.size:
             raise InputError(
@@ -100,7 +96,7 @@ class Projection:
         return features
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same arrays."""
+        """Tells whether the other one is a projection with the same arrays."""
         if not isinstance(other, Projection):
             return NotImplemented
         return np.array_equal(self.directions, other.directions) and np.array_equal(
@@ -108,7 +104,7 @@ class Projection:
         )
 
     def __hash__(self) -> int:
-        """Equal for equal projections."""
+        """Returns a number that is equal for equal projections."""
         return hash(self.directions.tobytes())
 
 
@@ -125,5 +121,19 @@ def check_size(size: int) -> None:
         )
 
 
+def check_tensor(name: str, tensor: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Refuses what cannot be a part of a head, by its name for the message.
+
+    Raises:
+        InputError: If it is not float32 of the expected shape, or has a value that is not finite.
+    """
+    if tensor.shape != shape or tensor.dtype != np.float32:
+        found = (tensor.shape, str(tensor.dtype))
+        raise InputError(f"{name} is {found}, expected {(shape, 'float32')}")
+    if not np.isfinite(tensor).all():
+        raise InputError(f"{name} has values that are not finite")
+
+
 def _chunks(num: int, length: int) -> Iterator[slice]:
+    """Cuts a number of rows into slices of some length; the last one may be shorter."""
     return (slice(first, first + length) for first in range(0, num, length))

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.policy.features import signals_of
+from haltwise.policy.features import signals_of, unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.session.control import Control
 from haltwise.session.report import ThoughtReport, ThoughtRequest
@@ -16,9 +16,6 @@ from haltwise.session.session import Session
 from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import PointRules, Thought
 from haltwise.session.token_statistics import NUM_TOP
-
-#: Groups of features that a server's log probabilities and texts give.
-SERVED_GROUPS = ("pace", "limit", "distribution", "reflection")
 
 # Servers that name the likeliest tokens by their text lose some that share one.
 _FEWEST_TOP = 16
@@ -30,11 +27,12 @@ def check_served(head: HaltHead) -> None:
     """Refuses a head that needs more than a server shows.
 
     Raises:
-        InputError: If it looks at forced answers, or at features that are not in SERVED_GROUPS.
+        InputError: If it looks at forced answers, or at features that are made from more than
+            log probabilities and text.
     """
     config = head.config
-    unseen = [group for group in config.observing.groups if group not in SERVED_GROUPS]
-    if config.halting.probing != "at_halt" or unseen:
+    unshown = unshown_groups(config.observing.groups, "proxy")
+    if config.halting.probing != "at_halt" or unshown:
         raise InputError(
             f"head has probing {config.halting.probing} and groups "
             f"{list(config.observing.groups)}, which a server does not show: "

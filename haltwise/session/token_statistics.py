@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from haltwise.policy.signals import Float, Index
+from haltwise.policy.signals import Float, Index, signals_from
 
 #: Likeliest tokens that are looked at one by one; servers give at most so many.
 NUM_TOP = 20
@@ -69,8 +69,8 @@ class TokenStatistics:
         return {name: value.astype(np.float32) for name, value in seen.items()}
 
 
-#: The signals that a gauge gives.
-STEPWISE = ("entropy", "max_entropy", "logprob", "min_logprob", "margin")
+#: The signals that `TokenStatistics.read` gives.
+STEPWISE = signals_from("token_logprobs")
 
 
 def _sureness(logprob: NDArray[np.floating], top: NDArray[np.floating]) -> NDArray[np.float64]:

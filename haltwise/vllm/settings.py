@@ -11,7 +11,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.errors import InputError
-from haltwise.policy.features import signals_of
+from haltwise.policy.features import unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.session.control import Control, load_control
 from haltwise.session.terms import Terms
@@ -81,8 +81,9 @@ def _stated(additional_config: Any) -> dict[str, Any]:
 def _check_runnable(head: HaltHead) -> None:
     if head.config.halting.probing != "at_halt":
         raise InputError("head probes always: expected at_halt, vLLM cannot try out answers")
-    if "hidden" in signals_of(head.config.observing.groups):
-        raise InputError("head has features 'hidden': expected none, vLLM does not show states")
+    unshown = unshown_groups(head.config.observing.groups, "vllm")
+    if unshown:
+        raise InputError(f"head has features {unshown[0]!r}: expected none, vLLM cannot show them")
 
 
 def check_tokens_are_shown(vllm_config: Any) -> None:

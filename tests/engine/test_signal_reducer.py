@@ -17,7 +17,7 @@ from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, O
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED, SignalReducer, logprobs_of
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import GROUP_SIGNALS, feature_names, signals_of
+from haltwise.policy.features import FEATURE_GROUPS, feature_names, signals_of
 from haltwise.session.forced_answer import ForcedAnswer
 from haltwise.session.thought import Thought
 from haltwise.transformers import ProbingGeneration
@@ -201,7 +201,7 @@ def test_generate_sees_what_is_recorded(
     monkeypatch: pytest.MonkeyPatch, processors: list[LogitsProcessor]
 ) -> None:
     """Whatever processors do to the scores."""
-    monkeypatch.setitem(GROUP_SIGNALS, "pace", ("position", *MEASURED))
+    monkeypatch.setattr(FEATURE_GROUPS["pace"], "signals", ("position", *MEASURED))
     seen: dict[int, list[dict[str, Any]]] = {row: [] for row in range(len(PROMPTS))}
     observe = HaltMonitor.observe
 

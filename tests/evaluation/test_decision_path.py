@@ -3,8 +3,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from evaluation.decision_path import PHRASES, decision_path
-from haltwise import FEATURE_GROUPS, HaltHead, feature_names
+from evaluation.decision_path import decision_path
+from haltwise import FEATURE_GROUPS, HaltHead
+from haltwise.policy.features import features_of
 from tests.heads import random_head
 from traces import Traces
 
@@ -12,8 +13,9 @@ MakeTraces = Callable[..., Traces]
 
 
 def test_every_feature_has_words() -> None:
-    assert set(PHRASES) == set(feature_names(FEATURE_GROUPS))
-    assert all(higher != lower for higher, lower in PHRASES.values())
+    features = features_of(FEATURE_GROUPS)
+    assert len({feature.name for feature in features}) == len(features)
+    assert all(feature.higher != feature.lower for feature in features)
 
 
 def test_the_worked_example_in_words(worked_example: Traces, run_head: HaltHead) -> None:

@@ -339,7 +339,7 @@ def test_a_certificate_of_another_or_changed_head_is_refused(
         (replace(head.config, halting=halting), head.weights),
         (replace(head.config, threshold=0.4), head.weights),
     ]:
-        with pytest.raises(InputError, match="the certificate is of another head"):
+        with pytest.raises(InputError, match="the certificate is for another head"):
             HaltHead(config, weights)
     HaltHead(replace(head.config, default_price=2.0), head.weights)
     head.save(tmp_path / "certified")
@@ -347,7 +347,7 @@ def test_a_certificate_of_another_or_changed_head_is_refused(
     (tmp_path / "other" / "head.json").write_bytes(
         (tmp_path / "certified" / "head.json").read_bytes()
     )
-    with pytest.raises(InputError, match="other: the certificate is of another head"):
+    with pytest.raises(InputError, match="other: the certificate is for another head"):
         HaltHead.load(tmp_path / "other")
 
 

@@ -1,15 +1,45 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haltwise import FEATURE_GROUPS, FeatureState, InputError, Signals, answer_keys, feature_names
-from haltwise.policy.features import signals_of
+from evaluation.decision_path import decision_path
+from haltwise import (
+    FEATURE_GROUPS,
+    FeatureState,
+    HaltHead,
+    InputError,
+    Projection,
+    Signals,
+    answer_keys,
+    feature_names,
+)
+from haltwise.policy.features import Columns, Feature, FeatureGroup, signals_of
+from haltwise.policy.signals import Index
+from tests.heads import random_head
 from tests.projections import some_projection
+from traces import Traces
 
 GROUPS = tuple(FEATURE_GROUPS)
 PROJECTION = some_projection(16)
 ONE = np.zeros(1, dtype=np.int64)
+
+# The features of one point, as all heads have known them since the groups have versions.
+GOLDEN = """
+log_position 4.4067192  log_point 2.1972246  log_gap 2.3025851  last_point 0
+log_points_left 0.58667493  confidence_logit -1  confidence_max 2.4933827
+confidence_mean -0.027723342  confidence_change -2.5771327  confidence_low -1.3132616
+doubt -1.0701613  least_doubt -1.30317  log_probe 0.53824621  answered 1  log_run 0.69314718
+run_share 0.11111111  top_share 0.55555558  leads 1  log_distinct 1.3862944  returned 1
+entropy 0.493  entropy_mean 0.62077564  max_entropy 0.58778667  logprob -0.227
+min_logprob -0.66834205  margin 0.32499999  margin_mean 0.36565682  end_think -0.048999999
+end_think_max -0.045000002  end_think_mean -0.22639282  log_reflections 0.20048887
+reflections_mean 0.37188646  log_reflections_all 1.7776606
+"""
 
 
 def signals(position: int, confidence: float, answer: str, **others: float) -> Signals:
@@ -213,3 +243,53 @@ def test_answer_keys_tell_answers_apart() -> None:
 def test_unknown_groups_are_refused(groups: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match="pace"):
         feature_names(groups)
+
+
+def test_features_of_random_signals_are_as_they_always_were() -> None:
+    """A change of these numbers needs a new version of their group."""
+    rng = np.random.default_rng(5)
+    names = set(signals_of(GROUPS)) - {"position", "confidence", "answer", "hidden"}
+    others: dict[str, Any] = {name: rng.random(9).round(3) for name in sorted(names)}
+    others |= {name: -values for name, values in others.items() if "logprob" in name}
+    points = [(9 * i + 9, float(rng.random()), str(rng.integers(3))) for i in range(9)]
+    last = stream(points, **others)[-1]
+    words = GOLDEN.split()
+    assert words[::2] == list(feature_names(GROUPS[:-1]))  # all but the hidden states'
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        assert last[name] == pytest.approx(float(value), rel=2e-6), name
+
+
+class Hedging(FeatureGroup):
+    """As a contributor would write it."""
+
+    version = 1
+    features = (Feature("hedges", "hedges more", "hedges less"),)
+    signals = ("num_reflections",)
+
+    def __init__(self, num_rows: int, projection: Projection | None) -> None:
+        self._all = np.zeros(num_rows)
+
+    def update(self, signals: Any, rows: Index) -> Columns:
+        self._all[rows] += signals.num_reflections
+        return (self._all[rows],)
+
+
+def test_a_new_group_is_one_entry_and_refuses_no_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_traces: Callable[..., Traces]
+) -> None:
+    shipped = Path(__file__).parents[2] / "checkpoints" / "embedded-head"
+    random_head(0, ("pace", "agreement")).save(tmp_path / "old")
+    monkeypatch.setitem(FEATURE_GROUPS, "hedging", Hedging)
+    for old in (shipped, tmp_path / "old"):
+        HaltHead.load(old)
+    head = random_head(0, ("pace", "hedging"))
+    head.save(tmp_path / "new")
+    assert HaltHead.load(tmp_path / "new").config.features[-1] == "hedges"
+
+    state = FeatureState(1, ("hedging",))
+    assert [state.update(signals(i, 0.5, "a"), ONE)[0, 0] for i in (1, 2)] == [1, 2]
+    state.reset(ONE)
+    assert state.update(signals(1, 0.5, "a"), ONE)[0, 0] == 1
+
+    trace = make_traces([{"num_reflections": [1.0, 0.0, 2.0]}])
+    assert "hedges more" in decision_path(trace, head, 0.1)

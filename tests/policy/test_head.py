@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from haltwise import HaltHead, Halting, HeadConfig, InputError, Observing
+from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, InputError, Observing
 
 
 def features_of(run: float) -> np.ndarray:
@@ -89,7 +89,9 @@ def not_finite(folder: Path) -> None:
     ("damage", "told"),
     [
         (broken({"format": 2}), "format 2, this haltwise expects 1"),
-        (broken({"features_version": 9}), "features_version 9"),
+        (broken({"features_version": 9}), "version 9 of feature group 'agreement'"),
+        (broken({"features_version": {"agreement": 2}}), "version 2 of feature group 'agreement'"),
+        (broken({"features_version": {"pace": 3}}), "version None of feature group 'agreement'"),
         (broken({"features": ["x"]}), "features"),
         (broken({"surprise": 1}), "surprise"),
         (broken({"threshold": 1.5}), "threshold is 1.5"),
@@ -146,10 +148,37 @@ def test_halting_refuses_unknown_conditions(change: dict[str, Any]) -> None:
         Halting(**good | change)
 
 
-def test_a_shipped_head_is_still_what_was_certified() -> None:
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("embedded-head", "66ff10e8009a452d287d0f21cb0e231283ac6df72ba1060fb4bee89b175268ae"),
+        ("embedded-blind-head", "90efe1ae3d1804d560d15001c999c291a95751a9efc273a2924bb49fd70cd3dc"),
+    ],
+)
+def test_a_shipped_head_is_still_what_was_certified(name: str, digest: str, tmp_path: Path) -> None:
     """Conditions that are newer than a certificate do not change a head that has the usual ones."""
-    digest = "66ff10e8009a452d287d0f21cb0e231283ac6df72ba1060fb4bee89b175268ae"
-    head = HaltHead.load(Path(__file__).parents[2] / "checkpoints" / "embedded-head")
+    shipped = Path(__file__).parents[2] / "checkpoints" / name
+    head = HaltHead.load(shipped)
     assert head.digest == digest
+    head.save(tmp_path)
+    assert HaltHead.load(tmp_path).digest == digest
+    weights = "head.safetensors"
+    assert (tmp_path / weights).read_bytes() == (shipped / weights).read_bytes()
     halting = replace(head.config.halting, answer_end="}")
     assert HaltHead(replace(head.config, halting=halting), head.weights).digest != digest
+
+
+def test_a_new_version_of_a_group_refuses_only_the_heads_that_read_it(
+    monkeypatch: pytest.MonkeyPatch, run_head: HaltHead, tmp_path: Path
+) -> None:
+    run_head.save(tmp_path)
+    assert json.loads((tmp_path / "head.json").read_text())["features_version"] == {"agreement": 3}
+    older = tmp_path / "older"
+    run_head.save(older)
+    broken({"features_version": 3})(older)
+    monkeypatch.setattr(FEATURE_GROUPS["pace"], "version", 4)
+    assert HaltHead.load(tmp_path).config == HaltHead.load(older).config == run_head.config
+    monkeypatch.setattr(FEATURE_GROUPS["agreement"], "version", 4)
+    for folder in (tmp_path, older):
+        with pytest.raises(InputError, match=r"version 3 .* 'agreement', .* expects 4"):
+            HaltHead.load(folder)

@@ -115,11 +115,11 @@ def test_the_group_and_the_projection_come_together() -> None:
     projection = some_projection(16)
     with pytest.raises(InputError, match="no projection: feature group 'hidden' expects one"):
         FeatureState(1, GROUPS)
-    with pytest.raises(InputError, match="a projection, but no feature group 'hidden'"):
+    with pytest.raises(InputError, match="a projection without feature group 'hidden'"):
         FeatureState(1, ("pace",), projection)
     with pytest.raises(InputError, match="no projection"):
         Observing(("hidden",), (0.0,) * 16, (1.0,) * 16, (0.1, 1.0))
-    with pytest.raises(InputError, match="a projection, but"):
+    with pytest.raises(InputError, match="a projection without"):
         Observing(("pace",), (0.0,) * 3, (1.0,) * 3, (0.1, 1.0), projection)
     with pytest.raises(InputError, match="have 17 values, the head's projection expects 16"):
         FeatureState(1, GROUPS, projection).update(seen([[0.0] * 17]), ONE)
@@ -225,7 +225,7 @@ def test_a_head_without_its_projection_is_refused(
         (hidden_head, zeros | {"projection.more": np.zeros(1)}, "not a readable head .*more"),
         (hidden_head, small, "15 values"),
         (hidden_head, broken, "not finite"),
-        (run_head, zeros, "a projection, but no feature group"),
+        (run_head, zeros, "a projection without feature group"),
     ):
         head.save(tmp_path)
         save_file(head.weights | tensors, tmp_path / "head.safetensors")

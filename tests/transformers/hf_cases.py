@@ -84,7 +84,7 @@ def picky_head(seed: int, groups: tuple[str, ...] = BLIND) -> HaltHead:
         "w2": rng.normal(size=(1, 4)),
         "b2": np.full(1, -1.0),
     }
-    config = replace(policy.config, observing=observing, features=feature_names(groups))
+    config = replace(policy.config, observing=observing)
     return HaltHead(config, {name: w.astype(np.float32) for name, w in weights.items()})
 
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from haltwise import HaltHead, HaltMonitor, InputError, Signals
 from haltwise.engine.signal_reducer import MEASURED
-from haltwise.policy.features import GROUP_SIGNALS
+from haltwise.policy.features import FEATURE_GROUPS
 from haltwise.transformers import HaltProcessor, ProbingGeneration
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm
 from tests.transformers.hf_cases import (
@@ -180,7 +180,7 @@ class Sharpen(LogitsProcessor):
 @pytest.mark.parametrize("before", [[], [Sharpen()]])
 def test_signals_are_the_lms_own(monkeypatch: pytest.MonkeyPatch, before: list[Any]) -> None:
     """Whatever is done to the scores, and by the formulas of their definitions."""
-    monkeypatch.setitem(GROUP_SIGNALS, "pace", ("position", *MEASURED))
+    monkeypatch.setattr(FEATURE_GROUPS["pace"], "signals", ("position", *MEASURED))
     seen: list[Signals] = []
 
     def spy(_: HaltMonitor, signals: Signals, rows: Any) -> Any:
