@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.batched import spaces
+from envs.single import spaces
 from envs.replay import point_features
 from haltwise import Observing
 from traces import Traces
