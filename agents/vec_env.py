@@ -19,8 +19,9 @@ class BalancedVecEnv(VecEnv):
 
     The agent is paid the environment's rewards times the episode's weight, see `balance`.
 
-    The info of a finished episode holds "halt" (what the environment says of it) and "episode"
-    (stable-baselines3's own: its return before any weight, and its length in decisions).
+    The info of a finished episode holds "halt" (what the environment tells of it), "episode" and
+    "terminal_observation" (stable-baselines3's own: its return before any weight and its length
+    in decisions; and its last observation).
     """
 
     def __init__(self, env: BatchedEnv, observing: Observing, seed: int | None = None) -> None:
@@ -55,7 +56,8 @@ class BalancedVecEnv(VecEnv):
         for row in np.flatnonzero(done):
             final = {name: values[row] for name, values in infos["final_info"].items()}
             episode = {"r": float(self._return[row]), "l": int(self._length[row]), "t": 0.0}
-            rows[row] = {"halt": final, "episode": episode}
+            last = infos["final_obs"][row]
+            rows[row] = {"halt": final, "episode": episode, "terminal_observation": last}
         self._return[done] = 0
         self._length[done] = 0
         return obs, (rewards * weight).astype(np.float32), done, rows

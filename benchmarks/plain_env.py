@@ -9,8 +9,8 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.batched import spaces
 from envs.replay import point_features
+from envs.single import spaces
 from haltwise import Observing
 from traces import Traces
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.batched import BatchedEnv
+from envs.batched import BatchedEnv, Mask
 from envs.reward import reward, step_costs, step_ems
+from envs.series import ShuffledPasses, check_price, draw_prices
 from haltwise import (
     FEATURE_GROUPS,
     FeatureState,
@@ -146,42 +147,84 @@ def _unknown(column: NDArray[Any]) -> NDArray[np.bool_]:
     return unknown
 
 
+class RecordedSteps:
+    """Every step that can be taken on some traces: what is seen, paid, gained and told there.
+
+    The LM's tokens do not depend on the halting decision, so a trace holds the reward of every
+    halting time and replay is exact.
+
+    Args:
+        traces: N traces with P points.
+        observing: How features become observations.
+        halting: The conditions: how probing is paid for, how many points there can be.
+
+    Raises:
+        InputError: If no trace has a decision point, or a signal or limit does not fit, or the
+            features need forced answers that are not paid for.
+    """
+
+    def __init__(self, traces: Traces, observing: Observing, halting: Halting) -> None:
+        """Lays out the traces."""
+        halting.check_groups(observing.groups)
+        #: (N,) the first point of each trace.
+        self.first = traces.offsets[:-1]
+        last = traces.offsets[1:] - 1
+        #: The traces that have points: indices.
+        self.playable = np.flatnonzero(last >= self.first)
+        if not len(self.playable):
+            raise InputError("no trace has a decision point: there is nothing to decide")
+        #: (P,) whether a point is the last one of its trace.
+        self.is_last = np.zeros(traces.num_points, dtype=bool)
+        self.is_last[last[self.playable]] = True
+        self._obs = observations(traces, observing, halting)
+        # (2 P,) of continuing at point 0, halting there, continuing at point 1, ...
+        self._costs = step_costs(traces, halting.probing).astype(np.float64).ravel()
+        self._ems = step_ems(traces).ravel()
+        self._question_id = traces.question_id.astype(object)
+        self._seed, self._position, self._answer = traces.seed, traces.position, traces.answer
+
+    def observe(self, points: Index, dial: Float) -> Float:
+        """Observations (B, F + 1) at points (B,), with log prices as observed (B,)."""
+        obs = self._obs.take(points, axis=0)
+        obs[:, -1] = dial
+        return obs
+
+    def take(self, points: Index, halts: Mask) -> tuple[NDArray[np.float64], Mask]:
+        """The cost in tokens and the EM gained (B,) of halting or continuing at points (B,)."""
+        steps = 2 * points + halts
+        return self._costs.take(steps), self._ems.take(steps)
+
+    def told(self, trace: Index, points: Index, halted: Mask) -> dict[str, NDArray[Any]]:
+        """By name, what a trace (B,) itself tells of an episode that ended at its point (B,).
+
+        Traces in memory do not hold the answers that LMs give by themselves: None stands for it.
+        """
+        answer = self._answer[points]
+        answer[~halted] = None
+        return {
+            "question_id": self._question_id[trace],
+            "seed": self._seed[trace].astype(np.int64),
+            "answer": answer,
+            "num_points": points - self.first[trace] + 1,
+            "position": self._position[points].astype(np.int64),
+            "trace": trace,
+        }
+
+
 class ReplayEnv(BatchedEnv):
-    """Many episodes of halting recorded traces, stepped together.
+    """Many episodes of halting recorded traces, stepped together: `TraceEnv` in batches.
 
-    ## Description
-    An episode is one trace at one price. The LM's tokens do not depend on the halting decision,
-    so a trace holds the reward of every halting time and replay is exact.
-
-    ## Action space
-    `Discrete(2)`: 0 continue, 1 halt.
-
-    ## Observation space
-    `Box`, float32: the standardised features of the point and the log price, see
-    `haltwise.Observing`.
-
-    ## Rewards
-    A step pays price / 1000 for each token generated since the previous point (the probe
-    included when probing is "always"); halting gains the EM of the forced answer; continuing at
-    the last point pays for the rest and gains the final EM. No discount.
-
-    ## Starting state
-    The first point of a trace drawn from a shuffled pass over all traces that have points, at a
-    price drawn log-uniformly from the observing's range.
-
-    ## Episode end
-    Terminated by halting or by continuing at the last point. Never truncated. The final info also
-    holds the index of the trace.
+    Description, spaces, rewards, starting state and episode end are those of `TraceEnv`.
 
     Args:
         traces: What to replay.
         observing: How features become observations.
         halting: The conditions: how probing is paid for, how many points there can be.
-        num_envs: Episodes in the batch.
+        num_envs: B, episodes in the batch.
         price: A fixed price for every episode instead of a random one.
 
     Raises:
-        InputError: If no trace has a decision point, or a signal or limit does not fit.
+        InputError: If no trace has a decision point, or a signal, limit or price does not fit.
     """
 
     def __init__(
@@ -194,90 +237,67 @@ class ReplayEnv(BatchedEnv):
     ) -> None:
         """Lays out the traces."""
         super().__init__(observing, num_envs)
+        check_price(price)
         self._observing = observing
         self._halting = halting
         self._fixed_price = price
         self.load(traces)
 
     def load(self, traces: Traces) -> None:
-        """Lays out every point's observation, costs and EM, to replay these traces from a reset on.
+        """Takes other traces, to be replayed from the next reset on.
 
         Raises:
             InputError: If no trace has a decision point, or a signal or limit does not fit.
         """
-        self._obs = observations(traces, self._observing, self._halting)
-        self._costs = step_costs(traces, self._halting.probing).astype(np.float64)
-        self._ems = step_ems(traces)
-        self._first = traces.offsets[:-1]
-        self._last = traces.offsets[1:] - 1
-        self._playable = np.flatnonzero(self._last >= self._first)
-        if not len(self._playable):
-            raise InputError("no trace has a decision point: there is nothing to decide")
-        self._queue: Index = np.empty(0, dtype=np.int64)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Float, dict[str, Any]]:
-        """Starts every episode anew; observations (B, F + 1)."""
-        super().reset(seed=seed)
-        everyone = np.arange(self.num_envs)
-        self._trace = np.empty(self.num_envs, dtype=np.int64)
-        self._point = np.empty(self.num_envs, dtype=np.int64)
-        self._price = np.empty(self.num_envs)
-        self._dial = np.empty(self.num_envs, dtype=np.float32)
-        self._spent = np.zeros(self.num_envs)
-        self._start(everyone)
-        return self._observe(), {}
-
-    def step(
-        self, actions: Index
-    ) -> tuple[Float, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Continues (0) or halts (1) every episode; actions (B,)."""
-        at = self._point
-        cost = self._costs[at, actions]
-        em = self._ems[at, actions]
-        rewards = reward(em, cost, self._price)
-        self._spent += cost
-        done = (actions == 1) | (at == self._last[self._trace])
-        infos: dict[str, Any] = {}
-        self._point = at + 1
-        rows = np.flatnonzero(done)
-        if len(rows):
-            final = {
-                "em": em,
-                "cost": self._spent.copy(),
-                "halted": actions == 1,
-                "price": self._price.copy(),
-                "trace": self._trace.copy(),
-            }
-            infos = {"final_info": final, "_final_info": done}
-            self._start(rows)
-        return self._observe(), rewards, done, np.zeros_like(done), infos
+        self._steps = RecordedSteps(traces, self._observing, self._halting)
+        self._passes = ShuffledPasses(self._steps.playable)
+        self._is_playing = False
 
     @property
     def price(self) -> NDArray[np.float64]:
         """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
         return self._price
 
-    def _observe(self) -> Float:
-        obs = self._obs[self._point]
-        obs[:, -1] = self._dial
-        return obs
+    def _restart(self) -> None:
+        self._passes.restart()
+
+    def _begin(self) -> Float:
+        self._trace = np.empty(self.num_envs, dtype=np.int64)
+        self._point = np.empty(self.num_envs, dtype=np.int64)
+        self._price = np.empty(self.num_envs)
+        self._dial = np.empty(self.num_envs, dtype=np.float32)
+        self._spent = np.zeros(self.num_envs)
+        self._start(np.arange(self.num_envs))
+        return self._steps.observe(self._point, self._dial)
+
+    def _act(self, halts: Mask) -> tuple[Float, NDArray[np.float64], Mask, dict[str, Any]]:
+        at = self._point
+        cost, em = self._steps.take(at, halts)
+        rewards = reward(em, cost, self._price)
+        self._spent += cost
+        over = halts | self._steps.is_last.take(at)
+        self._point = at + 1
+        infos: dict[str, Any] = {}
+        rows = np.flatnonzero(over)
+        if len(rows):
+            last_obs = self._steps.observe(at[rows], self._dial[rows])
+            infos = self._infos(rows, last_obs, self._told(rows, at[rows], em[rows], halts[rows]))
+            self._start(rows)
+        return self._steps.observe(self._point, self._dial), rewards, over, infos
+
+    def _told(self, rows: Index, points: Index, em: Mask, halted: Mask) -> dict[str, NDArray[Any]]:
+        return {
+            "em": em,
+            "cost": self._spent[rows].astype(np.int64),
+            "halted": halted,
+            "price": self._price[rows],
+            **self._steps.told(self._trace[rows], points, halted),
+        }
 
     def _start(self, rows: Index) -> None:
-        self._trace[rows] = self._draw(len(rows))
-        self._point[rows] = self._first[self._trace[rows]]
+        self._trace[rows] = self._passes.draw(self.np_random, len(rows))
+        self._point[rows] = self._steps.first[self._trace[rows]]
         self._spent[rows] = 0
-        if self._fixed_price is not None:
-            price = np.full(len(rows), self._fixed_price)
-        else:
-            price = self._observing.draw_price(self.np_random, len(rows))
+        price = draw_prices(self._observing, self._fixed_price, self.np_random, len(rows))
         self._price[rows] = price
         self._dial[rows] = self._observing.dial(price)
-
-    def _draw(self, num: int) -> Index:
-        """The next traces of an endless series of shuffled passes."""
-        while len(self._queue) < num:
-            self._queue = np.append(self._queue, self.np_random.permutation(self._playable))
-        drawn, self._queue = np.split(self._queue, [num])
-        return drawn

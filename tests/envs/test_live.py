@@ -4,17 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
-from stable_baselines3.common.env_checker import check_env as check_env_by_sb3
 
-import envs  # noqa: F401
-from envs.live import HaltEnv, LiveEnv
-from envs.replay import point_features
+from envs.halt_env import HaltEnv
+from envs.live import LiveEnv
+from envs.replay import RecordedSteps, point_features
 from envs.reward import reward, step_costs, step_ems
-from haltwise import FEATURE_GROUPS, MEAN_LOGPROB, Halting, InputError, Observing, feature_names
+from haltwise import FEATURE_GROUPS, InputError, feature_names
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.features import signals_of
 from haltwise.policy.halting import Probing
@@ -22,47 +19,12 @@ from haltwise.policy.signals import Float
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from recording.hf_engine import record
-from tests.projections import some_projection
+from tests.envs.live_cases import MAX_POINTS, PROJECTION, QUESTIONS, arguments, halting, observing
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 from traces import read_traces, write_shard
 
-QUESTIONS = [Question(f"q{i}", "toy", "easy", f"{i} so {i + 1}", str(i), "train") for i in range(6)]
-
-
-MAX_POINTS = 7
-PROJECTION = some_projection(32)
 # Which observations are hidden states; the last one is the price.
 HIDDEN = np.array([name.startswith("hidden_") for name in (*feature_names(FEATURE_GROUPS), "")])
-
-
-def observing(groups: tuple[str, ...] = tuple(FEATURE_GROUPS)) -> Observing:
-    size = len(feature_names(groups))
-    projection = PROJECTION if "hidden" in groups else None
-    return Observing(groups, (0.0,) * size, (1.0,) * size, (0.1, 10.0), projection)
-
-
-def halting(
-    probing: Probing = "always",
-    rule: str = "every 4 tokens",
-    max_answer_tokens: int = 2,
-) -> Halting:
-    limited = f"{rule}, at most {MAX_POINTS}"
-    return Halting(probing, limited, "</think>", MEAN_LOGPROB, max_answer_tokens)
-
-
-def tiny() -> LanguageModel:
-    return LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    return {
-        "lm": tiny(),
-        "questions": QUESTIONS,
-        "halting": halting(),
-        "observing": observing(),
-        "max_tokens": 40,
-        "temperature": 0.9,
-    } | changes
 
 
 def worked_example() -> LanguageModel:
@@ -120,12 +82,6 @@ def test_the_worked_example(probing: Probing, halt_at: int | None, cost: int, va
         paid = [-0.055, -0.081, -0.0805][: len(rewards)]
         paid[-1] += {0: 0.0, None: -0.1 + 1}.get(halt_at, 1.0)
         assert rewards == pytest.approx(paid)
-
-
-def test_the_checkers_pass() -> None:
-    env = gym.make("haltwise/Halt-v0", **arguments())
-    check_env(env.unwrapped)
-    check_env_by_sb3(env.unwrapped)
 
 
 @dataclass
@@ -204,6 +160,7 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
     traces = read_traces(tmp_path)
     assert np.diff(traces.offsets).max() == MAX_POINTS
     features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS, PROJECTION)
+    steps = RecordedSteps(traces, observing(), halting())
     costs, ems = step_costs(traces, "always"), step_ems(traces)
     assert len(traces) > 20
     for n in range(len(traces)):
@@ -222,6 +179,11 @@ def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
         )
         if not actions[-1]:
             assert traces.offsets[n] + num == traces.offsets[n + 1]
+        told = steps.told(np.array([n]), at[-1:], actions[-1:] == 1)
+        unknown = {"trace"} if actions[-1] else {"trace", "answer"}
+        assert told["trace"] == [n]
+        for name in told.keys() - unknown:
+            assert told[name] == [episode.info[name]]
 
 
 def test_one_env_plays_the_episodes_of_a_batch() -> None:
@@ -235,6 +197,18 @@ def test_one_env_plays_the_episodes_of_a_batch() -> None:
         assert step_reward == value
     assert over
     assert info == first.info
+
+
+def test_a_reset_without_a_seed_goes_on_with_the_questions() -> None:
+    """Within one pass no question is asked twice."""
+    for seed in range(9):
+        env = LiveEnv(**arguments(), num_envs=1)
+        env.reset(seed=seed)
+        asked = [env._playing()[0].question.question_id]
+        for _ in range(2):
+            env.reset()
+            asked.append(env._playing()[0].question.question_id)
+        assert len(set(asked)) == 3
 
 
 def test_bad_input_is_refused() -> None:

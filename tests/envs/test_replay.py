@@ -7,6 +7,7 @@ import pytest
 
 from envs.replay import ReplayEnv, available_groups, point_features
 from envs.reward import halt_costs, never_costs, reward, step_costs, step_ems
+from envs.trace_env import TraceEnv
 from haltwise import FEATURE_GROUPS, Halting, InputError, Observing
 from haltwise.policy.halting import Probing
 from haltwise.policy.signals import Float
@@ -18,6 +19,8 @@ FEW = ("pace", "confidence", "agreement")
 PROJECTION = some_projection(20)
 RULE = "by chance, at most 7"
 PROBINGS: tuple[Probing, ...] = ("always", "at_halt")
+# Feature groups of the worked example that can be seen.
+SEEN = {"always": FEW, "at_halt": ("pace",)}
 
 
 def under(probing: Probing, rule: str = RULE) -> Halting:
@@ -61,7 +64,9 @@ def play(env: ReplayEnv, actions: list[int]) -> tuple[list[float], dict[str, Any
 def test_the_worked_example(
     worked_example: Traces, probing: Probing, actions: list[int], rewards: list[float], cost: int
 ) -> None:
-    env = ReplayEnv(worked_example, observing_of(worked_example, FEW), under(probing), 1, price=0.5)
+    env = ReplayEnv(
+        worked_example, observing_of(worked_example, SEEN[probing]), under(probing), 1, price=0.5
+    )
     paid, final = play(env, actions)
     assert paid == pytest.approx(rewards)
     assert final["cost"] == cost and final["halted"] == (actions[-1] == 1)
@@ -86,7 +91,7 @@ def test_ems_are_those_of_the_answer_that_counts(worked_example: Traces) -> None
 
 @pytest.mark.parametrize("probing", PROBINGS)
 def test_returns_are_em_minus_price_times_cost(random_traces: Traces, probing: Probing) -> None:
-    env = ReplayEnv(random_traces, observing_of(random_traces), under(probing), 8)
+    env = ReplayEnv(random_traces, observing_of(random_traces, SEEN[probing]), under(probing), 8)
     env.reset(seed=1)
     rng, total = np.random.default_rng(0), np.zeros(8)
     num_done = 0
@@ -118,6 +123,96 @@ def test_a_seed_repeats_everything(random_traces: Traces) -> None:
     for _ in range(30):
         (a, ra, *_), (b, rb, *_) = (env.step(np.array([0, 1, 0, 0])) for env in envs)
         assert (a == b).all() and (ra == rb).all()
+
+
+def test_a_seed_begins_the_same_series_on_the_same_environment(random_traces: Traces) -> None:
+    env = ReplayEnv(random_traces, observing_of(random_traces), under("always"), 4)
+    series = []
+    for seed in (5, 5, None):
+        obs, _ = env.reset(seed=seed)
+        series.append([obs, *(env.step(np.array([0, 1, 0, 0]))[0] for _ in range(5))])
+    assert np.array_equal(series[0], series[1])
+    assert not np.array_equal(series[1], series[2])
+
+
+def test_a_reset_without_a_seed_goes_on_with_the_pass(random_traces: Traces) -> None:
+    env = ReplayEnv(random_traces, observing_of(random_traces), under("always"), 5)
+    env.reset(seed=3)
+    seen = [*env._trace]
+    for _ in range(9):
+        env.reset()
+        seen += [*env._trace]
+    assert len(set(seen)) == 50 < len(np.flatnonzero(np.diff(random_traces.offsets)))
+
+
+def test_other_traces_are_played_from_the_next_reset_on(random_traces: Traces) -> None:
+    env = ReplayEnv(random_traces, observing_of(random_traces), under("always"), 2)
+    env.reset(seed=0)
+    env.load(random_traces.select(np.arange(10)))
+    with pytest.raises(InputError, match="step without episodes: expected reset before"):
+        env.step(np.array([0, 0]))
+    env.reset()
+    assert (env._trace < 10).all()
+
+
+def test_the_last_observation_of_an_episode_is_told(random_traces: Traces) -> None:
+    env = ReplayEnv(random_traces, observing_of(random_traces), under("always"), 6)
+    before, _ = env.reset(seed=2)
+    halts = np.array([0, 1, 0, 0, 1, 0])
+    _, _, over, _, infos = env.step(halts)
+    assert over[halts == 1].all() and not over.all()
+    assert (infos["_final_obs"] == over).all() and (infos["_final_info"] == over).all()
+    assert (infos["final_obs"][over] == before[over]).all()
+    assert not infos["final_obs"][~over].any()
+
+
+@pytest.mark.parametrize("price", [None, 0.5])
+def test_one_env_plays_the_episodes_of_a_batch(random_traces: Traces, price: float | None) -> None:
+    arguments = (random_traces, observing_of(random_traces), under("always"))
+    batch, env = ReplayEnv(*arguments, 1, price), TraceEnv(*arguments, price)
+    expected, obs = batch.reset(seed=4)[0][0], env.reset(seed=4)[0]
+    for action in np.random.default_rng(0).integers(2, size=100):
+        np.testing.assert_array_equal(obs, expected)
+        last = expected
+        (expected,), (reward,), (over,), _, infos = batch.step(np.array([action]))
+        obs, value, ended, truncated, info = env.step(action)
+        assert (value, ended, truncated) == (reward, over, False)
+        assert info == {name: of[0] for name, of in infos.get("final_info", {}).items()}
+        if ended:
+            np.testing.assert_array_equal(obs, last)
+            obs, _ = env.reset()
+
+
+def test_what_is_told_of_an_episode_that_is_over(worked_example: Traces) -> None:
+    env = TraceEnv(worked_example, observing_of(worked_example, FEW), under("always"), price=0.5)
+    told = {"price": 0.5, "question_id": "q0", "seed": 0, "trace": 0}
+    env.reset(seed=0)
+    env.step(np.int64(0))
+    assert env.step(np.int64(1))[4] == told | {
+        "em": True,
+        "cost": 272,
+        "halted": True,
+        "answer": "7",
+        "num_points": 2,
+        "position": 250,
+    }
+    env.reset(options={"price": 2.0})
+    *_, (_, value, over, _, info) = (env.step(np.int64(0)) for _ in range(3))
+    assert over and value == pytest.approx(1 - 2 * (0.161 + 0.200))
+    assert info == told | {
+        "price": 2.0,
+        "em": True,
+        "cost": 633,
+        "halted": False,
+        "answer": None,
+        "num_points": 3,
+        "position": 400,
+    }
+
+
+def test_features_of_answers_that_nobody_paid_for_are_refused(random_traces: Traces) -> None:
+    with pytest.raises(InputError, match=r"features \['confidence', 'agreement'\] need"):
+        ReplayEnv(random_traces, observing_of(random_traces, FEW), under("at_halt"), 2)
 
 
 def test_observations_are_features_and_price(random_traces: Traces) -> None:
