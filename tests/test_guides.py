@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for j in range(1, 10)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(ROOT / "tests/samples/gsm8k.jsonl", folder)
+    shutil.copy(ROOT / "tests/lms/samples/gsm8k.jsonl", folder)
     return folder
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from envs.halt_env import HaltEnv
 from envs.trace_env import TraceEnv
-from haltwise import FEATURE_GROUPS, HaltHead, HeadConfig
-from haltwise.policy.features import GROUP_SIGNALS
+from haltwise import FEATURE_GROUPS, HaltHead, HeadConfig, feature_names
 from tests.envs.live_cases import halting, observing
 from traces import Traces
 
@@ -61,10 +60,13 @@ def table(text: str, header: str) -> list[list[str]]:
 def test_the_observation_tables_are_true() -> None:
     assert HaltEnv.__doc__ is not None
     told = table(HaltEnv.__doc__, "| Group | Features | Made from the signals |")
-    for row, (group, names) in zip(told, FEATURE_GROUPS.items(), strict=True):
-        assert row == [group, str(len(names)), ", ".join(GROUP_SIGNALS[group])]
+    for row, (name, group) in zip(told, FEATURE_GROUPS.items(), strict=True):
+        assert row == [name, str(len(feature_names([name]))), ", ".join(group.signals)]
     guide = table(GUIDE, "| group | features, in order | made from the signals |")
-    for row, (group, names) in zip(guide, FEATURE_GROUPS.items(), strict=True):
-        found = [re.sub(r"`|\(.*\)", "", cell).strip() for cell in row]
-        shown = names if group != "hidden" else (names[0], "...", names[-1])
-        assert found == [group, ", ".join(shown), ", ".join(GROUP_SIGNALS[group])]
+    for row, (name, group) in zip(guide, FEATURE_GROUPS.items(), strict=True):
+        found, names = (
+            [re.sub(r"`|\(.*\)", "", cell).strip() for cell in row],
+            feature_names([name]),
+        )
+        shown = names if name != "hidden" else (names[0], "...", names[-1])
+        assert found == [name, ", ".join(shown), ", ".join(group.signals)]
