@@ -106,9 +106,9 @@ def test_a_thousand_streams_lose_and_mix_up_nothing(tmp_path: Path) -> None:
     head = str(saved_head(tmp_path / "head"))
     with spawned_fake("--crowd", str(NUM_STREAMS)) as upstream:
         # On a busy machine a thousand connections take their time.
-        flags = ("--head", head, "--upstream", upstream)
+        flags = ["--head", head, "--upstream", upstream]
         for name in ("connect", "read", "send", "drain"):
-            flags += (f"--{name}-timeout", str(PATIENCE))
+            flags += [f"--{name}-timeout", str(PATIENCE)]
         logs = tmp_path / "acting", tmp_path / "shadow"
         with (
             spawned_proxy(*flags, log=logs[0]) as acting,
