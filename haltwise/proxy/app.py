@@ -40,21 +40,23 @@ from haltwise.session.thought import PointRules
 log = logging.getLogger("haltwise.proxy")
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+# Headers that are about one connection.
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
     *(b"trailer", b"trailers", b"transfer-encoding", b"upgrade", b"proxy-connection"),
 }
+# Headers of a request that do not hold for the one that is sent on.
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
-# Terms of a request: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
+# How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
-# Of an answer that is written anew.
+# Headers of an answer that do not hold for one that is written anew.
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
 
 class Proxy:
-    """Everything that the requests share.
+    """The proxy as an ASGI endpoint, with everything that its requests share.
 
     Args:
         config: The settings.
@@ -65,7 +67,7 @@ class Proxy:
     """
 
     def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
-        """Reads the head and the keys."""
+        """Reads the head and the keys; the upstream is not asked for anything yet."""
         self.config = config
         self.metrics = Metrics()
         head = HaltHead.load(config.head)
@@ -78,13 +80,8 @@ class Proxy:
             )
         self._rules = PointRules(self._halting)
         self._terms = config.terms(head.config.default_price)
-        self._settings = CompletionSettings(
-            head,
-            control or load_control(config.control),
-            self.metrics,
-            config.shadow,
-            patience=config.read_timeout,
-        )
+        control, patience = control or load_control(config.control), config.read_timeout
+        self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config)
         self._server: LMServer | None = None
@@ -94,42 +91,44 @@ class Proxy:
         self._num_streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request under /v1."""
-        client = RequestingClient(scope, receive, send, self.config.send_timeout)
+        """Answers a request under /v1, whatever happens on the way."""
         posts = scope["method"] == "POST"
         endpoint = _ENDPOINTS.get(scope["path"], "other") if posts else "other"
         record = RequestRecord(endpoint, self.metrics)
+        client = RequestingClient(scope, receive, send, self.config.send_timeout, record)
         try:
-            await self._answer(client, record)
+            await self._answer(client)
         except RefusedError as error:
-            record.outcome, record.status = error.kind, error.status
-            await self._refuse(client, error_body(str(error), error.kind), record, error.headers)
+            record.outcome = error.kind
+            body = error_body(str(error), error.kind)
+            await self._refuse(client, error.status, body, error.headers)
         except UpstreamError as error:
             record.note_error(error)
-            record.status = error.status
-            await self._refuse(client, error.body, record, [])
+            await self._refuse(client, error.status, error.body, [])
         except ClientGoneError as error:
             record.outcome = error.kind
         except Exception:
             log.exception("a defect of the proxy")
-            record.outcome, record.status = "defect", 500
-            await self._refuse(client, error_body("the proxy failed", "defect"), record, [])
+            record.outcome = "defect"
+            await self._refuse(client, 500, error_body("the proxy failed", "defect"), [])
         finally:
             record.close()
         with suppress(ClientGoneError):
             await client.finish()
 
     async def _refuse(
-        self, client: RequestingClient, body: Json, record: RequestRecord, headers: RawHeaders
+        self, client: RequestingClient, status: int, body: Json, headers: RawHeaders
     ) -> None:
-        """Tells of an error, or cuts an answer that has begun."""
+        """Answers with an error, or cuts an answer that has begun."""
+        client.record.status = status
         with suppress(ClientGoneError):
             if client.has_started:
                 await client.drop()
             else:
-                await client.answer(record.status or 500, body, headers)
+                await client.answer(status, body, headers)
 
-    async def _answer(self, client: RequestingClient, record: RequestRecord) -> None:
+    async def _answer(self, client: RequestingClient) -> None:
+        """Answers a request if the client may ask it and there is room for it."""
         default = self._let_in(client)
         if self._num_streams >= self.config.max_streams:
             message = f"{self._num_streams} requests run, there is no room for more"
@@ -139,19 +138,19 @@ class Proxy:
         try:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
-                if record.endpoint == "other":
-                    await self._pass_on(client, record, body, [])
+                if client.record.endpoint == "other":
+                    await self._pass_on(client, body, [])
                 else:
-                    await self._complete(client, record, body, default)
+                    await self._complete(client, body, default)
         finally:
             self._num_streams -= 1
             self.metrics.streams_in_flight.dec()
 
     def _let_in(self, client: RequestingClient) -> Terms:
-        """The terms of requests of this client.
+        """The terms that this client's requests have if they ask for nothing else.
 
         Raises:
-            RefusedError: If it may not ask, or for this.
+            RefusedError: If the client may not ask at all, or not for this path.
         """
         parts = unquote(client.scope["path"]).split("/")
         if "." in parts or ".." in parts:
@@ -160,17 +159,15 @@ class Proxy:
             return self._terms
         terms = self._keys.terms_of(client.headers.get("authorization"))
         if terms is None:
-            told = [(b"www-authenticate", b"Bearer")]
-            raise RefusedError(401, "unauthorized", "expected a known API key", told)
+            bearer = [(b"www-authenticate", b"Bearer")]
+            raise RefusedError(401, "unauthorized", "expected a known API key", bearer)
         return terms
 
     # Completions
 
-    async def _complete(
-        self, client: RequestingClient, record: RequestRecord, body: bytes, default: Terms
-    ) -> None:
-        """Answers a request for a completion."""
-        headers = _passed_headers(client)
+    async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
+        """Answers a request for a completion: watched if it can be halted, else passed on."""
+        record, headers = client.record, _passed_headers(client)
         request = CompletionRequest(record.endpoint == "chat", _object(body), headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
@@ -186,7 +183,7 @@ class Proxy:
             asked = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, asked, server, self._settings)
             try:
-                why_not = await self._watch(client, record, completion)
+                why_not = await self._watch(client, completion)
             finally:
                 await completion.close()
         if why_not is not None:
@@ -194,7 +191,7 @@ class Proxy:
             record.about["reason"] = why_not
             self.metrics.thoughts.labels(why_not).inc()
             report = json.dumps({"halted": False, "reason": why_not}).encode()
-            await self._pass_on(client, record, body, [(b"x-haltwise", report)])
+            await self._pass_on(client, body, [(b"x-haltwise", report)])
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
@@ -212,60 +209,58 @@ class Proxy:
             log.info(json.dumps({"upstream": self._server.kind}))
             return self._server
 
-    async def _watch(
-        self, client: RequestingClient, record: RequestRecord, completion: WatchedCompletion
-    ) -> str | None:
-        """Answers with a watched completion; why not, if the upstream refuses."""
+    async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
+        """Answers with a watched completion.
+
+        Returns:
+            None once the client has its answer; if the upstream refuses, why it was not halted.
+        """
         leg = await completion.open()
         status = leg.response.status_code
         if status in (400, 422):
             return "refused"  # perhaps for what was asked for beside
         if status != 200:
-            await self._relay(client, record, leg, [])
+            await self._relay(client, leg, [])
             return None
         if not leg.is_stream:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
             if completion.request.streams:
-                await self._stream(client, record, completion, leg, headers)
+                await self._stream(client, completion, leg, headers)
             else:
                 answer = await completion.whole(leg)
-                record.note_first()
-                told = json.dumps(answer["usage"]["haltwise"]).encode()
-                await client.answer(200, answer, [*headers, (b"x-haltwise", told)])
-                record.status = 200
+                client.record.note_first()
+                report = json.dumps(answer["usage"]["haltwise"]).encode()
+                await client.answer(200, answer, [*headers, (b"x-haltwise", report)])
         finally:
             completion.count()
-            record.about |= completion.report()
+            client.record.about |= completion.report()
         return None
 
     async def _stream(
         self,
         client: RequestingClient,
-        record: RequestRecord,
         completion: WatchedCompletion,
         leg: UpstreamLeg,
         headers: RawHeaders,
     ) -> None:
+        """Sends a watched completion as a stream, which may end in an event with an error."""
         kind = (b"content-type", leg.response.headers["content-type"].encode())
         await client.start(200, [*headers, kind])
-        record.status = 200
         try:
             async with aclosing(completion.events(leg)) as events:
                 async for event in events:
-                    record.note_first()
+                    client.record.note_first()
                     await client.send(event.encode())
         except UpstreamError as error:
-            record.note_error(error)
+            client.record.note_error(error)
             await client.send(StreamEvent(chunk=error.body).encode())
 
     # Everything else
 
-    async def _pass_on(
-        self, client: RequestingClient, record: RequestRecord, body: bytes, headers: RawHeaders
-    ) -> None:
-        """Passes a request on as it is, and the answer back."""
+    async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
+        """Passes a request on as it is, and the answer back with some headers more."""
         scope = client.scope
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
@@ -275,48 +270,45 @@ class Proxy:
         except httpx2.InvalidURL:
             raise RefusedError(404, "not_found", "no such path") from None
         try:
-            await self._relay(client, record, leg, headers)
+            await self._relay(client, leg, headers)
         finally:
             await leg.close()
 
-    async def _relay(
-        self, client: RequestingClient, record: RequestRecord, leg: UpstreamLeg, more: RawHeaders
-    ) -> None:
-        """Passes an answer back as it is."""
-        record.status = leg.response.status_code
-        if record.status >= 500:
+    async def _relay(self, client: RequestingClient, leg: UpstreamLeg, more: RawHeaders) -> None:
+        """Passes an answer back as it is, with some headers more."""
+        status = leg.response.status_code
+        if status >= 500:
             self.metrics.upstream_errors.labels("status").inc()
-        headers = _without(leg.response.headers.raw, set())
-        await client.start(record.status, [*headers, *more])
+        await client.start(status, [*_without(leg.response.headers.raw, set()), *more])
         end = b""
         try:
             async with aclosing(leg.pieces()) as pieces:
                 async for data in pieces:
-                    record.note_first()
+                    client.record.note_first()
                     await client.send(data)
                     end = (end + data)[-2:]
         except UpstreamError as error:
             if not leg.is_stream:
                 raise
-            record.note_error(error)
+            client.record.note_error(error)
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"
             await client.send(gap + StreamEvent(chunk=error.body).encode())
 
     # About the proxy itself
 
     async def health(self, request: Request) -> Response:
-        """Whether the upstream answers."""
+        """Tells whether the upstream answers, with status 503 if it does not."""
         answers = await self._upstream_answers()
-        told = {
+        health = {
             "status": "ok" if answers else "upstream unreachable",
             "upstream": "ok" if answers else "unreachable",
             "kind": self.config.kind if self._server is None else self._server.kind,
             "streams_in_flight": self._num_streams,
         }
-        return JSONResponse(told, 200 if answers else 503)
+        return JSONResponse(health, 200 if answers else 503)
 
     async def _upstream_answers(self) -> bool:
-        """Whether it does, or did a moment ago."""
+        """Whether the upstream answers, or did a moment ago."""
         async with self._checking:
             if anyio.current_time() < self._checked + _CHECK_LASTS:
                 return self._answered
@@ -331,13 +323,13 @@ class Proxy:
             return self._answered
 
     async def tell_metrics(self, request: Request) -> Response:
-        """The metrics, as Prometheus reads them."""
+        """Tells the metrics in the form that Prometheus reads."""
         content = generate_latest(self.metrics.registry)
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def create_app(config: ServeConfig, control: Control | None = None) -> Starlette:
-    """The proxy, for any ASGI server.
+    """The proxy with its pages about itself, for any ASGI server.
 
     Args:
         config: The settings.
@@ -362,6 +354,7 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
 
 
 def _object(body: bytes) -> Json:
+    """The JSON object that a body is; whoever sends another is refused."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -372,7 +365,8 @@ def _object(body: bytes) -> Json:
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:
-    asked = {
+    """The terms of a request: what its headers name, and the default for all else."""
+    named = {
         name.removeprefix(_TERMS).replace("-", "_"): value
         for name, value in client.headers.items()
         if name.startswith(_TERMS)
@@ -390,7 +384,7 @@ def _passed_headers(client: RequestingClient) -> RawHeaders:
 
 
 def _without(headers: RawHeaders, names: set[bytes]) -> RawHeaders:
-    """Headers less some, and less those that are of one connection only."""
+    """Headers with lower-case names, less some, and less those of one connection only."""
     found = [(name.lower(), value) for name, value in headers]
     own = {n.strip() for name, v in found if name == b"connection" for n in v.lower().split(b",")}
     dropped = names | _HOP_BY_HOP | own

@@ -11,18 +11,19 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from haltwise.proxy.request_record import RequestRecord
 from haltwise.proxy.wire import Json, RawHeaders
 
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
 
 
 class RefusedError(Exception):
-    """A request that is not answered; the message is for the client."""
+    """A request that the proxy itself refuses; the message is for the client."""
 
     def __init__(
         self, status: int, kind: str, message: str, headers: RawHeaders | None = None
     ) -> None:
-        """Takes what the client is told."""
+        """Takes the status, the error's type, its message, and headers beside them."""
         super().__init__(message)
         self.status, self.kind, self.headers = status, kind, headers or []
 
@@ -31,40 +32,47 @@ class ClientGoneError(Exception):
     """The client has left, or does not read."""
 
     def __init__(self, kind: str) -> None:
-        """Takes which of both."""
+        """Takes which of both, in a word."""
         super().__init__(kind)
         self.kind = kind
 
 
 class RequestingClient:
-    """One request.
+    """The client's end of one request.
 
     Args:
-        scope: Of ASGI, as the other two.
-        receive: Gives what the client sends.
-        send: Takes what it gets.
-        patience: Seconds that it may take to send its request, and not read.
+        scope: ASGI's description of the request.
+        receive: Gives what the client sends, as ASGI's messages.
+        send: Takes what the client gets, as ASGI's messages.
+        patience: Seconds that the client may take to send its request, and may not read.
+        record: Notes what the client gets.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, patience: float) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, patience: float, record: RequestRecord
+    ) -> None:
         """Reads nothing yet."""
         self.scope = scope
+        self.record = record
         self.headers = Headers(scope=scope)
         self.raw_headers: RawHeaders = list(scope["headers"])
         self.has_started = False
-        """Whether it has got a status."""
+        """Whether the client has got a status."""
         self.is_gone = False
-        """Whether it has left, or was dropped."""
+        """Whether the client has left, or was dropped."""
         self._receive, self._send = receive, send
         self._last = b""
         self._patience = patience
 
     async def body(self, limit: int) -> bytes:
-        """What it sends.
+        """The body of the request.
+
+        Args:
+            limit: The most bytes that it may have.
 
         Raises:
-            RefusedError: If that is more than the limit, or does not come.
-            ClientGoneError: If the client leaves.
+            RefusedError: If it has more, or does not come in time.
+            ClientGoneError: If the client leaves before its end.
         """
         length = self.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
@@ -91,10 +99,10 @@ class RequestingClient:
 
     @asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
-        """Runs its block for as long as the client is there; then it is cancelled.
+        """Runs its block for as long as the client is there, and cancels it when that leaves.
 
         Raises:
-            ClientGoneError: If it was cancelled.
+            ClientGoneError: If the block was cancelled.
         """
         failure: Exception | None = None
 
@@ -120,23 +128,36 @@ class RequestingClient:
         """Sends the status and the headers.
 
         Raises:
-            ClientGoneError: If the client does not read, as below.
+            ClientGoneError: If the client has left, or does not read.
         """
         self.has_started = True
         await self._deliver({"type": "http.response.start", "status": status, "headers": headers})
+        self.record.status = status
 
     async def send(self, data: bytes) -> None:
-        """Sends a piece of the body."""
+        """Sends a piece of the body.
+
+        Raises:
+            ClientGoneError: If the client has left, or does not read.
+        """
         await self._deliver({"type": "http.response.body", "body": data, "more_body": True})
 
-    async def answer(self, status: int, content: Json, headers: RawHeaders | None = None) -> None:
-        """Sends JSON, once `finish` is called."""
+    async def answer(self, status: int, content: Json, headers: RawHeaders) -> None:
+        """Sends the status and the headers of a JSON answer; its body follows with `finish`.
+
+        Raises:
+            ClientGoneError: If the client has left, or does not read.
+        """
         self._last = json.dumps(content).encode()
         length = (b"content-length", str(len(self._last)).encode())
-        await self.start(status, [*(headers or []), *_JSON, length])
+        await self.start(status, [*headers, *_JSON, length])
 
     async def finish(self) -> None:
-        """Sends what is left: a client that has its whole answer is through with the proxy."""
+        """Sends what is left: a client that has its whole answer is through with the proxy.
+
+        Raises:
+            ClientGoneError: If the client has left, or does not read.
+        """
         if not self.is_gone:
             await self._deliver({"type": "http.response.body", "body": self._last})
 

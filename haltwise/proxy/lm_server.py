@@ -77,9 +77,7 @@ class LMServer:
         """
         return False
 
-    async def continuation(
-        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
-    ) -> Json:
+    async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """The body of the request that goes on from what was generated, and a tail behind it.
 
         Raises:
@@ -88,7 +86,7 @@ class LMServer:
         """
         if request.chat:
             raise CannotContinueError("no token ids")
-        return request.continued_body(prompt=request.prompt + generated.text + tail)
+        return request.continued_body(prompt=request.prompt + seen.text + tail)
 
     async def opens_thought(self, request: CompletionRequest) -> bool:
         """Whether the server's chat template ends inside of a thought; False if it does not tell.
@@ -138,19 +136,17 @@ class VllmServer(LMServer):
         """Asks for the ids of the tokens."""
         return {"return_token_ids": True}
 
-    async def continuation(
-        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
-    ) -> Json:
+    async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from ids if the server told all of them, which older ones do not, else text.
 
         Raises:
             CannotContinueError: If the ids of a chat, or the length of the context, are unknown.
             UpstreamError: If the server does not tell the ids of the tail.
         """
-        if generated.prompt_ids is None or not generated.has_ids:
-            return await super().continuation(request, generated, tail)
+        if seen.prompt_ids is None or not seen.has_ids:
+            return await super().body_after(request, seen, tail)
         ids = await self.text_ids(request, tail)
-        return await self._from_ids(request, [*generated.prompt_ids, *generated.ids, *ids])
+        return await self._from_ids(request, [*seen.prompt_ids, *seen.ids, *ids])
 
     async def _from_ids(self, request: CompletionRequest, ids: list[int]) -> Json:
         """The body that goes on from ids: what has no limit in a chat has 16 in completions."""
@@ -220,9 +216,7 @@ class SglangServer(VllmServer):
         """Asks for ids in completions alone: a stream of a chat would be refused with it."""
         return {} if request.chat else super().extra_fields(request)
 
-    async def continuation(
-        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
-    ) -> Json:
+    async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on, in a chat, from the ids of its messages and of the text so far.
 
         Raises:
@@ -230,12 +224,12 @@ class SglangServer(VllmServer):
             UpstreamError: If the server does not tell ids.
         """
         if not request.chat:
-            return await super().continuation(request, generated, tail)
+            return await super().body_after(request, seen, tail)
         names = ("model", "messages", "chat_template_kwargs", "reasoning_effort")
         asks = request.fields_set(*names, "continue_final_message")
-        generated.prompt_ids = await self.ids_of(asks, request.headers)
-        ids = await self.text_ids(request, generated.text + tail)
-        return await self._from_ids(request, [*generated.prompt_ids, *ids])
+        seen.prompt_ids = await self.ids_of(asks, request.headers)
+        ids = await self.text_ids(request, seen.text + tail)
+        return await self._from_ids(request, [*seen.prompt_ids, *ids])
 
 
 class LlamaServer(LMServer):
@@ -293,9 +287,7 @@ class LlamaServer(LMServer):
         found = await self.upstream.call("/v1/chat/completions/control", asks, request.headers)
         return found.get("success") is True
 
-    async def continuation(
-        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
-    ) -> Json:
+    async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.
 
         Raises:
@@ -303,9 +295,9 @@ class LlamaServer(LMServer):
             UpstreamError: If the server does not render the messages of a chat.
         """
         # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
-        is_complete = generated.has_ids and generated.text.isascii()
+        is_complete = seen.has_ids and seen.text.isascii()
         is_complete &= not (request.chat and request.body.get("stop"))
-        said = generated.ids if is_complete else [generated.text]
+        said = seen.ids if is_complete else [seen.text]
         if not request.chat:
             return request.continued_body(prompt=[request.prompt, *said, tail])
         why_not = request.why_not_continued(self.close_text)
@@ -343,11 +335,9 @@ class OllamaServer(LMServer):
             return "prefill"
         return request.why_not_continued(self.close_text)
 
-    async def continuation(
-        self, request: CompletionRequest, generated: GeneratedSoFar, tail: str
-    ) -> Json:
+    async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from a message of the assistant, in completions too."""
-        text, start = generated.text + tail, self.rules.think_start
+        text, start = seen.text + tail, self.rules.think_start
         if request.chat:
             messages = request.body["messages"]
             text = text if start in text else f"{start}\n{text}"
@@ -390,13 +380,9 @@ async def find_lm_server(
     if found is LlamaServer:
         props = await upstream.call("/props", None, headers)
         ids = await upstream.call("/tokenize", {"content": close_text}, headers)
-        return LlamaServer(
-            upstream,
-            rules,
-            close_text,
-            one_at_a_time=props.get("total_slots") == 1,
-            num_close_tokens=len(ids.get("tokens") or ()),
-        )
+        is_single, num = props.get("total_slots") == 1, len(ids.get("tokens") or ())
+        known = upstream, rules, close_text
+        return LlamaServer(*known, one_at_a_time=is_single, num_close_tokens=num)
     return found(upstream, rules, close_text)
 
 

@@ -1,4 +1,4 @@
-"""What is logged and counted of a request."""
+"""What is logged and counted of each request."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ log = logging.getLogger("haltwise.proxy")
 
 
 class RequestRecord:
-    """One request: a line in the log and some numbers; nothing that was said, and no key.
+    """A line in the log and some numbers about one request; nothing that was said, and no key.
 
     Args:
-        endpoint: chat, completions or other.
-        metrics: Where it is counted.
+        endpoint: The endpoint: "chat", "completions" or "other".
+        metrics: Where the request is counted.
     """
 
     def __init__(self, endpoint: str, metrics: Metrics) -> None:
@@ -26,15 +26,15 @@ class RequestRecord:
         self.endpoint = endpoint
         self.outcome = "ok"
         self.status: int | None = None
-        """That the client got."""
+        """The HTTP status that the client got; None if it got none."""
         self.about: Json = {}
-        """The terms, and how the thought ended."""
+        """The model, the terms, and how the thought ended."""
         self._metrics = metrics
         self._started = time.perf_counter()
         self._first: float | None = None
 
     def note_first(self) -> None:
-        """Notes the first of an answer."""
+        """Notes that the first of an answer goes to the client, if it is the first."""
         if self._first is None:
             self._first = time.perf_counter() - self._started
             self._metrics.first_token_seconds.observe(self._first)
@@ -45,7 +45,7 @@ class RequestRecord:
         self._metrics.upstream_errors.labels(error.kind).inc()
 
     def close(self) -> None:
-        """Writes the line."""
+        """Counts the request and writes its line."""
         self._metrics.requests.labels(self.endpoint, self.outcome).inc()
         line = {
             "request": uuid.uuid4().hex,

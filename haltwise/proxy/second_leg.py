@@ -81,7 +81,7 @@ class ThoughtCloser:
         if not self._server.one_at_a_time:
             self._held = HeldBackLeg(first)
         try:
-            body = await self._body_behind(self._server.close_text)
+            body = await self._body_after(self._server.close_text)
         except (UpstreamError, CannotContinueError) as error:
             self._reader.fall_back(error.kind)
             return None, self._held or first
@@ -100,9 +100,9 @@ class ThoughtCloser:
             await first.close()
         return second, second
 
-    async def _body_behind(self, tail: str) -> Json:
+    async def _body_after(self, tail: str) -> Json:
         """The body of a request that goes on from the thought and a tail behind it."""
-        body = await self._server.continuation(self._request, self._reader.generated, tail)
+        body = await self._server.body_after(self._request, self._reader.generated, tail)
         self._reader.note_prompt()
         num_used = sum(usage.completion_tokens for usage in self._reader.usages)
         return self._request.less_tokens(body, num_used)
@@ -151,7 +151,7 @@ class ThoughtCloser:
             UpstreamError: What broke it off, if no leg goes on.
         """
         try:
-            body = await self._body_behind(self._server.close_text + said)
+            body = await self._body_after(self._server.close_text + said)
             return await self.begun(body, may_be_empty=True)
         except (UpstreamError, CannotContinueError):
             raise error from None

@@ -31,8 +31,8 @@ from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 CLOSE = "\n</think>\n\n"
 #: Seconds to wait for what comes for sure, however busy the machine is.
 PATIENCE = 600.0
-#: Why a proxy may leave a thought alone that it was to halt, if the machine is busy.
-FALLBACKS = ("timeout", "late")
+#: Why a proxy leaves a thought alone that it was to halt, if a busy machine makes it late.
+LATE = ("timeout", "late", "unknown server")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
 
@@ -215,8 +215,14 @@ class Reply:
 
     @property
     def haltwise(self) -> Any:
-        """What the proxy tells."""
+        """What the proxy tells in the usage."""
         return self.usage["haltwise"]
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the thought was left alone because the proxy or its server was too slow."""
+        told = self.usage.get("haltwise") or json.loads(self.headers["x-haltwise"])
+        return told.get("fallback", told["reason"]) in LATE
 
     @property
     def error(self) -> Any:

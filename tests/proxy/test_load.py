@@ -17,7 +17,6 @@ from benchmarks.proxy import ProxyBenchConfig
 from tests.proxy.fake_upstream import Plan
 from tests.proxy.proxies import (
     CLOSE,
-    FALLBACKS,
     PATHS,
     PATIENCE,
     Fetched,
@@ -106,42 +105,42 @@ def test_a_thousand_streams_lose_and_mix_up_nothing(tmp_path: Path) -> None:
     head = str(saved_head(tmp_path / "head"))
     with spawned_fake("--crowd", str(NUM_STREAMS)) as upstream:
         # On a busy machine a thousand connections take their time.
-        flags: tuple[str, ...] = ("--head", head, "--upstream", upstream)
+        flags = ["--head", head, "--upstream", upstream]
         for name in ("connect", "read", "send", "drain"):
-            flags += (f"--{name}-timeout", str(PATIENCE))
+            flags += [f"--{name}-timeout", str(PATIENCE)]
         logs = tmp_path / "acting", tmp_path / "shadow"
         with (
             spawned_proxy(*flags, log=logs[0]) as acting,
             spawned_proxy(*flags, "--shadow", log=logs[1]) as shadow,
         ):
             found = asyncio.run(everything(cases, acting.url, shadow.url))
-            fallbacks = [check(case, each.reply) for case, each in zip(cases, found, strict=True)]
-            num_halted = sum(case.is_halted for case in cases) - len([*filter(None, fallbacks)])
-            check_metrics(cases, [acting, shadow], num_halted, fallbacks)
+            reports = [check(case, each.reply) for case, each in zip(cases, found, strict=True)]
+            check_metrics(cases, reports, [acting, shadow])
             asked = httpx2.get(upstream + "/asked", timeout=PATIENCE).json()
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     assert sum(line.get("outcome") in ("ok", "relayed") for line in lines) == NUM_STREAMS
     streams = [ended for path, ended in asked if path in PATHS.values()]
-    # A second leg that came too late was asked for too.
-    num_late = len(streams) - NUM_STREAMS - num_halted
-    assert 0 <= num_late <= len([*filter(None, fallbacks)])
+    num_halted = sum(report["halted"] for report in reports)
+    num_given_up = sum("fallback" in report for report in reports)
+    assert NUM_STREAMS + num_halted <= len(streams) <= NUM_STREAMS + num_halted + num_given_up
     assert set(streams) <= {"done", "closed"}
 
 
-def check(case: Case, reply: Reply) -> str | None:
+def check(case: Case, reply: Reply) -> Any:
     """Holds if a client got its own stream, whole.
 
+    A busy machine may be late: what was to be halted is then left alone, and the reason is told.
+
     Returns:
-        Why the thought was not halted, though it was to be: on a busy machine that may be.
+        What the proxy tells of it.
     """
-    plan = case.plan
+    plan, usage = case.plan, reply.usage
     assert reply.status == 200 and reply.streamed == case.stream, (case, reply.body)
     assert not case.stream or reply.done
-    usage = reply.usage
-    told = usage.get("haltwise")
-    assert (told is None) == (case.price == "0")
-    halted, fallback = (told["halted"], told.get("fallback")) if told else (False, None)
-    assert case.is_halted == (halted or fallback in FALLBACKS), (case, told)
+    told = usage.get("haltwise") or json.loads(reply.headers["x-haltwise"])
+    assert (told["reason"] == "off") == (case.price == "0")
+    halted = told["halted"]
+    assert halted == case.is_halted or reply.is_late, (case, told)
     seen = case.seen(halted)
     close = CLOSE if halted else "</think>"
     before = close.split("</think>")[0]
@@ -151,8 +150,8 @@ def check(case: Case, reply: Reply) -> str | None:
         expected = "", plan.thought(seen) + close + plan.answer_text(seen)
     assert (reply.thought, reply.text, reply.finish) == (*expected, "stop"), case
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    if told is None:
-        return None
+    if "legs" not in told:
+        return told  # it was relayed
     legs = told["legs"]
     assert len(legs) == 1 + halted, case
     for name in ("prompt_tokens", "completion_tokens"):
@@ -161,17 +160,16 @@ def check(case: Case, reply: Reply) -> str | None:
         assert told["position"] == seen <= legs[0]["completion_tokens"] <= 19
         assert legs[1]["completion_tokens"] == plan.answer + 1
         num_between = legs[1]["prompt_tokens"] - legs[0]["prompt_tokens"] - seen
-        assert num_between in (2, 3)  # the close text
+        # The close text, unless the server's kind was not known yet.
+        assert num_between in (0, 2, 3)
     else:
         assert legs[0]["completion_tokens"] == plan.thinking + 1 + plan.answer + 1
     expected_shadow = HALTED_AT[case.price] if case.shadow else None
     assert told.get("shadow", {}).get("position") == expected_shadow
-    return str(fallback) if fallback else None
+    return told
 
 
-def check_metrics(
-    cases: list[Case], proxies: list[Proxy], num_halted: int, fallbacks: list[str | None]
-) -> None:
+def check_metrics(cases: list[Case], reports: list[Any], proxies: list[Proxy]) -> None:
     acting, shadow = proxies
     for each in proxies:
         assert each.metric("haltwise_streams_in_flight") == 0
@@ -180,10 +178,10 @@ def check_metrics(
         assert each.metric("haltwise_requests_total") == len(own)
         off = sum(case.price == "0" for case in own)
         assert each.metric("haltwise_thoughts_total", reason="off") == off
-    for reason in FALLBACKS:
-        counted = acting.metric("haltwise_fallbacks_total", reason=reason)
-        assert counted == fallbacks.count(reason)
+    num_halted = sum(report["halted"] for report in reports)
+    num_given_up = sum("fallback" in report for report in reports)
     assert acting.metric("haltwise_thoughts_total", reason="halted") == num_halted
+    assert acting.metric("haltwise_fallbacks_total") == num_given_up
     assert shadow.metric("haltwise_thoughts_total", reason="halted") == 0
     assert shadow.metric("haltwise_fallbacks_total") == 0
 

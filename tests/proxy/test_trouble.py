@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -60,8 +59,11 @@ def hasty(pairs: Pairs) -> Pair:
 @pytest.fixture
 def impatient(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> Pair:
     """Waits for first legs as long as it takes, and gives second ones up soon."""
-    settings = partial(CompletionSettings, patience=0.3)
-    monkeypatch.setattr(app, "CompletionSettings", lambda *args, patience: settings(*args))
+
+    def settings(*others: Any) -> CompletionSettings:
+        return replace(CompletionSettings(*others), patience=0.3)
+
+    monkeypatch.setattr(app, "CompletionSettings", settings)
     return pairs("vllm", read_timeout=2 * PATIENCE)  # its own
 
 
@@ -70,9 +72,10 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Headers of clients that are given up soon; all others have the time that they need."""
 
     class Hurried(RequestingClient):
-        def __init__(self, scope: Any, receive: Any, send: Any, patience: float) -> None:
-            hurries = (b"x-hurried", b"yes") in scope["headers"]
-            super().__init__(scope, receive, send, 0.5 if hurries else patience)
+        def __init__(self, *settings: Any) -> None:
+            super().__init__(*settings)
+            if self.headers.get("x-hurried"):
+                self._patience = 0.5
 
     monkeypatch.setattr(app, "RequestingClient", Hurried)
     return {"X-Hurried": "yes"}

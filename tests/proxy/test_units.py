@@ -572,7 +572,7 @@ def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
     seen = GeneratedSoFar()
     seen.add({"choices": [{"delta": {"reasoning_content": text}, "logprobs": logprobs}]})
     asked = CompletionRequest(True, {"messages": []} | body)
-    found = asyncio.run(server.continuation(asked, seen, "</think>\n\n"))
+    found = asyncio.run(server.body_after(asked, seen, "</think>\n\n"))
     assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
 
 
