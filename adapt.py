@@ -22,29 +22,23 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.baselines import BASELINES, Head, decisions, signal_under
-from agents.kept_back import kept_back_folder, load_kept_back
-from command import run, write_json
+from command import run
 from envs.replay import point_features
-from evaluate import compare
+from evaluation.compare import compare
 from evaluation.intervals import interval, resample
-from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome, saving, sweep
-from evaluation.protocol import (
-    Points,
-    load_operating_points,
-    save_operating_points,
-    strictest_price,
-)
+from evaluation.protocol import strictest_price
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
+from policies import baselines
+from policies.head import HeadPolicy
+from policies.policy import decisions, signal_under
+from runs import Gates, Learned, Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
 # With fewer, means and spreads are too noisy: from 20 questions the head loses 3 points of saving,
 # from 30 none.
 _MIN_QUESTIONS = 30
-
-Gates = dict[float, Points]
 
 
 @dataclass(frozen=True)
@@ -75,26 +69,26 @@ def main(config: AdaptConfig) -> Path:
     """
     if config.run_dir.exists():
         raise InputError(f"{config.run_dir} exists: expected a new folder")
-    source, gates = HaltHead.load(config.head), _transferable(load_operating_points(config.head))
-    learned = load_learned(config.head)
+    old = Run(config.head)
+    source, gates, learned = old.head(), _transferable(old.operating_points()), old.learned()
     path = config.traces.resolve()
     traces = _read(path, source, config.max_traces)
     head = adapt(source, traces)
     if config.labelled:
         gates = tighten_points(head, traces, gates)
         head = _at_strictest(head, gates)
-        policies = {policy.name: [policy] for policy in (Head(head), *BASELINES)}
+        policies = {policy.name: [policy] for policy in (HeadPolicy(head), *baselines.BASELINES)}
         probing = head.config.halting.probing
-        print(format_table(compare(traces, "labelled", policies, gates, probing)[1]))
+        print(format_table(compare(traces, "labelled", policies, gates, probing).frozen))
     known = _with(learned, traces)
-    kept_back = {
-        at: adapt(judge, traces) for at, judge in load_kept_back(config.head, known.folds).items()
-    }
-    config.run_dir.mkdir(parents=True)
-    for at, judge in kept_back.items():
-        judge.save(kept_back_folder(config.run_dir, *at))
-    save_learned(config.run_dir, known)
-    _write(config, path, head, gates)
+    kept_back = {at: adapt(judge, traces) for at, judge in old.kept_back(known).items()}
+    adapted = Run(config.run_dir)
+    settings = json.loads(json.dumps(asdict(config), default=str))
+    adapted.begin({"command": head.config.command, "config": settings, "traces": str(path)})
+    adapted.save_kept_back(kept_back)
+    adapted.save_learned(known)
+    adapted.save_operating_points(gates)
+    adapted.save_head(head)
     print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
 
@@ -138,7 +132,7 @@ def _with(learned: Learned, traces: Traces) -> Learned:
 
 def _transferable(gates: Gates) -> Gates:
     """The points of the policies that are not fitted to the traces of one LM."""
-    names = {"head", *(policy.name for policy in BASELINES)}
+    names = {"head", *(policy.name for policy in baselines.BASELINES)}
     return {
         gate: {name: point for name, point in points.items() if name in names}
         for gate, points in gates.items()
@@ -155,7 +149,7 @@ def tighten_points(head: HaltHead, traces: Traces, gates: Gates) -> Gates:
     """
     probing = head.config.halting.probing
     tightened: Gates = {gate: {} for gate in gates}
-    for policy in (Head(head), *BASELINES):
+    for policy in (HeadPolicy(head), *baselines.BASELINES):
         signal = signal_under(policy, traces, probing)
         if signal is None:
             continue
@@ -221,17 +215,6 @@ def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
     """The head with its strictest point that halts at all as the default price, if it has one."""
     price = strictest_price(gates) or head.config.default_price
     return HaltHead(replace(head.config, default_price=price), head.weights)
-
-
-def _write(config: AdaptConfig, traces: Path, head: HaltHead, gates: Gates) -> None:
-    """Completes the run folder; the head last, since a folder with a head is a whole run."""
-    settings = json.loads(json.dumps(asdict(config), default=str))
-    write_json(
-        config.run_dir / "config.json",
-        {"command": head.config.command, "config": settings, "traces": str(traces)},
-    )
-    save_operating_points(config.run_dir, gates)
-    head.save(config.run_dir)
 
 
 if __name__ == "__main__":

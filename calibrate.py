@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-from agents.baselines import Head, decisions
 from command import run
 from evaluation.certify import (
     Measured,
@@ -32,10 +31,12 @@ from evaluation.certify import (
     segments_to_test,
     smallest_drop,
 )
-from evaluation.learned import load_learned
 from evaluation.outcome import sweep
 from haltwise import Certificate, HaltHead, InputError
 from haltwise.policy.certificate import Risk, SegmentCertificate, check_asked
+from policies.head import HeadPolicy
+from policies.policy import decisions
+from runs import Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
 # Of the planning table, beside the one that was asked for.
@@ -80,10 +81,11 @@ def main(config: CalibrateConfig) -> Certificate:
         InputError: If the run or the traces cannot be used, or do not fit each other.
     """
     check_asked(config.max_em_drop, config.confidence)
-    head = HaltHead.load(config.head)
-    traces = _fresh(config, head)
+    certified = Run(config.head)
+    head = certified.head()
+    traces = _fresh(config, certified, head)
     _warn_if_asked_before(config, head, traces)
-    policy = Head(head)
+    policy = HeadPolicy(head)
     signal = policy.signal(traces)
     by_price = sweep(traces, decisions(policy, signal), head.config.halting.probing)
     prices, outcomes = sorted(by_price), [by_price[price] for price in sorted(by_price)]
@@ -93,18 +95,18 @@ def main(config: CalibrateConfig) -> Certificate:
     print(_told(certificate, prices, pooled))
     # Whoever names no price gets what is certified: at a price of 0 the head never halts.
     price = certificate.price or 0.0
-    certified = replace(head.config, certificate=certificate, default_price=price)
-    HaltHead(certified, head.weights).save(config.head)
+    head_config = replace(head.config, certificate=certificate, default_price=price)
+    certified.save_head(HaltHead(head_config, head.weights))
     return certificate
 
 
-def _fresh(config: CalibrateConfig, head: HaltHead) -> Traces:
+def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
     """The traces of questions that the head never learned from.
 
     Raises:
         InputError: If there are none, or they were recorded under other conditions than the head's.
     """
-    learned = load_learned(config.head)
+    learned = certified.learned()
     files = TraceFiles.open(config.traces)
     head.config.halting.check_recorded(files.recorder, str(config.traces))
     rows = files.rows(*([] if config.split == "all" else [config.split]))

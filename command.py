@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +31,23 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         sys.exit(2)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path to write to, which becomes the file only once all is written.
+
+    Raises:
+        OSError: If the file cannot be put in its place.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    yield temporary
+    os.replace(temporary, path)
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file whole or not at all.
 
     Raises:
         OSError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -29,29 +29,30 @@ import torch
 from numpy.typing import NDArray
 
 from agents.balance import balance
-from agents.baselines import BASELINES, Head, Policy, decisions, price_grid, signal_under
-from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, observing_of, out_of_fold
-from agents.kept_back import save_kept_back
+from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
 from agents.ppo import Agent, PPOConfig, export
-from agents.supervised import SUPERVISED, Supervised
-from collect import CollectConfig
-from collect import main as collect
-from command import run, write_json
+from command import run
 from envs.live import LiveEnv
 from envs.replay import available_groups
-from evaluate import EvaluateConfig, parameter_free
-from evaluate import main as evaluate
+from evaluation.compare import parameter_free, swept
+from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
-from evaluation.learned import Learned, save_learned
-from evaluation.outcome import Outcome, sweep
+from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import folds, save_operating_points, strictest_price
+from evaluation.protocol import folds, strictest_price
+from evaluation.rows import to_json
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
+from policies import baselines
+from policies.head import HeadPolicy, price_grid
+from policies.observing import observing_of
+from policies.supervised import SUPERVISED, Supervised
+from recording.collect import CollectConfig, collect
+from runs import Learned, Run
 from traces import MAX_TRACES, Chunks, TraceFiles, Traces
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -118,30 +119,29 @@ def main(config: TrainConfig) -> Path:
         seed: folds(traces.sample.question_id, config.folds, seed)
         for seed in range(config.seed, config.seed + config.seeds)
     }
-    run_dir = _open_run(config, path, recorded.digest(recorded.rows()))
+    opened = _open_run(config, path, recorded.digest(recorded.rows()))
     if traces.num_more:
         print(f"{traces.num_more:,} traces are not in the sample that points are chosen on.")
     if config.live:
-        trained = _train_beside(config, run_dir, head, traces)
+        learning = _train_beside(config, opened, head, traces)
     else:
-        trained = _train_from(config, run_dir, head, traces, fold)
-    choice = _choose(config, head, traces.learned_from, trained)
-    _finish(run_dir, export(trained.agent, head), choice, trained)
+        learning = _train_from(config, opened, head, traces, fold)
+    choice = _choose(config, head, traces.learned_from, learning)
+    _finish(opened, export(learning.agent, head), choice, learning)
     print(format_table(choice.frozen))
     if "test" in recorded.split:
         print("\nThe exported head, loaded again:\n")
-        evaluate(
-            EvaluateConfig(
-                head=run_dir,
-                max_traces=config.max_traces,
-                json=run_dir / "test.json",
-                report=run_dir / "test.html",
-                plot=run_dir / "test.png",
-                live=config.traces is None,
-            )
-        )
-    print(f"wrote {run_dir}")
-    return run_dir
+        _evaluate(config, opened)
+    print(f"wrote {opened.folder}")
+    return opened.folder
+
+
+def _evaluate(config: TrainConfig, opened: Run) -> None:
+    """Judges the run on the test questions of its traces, and writes the results into it."""
+    trained = Trained.load(opened)
+    outputs = Outputs(opened.test_json, opened.test_page, opened.test_plot)
+    path, beside_lm = opened.beginning().traces, config.traces is None
+    evaluate_run(trained, path, "test", config.max_traces, outputs, live=beside_lm)
 
 
 def _check(config: TrainConfig) -> None:
@@ -242,28 +242,21 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
     )
 
 
-def _open_run(config: TrainConfig, traces: Path, digest: str) -> Path:
+def _open_run(config: TrainConfig, traces: Path, digest: str) -> Run:
     """Makes the run folder and writes down what is about to be done.
 
     Raises:
         InputError: If the folder exists and is not to be resumed, or holds another run.
     """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    run_dir = config.run_dir or _CHECKPOINTS / f"run-{stamp}"
+    opened = Run(config.run_dir or _CHECKPOINTS / f"run-{stamp}")
     same = replace(config, resume=False, run_dir=None, traces=traces)
     settings = json.loads(json.dumps(asdict(same), default=str)) | {"digest": digest}
     if config.resume:
-        if not run_dir.is_dir():
-            raise InputError(f"{run_dir}: no such run to go on with")
-        if _settings(run_dir / "config.json") != settings:
-            raise InputError(
-                f"{run_dir} was not begun with these settings and traces: expected the same"
-            )
-        return run_dir
-    run_dir.mkdir(parents=True)
+        _check_same(opened, settings)
+        return opened
     packages = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
-    write_json(
-        run_dir / "config.json",
+    opened.begin(
         {
             "command": shlex.join(sys.argv),
             "config": settings,
@@ -273,15 +266,21 @@ def _open_run(config: TrainConfig, traces: Path, digest: str) -> Path:
             "versions": {name: version(name) for name in packages},
         },
     )
-    return run_dir
+    return opened
 
 
-def _settings(path: Path) -> Any:
-    """What a run was begun with; None if the file cannot be read."""
+def _check_same(opened: Run, settings: Mapping[str, Any]) -> None:
+    """Refuses to go on with what is no run, or was begun otherwise."""
+    if not opened.folder.is_dir():
+        raise InputError(f"{opened.folder}: no such run to go on with")
     try:
-        return json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        begun_with = opened.beginning().settings
+    except InputError:
+        begun_with = {}
+    if begun_with != settings:
+        raise InputError(
+            f"{opened.folder} was not begun with these settings and traces: expected the same"
+        )
 
 
 def _commit() -> str | None:
@@ -296,8 +295,8 @@ def _commit() -> str | None:
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """An agent, and how it does where it has not learned."""
+class _Learning:
+    """What learning came to: an agent, and how it does where it has not learned."""
 
     agent: Agent
     learned: Learned
@@ -310,58 +309,60 @@ class _Trained:
 
 
 def _train_beside(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, material: _Material
-) -> _Trained:
+    config: TrainConfig, opened: Run, head: HeadConfig, material: _Material
+) -> _Learning:
     """Trains on the running LM alone."""
     learned_from = material.learned_from
-    agent = _train_live(config, run_dir, head, learned_from, None)
+    agent = _train_live(config, opened, head, learned_from, None)
     judged_on = material.sample.of_split("dev")
-    outcomes = _outcomes(Head(export(agent, head)), judged_on, head.halting.probing)
+    outcomes = swept(HeadPolicy(export(agent, head)), judged_on, head.halting.probing)
     learned = Learned(frozenset(learned_from.question_id.tolist()))
-    return _Trained(agent, learned, judged_on, outcomes or {}, None)
+    return _Learning(agent, learned, judged_on, outcomes or {}, None)
 
 
 def _train_from(
     config: TrainConfig,
-    run_dir: Path,
+    opened: Run,
     head: HeadConfig,
     material: _Material,
     fold: Mapping[int, NDArray[np.int64]],
-) -> _Trained:
+) -> _Learning:
     """Trains on recorded traces, fold by fold first; and where there is one, on the running LM."""
     traces = material.sample
-    trials, learned = _try(config, run_dir, head, traces, fold), _learned(material, fold)
-    save_kept_back(run_dir, run_dir / "folds", learned.folds, trials.best)
-    agent = _train_replay(config, run_dir, head, material, CHECKPOINTS[trials.best])
+    trials, learned = _try(config, opened, head, traces, fold), _learned(material, fold)
+    opened.copy_kept_back(
+        {at: fold_folder(opened.folds, *at) / str(trials.best) for at in learned.trainings}
+    )
+    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.best])
     if config.traces is None:
-        agent = _train_live(config, run_dir, head, traces, agent)
-    return _Trained(agent, learned, traces, trials.outcomes, trials)
+        agent = _train_live(config, opened, head, traces, agent)
+    return _Learning(agent, learned, traces, trials.outcomes, trials)
 
 
 def _choose(
-    config: TrainConfig, head: HeadConfig, learned_from: Traces, trained: _Trained
+    config: TrainConfig, head: HeadConfig, learned_from: Traces, learning: _Learning
 ) -> Choice:
     """The operating points of the head and the baselines."""
-    kept_back = trained.learned.folds.get(config.seed, {})
+    kept_back = learning.learned.folds.get(config.seed, {})
     models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
     probing = head.halting.probing
-    outcomes = {"head": trained.outcomes} | {
-        policy.name: _outcomes(policy, trained.judged_on, probing)
-        for policy in (*BASELINES, *models)
+    outcomes = {"head": learning.outcomes} | {
+        policy.name: swept(policy, learning.judged_on, probing)
+        for policy in (*baselines.BASELINES, *models)
     }
-    return choose_points(trained.judged_on, outcomes, parameter_free(trained.judged_on, probing))
+    return choose_points(learning.judged_on, outcomes, parameter_free(learning.judged_on, probing))
 
 
 def _try(
     config: TrainConfig,
-    run_dir: Path,
+    opened: Run,
     head: HeadConfig,
     traces: Traces,
     fold: Mapping[int, NDArray[np.int64]],
 ) -> Trials:
     """Trains fold by fold with every seed, and tells what came of it."""
     prices = price_grid(head.observing)
-    decided = out_of_fold(traces, fold, head, config.fit, prices, run_dir / "folds")
+    decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds)
     weights = balance(np.array(prices), head.observing)
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
     print(format_trials(trials, CHECKPOINTS))
@@ -375,7 +376,7 @@ def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Lear
 
 
 def _train_replay(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, material: _Material, share: float
+    config: TrainConfig, opened: Run, head: HeadConfig, material: _Material, share: float
 ) -> Agent:
     return fit(
         material.chunks(config.seed),
@@ -383,14 +384,14 @@ def _train_replay(
         config.fit,
         config.seed,
         share=share,
-        log_dir=run_dir / "tensorboard",
-        checkpoint=run_dir / "replay.zip",
+        log_dir=opened.tensorboard,
+        checkpoint=opened.replay_agent,
         progress_bar=True,
     )
 
 
 def _train_live(
-    config: TrainConfig, run_dir: Path, head: HeadConfig, traces: Traces, start: Agent | None
+    config: TrainConfig, opened: Run, head: HeadConfig, traces: Traces, start: Agent | None
 ) -> Agent:
     """PPO on the running LM, on the questions of some traces; from another agent or afresh."""
     asked = set(traces.question_id.tolist())
@@ -415,28 +416,23 @@ def _train_live(
         config.seed,
         mean_points=traces.num_points / len(traces),
         start=start,
-        log_dir=run_dir / "tensorboard",
-        checkpoint=run_dir / "live.zip",
+        log_dir=opened.tensorboard,
+        checkpoint=opened.live_agent,
     )
 
 
-def _outcomes(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Outcome] | None:
-    signal = signal_under(policy, traces, probing)
-    return None if signal is None else sweep(traces, decisions(policy, signal), probing)
-
-
-def _finish(run_dir: Path, head: HaltHead, choice: Choice, trained: _Trained) -> None:
+def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) -> None:
     """Writes what the run came to; the head last, since a folder with a head is a whole run."""
-    content: dict[str, Any] = {"rows": choice.rows, "frozen": choice.frozen}
-    if trained.trials is not None:
-        content["trials"] = trained.trials.rows
-    save_learned(run_dir, trained.learned)
-    write_json(run_dir / "out_of_fold.json", content)
-    plot_frontiers(choice.rows, choice.frozen, run_dir / "out_of_fold.png")
-    save_operating_points(run_dir, choice.gates)
+    content = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
+    if learning.trials is not None:
+        content["trials"] = [trial.to_json() for trial in learning.trials.each]
+    opened.save_learned(learning.learned)
+    opened.save_out_of_fold(content)
+    plot_frontiers(choice.rows, choice.frozen, opened.out_of_fold_plot)
+    opened.save_operating_points(choice.gates)
     # A head without a point that halts keeps its lowest price.
     price = strictest_price(choice.gates) or head.config.default_price
-    HaltHead(replace(head.config, default_price=price), head.weights).save(run_dir)
+    opened.save_head(HaltHead(replace(head.config, default_price=price), head.weights))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Agents: PPO, its export as a head, and the baselines."""
+"""Agents: PPO, its start from recorded traces, and its export as a head."""

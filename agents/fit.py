@@ -25,9 +25,10 @@ from tqdm import tqdm
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
-from envs.replay import ReplayEnv, observed_features, point_features, projection_of
-from haltwise import HaltHead, Halting, HeadConfig, InputError, Observing
+from envs.replay import ReplayEnv, observed_features
+from haltwise import HaltHead, HeadConfig, InputError
 from haltwise.policy.signals import Float
+from policies.observing import observing_at_prices
 from traces import Chunks, Traces, chunks_of
 
 #: Shares of PPO's decisions after which an agent is tried out of fold. 0 is its start.
@@ -35,9 +36,6 @@ CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
 
 # Points that a head decides on.
 _AT_A_TIME = 1 << 16
-
-#: Price range over the mean thousand tokens of a training trace.
-_PRICES = (0.01, 2.0)
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,6 @@ class FitConfig:
     """The start, before PPO."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """PPO on replay."""
-
-
-def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> Observing:
-    """Standardisation, projection and price range as the training traces suggest them.
-
-    Raises:
-        InputError: If the traces lack a signal that a group needs.
-    """
-    mean_ktok = float(traces.num_tokens.mean()) / 1000
-    low, high = (price / mean_ktok for price in _PRICES)
-    return _observing(traces, groups, halting, (low, high))
-
-
-def _observing(
-    traces: Traces, groups: tuple[str, ...], halting: Halting, price_range: tuple[float, float]
-) -> Observing:
-    projection = projection_of(traces, groups)
-    features = point_features(traces, groups, halting.max_points, projection)
-    return Observing.fit(groups, features, price_range, projection)
 
 
 def fit(
@@ -411,7 +390,7 @@ def _fit_fold(job: _Fold) -> None:
     train, held_out = traces.select(~job.kept_back), traces.select(job.kept_back)
     del traces
     groups, halting = job.head.observing.groups, job.head.halting
-    observing = _observing(train, groups, halting, job.head.observing.price_range)
+    observing = observing_at_prices(train, groups, halting, job.head.observing.price_range)
     config = HeadConfig(observing, halting, job.head.default_price)
     features = observed_features(held_out, observing, halting)
     decided: list[NDArray[np.bool_]] = []

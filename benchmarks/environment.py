@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from agents.fit import observing_of
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
 from benchmarks.timing import Result, Work, rate, take_turns
 from envs.replay import ReplayEnv
 from haltwise import Halting, Observing
+from policies.observing import observing_of
 from traces import Traces
 
 #: Feature groups of every recording.

@@ -10,8 +10,6 @@ is named as skipped. Prints a table last and writes JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import sys
@@ -31,6 +29,8 @@ from transformers import Qwen2Config, Qwen3Config
 from benchmarks.gpu_checks import Check, check_bursts, check_head, check_live, some_questions
 from benchmarks.overhead import never_halting_head, random_lm, shape_600m
 from benchmarks.timing import Result, Work, rate, take_turns
+from command import run, write_json
+from haltwise import InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.features import signals_of
 from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
@@ -410,26 +410,37 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def main() -> None:
-    """Measures, writes, prints; status 1 if a check or a part failed."""
-    parser = argparse.ArgumentParser(description="A GPU in one call: checks and timings.")
-    parser.add_argument("--device", default="cuda", help="as PyTorch names it")
-    parser.add_argument("--tiny", action="store_true", help="LMs that any machine can run")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything")
-    folder = Path(os.environ.get("OUT", "."))
-    parser.add_argument("--out", type=Path, default=folder / "gpu.json", help="the JSON file")
-    flags = parser.parse_args()
-    if torch.device(flags.device).type == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU in reach: expected --device cpu --tiny, or a machine with one")
-    if not flags.out.absolute().parent.is_dir():
-        parser.error(f"{flags.out}: no such folder, expected one to write into")
-    setup = (tiny if flags.tiny else Setup)(flags.device, flags.seconds)
+@dataclass(frozen=True)
+class GpuConfig:
+    """Check and time, on one GPU, all that runs beside an LM."""
+
+    device: str = "cuda"
+    """As PyTorch names it."""
+    tiny: bool = False
+    """Take LMs that any machine can run."""
+    seconds: float = 540.0
+    """For everything; what does not fit is skipped."""
+    out: Path = field(default_factory=lambda: Path(os.environ.get("OUT", ".")) / "gpu.json")
+    """The JSON file to write."""
+
+
+def main(config: GpuConfig) -> None:
+    """Measures, writes, prints; ends the process with status 1 if a check or a part failed.
+
+    Raises:
+        InputError: If there is no such GPU, or no folder to write into.
+    """
+    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+        raise InputError("no GPU in reach: expected --device cpu --tiny, or a machine with one")
+    if not config.out.absolute().parent.is_dir():
+        raise InputError(f"{config.out}: no such folder, expected one to write into")
+    setup = (tiny if config.tiny else Setup)(config.device, config.seconds)
     report = run_parts(setup)
-    flags.out.write_text(json.dumps(content(setup, report), indent=1, allow_nan=False) + "\n")
-    print(f"wrote {flags.out}")
+    write_json(config.out, content(setup, report))
+    print(f"wrote {config.out}")
     print(table(report))
     sys.exit(bool(report["failed"]) or not all(check.passed for check in report["checks"]))
 
 
 if __name__ == "__main__":
-    main()
+    run(main, GpuConfig)

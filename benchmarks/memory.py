@@ -15,10 +15,10 @@ from agents.ppo import PPOConfig, make_ppo
 from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
 from benchmarks.timing import Result
-from collect import CollectConfig
 from haltwise.engine.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.tasks import each_question
+from recording.collect import CollectConfig
 from recording.hf_engine import record
 from recording.shards import write_shards
 from traces import read_traces

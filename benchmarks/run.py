@@ -54,7 +54,7 @@ _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure."""
+    """Measure speed and memory beside what else is at hand."""
 
     parts: tuple[Part, ...] = get_args(Part)
     """Parts of the table."""

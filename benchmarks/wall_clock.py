@@ -8,12 +8,10 @@ wall clock's on an idle machine.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import Result
@@ -24,6 +22,7 @@ from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import questions
+from runs import Run
 
 _CHECKPOINTS = EMBEDDED.parent
 _HEADS = {"probing head": "embedded-head", "head that does not probe": "embedded-blind-head"}
@@ -70,9 +69,10 @@ def measure(config: WallClockConfig, repeats: int) -> list[Result]:
 
 def _head(folder: str) -> tuple[HaltHead, float]:
     """A head, and its price for losing one point at most."""
-    path: Path = _CHECKPOINTS / folder
-    gates = json.loads((path / "operating_points.json").read_text())["gates"]
-    return HaltHead.load(path), float(gates["0.01"]["head"])
+    run = Run(_CHECKPOINTS / folder)
+    price = run.operating_points()[0.01]["head"]
+    assert price is not None
+    return run.head(), price
 
 
 def _compare(label: str, works: Mapping[str, Work], repeats: int) -> list[Result]:

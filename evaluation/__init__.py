@@ -1,1 +1,1 @@
-"""Evaluation: outcomes, operating points, intervals, table and picture."""
+"""Evaluation: outcomes, operating points, comparisons, intervals, certificates, table, page."""

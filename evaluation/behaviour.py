@@ -1,14 +1,14 @@
 """What a policy does inside a thought: where it halts, how far its probabilities hold, its errors.
 
 The policy may be several trainings, S of them: a report of all is of their decisions thrown
-together, so that its shares are means over trainings. N traces, P points, F features. What comes
-back goes into JSON as it is.
+together, so that its shares are means over trainings. N traces, P points, F features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,23 +23,132 @@ from haltwise.policy.signals import Float
 from traces import Traces
 
 Bools = NDArray[np.bool_]
-Report = dict[str, Any]
 
 _NUM_PLACES = 20
 _NUM_BINS = 10
 _NUM_DRIVERS = 4
 
 
+@dataclass(frozen=True)
+class WhereHalted:
+    """How far into their thoughts traces are halted, and how often at a right answer."""
+
+    edges: list[float]
+    """Of position / num_tokens, of 20 bins."""
+    right: list[float]
+    """Shares of all traces halted in each bin at a right answer."""
+    wrong: list[float]
+    """Shares of all traces halted in each bin at a wrong answer."""
+    never: float
+    """Share of the traces never halted."""
+    median_share: float | None
+    """Of position / num_tokens; None if nothing is halted."""
+    median_position: float | None
+    """In tokens; None if nothing is halted."""
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """The points at which the probability of halting lies between two values."""
+
+    low: float
+    high: float
+    num: int
+    """Points."""
+    mean_prob: float
+    better: float
+    """Share of the points where halting is the better choice."""
+    correct: float
+    """Share of right forced answers."""
+    gain: float
+    """Mean return of halting less that of going on."""
+
+
+@dataclass(frozen=True)
+class EmptyBin:
+    """A bin without a point."""
+
+    WHOLE: ClassVar[type] = ReliabilityBin
+    low: float
+    high: float
+    num: int = 0
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What halting is worth by probability of halting."""
+
+    bins: list[ReliabilityBin | EmptyBin]
+    """Of equal width."""
+    error: float | None
+    """The expected calibration error, the mean of |mean_prob - better| over points (Guo et al.,
+    "On Calibration of Modern Neural Networks", 2017, equation 3); None without points."""
+
+    @property
+    def seen(self) -> list[ReliabilityBin]:
+        """The bins that hold a point."""
+        return [found for found in self.bins if isinstance(found, ReliabilityBin)]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A feature that drove a decision."""
+
+    feature: str
+    value: float
+    contribution: float
+    """In log-odds of halting, against a mean point, see `haltwise.explain`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trace halted at a wrong answer that would have ended with a right one."""
+
+    trace_id: str
+    question_id: str
+    task: str
+    segment: str
+    model: str
+    position: int
+    """Where it was halted."""
+    num_tokens: int
+    """Of the whole trace."""
+    answer: str
+    """The forced one."""
+    prob_halt: float
+    right_again: int | None
+    """Position of the first later point with a right answer; None if only the LM's own end is."""
+    drivers: list[Driver]
+    """The largest contributions."""
+    indifference_price: float | None
+    """None if infinite."""
+    trainings: float
+    """Share of the trainings that make this error."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a policy does inside thoughts, at one gate and price."""
+
+    gate: float
+    price: float
+    where: WhereHalted
+    reliability: Reliability
+    cases: list[Case]
+
+
 def behaviour(
+    gate: float,
     traces: Traces,
     log_odds: Sequence[Float],
     head_of: Callable[[str], HaltHead],
     price: float,
     config: HeadConfig,
-) -> Report:
-    """All of this module about a policy at one price: price, where, reliability and cases.
+) -> Behaviour:
+    """All of this module about a policy at one price.
 
     Args:
+        gate: What the price was chosen under.
         traces: N traces.
         log_odds: S times (P,) log-odds of halting at that price.
         head_of: See `cases`.
@@ -48,25 +157,21 @@ def behaviour(
     """
     probs = [prob_of(each) for each in log_odds]
     threshold, probing = config.threshold, config.halting.probing
-    return {
-        "price": price,
-        "where": where_halted(traces, [prob >= threshold for prob in probs]),
-        "reliability": reliability(traces, probs, probing, price, threshold),
-        "cases": cases(traces, log_odds, head_of, price, threshold),
-    }
+    return Behaviour(
+        gate=gate,
+        price=price,
+        where=where_halted(traces, [prob >= threshold for prob in probs]),
+        reliability=reliability(traces, probs, probing, price, threshold),
+        cases=cases(traces, log_odds, head_of, price, threshold),
+    )
 
 
-def where_halted(traces: Traces, halts: Sequence[Bools]) -> Report:
+def where_halted(traces: Traces, halts: Sequence[Bools]) -> WhereHalted:
     """How far into their thoughts traces are halted, and how often at a right answer.
 
     Args:
         traces: N traces.
         halts: S times (P,) whether the policy would halt at each point.
-
-    Returns:
-        edges: 21 of position / num_tokens; right, wrong: shares of all traces halted in each of
-        the 20 bins; never: share of those never halted; median_share: of position / num_tokens,
-        median_position: in tokens, both None if nothing is halted.
     """
     first = np.concatenate([first_halts(traces, each) for each in halts])
     at = first[first >= 0]
@@ -76,14 +181,14 @@ def where_halted(traces: Traces, halts: Sequence[Bools]) -> Report:
         np.histogram(place[traces.correct[at] == is_right], edges)[0] / len(first)
         for is_right in (True, False)
     )
-    return {
-        "edges": edges.tolist(),
-        "right": right.tolist(),
-        "wrong": wrong.tolist(),
-        "never": float((first < 0).mean()),
-        "median_share": float(np.median(place)) if len(at) else None,
-        "median_position": float(np.median(traces.position[at])) if len(at) else None,
-    }
+    return WhereHalted(
+        edges=edges.tolist(),
+        right=right.tolist(),
+        wrong=wrong.tolist(),
+        never=float((first < 0).mean()),
+        median_share=float(np.median(place)) if len(at) else None,
+        median_position=float(np.median(traces.position[at])) if len(at) else None,
+    )
 
 
 def reliability(
@@ -92,7 +197,7 @@ def reliability(
     probing: Probing,
     price: float,
     threshold: float,
-) -> Report:
+) -> Reliability:
     """What halting is worth by probability of halting, at the points that the policy reaches.
 
     Halting is the better choice where it returns at least as much as going on with the policy's
@@ -106,13 +211,6 @@ def reliability(
         probing: See `haltwise.Halting`.
         price: Of those probabilities, in exact match per 1,000 tokens.
         threshold: The policy halts at this probability.
-
-    Returns:
-        bins: 10 of equal width, each with low, high, num (points), mean_prob, better (share of
-        points where halting is), correct (share of right forced answers) and gain (mean return of
-        halting less that of going on), None where num is 0;
-        error: the expected calibration error, the mean of |mean_prob - better| over points (Guo
-        et al., "On Calibration of Modern Neural Networks", 2017, equation 3), None without points.
     """
     columns = []
     for prob in prob_halt:
@@ -123,16 +221,20 @@ def reliability(
     seen = np.concatenate(columns, axis=1)
     which = np.minimum((seen[0] * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
     bins = [_bin(k, seen[:, which == k]) for k in range(_NUM_BINS)]
-    gaps = [row["num"] * abs(row["mean_prob"] - row["better"]) for row in bins if row["num"]]
-    return {"bins": bins, "error": sum(gaps) / len(which) if len(which) else None}
+    gaps = [
+        found.num * abs(found.mean_prob - found.better)
+        for found in bins
+        if isinstance(found, ReliabilityBin)
+    ]
+    return Reliability(bins, sum(gaps) / len(which) if len(which) else None)
 
 
-def _bin(k: int, seen: NDArray[np.float64]) -> Report:
+def _bin(k: int, seen: NDArray[np.float64]) -> ReliabilityBin | EmptyBin:
     """The k-th bin of `reliability`: what was seen (4, num) are the columns of its means."""
-    num = seen.shape[1]
-    means = seen.mean(axis=1).tolist() if num else [None] * len(seen)
-    edges = {"low": k / _NUM_BINS, "high": (k + 1) / _NUM_BINS, "num": num}
-    return edges | dict(zip(("mean_prob", "better", "correct", "gain"), means, strict=True))
+    low, high, num = k / _NUM_BINS, (k + 1) / _NUM_BINS, seen.shape[1]
+    return (
+        ReliabilityBin(low, high, num, *seen.mean(axis=1).tolist()) if num else EmptyBin(low, high)
+    )
 
 
 def cases(
@@ -142,7 +244,7 @@ def cases(
     price: float,
     threshold: float,
     num: int = 10,
-) -> list[Report]:
+) -> list[Case]:
     """The worst errors: traces halted at a wrong answer that would have ended with a right one.
 
     They are errors of the first training, whose heads explain them. First come those that the
@@ -155,13 +257,6 @@ def cases(
         price: Of those log-odds, in exact match per 1,000 tokens.
         threshold: The policy halts at this probability.
         num: The most to return.
-
-    Returns:
-        Of each case: trace_id, question_id, task, segment, model; position, num_tokens, answer,
-        prob_halt; trainings: share of the trainings that make this error; right_again: position
-        of the first later point with a right answer, None if only the LM's own end is right;
-        drivers: the 4 largest contributions against a mean point, see `haltwise.explain`;
-        indifference_price: None if infinite.
     """
     firsts = [first_halts(traces, prob_of(each) >= threshold) for each in log_odds]
     lost = np.array([_lost(traces, first) for first in firsts])
@@ -170,8 +265,9 @@ def cases(
     surest = log_odds[0][firsts[0][candidates]]
     worst = candidates[np.lexsort([-surest, -share[candidates]])][:num]
     return [
-        _case(traces, int(firsts[0][n]), head_of(str(traces.question_id[n])), price)
-        | {"trainings": float(share[n])}
+        _case(
+            traces, int(firsts[0][n]), head_of(str(traces.question_id[n])), price, float(share[n])
+        )
         for n in worst
     ]
 
@@ -204,8 +300,8 @@ def _lost(traces: Traces, first: NDArray[np.int64]) -> Bools:
     return lost
 
 
-def _case(traces: Traces, point: int, head: HaltHead, price: float) -> Report:
-    """What `cases` says of a trace that is halted at a point, all but the trainings."""
+def _case(traces: Traces, point: int, head: HaltHead, price: float, trainings: float) -> Case:
+    """A trace that is halted at a point, and why the head halted it there."""
     n = int(traces.trace_of_point[point])
     index = point - int(traces.offsets[n])
     trace = traces.select(np.array([n]))
@@ -213,17 +309,22 @@ def _case(traces: Traces, point: int, head: HaltHead, price: float) -> Report:
     explanation = explain(head, features, price)
     value = dict(zip(explanation.names, features.tolist(), strict=True))
     later = trace.position[index + 1 :][trace.correct[index + 1 :]]
-    names = ("trace_id", "question_id", "task", "segment", "model")
     indifference = explanation.indifference_price
-    return {name: str(getattr(trace, name)[0]) for name in names} | {
-        "position": int(trace.position[index]),
-        "num_tokens": int(trace.num_tokens[0]),
-        "answer": str(trace.answer[index]),
-        "prob_halt": explanation.prob_halt,
-        "right_again": int(later[0]) if len(later) else None,
-        "drivers": [
-            {"feature": name, "value": value[name], "contribution": contribution}
+    return Case(
+        trace_id=str(trace.trace_id[0]),
+        question_id=str(trace.question_id[0]),
+        task=str(trace.task[0]),
+        segment=str(trace.segment[0]),
+        model=str(trace.model[0]),
+        position=int(trace.position[index]),
+        num_tokens=int(trace.num_tokens[0]),
+        answer=str(trace.answer[index]),
+        prob_halt=explanation.prob_halt,
+        right_again=int(later[0]) if len(later) else None,
+        drivers=[
+            Driver(name, value[name], contribution)
             for name, contribution in explanation.drivers(_NUM_DRIVERS)
         ],
-        "indifference_price": indifference if np.isfinite(indifference) else None,
-    }
+        indifference_price=indifference if np.isfinite(indifference) else None,
+        trainings=trainings,
+    )

@@ -5,7 +5,7 @@ What a colour tells is told by a shape, a dash or a hatch too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,54 +15,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.outcome import Row
+from evaluation.behaviour import Behaviour, Reliability, WhereHalted
 from evaluation.protocol import RATE_MATCHED
+from evaluation.results import Report
+from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint, MissingSweep, SweepRow
 from evaluation.svg import COLOR
+from policies.catalogue import in_words
+from policies.rules import RULE_NAMES
 
-#: Readable name of every policy, and what it does.
-POLICIES = {
-    "head": ("haltwise head", "The trained head; its one number is the price of tokens."),
-    "budget": ("token budget", "Halts after a fixed number of thinking tokens."),
-    "confidence": (
-        "confidence threshold",
-        "Halts at the first forced answer that the LM is sure enough of.",
-    ),
-    "answer_entropy": (
-        "answer entropy",
-        "Halts where the LM's distribution over the forced answer's tokens is narrow enough.",
-    ),
-    "entropy": (
-        "entropy threshold",
-        "Halts where the LM's distribution over the thought's next token is narrow enough.",
-    ),
-    "entropy_variance": (
-        "entropy variance",
-        "Halts where the entropy of the thought's next token has ceased to vary.",
-    ),
-    "stability": (
-        "answer stability",
-        "Halts when the same answer has been forced often enough in a row.",
-    ),
-    "logistic": (
-        "logistic regression",
-        "A linear classifier of the head's features: halts where the answer is likely right.",
-    ),
-    "boosted_trees": (
-        "boosted trees",
-        "A tree classifier of the head's features: halts where the answer is likely right.",
-    ),
-    "random": ("random halting", "Halts by chance: the control that looks at nothing."),
-    "never": ("never halting", "Thinks to the end, unprobed: what all is compared with."),
-    "hindsight": (
-        "hindsight",
-        "Halts at the first correct answer, which only the gold answer tells: a bound.",
-    ),
-    "hindsight_give_up": (
-        "hindsight, giving up",
-        "As hindsight, and halts at once where no answer is ever correct: a bound.",
-    ),
-}
-RULES = ("never", "hindsight", "hindsight_give_up")
 #: So many groups of one kind are drawn, those with the most questions.
 MOST_GROUPS = 16
 
@@ -119,7 +79,8 @@ def style() -> AbstractContextManager[None]:
 
 def policy_title(policy: str) -> str:
     """Readable name of a policy; an unknown one keeps its own."""
-    return POLICIES[policy][0] if policy in POLICIES else policy.replace("_", " ")
+    title, _ = in_words().get(policy, (policy.replace("_", " "), ""))
+    return title
 
 
 def gate_title(gate: float) -> str:
@@ -133,36 +94,40 @@ def kind_title(by: str) -> str:
     return "LM" if by == "model" else by
 
 
-def draw(report: Mapping[str, Any]) -> dict[str, Drawing]:
-    """All figures of a report, see `write_report`, by name."""
+def draw(report: Report) -> dict[str, Drawing]:
+    """All figures of a report, by name."""
     drawings = [_frontier_drawing(report)]
-    for gate in sorted({row["gate"] for row in report["groups"]}):
+    for gate in sorted({row.gate for row in report.groups}):
         rows = compared_groups(report, gate)
         drawings += [_group_drawing(rows, gate, column) for column in _GROUP_WORDS]
-    for behaviour in report["behaviour"]:
+    for behaviour in report.behaviour:
         drawings += [_where_drawing(behaviour), _reliability_drawing(behaviour)]
     return {drawing.name: drawing for drawing in drawings}
 
 
-def compared_groups(report: Mapping[str, Any], gate: float) -> list[Row]:
+def compared_groups(report: Report, gate: float) -> list[GroupRow]:
     """The groups' rows of the head and of the strongest baseline at a gate."""
-    compared = ("head", report["strongest"].get(str(gate)))
-    return [r for r in report["groups"] if r["gate"] == gate and r["policy"] in compared]
+    compared = ("head", report.strongest.get(gate))
+    return [r for r in report.groups if r.gate == gate and r.policy in compared]
 
 
-def _frontier_drawing(report: Mapping[str, Any]) -> Drawing:
-    strongest = list(dict.fromkeys(name for name in report["strongest"].values() if name))
+def _frontier_drawing(report: Report) -> Drawing:
+    strongest = list(dict.fromkeys(name for name in report.strongest.values() if name))
     return Drawing(
         "frontier",
         "Exact match against tokens",
         "A line a policy over its one number. Up is a better exact match, right is a larger "
         "saving. Large points are the frozen ones: filled at the strictest gate, hollow at the "
         "others. Bands and bars of the head and the strongest baselines are 95 % intervals.",
-        frontier(report["rows"], report["frozen"], strongest),
+        frontier(report.rows, report.frozen, strongest),
     )
 
 
-def frontier(rows: Sequence[Row], frozen: Sequence[Row], strongest: Sequence[str] = ()) -> Figure:
+def frontier(
+    rows: Sequence[SweepRow | MissingSweep],
+    frozen: Sequence[FrozenRow | MissingPoint],
+    strongest: Sequence[str] = (),
+) -> Figure:
     """EM change against saving: a line a policy, its frozen points, and the rules.
 
     Args:
@@ -170,19 +135,19 @@ def frontier(rows: Sequence[Row], frozen: Sequence[Row], strongest: Sequence[str
         frozen: Frozen rows, of any number of gates.
         strongest: Baselines to draw as heavily as the head.
     """
-    known = [row for row in rows if row["em"] is not None]
-    swept = [row for row in known if row["policy"] not in RULES]
-    points = [row for row in frozen if row["em"] is not None and row["policy"] not in RULES]
-    looks = _looks(list(dict.fromkeys(row["policy"] for row in swept)), strongest)
+    known = [row for row in rows if isinstance(row, SweepRow)]
+    swept = [row for row in known if row.policy not in RULE_NAMES]
+    points = [row for row in frozen if isinstance(row, FrozenRow) and row.policy not in RULE_NAMES]
+    looks = _looks(list(dict.fromkeys(row.policy for row in swept)), strongest)
     with style():
         figure = Figure(figsize=(6.4, 4.9))
         axes = figure.subplots()
         for policy in sorted(looks, key=lambda policy: not looks[policy].heavy):
             look = looks[policy]
-            _draw_sweep(axes, [row for row in swept if row["policy"] == policy], look)
-            _draw_points(axes, [row for row in points if row["policy"] == policy], look)
+            _draw_sweep(axes, [row for row in swept if row.policy == policy], look)
+            _draw_points(axes, [row for row in points if row.policy == policy], look)
         _limit(axes, swept, points)
-        _draw_rules(axes, [row for row in known if row["policy"] in RULES])
+        _draw_rules(axes, [row for row in known if row.policy in RULE_NAMES])
         axes.axhline(0, color=COLOR["ink"], linewidth=0.8)
         axes.set_xlabel("saving, % of the tokens of never halting, probes included")
         axes.set_ylabel("EM change, points of a hundred")
@@ -217,80 +182,83 @@ def _looks(policies: Sequence[str], strongest: Sequence[str]) -> dict[str, _Look
     return looks
 
 
-def _draw_sweep(axes: Axes, rows: Sequence[Row], look: _Look) -> None:
+def _draw_sweep(axes: Axes, rows: Sequence[SweepRow], look: _Look) -> None:
     """The line of one policy; if heavy, with a band where its rows have intervals."""
-    rows = sorted(rows, key=lambda row: row["saving"])
-    saving = [100 * row["saving"] for row in rows]
+    rows = sorted(rows, key=lambda row: row.saving)
+    saving = [100 * row.saving for row in rows]
     axes.plot(
-        saving, [100 * row["em_delta"] for row in rows], label=policy_title(rows[0]["policy"]),
+        saving, [100 * row.em_delta for row in rows], label=policy_title(rows[0].policy),
         color=look.color, linestyle=look.dash, linewidth=2.2 if look.heavy else 1.1,
         marker=look.marker, markersize=3.5, markevery=max(len(rows) // 7, 1),
         zorder=4 if look.heavy else 3,
     )  # fmt: skip
-    if look.heavy and all(row.get("em_delta_interval") for row in rows):
+    if look.heavy and all(row.em_delta_interval for row in rows):
         low, high = zip(*(_bounds(row, "em_delta") for row in rows), strict=True)
         axes.fill_between(saving, low, high, color=look.color, alpha=0.16, linewidth=0)
 
 
-def _draw_points(axes: Axes, rows: Sequence[Row], look: _Look) -> None:
+def _draw_points(axes: Axes, rows: Sequence[FrozenRow], look: _Look) -> None:
     """The frozen points of one policy, filled at the strictest gate; with intervals if heavy."""
     for row in rows:
-        place = (100 * row["saving"], 100 * row["em_delta"])
+        place = (100 * row.saving, 100 * row.em_delta)
         if look.heavy:
             axes.errorbar(
                 *place, xerr=_errors([row], "saving"), yerr=_errors([row], "em_delta"),
                 color=look.color, linewidth=1.2, capsize=2.5, zorder=5,
             )  # fmt: skip
-        strictest = row["gate"] == min(row["gate"] for row in rows)
+        strictest = row.gate == min(row.gate for row in rows)
         axes.scatter(
             *place, s=60 if look.heavy else 34, marker=look.marker, zorder=6, linewidth=1.4,
             edgecolor=look.color, facecolor=look.color if strictest else COLOR["paper"],
         )  # fmt: skip
 
 
-def _bounds(row: Row, column: str) -> tuple[float, float]:
+def _bounds(row: SweepRow | GroupRow, column: str) -> tuple[float, float]:
     """The interval of a value in points of a hundred; the value itself where it has none."""
-    low, high = row.get(f"{column}_interval") or (row[column], row[column])
+    interval: Interval | None = getattr(row, f"{column}_interval")
+    low, high = interval or [getattr(row, column)] * 2
     return 100 * low, 100 * high
 
 
-def _errors(rows: Sequence[Row], column: str) -> list[list[float]]:
+def _errors(rows: Sequence[SweepRow | GroupRow], column: str) -> list[list[float]]:
     """Lengths (2, N) below and above values, in points of a hundred."""
     # Not below 0: where all resamples agree, rounding may put a value outside its interval.
-    below = [max(100 * row[column] - _bounds(row, column)[0], 0.0) for row in rows]
-    above = [max(_bounds(row, column)[1] - 100 * row[column], 0.0) for row in rows]
+    values = [100 * getattr(row, column) for row in rows]
+    ends = [_bounds(row, column) for row in rows]
+    below = [max(value - low, 0.0) for value, (low, _) in zip(values, ends, strict=True)]
+    above = [max(high - value, 0.0) for value, (_, high) in zip(values, ends, strict=True)]
     return [below, above]
 
 
-def _limit(axes: Axes, swept: Sequence[Row], points: Sequence[Row]) -> None:
+def _limit(axes: Axes, swept: Sequence[SweepRow], points: Sequence[FrozenRow]) -> None:
     """Limits that show where policies differ: around the frozen points, and what is above them.
 
     The control that halts as often as the head loses so much that it would hide the rest.
     """
-    points = [row for row in points if row["policy"] != RATE_MATCHED]
+    points = [row for row in points if row.policy != RATE_MATCHED]
     low = 1.3 * min([-2.0, *(_bounds(row, "em_delta")[0] for row in points)])
     high = 1.3 * max([1.0, *(_bounds(row, "em_delta")[1] for row in (*swept, *points))])
-    seen = [row for row in swept if 100 * row["em_delta"] >= low]
+    seen = [row for row in swept if 100 * row.em_delta >= low]
     right = max([10.0, *(_bounds(row, "saving")[1] for row in (*seen, *points))])
     axes.set_ylim(low, high)
     axes.set_xlim(-2, 1.03 * right)
 
 
-def _draw_rules(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_rules(axes: Axes, rows: Sequence[SweepRow]) -> None:
     """Never halting, and the bounds of hindsight: in words where they lie beyond the limits."""
     axes.scatter(0, 0, marker="s", s=60, color=COLOR["ink"], zorder=7, label="never halting")
     (_, right), (_, top) = axes.get_xlim(), axes.get_ylim()
     beyond = []
     for row in rows:
-        if row["policy"] not in _BOUND_MARKERS:
+        if row.policy not in _BOUND_MARKERS:
             continue
-        saving, change = 100 * row["saving"], 100 * row["em_delta"]
+        saving, change = 100 * row.saving, 100 * row.em_delta
         if saving > right or change > top:
-            beyond.append(f"{policy_title(row['policy'])} {signed(change, 2)} at {saving:.1f} %")
+            beyond.append(f"{policy_title(row.policy)} {signed(change, 2)} at {saving:.1f} %")
         else:
             axes.scatter(
-                saving, change, marker=_BOUND_MARKERS[row["policy"]], s=90, color=COLOR["ink"],
-                zorder=7, label=policy_title(row["policy"]),
+                saving, change, marker=_BOUND_MARKERS[row.policy], s=90, color=COLOR["ink"],
+                zorder=7, label=policy_title(row.policy),
             )  # fmt: skip
     if beyond:
         axes.set_title("beyond the axes: " + "; ".join(beyond), loc="right", fontsize=8)
@@ -302,26 +270,26 @@ _GROUP_WORDS = {
 }
 
 
-def _group_drawing(rows: Sequence[Row], gate: float, column: str) -> Drawing:
+def _group_drawing(rows: Sequence[GroupRow], gate: float, column: str) -> Drawing:
     title, label = _GROUP_WORDS[column]
     how = "Two bars a group, with 95 % intervals: above the head, below the strongest baseline."
-    if len({(row["by"], row["group"]) for row in rows}) > len(shown_groups(rows)):
+    if len({(row.by, row.group) for row in rows}) > len(shown_groups(rows)):
         how += f" Of each kind the {MOST_GROUPS} groups with the most questions."
     text = f"At the points chosen to lose {gate_title(gate)}. {how}"
     return Drawing(f"groups-{column}-{gate}", title, text, groups(rows, column, label))
 
 
-def shown_groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def shown_groups(rows: Sequence[GroupRow]) -> list[tuple[str, str]]:
     """Kind and name of the groups that are drawn: of each kind those with the most questions."""
-    largest = sorted(rows, key=lambda row: -int(row["num_questions"]))
+    largest = sorted(rows, key=lambda row: -row.num_questions)
     by_kind: dict[str, list[tuple[str, str]]] = {}
-    for kind, group in dict.fromkeys((row["by"], row["group"]) for row in largest):
+    for kind, group in dict.fromkeys((row.by, row.group) for row in largest):
         by_kind.setdefault(kind, []).append((kind, group))
     kept = {group for of_kind in by_kind.values() for group in of_kind[:MOST_GROUPS]}
-    return [group for group in dict.fromkeys((r["by"], r["group"]) for r in rows) if group in kept]
+    return [group for group in dict.fromkeys((r.by, r.group) for r in rows) if group in kept]
 
 
-def groups(rows: Sequence[Row], column: str, label: str) -> Figure:
+def groups(rows: Sequence[GroupRow], column: str, label: str) -> Figure:
     """Bars with intervals, two a group: the head, and the baseline that it is compared with.
 
     Args:
@@ -335,12 +303,12 @@ def groups(rows: Sequence[Row], column: str, label: str) -> Figure:
     with style():
         figure = Figure(figsize=(4.7, 1.0 + 0.36 * (len(shown) + len(kinds))))
         axes = figure.subplots()
-        for policy in sorted({row["policy"] for row in rows}, key=lambda policy: policy != "head"):
+        for policy in sorted({row.policy for row in rows}, key=lambda policy: policy != "head"):
             head = policy == "head"
-            drawn = [r for r in rows if r["policy"] == policy and (r["by"], r["group"]) in place]
+            drawn = [r for r in rows if r.policy == policy and (r.by, r.group) in place]
             axes.barh(
-                [place[row["by"], row["group"]] + (0.19 if head else -0.19) for row in drawn],
-                [100 * row[column] for row in drawn],
+                [place[row.by, row.group] + (0.19 if head else -0.19) for row in drawn],
+                [100 * getattr(row, column) for row in drawn],
                 height=0.36,
                 color=COLOR["head" if head else "paper"],
                 edgecolor=COLOR["head" if head else "strongest"],
@@ -373,27 +341,22 @@ def plain(text: str, most: int = 28) -> str:
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _where_drawing(behaviour: Mapping[str, Any]) -> Drawing:
-    gate = behaviour["gate"]
+def _where_drawing(behaviour: Behaviour) -> Drawing:
+    gate = behaviour.gate
     return Drawing(
         f"where-{gate}",
         "Where in the thought the head halts",
         f"At the point chosen to lose {gate_title(gate)}. A bar for every twentieth of the "
         "thought: share of the traces halted there, at a right answer (plain) and at a wrong one "
         "(hatched). Apart: the share never halted.",
-        where(behaviour["where"]),
+        where(behaviour.where),
     )
 
 
-def where(found: Mapping[str, Any]) -> Figure:
-    """Share of the traces that are halted in every part of the thought, right and wrong.
-
-    Args:
-        found: "edges" (K + 1,) in shares of the thought; shares of the traces halted there "right"
-            and "wrong" (K,), and "never".
-    """
-    right, wrong = ([100 * share for share in found[name]] for name in ("right", "wrong"))
-    edges = [100 * edge for edge in found["edges"]]
+def where(found: WhereHalted) -> Figure:
+    """Share of the traces that are halted in every part of the thought, right and wrong."""
+    right, wrong = ([100 * share for share in shares] for shares in (found.right, found.wrong))
+    edges = [100 * edge for edge in found.edges]
     bars: dict[str, Any] = {
         "align": "edge",
         "width": [b - a for a, b in pairwise(edges)],
@@ -411,7 +374,7 @@ def where(found: Mapping[str, Any]) -> Figure:
             hatch="/////", label="halted, wrong",
         )  # fmt: skip
         axes.bar(
-            apart, 100 * found["never"], width=8, color=COLOR["grid"],
+            apart, 100 * found.never, width=8, color=COLOR["grid"],
             edgecolor=COLOR["muted"], label="never halted",
         )  # fmt: skip
         ticks = (0, 20, 40, 60, 80, 100)
@@ -423,8 +386,8 @@ def where(found: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _reliability_drawing(behaviour: Mapping[str, Any]) -> Drawing:
-    gate = behaviour["gate"]
+def _reliability_drawing(behaviour: Behaviour) -> Drawing:
+    gate = behaviour.gate
     return Drawing(
         f"reliability-{gate}",
         "What the halting probability means",
@@ -432,36 +395,32 @@ def _reliability_drawing(behaviour: Mapping[str, Any]) -> Drawing:
         "halting was the better choice, against what the head said; on the dashed line the two "
         "agree. Diamonds: share at which the forced answer was right. Below: share of all "
         "decisions.",
-        reliability(behaviour["reliability"]["bins"]),
+        reliability(behaviour.reliability),
     )
 
 
-def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
-    """What halting came to, against the probability that the head gave it.
-
-    Args:
-        bins: "low", "high", "num"; unless that is 0 "mean_prob", "better" and "correct", shares.
-    """
-    seen = [found for found in bins if found["num"]]
-    said = [100 * found["mean_prob"] for found in seen]
-    num = sum(found["num"] for found in seen)
+def reliability(found: Reliability) -> Figure:
+    """What halting came to, against the probability that the head gave it."""
+    seen = found.seen
+    said = [100 * each.mean_prob for each in seen]
+    num = sum(each.num for each in seen)
     with style():
         figure = Figure(figsize=(4.7, 4.2))
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         upper.plot([0, 100], [0, 100], color=COLOR["muted"], linestyle=(0, (4, 3)), linewidth=1)
         upper.plot(
-            said, [100 * found["better"] for found in seen], color=COLOR["head"], marker="o",
+            said, [100 * each.better for each in seen], color=COLOR["head"], marker="o",
             linewidth=1.6, label="halting was better",
         )  # fmt: skip
         upper.plot(
-            said, [100 * found["correct"] for found in seen], color=COLOR["right"], marker="D",
+            said, [100 * each.correct for each in seen], color=COLOR["right"], marker="D",
             markerfacecolor=COLOR["paper"], linewidth=1, linestyle=(0, (1, 1.2)),
             label="answer was right",
         )  # fmt: skip
         lower.bar(
-            [50 * (found["low"] + found["high"]) for found in seen],
-            [100 * found["num"] / num for found in seen],
-            width=[92 * (found["high"] - found["low"]) for found in seen],
+            [50 * (each.low + each.high) for each in seen],
+            [100 * each.num / num for each in seen],
+            width=[92 * (each.high - each.low) for each in seen],
             color=COLOR["muted"],
         )
         upper.set_ylabel("decisions, %")

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from evaluation.frontier import AREA_FLOOR, frontier_area, frontier_savings, saving_at_em
-from evaluation.intervals import Resampled, Resamples, interval, intervals, without_intervals
-from evaluation.outcome import Outcome, Row, outcome_row, unavailable_row
-from evaluation.protocol import GATES, RATE_MATCHED, Points, operating_point, same_rate
-from traces import Traces
-
-#: Keys of every row beyond COLUMNS; intervals are [low, high], 95 %, paired by question, and None
-#: for traces of a single question.
-INTERVAL_COLUMNS = ("em_delta_interval", "saving_interval")
-
-#: Keys of a frozen row beyond COLUMNS. A policy's frontier is that of its grid and its points.
-FROZEN_COLUMNS = (
-    *INTERVAL_COLUMNS,
-    "gate",
-    "head_em_lead",  # the head's EM minus this policy's, both at their points
-    "head_em_lead_interval",
-    "head_saving_lead",
-    "head_saving_lead_interval",
-    "saving_at_head_em",  # on this policy's frontier; None where it never has the head's EM
-    # The head's saving minus that; where None, minus the saving at this policy's highest EM, which
-    # favours it. The interval is of frontiers built anew in every resample: each takes the best of
-    # many points, and what chance adds to it counts against the head.
-    "head_lead_at_equal_em",
-    "head_lead_at_equal_em_interval",
-    "hindsight_share",  # of the saving of halting at the first correct point
-    "hindsight_share_interval",  # None where a resample leaves that halting no saving
-    "area",  # under this policy's frontier and above AREA_FLOOR, see `frontier_area`
+from evaluation.intervals import Resampled, Resamples, interval, intervals
+from evaluation.outcome import Outcome, outcome_row
+from evaluation.protocol import GATES, RATE_MATCHED, operating_point, same_rate
+from evaluation.rows import (
+    FrozenRow,
+    Interval,
+    MissingPoint,
+    MissingSweep,
+    SweepRow,
+    without_intervals,
 )
+from runs import Gates, Points
+from traces import Traces
 
 #: Split of rows whose decisions were made without having learned from their questions.
 OUT_OF_FOLD = "out of fold"
@@ -52,11 +38,11 @@ class AtPoint:
 class Choice:
     """The operating points of all policies, and what they were chosen from."""
 
-    gates: dict[float, Points]
+    gates: Gates
     """By gate; policies that are not available are left out."""
-    rows: list[Row]
+    rows: list[SweepRow | MissingSweep]
     """Every policy over its grid."""
-    frozen: list[Row]
+    frozen: list[FrozenRow | MissingPoint]
     """Every policy at its points, on the traces that they were chosen on."""
 
 
@@ -100,7 +86,7 @@ def report_rows(
     sweeps: Mapping[str, Mapping[float, Outcome] | None],
     at_points: Mapping[float, Mapping[str, AtPoint]],
     rules: Mapping[str, Outcome],
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[list[SweepRow | MissingSweep], list[FrozenRow | MissingPoint]]:
     """Rows of all policies, their intervals from one set of resamples.
 
     Args:
@@ -118,40 +104,35 @@ def report_rows(
     measure = partial(_measure, traces, split, resamples)
     heads = {gate: measure("head", [points["head"]]) for gate, points in at_points.items()}
     hindsight = measure("hindsight", [AtPoint(None, rules["hindsight"])])
-    rule_rows: list[Row] = []
-    rows: list[Row] = []
-    frozen: list[Row] = []
+    rows: list[SweepRow | MissingSweep] = []
+    frozen: list[FrozenRow | MissingPoint] = []
+    for name, outcome in rules.items():
+        rows += measure(name, [AtPoint(None, outcome)]).rows
     for name, swept in sweeps.items():
         known = [gate for gate in heads if swept and name in at_points[gate]]
-        nothing = unavailable_row(name, split)
-        frozen += [
-            nothing | dict.fromkeys(FROZEN_COLUMNS) | {"gate": gate}
-            for gate in heads
-            if gate not in known
-        ]
+        frozen += [MissingPoint(name, split, gate) for gate in heads if gate not in known]
         if not swept:
-            rows.append(nothing | dict.fromkeys(INTERVAL_COLUMNS))
+            rows.append(MissingSweep(name, split))
             continue
         grid = [AtPoint(parameter, outcome) for parameter, outcome in swept.items()]
         measured = measure(name, grid + [at_points[gate][name] for gate in known])
         rows += measured.rows[: len(grid)]
-        frozen += [
-            _frozen_row(measured, k, gate, heads[gate], hindsight)
-            | _frontier_columns(measured, heads[gate])
-            for k, gate in enumerate(known, start=len(grid))
-        ]
+        for k, gate in enumerate(known, start=len(grid)):
+            row = _frozen_row(measured, k, gate, heads[gate], hindsight)
+            frozen.append(_on_frontier(row, measured, heads[gate]))
     for name, outcome in rules.items():
         measured = measure(name, [AtPoint(None, outcome)])
-        rule_rows += measured.rows
         frozen += [_frozen_row(measured, 0, gate, head, hindsight) for gate, head in heads.items()]
-    rows = rule_rows + rows
-    frozen = [row for gate in heads for row in frozen if row["gate"] == gate]
+    frozen = [row for gate in heads for row in frozen if row.gate == gate]
     if resamples.num_questions > 1:
         return rows, frozen
-    return [without_intervals(row) for row in rows], [without_intervals(row) for row in frozen]
+    return (
+        [without_intervals(row) if isinstance(row, SweepRow) else row for row in rows],
+        [without_intervals(row) if isinstance(row, FrozenRow) else row for row in frozen],
+    )
 
 
-def strongest(frozen: Sequence[Row], gate: float) -> str | None:
+def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | None:
     """The baseline that the head leads least at equal EM: whoever doubts the head must see it.
 
     Args:
@@ -162,11 +143,12 @@ def strongest(frozen: Sequence[Row], gate: float) -> str | None:
         None if no baseline is available.
     """
     leads = {
-        row["policy"]: row["head_lead_at_equal_em"]
+        row.policy: row.head_lead_at_equal_em
         for row in frozen
-        if row["gate"] == gate
-        and row["policy"] != "head"
-        and row["head_lead_at_equal_em"] is not None
+        if isinstance(row, FrozenRow)
+        and row.gate == gate
+        and row.policy != "head"
+        and row.head_lead_at_equal_em is not None
     }
     return min(leads, key=lambda policy: leads[policy], default=None)
 
@@ -175,7 +157,7 @@ def strongest(frozen: Sequence[Row], gate: float) -> str | None:
 class _Measured:
     """One policy at K parameters."""
 
-    rows: list[Row]
+    rows: list[SweepRow]
     resampled: Resampled
 
 
@@ -184,8 +166,7 @@ def _measure(
 ) -> _Measured:
     resampled = resamples.of(traces, [at.outcome for at in points])
     rows = [
-        outcome_row(traces, at.outcome, name, at.parameter, split)
-        | dict(zip(INTERVAL_COLUMNS, ends, strict=True))
+        outcome_row(traces, at.outcome, name, at.parameter, split, *ends)
         for at, *ends in zip(
             points, intervals(resampled.em_delta), intervals(resampled.saving), strict=True
         )
@@ -195,49 +176,49 @@ def _measure(
 
 def _frozen_row(
     measured: _Measured, k: int, gate: float, head: _Measured, hindsight: _Measured
-) -> Row:
-    """One of a policy's K rows, at its operating point; the keys of a frontier are None."""
+) -> FrozenRow:
+    """One of a policy's K rows, at its operating point; what a frontier tells is None."""
     row, resampled = measured.rows[k], measured.resampled[k]
-    columns = dict.fromkeys(FROZEN_COLUMNS) | {name: row[name] for name in INTERVAL_COLUMNS}
-    columns |= {"gate": gate} | head_leads(head.rows[0], head.resampled[0], row, resampled)
-    possible, possible_resampled = hindsight.rows[0]["saving"], hindsight.resampled.saving[0]
-    if possible > 0:
-        columns["hindsight_share"] = row["saving"] / possible
-    if (possible_resampled > 0).all():
-        columns["hindsight_share_interval"] = interval(resampled.saving / possible_resampled)
-    return row | columns
+    possible, possible_resampled = hindsight.rows[0].saving, hindsight.resampled.saving[0]
+    always_possible = (possible_resampled > 0).all()
+    em_lead, saving_lead = head_lead_intervals(head.resampled[0], resampled)
+    return FrozenRow(
+        **vars(row),
+        gate=gate,
+        head_em_lead=head.rows[0].em_delta - row.em_delta,
+        head_em_lead_interval=em_lead,
+        head_saving_lead=head.rows[0].saving - row.saving,
+        head_saving_lead_interval=saving_lead,
+        saving_at_head_em=None,
+        head_lead_at_equal_em=None,
+        head_lead_at_equal_em_interval=None,
+        hindsight_share=row.saving / possible if possible > 0 else None,
+        hindsight_share_interval=(
+            interval(resampled.saving / possible_resampled) if always_possible else None
+        ),
+        area=None,
+    )
 
 
-def head_leads(head_row: Row, head: Resampled, row: Row, resampled: Resampled) -> Row:
-    """By how much the head is ahead of a policy, as columns.
-
-    Args:
-        head_row: With the head's EM change and saving.
-        head: Over R resamples.
-        row: As the head's, of the policy.
-        resampled: Over the same resamples.
-    """
-    return {
-        "head_em_lead": head_row["em_delta"] - row["em_delta"],
-        "head_em_lead_interval": interval(head.em_delta - resampled.em_delta),
-        "head_saving_lead": head_row["saving"] - row["saving"],
-        "head_saving_lead_interval": interval(head.saving - resampled.saving),
-    }
+def head_lead_intervals(head: Resampled, policy: Resampled) -> tuple[Interval, Interval]:
+    """How far the head is ahead of a policy in EM and in saving, over the same resamples."""
+    return interval(head.em_delta - policy.em_delta), interval(head.saving - policy.saving)
 
 
-def _frontier_columns(measured: _Measured, head: _Measured) -> Row:
-    """What a policy's K points come to together, and against the head."""
+def _on_frontier(row: FrozenRow, measured: _Measured, head: _Measured) -> FrozenRow:
+    """The row, with what the policy's K points come to together, and against the head."""
     head_row, head_resampled = head.rows[0], head.resampled[0]
-    points = [(row["em_delta"], row["saving"]) for row in measured.rows]
-    at_head_em = saving_at_em(points, head_row["em_delta"])
+    points = [(row.em_delta, row.saving) for row in measured.rows]
+    at_head_em = saving_at_em(points, head_row.em_delta)
     at_highest_em = max([*points, (0.0, 0.0)])[1]
     nearest = at_highest_em if at_head_em is None else at_head_em
     resampled = frontier_savings(
         measured.resampled.em_delta, measured.resampled.saving, head_resampled.em_delta
     )
-    return {
-        "saving_at_head_em": at_head_em,
-        "head_lead_at_equal_em": head_row["saving"] - nearest,
-        "head_lead_at_equal_em_interval": interval(head_resampled.saving - resampled),
-        "area": frontier_area(points, AREA_FLOOR),
-    }
+    return replace(
+        row,
+        saving_at_head_em=at_head_em,
+        head_lead_at_equal_em=head_row.saving - nearest,
+        head_lead_at_equal_em_interval=interval(head_resampled.saving - resampled),
+        area=frontier_area(points, AREA_FLOOR),
+    )

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.frozen import head_leads
-from evaluation.intervals import interval, resample, without_intervals
-from evaluation.outcome import Outcome, Row, em_delta, saving
+from evaluation.frozen import head_lead_intervals
+from evaluation.intervals import interval, resample
+from evaluation.outcome import Outcome, em_delta, saving
+from evaluation.rows import GroupRow, without_intervals
 from traces import Traces
 
 _COLUMNS = ("segment", "task", "model")
@@ -20,7 +21,7 @@ def group_rows(
     traces: Traces,
     outcomes: Mapping[float, Mapping[str, Outcome]],
     num_resamples: int = 10_000,
-) -> list[Row]:
+) -> list[GroupRow]:
     """A row for each group, gate and policy, of every column by which the traces differ.
 
     Each interval is at 95 % by itself: of twenty groups, one misses its truth.
@@ -32,12 +33,10 @@ def group_rows(
         num_resamples: Of the questions of a group, the same ones for all.
 
     Returns:
-        Rows with the keys by, group, gate, policy, num_questions, num_traces, em, em_never,
-        em_delta, saving, head_em_lead, head_saving_lead, and the intervals of the last four, None
-        for a group with a single question.
+        Rows by column, group, gate and policy; without intervals for a group of a single question.
     """
     traces = replace(traces, signals={})  # not needed, and hidden states are large to select from
-    rows: list[Row] = []
+    rows: list[GroupRow] = []
     for by in _COLUMNS:
         column = getattr(traces, by)
         for group in _groups(column):
@@ -47,8 +46,7 @@ def group_rows(
                 for gate, of_gate in outcomes.items()
                 for policy, outcome in of_gate.items()
             }
-            found = _rows(traces.select(members), chosen, num_resamples)
-            rows += [{"by": by, "group": group} | row for row in found]
+            rows += _rows(by, group, traces.select(members), chosen, num_resamples)
     return rows
 
 
@@ -59,27 +57,37 @@ def _groups(column: NDArray[np.str_]) -> list[str]:
 
 
 def _rows(
-    traces: Traces, outcomes: Mapping[tuple[float, str], Outcome], num_resamples: int
-) -> list[Row]:
+    by: str,
+    group: str,
+    traces: Traces,
+    outcomes: Mapping[tuple[float, str], Outcome],
+    num_resamples: int,
+) -> list[GroupRow]:
     """One row a gate and policy."""
-    num_questions = len(np.unique(traces.question_id))
     resampled = resample(traces, outcomes, num_resamples)
-    rows: dict[tuple[float, str], Row] = {
-        (gate, policy): {
-            "gate": gate,
-            "policy": policy,
-            "num_questions": num_questions,
-            "num_traces": len(traces),
-            "em": float(outcome.em.mean()),
-            "em_never": float(traces.final_correct.mean()),
-            "em_delta": em_delta(traces, outcome),
-            "em_delta_interval": interval(resampled[gate, policy].em_delta),
-            "saving": saving(traces, outcome),
-            "saving_interval": interval(resampled[gate, policy].saving),
-        }
-        for (gate, policy), outcome in outcomes.items()
-    }
-    for (gate, policy), row in rows.items():
-        head = gate, "head"
-        row |= head_leads(rows[head], resampled[head], row, resampled[gate, policy])
-    return [without_intervals(row) if num_questions < 2 else row for row in rows.values()]
+    rows = []
+    for (gate, policy), outcome in outcomes.items():
+        head = outcomes[gate, "head"]
+        own = resampled[gate, policy]
+        em_lead, saving_lead = head_lead_intervals(resampled[gate, "head"], own)
+        rows.append(
+            GroupRow(
+                by=by,
+                group=group,
+                gate=gate,
+                policy=policy,
+                num_questions=len(np.unique(traces.question_id)),
+                num_traces=len(traces),
+                em=float(outcome.em.mean()),
+                em_never=float(traces.final_correct.mean()),
+                em_delta=em_delta(traces, outcome),
+                em_delta_interval=interval(own.em_delta),
+                saving=saving(traces, outcome),
+                saving_interval=interval(own.saving),
+                head_em_lead=em_delta(traces, head) - em_delta(traces, outcome),
+                head_em_lead_interval=em_lead,
+                head_saving_lead=saving(traces, head) - saving(traces, outcome),
+                head_saving_lead_interval=saving_lead,
+            )
+        )
+    return [without_intervals(row) if row.num_questions < 2 else row for row in rows]

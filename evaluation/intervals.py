@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcome import Outcome, Row
+from evaluation.outcome import Outcome
+from evaluation.rows import Interval
 from traces import Traces
 
-Interval = list[float]
 Float = NDArray[np.float64]
 _Key = TypeVar("_Key", bound=Hashable)
 
@@ -125,8 +125,3 @@ def intervals(samples: Float) -> list[Interval]:
     """The 95 % percentile intervals of K times R samples (K, R)."""
     ends: list[Interval] = np.quantile(samples, [0.025, 0.975], axis=1).T.tolist()
     return ends
-
-
-def without_intervals(row: Row) -> Row:
-    """A row whose intervals are None: of a single question, all resamples are the same."""
-    return row | {name: None for name in row if name.endswith("_interval")}

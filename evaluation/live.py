@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from envs.replay import observed_features
-from evaluation.intervals import Interval, interval, resample
+from evaluation.intervals import interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
+from evaluation.rows import Interval
 from haltwise import HaltHead, InputError
 from haltwise.engine.decoder import end_tokens
 from haltwise.session.report import ThoughtReport

@@ -10,26 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from envs.reward import halt_costs, never_costs
+from evaluation.rows import Interval, SweepRow
 from haltwise.policy.halting import Probing
 from traces import Traces
-
-Row = dict[str, Any]
-
-#: Keys of a row of a report; shares in [0, 1], tokens a trace.
-COLUMNS = (
-    "policy",
-    "parameter",
-    "split",
-    "em",
-    "em_delta",
-    "tokens",
-    "saving",
-    "halt_rate",
-    "right_to_wrong",
-    "wrong_to_right",
-    "hopeless_saving",  # the part of the saving that comes from traces that are never right
-    "gave_up",  # share of the traces that are halted at a wrong answer
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,27 +89,30 @@ def saving(traces: Traces, outcome: Outcome) -> float:
 
 
 def outcome_row(
-    traces: Traces, outcome: Outcome, policy: str, parameter: float | None, split: str
-) -> Row:
-    """A policy's row, see COLUMNS."""
+    traces: Traces,
+    outcome: Outcome,
+    policy: str,
+    parameter: float | None,
+    split: str,
+    em_delta_interval: Interval | None = None,
+    saving_interval: Interval | None = None,
+) -> SweepRow:
+    """What a policy comes to at one parameter."""
     was_right = traces.final_correct
-    return {
-        "policy": policy,
-        "parameter": parameter,
-        "split": split,
-        "em": float(outcome.em.mean()),
-        "em_delta": em_delta(traces, outcome),
-        "tokens": float(outcome.cost.mean()),
-        "saving": saving(traces, outcome),
-        "halt_rate": float(outcome.halted.mean()),
-        "right_to_wrong": float((was_right * (1.0 - outcome.em)).mean()),
-        "wrong_to_right": float((~was_right * outcome.em).mean()),
-        "hopeless_saving": float((traces.num_tokens - outcome.cost)[traces.hopeless].sum())
-        / int(traces.num_tokens.sum()),
-        "gave_up": float((outcome.halted * (1.0 - outcome.em)).mean()),
-    }
-
-
-def unavailable_row(policy: str, split: str) -> Row:
-    """The row of a policy whose signal the traces lack: no parameter and no number."""
-    return dict.fromkeys(COLUMNS) | {"policy": policy, "split": split}
+    saved_of_hopeless = (traces.num_tokens - outcome.cost)[traces.hopeless]
+    return SweepRow(
+        policy=policy,
+        parameter=parameter,
+        split=split,
+        em=float(outcome.em.mean()),
+        em_delta=em_delta(traces, outcome),
+        tokens=float(outcome.cost.mean()),
+        saving=saving(traces, outcome),
+        halt_rate=float(outcome.halted.mean()),
+        right_to_wrong=float((was_right * (1.0 - outcome.em)).mean()),
+        wrong_to_right=float((~was_right * outcome.em).mean()),
+        hopeless_saving=float(saved_of_hopeless.sum()) / int(traces.num_tokens.sum()),
+        gave_up=float((outcome.halted * (1.0 - outcome.em)).mean()),
+        em_delta_interval=em_delta_interval,
+        saving_interval=saving_interval,
+    )

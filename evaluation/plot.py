@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from command import whole_file
 from evaluation.figures import frontier, style
-from evaluation.outcome import Row
+from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, SweepRow
 
 
-def plot_frontiers(rows: Sequence[Row], frozen: Sequence[Row], path: Path) -> None:
+def plot_frontiers(
+    rows: Sequence[SweepRow | MissingSweep], frozen: Sequence[FrozenRow | MissingPoint], path: Path
+) -> None:
     """Draws every policy's sweep and its frozen points into a PNG file.
 
     Args:
@@ -18,7 +20,5 @@ def plot_frontiers(rows: Sequence[Row], frozen: Sequence[Row], path: Path) -> No
         frozen: Frozen rows, of any number of gates.
         path: Written whole or not at all.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    with style():
+    with style(), whole_file(path) as temporary:
         frontier(rows, frozen).savefig(temporary, format="png")
-    os.replace(temporary, path)

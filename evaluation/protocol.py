@@ -6,27 +6,23 @@ with the largest saving within the gate; then frozen. A test file tunes nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.outcome import Outcome, em_delta, saving
 from haltwise import InputError
+from policies.baselines import Random
+from runs import Gates
 from traces import Traces
 
 #: How much mean EM an operating point may lose on the traces that it is chosen on.
 GATES = (0.0, 0.01)
 
 #: The control that is tuned to halt as often as the head.
-RATE_MATCHED = "random"
+RATE_MATCHED = Random.name
 
-#: Parameter by policy; None is never halting.
-Points = dict[str, float | None]
-
-_FILE = "operating_points.json"
 _ROUNDING = 1e-12
 
 
@@ -76,47 +72,7 @@ def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
     return min(outcomes, key=lambda parameter: abs(outcomes[parameter].halted.mean() - rate))
 
 
-def strictest_price(gates: Mapping[float, Points]) -> float | None:
+def strictest_price(gates: Gates) -> float | None:
     """The head's price at the strictest gate where it halts at all; None if there is none."""
     prices = [gates[gate]["head"] for gate in sorted(gates)]
     return next((price for price in prices if price is not None), None)
-
-
-def save_operating_points(run: Path, gates: Mapping[float, Points]) -> None:
-    """Writes the frozen points of every gate into a run folder."""
-    content = {"gates": {str(gate): points for gate, points in gates.items()}}
-    (run / _FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def load_operating_points(run: Path) -> dict[float, Points]:
-    """Reads the frozen points of a run, by gate.
-
-    Raises:
-        InputError: If the run has none, or they are not numbers by gate and policy.
-    """
-    path = run / _FILE
-    if not path.is_file():
-        raise InputError(f"no {_FILE} in {run}: expected a folder written by train.py")
-    try:
-        gates: dict[float, Points] = {
-            float(gate): {
-                str(policy): None if parameter is None else float(parameter)
-                for policy, parameter in points.items()
-            }
-            for gate, points in json.loads(path.read_text())["gates"].items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path}: not readable ({error!r}), "
-            'expected {"gates": {"0.0": {"head": price, "confidence": threshold, ...}, ...}}'
-        ) from None
-    if not gates or not all(0 <= gate <= 1 for gate in gates):
-        raise InputError(f"{path}: gates are {list(gates)}, expected some from 0 to 1")
-    if not all("head" in points for points in gates.values()):
-        raise InputError(f"{path}: a gate has no 'head', expected its price or null")
-    if not np.isfinite([p for points in gates.values() for p in points.values() if p]).all():
-        raise InputError(f"{path}: a point is not finite, expected numbers or null")
-    prices = [points.get("head") for points in gates.values()]
-    if any(price is not None and price <= 0 for price in prices):
-        raise InputError(f"{path}: a head's price is not positive, expected above 0, or null")
-    return gates

@@ -1,24 +1,23 @@
-"""The report: one HTML page and TensorBoard's figures, of a JSON object of numbers alone.
+"""A report as one HTML page, and as TensorBoard's figures.
 
-The page needs no network and no script. All its words and figures are made from the object, so that
-page and JSON cannot differ.
+The page needs no network and no script. All its words and figures are made from the report, which
+is what the JSON is written from, so that page and JSON cannot differ.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.utils.tensorboard import SummaryWriter
 
+from command import whole_file
+from evaluation.behaviour import Behaviour, ReliabilityBin
 from evaluation.figures import (
-    POLICIES,
-    RULES,
     compared_groups,
     draw,
     gate_title,
@@ -28,10 +27,12 @@ from evaluation.figures import (
     style,
 )
 from evaluation.frontier import AREA_FLOOR
-from evaluation.outcome import Row
+from evaluation.results import Report
+from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint
 from evaluation.svg import PALETTE, svg
-
-Report = Mapping[str, Any]
+from haltwise import Certificate
+from policies.catalogue import in_words
+from policies.rules import RULE_NAMES
 
 _TEMPLATE = "report.html.jinja"
 _SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
@@ -44,13 +45,11 @@ def write_report(report: Report, path: Path) -> None:
     """Writes the page.
 
     Args:
-        report: What evaluate.py writes as JSON. Of a policy that is not available the rows hold
-            None; "groups" and "behaviour" may be empty, "certificate" None.
+        report: Its groups and behaviour may be empty, its certificate None.
         path: An HTML file; written whole or not at all.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(render(report), encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        temporary.write_text(render(report), encoding="utf-8")
 
 
 def render(report: Report) -> str:
@@ -78,18 +77,18 @@ def render(report: Report) -> str:
             name: svg(drawing.figure, name, drawing.title, drawing.text)
             for name, drawing in drawings.items()
         }
-    gates = sorted({row["gate"] for row in report["frozen"]})
-    trainings = " (all trainings together)" if report["num_trainings"] > 1 else ""
+    gates = sorted({row.gate for row in report.frozen})
+    trainings = " (all trainings together)" if report.num_trainings > 1 else ""
     return environment.get_template(_TEMPLATE).render(
         report=report,
         gates=[_gate(report, gate) for gate in gates],
-        behaviour=_behaviour(report["behaviour"], trainings),
-        certificate=_certificate(report["certificate"]),
-        never=next(row for row in report["rows"] if row["policy"] == "never"),
+        behaviour=_behaviour(report.behaviour, trainings),
+        certificate=_certificate(report.certificate),
+        never=next(row for row in report.rows if row.policy == "never"),
         drawings=drawings,
         figures=figures,
         palette=PALETTE,
-        policies=POLICIES,
+        policies=in_words(),
         trainings=trainings,
         column={column.key: column for column in _MAIN},
         main_columns=_MAIN,
@@ -104,11 +103,11 @@ def log_to_tensorboard(report: Report, log_dir: Path) -> None:
         with style():
             for name, drawing in draw(report).items():
                 writer.add_figure(f"report/{name}", drawing.figure)
-        for row in report["frozen"]:
+        for row in report.frozen:
             for column in _SCALARS:
-                if row[column] is not None:
-                    tag = f"frozen_{row['gate']}/{column}/{row['policy']}"
-                    writer.add_scalar(tag, row[column])
+                value = getattr(row, column, None)
+                if value is not None:
+                    writer.add_scalar(f"frozen_{row.gate}/{column}/{row.policy}", value)
 
 
 def percent(share: float) -> str:
@@ -158,13 +157,17 @@ class Column:
     """Said once on the page."""
     form: Callable[[float], str]
 
-    def cell(self, row: Row) -> tuple[str, str]:
+    def cell(self, row: FrozenRow | GroupRow) -> tuple[str, str]:
         """The value and its interval as they are printed, empty where there is none."""
-        value, interval = row.get(self.key), row.get(f"{self.key}_interval")
-        if value is None or (row["policy"] == "head" and self.key.startswith("head_")):
+        value, interval = getattr(row, self.key), getattr(row, f"{self.key}_interval", None)
+        if value is None or (row.policy == "head" and self.key.startswith("head_")):
             return "", ""
         # Above a policy's highest EM the lead at equal EM is less than it would be, see frozen.py.
-        beyond = self.key == "head_lead_at_equal_em" and row["saving_at_head_em"] is None
+        beyond = (
+            self.key == "head_lead_at_equal_em"
+            and isinstance(row, FrozenRow)
+            and row.saving_at_head_em is None
+        )
         return ("> " if beyond else "") + self.form(value), between(interval, self.form)
 
 
@@ -248,55 +251,55 @@ _OF_GROUPS = (
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateSection:
     """What the page says of one gate."""
 
     gate: float
-    head: Row
+    head: FrozenRow
     strongest: str | None
     standing: tuple[str, str]
     """How the head stands against the strongest baseline: a key, and words."""
     sentences: list[str]
-    rows: list[Row]
+    rows: list[FrozenRow]
     """Available policies: the head, baselines by saving at the head's EM, rules."""
     missing: list[str]
     """Policies that are not available."""
-    groups: list[Row]
+    groups: list[GroupRow]
     """Of the head and the strongest baseline."""
     losses: str
     """The groups that the head loses exact match in, in a sentence."""
 
 
-def _gate(report: Report, gate: float) -> Gate:
-    rows = [row for row in report["frozen"] if row["gate"] == gate]
-    known = {row["policy"]: row for row in rows if row["em"] is not None}
+def _gate(report: Report, gate: float) -> GateSection:
+    rows = [row for row in report.frozen if row.gate == gate]
+    known = {row.policy: row for row in rows if isinstance(row, FrozenRow)}
     groups = compared_groups(report, gate)
-    head, strongest = known["head"], report["strongest"].get(str(gate))
-    baselines = [row for name, row in known.items() if name not in ("head", *RULES)]
-    baselines.sort(key=lambda row: -(row["saving_at_head_em"] or 0.0))
-    standing, compared = _standing(head, known.get(strongest))
-    if not report["evidence"]:
+    head, strongest = known["head"], report.strongest.get(gate)
+    baselines = [row for name, row in known.items() if name not in ("head", *RULE_NAMES)]
+    baselines.sort(key=lambda row: -(row.saving_at_head_em or 0.0))
+    standing, compared = _standing(head, None if strongest is None else known.get(strongest))
+    if not report.evidence:
         standing = ("void", "not evidence")
-    return Gate(
+    return GateSection(
         gate=gate,
         head=head,
         strongest=strongest,
         standing=standing,
-        sentences=[_head_words(head, gate, report["traces"]["num_questions"]), *compared],
-        rows=[head, *baselines, *(known[name] for name in RULES if name in known)],
-        missing=[row["policy"] for row in rows if row["em"] is None],
+        sentences=[_head_words(head, gate, report.traces.num_questions), *compared],
+        rows=[head, *baselines, *(known[name] for name in RULE_NAMES if name in known)],
+        missing=[row.policy for row in rows if isinstance(row, MissingPoint)],
         groups=groups,
-        losses=_losses([row for row in groups if row["policy"] == "head"]),
+        losses=_losses([row for row in groups if row.policy == "head"]),
     )
 
 
-def _head_words(head: Row, gate: float, num_questions: int) -> str:
-    if head["parameter"] is None:
+def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
+    if head.parameter is None:
         return (
             "The head never halts at this gate: no price was within it. It saves and loses nothing."
         )
-    saving = f"{percent(head['saving'])} % of the tokens{_range(head, 'saving', percent)}"
-    change = f"{points(head['em_delta'])} points{_range(head, 'em_delta', points)}"
+    saving = f"{percent(head.saving)} % of the tokens{_range(head, 'saving', percent)}"
+    change = f"{points(head.em_delta)} points{_range(head, 'em_delta', points)}"
     meaning = _change_words(head, gate, num_questions)
     return (
         f"The head saves {saving}, the cost of its own probes taken off. Exact match changes by "
@@ -304,16 +307,16 @@ def _head_words(head: Row, gate: float, num_questions: int) -> str:
     )
 
 
-def _range(row: Row, key: str, form: Callable[[float], str]) -> str:
-    found = row.get(f"{key}_interval")
+def _range(row: FrozenRow, key: str, form: Callable[[float], str]) -> str:
+    found: Interval | None = getattr(row, f"{key}_interval")
     return f" (95 % interval {form(found[0])} to {form(found[1])})" if _is_known(found) else ""
 
 
-def _change_words(head: Row, gate: float, num_questions: int) -> str:
+def _change_words(head: FrozenRow, gate: float, num_questions: int) -> str:
     """What the head's EM change and its interval mean."""
-    interval, asked = head.get("em_delta_interval"), counted(num_questions, "question")
+    interval, asked = head.em_delta_interval, counted(num_questions, "question")
     if not _is_known(interval):
-        if interval is None or abs(head["em_delta"]) > _ROUNDING:
+        if interval is None or abs(head.em_delta) > _ROUNDING:
             return ", of unknown precision"
         # Clopper and Pearson, 1934, with no loss among N: above it, N without one are a 5 % chance.
         bound = 1 - 0.05 ** (1 / num_questions)
@@ -332,20 +335,20 @@ def _change_words(head: Row, gate: float, num_questions: int) -> str:
     return f", which {asked} cannot tell from no change{loss}"
 
 
-def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]:
+def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str], list[str]]:
     """How the head stands against the strongest baseline: key and words, and sentences."""
     if other is None:
         return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
-    name = policy_title(other["policy"])
+    name = policy_title(other.policy)
     told = (
-        f"The strongest baseline, {name}, saves {percent(other['saving'])} %"
-        f"{_range(other, 'saving', percent)}, with an EM change of {points(other['em_delta'])} "
+        f"The strongest baseline, {name}, saves {percent(other.saving)} %"
+        f"{_range(other, 'saving', percent)}, with an EM change of {points(other.em_delta)} "
         f"points{_range(other, 'em_delta', points)}."
     )
-    lead, interval = other["head_lead_at_equal_em"], other["head_lead_at_equal_em_interval"]
+    lead, interval = other.head_lead_at_equal_em, other.head_lead_at_equal_em_interval
     if lead is None:
         return ("unknown", "not compared"), [told, "They were not compared at equal EM."]
-    at_head_em = other["saving_at_head_em"]
+    at_head_em = other.saving_at_head_em
     if at_head_em is None:
         where = (
             f"{name[:1].upper()}{name[1:]} never reaches the head's EM. Against what it saves at "
@@ -369,16 +372,16 @@ def _standing(head: Row, other: Row | None) -> tuple[tuple[str, str], list[str]]
     return ("tie", "tie"), [told, f"{difference}. The interval contains 0: a tie."]
 
 
-def _losses(groups: Sequence[Row]) -> str:
+def _losses(groups: Sequence[GroupRow]) -> str:
     """The groups whose interval of the head's EM change lies below 0, the worst first."""
     chance = "Of twenty groups, one interval misses by chance."
-    lost = [row for row in groups if _is_below_0(row["em_delta_interval"])]
+    lost = [row for row in groups if _is_below_0(row.em_delta_interval)]
     if not lost:
         return f"In no group does the interval of the head's EM change lie below 0. {chance}"
-    lost.sort(key=lambda row: row["em_delta"])
+    lost.sort(key=lambda row: row.em_delta)
     named = "; ".join(
-        f"{kind_title(row['by'])} {row['group']} {points(row['em_delta'])} "
-        f"{between(row['em_delta_interval'], points)}"
+        f"{kind_title(row.by)} {row.group} {points(row.em_delta)} "
+        f"{between(row.em_delta_interval, points)}"
         for row in lost[:_MOST_LOSSES]
     )
     more = f" and {len(lost) - _MOST_LOSSES} more" if len(lost) > _MOST_LOSSES else ""
@@ -392,34 +395,30 @@ def _is_below_0(interval: Sequence[float] | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class PriceSection:
     """What the page says of the head inside a thought, at one price."""
 
     gates: list[float]
     """All that chose this price."""
-    found: Row
+    found: Behaviour
     reading: str
     """The reliability figure, read aloud at one bin."""
     largest: float
     """Contribution of a driver, in magnitude."""
 
 
-def _behaviour(found: Sequence[Row], trainings: str) -> list[Behaviour]:
+def _behaviour(found: Sequence[Behaviour], trainings: str) -> list[PriceSection]:
     """One a price, with the gates that share it; `trainings` goes after numbers of decisions."""
-    first: dict[float, Row] = {}
+    first: dict[float, Behaviour] = {}
     for behaviour in found:
-        first.setdefault(behaviour["price"], behaviour)
+        first.setdefault(behaviour.price, behaviour)
     return [
-        Behaviour(
-            gates=[other["gate"] for other in found if other["price"] == price],
+        PriceSection(
+            gates=[other.gate for other in found if other.price == price],
             found=behaviour,
-            reading=_reading(behaviour["reliability"]["bins"], trainings),
+            reading=_reading(behaviour.reliability.seen, trainings),
             largest=max(
-                (
-                    abs(driver["contribution"])
-                    for case in behaviour["cases"]
-                    for driver in case["drivers"]
-                ),
+                (abs(driver.contribution) for case in behaviour.cases for driver in case.drivers),
                 default=0.0,
             ),
         )
@@ -427,29 +426,28 @@ def _behaviour(found: Sequence[Row], trainings: str) -> list[Behaviour]:
     ]
 
 
-def _reading(bins: Sequence[Row], trainings: str) -> str:
+def _reading(seen: Sequence[ReliabilityBin], trainings: str) -> str:
     """On the bin at 80 %, or the one nearest to it that holds a decision; and on all of them."""
-    seen = [found for found in bins if found["num"]]
     if not seen:
         return "The head came to no decision."
-    found = min(seen, key=lambda found: abs(found["low"] - 0.8))
-    said = f"{100 * found['low']:.0f} to {100 * found['high']:.0f} %"
+    found = min(seen, key=lambda found: abs(found.low - 0.8))
+    said = f"{100 * found.low:.0f} to {100 * found.high:.0f} %"
     return (
-        f"Among the {counted(found['num'], 'decision')}{trainings} where the head put the "
-        f"probability of halting at {said} ({percent(found['mean_prob'])} % in the mean), "
-        f"halting was the better choice in {percent(found['better'])} %. {_gains(seen)}"
+        f"Among the {counted(found.num, 'decision')}{trainings} where the head put the "
+        f"probability of halting at {said} ({percent(found.mean_prob)} % in the mean), "
+        f"halting was the better choice in {percent(found.better)} %. {_gains(seen)}"
     )
 
 
-def _gains(seen: Sequence[Row]) -> str:
+def _gains(seen: Sequence[ReliabilityBin]) -> str:
     """What halting gains where the head put it below one half, and from there on."""
     said = {
-        "below one half": [found for found in seen if found["high"] <= 0.5],
-        "at one half or more": [found for found in seen if found["low"] >= 0.5],
+        "below one half": [found for found in seen if found.high <= 0.5],
+        "at one half or more": [found for found in seen if found.low >= 0.5],
     }
     sentences = [
         f"Where it put it {where}, halting "
-        f"{_gained(np.average([b['gain'] for b in bins], weights=[b['num'] for b in bins]))} "
+        f"{_gained(np.average([b.gain for b in bins], weights=[b.num for b in bins]))} "
         "a decision in the mean."
         for where, bins in said.items()
         if bins
@@ -463,27 +461,27 @@ _RISKS = {
 }
 
 
-def _certificate(certificate: Row | None) -> list[str]:
+def _certificate(certificate: Certificate | None) -> list[str]:
     """A certificate in sentences; none for None."""
     if certificate is None:
         return []
-    bound = _RISKS[certificate["risk"]].format(f"{100 * certificate['max_em_drop']:g}")
+    bound = _RISKS[certificate.risk].format(f"{100 * certificate.max_em_drop:g}")
     asked = (
-        f"with {100 * certificate['confidence']:g} % confidence, over the draw of "
-        f"{counted(certificate['num_questions'], 'question')} that the head had not learned from"
+        f"with {100 * certificate.confidence:g} % confidence, over the draw of "
+        f"{counted(certificate.num_questions, 'question')} that the head had not learned from"
     )
-    if certificate["price"] is None:
-        smallest = certificate["smallest_em_drop"]
+    if certificate.price is None:
+        smallest = certificate.smallest_em_drop
         could = "no bound" if smallest is None else f"a bound of {_em(smallest)} points"
         return [
-            f"Nothing could be certified for {certificate['lm']}: never halt. The head's own price "
+            f"Nothing could be certified for {certificate.lm}: never halt. The head's own price "
             f"is 0, at which it never does. Asked was a price at which halting {bound}, {asked}.",
             f"On those questions {could} would have allowed some saving.",
         ]
     return [
-        f"Certified for {certificate['lm']}, {asked}: on questions like those, in the mean, "
-        f"halting at a price of {number(certificate['price'])} {bound}.",
-        f"There it saved {percent(certificate['saving'])} % of the tokens and "
-        f"{_gained(-certificate['observed_loss'])}. It is a certificate of that price, not of the "
+        f"Certified for {certificate.lm}, {asked}: on questions like those, in the mean, "
+        f"halting at a price of {number(certificate.price)} {bound}.",
+        f"There it saved {percent(certificate.saving)} % of the tokens and "
+        f"{_gained(-certificate.observed_loss)}. It is a certificate of that price, not of the "
         "points in the tables above.",
     ]

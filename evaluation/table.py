@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evaluation.behaviour import Behaviour, Case
 from evaluation.figures import plain
 from evaluation.frozen import strongest
-from evaluation.outcome import Row
+from evaluation.rows import FrozenRow, MissingPoint
 
 _TITLES = (
     "policy",
@@ -28,17 +29,17 @@ _NUM_CASES, _LONGEST_ANSWER = 5, 20
 _NOTES = "* strongest baseline, > it never has the head's EM"
 
 
-def format_table(frozen: Sequence[Row]) -> str:
+def format_table(frozen: Sequence[FrozenRow | MissingPoint]) -> str:
     """One table a gate; EM, saving and their changes in points of a hundred."""
-    return "\n\n".join(_table(frozen, gate) for gate in sorted({row["gate"] for row in frozen}))
+    return "\n\n".join(_table(frozen, gate) for gate in sorted({row.gate for row in frozen}))
 
 
-def _table(frozen: Sequence[Row], gate: float) -> str:
-    rows = [row for row in frozen if row["gate"] == gate]
+def _table(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str:
+    rows = [row for row in frozen if row.gate == gate]
     marked = strongest(rows, gate)
-    names = [row["policy"] + (" *" if row["policy"] == marked else "") for row in rows]
+    names = [row.policy + (" *" if row.policy == marked else "") for row in rows]
     lines = [
-        (name, *_cells(row)) if row["em"] is not None else (name,)
+        (name, *_cells(row)) if isinstance(row, FrozenRow) else (name,)
         for name, row in zip(names, rows, strict=True)
     ]
     full = [_TITLES, *(line for line in lines if len(line) > 1)]
@@ -46,7 +47,7 @@ def _table(frozen: Sequence[Row], gate: float) -> str:
     widths[0] = max(map(len, names))
     title = (
         f"Points chosen to lose at most {gate:.1%} of exact match; "
-        f"traces: {rows[0]['split']}; {_NOTES}"
+        f"traces: {rows[0].split}; {_NOTES}"
     )
     return "\n".join([title, *(_line(line, widths) for line in (_TITLES, *lines))])
 
@@ -58,24 +59,24 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([cells[0].ljust(widths[0]), *aligned]).rstrip()
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    parameter, lead = row["parameter"], row["head_lead_at_equal_em"]
-    beyond = "> " if row["saving_at_head_em"] is None else ""
+def _cells(row: FrozenRow) -> tuple[str, ...]:
+    parameter, lead = row.parameter, row.head_lead_at_equal_em
+    beyond = "> " if row.saving_at_head_em is None else ""
     return (
         "-" if parameter is None else f"{parameter:.6g}",
-        f"{100 * row['em']:.2f}",
-        _with_interval(row["em_delta"], row["em_delta_interval"], "+.2f"),
-        f"{row['tokens']:.0f}",
-        _with_interval(row["saving"], row["saving_interval"], ".1f"),
-        _percent(row["hindsight_share"]),
-        _percent(row["halt_rate"]),
-        _percent(row["right_to_wrong"]),
-        _percent(row["wrong_to_right"]),
-        _percent(row["gave_up"]),
-        _percent(row["hopeless_saving"]),
+        f"{100 * row.em:.2f}",
+        _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
+        f"{row.tokens:.0f}",
+        _with_interval(row.saving, row.saving_interval, ".1f"),
+        _percent(row.hindsight_share),
+        _percent(row.halt_rate),
+        _percent(row.right_to_wrong),
+        _percent(row.wrong_to_right),
+        _percent(row.gave_up),
+        _percent(row.hopeless_saving),
         ""
-        if lead is None or row["policy"] == "head"
-        else beyond + _with_interval(lead, row["head_lead_at_equal_em_interval"], "+.1f"),
+        if lead is None or row.policy == "head"
+        else beyond + _with_interval(lead, row.head_lead_at_equal_em_interval, "+.1f"),
     )
 
 
@@ -90,27 +91,27 @@ def _with_interval(value: float, interval: Sequence[float] | None, form: str) ->
     return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
 
 
-def format_cases(behaviour: Row) -> str:
+def format_cases(behaviour: Behaviour) -> str:
     """The worst right-to-wrong cases at one gate, a line each; no text if there is none."""
-    found = behaviour["cases"][:_NUM_CASES]
+    found = behaviour.cases[:_NUM_CASES]
     if not found:
         return ""
     lines = [_CASE_TITLES, *map(_case_cells, found)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    title = f"Worst of the right answers turned wrong, at the points of {behaviour['gate']:.1%}"
+    title = f"Worst of the right answers turned wrong, at the points of {behaviour.gate:.1%}"
     rows = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
     return "\n".join(["", title, *rows])
 
 
-def _case_cells(case: Row) -> tuple[str, ...]:
-    again = case["right_again"]
-    drivers = [f"{driver['feature']} {driver['contribution']:+.1f}" for driver in case["drivers"]]
+def _case_cells(case: Case) -> tuple[str, ...]:
+    again = case.right_again
+    drivers = [f"{driver.feature} {driver.contribution:+.1f}" for driver in case.drivers]
     return (
-        case["trace_id"],
-        str(case["position"]),
-        str(case["num_tokens"]),
-        plain(case["answer"], _LONGEST_ANSWER),
-        f"{100 * case['prob_halt']:.1f}",
+        case.trace_id,
+        str(case.position),
+        str(case.num_tokens),
+        plain(case.answer, _LONGEST_ANSWER),
+        f"{100 * case.prob_halt:.1f}",
         "its end" if again is None else str(again),
         ", ".join(drivers[:3]),
     )

@@ -4,14 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcome import Outcome, Row, average, em_delta, saving, sweep
+from evaluation.outcome import Outcome, average, em_delta, saving, sweep
 from evaluation.protocol import GATES, operating_point
+from evaluation.rows import to_json
 from haltwise.policy.halting import Probing
 from traces import Traces
+
+
+@dataclass(frozen=True)
+class TrialPoint:
+    """What the protocol chooses on one seed alone, at one gate."""
+
+    price: float | None
+    """None never halts."""
+    em_delta: float
+    saving: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One seed at one checkpoint."""
+
+    seed: int
+    checkpoint: int
+    balanced_return: float
+    points: dict[float, TrialPoint]
+    """By gate."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "seed": self.seed,
+            "checkpoint": self.checkpoint,
+            "return": self.balanced_return,
+            "gates": to_json(self.points),
+        }
 
 
 @dataclass(frozen=True)
@@ -22,9 +54,8 @@ class Trials:
     """The checkpoint with the largest balanced return, mean over seeds."""
     outcomes: dict[float, Outcome]
     """At the best checkpoint by price, mean over seeds."""
-    rows: list[Row]
-    """One a seed and checkpoint: its balanced return, and by gate the price that the protocol
-    chooses on that seed alone, its EM change and its saving."""
+    each: list[Trial]
+    """One a seed and checkpoint."""
 
 
 def try_checkpoints(
@@ -48,20 +79,20 @@ def try_checkpoints(
         seed: [sweep(traces, dict(zip(prices, halts, strict=True)), probing) for halts in each]
         for seed, each in decided.items()
     }
-    rows = [
-        {
-            "seed": seed,
-            "checkpoint": k,
-            "return": balanced_return(outcomes, weights),
-            "gates": {str(gate): _gate_row(traces, outcomes, gate) for gate in GATES},
-        }
+    trials = [
+        Trial(
+            seed,
+            k,
+            balanced_return(outcomes, weights),
+            {gate: _chosen(traces, outcomes, gate) for gate in GATES},
+        )
         for seed, each in swept.items()
         for k, outcomes in enumerate(each)
     ]
     returns = [[balanced_return(outcomes, weights) for outcomes in each] for each in swept.values()]
     best = int(np.argmax(np.mean(returns, axis=0)))
     outcomes = {price: average([each[best][price] for each in swept.values()]) for price in prices}
-    return Trials(best, outcomes, rows)
+    return Trials(best, outcomes, trials)
 
 
 def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float64]) -> float:
@@ -73,22 +104,22 @@ def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float
     return float((weights * returns).mean())
 
 
-def _gate_row(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> Row:
+def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> TrialPoint:
     price = operating_point(traces, outcomes, gate)
     if price is None:
-        return {"price": None, "em_delta": 0.0, "saving": 0.0}
+        return TrialPoint(None, 0.0, 0.0)
     at = outcomes[price]
-    return {"price": price, "em_delta": em_delta(traces, at), "saving": saving(traces, at)}
+    return TrialPoint(price, em_delta(traces, at), saving(traces, at))
 
 
 def format_trials(trials: Trials, shares: Sequence[float]) -> str:
     """A line a checkpoint: its balanced return, and the saving at each gate over the seeds."""
     lines = ["Out of fold by seed, each with its own points: mean and standard deviation"]
     for k, share in enumerate(shares):
-        rows = [row for row in trials.rows if row["checkpoint"] == k]
-        cells = [f"return {np.mean([row['return'] for row in rows]):.4f}"]
+        here = [trial for trial in trials.each if trial.checkpoint == k]
+        cells = [f"return {np.mean([trial.balanced_return for trial in here]):.4f}"]
         for gate in GATES:
-            saved = [100 * row["gates"][str(gate)]["saving"] for row in rows]
+            saved = [100 * trial.points[gate].saving for trial in here]
             spread = f" +- {np.std(saved, ddof=1):.1f}" if len(saved) > 1 else ""
             each = " ".join(f"{value:.1f}" for value in saved)
             cells.append(f"saves {np.mean(saved):.1f}{spread} at {gate:.0%} ({each})")

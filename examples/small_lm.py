@@ -79,8 +79,8 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class Config:
-    """What to write."""
+class SmallQuestionsConfig:
+    """Write questions that a very small LM can answer, and worked examples."""
 
     out: Path
     """Folder for both files."""
@@ -124,7 +124,7 @@ def _town(rng: np.random.Generator) -> tuple[str, str, str]:
     return text, towns[0], "town"
 
 
-def main(config: Config) -> None:
+def main(config: SmallQuestionsConfig) -> None:
     """Writes both files.
 
     Raises:
@@ -140,4 +140,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, SmallQuestionsConfig)

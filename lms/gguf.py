@@ -31,8 +31,8 @@ _MARKERS = {
 
 
 @dataclass(frozen=True)
-class Config:
-    """Where to write."""
+class GgufConfig:
+    """Write the embedded LM as a GGUF file, for llama.cpp."""
 
     out: Path
     """The GGUF file; an earlier one is replaced."""
@@ -98,10 +98,10 @@ def _weights(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         yield known, np.ascontiguousarray(weight)
 
 
-def main(config: Config) -> None:
+def main(config: GgufConfig) -> None:
     """Writes the file."""
     write_gguf(config.out)
 
 
 if __name__ == "__main__":
-    run(main, Config)
+    run(main, GgufConfig)

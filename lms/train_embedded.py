@@ -50,8 +50,8 @@ POOL = 32  # batches drawn together and sorted by length, to pad little
 
 
 @dataclass(frozen=True)
-class Config:
-    """What to train and how."""
+class EmbeddedTrainingConfig:
+    """Train the embedded LM from scratch; the same seed gives the same weights."""
 
     out: Path = EMBEDDED
     """Folder for the finished model; a finished one is never overwritten."""
@@ -102,7 +102,7 @@ class Row:
     """0 in the trunk, else the number of the forced answer."""
 
 
-def build_model(config: Config) -> LlamaForCausalLM:
+def build_model(config: EmbeddedTrainingConfig) -> LlamaForCausalLM:
     """Returns the untrained LM, in float32."""
     torch.manual_seed(config.seed)
     shape = LlamaConfig(
@@ -140,7 +140,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def lesson(config: Config, step: int) -> tuple[int, int, dict[str, Habits]]:
+def lesson(config: EmbeddedTrainingConfig, step: int) -> tuple[int, int, dict[str, Habits]]:
     """Returns rows a step, forced answers a row and the habits a task, for a step's pool."""
     if step < config.first_steps:
         single = {t: replace(h, slip_first=0.0, attempts=1) for t, h in HABITS.items()}
@@ -225,7 +225,7 @@ def loss_of(
     return loss, {name: part.item() for name, part in parts.items()}
 
 
-def batches(config: Config, first: int) -> Iterator[list[Row]]:
+def batches(config: EmbeddedTrainingConfig, first: int) -> Iterator[list[Row]]:
     """Yields the batches from step `first` on; a step's batch depends on the seed alone."""
     for pool in range(first // POOL, math.ceil(config.steps / POOL)):
         rng = np.random.default_rng([config.seed, pool])
@@ -241,13 +241,15 @@ def batches(config: Config, first: int) -> Iterator[list[Row]]:
             yield rows[i * size : (i + 1) * size]
 
 
-def rate(config: Config, step: int) -> float:
+def rate(config: EmbeddedTrainingConfig, step: int) -> float:
     """Returns the learning rate of a step."""
     left = 1 - step / config.steps
     return config.lr * min(1.0, (step + 1) / 100, 0.01 + 0.99 * left / 0.4)
 
 
-def build_optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: LlamaForCausalLM, config: EmbeddedTrainingConfig
+) -> list[torch.optim.Optimizer]:
     """Returns Muon for the layers' matrices, AdamW for the embedding and the norms."""
     layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -296,7 +298,7 @@ class Checkpoint:
         return Progress(**state["progress"])
 
 
-def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]:
+def train(config: EmbeddedTrainingConfig) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]:
     """Trains to the end, from the last checkpoint if there is one.
 
     Returns:
@@ -333,7 +335,7 @@ def train(config: Config) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]
     return model.eval(), progress, _means(recent)
 
 
-def _work(config: Config) -> Path:
+def _work(config: EmbeddedTrainingConfig) -> Path:
     return config.out.with_name(config.out.name + ".work")
 
 
@@ -344,7 +346,9 @@ def _means(parts: Collection[dict[str, float]]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def check_model(model: LlamaForCausalLM, config: Config) -> dict[str, dict[str, float]]:
+def check_model(
+    model: LlamaForCausalLM, config: EmbeddedTrainingConfig
+) -> dict[str, dict[str, float]]:
     """Answers test questions, sampled and never halted.
 
     Returns:
@@ -368,7 +372,7 @@ def check_model(model: LlamaForCausalLM, config: Config) -> dict[str, dict[str, 
     return figures
 
 
-def generation(config: Config) -> GenerationConfig:
+def generation(config: EmbeddedTrainingConfig) -> GenerationConfig:
     """Returns how the finished model samples unless told otherwise."""
     return GenerationConfig(
         do_sample=True,
@@ -379,15 +383,15 @@ def generation(config: Config) -> GenerationConfig:
     )
 
 
-def _command(config: Config) -> str:
+def _command(config: EmbeddedTrainingConfig) -> str:
     """Returns the command that trains the same weights; where they are put does not matter."""
-    usual = asdict(Config(out=config.out, seed=-1))  # the seed is always told
+    usual = asdict(EmbeddedTrainingConfig(out=config.out, seed=-1))  # the seed is always told
     changed = {name: value for name, value in asdict(config).items() if value != usual[name]}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
     return " ".join(["python -m lms.train_embedded", *options])
 
 
-def main(config: Config) -> None:
+def main(config: EmbeddedTrainingConfig) -> None:
     """Trains, checks and writes the LM.
 
     Raises:
@@ -417,4 +421,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    run(main, Config)
+    run(main, EmbeddedTrainingConfig)

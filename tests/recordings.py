@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from collect import CollectConfig
 from lms.questions import Question
+from recording.collect import CollectConfig
 from recording.config import Answering
 from recording.recording import Row
 from tests.tiny_lm import tiny_lm, tiny_tokenizer

@@ -11,13 +11,12 @@ import pytest
 
 import adapt
 from adapt import AdaptConfig, tighten
-from agents.kept_back import kept_back_folder
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
-from evaluation.learned import Learned, load_learned, save_learned
 from evaluation.outcome import Outcome
-from evaluation.protocol import load_operating_points, save_operating_points
+from evaluation.rows import to_json
 from haltwise import Certificate, HaltHead, InputError, Observing, feature_names
+from runs import Learned, Run
 from tests.projections import some_projection
 from traces import Traces, read_traces, write_shard
 
@@ -48,8 +47,8 @@ def run(run_head: HaltHead, tmp_path: Path) -> Path:
     )
     certified = replace(run_head.config, certificate=certificate)
     HaltHead(certified, run_head.weights).save(tmp_path / "run")
-    save_operating_points(tmp_path / "run", {0.0: LOOSE, 0.01: STRICT})
-    save_learned(tmp_path / "run", Learned(frozenset({"old"})))
+    Run(tmp_path / "run").save_operating_points({0.0: LOOSE, 0.01: STRICT})
+    Run(tmp_path / "run").save_learned(Learned(frozenset({"old"})))
     return tmp_path / "run"
 
 
@@ -80,7 +79,7 @@ def test_features_are_standardised_by_the_new_lms_traces(config: AdaptConfig) ->
 def test_weights_prices_and_points_are_the_runs_own(config: AdaptConfig, run: Path) -> None:
     head, source = HaltHead.load(adapt.main(config)), HaltHead.load(run)
     assert all((head.weights[name] == source.weights[name]).all() for name in source.weights)
-    assert load_operating_points(config.run_dir) == load_operating_points(run)
+    assert Run(config.run_dir).operating_points() == Run(run).operating_points()
     kept = replace(
         source.config,
         observing=head.config.observing,
@@ -139,7 +138,7 @@ def test_test_questions_are_not_used(
 
 
 def test_points_that_labels_refute_become_stricter_and_the_others_stay(config: AdaptConfig) -> None:
-    gates = load_operating_points(adapt.main(replace(config, labelled=True)))
+    gates = Run(adapt.main(replace(config, labelled=True))).operating_points()
     # The first answer is always wrong and the second right, like the last: EM falls by 1 or 0.
     assert gates[0.0]["stability"] == 2.0
     assert gates[0.0]["confidence"] is not None
@@ -156,9 +155,9 @@ def test_points_that_labels_refute_become_stricter_and_the_others_stay(config: A
 def test_the_adapted_run_is_evaluated_like_any_other(config: AdaptConfig) -> None:
     adapt.main(replace(config, labelled=True))
     report = evaluate(EvaluateConfig(head=config.run_dir, split="all"))
-    rows = [row for row in report["frozen"] if row["policy"] in ("head", "stability")]
-    assert [row["em_delta"] for row in rows] == [0.0] * 4
-    assert report["traces"]["path"] == str(config.traces)
+    assert report is not None and report.traces.path == str(config.traces)
+    rows = [row for row in report.frozen if row.policy in ("head", "stability")]
+    assert [row["em_delta"] for row in to_json(rows)] == [0.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -229,22 +228,22 @@ def test_a_head_that_sees_hidden_states_is_refused(config: AdaptConfig, run_head
 def test_folds_are_adapted_too_and_no_question_is_forgotten(
     config: AdaptConfig, run_head: HaltHead
 ) -> None:
-    save_learned(config.head, Learned(frozenset({"old", "q0"}), {0: {"old": 1, "q0": 1}}))
-    run_head.save(kept_back_folder(config.head, 0, 1))
+    Run(config.head).save_learned(Learned(frozenset({"old", "q0"}), {0: {"old": 1, "q0": 1}}))
+    Run(config.head).save_kept_back({(0, 1): run_head})
     adapt.main(config)
-    learned = load_learned(config.run_dir)
+    learned = Run(config.run_dir).learned()
     assert {"old", "q0", "q31"} <= learned.questions and learned.folds == {0: {"old": 1}}
     adapted, whole = (
         HaltHead.load(folder).config.observing
-        for folder in (kept_back_folder(config.run_dir, 0, 1), config.run_dir)
+        for folder in (config.run_dir / "kept_back" / "0-1", config.run_dir)
     )
     assert adapted == whole != run_head.config.observing
 
 
 def test_points_of_what_is_fitted_to_one_lm_stay_behind(config: AdaptConfig) -> None:
-    save_operating_points(config.head, {0.0: LOOSE | {"logistic": 0.9}})
+    Run(config.head).save_operating_points({0.0: LOOSE | {"logistic": 0.9}})
     adapt.main(config)
-    assert load_operating_points(config.run_dir) == {0.0: LOOSE}
+    assert Run(config.run_dir).operating_points() == {0.0: LOOSE}
 
 
 def test_the_run_folder_says_what_was_done(config: AdaptConfig) -> None:

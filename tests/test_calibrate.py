@@ -16,8 +16,8 @@ import pytest
 import calibrate
 from calibrate import CalibrateConfig
 from evaluation.certify import fewest_questions
-from evaluation.learned import Learned, save_learned
 from haltwise import HaltHead, InputError
+from runs import Learned, Run
 from traces import read_traces, write_shard
 
 Row = dict[str, Any]
@@ -36,7 +36,7 @@ def config(run_head: HaltHead, make_row: Callable[..., Row], tmp_path: Path) -> 
     """300 questions, of which the head learned from 20; 70 of the others are of a segment."""
     run_head.save(tmp_path / "run")
     learned = Learned(frozenset(f"q{n}" for n in range(20)))
-    save_learned(tmp_path / "run", learned)
+    Run(tmp_path / "run").save_learned(learned)
     rows = [row(n, make_row, segment="easy" if n < 90 else None) for n in range(300)]
     # All that the head learned from ends right, and is wrong where it is halted.
     wrong = [row(n, make_row, answer=["3"] * 3, correct=[False] * 3) for n in range(20)]

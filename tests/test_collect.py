@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from collect import CollectConfig, main
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.answers import read_answer
@@ -24,6 +23,8 @@ from lms.embedded import prompt_of
 from lms.language_model import LanguageModel
 from lms.scorers import short as exact_match
 from lms.tasks import questions
+from recording.collect import CollectConfig
+from recording.collect import collect as main
 from recording.hf_engine import record
 from recording.shards import alone, write_shards
 from tests.recordings import assert_same, rows_of, save_tiny_lm, small_config

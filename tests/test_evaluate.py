@@ -11,17 +11,17 @@ import pytest
 
 import command
 import evaluate
-from agents.baselines import BASELINES, Head
-from agents.kept_back import kept_back_folder
+import evaluation.evaluate_run
 from evaluate import EvaluateConfig
-from evaluation.frozen import FROZEN_COLUMNS, INTERVAL_COLUMNS
-from evaluation.learned import Learned, save_learned
-from evaluation.outcome import COLUMNS, halt_outcome
+from evaluation.outcome import halt_outcome
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import Points, save_operating_points
 from evaluation.report import render
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
+from policies.baselines import BASELINES
+from policies.head import HeadPolicy
+from runs import Learned, Points, Run
+from tests.evaluation.reports import known, made, made_row
 from traces import Traces
 
 MakeTraces = Callable[..., Traces]
@@ -30,6 +30,13 @@ Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
 POLICIES = {"head", *(policy.name for policy in BASELINES)}
 RULES = {"never", "hindsight", "hindsight_give_up"}
+KEYS = ["policy", "parameter", "split", "em", "em_delta", "tokens", "saving", "halt_rate"]
+KEYS += ["right_to_wrong", "wrong_to_right", "hopeless_saving", "gave_up"]
+KEYS += ["em_delta_interval", "saving_interval"]
+FROZEN_KEYS = ["gate", "head_em_lead", "head_em_lead_interval", "head_saving_lead"]
+FROZEN_KEYS += ["head_saving_lead_interval", "saving_at_head_em", "head_lead_at_equal_em"]
+FROZEN_KEYS += ["head_lead_at_equal_em_interval", "hindsight_share", "hindsight_share_interval"]
+FROZEN_KEYS += ["area"]
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
     """A run whose head, at its points, is stability with 2 and 1 equal answers."""
     run = tmp_path / "run"
     run_head.save(run)
-    save_learned(run, Learned(frozenset({"elsewhere"})))
+    Run(run).save_learned(Learned(frozenset({"elsewhere"})))
     loose: Points = {
         "head": 10.0,
         "stability": 1.0,
@@ -54,8 +61,15 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
         "random": 0.5,
     }
     strict: Points = dict.fromkeys(loose) | {"head": 1.0, "stability": 2.0}
-    save_operating_points(run, {0.0: strict, 0.01: loose})
+    Run(run).save_operating_points({0.0: strict, 0.01: loose})
     return run
+
+
+def evaluated(config: EvaluateConfig) -> Row:
+    """What the script finds, as it is written."""
+    report = evaluate.main(config)
+    assert report is not None
+    return report.to_json()
 
 
 def frozen_row(report: Row, gate: float, policy: str) -> Row:
@@ -68,7 +82,7 @@ def frozen_row(report: Row, gate: float, policy: str) -> Row:
 def test_report_holds_every_policy_and_freezes_the_runs_points(
     run_folder: Path, traces_path: Path, random_traces: Traces
 ) -> None:
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
     assert report["head"] == str(run_folder)
     assert report["traces"] == {
         "path": str(traces_path),
@@ -77,8 +91,8 @@ def test_report_holds_every_policy_and_freezes_the_runs_points(
         "num_questions": 20,
     }
     assert {row["policy"] for row in report["rows"]} == POLICIES | RULES
-    assert all(set(row) == {*COLUMNS, *INTERVAL_COLUMNS} for row in report["rows"])
-    assert all(set(row) == {*COLUMNS, *FROZEN_COLUMNS} for row in report["frozen"])
+    assert all(list(row) == KEYS for row in report["rows"])
+    assert all(list(row) == KEYS + FROZEN_KEYS for row in report["frozen"])
     for gate, price, times in [(0.0, 1.0, 2.0), (0.01, 10.0, 1.0)]:
         head, stability = (frozen_row(report, gate, name) for name in ("head", "stability"))
         assert (head["parameter"], stability["parameter"]) == (price, times)
@@ -89,7 +103,7 @@ def test_report_holds_every_policy_and_freezes_the_runs_points(
 
 
 def test_frozen_comparisons_add_up(run_folder: Path, traces_path: Path) -> None:
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
     head = frozen_row(report, 0.01, "head")
     possible = frozen_row(report, 0.01, "hindsight")["saving"]
     for policy in POLICIES | RULES:
@@ -106,7 +120,7 @@ def test_frozen_comparisons_add_up(run_folder: Path, traces_path: Path) -> None:
 
 
 def test_a_split_is_evaluated_alone(run_folder: Path, traces_path: Path) -> None:
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path))
     assert report["traces"]["num"] == 18
     assert {row["split"] for row in report["rows"]} == {"test"}
     with pytest.raises(InputError, match="no trace has split 'tset': found 'dev', 'test', 'train'"):
@@ -123,7 +137,7 @@ def test_files_are_written_and_hold_what_was_returned(
         json=tmp_path / "out.json",
         plot=tmp_path / "out.png",
     )
-    report = evaluate.main(config)
+    report = evaluated(config)
     assert json.loads((tmp_path / "out.json").read_text()) == report
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
@@ -133,8 +147,8 @@ def test_the_report_and_its_figures_are_written(
     run_folder: Path, traces_path: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.html"
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, report=out))
-    assert out.read_text() == render(report)
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, report=out))
+    assert out.read_text() == render(made(report))
     assert list((run_folder / "tensorboard" / "report-test").glob("events.*"))
     assert [found["gate"] for found in report["behaviour"]] == [0.0, 0.01]
     assert report["strongest"]["0.01"] in POLICIES - {"head"}
@@ -146,16 +160,18 @@ def test_questions_that_were_learned_from_are_judged_by_heads_that_never_saw_the
     run_folder: Path, run_head: HaltHead, traces_path: Path, random_traces: Traces
 ) -> None:
     fold = {f"q{n}": n % 2 for n in range(20)}
-    save_learned(run_folder, Learned(frozenset(fold), {0: fold, 1: fold}))
+    Run(run_folder).save_learned(Learned(frozenset(fold), {0: fold, 1: fold}))
     never = HaltHead(run_head.config, run_head.weights | {"b2": np.full(1, -9, dtype=np.float32)})
     for seed, k, head in ((0, 0, never), (0, 1, run_head), (1, 0, never), (1, 1, never)):
-        head.save(kept_back_folder(run_folder, seed, k))
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+        Run(run_folder).save_kept_back({(seed, k): head})
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
     assert report["evidence"] and report["num_trainings"] == 2
     assert "judged out of fold" in report["judged"] and "by choice" in report["judged"]
     odd = np.array([int(q[1:]) % 2 for q in random_traces.question_id.tolist()])
     alone = halt_outcome(
-        random_traces, Head(run_head).halts(Head(run_head).signal(random_traces), 10.0), "always"
+        random_traces,
+        HeadPolicy(run_head).halts(HeadPolicy(run_head).signal(random_traces), 10.0),
+        "always",
     )
     expected = (
         alone.halted & (odd == 1)
@@ -164,11 +180,11 @@ def test_questions_that_were_learned_from_are_judged_by_heads_that_never_saw_the
 
 
 def test_what_the_head_learned_from_is_no_evidence(run_folder: Path, traces_path: Path) -> None:
-    save_learned(run_folder, Learned(frozenset({"q0", "q3"})))
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    Run(run_folder).save_learned(Learned(frozenset({"q0", "q3"})))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
     assert not report["evidence"]
     assert report["judged"].startswith("2 of the 20 questions were learned from")
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="dev"))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="dev"))
     assert report["evidence"] and report["judged"].startswith("None of the 7 questions")
 
 
@@ -180,11 +196,11 @@ def test_supervised_baselines_are_fitted_again_from_the_runs_own_traces(
         head = HaltHead.load(run_folder)
         HaltHead(replace(head.config, traces=digest), head.weights).save(run_folder)
         (run_folder / "config.json").write_text(json.dumps({"traces": traces}))
-        report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+        report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
         return frozen_row(report, 0.0, "logistic")
 
-    save_operating_points(run_folder, {0.0: {"head": 1.0, "logistic": 0.5}})
-    save_learned(run_folder, Learned(frozenset(random_traces.question_id.tolist())))
+    Run(run_folder).save_operating_points({0.0: {"head": 1.0, "logistic": 0.5}})
+    Run(run_folder).save_learned(Learned(frozenset(random_traces.question_id.tolist())))
     fitted = rows_of(random_traces.digest, str(traces_path))
     assert fitted["parameter"] == 0.5 and fitted["halt_rate"] > 0
     assert rows_of("another", str(traces_path))["em"] is None
@@ -197,7 +213,7 @@ def test_one_trace_is_explained(
     run_folder: Path, traces_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = EvaluateConfig(head=run_folder, traces=traces_path, explain="t5")
-    assert evaluate.main(config) == {}
+    assert evaluate.main(config) is None
     assert capsys.readouterr().out.startswith("Trace t5")
     with pytest.raises(InputError, match="no trace 'x' among these 60, the first is 't0'"):
         evaluate.main(replace(config, explain="x"))
@@ -209,7 +225,7 @@ def test_the_runs_own_traces_are_the_default(run_folder: Path, traces_path: Path
     ):
         evaluate.main(EvaluateConfig(head=run_folder))
     (run_folder / "config.json").write_text(json.dumps({"traces": str(traces_path)}))
-    assert evaluate.main(EvaluateConfig(head=run_folder))["traces"]["path"] == str(traces_path)
+    assert evaluated(EvaluateConfig(head=run_folder))["traces"]["path"] == str(traces_path)
     (run_folder / "config.json").write_text(json.dumps({"traces": None}))
     with pytest.raises(InputError, match="names no traces"):
         evaluate.main(EvaluateConfig(head=run_folder))
@@ -222,24 +238,24 @@ def test_a_baseline_without_its_signal_is_listed_as_not_available(
     config = EvaluateConfig(
         head=run_folder, traces=tmp_path / "made.parquet", plot=tmp_path / "out.png"
     )
-    report = evaluate.main(config)
+    report = evaluated(config)
     swept = [row for row in report["rows"] if row["policy"] == "confidence"]
     assert [row["em"] for row in swept] == [None]
     row = frozen_row(report, 0.01, "confidence")
     assert row["saving"] is None and row["saving_interval"] is None
-    assert "not available" in format_table(report["frozen"])
+    assert "not available" in format_table(made(report).frozen)
     json.dumps(report, allow_nan=False)
 
 
 def test_a_baseline_without_a_point_is_not_available(run_folder: Path, traces_path: Path) -> None:
-    save_operating_points(run_folder, {0.0: {"head": 1.0}})
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    Run(run_folder).save_operating_points({0.0: {"head": 1.0}})
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path))
     assert frozen_row(report, 0.0, "budget")["em"] is None
     assert frozen_row(report, 0.0, "head")["em"] is not None
 
 
 def test_points_of_an_unknown_policy_are_refused(run_folder: Path, traces_path: Path) -> None:
-    save_operating_points(run_folder, {0.0: {"head": 1.0, "oracle": 1.0}})
+    Run(run_folder).save_operating_points({0.0: {"head": 1.0, "oracle": 1.0}})
     with pytest.raises(InputError, match=r"unknown policies \['oracle'\]"):
         evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
 
@@ -275,7 +291,7 @@ def test_traces_without_a_decision_point_count_as_never_halted(
     columns = ("position", "probe_tokens", "answer", "correct", "confidence", "answer_logprobs")
     empty: dict[str, list[Any]] = {name: [] for name in columns}
     make_traces([empty, {}])
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
+    report = evaluated(EvaluateConfig(head=run_folder, traces=tmp_path / "made.parquet"))
     assert frozen_row(report, 0.01, "head")["halt_rate"] == 0.5
 
 
@@ -301,7 +317,7 @@ def test_nothing_is_written_when_the_picture_fails(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(evaluate, "plot_frontiers", fail)
+    monkeypatch.setattr(evaluation.evaluate_run, "plot_frontiers", fail)
     out = tmp_path / "out.json"
     with pytest.raises(OSError, match="disk full"):
         evaluate.main(
@@ -311,8 +327,8 @@ def test_nothing_is_written_when_the_picture_fails(
 
 
 def test_table_has_a_line_a_policy_and_gate(run_folder: Path, traces_path: Path) -> None:
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
-    strict, loose = format_table(report["frozen"]).split("\n\n")
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
+    strict, loose = format_table(made(report).frozen).split("\n\n")
     assert "at most 0.0%" in strict and "at most 1.0%" in loose
     for part in (strict, loose):
         title, header, *lines = part.splitlines()
@@ -324,8 +340,7 @@ def test_table_has_a_line_a_policy_and_gate(run_folder: Path, traces_path: Path)
 
 
 def test_the_picture_survives_policies_that_agree(tmp_path: Path) -> None:
-    row = {"policy": "never", "em": 1.0, "tokens": 10.0}
-    plot_frontiers([row], [], tmp_path / "x.png")
+    plot_frontiers([made_row(known("never", None, 0.0, 0.0))], [], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
@@ -373,8 +388,8 @@ def test_the_script_runs_from_another_folder(
 
 
 def test_a_head_that_never_halts_is_still_reported(run_folder: Path, traces_path: Path) -> None:
-    save_operating_points(run_folder, {0.0: {"head": None, "confidence": 0.5}})
-    report = evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path))
+    Run(run_folder).save_operating_points({0.0: {"head": None, "confidence": 0.5}})
+    report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path))
     head = frozen_row(report, 0.0, "head")
     assert head["saving"] == 0.0 and head["parameter"] is None
     assert np.isfinite(frozen_row(report, 0.0, "confidence")["saving_at_head_em"])

@@ -107,5 +107,5 @@ def test_no_command_of_a_guide_is_left_out() -> None:
 @pytest.mark.parametrize("num", [0, 9001])
 def test_a_small_lm_has_so_many_questions(num: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"num is {num}, expected 1 to 9000"):
-        small_lm.main(small_lm.Config(tmp_path / "out", num))
+        small_lm.main(small_lm.SmallQuestionsConfig(tmp_path / "out", num))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"haltwise"},
     {"command"},
-    {"traces", "lms"},
+    {"traces", "lms", "runs"},
     {"envs"},
+    {"policies"},
     {"agents", "evaluation", "recording"},
-    {"evaluate", "collect", "calibrate"},
-    {"train", "adapt", "benchmarks"},  # whole jobs: they record and evaluate too
+    {"train", "adapt", "evaluate", "calibrate", "collect", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(
@@ -55,12 +56,42 @@ def test_arrows_point_one_way(path: Path) -> None:
         ("envs", "import agents.ppo, traces", {"agents"}),
         ("traces", "from lms import tasks", {"lms"}),
         ("agents", "from evaluation.table import x", {"evaluation"}),
+        ("evaluation", "import policies.head, runs", set()),
+        ("policies", "from evaluation.outcome import sweep", {"evaluation"}),
+        ("train", "from evaluate import main", {"evaluate"}),  # no script is another's library
         ("agents", "from .ppo import x", set()),
         ("evaluate", "import agents, evaluation.table, envs, traces, command", set()),
     ],
 )
 def test_an_arrow_that_points_up_is_found(own: str, source: str, expected: set[str]) -> None:
     assert uphill(own, imports(source)) == expected
+
+
+def test_every_script_and_package_has_its_layer() -> None:
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert scripts | packages == set(LEVEL)
+
+
+def test_only_runs_knows_what_the_files_of_a_run_are_called() -> None:
+    names = ["config.json", "operating_points.json", "questions.json", "out_of_fold.", "kept_back"]
+    names += ["replay.zip", "live.zip", "test.json", "test.html", "test.png", "tensorboard"]
+    quoted = re.compile("|".join(rf"""["'/]{re.escape(name)}""" for name in names))
+    knowing = {
+        path.parts[0]
+        for path in FILES
+        if path.parts[0] not in ("lms", "haltwise") and quoted.search(without_words(path))
+    }
+    assert knowing == {"runs"}
+
+
+def without_words(path: Path) -> str:
+    """The code of a file, without its docstrings."""
+    tree = ast.parse((ROOT / path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.unparse(tree)
 
 
 def test_importing_haltwise_loads_no_framework() -> None:

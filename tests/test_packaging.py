@@ -58,7 +58,8 @@ def test_the_wheel_imports_without_the_clone(built: Path, tmp_path: Path) -> Non
 def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    folders = ("agents", "envs", "evaluation", "haltwise", "lms", "recording", "tests", "traces")
+    folders = ["agents", "envs", "evaluation", "haltwise", "lms", "policies", "recording"]
+    folders += ["runs", "tests", "traces"]
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in (*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py")))

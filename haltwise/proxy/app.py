@@ -372,7 +372,7 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
         if name.startswith(_TERMS)
     }
     try:
-        return Terms.within(asked, default)
+        return Terms.within(named, default)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
 

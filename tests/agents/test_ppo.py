@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agents.balance import balance
-from agents.fit import CHECKPOINTS, FitConfig, fit, observing_of, out_of_fold
+from agents.fit import CHECKPOINTS, FitConfig, fit, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from agents.vec_env import BalancedVecEnv
@@ -17,6 +17,7 @@ from envs.reward import halt_costs, never_costs
 from evaluation.outcome import halt_outcome, never_outcome
 from evaluation.protocol import folds
 from haltwise import Halting, HeadConfig
+from policies.observing import observing_of
 from traces import Traces
 
 GROUPS = ("pace", "confidence", "agreement")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_checks
-from benchmarks.gpu import Part, Setup, content, main, run_parts, table, tiny
+from benchmarks.gpu import GpuConfig, Part, Setup, content, main, run_parts, table, tiny
 from benchmarks.gpu_checks import Check, check_bursts, check_head, check_live
 from benchmarks.timing import Result
+from command import run
 from haltwise.engine.decoder import Decoder
 
 
@@ -21,7 +22,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     """The status of the script with some flags."""
     monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", *flags])
     with pytest.raises(SystemExit) as end:
-        main()
+        run(main, GpuConfig)
     return int(end.value.code or 0)
 
 

@@ -1,17 +1,80 @@
-"""A report object with small numbers, as evaluate.py makes one."""
+"""A report with small numbers: as the JSON that evaluate.py writes, and what that stands for."""
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
-from evaluation.outcome import COLUMNS
+from evaluation.behaviour import (
+    Behaviour,
+    Case,
+    Driver,
+    EmptyBin,
+    Reliability,
+    ReliabilityBin,
+    WhereHalted,
+)
+from evaluation.results import JudgedTraces, Report
+from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow
+from haltwise import Certificate
 
 Row = dict[str, Any]
+Kind = TypeVar("Kind")
 
 GATES = (0.0, 0.01)
 
 
+def of(kind: type[Kind], found: Row) -> Kind:
+    """A dataclass from its JSON object, with None for what that lacks."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: found.get(name) for name in names})
+
+
+def made_row(found: Row) -> SweepRow | MissingSweep:
+    return of(MissingSweep, found) if found["em"] is None else of(SweepRow, found)
+
+
+def made_frozen(found: Row) -> FrozenRow | MissingPoint:
+    return of(MissingPoint, found) if found["em"] is None else of(FrozenRow, found)
+
+
+def made_group(found: Row) -> GroupRow:
+    return of(GroupRow, found)
+
+
+def made_reliability(found: Row) -> Reliability:
+    bins = [
+        of(ReliabilityBin, each) if each["num"] else of(EmptyBin, each) for each in found["bins"]
+    ]
+    return Reliability(bins, found["error"])
+
+
+def made_behaviour(found: Row) -> Behaviour:
+    cases = [
+        of(Case, case | {"drivers": [of(Driver, driver) for driver in case["drivers"]]})
+        for case in found["cases"]
+    ]
+    where, bins = of(WhereHalted, found["where"]), made_reliability(found["reliability"])
+    return of(Behaviour, found | {"where": where, "reliability": bins, "cases": cases})
+
+
+def made(found: Row) -> Report:
+    """The report that is written as some JSON."""
+    certified = found["certificate"]
+    parts = {
+        "traces": of(JudgedTraces, found["traces"]),
+        "rows": [made_row(each) for each in found["rows"]],
+        "frozen": [made_frozen(each) for each in found["frozen"]],
+        "strongest": {float(gate): name for gate, name in found["strongest"].items()},
+        "groups": [made_group(each) for each in found["groups"]],
+        "behaviour": [made_behaviour(each) for each in found["behaviour"]],
+        "certificate": None if certified is None else Certificate.from_json(certified),
+    }
+    return of(Report, found | parts)
+
+
 def row(policy: str, **values: Any) -> Row:
     """A row of a sweep; without values, of a policy that is not available."""
-    return dict.fromkeys(COLUMNS) | {"policy": policy, "split": "test"} | values
+    names = [field.name for field in fields(SweepRow)]
+    return dict.fromkeys(names) | {"policy": policy, "split": "test"} | values
 
 
 def known(policy: str, parameter: float | None, em_delta: float, saving: float) -> Row:
@@ -102,7 +165,8 @@ def behaviour(gate: float, price: float) -> Row:
 def certificate(price: float | None = 0.25) -> Row:
     return {
         "risk": "net-em-loss", "max_em_drop": 0.02, "confidence": 0.9, "price": price,
-        "saving": 0.3125, "observed_loss": 0.0025, "num_questions": 1500, "num_traces": 3000,
+        "saving": 0.3125 if price else 0.0, "observed_loss": 0.0025 if price else 0.0,
+        "num_questions": 1500, "num_traces": 3000,
         "traces": "abcdef", "lm": "lm", "head": "fedcba", "smallest_em_drop": 0.0175,
         "segments": [
             {"segment": "easy", "num_questions": 700, "price": 0.2, "saving": 0.2875,
@@ -130,8 +194,8 @@ def report(lead: float = 0.05) -> Row:
         "traces": {"path": "traces.parquet", "digest": "0123", "num": 400, "num_questions": 200},
         "split": "test",
         "judged": "Every question by a head that had not seen it.",
-        "evidence": True,
         "num_trainings": 1,
+        "evidence": True,
         "rows": [*rules, *sweep, confidence, row("entropy")],
         "frozen": [
             frozen(gate, found, lead if found is confidence else None)

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.behaviour import cases, reliability, where_halted
+from evaluation import behaviour
 from evaluation.outcome import halt_outcome, outcome_row
+from evaluation.rows import to_json
 from haltwise import HaltHead
 from traces import Traces
 
@@ -18,6 +19,23 @@ AT_0 = np.array([True, False, True])
 
 def probs(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32)
+
+
+def where_halted(*args: Any) -> dict[str, Any]:
+    return as_written(behaviour.where_halted(*args))
+
+
+def reliability(*args: Any) -> dict[str, Any]:
+    return as_written(behaviour.reliability(*args))
+
+
+def cases(*args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+    return [as_written(case) for case in behaviour.cases(*args, **kwargs)]
+
+
+def as_written(found: Any) -> dict[str, Any]:
+    written: dict[str, Any] = to_json(found)
+    return written
 
 
 def test_where_a_trace_is_halted_by_hand(worked_example: Traces) -> None:
@@ -35,9 +53,9 @@ def test_shares_of_traces_are_those_of_the_table(random_traces: Traces) -> None:
     halts = np.random.default_rng(0).random(random_traces.num_points) < 0.3
     report = where_halted(random_traces, [halts])
     row = outcome_row(random_traces, halt_outcome(random_traces, halts, "always"), "", None, "")
-    assert sum(report["wrong"]) == pytest.approx(row["gave_up"])
-    assert sum(report["right"]) + sum(report["wrong"]) == pytest.approx(row["halt_rate"])
-    assert report["never"] == pytest.approx(1 - row["halt_rate"])
+    assert sum(report["wrong"]) == pytest.approx(row.gave_up)
+    assert sum(report["right"]) + sum(report["wrong"]) == pytest.approx(row.halt_rate)
+    assert report["never"] == pytest.approx(1 - row.halt_rate)
 
 
 def test_nothing_halted_has_no_median(worked_example: Traces) -> None:

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from agents.baselines import Policy, decisions, price_grid
-from agents.fit import FitConfig, observing_of, out_of_fold
+from agents.fit import FitConfig, out_of_fold
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
-from agents.supervised import SUPERVISED, Supervised
 from evaluation.outcome import Outcome, em_delta, halt_outcome, saving, sweep
 from evaluation.protocol import folds
 from haltwise import Halting, HeadConfig
+from policies.head import price_grid
+from policies.observing import observing_of
+from policies.policy import Policy, decisions
+from policies.supervised import SUPERVISED, Supervised
 from tests.conftest import trace_row
 from traces import Traces, read_traces, write_shard
 

@@ -1,5 +1,6 @@
 import itertools
 import re
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,7 +24,19 @@ from evaluation.figures import (
     where,
 )
 from evaluation.svg import COLOR, PALETTE, svg
-from tests.evaluation.reports import behaviour, frozen, group, known, report, row
+from tests.evaluation.reports import (
+    behaviour,
+    frozen,
+    group,
+    known,
+    made,
+    made_behaviour,
+    made_frozen,
+    made_group,
+    made_row,
+    report,
+    row,
+)
 
 
 def labels(figure: Figure) -> list[str]:
@@ -43,13 +56,13 @@ def sizes(axes: Axes, side: str) -> list[float]:
 def test_a_report_has_a_figure_for_every_number_it_holds() -> None:
     names = ["frontier", *(f"groups-{c}-{g}" for g in (0.0, 0.01) for c in ("saving", "em_delta"))]
     names += [f"{name}-{gate}" for gate in (0.0, 0.01) for name in ("where", "reliability")]
-    assert list(draw(report())) == names
-    assert list(draw(report() | {"groups": [], "behaviour": []})) == ["frontier"]
+    assert list(draw(made(report()))) == names
+    assert list(draw(made(report() | {"groups": [], "behaviour": []}))) == ["frontier"]
 
 
 def test_the_frontier_draws_rows_in_points_and_limits_them_to_where_policies_differ() -> None:
-    found = report()
-    figure = frontier(found["rows"], found["frozen"], ["confidence"])
+    found = made(report())
+    figure = frontier(found.rows, found.frozen, ["confidence"])
     axes = figure.axes[0]
     drawn = lines(axes, "haltwise head")
     assert [saving for saving, _ in drawn] == pytest.approx([10, 20, 30, 40, 50, 60])
@@ -60,7 +73,7 @@ def test_the_frontier_draws_rows_in_points_and_limits_them_to_where_policies_dif
     assert axes.get_title(loc="right") == "beyond the axes: hindsight +12.50 at 62.5 %"
     assert labels(figure) == ["haltwise head", "confidence threshold", "never halting"]
     assert len([c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]) == 2
-    light = frontier(found["rows"], found["frozen"]).axes[0].collections
+    light = frontier(found.rows, found.frozen).axes[0].collections
     assert len([c for c in light if isinstance(c, FillBetweenPolyCollection)]) == 1
     low_band, high_band = axes.collections[0].get_datalim(axes.transData).intervaly
     assert (low_band, high_band) == pytest.approx((-7.0, 2.0))
@@ -69,7 +82,7 @@ def test_the_frontier_draws_rows_in_points_and_limits_them_to_where_policies_dif
 def test_a_frontier_without_intervals_has_no_band_and_bars_of_no_length() -> None:
     nothing = {"em_delta_interval": None, "saving_interval": None}
     rows = [known("head", k, -0.01 * k, 0.1 * k) | nothing for k in (1, 2)]
-    axes = frontier(rows, [frozen(0.0, rows[0])]).axes[0]
+    axes = frontier([made_row(each) for each in rows], [made_frozen(frozen(0.0, rows[0]))]).axes[0]
     assert not [c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]
     bars = [c for c in axes.collections if isinstance(c, LineCollection)]
     ends = [segment.tolist() for c in bars for segment in c.get_segments()]
@@ -77,27 +90,29 @@ def test_a_frontier_without_intervals_has_no_band_and_bars_of_no_length() -> Non
 
 
 def test_the_frontier_does_not_say_when_its_points_were_frozen() -> None:
-    text = draw(report())["frontier"].text
+    text = draw(made(report()))["frontier"].text
     assert "Large points are the frozen ones" in text and "before" not in text
 
 
 def test_any_number_of_unknown_policies_can_be_told_apart() -> None:
     names = [f"policy_{n}" for n in range(12)]
     rows = [known(name, k, -0.01 * k, 0.1 * k) for name in names for k in (1, 2)]
-    axes = frontier(rows, [frozen(0.0, r) for r in rows[::2]]).axes[0]
+    points = [made_frozen(frozen(0.0, r)) for r in rows[::2]]
+    axes = frontier([made_row(each) for each in rows], points).axes[0]
     looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines]
     assert len(set(map(str, looks[: len(names)]))) == len(names)
 
 
 def test_a_frontier_of_nothing_but_never_halting_is_drawn() -> None:
-    figure = frontier([row("head"), known("never", None, 0.0, 0.0)], [frozen(0.0, row("head"))])
+    rows = [made_row(row("head")), made_row(known("never", None, 0.0, 0.0))]
+    figure = frontier(rows, [made_frozen(frozen(0.0, row("head")))])
     assert labels(figure) == ["never halting"]
 
 
 def test_bars_are_as_long_as_the_numbers_and_intervals_may_be_missing() -> None:
     rows = [group("segment", name, 0.0, policy) for name in "ab" for policy in ("head", "budget")]
     rows[0] |= {"saving": -0.25, "saving_interval": [-0.5, 0.125]}
-    figure = groups(rows, "saving", "saving, %")
+    figure = groups([made_group(each) for each in rows], "saving", "saving, %")
     assert sizes(figure.axes[0], "width") == pytest.approx([-25.0, 42.5, 42.5, 42.5])
     intervals = next(c for c in figure.axes[0].collections if isinstance(c, LineCollection))
     ends = [segment[:, 0].tolist() for segment in intervals.get_segments()]
@@ -108,7 +123,7 @@ def test_bars_are_as_long_as_the_numbers_and_intervals_may_be_missing() -> None:
 def test_of_many_groups_those_with_the_most_questions_are_drawn() -> None:
     rows = [group("segment", f"s{n}", 0.0, "head", num_questions=n) for n in range(MOST_GROUPS + 3)]
     rows.append(group("task", "math", 0.0, "head", num_questions=0))
-    assert shown_groups(rows) == [
+    assert shown_groups([made_group(each) for each in rows]) == [
         *(("segment", f"s{n}") for n in range(3, MOST_GROUPS + 3)),
         ("task", "math"),
     ]
@@ -117,25 +132,26 @@ def test_of_many_groups_those_with_the_most_questions_are_drawn() -> None:
 def test_groups_are_of_the_head_and_the_strongest_baseline_alone() -> None:
     found = report()
     found["groups"] += [group("segment", "easy", gate, "random") for gate in (0.0, 0.01)]
-    assert len(compared_groups(found, 0.01)) == 6
-    assert labels(draw(found)["groups-saving-0.01"].figure) == [
+    assert len(compared_groups(made(found), 0.01)) == 6
+    assert labels(draw(made(found))["groups-saving-0.01"].figure) == [
         "haltwise head",
         "confidence threshold",
     ]
 
 
 def test_where_it_halts_is_drawn_in_percent_of_the_traces() -> None:
-    bars = sizes(where(behaviour(0.0, 1.0)["where"]).axes[0], "height")
+    bars = sizes(where(made_behaviour(behaviour(0.0, 1.0)).where).axes[0], "height")
     assert bars == pytest.approx([2.25] * 20 + [0.25] * 20 + [50.0])
     assert sum(bars) == pytest.approx(100)
 
 
 def test_reliability_leaves_out_bins_without_a_decision() -> None:
-    upper, lower = reliability(behaviour(0.0, 1.0)["reliability"]["bins"]).axes
+    found = made_behaviour(behaviour(0.0, 1.0)).reliability
+    upper, lower = reliability(found).axes
     assert lines(upper, "halting was better") == [(12.5, 25.0), (86.25, 91.25)]
     assert lines(upper, "answer was right") == [(12.5, 37.5), (86.25, 75.0)]
     assert sizes(lower, "height") == pytest.approx([20.0, 80.0])
-    reliability(behaviour(0.0, 1.0)["reliability"]["bins"][:1])  # no decision at all
+    reliability(replace(found, bins=found.bins[:1]))  # no decision at all
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +161,7 @@ def drawn() -> dict[str, str]:
     with style():
         return {
             name: svg(drawing.figure, name, drawing.title, drawing.text)
-            for name, drawing in draw(found).items()
+            for name, drawing in draw(made(found)).items()
         }
 
 
@@ -171,7 +187,7 @@ def test_ids_of_two_figures_never_collide_and_none_dangles(drawn: dict[str, str]
 
 
 def test_the_same_figure_gives_the_same_bytes(drawn: dict[str, str]) -> None:
-    drawing = draw(report())["frontier"]
+    drawing = draw(made(report()))["frontier"]
     with style():
         again = svg(drawing.figure, drawing.name, drawing.title, drawing.text)
     assert again == drawn["frontier"]

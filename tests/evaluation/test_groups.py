@@ -6,12 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.groups import group_rows
+from evaluation import groups
 from evaluation.outcome import Outcome, never_outcome
+from evaluation.rows import to_json
 from traces import Traces
 
 MakeTraces = Callable[..., Traces]
 Row = dict[str, Any]
+
+
+def group_rows(*args: Any, **kwargs: Any) -> list[Row]:
+    """The rows, as they are written."""
+    rows: list[Row] = to_json(groups.group_rows(*args, **kwargs))
+    return rows
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.intervals import Resamples, interval, intervals, resample, without_intervals
+from evaluation.intervals import Resamples, interval, intervals, resample
 from evaluation.outcome import Outcome, em_delta, never_outcome, saving
+from evaluation.rows import SweepRow, without_intervals
+from tests.evaluation.reports import known, made_row
 from traces import Traces
 
 MakeTraces = Callable[..., Traces]
@@ -84,9 +86,10 @@ def test_very_many_questions_are_resampled_less_often(
 
 
 def test_a_row_keeps_all_but_its_intervals() -> None:
-    row = {"em": 0.5, "saving_interval": [0.1, 0.1], "saving": 0.1}
-    assert without_intervals(row) == {"em": 0.5, "saving_interval": None, "saving": 0.1}
-    assert row["saving_interval"] == [0.1, 0.1]
+    row = made_row(known("head", 1.0, -0.01, 0.5))
+    assert isinstance(row, SweepRow) and row.saving_interval == pytest.approx([0.47, 0.53])
+    bare = replace(row, em_delta_interval=None, saving_interval=None)
+    assert without_intervals(row) == bare != row
 
 
 def test_the_spread_is_that_of_independent_questions() -> None:

@@ -13,17 +13,17 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score
 
 import agents.fit
-import agents.supervised
-import evaluate
+import evaluation.evaluate_run
+import policies.supervised
 import train
-from agents.fit import CHECKPOINTS, FitConfig, fold_folder, observing_of, out_of_fold
-from agents.kept_back import kept_back_folder
+from agents.fit import CHECKPOINTS, FitConfig, fold_folder, out_of_fold
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
-from agents.supervised import SUPERVISED, Supervised
 from evaluation.protocol import folds
 from evaluation.trials import Trials, try_checkpoints
 from haltwise import Halting, HeadConfig
+from policies.observing import observing_of
+from policies.supervised import SUPERVISED, Supervised
 from tests.conftest import trace_row
 from traces import Traces, read_traces, write_shard
 
@@ -74,7 +74,7 @@ def finished(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Supervised", recorded(run.in_train))
-        patch.setattr(evaluate, "Supervised", recorded(run.in_evaluate))
+        patch.setattr(evaluation.evaluate_run, "Supervised", recorded(run.in_evaluate))
         patch.setattr(train, "try_checkpoints", second_is_best)
         train.main(
             train.TrainConfig(
@@ -114,7 +114,7 @@ def test_the_kept_heads_are_those_of_the_best_checkpoint(finished: Run) -> None:
     for seed in (SEED, SEED + 1):
         for k in range(NUM_FOLDS):
             checkpoints = fold_folder(finished.folder / "folds", seed, k)
-            kept = contents(kept_back_folder(finished.folder, seed, k))
+            kept = contents(finished.folder / "kept_back" / f"{seed}-{k}")
             assert kept == contents(checkpoints / str(BEST))
             assert kept != contents(checkpoints / str(len(CHECKPOINTS) - 1))
 
@@ -151,7 +151,7 @@ def test_probabilities_are_calibrated_on_other_questions(
         splits.extend(cv)
         return CalibratedClassifierCV(*args, cv=cv, **kwargs)
 
-    monkeypatch.setattr(agents.supervised, "CalibratedClassifierCV", recorded)
+    monkeypatch.setattr(policies.supervised, "CalibratedClassifierCV", recorded)
     config = HeadConfig(observing_of(random_traces, ("confidence",), HALTING), HALTING, 1.0)
     assert Supervised(name, random_traces, {}, config).signal(random_traces) is not None
     question = random_traces.question_id[random_traces.trace_of_point]

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.outcome import (
-    COLUMNS,
     Outcome,
     em_delta,
     first_halts,
@@ -17,16 +15,14 @@ from evaluation.outcome import (
     outcome_row,
     saving,
     sweep,
-    unavailable_row,
 )
 from evaluation.protocol import (
     folds,
-    load_operating_points,
     operating_point,
     same_rate,
-    save_operating_points,
     strictest_price,
 )
+from evaluation.rows import MissingSweep, to_json
 from haltwise import InputError
 from haltwise.policy.halting import Probing
 from traces import Traces
@@ -53,8 +49,8 @@ def test_outcomes_of_the_worked_example(
 
 def test_never_halting_does_not_probe_and_saves_exactly_nothing(random_traces: Traces) -> None:
     row = outcome_row(random_traces, never_outcome(random_traces), "never", None, "all")
-    assert (row["saving"], row["em_delta"], row["halt_rate"]) == (0.0, 0.0, 0.0)
-    assert row["right_to_wrong"] == row["wrong_to_right"] == 0
+    assert (row.saving, row.em_delta, row.halt_rate) == (0.0, 0.0, 0.0)
+    assert row.right_to_wrong == row.wrong_to_right == 0
 
 
 def test_a_policy_that_probes_and_never_halts_pays_for_its_probes(worked_example: Traces) -> None:
@@ -77,9 +73,9 @@ def test_the_first_true_point_halts(make_traces: MakeTraces) -> None:
 def test_a_row_counts_what_changed(halts: list[bool]) -> None:
     traces = example_without_a_file()
     row = outcome_row(traces, halt_outcome(traces, np.array(halts), "always"), "x", 1.0, "test")
-    net = row["wrong_to_right"] - row["right_to_wrong"]
-    assert row["em_delta"] == pytest.approx(net)
-    assert tuple(row) == COLUMNS == tuple(unavailable_row("x", "test"))
+    net = row.wrong_to_right - row.right_to_wrong
+    assert row.em_delta == pytest.approx(net)
+    assert list(to_json(row)) == list(to_json(MissingSweep("x", "test")))
 
 
 def example_without_a_file() -> Traces:
@@ -109,7 +105,7 @@ def example_without_a_file() -> Traces:
 def test_one_row_by_hand() -> None:
     traces = example_without_a_file()
     outcome = halt_outcome(traces, np.array([True, True, False]), "always")
-    assert outcome_row(traces, outcome, "rule", 0.5, "test") == {
+    assert to_json(outcome_row(traces, outcome, "rule", 0.5, "test")) == {
         "policy": "rule",
         "parameter": 0.5,
         "split": "test",
@@ -122,6 +118,8 @@ def test_one_row_by_hand() -> None:
         "wrong_to_right": 1 / 3,
         "hopeless_saving": -0.05,
         "gave_up": 1 / 3,
+        "em_delta_interval": None,
+        "saving_interval": None,
     }
 
 
@@ -194,15 +192,6 @@ def test_folds_depend_on_the_seed_and_need_a_question_each() -> None:
         folds(np.array(["a", "b", "c"]))
 
 
-def test_operating_points_come_back_from_a_run_folder(tmp_path: Path) -> None:
-    gates: dict[float, dict[str, float | None]] = {
-        0.0: {"head": 0.25, "budget": None},
-        0.01: {"head": None},
-    }
-    save_operating_points(tmp_path, gates)
-    assert load_operating_points(tmp_path) == gates
-
-
 def test_a_control_is_tuned_to_halt_as_often_as_the_head() -> None:
     zero = np.zeros(4)
     outcomes = {
@@ -218,30 +207,6 @@ def test_the_strictest_price_is_that_of_the_first_gate_that_halts() -> None:
     assert strictest_price(gates) == 1.0
     assert strictest_price(gates | {0.0: {"head": None}}) == 2.0
     assert strictest_price({0.0: {"head": None}}) is None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"gates": []}',
-        '{"gates": {"zero": {"head": 1}}}',
-        '{"gates": {"0.0": {"head": "cheap"}}}',
-        '{"gates": {"0.0": 1}}',
-        '{"gates": {}}',
-        '{"gates": {"0.0": {"confidence": 0.5}}}',
-        '{"gates": {"nan": {"head": 1}}}',
-        '{"gates": {"-5": {"head": 1}}}',
-        '{"gates": {"0.0": {"head": 0}}}',
-    ],
-)
-def test_damaged_operating_points_are_told(tmp_path: Path, content: str) -> None:
-    with pytest.raises(InputError, match=r"no operating_points\.json"):
-        load_operating_points(tmp_path)
-    (tmp_path / "operating_points.json").write_text(content)
-    with pytest.raises(InputError, match=r"operating_points\.json: .*expected"):
-        load_operating_points(tmp_path)
 
 
 def test_outcomes_do_not_change_the_traces(worked_example: Traces) -> None:

@@ -11,8 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from evaluation.report import log_to_tensorboard, render, write_report
-from tests.evaluation.reports import GATES, behaviour, certificate, group, report, short
+from evaluation import report as pages
+from evaluation.report import log_to_tensorboard, write_report
+from tests.evaluation.reports import GATES, behaviour, certificate, group, made, report, short
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 INLINE = {"a", "code", "small", "span", "strong"}
@@ -67,6 +68,10 @@ class Page(HTMLParser):
         return [value for found, value in self.attributes if found == key]
 
 
+def render(found: Row) -> str:
+    return pages.render(made(found))
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return render(report())
@@ -113,6 +118,12 @@ def test_light_dark_and_print_are_told_apart(page: str) -> None:
     assert "@media screen and (prefers-color-scheme: dark)" in page and "@media print" in page
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
     assert "var(--head)" in drawn and not re.search(r": #[0-9a-f]{6}", drawn)
+
+
+def test_the_json_holds_all_that_the_page_is_made_from() -> None:
+    written = made(report()).to_json()
+    assert list(written) == list(report()) and made(written) == made(report())
+    assert list(made(report() | {"ran_live": True}).to_json()) == [*report(), "live"]
 
 
 def test_the_same_report_gives_the_same_page(page: str) -> None:
@@ -407,7 +418,7 @@ def test_the_method_does_not_say_that_the_questions_are_fresh(page: str) -> None
 def test_the_page_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_report(short(), tmp_path / "out.html")
+    write_report(made(short()), tmp_path / "out.html")
     assert (tmp_path / "out.html").read_text(encoding="utf-8") == render(short())
     assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
 
@@ -417,12 +428,12 @@ def test_the_page_is_written_whole_or_not_at_all(
     monkeypatch.setattr("os.replace", fail)
     before = (tmp_path / "out.html").read_bytes()
     with pytest.raises(OSError, match="disk full"):
-        write_report(short(lead=-0.05), tmp_path / "out.html")
+        write_report(made(short(lead=-0.05)), tmp_path / "out.html")
     assert (tmp_path / "out.html").read_bytes() == before
 
 
 def test_tensorboard_gets_the_same_figures_and_numbers(tmp_path: Path) -> None:
-    log_to_tensorboard(report(), tmp_path)
+    log_to_tensorboard(made(report()), tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()
     drawn = re.findall(r'id="([\w.-]+)-desc"', render(report()))
     assert sorted(events.Tags()["images"]) == sorted(f"report/{name}" for name in drawn)

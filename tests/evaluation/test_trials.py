@@ -16,7 +16,7 @@ def test_the_checkpoint_with_the_best_return_is_taken(worked_example: Traces) ->
     weights = np.array([2.0, 1.0])
     trials = try_checkpoints(worked_example, {0: halts, 5: halts}, [0.5, 1.0], weights, "always")
     assert trials.best == 1
-    returns = [row["return"] for row in trials.rows if row["seed"] == 5]
+    returns = [trial.balanced_return for trial in trials.each if trial.seed == 5]
     never, last = [1 - 0.5 * 0.633, 1 - 0.633], [1 - 0.5 * 0.272, 1 - 0.272]
     assert returns == pytest.approx(
         [
@@ -25,8 +25,10 @@ def test_the_checkpoint_with_the_best_return_is_taken(worked_example: Traces) ->
             (2 * never[0] + last[1]) / 2,
         ]
     )
-    assert trials.rows[0]["gates"]["0.0"] == {"price": None, "em_delta": 0.0, "saving": 0.0}
-    chosen = trials.rows[1]["gates"]["0.0"]
+    first, second, *_ = [trial.to_json() for trial in trials.each]
+    assert list(first) == ["seed", "checkpoint", "return", "gates"]
+    assert first["gates"]["0.0"] == {"price": None, "em_delta": 0.0, "saving": 0.0}
+    chosen = second["gates"]["0.0"]
     assert chosen == {"price": 0.5, "em_delta": 0.0, "saving": pytest.approx(1 - 272 / 600)}
 
 

@@ -30,7 +30,7 @@ from lms.scorers import short as exact_match
 from lms.tasks import TASKS, questions
 from lms.train_embedded import (
     IDS,
-    Config,
+    EmbeddedTrainingConfig,
     batches,
     build_model,
     build_row,
@@ -120,7 +120,7 @@ def test_row_by_hand() -> None:
 
 
 def test_a_forced_answer_is_what_the_appended_close_text_gives() -> None:
-    model = build_model(Config()).eval()
+    model = build_model(EmbeddedTrainingConfig()).eval()
     row = build_row(SUM, SURE, 3, rng(1))
     rows: dict[str, torch.Tensor] = {}
     model.register_forward_hook(lambda _, __, out: rows.update(logits=out.logits))
@@ -152,7 +152,7 @@ def test_stubborn_forced_answers_repeat_the_latest_result() -> None:
 
 
 def test_batches_depend_on_the_step_alone() -> None:
-    config = Config(steps=40, first_steps=32, rows=2, probes=2)
+    config = EmbeddedTrainingConfig(steps=40, first_steps=32, rows=2, probes=2)
     whole = list(batches(config, 0))
     assert len(whole) == 40
     assert [len(rows) for rows in whole] == [4] * 32 + [2] * 8
@@ -162,7 +162,7 @@ def test_batches_depend_on_the_step_alone() -> None:
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    config = Config(steps=1000)
+    config = EmbeddedTrainingConfig(steps=1000)
     rates = [rate(config, step) for step in range(1000)]
     assert rates[0] == config.lr / 100
     assert set(rates[99:600]) == {config.lr}
@@ -172,11 +172,11 @@ def test_learning_rate_rises_then_falls() -> None:
 def test_a_finished_model_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileExistsError, match="another --out"):
-        main(Config(out=tmp_path))
+        main(EmbeddedTrainingConfig(out=tmp_path))
 
 
 def test_training_resumes_after_a_kill_and_writes_a_whole_model(tmp_path: Path) -> None:
-    config = Config(
+    config = EmbeddedTrainingConfig(
         out=tmp_path / "lm", steps=3, first_steps=2, rows=1, width=16, layers=1, save_minutes=0.0
     )
     train(config)

@@ -13,7 +13,6 @@ from mapie.risk_control.methods import compute_hoeffding_bentkus_p_value
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from agents.baselines import Confidence
 from evaluation.certify import (
     Measured,
     certify,
@@ -30,6 +29,7 @@ from evaluation.certify import (
 from evaluation.outcome import Outcome, halt_outcome
 from haltwise import Certificate, HaltHead, InputError
 from haltwise.policy.certificate import SegmentCertificate
+from policies.baselines import Confidence
 from traces import Traces, read_traces
 
 MakeTraces = Callable[..., Traces]

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from agents.baselines import Head
-from agents.fit import FitConfig, _fit_fold, _Fold, observing_of
+from agents.fit import FitConfig, _fit_fold, _Fold
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
 from envs.replay import available_groups, point_features, projection_of
@@ -24,6 +23,8 @@ from haltwise import (
     Projection,
     Signals,
 )
+from policies.head import HeadPolicy
+from policies.observing import observing_of
 from tests.projections import some_projection
 from traces import Traces
 
@@ -234,7 +235,7 @@ def test_a_head_without_its_projection_is_refused(
 
 
 def test_monitor_and_replay_decide_alike(hidden_head: HaltHead, random_traces: Traces) -> None:
-    policy = Head(hidden_head)
+    policy = HeadPolicy(hidden_head)
     expected = policy.halts(policy.signal(random_traces), 1.0)
     assert 0.1 < expected.mean() < 0.9
     for n in range(5):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from collect import main, work
 from haltwise import InputError
+from recording.collect import collect as main
+from recording.collect import work
 from recording.config import Answering
 from recording.recording import Work
 from tests.recordings import (

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from collect import CollectConfig, work
 from haltwise import InputError
+from recording.collect import CollectConfig, work
 from recording.config import Answering
 from recording.engine import Engine
 from recording.hf_engine import HfEngine

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from collect import CollectConfig, main
 from haltwise import InputError
+from recording.collect import CollectConfig
+from recording.collect import collect as main
 from traces import import_json_lines, read_traces, write_shard
 
 Row = dict[str, Any]

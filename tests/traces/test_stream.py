@@ -17,7 +17,7 @@ import evaluate
 import traces.store
 import traces.stream
 import train
-from agents.fit import FitConfig, _light_processes, fit, observing_of
+from agents.fit import FitConfig, _light_processes, fit
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import PPOConfig, export
 from benchmarks import memory
@@ -25,6 +25,7 @@ from envs.replay import ReplayEnv
 from evaluate import EvaluateConfig
 from haltwise import HaltHead, HeadConfig, InputError
 from haltwise.policy.halting import Halting
+from policies.observing import observing_of
 from traces import TraceFiles, Traces, read_traces, write_shard
 from train import TrainConfig
 
@@ -258,7 +259,7 @@ def test_more_traces_than_may_be_in_memory_train_end_to_end(
     assert report["judged"].startswith("A sample of 15 of the 18 traces") and report["evidence"]
     assert "have changed" not in printed
     again = evaluate.main(EvaluateConfig(head=run_dir, split="all", max_traces=60))
-    assert again["traces"]["num"] == 60 and not again["evidence"]
+    assert again is not None and again.traces.num == 60 and not again.evidence
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")

@@ -4,23 +4,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.baselines import (
+from evaluation.outcome import halt_outcome, outcome_row
+from haltwise import HaltHead
+from policies.baselines import (
     BASELINES,
     AnswerEntropy,
     Budget,
     Confidence,
     Entropy,
     EntropyVariance,
-    Head,
-    Policy,
     Random,
     Stability,
-    decisions,
-    hindsight,
-    hindsight_give_up,
 )
-from evaluation.outcome import halt_outcome, outcome_row
-from haltwise import HaltHead
+from policies.head import HeadPolicy
+from policies.policy import Policy, decisions
+from policies.rules import hindsight, hindsight_give_up
 from traces import Traces, read_traces
 
 MakeTraces = Callable[..., Traces]
@@ -141,8 +139,8 @@ def test_random_is_reproducible_and_halts_at_its_rate(random_traces: Traces) -> 
 def test_head_halts_as_the_rule_it_holds(run_head: HaltHead, random_traces: Traces) -> None:
     for price, times in [(10.0, 1), (1.0, 2), (0.1, 4)]:
         expected = halts(Stability(), random_traces, times)
-        assert halts(Head(run_head), random_traces, price) == expected
-    assert Head(run_head).grid(np.empty(0)) == pytest.approx(np.logspace(-1, 1, 60))
+        assert halts(HeadPolicy(run_head), random_traces, price) == expected
+    assert HeadPolicy(run_head).grid(np.empty(0)) == pytest.approx(np.logspace(-1, 1, 60))
 
 
 @pytest.mark.parametrize("policy", BASELINES, ids=lambda policy: policy.name)
@@ -160,14 +158,15 @@ def test_a_question_is_judged_by_the_head_that_never_saw_it(
     run_head: HaltHead, random_traces: Traces
 ) -> None:
     never = HaltHead(run_head.config, run_head.weights | {"b2": -np.ones(1, dtype=np.float32)})
-    policy = Head(run_head, {"q3": never, "q4": never})
-    alone = np.array(halts(Head(run_head), random_traces, 10.0))
+    policy = HeadPolicy(run_head, {"q3": never, "q4": never})
+    alone = np.array(halts(HeadPolicy(run_head), random_traces, 10.0))
     kept_back = np.isin(random_traces.question_id, ["q3", "q4"])[random_traces.trace_of_point]
     assert alone[kept_back].any()
     assert halts(policy, random_traces, 10.0) == (alone & ~kept_back).tolist()
     log_odds = policy.log_odds(policy.signal(random_traces), 10.0)
     both = [
-        Head(head).log_odds(Head(head).signal(random_traces), 10.0) for head in (run_head, never)
+        HeadPolicy(head).log_odds(HeadPolicy(head).signal(random_traces), 10.0)
+        for head in (run_head, never)
     ]
     np.testing.assert_array_equal(log_odds, np.where(kept_back, both[1], both[0]))
 
@@ -184,7 +183,7 @@ def test_hindsight_takes_the_first_correct_answer_and_gives_up_where_there_is_no
 
 def test_no_policy_beats_hindsight(random_traces: Traces, run_head: HaltHead) -> None:
     best = halt_outcome(random_traces, hindsight(random_traces), "always")
-    for policy in (*BASELINES, Head(run_head)):
+    for policy in (*BASELINES, HeadPolicy(run_head)):
         signal = policy.signal(random_traces)
         assert signal is not None
         for decided in decisions(policy, signal).values():
@@ -231,5 +230,5 @@ def test_hindsight_on_the_shared_recordings(
 
 def check(traces: Traces, decided: np.ndarray[Any, Any], em: float, saving: float) -> None:
     row = outcome_row(traces, halt_outcome(traces, decided, "always"), "rule", None, "all")
-    assert round(100 * row["em"], 2) == em
-    assert round(100 * row["saving"], 1) == saving
+    assert round(100 * row.em, 2) == em
+    assert round(100 * row.saving, 1) == saving

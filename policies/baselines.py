@@ -1,61 +1,28 @@
-"""Simple policies to compare a head with, and what is possible in hindsight.
+"""Simple policies to compare a head with.
 
-A policy halts a trace at the first point where `halts` is true. Each has one number to tune; the
-head is one of them, its number is the price. Shapes: P points of all traces.
+A baseline is one class here: its name, its words for the page, what it looks at and when it halts;
+and its place in BASELINES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
 import numpy as np
-from numpy.typing import NDArray
 
-from envs.replay import observed_features, point_features
-from haltwise import HaltHead, Observing, feature_names
-from haltwise.policy.halting import Probing
-from haltwise.policy.signals import Float
+from envs.replay import point_features
+from haltwise import feature_names
+from policies.policy import Halts, Policy, Signal
 from traces import Traces
-
-Halts = NDArray[np.bool_]
-Signal = Any
 
 # EAT's weight of the newest value in its moving mean and variance, and points before it may halt.
 _EAT_WEIGHT, _EAT_WARM_UP = 0.2, 4
-
-
-class Policy(Protocol):
-    """A rule with one number: a signal seen at every point, and what to halt at."""
-
-    @property
-    def name(self) -> str:
-        """Its name in every table."""
-        ...
-
-    @property
-    def probes(self) -> bool:
-        """Whether it looks at forced answers."""
-        ...
-
-    def signal(self, traces: Traces) -> Signal | None:
-        """What it looks at, mostly (P,); None if the traces lack it."""
-        ...
-
-    def grid(self, signal: Signal) -> list[float]:
-        """The numbers to try."""
-        ...
-
-    def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Whether it would halt at each point (P,), had it got there."""
-        ...
 
 
 class Budget:
     """Halts at the first point with at least `parameter` thinking tokens."""
 
     name = "budget"
+    title = "token budget"
+    sentence = "Halts after a fixed number of thinking tokens."
     probes = False
 
     def signal(self, traces: Traces) -> Signal:
@@ -77,6 +44,8 @@ class Confidence:
     """Halts at the first answer whose confidence is above `parameter`."""
 
     name = "confidence"
+    title = "confidence threshold"
+    sentence = "Halts at the first forced answer that the LM is sure enough of."
     probes = True
 
     def signal(self, traces: Traces) -> Signal | None:
@@ -116,6 +85,8 @@ class AnswerEntropy(_AtMost):
     """Halts at the first answer whose entropy, nats a token, is at most `parameter`."""
 
     name = "answer_entropy"
+    title = "answer entropy"
+    sentence = "Halts where the LM's distribution over the forced answer's tokens is narrow enough."
     probes = True
 
     def signal(self, traces: Traces) -> Signal | None:
@@ -128,6 +99,8 @@ class Entropy(_AtMost):
     """Halts where the LM's own mean entropy since the last point is at most `parameter`, nats."""
 
     name = "entropy"
+    title = "entropy threshold"
+    sentence = "Halts where the LM's distribution over the thought's next token is narrow enough."
     probes = False
 
     def signal(self, traces: Traces) -> Signal | None:
@@ -148,6 +121,8 @@ class EntropyVariance(_AtMost):
     """
 
     name = "entropy_variance"
+    title = "entropy variance"
+    sentence = "Halts where the entropy of the thought's next token has ceased to vary."
     probes = False
 
     def signal(self, traces: Traces) -> Signal | None:
@@ -177,6 +152,8 @@ class Stability:
     """Halts at the first answer that was forced `parameter` times in a row."""
 
     name = "stability"
+    title = "answer stability"
+    sentence = "Halts when the same answer has been forced often enough in a row."
     probes = True
 
     def signal(self, traces: Traces) -> Signal:
@@ -198,6 +175,8 @@ class Random:
     """Halts at each point with probability `parameter`; the control that looks at nothing."""
 
     name = "random"
+    title = "random halting"
+    sentence = "Halts by chance: the control that looks at nothing."
     probes = False
 
     def signal(self, traces: Traces) -> Signal:
@@ -215,66 +194,7 @@ class Random:
         return halts
 
 
-@dataclass(frozen=True)
-class Head:
-    """A trained head, which halts as it does beside an LM; its number is the price."""
-
-    head: HaltHead
-    """Judges every question that no other head is named for."""
-    kept_back: Mapping[str, HaltHead] = field(default_factory=dict)
-    """By question id: for a question that `head` learned from, one that never saw it."""
-    name: str = "head"
-
-    @property
-    def probes(self) -> bool:
-        """Whether its features need forced answers."""
-        return self.head.config.halting.probing == "always"
-
-    def judge(self, question_id: str) -> HaltHead:
-        """The head that decides on a question."""
-        return self.kept_back.get(question_id, self.head)
-
-    def signal(self, traces: Traces) -> Signal:
-        """(points, head, features) of each head that decides on some of the traces.
-
-        Raises:
-            InputError: If the traces lack a signal that the head needs.
-        """
-        judges = [self.judge(question_id) for question_id in traces.question_id.tolist()]
-        signal = []
-        for judge in {id(judge): judge for judge in judges}.values():
-            rows = np.array([other is judge for other in judges])
-            points = np.flatnonzero(rows[traces.trace_of_point])
-            config = judge.config
-            features = observed_features(traces.select(rows), config.observing, config.halting)
-            signal.append((points, judge, features))
-        return signal
-
-    def grid(self, signal: Signal) -> list[float]:
-        """60 prices over the range that the head was trained for."""
-        return price_grid(self.head.config.observing)
-
-    def halts(self, signal: Signal, parameter: float) -> Halts:
-        """The heads' own decisions at a price of `parameter`."""
-        halts = np.zeros(sum(len(points) for points, _, _ in signal), dtype=bool)
-        for points, judge, features in signal:
-            halts[points] = judge.halts(features, parameter)
-        return halts
-
-    def log_odds(self, signal: Signal, price: float) -> Float:
-        """The heads' log-odds of halting (P,)."""
-        log_odds = np.zeros(sum(len(points) for points, _, _ in signal), dtype=np.float32)
-        for points, judge, features in signal:
-            log_odds[points] = judge.log_odds(features, price)
-        return log_odds
-
-
-def price_grid(observing: Observing) -> list[float]:
-    """60 prices over the range that a head is trained for."""
-    prices: list[float] = np.geomspace(*observing.price_range, 60).tolist()
-    return prices
-
-
+#: In the order of tables. The last one is the control that is tuned to halt as often as the head.
 BASELINES: tuple[Policy, ...] = (
     Budget(),
     Confidence(),
@@ -284,25 +204,3 @@ BASELINES: tuple[Policy, ...] = (
     Stability(),
     Random(),
 )
-
-
-def signal_under(policy: Policy, traces: Traces, probing: Probing) -> Signal | None:
-    """What a policy looks at; None if the traces lack it, or if nobody forces the answers."""
-    if policy.probes and probing == "at_halt":
-        return None
-    return policy.signal(traces)
-
-
-def decisions(policy: Policy, signal: Signal) -> dict[float, Halts]:
-    """Where a policy would halt (P,), by parameter over its grid."""
-    return {parameter: policy.halts(signal, parameter) for parameter in policy.grid(signal)}
-
-
-def hindsight(traces: Traces) -> Halts:
-    """Halts (P,) at the first correct answer: the best EM, and the saving it could come with."""
-    return traces.correct
-
-
-def hindsight_give_up(traces: Traces) -> Halts:
-    """As `hindsight`, but halts (P,) at once where no answer is ever correct, the last included."""
-    return traces.correct | traces.hopeless[traces.trace_of_point]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from haltwise import InputError
-
-_FILE = "questions.json"
 
 
 @dataclass(frozen=True)
@@ -27,25 +23,26 @@ class Learned:
         """Which of some questions (N,) were learned from."""
         return np.isin(question_id, list(self.questions))
 
+    @property
+    def trainings(self) -> list[tuple[int, int]]:
+        """The seed and the fold of every training that kept questions back."""
+        return [(seed, k) for seed, of in self.folds.items() for k in sorted(set(of.values()))]
 
-def save_learned(run: Path, learned: Learned) -> None:
-    """Writes what a head was learned from into its run folder."""
-    questions = sorted(learned.questions)
-    folds = {
-        seed: [of.get(question) for question in questions] for seed, of in learned.folds.items()
-    }
-    (run / _FILE).write_text(json.dumps({"questions": questions, "folds": folds}) + "\n")
+    def to_json(self) -> dict[str, Any]:
+        """The questions once, in order, and beside them their folds."""
+        questions = sorted(self.questions)
+        folds = {
+            seed: [of.get(question) for question in questions] for seed, of in self.folds.items()
+        }
+        return {"questions": questions, "folds": folds}
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Learned:
+        """Rebuilds what `to_json` gave.
 
-def load_learned(run: Path) -> Learned:
-    """Reads what a run was learned from.
-
-    Raises:
-        InputError: If the run does not tell, or the file is not readable.
-    """
-    path = run / _FILE
-    try:
-        content = json.loads(path.read_text())
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: If it is of another form.
+        """
         questions = content["questions"]
         if not isinstance(questions, list) or not questions:
             raise ValueError("no list of questions")
@@ -56,8 +53,4 @@ def load_learned(run: Path) -> Learned:
             }
             for seed, of in content["folds"].items()
         }
-    except FileNotFoundError:
-        raise InputError(f"no {_FILE} in {run}: expected a folder written by train.py") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not readable ({error!r})") from None
-    return Learned(frozenset(questions), folds)
+        return cls(frozenset(questions), folds)

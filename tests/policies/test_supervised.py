@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from agents.baselines import decisions
-from agents.supervised import SUPERVISED, Supervised
 from evaluation.protocol import folds
 from haltwise import HaltHead, Halting, HeadConfig, Observing, feature_names
+from policies.policy import decisions
+from policies.supervised import SUPERVISED, Supervised
 from traces import Traces, read_traces, write_shard
 
 MakeTraces = Callable[..., Traces]

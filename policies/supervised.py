@@ -18,23 +18,42 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from agents.baselines import Halts
-from agents.fit import observing_of
 from envs.replay import observed_features
 from haltwise import HeadConfig, Observing
 from haltwise.policy.signals import Float
+from policies.observing import observing_of
+from policies.policy import Halts
 from traces import Traces
 
 _CALIBRATION_FOLDS = 3
 # With a right answer, and with a wrong one: some are in every fold of five, and of three in these.
 _MIN_QUESTIONS = 10
-_ESTIMATORS: dict[str, BaseEstimator] = {
-    "logistic": LogisticRegression(C=0.1, max_iter=1000),
-    "boosted_trees": HistGradientBoostingClassifier(early_stopping=False, random_state=0),
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of classifier, with its words for the page."""
+
+    title: str
+    sentence: str
+    estimator: BaseEstimator
+
+
+_KINDS = {
+    "logistic": _Kind(
+        "logistic regression",
+        "A linear classifier of the head's features: halts where the answer is likely right.",
+        LogisticRegression(C=0.1, max_iter=1000),
+    ),
+    "boosted_trees": _Kind(
+        "boosted trees",
+        "A tree classifier of the head's features: halts where the answer is likely right.",
+        HistGradientBoostingClassifier(early_stopping=False, random_state=0),
+    ),
 }
 
-#: Their names in every table.
-SUPERVISED = tuple(_ESTIMATORS)
+#: By name, the readable name and the sentence of every supervised baseline.
+SUPERVISED = {name: (kind.title, kind.sentence) for name, kind in _KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,16 @@ class Supervised:
     """Of the head: the same features, under the same conditions."""
 
     probes = False  # its features are the head's, which fit the head's probing
+
+    @property
+    def title(self) -> str:
+        """Its readable name."""
+        return _KINDS[self.name].title
+
+    @property
+    def sentence(self) -> str:
+        """What it does."""
+        return _KINDS[self.name].sentence
 
     def signal(self, traces: Traces) -> NDArray[np.float64] | None:
         """Probability (P,) that the forced answer is right; None if there is too little to learn.
@@ -99,7 +128,7 @@ class Supervised:
         question = np.unique(traces.question_id, return_inverse=True)[1][traces.trace_of_point]
         folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, traces.correct, question)
         model = CalibratedClassifierCV(
-            _ESTIMATORS[self.name], method="isotonic", cv=list(folds), ensemble=False
+            _KINDS[self.name].estimator, method="isotonic", cv=list(folds), ensemble=False
         )
         return model.fit(obs, traces.correct)
 

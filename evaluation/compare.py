@@ -1,0 +1,118 @@
+"""All policies on the same traces: over their grids, and at their operating points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from evaluation.frozen import AtPoint, report_rows
+from evaluation.outcome import Outcome, average, halt_outcome, never_outcome, sweep
+from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, SweepRow
+from haltwise import InputError
+from haltwise.policy.halting import Probing
+from policies.policy import Policy, Signal, decisions, signal_under
+from policies.rules import RULES
+from policies.supervised import SUPERVISED
+from runs import Gates
+from traces import Traces
+
+#: By name: a policy, or several trainings of one, whose outcomes are averaged.
+Policies = Mapping[str, Sequence[Policy]]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What several policies come to on the same traces."""
+
+    rows: list[SweepRow | MissingSweep]
+    """The rules, and every policy over its grid."""
+    frozen: list[FrozenRow | MissingPoint]
+    """Every policy at its operating points, one gate after the other."""
+    outcomes: dict[float, dict[str, Outcome]]
+    """At those points, by gate and policy."""
+
+
+def compare(
+    traces: Traces, split: str, policies: Policies, gates: Gates, probing: Probing
+) -> Compared:
+    """All policies on some traces, probed as the head needs it.
+
+    Args:
+        traces: What to evaluate on; nothing is tuned on it.
+        split: Its name.
+        policies: "head" among them. One without a training is not available.
+        gates: Frozen points by gate. A baseline they do not name is not available.
+        probing: See `haltwise.Halting`.
+
+    Raises:
+        InputError: If the points name an unknown policy, or the head's signals are missing.
+    """
+    unknown = sorted({name for points in gates.values() for name in points} - set(policies))
+    if unknown:
+        known = sorted({*policies, *SUPERVISED})
+        raise InputError(f"operating points of unknown policies {unknown}: know {known}")
+    rules = parameter_free(traces, probing)
+    played = {name: _Played.of(each, traces, probing) for name, each in policies.items()}
+    at_points = {
+        gate: {
+            name: AtPoint(points[name], of.outcome(points[name]))
+            for name, of in played.items()
+            if of is not None and name in points
+        }
+        for gate, points in gates.items()
+    }
+    sweeps = {name: None if of is None else of.sweep() for name, of in played.items()}
+    rows, frozen = report_rows(traces, split, sweeps, at_points, rules)
+    outcomes = {
+        gate: {name: at.outcome for name, at in points.items()}
+        for gate, points in at_points.items()
+    }
+    return Compared(rows, frozen, outcomes)
+
+
+@dataclass(frozen=True)
+class _Played:
+    """A policy, or several trainings of one, on some traces."""
+
+    traces: Traces
+    probing: Probing
+    policies: Sequence[Policy]
+    signals: Sequence[Signal]
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy], traces: Traces, probing: Probing) -> _Played | None:
+        """None if the policy is not available."""
+        signals = [signal_under(policy, traces, probing) for policy in policies]
+        known = [signal for signal in signals if signal is not None]
+        return cls(traces, probing, policies, known) if known else None
+
+    def outcome(self, parameter: float | None) -> Outcome:
+        """At one parameter, the mean over the trainings; None is never halting."""
+        if parameter is None:
+            return never_outcome(self.traces)
+        outcomes = [
+            halt_outcome(self.traces, policy.halts(signal, parameter), self.probing)
+            for policy, signal in zip(self.policies, self.signals, strict=True)
+        ]
+        return outcomes[0] if len(outcomes) == 1 else average(outcomes)
+
+    def sweep(self) -> dict[float, Outcome]:
+        """Over the grid of the first training."""
+        grid = self.policies[0].grid(self.signals[0])
+        return {parameter: self.outcome(parameter) for parameter in grid}
+
+
+def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
+    """Outcomes of the rules that have no number."""
+    return {
+        rule.name: never_outcome(traces)
+        if rule.halts is None
+        else halt_outcome(traces, rule.halts(traces), probing)
+        for rule in RULES
+    }
+
+
+def swept(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Outcome] | None:
+    """A policy's outcomes over its grid; None if it is not available on these traces."""
+    signal = signal_under(policy, traces, probing)
+    return None if signal is None else sweep(traces, decisions(policy, signal), probing)

@@ -1,0 +1,64 @@
+"""The report: everything that an evaluation finds about a run, for the page and the JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from evaluation.behaviour import Behaviour
+from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow, to_json
+from haltwise import Certificate
+
+if TYPE_CHECKING:  # it loads an LM's framework, which a page does without
+    from evaluation.live import Comparison
+
+
+@dataclass(frozen=True)
+class JudgedTraces:
+    """The traces of an evaluation."""
+
+    path: str
+    digest: str
+    num: int
+    num_questions: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation finds about a run on some traces."""
+
+    head: str
+    """The run folder."""
+    command: str
+    """What was called."""
+    traces: JudgedTraces
+    split: str
+    judged: str
+    """How the rows of what is trained came about, in words."""
+    num_trainings: int
+    """Of the head, that judge these traces."""
+    evidence: bool
+    """Whether the head's rows are any."""
+    rows: Sequence[SweepRow | MissingSweep]
+    """The rules, and every policy over its grid."""
+    frozen: Sequence[FrozenRow | MissingPoint]
+    """Every policy at the run's operating points, one gate after the other."""
+    strongest: dict[float, str | None]
+    """The best baseline by gate, see `strongest`."""
+    groups: Sequence[GroupRow]
+    behaviour: Sequence[Behaviour]
+    """Of the head, at each gate where it halts."""
+    certificate: Certificate | None
+    ran_live: bool = False
+    """Whether the head was to run beside its LM; JSON tells of it only then."""
+    live: Comparison | None = None
+    """What came of that; None if it never halts at any operating point."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with a key a field."""
+        content: dict[str, Any] = to_json(self)
+        del content["ran_live"]
+        if not self.ran_live:
+            del content["live"]
+        return content

@@ -1,0 +1,100 @@
+"""A trained head as a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from envs.replay import observed_features
+from haltwise import HaltHead, Observing
+from haltwise.policy.signals import Float
+from policies.policy import Halts, Signal
+from traces import Traces
+
+
+@dataclass(frozen=True)
+class HeadPolicy:
+    """A trained head, which halts as it does beside an LM; its number is the price."""
+
+    head: HaltHead
+    """Judges every question that no other head is named for."""
+    kept_back: Mapping[str, HaltHead] = field(default_factory=dict)
+    """By question id: for a question that `head` learned from, one that never saw it."""
+
+    name: ClassVar[str] = "head"
+    title: ClassVar[str] = "haltwise head"
+    sentence: ClassVar[str] = "The trained head; its one number is the price of tokens."
+
+    @property
+    def probes(self) -> bool:
+        """Whether its features need forced answers."""
+        return self.head.config.halting.probing == "always"
+
+    def judge(self, question_id: str) -> HaltHead:
+        """The head that decides on a question."""
+        return self.kept_back.get(question_id, self.head)
+
+    def signal(self, traces: Traces) -> Signal:
+        """(points, head, features) of each head that decides on some of the traces.
+
+        Raises:
+            InputError: If the traces lack a signal that the head needs.
+        """
+        judges = [self.judge(question_id) for question_id in traces.question_id.tolist()]
+        signal = []
+        for judge in {id(judge): judge for judge in judges}.values():
+            rows = np.array([other is judge for other in judges])
+            points = np.flatnonzero(rows[traces.trace_of_point])
+            config = judge.config
+            features = observed_features(traces.select(rows), config.observing, config.halting)
+            signal.append((points, judge, features))
+        return signal
+
+    def grid(self, signal: Signal) -> list[float]:
+        """60 prices over the range that the head was trained for."""
+        return price_grid(self.head.config.observing)
+
+    def halts(self, signal: Signal, parameter: float) -> Halts:
+        """The heads' own decisions at a price of `parameter`."""
+        halts = np.zeros(sum(len(points) for points, _, _ in signal), dtype=bool)
+        for points, judge, features in signal:
+            halts[points] = judge.halts(features, parameter)
+        return halts
+
+    def log_odds(self, signal: Signal, price: float) -> Float:
+        """The heads' log-odds of halting (P,)."""
+        log_odds = np.zeros(sum(len(points) for points, _, _ in signal), dtype=np.float32)
+        for points, judge, features in signal:
+            log_odds[points] = judge.log_odds(features, price)
+        return log_odds
+
+
+def price_grid(observing: Observing) -> list[float]:
+    """60 prices over the range that a head is trained for."""
+    prices: list[float] = np.geomspace(*observing.price_range, 60).tolist()
+    return prices
+
+
+def judging_heads(
+    head: HaltHead,
+    kept_back: Mapping[tuple[int, int], HaltHead],
+    folds: Mapping[int, Mapping[str, int]],
+) -> list[HeadPolicy]:
+    """A run's head, with the heads of its folds for questions that it learned from.
+
+    Args:
+        head: Trained on all questions.
+        kept_back: By seed and fold, a head that never saw the fold's questions.
+        folds: By seed and question id, the fold that kept the question back.
+
+    Returns:
+        One a seed; the bare head alone if nothing was trained by folds.
+    """
+    judges = [
+        HeadPolicy(head, {question: kept_back[seed, k] for question, k in fold.items()})
+        for seed, fold in folds.items()
+    ]
+    return judges or [HeadPolicy(head)]

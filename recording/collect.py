@@ -1,0 +1,180 @@
+"""A whole recording: tried on a few questions first, and gone on with where it was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from haltwise import InputError
+from lms.ask import questions
+from lms.questions import SPLITS
+from lms.scorers import needed
+from recording.config import Answering, EngineConfig
+from recording.engine import Engine, open_engine
+from recording.recording import Work, trace_id
+from recording.shards import alone, recorded, write_shards
+from traces import import_json_lines
+
+# Questions that the LM is tried with.
+_NUM_TRIED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig(EngineConfig):
+    """Record traces: an LM answers questions, with a forced answer at every decision point."""
+
+    out: Path | None = None
+    """Folder for the traces; a recording that is there already is completed."""
+    self_test: bool = False
+    """Only try whether halting this LM can work, on a few questions; nothing is written. A new
+    recording begins with a short one anyway."""
+    json_lines: Path | None = None
+    """Take the traces from this file, one JSON object a line, and record none. Of the other
+    settings only --out and --shard-size count then; the folder must be new or empty."""
+    num: int = 1000
+    """Questions of each split, at most."""
+    split: tuple[str, ...] = ("train", "dev", "test")
+    """Splits to record."""
+    seed: int = 0
+    """Of the questions, and of the first answer to each."""
+    num_seeds: int = 1
+    """Answers to each question."""
+    shard_size: int = 256
+    """Traces in a file, and in a worker's job; so many at most are lost by a kill."""
+    ray: str | None = None
+    """Spread the work by Ray: local starts it on this machine, auto or HOST:PORT joins a
+    cluster."""
+    workers: int | None = None
+    """Workers, each with an LM of its own. Default: one a GPU, or one a CPU for --device cpu."""
+
+    def check(self) -> None:
+        """Checks the settings before any work.
+
+        Raises:
+            InputError: If a count is below 1, a seed negative or too large, a split unknown, not
+                named or named twice, the folder is a file or missing, or as `EngineConfig.check`.
+        """
+        super().check()
+        if not 0 <= self.seed <= 2**31 - 1 - self.num_seeds:
+            raise InputError(f"seed is {self.seed}, expected 0 or more, and with num_seeds int32")
+        if len(set(self.split)) < len(self.split):
+            raise InputError(f"split is {self.split}, expected each split once")
+        if unknown := set(self.split) - set(SPLITS):
+            found = ", ".join(sorted(unknown))
+            raise InputError(f"unknown split {found}: choose from {', '.join(SPLITS)}")
+        for name in ("num", "num_seeds", "shard_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not self.split:
+            raise InputError("no split to record: expected one of train, dev, test or more")
+        self._check_place()
+
+    def _check_place(self) -> None:
+        if self.out is None and (self.json_lines or not self.self_test):
+            raise InputError("no folder to record into: expected --out, or --self-test")
+        if self.out and self.out.is_file():
+            raise InputError(f"{self.out} is a file, expected a folder to record into")
+        if self.workers is not None and not (self.ray and self.workers >= 1):
+            raise InputError(f"workers is {self.workers}, expected at least 1, and --ray")
+
+
+def work(config: CollectConfig) -> Iterator[Work]:
+    """All that is to be recorded, in order."""
+    for question in questions(config, config.split, config.num, config.seed):
+        for seed in range(config.seed, config.seed + config.num_seeds):
+            yield question, seed
+
+
+def collect(config: CollectConfig) -> None:
+    """Records what is not yet in the folder, or imports a file.
+
+    Raises:
+        InputError: If the LM, the questions, the file or the folder cannot be used.
+    """
+    config.check()
+    if config.out and config.json_lines:
+        num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
+        print(f"{config.out}: {num_traces:,} traces")
+        return
+    if not config.self_test:  # what lacks a split is told before anything is loaded
+        list(questions(config, config.split, 1, config.seed))
+    if config.self_test or not config.out:
+        with closing(_open(config)) as engine:
+            print(engine.self_test(_tried(config), None))
+    else:
+        with closing(_open(config)) as engine:
+            _begin(config, config.out, engine)
+            with alone(config.out):
+                _record(config, config.out, engine)
+
+
+def _open(config: CollectConfig) -> Engine:
+    """The engine, or many of them."""
+    task = config.open()
+    print(task.describe())
+    answering = Answering(task.scorer, task.cue, task.answer_end, task.instruction)
+    settings = {field.name: getattr(config, field.name) for field in fields(EngineConfig)}
+    if not config.is_embedded and Path(config.lm).exists():  # workers have other working folders
+        settings["lm"] = str(Path(config.lm).resolve())
+    if config.examples:
+        settings["examples"] = config.examples.resolve()
+    engine_config = EngineConfig(**settings)
+    if config.ray is None:
+        return open_engine(engine_config, answering)
+    if find_spec("ray") is None:
+        raise InputError(needed("Ray", "ray"))
+    from recording.spread import Spread
+
+    return Spread(engine_config, answering, config.ray, config.workers, config.shard_size)
+
+
+def _tried(config: CollectConfig) -> list[Work]:
+    """The first few questions, of those splits that have any."""
+    found: list[Work] = []
+    few = replace(config, num=min(config.num, _NUM_TRIED))
+    for split in config.split:
+        with suppress(InputError):
+            found += islice(work(replace(few, split=(split,))), _NUM_TRIED - len(found))
+    return found or list(work(few))
+
+
+def _begin(config: CollectConfig, out: Path, engine: Engine) -> None:
+    """Finds out whether it can work; with a new recording on a few questions."""
+    if config.num_seeds > 1 and engine.recorder["temperature"] == 0:
+        raise InputError(
+            f"num_seeds is {config.num_seeds}, but the LM is greedy: expected --temperature above "
+            "0, or one seed"
+        )
+    is_new = not recorded(out, engine.recorder)
+    print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)
+
+
+def _record(config: CollectConfig, out: Path, engine: Engine) -> None:
+    """Records what is missing."""
+    done = recorded(out, engine.recorder)
+    model = engine.recorder["lm"]
+    is_done = (trace_id(model, *job) in done for job in work(config))
+    num_done, total = 0, 0
+    for each in is_done:
+        num_done, total = num_done + each, total + 1
+    if num_done == total:
+        print(f"{out}: all {total:,} traces are there, nothing is new")
+        return
+    missing = (job for job in work(config) if trace_id(model, *job) not in done)
+    rows = write_shards(out, engine.record(missing), engine.recorder, config.shard_size)
+    # The time left follows from the mean speed of this process.
+    with tqdm(rows, out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:
+        tokens = 0
+        for row in bar:
+            tokens += row["num_tokens"] + sum(row["probe_tokens"])
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            num_done += 1
+    if num_done < total:
+        print(f"{out}: {total - num_done:,} of {total:,} are left out, too long for the LM")

@@ -1,0 +1,225 @@
+"""A run folder, and the only code that knows the names of its files.
+
+config.json                      what the run was begun with
+head.json, head.safetensors      the head; a folder with a head is a whole run
+operating_points.json            the frozen points of every policy
+questions.json                   what was learned from, and which fold kept what back
+kept_back/SEED-FOLD/             heads that never saw a fold's questions
+folds/                           what the training by folds has finished, to go on from
+replay.zip, live.zip             the agents
+out_of_fold.json, .png           the results that the points were chosen on
+test.json, .html, .png           the results on test questions
+tensorboard/                     TensorBoard's files
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from command import whole_file, write_json
+from haltwise import HaltHead, InputError
+from runs.learned import Learned
+
+#: A policy's number by its name, at one gate; None is never halting.
+Points = dict[str, float | None]
+#: Points by gate: by how much mean EM they were chosen to lose at most.
+Gates = dict[float, Points]
+
+_CONFIG, _POINTS, _QUESTIONS = "config.json", "operating_points.json", "questions.json"
+_WRITTEN_BY = "expected a folder written by train.py"
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run was begun with."""
+
+    traces: Path
+    """The recorded traces that it learns from."""
+    settings: Mapping[str, Any]
+    """The settings of the script, by name."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Nothing is read before it is asked for; every file is written whole."""
+
+    folder: Path
+
+    @property
+    def replay_agent(self) -> Path:
+        """The agent, as PPO on replay left it."""
+        return self.folder / "replay.zip"
+
+    @property
+    def live_agent(self) -> Path:
+        """The agent, as PPO on the running LM left it; there is none without."""
+        return self.folder / "live.zip"
+
+    @property
+    def folds(self) -> Path:
+        """The folder that keeps what the training by folds has finished."""
+        return self.folder / "folds"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's files."""
+        return self.folder / "tensorboard"
+
+    @property
+    def out_of_fold_plot(self) -> Path:
+        """The picture of the results that the points were chosen on."""
+        return self.folder / "out_of_fold.png"
+
+    @property
+    def test_json(self) -> Path:
+        """The results on test questions."""
+        return self.folder / "test.json"
+
+    @property
+    def test_page(self) -> Path:
+        """The results on test questions, for people."""
+        return self.folder / "test.html"
+
+    @property
+    def test_plot(self) -> Path:
+        """The picture of the results on test questions."""
+        return self.folder / "test.png"
+
+    def is_part(self, path: Path) -> bool:
+        """Whether a file is one that the run cannot do without."""
+        own = {_CONFIG, _POINTS, _QUESTIONS, "head.json", "head.safetensors"}
+        return path.name in own and path.parent.resolve() == self.folder.resolve()
+
+    def begin(self, content: Mapping[str, Any]) -> None:
+        """Makes the folder, which must be new, and writes down what the run is begun with.
+
+        Args:
+            content: "traces", the path; "config", the settings; and whatever else is to be kept.
+        """
+        self.folder.mkdir(parents=True)
+        write_json(self.folder / _CONFIG, dict(content))
+
+    def beginning(self) -> Beginning:
+        """What the run was begun with.
+
+        Raises:
+            InputError: If the run does not tell, or the file is not readable.
+        """
+        path = self.folder / _CONFIG
+        try:
+            content = json.loads(path.read_text())
+            return Beginning(Path(content["traces"]), dict(content.get("config", {})))
+        except (OSError, *_UNREADABLE):
+            raise InputError(f"{path} names no traces: expected a run, or --traces FILE") from None
+
+    def head(self) -> HaltHead:
+        """The head.
+
+        Raises:
+            InputError: If there is none, or it is damaged.
+        """
+        return HaltHead.load(self.folder)
+
+    def save_head(self, head: HaltHead) -> None:
+        """Writes the head, which makes the folder a whole run: it comes last."""
+        head.save(self.folder)
+
+    def learned(self) -> Learned:
+        """What the run learned from.
+
+        Raises:
+            InputError: If the run does not tell, or the file is not readable.
+        """
+        path = self.folder / _QUESTIONS
+        try:
+            return Learned.from_json(json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise InputError(f"no {_QUESTIONS} in {self.folder}: {_WRITTEN_BY}") from None
+        except _UNREADABLE as error:
+            raise InputError(f"{path}: not readable ({error!r})") from None
+
+    def save_learned(self, learned: Learned) -> None:
+        """Writes what the head was learned from."""
+        self._write(_QUESTIONS, json.dumps(learned.to_json()))
+
+    def operating_points(self) -> Gates:
+        """The frozen points.
+
+        Raises:
+            InputError: If the run has none, or they are not numbers by gate and policy.
+        """
+        path = self.folder / _POINTS
+        if not path.is_file():
+            raise InputError(f"no {_POINTS} in {self.folder}: {_WRITTEN_BY}")
+        try:
+            gates: Gates = {
+                float(gate): {
+                    str(policy): None if parameter is None else float(parameter)
+                    for policy, parameter in points.items()
+                }
+                for gate, points in json.loads(path.read_text())["gates"].items()
+            }
+        except _UNREADABLE as error:
+            raise InputError(
+                f"{path}: not readable ({error!r}), "
+                'expected {"gates": {"0.0": {"head": price, "confidence": threshold, ...}, ...}}'
+            ) from None
+        _check_points(path, gates)
+        return gates
+
+    def save_operating_points(self, gates: Gates) -> None:
+        """Writes the frozen points of every gate."""
+        content = {"gates": {str(gate): points for gate, points in gates.items()}}
+        self._write(_POINTS, json.dumps(content, indent=2))
+
+    def kept_back(self, learned: Learned) -> dict[tuple[int, int], HaltHead]:
+        """The heads of the run's folds, by seed and fold.
+
+        Args:
+            learned: What the run learned from, which tells what folds there are.
+
+        Raises:
+            InputError: If a head is missing or damaged.
+        """
+        return {at: HaltHead.load(self._kept_back(at)) for at in learned.trainings}
+
+    def save_kept_back(self, heads: Mapping[tuple[int, int], HaltHead]) -> None:
+        """Writes the heads of folds, by seed and fold."""
+        for at, head in heads.items():
+            head.save(self._kept_back(at))
+
+    def copy_kept_back(self, folders: Mapping[tuple[int, int], Path]) -> None:
+        """Copies the heads of folds from the folders that hold them, by seed and fold."""
+        for at, source in folders.items():
+            shutil.copytree(source, self._kept_back(at), dirs_exist_ok=True)
+
+    def save_out_of_fold(self, content: Mapping[str, Any]) -> None:
+        """Writes the results that the points were chosen on."""
+        write_json(self.folder / "out_of_fold.json", dict(content))
+
+    def _kept_back(self, at: tuple[int, int]) -> Path:
+        seed, k = at
+        return self.folder / "kept_back" / f"{seed}-{k}"
+
+    def _write(self, name: str, text: str) -> None:
+        with whole_file(self.folder / name) as temporary:
+            temporary.write_text(text + "\n")
+
+
+def _check_points(path: Path, gates: Gates) -> None:
+    if not gates or not all(0 <= gate <= 1 for gate in gates):
+        raise InputError(f"{path}: gates are {list(gates)}, expected some from 0 to 1")
+    if not all("head" in points for points in gates.values()):
+        raise InputError(f"{path}: a gate has no 'head', expected its price or null")
+    if not all(math.isfinite(p) for points in gates.values() for p in points.values() if p):
+        raise InputError(f"{path}: a point is not finite, expected numbers or null")
+    prices = [points["head"] for points in gates.values()]
+    if any(price is not None and price <= 0 for price in prices):
+        raise InputError(f"{path}: a head's price is not positive, expected above 0, or null")
