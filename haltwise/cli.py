@@ -8,7 +8,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from haltwise.errors import InputError
+from haltwise import InputError
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig

@@ -19,13 +19,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from haltwise import Halting, InputError, Signals
 from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import Slots
 from haltwise.engine.token_rules import TokenRules
-from haltwise.errors import InputError
-from haltwise.policy.halting import Halting
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Index
 from haltwise.session.forced_answer import Probe
 from haltwise.session.thought import Thought
 

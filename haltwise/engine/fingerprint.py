@@ -7,8 +7,7 @@ import json
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from haltwise.errors import InputError
-from haltwise.policy.head import HaltHead
+from haltwise import HaltHead, InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from haltwise.errors import InputError
+from haltwise import InputError
 from haltwise.policy.signals import Index
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from haltwise.errors import InputError
+from haltwise import InputError
 
 
 class HiddenStateHook:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haltwise import Signals
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.signals import MEASURED_FROM, Float, Index, Signals, signals_from
+from haltwise.policy.signals import MEASURED_FROM, Float, Index, signals_from
 from haltwise.session.forced_answer import Probe
 from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import Thought

@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from haltwise import InputError
 from haltwise.engine.burst import Burst, Shape, Start
 from haltwise.engine.forced_answers import greedy_answers, take_tokens
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules
-from haltwise.errors import InputError
 from haltwise.policy.signals import Float, Index
 from haltwise.session.forced_answer import ForcedAnswer
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from haltwise.errors import InputError
+from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.policy.answers import READERS
-from haltwise.policy.halting import MEAN_LOGPROB, Halting
 from haltwise.session.forced_answer import ForcedAnswer, Probe
 from haltwise.session.thought import PointRules
 

@@ -19,8 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from haltwise.errors import InputError
-from haltwise.policy.head import HaltHead
+from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
@@ -31,10 +30,8 @@ from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.request_record import RequestRecord
 from haltwise.proxy.upstream import Upstream
 from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError, error_body
-from haltwise.session.control import Control, load_control
-from haltwise.session.report import ThoughtRequest
+from haltwise.session.control import load_control
 from haltwise.session.stream import check_served
-from haltwise.session.terms import Terms
 from haltwise.session.thought import PointRules
 
 log = logging.getLogger("haltwise.proxy")

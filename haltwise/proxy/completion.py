@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
 
-from haltwise.policy.head import HaltHead
+from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.legs import GeneratedSoFar, HeldBackLeg, LegUsage, UpstreamLeg
@@ -23,8 +23,6 @@ from haltwise.proxy.wire import (
     choice_of,
     texts_of,
 )
-from haltwise.session.control import Control
-from haltwise.session.report import ThoughtRequest
 from haltwise.session.stream import StreamedThought
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from haltwise.errors import InputError
-from haltwise.session.terms import Terms
+from haltwise import InputError, Terms
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 

@@ -12,16 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from haltwise import Control, HaltHead, InputError, Session, Terms, ThoughtReport, ThoughtRequest
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
-from haltwise.policy.head import HaltHead
-from haltwise.session.control import Control
 from haltwise.session.forced_answer import Probe
-from haltwise.session.report import ThoughtReport, ThoughtRequest
-from haltwise.session.session import Session
-from haltwise.session.terms import Terms
 
 
 @dataclass(frozen=True)

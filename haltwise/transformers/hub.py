@@ -16,6 +16,7 @@ import argparse
 import sys
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -32,72 +33,13 @@ from transformers import (
     StopStringCriteria,
 )
 
-from haltwise.errors import InputError
-from haltwise.policy.head import HaltHead, HeadConfig
-from haltwise.session.control import Control
-from haltwise.session.report import ThoughtReport
+from haltwise import Control, HaltHead, HeadConfig, InputError, ThoughtReport
 from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
 _FILES = ["head.json", "head.safetensors"]
-
-_GENERATE = '''"""Halts the thoughts of an LM by the head of this repository: see README.md."""
-
-from haltwise.transformers import hub
-
-# A repository of the hub, or a folder.
-HEAD = {source!r}
-
-
-def generate(model, **arguments):
-    """Called by transformers in place of `model.generate`."""
-    return hub.generate(model, **{{"head": HEAD}} | arguments)
-'''
-
-_CARD = """---
-library_name: haltwise
-tags:
-- custom_generate
-- reasoning
----
-
-# A halting policy for {lm}
-
-This head decides, while a reasoning LM thinks, whether it has thought enough. Halting closes the
-thought, and the LM answers.
-
-```python
-ids = model.generate(
-    **inputs,  # padded on the left
-    tokenizer=tokenizer,
-    price={price:.3g},
-    max_new_tokens=4096,
-    custom_generate={source!r},
-    trust_remote_code=True,
-)
-```
-
-`pip install 'haltwise[hf]'` first. Other arguments are those of `generate`, and:
-
-- `price`: exact match that 1,000 tokens are worth, one or one a row; higher halts earlier, 0 never.
-- `min_tokens`, `max_tokens`: thinking tokens before which the head does not halt, and at which the
-  thought is closed whatever it says.
-- `report`: a list that is given one entry a row: where and why its thought ended.
-
-It is valid under these conditions, and refuses others where it can:
-
-| | |
-|---|---|
-| LM | {lm} |
-| tokenizer | {tokenizer} |
-| prices trained on | {low:.3g} to {high:.3g} |
-| decision points | {rule} |
-| forced answers | {probing} |
-| close text | `{close!r}` |
-| certified | {certified} |
-
-`head.json` has the rest. Greedy decoding and sampling; no beams.
-"""
+# What a repository is made from: its code and its card.
+_TEMPLATES = files("haltwise.transformers") / "repository"
 
 
 def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> None:
@@ -118,7 +60,7 @@ def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> No
     head.save(folder)
     code = folder / "custom_generate"
     code.mkdir(exist_ok=True)
-    (code / "generate.py").write_text(_GENERATE.format(source=source))
+    (code / "generate.py").write_text(_template("generate.py.in").format(source=source))
     (code / "requirements.txt").write_text(f"haltwise>={version('haltwise')}\n")
     (folder / "README.md").write_text(_card(head.config, source))
 
@@ -206,6 +148,10 @@ def generate(
     return out
 
 
+def _template(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+
 def _card(config: HeadConfig, source: str) -> str:
     low, high = config.observing.price_range
     certified = "nothing"
@@ -216,7 +162,7 @@ def _card(config: HeadConfig, source: str) -> str:
             f"with a confidence of {found.confidence} ({found.risk})"
         )
     looks = config.halting.probing == "always"
-    return _CARD.format(
+    return _template("README.md.in").format(
         lm=config.lm or "an LM that its traces do not name",
         tokenizer=config.tokenizer or "not known",
         price=config.default_price,

@@ -27,6 +27,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from haltwise import Control, HaltHead, InputError, Session, ThoughtReport
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.forced_answers import greedy_answers
@@ -34,13 +35,9 @@ from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
-from haltwise.policy.head import HaltHead
-from haltwise.session.control import Control
 from haltwise.session.forced_answer import Probe
-from haltwise.session.report import ThoughtReport
-from haltwise.session.session import Session, requests_of
+from haltwise.session.session import requests_of
 from haltwise.session.thought import Thought
 from haltwise.transformers.processor import force_next
 

@@ -24,17 +24,14 @@ import torch
 from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
+from haltwise import Control, HaltHead, InputError, Session, ThoughtReport
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.errors import InputError
 from haltwise.policy.features import signals_of
-from haltwise.policy.head import HaltHead
-from haltwise.session.control import Control
-from haltwise.session.report import ThoughtReport
-from haltwise.session.session import Session, requests_of
+from haltwise.session.session import requests_of
 from haltwise.session.thought import Thought
 
 # Medians of next-token scores closer than this are the same, nats.

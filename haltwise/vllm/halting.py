@@ -9,15 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haltwise import Control, HaltHead, Session, ThoughtRequest
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
-from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index
-from haltwise.session.control import Control
 from haltwise.session.monitor import Bools
-from haltwise.session.report import ThoughtRequest
-from haltwise.session.session import Session
 from haltwise.session.thought import NEVER, Thought
 from haltwise.vllm.step import SlotSource, StepRows, on_device
 

@@ -44,9 +44,7 @@ from typing import Any
 from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
-from haltwise.errors import InputError
-from haltwise.session.report import ThoughtRequest
-from haltwise.session.terms import Terms
+from haltwise import InputError, Terms, ThoughtRequest
 from haltwise.vllm.halting import SlotHalting
 from haltwise.vllm.settings import check_tokens_are_shown, is_first, read_settings
 from haltwise.vllm.v1 import V1Slots

@@ -8,13 +8,11 @@ from typing import Any
 
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from haltwise import Control, HaltHead, InputError, Terms
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.errors import InputError
 from haltwise.policy.features import unshown_groups
-from haltwise.policy.head import HaltHead
-from haltwise.session.control import Control, load_control
-from haltwise.session.terms import Terms
+from haltwise.session.control import load_control
 
 
 @dataclass(frozen=True)
