@@ -114,6 +114,18 @@ def test_a_stream_obeys() -> None:
     assert told() == EVERYWHERE[:1]
 
 
+def test_the_guides_control_runs() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "SERVING.md").read_text()
+    block = guide.split("## Who sets the prices")[1].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(block, names)
+    control = names["HigherUnderLoad"]()
+    assert streamed(control) == [4]
+    control.num_running = 100
+    assert streamed(control) == [4]
+    assert control.num_running == 100
+
+
 def test_a_control_that_fails_halts_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert streamed(BrokenControl()) == []
     assert "the control failed" in caplog.text

@@ -17,6 +17,18 @@ LAYERS = [
     {"train", "adapt", "evaluate", "calibrate", "collect", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# Inside of haltwise; its front has what policy and session give to those above them.
+ROOMS = [
+    {"errors"},
+    {"policy"},
+    {"session"},
+    {"__init__"},
+    {"engine"},
+    {"transformers", "vllm", "proxy"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR = {name: floor for floor, names in enumerate(ROOMS) for name in names}
 FILES = sorted(
     path.relative_to(ROOT)
     for name in LEVEL
@@ -65,6 +77,27 @@ def test_arrows_point_one_way(path: Path) -> None:
 )
 def test_an_arrow_that_points_up_is_found(own: str, source: str, expected: set[str]) -> None:
     assert uphill(own, imports(source)) == expected
+
+
+def rooms(source: str) -> set[str]:
+    """The rooms of haltwise that are imported; `import haltwise` is its front."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+        parts = [name.split(".") for name in names if name.split(".")[0] == "haltwise"]
+        found |= {part[1] if len(part) > 1 else "__init__" for part in parts}
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parts[0] == "haltwise"], ids=str)
+def test_rooms_of_the_runtime_stand_on_lower_ones(path: Path) -> None:
+    own = path.parts[1].removesuffix(".py")
+    higher = {
+        room for room in rooms((ROOT / path).read_text()) - {own} if FLOOR[room] >= FLOOR[own]
+    }
+    assert higher == set()
+    assert own != "proxy" or "engine" not in rooms((ROOT / path).read_text())
 
 
 def test_every_script_and_package_has_its_layer() -> None:
