@@ -39,11 +39,11 @@ def serve(config: ServeConfig) -> None:
         InputError: If a setting, the head or the file of keys cannot be used.
         OSError: If the port cannot be had.
     """
-    from haltwise.proxy import server
+    from haltwise.proxy import create_server
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     logging.getLogger("haltwise").setLevel(logging.INFO)
-    running = server(config)
+    running = create_server(config)
     with _listener(config.host, config.port) as listener:
         host, port = listener.getsockname()[:2]
         logging.getLogger("haltwise").info(json.dumps({"listening": host, "port": port}))

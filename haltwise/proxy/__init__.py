@@ -2,6 +2,6 @@
 
 from haltwise.proxy.app import create_app
 from haltwise.proxy.config import ServeConfig
-from haltwise.proxy.server import server
+from haltwise.proxy.server import create_server
 
-__all__ = ["ServeConfig", "create_app", "server"]
+__all__ = ["ServeConfig", "create_app", "create_server"]

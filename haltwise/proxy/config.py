@@ -23,19 +23,19 @@ class ServeConfig:
     head: Path
     """Folder of a head trained with --probing at_halt and --groups pace distribution reflection."""
     upstream: str = "http://127.0.0.1:8080"
-    """Where the LM's own server listens."""
+    """Address of the LM's own server."""
     kind: ServerKind = "auto"
-    """Of that server; auto asks it."""
+    """Kind of that server; auto asks it."""
     host: str = "127.0.0.1"
-    """Where to listen; another one than loopback is open to the network."""
+    """Address to listen at; another one than loopback is open to the network."""
     port: int = 8700
-    """Where to listen; 0 takes any free one."""
+    """Port to listen at; 0 takes any free one."""
     price: float | None = None
-    """Exact match per 1,000 tokens, of requests that name none; default the head's own."""
+    """Price of requests that name none, in exact match per 1,000 tokens; default the head's own."""
     min_thinking_tokens: int = 0
-    """The head does not halt a shorter thought."""
+    """Thinking tokens before which the head halts no thought."""
     max_thinking_tokens: int | None = None
-    """Every longer thought is closed, whatever the head says."""
+    """Thinking tokens at which every thought is closed, whatever the head says."""
     control: str | None = None
     """MODULE:NAME of a class that sets terms and prices, see haltwise.Control."""
     shadow: bool = False
@@ -45,20 +45,20 @@ class ServeConfig:
     upstream_key_env: str | None = None
     """Environment variable with the upstream's API key; default each client's own is passed on."""
     max_streams: int = 1000
-    """Requests at a time; more are told to come back."""
+    """Most requests at a time; clients that send more are told to come back."""
     max_body_bytes: int = 16 * 2**20
-    """Of a request."""
+    """Largest size of a request's body."""
     connect_timeout: float = 15.0
     """Seconds to reach the upstream."""
     read_timeout: float = 300.0
     """Seconds that the upstream may be silent."""
     send_timeout: float = 30.0
-    """Seconds that a client may take to send its request, and that it may not read."""
+    """Seconds that a client may take to send its request, and may not read its answer."""
     drain_timeout: float = 30.0
     """Seconds that running requests have when the proxy is told to end."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Checks that each value is in its range.
 
         Raises:
             InputError: If one is out of its range.
@@ -75,7 +75,7 @@ class ServeConfig:
 
     @property
     def upstream_url(self) -> str:
-        """The upstream without the "/v1" that OpenAI clients have at the end of theirs.
+        """The upstream's address without the "/v1" that OpenAI clients have at the end of theirs.
 
         Raises:
             InputError: If it is no HTTP address.
@@ -100,10 +100,10 @@ class ServeConfig:
         return key
 
     def terms(self, default_price: float) -> Terms:
-        """Terms of requests that ask for nothing.
+        """The terms of requests that ask for no others.
 
         Args:
-            default_price: The head's own.
+            default_price: The head's own price.
 
         Raises:
             InputError: If they contradict each other.
@@ -116,15 +116,15 @@ class APIKeys:
     """The API keys that are let in, each with its terms; only their digests are kept.
 
     Args:
-        path: The file, see `ServeConfig.keys`.
-        default: What an entry leaves out.
+        path: The file, in the form that `ServeConfig.keys` tells.
+        default: The terms for what an entry leaves out.
 
     Raises:
-        InputError: If the file cannot be read or an entry is none. No message holds a key.
+        InputError: If the file cannot be read or an entry has no terms. No message holds a key.
     """
 
     def __init__(self, path: Path, default: Terms) -> None:
-        """Reads the file."""
+        """Reads the file, which is not looked at again."""
         try:
             entries = json.loads(path.read_text())
         except (OSError, ValueError) as error:

@@ -43,8 +43,11 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-def server(config: ServeConfig) -> uvicorn.Server:
-    """The proxy and its server, which `run` starts.
+def create_server(config: ServeConfig) -> uvicorn.Server:
+    """The proxy and uvicorn around it, which `run` starts.
+
+    Args:
+        config: The settings.
 
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.

@@ -20,12 +20,12 @@ _NAN = float("nan")
 
 
 class UpstreamError(Exception):
-    """The upstream did not answer, or not as it should."""
+    """The upstream did not answer, or not as it should; `kind` says what happened, in a word."""
 
     def __init__(
         self, kind: str, message: str, status: int = 502, body: Json | None = None
     ) -> None:
-        """Takes what happened, in a word and for the client, perhaps in the server's words."""
+        """Takes what happened, and the status and the body that the client gets."""
         super().__init__(message)
         self.kind = kind
         self.status = status
@@ -39,17 +39,17 @@ def error_body(message: str, kind: str) -> Json:
 
 @dataclass(slots=True)
 class StreamEvent:
-    """One event of a stream."""
+    """One event of a stream of server-sent events."""
 
     raw: bytes = b""
-    """As it came, its blank line included; empty if it was changed or made here."""
+    """The event as it came, its blank line included; empty if it was changed or made here."""
     chunk: Json | None = None
-    """Its data; None for a comment, and for the end."""
+    """The JSON object that it carries; None for a comment, and for the end."""
     is_done: bool = False
     """Whether it says that the stream is whole."""
 
     def encode(self) -> bytes:
-        """As it is sent on."""
+        """The bytes that are sent to the client."""
         if self.raw:
             return self.raw
         return b"data: %b\n\n" % json.dumps(self.chunk, separators=(",", ":")).encode()
@@ -68,7 +68,7 @@ class EventReader:
         self._num_rest = 0
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
-        """The events that a further piece completes.
+        """Takes in the next piece of bytes; gives the events that it completes.
 
         Raises:
             UpstreamError: If an event is no JSON object, does not end, or is an error.
@@ -114,7 +114,7 @@ def _event(text: bytes) -> StreamEvent:
 
 
 def _error_said(error: Any) -> Json:
-    """The upstream's own error, with nothing missing."""
+    """The upstream's own error, with every field that clients expect."""
     told = error if isinstance(error, dict) else {"message": str(error)}
     return {"error": error_body("upstream sent an error", "upstream_error")["error"] | told}
 
@@ -143,7 +143,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning")
 
 
 def texts_of(choice: Json) -> tuple[str, str]:
-    """What a chunk adds to the thought, if the server tells it apart, and to all else."""
+    """The text that a choice adds to the thought, if the server tells it apart, and to all else."""
     delta = choice.get("delta")
     if delta is None:
         return "", str(choice.get("text") or "")
@@ -157,32 +157,25 @@ class ServedToken:
 
     text: str
     logprob: float = _NAN
-    """Nats; NaN if unknown."""
+    """Log probability in nats; NaN if unknown."""
     top: list[float] | tuple[()] = ()
-    """Log probabilities of the likeliest tokens in its place; empty if unknown."""
+    """Log probabilities of the likeliest tokens in its place, in nats; empty if unknown."""
     id: int | None = None
 
 
 def tokens_of(choice: Json) -> list[ServedToken]:
-    """The tokens of a choice whose log probabilities are there, in any of their two forms.
+    """The tokens of a choice, read from its log probabilities in either of their two forms.
 
-    What is malformed in them is unknown, not an error.
+    Without log probabilities there are no tokens. A number that is malformed is unknown, no error.
     """
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
         return []
     if isinstance(logprobs.get("content"), list):
         return [_token(entry) for entry in logprobs["content"] if isinstance(entry, dict)]
-    texts = logprobs.get("tokens")
-    if not isinstance(texts, list):
-        return []
-    numbers = _padded(logprobs.get("token_logprobs"), len(texts))
-    tops = _padded(logprobs.get("top_logprobs"), len(texts))
     return [
-        ServedToken(
-            str(text), _number(number), _numbers(top.values() if isinstance(top, dict) else ())
-        )
-        for text, number, top in zip(texts, numbers, tops, strict=True)
+        ServedToken(str(text), _number(number), _numbers(top.values()))
+        for text, number, top in _rows(logprobs)
     ]
 
 
@@ -197,8 +190,17 @@ def _token(entry: Json) -> ServedToken:
     )
 
 
-def _padded(values: Any, num: int) -> list[Any]:
-    return values if isinstance(values, list) and len(values) == num else [None] * num
+def _rows(logprobs: Json) -> list[tuple[Any, Any, Json]]:
+    """Text, log probability and likeliest tokens of each token, in the form of completions."""
+    texts = logprobs.get("tokens")
+    if not isinstance(texts, list):
+        return []
+    numbers, tops = (
+        values if isinstance(values, list) and len(values) == len(texts) else [None] * len(texts)
+        for values in (logprobs.get("token_logprobs"), logprobs.get("top_logprobs"))
+    )
+    rows = zip(texts, numbers, tops, strict=True)
+    return [(text, number, top if isinstance(top, dict) else {}) for text, number, top in rows]
 
 
 def _number(value: Any) -> float:
@@ -210,7 +212,7 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 
 
 def trim_logprobs(logprobs: Any, num_top: int) -> None:
-    """Leaves as many of the likeliest tokens as the client asked for, in either form."""
+    """Cuts the likeliest tokens, in either form, to as many as the client asked for."""
     if not isinstance(logprobs, dict):
         return
     content, texts, tops = (logprobs.get(n) for n in ("content", "tokens", "top_logprobs"))
@@ -234,13 +236,9 @@ def chat_logprobs(logprobs: Any) -> Any:
     """Log probabilities in the form of chat, whichever form they have."""
     if not isinstance(logprobs, dict) or not isinstance(logprobs.get("tokens"), list):
         return logprobs
-    texts = logprobs["tokens"]
-    numbers = _padded(logprobs.get("token_logprobs"), len(texts))
-    tops = _padded(logprobs.get("top_logprobs"), len(texts))
     content = [
-        _entry(text, number)
-        | {"top_logprobs": [_entry(*pair) for pair in top.items()] if isinstance(top, dict) else []}
-        for text, number, top in zip(texts, numbers, tops, strict=True)
+        _entry(text, number) | {"top_logprobs": [_entry(*pair) for pair in top.items()]}
+        for text, number, top in _rows(logprobs)
     ]
     return {"content": content}
 

@@ -25,7 +25,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing, feature_names
-from haltwise.proxy import ServeConfig, server
+from haltwise.proxy import ServeConfig, create_server
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 
 CLOSE = "\n</think>\n\n"
@@ -85,7 +85,7 @@ class Proxy:
 def proxied(config: ServeConfig) -> Iterator[Proxy]:
     """Runs a proxy in a thread, on any free port."""
     listener = listening_socket()
-    running = server(config)
+    running = create_server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     proxy = Proxy(f"http://127.0.0.1:{listener.getsockname()[1]}")

@@ -226,5 +226,5 @@ def test_tokens_are_sent_at_once(head: Path, monkeypatch: pytest.MonkeyPatch) ->
             # asyncio lets small pieces go unless the protocol of the listener is unnamed.
             assert [listener.proto for listener in sockets] == [socket.IPPROTO_TCP]
 
-    monkeypatch.setattr("haltwise.proxy.server", lambda config: Running())
+    monkeypatch.setattr("haltwise.proxy.create_server", lambda config: Running())
     cli.serve(ServeConfig(head=head, port=0))

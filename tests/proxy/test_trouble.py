@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import openai
@@ -14,6 +13,7 @@ import pytest
 
 from haltwise import HaltMonitor
 from haltwise.proxy import app, second_leg, upstream
+from haltwise.proxy import server as proxy_server
 from haltwise.proxy.client import RequestingClient
 from haltwise.proxy.completion import CompletionSettings
 from haltwise.proxy.legs import UpstreamLeg
@@ -466,7 +466,7 @@ def test_a_client_that_asks_for_nothing_is_let_go(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = pairs("vllm")
-    monkeypatch.setattr(import_module("haltwise.proxy.server"), "_SILENCE", 0.05)
+    monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
     with connected(pair.proxy) as client:
         assert client.recv(1) == b""
 
