@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 from haltwise.errors import InputError
-from haltwise.session.report import ThoughtReport, ThoughtRequest
+from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
-
-if TYPE_CHECKING:
-    from haltwise.session.session import RunningRequest
 
 
 class Control(Protocol):

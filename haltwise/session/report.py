@@ -1,4 +1,4 @@
-"""What happened to the thought of one request: one report, whatever ran the LM."""
+"""What is known of a request: before its first token, while it runs, and after its thought."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from haltwise.session.terms import Terms
-from haltwise.session.thought import Reason
+from haltwise.session.thought import Reason, Thought
 
 
 @dataclass(frozen=True)
@@ -53,3 +53,19 @@ class ThoughtReport:
     def halted(self) -> bool:
         """Whether the thought was closed for the LM, by the head or by its cap."""
         return self.reason in ("halted", "capped")
+
+
+@dataclass
+class RunningRequest:
+    """A request in one row of a session."""
+
+    terms: Terms
+    """The terms on which it began."""
+    thought: Thought
+    """How far it has come."""
+    report: ThoughtReport
+    """What has happened to it; position and end are filled in by `Session.report`."""
+    watched: bool
+    """Whether the head is to decide about it, as long as there is something to decide."""
+    released: bool = False
+    """Whether it was left to its LM for good."""

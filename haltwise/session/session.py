@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,29 +21,13 @@ from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import ConstantControl, Control
 from haltwise.session.monitor import Bools, HaltMonitor
-from haltwise.session.report import ThoughtReport, ThoughtRequest
+from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
 from haltwise.session.thought import NEVER, Thought
 
 log = logging.getLogger("haltwise")
 
 T = TypeVar("T")
-
-
-@dataclass
-class RunningRequest:
-    """A request in one row of a session."""
-
-    terms: Terms
-    """The terms on which it began."""
-    thought: Thought
-    """How far it has come."""
-    report: ThoughtReport
-    """What has happened to it; position and end are filled in by `Session.report`."""
-    watched: bool
-    """Whether the head is to decide about it, as long as there is something to decide."""
-    released: bool = False
-    """Whether it was left to its LM for good."""
 
 
 class Session:
@@ -114,11 +98,11 @@ class Session:
 
     def waiting(self, rows: Iterable[int]) -> list[int]:
         """Returns those of some rows that `decide` is to be asked about."""
-        return [r for r in rows if self._waits(r)]
+        return [row for row in rows if self.open[row] and self._waits(row)]
 
     def _waits(self, row: int) -> bool:
         thought = self.running[row].thought
-        return bool((self.watched[row] and thought.at_point) or (self.open[row] and thought.at_cap))
+        return bool(thought.at_cap or (thought.at_point and self.watched[row]))
 
     def decide(self, rows: Sequence[int], signals: Signals | None = None) -> list[int]:
         """Decides about rows whose thoughts wait.
