@@ -129,6 +129,9 @@ def test_the_guides_control_runs() -> None:
 def test_a_control_that_fails_halts_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert streamed(BrokenControl()) == []
     assert "the control failed" in caplog.text
+    steady = BrokenControl()
+    steady.moves_prices = False
+    assert streamed(steady) == []
 
 
 @pytest.mark.parametrize("name", ["", "nowhere:At", "tests.toy_control:None", "json:loads"])

@@ -25,6 +25,9 @@ class RisingPrice:
 
 
 class BrokenControl(RisingPrice):
+    def terms(self, request: ThoughtRequest) -> Terms:
+        raise RuntimeError("no terms")
+
     def price(self, running: RunningRequest) -> float:
         return float("nan")
 

@@ -72,6 +72,23 @@ def test_a_cap_holds_between_points_and_where_the_head_may_not_halt(run_head: Ha
     assert (report.reason, report.position) == ("capped", 60)
 
 
+def test_a_thought_that_has_not_begun_has_no_cap_to_reach(run_head: HaltHead) -> None:
+    session, thought = running(run_head, Terms(ALWAYS, max_tokens=3), "x" * 7, prompt="")
+    assert session.waiting([1]) == session.decide([1]) == []
+    thought.add("<think>")
+    assert session.decide(session.waiting([1])) == [1]
+    assert (session.report(1).reason, session.report(1).position) == ("capped", 8)
+
+
+def test_there_is_nothing_to_decide_at_the_last_token(run_head: HaltHead) -> None:
+    session, thought = running(run_head, Terms(ALWAYS, max_tokens=50), "x" * 50)
+    thought.end(by_lm=True)
+    assert session.waiting([1]) == []
+    session.look(1)
+    assert not session.open.any()
+    assert session.finish(1).reason == "closed by the LM"
+
+
 def test_a_missing_signal_halts_nothing_and_is_counted(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS), "x" * 50)
     assert session.decide([1], Signals(np.array([50]))) == []
@@ -88,11 +105,19 @@ def test_a_halted_row_can_be_left_to_its_lm_or_tried_again(run_head: HaltHead) -
     assert session.open[1] and session.report(1).reason == "cut off"
     assert session.decide([1], seen(thought)) == [1]
     session.release(1, "late")
-    assert not session.open.any()
+    assert not session.open.any() and session.decide([1], seen(thought)) == []
     thought.end(by_lm=True)
     report = session.finish(1)
     found = (report.reason, report.halted, report.decided_at, report.fallback)
     assert found == ("closed by the LM", False, 50, "late")
+
+
+def test_a_row_that_is_released_is_not_even_capped(run_head: HaltHead) -> None:
+    session, thought = running(run_head, Terms(ALWAYS, max_tokens=50), "x" * 49)
+    session.release(1)
+    thought.add("x")
+    assert not session.open.any() and session.decide([1]) == []
+    assert session.report(1).reason == "cut off"
 
 
 def test_a_row_that_was_not_seen_whole_keeps_its_cap(run_head: HaltHead) -> None:
