@@ -73,9 +73,18 @@ class PlainReplayEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float, dict[str, Any]]:
-        """Starts the next episode; observation (F + 1,)."""
+        """Starts the next episode.
+
+        Args:
+            seed: The series of episodes that belongs to this seed begins; None goes on with the
+                series that is being played.
+            options: There are none, and they are ignored.
+
+        Returns:
+            The first observation (F + 1,), and an empty info.
+        """
         super().reset(seed=seed)
-        if not self._waiting:
+        if seed is not None or not self._waiting:
             self._waiting = self.np_random.permutation(len(self._episodes)).tolist()[::-1]
         self._episode = self._episodes[self._waiting.pop()]
         self._point = 0
