@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from lms.scorers import SCORERS
+from lms.scorers import scorer_of
 
 SPLITS = ("train", "dev", "test")
 
@@ -27,7 +27,8 @@ class Question:
     split: str
     """train, dev or test."""
     scorer: str = "short"
-    """How its answers are read and compared: one of `SCORERS`."""
+    """The rule by which its answers are read and compared: a key of
+    `haltwise.policy.answers.READERS`."""
 
     def is_right(self, answer: str) -> bool:
         """Whether an answer, as it was read, is the gold answer; "" never is.
@@ -35,7 +36,7 @@ class Question:
         Raises:
             InputError: The gold answer cannot be compared with anything.
         """
-        return SCORERS[self.scorer](answer, self.gold)
+        return scorer_of(self.scorer)(answer, self.gold)
 
 
 def digest_of(text: str) -> str:

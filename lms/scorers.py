@@ -1,4 +1,8 @@
-"""Answer rules: how an LM is asked for an answer, and how it is compared with the gold answer."""
+"""Scorers: how an LM is asked for an answer, and how its answer is compared with the gold answer.
+
+Every answer rule of `haltwise.policy.answers.READERS` has a scorer. A rule needs none of its own in
+`SCORERS` if two answers are equal whenever its reader reads the same from them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from haltwise import InputError
-from haltwise.policy.answers import canonical, normal_latex, normal_text, read_choice, read_number
+from haltwise.policy.answers import READERS, canonical, normal_latex, normal_text
 
-_BOXED = r"Reason step by step and put the final answer in \boxed{}."
-_SAID = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
+_IN_A_BOX = r"Reason step by step and put the final answer in \boxed{}."
+_AFTER_A_MARK = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
 _OPEN_BOX = r"The final answer is \boxed{"
 
 # Longer formulas are compared as they are spelled: they can take sympy minutes.
@@ -98,30 +102,18 @@ def text(answer: str, gold: str) -> bool:
     return _any_line(answer, gold, normal_text)
 
 
-def number(answer: str, gold: str) -> bool:
-    """Says whether an answer has exactly the value of the gold answer.
+def _same_reading(rule: str, expected: str) -> Callable[[str, str], bool]:
+    """Returns a comparison for answers that are equal if a rule reads the same from them.
 
     Args:
-        answer: as returned by `read_number`; "" is never right.
-        gold: has the reference number as its last.
-
-    Raises:
-        InputError: the gold answer has no number.
+        rule: A key of `READERS`. An answer has been read by it; the gold answer is yet to be.
+        expected: What the rule can read, for the message about a gold answer that it cannot.
     """
-    return answer == _spelled(gold, read_number, "a number")
 
+    def compare(answer: str, gold: str) -> bool:
+        return answer == _spelled(gold, READERS[rule], expected)
 
-def choice(answer: str, gold: str) -> bool:
-    """Says whether an answer is the letter of the right choice.
-
-    Args:
-        answer: as returned by `read_choice`; "" is never right.
-        gold: the letter.
-
-    Raises:
-        InputError: the gold answer is no letter.
-    """
-    return answer == _spelled(gold, read_choice, "the letter of a choice")
+    return compare
 
 
 def latex(answer: str, gold: str) -> bool:
@@ -177,25 +169,35 @@ def check_scorer(name: str) -> None:
     """Refuses an answer rule that cannot be used.
 
     Raises:
-        InputError: There is none of that name, or its package is missing.
+        InputError: If there is no rule of that name, or the package that it needs is missing.
     """
-    if name not in SCORERS:
-        raise InputError(f"scorer is {name!r}, expected one of {', '.join(SCORERS)}")
+    if name not in READERS:
+        raise InputError(f"scorer is {name!r}, expected one of {', '.join(READERS)}")
     if name == "latex" and find_spec("math_verify") is None:
         raise InputError(needed("math-verify", "math"))
 
 
-#: By answer rule, the same names as in haltwise.policy.answers.READERS.
+#: The scorers of the answer rules that ask or compare in a way of their own, by the rule's name.
 SCORERS: dict[str, Scorer] = {
-    "short": Scorer(short, _BOXED, _OPEN_BOX, "}"),
-    "strict": Scorer(strict, _SAID, "Answer:", "\n"),
-    "text": Scorer(text, _SAID, "Answer:", "\n"),
-    "number": Scorer(number, _BOXED, _OPEN_BOX, "}"),
+    "short": Scorer(short, _IN_A_BOX, _OPEN_BOX, "}"),
+    "strict": Scorer(strict, _AFTER_A_MARK, "Answer:", "\n"),
+    "text": Scorer(text, _AFTER_A_MARK, "Answer:", "\n"),
+    "number": Scorer(_same_reading("number", "a number"), _IN_A_BOX, _OPEN_BOX, "}"),
     "choice": Scorer(
-        choice,
+        _same_reading("choice", "the letter of a choice"),
         r"Reason step by step and put the letter of the right choice in \boxed{}.",
         _OPEN_BOX,
         "}",
     ),
-    "latex": Scorer(latex, _BOXED, _OPEN_BOX, "}"),
+    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}"),
 }
+
+
+def scorer_of(rule: str) -> Scorer:
+    """Returns the scorer of an answer rule; a rule without one of its own compares readings.
+
+    Args:
+        rule: A key of `READERS`.
+    """
+    by_reading = _same_reading(rule, "a reference answer that the rule can read")
+    return SCORERS.get(rule) or Scorer(by_reading, _AFTER_A_MARK, "Answer:", "\n")

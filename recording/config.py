@@ -18,7 +18,7 @@ class Answering:
     """How a task is asked and answered: the part of it that workers need."""
 
     scorer: str
-    """One of lms.scorers.SCORERS."""
+    """The answer rule: a key of haltwise.policy.answers.READERS."""
     cue: str
     """Said after a thought to force an answer."""
     answer_end: str

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from haltwise import InputError
 from lms.questions import Question
-from lms.scorers import SCORERS, check_scorer
+from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
 from lms.sources.forms import Columns
 from lms.sources.gym import PREFIX, Gym
@@ -100,7 +100,7 @@ def _asking(config: DataConfig, usual: str) -> tuple[str, str]:
     scorer = config.scorer or usual
     check_scorer(scorer)
     instruction = config.instruction
-    return scorer, SCORERS[scorer].instruction if instruction is None else instruction
+    return scorer, scorer_of(scorer).instruction if instruction is None else instruction
 
 
 def _refuse(config: DataConfig, *names: str) -> None:

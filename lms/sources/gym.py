@@ -9,7 +9,7 @@ from typing import Any
 
 from haltwise import InputError
 from lms.questions import Question, digest_of, split_of
-from lms.scorers import SCORERS, needed
+from lms.scorers import needed, scorer_of
 from lms.sources.task import asked, check_draw
 
 PREFIX = "reasoning_gym:"
@@ -95,12 +95,12 @@ class Gym:
     @property
     def cue(self) -> str:
         """See `Task`."""
-        return SCORERS[self.scorer].cue
+        return scorer_of(self.scorer).cue
 
     @property
     def answer_end(self) -> str:
         """See `Task`."""
-        return SCORERS[self.scorer].answer_end
+        return scorer_of(self.scorer).answer_end
 
     def describe(self) -> str:
         """See `Task`."""

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 from haltwise import InputError
 from lms.questions import SPLITS, Question, digest_of, split_of
-from lms.scorers import SCORERS
+from lms.scorers import scorer_of
 from lms.sources.forms import Form, Item, cell
 from lms.sources.rows import SPLIT_NAMES, Row, Rows
 from lms.sources.task import asked, check_draw
@@ -70,12 +70,12 @@ class Table:
     @property
     def cue(self) -> str:
         """See `Task`."""
-        return SCORERS[self.scorer].cue
+        return scorer_of(self.scorer).cue
 
     @property
     def answer_end(self) -> str:
         """See `Task`."""
-        return SCORERS[self.scorer].answer_end
+        return scorer_of(self.scorer).answer_end
 
     def questions(self, split: str, num: int, seed: int) -> Iterator[Question]:
         """See `Task`: the first `num` in an order that the seed and their texts decide."""
@@ -126,7 +126,7 @@ class Table:
         Raises:
             InputError: If a row cannot be asked; the message says which.
         """
-        compare = SCORERS[self.scorer]
+        compare = scorer_of(self.scorer)
         for own, place, row in self.rows():
             try:
                 own = self._own_split(own, row)

@@ -20,8 +20,9 @@ class DataConfig:
     squad, or reasoning_gym:NAME. Your own: a file (JSON lines, JSON, CSV, Parquet), a folder of
     them, or OWNER/NAME or OWNER/NAME:CONFIG of the Hugging Face Hub."""
     scorer: str | None = None
-    """How answers are read and compared: short, strict, text, number, choice or latex. Default:
-    the task's own; for your own data short, or choice with --choices-column."""
+    """The rule by which answers are read and compared, such as short, text, number, choice or
+    latex; an unknown name is answered with all of them. Default: the task's own rule; for your own
+    data short, or choice with --choices-column."""
     instruction: str | None = None
     """Follows every question. Default: the scorer's."""
     question_column: str = "question"
@@ -47,7 +48,7 @@ class Answered(Protocol):
 
     @property
     def scorer(self) -> str:
-        """One of lms.scorers.SCORERS."""
+        """The answer rule: a key of haltwise.policy.answers.READERS."""
 
     @property
     def cue(self) -> str:
