@@ -29,27 +29,36 @@ _HUGE = re.compile(r"[0-9]{3,}!|\^\{?[^}]{0,9}(?:\^|[0-9]{4,})")
 
 @dataclass(frozen=True)
 class Scorer:
-    """One answer rule; called with an answer as it was read, and the gold answer."""
+    """How one answer rule compares answers, and how it asks an LM for them."""
 
     compare: Callable[[str, str], bool]
-    """Arguments, result and errors as of `short`."""
+    """Takes an answer as the rule has read it and the gold answer as it stands in the data; says
+    whether the answer is right. An answer "" is never right."""
     instruction: str
-    """Follows the question."""
+    """The text that follows a question, to tell the LM in which form to answer."""
     cue: str
-    """Said after a thought to force an answer."""
+    """The words that follow the closed thought, to lead the LM to its answer."""
     answer_end: str
-    """See haltwise.Halting."""
+    """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
 
     def __call__(self, answer: str, gold: str) -> bool:
-        """Says whether an answer is right."""
+        """Says whether an answer is right.
+
+        Args:
+            answer: The answer as the rule has read it; "" is never right.
+            gold: The gold answer as it stands in the data.
+
+        Raises:
+            InputError: If the gold answer cannot be compared with anything.
+        """
         return self.compare(answer, gold)
 
 
 def _spelled(gold: str, spell: Callable[[str], str], expected: str) -> str:
-    """The gold answer in the spelling that right answers share.
+    """Returns the gold answer in the spelling that right answers share.
 
     Raises:
-        InputError: It has none.
+        InputError: If it has no such spelling.
     """
     spelling = spell(gold)
     if not spelling:
@@ -62,11 +71,11 @@ def short(answer: str, gold: str) -> bool:
     """Says whether an answer equals the gold answer, both in canonical spelling.
 
     Args:
-        answer: as returned by `read_answer`; "" is never right.
-        gold: the reference answer.
+        answer: The answer that `read_answer` has read; "" is never right.
+        gold: The gold answer.
 
     Raises:
-        InputError: the gold answer is empty.
+        InputError: If the gold answer is empty.
     """
     return canonical(answer) == _spelled(gold, canonical, "a reference answer")
 
@@ -80,11 +89,11 @@ def strict(answer: str, gold: str) -> bool:
     """Says whether an answer is, letter for letter, one of the gold answers.
 
     Args:
-        answer: as returned by `read_strict`; "" is never right.
-        gold: the reference answers, one a line.
+        answer: The answer that `read_strict` has read; "" is never right.
+        gold: The gold answers, one a line.
 
     Raises:
-        InputError: the gold answer is empty.
+        InputError: If there is no gold answer.
     """
     return _any_line(answer, gold, str.strip)
 
@@ -93,11 +102,11 @@ def text(answer: str, gold: str) -> bool:
     """Says whether an answer is one of the gold answers in normal spelling, as in SQuAD.
 
     Args:
-        answer: as returned by `read_text`; "" is never right.
-        gold: the reference answers, one a line.
+        answer: The answer that `read_text` has read; "" is never right.
+        gold: The gold answers, one a line.
 
     Raises:
-        InputError: no gold answer has a letter or digit besides its articles.
+        InputError: If no gold answer has a letter or digit besides its articles.
     """
     return _any_line(answer, gold, normal_text)
 
@@ -123,11 +132,11 @@ def latex(answer: str, gold: str) -> bool:
     in base 16 and what could keep it busy.
 
     Args:
-        answer: as returned by `read_latex`; "" is never right.
-        gold: the reference formula.
+        answer: The formula that `read_latex` has read; "" is never right.
+        gold: The gold formula.
 
     Raises:
-        InputError: the gold answer is empty, or math-verify is missing.
+        InputError: If the gold answer is empty, or math-verify is missing.
     """
     wanted = _spelled(gold, normal_latex, "a formula")
     if not answer or answer == wanted:
@@ -138,7 +147,7 @@ def latex(answer: str, gold: str) -> bool:
 
 
 def _is_beyond(formula: str) -> bool:
-    """Whether math-verify should not be asked about a formula."""
+    """Says whether math-verify should not be asked about a formula."""
     return (
         len(formula) > _LONGEST_FORMULA
         or re.fullmatch(r"[A-Za-z]{3,}", formula) is not None
@@ -153,7 +162,7 @@ def _verify(answer: str, gold: str) -> bool:
     except ImportError:
         raise InputError(needed("math-verify", "math")) from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Its clock is a signal, which only the main thread can have.
+    # Math-verify measures its time limit by a signal, which only the main thread can have.
     is_main = threading.current_thread() is threading.main_thread()
     seconds = _TIMEOUT_S if is_main else None
     sides = [parse(f"${side}$", parsing_timeout=seconds) for side in (gold, answer)]
@@ -161,7 +170,7 @@ def _verify(answer: str, gold: str) -> bool:
 
 
 def needed(package: str, extra: str) -> str:
-    """Says that a package is missing, and what installs it."""
+    """Returns a message that says that a package is missing, and what installs it."""
     return f"{package} is not installed: expected it, pip install -e '.[{extra}]'"
 
 

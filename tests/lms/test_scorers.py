@@ -12,7 +12,7 @@ import pytest
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.policy.answers import READERS
 from lms import scorers
-from lms.questions import digest_of, split_of
+from lms.questions import question_digest, split_of
 from lms.scorers import SCORERS, check_scorer, scorer_of
 from lms.sources import DataConfig, open_task
 
@@ -46,7 +46,7 @@ def test_a_rule_is_added_by_its_reader_alone(
     path = tmp_path / "colours.jsonl"
     path.write_text(json.dumps({"question": "Which?", "answer": "Red"}))
     task = open_task(DataConfig(task=str(path), scorer="colour"))
-    (question,) = task.questions(split_of(digest_of("Which?")), 1, 0)
+    (question,) = task.questions(split_of(question_digest("Which?")), 1, 0)
     assert question.is_right("red") and question.text.endswith(scorer_of("text").instruction)
     assert (task.cue, task.answer_end) == ("Answer:", "\n")
     halting = Halting(
