@@ -1,4 +1,4 @@
-"""The command line of the scripts: a frozen dataclass in, files written whole, errors in a line."""
+"""What scripts share: settings from the command line, one-line errors, files written whole."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Config = TypeVar("Config")
 
 
 def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
-    """Parses the command line into a config and calls `main` with it.
+    """Parses the command line into a config, and calls `main` with it.
 
     What a person got wrong (InputError, OSError) is told in one line on stderr, and the process
     ends with status 2, as it does for an unknown flag. Any other error is a defect and keeps its
@@ -33,7 +33,7 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes the file only once all is written.
+    """Yields a path to write to; it becomes the file only once all is written.
 
     Raises:
         OSError: If the file cannot be put in its place.
@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file whole or not at all.
+    """Writes a JSON file whole or not at all.
 
     Raises:
         OSError: If it cannot be written.

@@ -1,4 +1,4 @@
-"""The replay environment as one writes it first: one episode, plain Python, `gymnasium.Env`."""
+"""The replay environment as one writes it first: one episode at a time, in plain Python."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Episode:
+class PlainEpisode:
     """A trace with L decision points, L at least 1."""
 
     obs: Float
-    """(L, F + 1); the price in the last column is yet to be filled in."""
+    """(L, F + 1) the observations; the log price in the last column is yet to be filled in."""
     position: list[int]
-    """Thinking tokens so far, at each point."""
+    """The number of thinking tokens up to each point."""
     probe_tokens: list[int]
-    """Tokens of each forced answer."""
+    """The number of tokens of each forced answer."""
     correct: list[bool]
-    """EM of each forced answer."""
+    """The EM of each forced answer."""
     num_tokens: int
-    """When never halted."""
+    """The number of tokens when never halted."""
     final_correct: bool
-    """EM when never halted."""
+    """The EM when never halted."""
 
 
-def episodes_of(traces: Traces, observing: Observing) -> list[Episode]:
-    """All traces that have points."""
+def episodes_of(traces: Traces, observing: Observing) -> list[PlainEpisode]:
+    """Returns an episode of every trace that has decision points."""
     features = point_features(traces, observing.groups, projection=observing.projection)
     obs = observing.observe(features, 1.0)
     episodes = []
     for n, (first, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):
         if first < end:
             episodes.append(
-                Episode(
+                PlainEpisode(
                     obs[first:end],
                     traces.position[first:end].tolist(),
                     traces.probe_tokens[first:end].tolist(),
@@ -59,12 +59,12 @@ class PlainReplayEnv(gym.Env[Any, Any]):
     """The same MDP as `ReplayEnv` when probing is "always", and the same episodes for a seed.
 
     Args:
-        episodes: What to replay.
-        observing: Their observing.
+        episodes: The episodes to replay.
+        observing: How features become observations, and prices are drawn.
     """
 
-    def __init__(self, episodes: list[Episode], observing: Observing) -> None:
-        """Sets the spaces."""
+    def __init__(self, episodes: list[PlainEpisode], observing: Observing) -> None:
+        """Sets the spaces of observations and actions."""
         self.observation_space, self.action_space = spaces(observing)
         self._episodes = episodes
         self._observing = observing
@@ -73,9 +73,18 @@ class PlainReplayEnv(gym.Env[Any, Any]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float, dict[str, Any]]:
-        """Starts the next episode; observation (F + 1,)."""
+        """Starts the next episode.
+
+        Args:
+            seed: The series of episodes that belongs to this seed begins; None goes on with the
+                series that is being played.
+            options: There are none, and they are ignored.
+
+        Returns:
+            The first observation (F + 1,), and an empty info.
+        """
         super().reset(seed=seed)
-        if not self._waiting:
+        if seed is not None or not self._waiting:
             self._waiting = self.np_random.permutation(len(self._episodes)).tolist()[::-1]
         self._episode = self._episodes[self._waiting.pop()]
         self._point = 0
@@ -84,7 +93,12 @@ class PlainReplayEnv(gym.Env[Any, Any]):
         return self._observe(), {}
 
     def step(self, action: int) -> tuple[Float, float, bool, bool, dict[str, Any]]:
-        """Continues (0) or halts (1)."""
+        """Continues (0) or halts (1).
+
+        Returns:
+            The next observation (F + 1,), the reward, whether the episode has ended, False, and an
+            empty info.
+        """
         episode, i = self._episode, self._point
         before = episode.position[i - 1] if i else 0
         cost = episode.position[i] - before + episode.probe_tokens[i]

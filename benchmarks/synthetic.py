@@ -8,25 +8,25 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from recording.recording import Row
+from recording.trace_row import TraceRow
 from traces import SIGNALS, Traces, read_traces, write_shard
 
-#: The signals that are recorded by default.
+#: The names of the signals that are recorded by default.
 RECORDED = tuple(name for name in SIGNALS if name != "hidden")
 
 _MAX_POINTS = 30
 
 
-def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> Iterator[Row]:
+def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> Iterator[TraceRow]:
     """Yields traces one by one, so that any number of them takes no memory.
 
     A trace has 13 points on average, at most 30, and now and then none. From some point on the
     forced answers are right, and mostly surer than before. The other signals are noise.
 
     Args:
-        num: Traces, six a question.
-        seed: Of everything random.
-        mean_points: Another average, with at most four times as many.
+        num: The number of traces; six belong to a question.
+        seed: The seed of everything random.
+        mean_points: Another mean number of points; a trace then has at most four times as many.
     """
     prob, most = (
         (0.06, _MAX_POINTS) if mean_points is None else (1 / (mean_points + 1), 4 * mean_points)
@@ -62,7 +62,7 @@ def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> I
 
 
 def synthetic_traces(num: int) -> Traces:
-    """Such traces, written and read back."""
+    """Returns so many traces of `synthetic_rows`, written to a file and read back."""
     with TemporaryDirectory() as folder:
         write_shard(Path(folder) / "synthetic.parquet", list(synthetic_rows(num)), {})
         return read_traces(folder)

@@ -2,9 +2,10 @@
 
     python -m examples.small_lm --out FOLDER
 
-Writes questions.jsonl for `--task` and examples.jsonl for `--examples`. A third each asks for a
-capital (known at once, or never), for a sum of two to four numbers (to be worked out) and for the
-town of somebody who lives where somebody else does (to be looked up twice).
+Writes questions.jsonl for `--task` and examples.jsonl for `--examples`. A third of the questions
+asks for a capital, which is known at once or never. A third asks for a sum of two to four numbers,
+which is to be worked out. A third asks for the town of somebody who lives where somebody else does,
+which is to be looked up twice.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from command import run
 from haltwise import InputError
 
-# There are 4,672 sums.
+# The most questions: there are 4,672 sums, which are no more than half of them.
 _MOST = 9000
 
 CAPITALS = (
@@ -49,7 +50,7 @@ TOWNS = (
     "Dublin",
     "Lisbon",
 )
-# In the order of the questions: a capital, a sum, a town.
+# The examples stand in the order of the questions: a capital, a sum, a town.
 EXAMPLES = (
     (
         "What is the capital of Egypt?",
@@ -83,15 +84,15 @@ class SmallQuestionsConfig:
     """Write questions that a very small LM can answer, and worked examples."""
 
     out: Path
-    """Folder for both files."""
+    """The folder for both files."""
     num: int = 600
-    """Questions, up to 9000, of which a third at most ask for capitals."""
+    """The number of questions, up to 9000; no more than a third of them ask for capitals."""
     seed: int = 0
-    """Of the sums and towns."""
+    """The seed of the sums and towns."""
 
 
 def questions(num: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows of question, answer and segment; all different."""
+    """Yields different questions, as rows of question, answer and segment."""
     rng = np.random.default_rng(seed)
     capitals = [pair.rsplit(" ", 1) for pair in CAPITALS.split(", ")]
     seen: set[str] = set()
@@ -128,7 +129,7 @@ def main(config: SmallQuestionsConfig) -> None:
     """Writes both files.
 
     Raises:
-        InputError: If there are to be none, or more than there are.
+        InputError: If there are to be no questions, or more than there are.
     """
     if not 1 <= config.num <= _MOST:
         raise InputError(f"num is {config.num}, expected 1 to {_MOST}")

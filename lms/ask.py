@@ -11,7 +11,7 @@ from haltwise import MEAN_LOGPROB, Halting
 from lms.chat import Chat
 from lms.language_model import LMConfig
 from lms.questions import Question
-from lms.sources import Answered, DataConfig, Task, open_task
+from lms.sources import AnswerFormat, DataConfig, QuestionTask, open_task
 
 _EVERY, _EVERY_OF_EMBEDDED = 64, 12
 _MAX_TOKENS, _MAX_TOKENS_OF_EMBEDDED = 4096, 768
@@ -22,44 +22,53 @@ class AskConfig(LMConfig, DataConfig):
     """Which LM is asked what, and how it is halted."""
 
     every: int | None = None
-    """Thinking tokens between decision points. Default: 64, for the embedded LM 12."""
+    """The number of thinking tokens between decision points. Default: 64, or 12 for the embedded
+    LM."""
     close_text: str | None = None
-    """Appended to a thought to force an answer. Default: what closes the LM's thoughts, and the
-    task's cue."""
+    """The text that is appended to a thought to force an answer. Default: what closes the LM's
+    thoughts, and then the task's cue."""
     answer_end: str | None = None
-    """A forced answer ends with this text, outside of its braces; empty: only with the LM's end
-    token. Default: the task's."""
+    """The text that ends a forced answer, unless it stands between braces; if it is empty, only the
+    LM's end token ends one. Default: the task's own."""
     max_answer_tokens: int = 16
     """A forced answer is cut after this many tokens."""
     max_tokens: int | None = None
-    """Token budget of a question, its answer included. Default: 4096, or half of a smaller context;
-    for the embedded LM 768."""
+    """The token budget of a question, its answer included. Default: 4096, or half of the LM's
+    context if that is less; for the embedded LM 768."""
     temperature: float | None = None
-    """Of sampling; 0 is greedy. Default: the LM's own."""
+    """The temperature of sampling; 0 is greedy. Default: the LM's own."""
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the LM is the one of this repository."""
+        """Whether the LM is the embedded one of this repository."""
         return self.lm == "embedded"
 
-    def open(self) -> Task:
-        """What is asked.
+    def open(self) -> QuestionTask:
+        """Returns the task that the settings name.
 
         Raises:
-            InputError: If there is no such task.
+            InputError: If there is no such task, or its data cannot be read.
         """
         return open_task(self)
 
     def budget(self, context: float) -> int:
-        """Tokens of a question, for an LM that sees so many tokens at once."""
+        """Returns the token budget of a question, its answer included.
+
+        Args:
+            context: The number of tokens that the LM sees at once.
+        """
         if self.max_tokens is not None:
             return self.max_tokens
         if self.is_embedded:
             return _MAX_TOKENS_OF_EMBEDDED
         return int(min(_MAX_TOKENS, context // 2))
 
-    def halting(self, chat: Chat, task: Answered) -> Halting:
-        """How an LM is halted when it is recorded: probed at every decision point.
+    def halting(self, chat: Chat, task: AnswerFormat) -> Halting:
+        """Returns how an LM is halted while it is recorded: probed at every decision point.
+
+        Args:
+            chat: How the LM is asked and how it thinks.
+            task: How the task's answers are asked for and read.
 
         Raises:
             InputError: If the conditions make no sense.
@@ -82,10 +91,13 @@ class AskConfig(LMConfig, DataConfig):
 
 
 def asked_before(settings: Mapping[str, Any]) -> AskConfig:
-    """The part of a run's settings that says which LM was asked what.
+    """Returns the part of a run's settings that says which LM was asked what.
+
+    Args:
+        settings: The settings of a run, by the names of the config's fields.
 
     Raises:
-        KeyError: If one is missing.
+        KeyError: If a setting is missing.
     """
     asked = {field.name: settings[field.name] for field in fields(AskConfig)}
     for name in ("data_file", "examples"):
@@ -94,7 +106,11 @@ def asked_before(settings: Mapping[str, Any]) -> AskConfig:
 
 
 def questions(config: AskConfig, splits: Sequence[str], num: int, seed: int) -> Iterator[Question]:
-    """Questions of some splits, in order; at most `num` of each."""
+    """Yields the questions of some splits, one split after the other, at most `num` of each.
+
+    Raises:
+        InputError: If there is no such task or split, or its data cannot be asked.
+    """
     task = config.open()
     for split in splits:
         yield from task.questions(split, num, seed)

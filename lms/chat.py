@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from haltwise import InputError
 
-#: What LMs open and close their thoughts with.
+#: The pairs of texts with which LMs open and close their thoughts.
 MARKERS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -23,11 +23,11 @@ MARKERS = (
     ("<|channel|>analysis<|message|>", "<|end|>"),
 )
 
-# What templates raise about messages they refuse, or stumble over.
+# The errors that templates raise about messages that they refuse, or stumble over.
 _REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError)
 _THOUGHT, _ANSWER = "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
 
-#: One turn of a chat: role and content.
+#: One turn of a chat, with the keys "role" and "content".
 Message = dict[str, str]
 
 
@@ -36,38 +36,42 @@ class ChatConfig:
     """What a person may say about an LM's chat; the rest is detected."""
 
     think_start: str | None = None
-    """Text after which a thought begins; empty, as --think-end, if the LM reasons in the open.
-    Default: detected."""
+    """The text after which a thought begins. Empty, together with --think-end, for an LM that
+    reasons in the open. Default: detected from the chat template."""
     think_end: str | None = None
-    """Text with which the LM itself closes a thought. Default: detected."""
+    """The text with which the LM itself closes a thought. Default: detected from the chat
+    template."""
     system: str = ""
-    """A system message to put before every question."""
+    """A system message that is put before every question."""
     examples: Path | None = None
-    """Turns to put before every question, few-shot: a file of JSON lines
+    """A file of worked examples that are put before every question, as JSON lines of the form
     {"user": TEXT, "assistant": TEXT}."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """An LM's way of being asked and of thinking."""
+    """How an LM is asked, and how it thinks and answers."""
 
     tokenizer: PreTrainedTokenizerBase
     think_start: str
-    """Text after which a thought begins; empty if the LM reasons in the open."""
+    """The text after which a thought begins; empty if the LM reasons in the open."""
     think_end: str
-    """Text with which the LM itself closes a thought; empty if it reasons in the open."""
+    """The text with which the LM itself closes a thought; empty if it reasons in the open."""
     close_mark: str
-    """What closes a thought, blanks included: an answer, or its cue, comes next."""
+    """The text that closes a thought, blanks included: an answer, or its cue, comes next."""
     before: tuple[Message, ...] = ()
-    """Messages that stand before every question: of the system, and examples."""
+    """The messages that stand before every question: the system message, and examples."""
     turn_end: int | None = None
-    """Token that the template puts behind an LM's answer; None if it has no such token."""
+    """The token that the template puts behind an LM's answer; None if it has no such token."""
 
     def prompt(self, text: str) -> str:
-        """The LM's whole input for what a user asks; without a template a line of text.
+        """Returns the LM's whole input for what a user asks; without a template a line of text.
+
+        Args:
+            text: What the user asks, with its instruction.
 
         Raises:
-            InputError: If the template refuses it.
+            InputError: If the template refuses the messages.
         """
         if not self.tokenizer.chat_template:
             return f"{_bos(self.tokenizer)}{text}\n"
@@ -81,7 +85,10 @@ class Chat:
             raise InputError(f"the chat template refuses a {roles} message: {reason}") from None
 
     def describe(self) -> str:
-        """How the LM is asked, where its thoughts begin and end, and what closes them: 3 lines."""
+        """Returns three lines for a person.
+
+        They tell how the LM is asked, where its thoughts begin and end, and what closes them.
+        """
         prompt = self.prompt("?")
         how = "chat template" if self.tokenizer.chat_template else "no chat template"
         if not self.think_start:
@@ -99,23 +106,26 @@ class Chat:
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """What a template makes of a question, and of an answer with a thought; "" if it fails."""
+class _RenderedChat:
+    """What a chat template makes of a question, and of an answer with a thought.
+
+    All texts are empty if there is no template or it refuses the question.
+    """
 
     template: str = ""
-    """The template."""
+    """The template itself."""
     prompt: str = ""
-    """The question, up to where the LM goes on."""
+    """The question as the LM reads it, up to where the LM goes on."""
     before: str = ""
-    """All before the thought; empty if the template drops it."""
+    """All that stands before the thought; empty if the template drops the thought."""
     between: str = ""
-    """What stands between thought and answer."""
+    """What stands between the thought and the answer."""
     after: str = ""
     """What follows the answer."""
 
 
 def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
-    """Reads an LM's chat from its tokenizer; what the config says wins.
+    """Detects an LM's chat from its tokenizer; what the config states is taken as it is.
 
     A pair of `MARKERS` is the LM's if its template ends the prompt with the first, tells of both
     in the prompt, puts a thought between them, or strips the second where both have tokens of
@@ -123,8 +133,8 @@ def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
     that never think share it with those that do.
 
     Raises:
-        InputError: If only one marker is stated, the template refuses a question, or there is no
-            place for what stands before every question.
+        InputError: If only one think marker is stated, the template refuses a question, or there
+            is no place for the messages that stand before every question.
     """
     stated = (config.think_start, config.think_end)
     if bool(stated[0]) != bool(stated[1]) or (None in stated and stated != (None, None)):
@@ -132,7 +142,7 @@ def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
             f"--think-start is {stated[0]!r} and --think-end {stated[1]!r}, "
             "expected both, both empty, or none"
         )
-    sample = _sample(tokenizer)
+    sample = _rendered_chat(tokenizer)
     start, end = stated
     if start is None or end is None:
         start, end = _markers(tokenizer, sample)
@@ -168,7 +178,11 @@ def _check_before(chat: Chat) -> None:
 
 
 def _before(config: ChatConfig) -> tuple[Message, ...]:
-    """Messages that stand before every question."""
+    """Returns the messages that stand before every question.
+
+    Raises:
+        InputError: If the file of examples cannot be read, or a line of it is no example.
+    """
     messages = [{"role": "system", "content": config.system}] if config.system else []
     for i, turn in enumerate(_turns(config.examples), 1):
         if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
@@ -180,7 +194,11 @@ def _before(config: ChatConfig) -> tuple[Message, ...]:
 
 
 def _turns(path: Path | None) -> list[Any]:
-    """The lines of a file of JSON lines."""
+    """Returns what the lines of a file of JSON lines hold; nothing if there is no file.
+
+    Raises:
+        InputError: If the file cannot be read, or has no lines.
+    """
     if path is None:
         return []
     try:
@@ -193,7 +211,8 @@ def _turns(path: Path | None) -> list[Any]:
     return turns
 
 
-def _markers(tokenizer: PreTrainedTokenizerBase, sample: _Sample) -> tuple[str, str]:
+def _markers(tokenizer: PreTrainedTokenizerBase, sample: _RenderedChat) -> tuple[str, str]:
+    """Returns the pair of `MARKERS` that is the LM's, by the rules of `detect_chat`; else ""."""
     prompt = sample.prompt.rstrip()
     for start, end in MARKERS:
         opened = prompt.endswith(start)
@@ -201,26 +220,26 @@ def _markers(tokenizer: PreTrainedTokenizerBase, sample: _Sample) -> tuple[str, 
         rendered = _is_rendered(sample, start, end)
         tokens = [_added_token(tokenizer, marker) for marker in (start, end)]
         stripped = end in sample.template and None not in tokens
-        closed = prompt.endswith(end)  # an empty thought: the LM is kept from thinking
+        closed = prompt.endswith(end)  # the thought is empty: the LM is kept from thinking
         if (opened or told or rendered or stripped) and not closed:
             return start, end
     return "", ""
 
 
-def _close_mark(sample: _Sample, start: str, end: str) -> str:
+def _close_mark(sample: _RenderedChat, start: str, end: str) -> str:
     if not end:
         return "\n\n"
     return sample.between if _is_rendered(sample, start, end) else f"\n{end}\n\n"
 
 
-def _is_rendered(sample: _Sample, start: str, end: str) -> bool:
+def _is_rendered(sample: _RenderedChat, start: str, end: str) -> bool:
     return sample.before.rstrip().endswith(start) and end in sample.between
 
 
-def _sample(tokenizer: PreTrainedTokenizerBase) -> _Sample:
-    """Renders a question, and its answer with a thought, by every name that a thought has."""
+def _rendered_chat(tokenizer: PreTrainedTokenizerBase) -> _RenderedChat:
+    """Renders a question, and its answer with a thought under every name that thoughts go by."""
     if not tokenizer.chat_template:
-        return _Sample()
+        return _RenderedChat()
     question: Message = {"role": "user", "content": "?"}
     thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT)
     answer: Message = {"role": "assistant", "content": _ANSWER} | thought
@@ -233,9 +252,9 @@ def _sample(tokenizer: PreTrainedTokenizerBase) -> _Sample:
         pass  # a question that is refused is an error once it is asked
     before, is_shown, rest = turn.partition(_THOUGHT)
     if not is_shown:
-        return _Sample(template, prompt, after=turn.partition(_ANSWER)[2])
+        return _RenderedChat(template, prompt, after=turn.partition(_ANSWER)[2])
     between, _, after = rest.partition(_ANSWER)
-    return _Sample(template, prompt, before, between, after)
+    return _RenderedChat(template, prompt, before, between, after)
 
 
 def _render(
@@ -245,7 +264,7 @@ def _render(
         messages,
         tokenize=False,
         add_generation_prompt=is_open,
-        # The two names by which templates let an LM think or not; others do not look at them.
+        # Templates let an LM think, or not, by one of these two names; others look at neither.
         enable_thinking=thinking,
         thinking=thinking,
     )
@@ -253,13 +272,13 @@ def _render(
 
 
 def _added_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """The token that a text begins with, if it is one that no plain text contains."""
+    """Returns the token that a text begins with, if it is one that no plain text contains."""
     tokens = tokenizer.encode(text, add_special_tokens=False)
     return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of the token that the tokenizer itself would put first; empty if it puts none."""
+    """Returns the text of the token that the tokenizer itself puts first; "" if it puts none."""
     first = tokenizer.encode("")[:1]
     is_added = first == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if is_added else ""

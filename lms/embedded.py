@@ -48,7 +48,7 @@ CHAT_TEMPLATE = """
 
 
 def prompt_of(question: Question) -> str:
-    """What the embedded LM reads: the same as its template gives."""
+    """Returns what the embedded LM reads of a question: the same as its chat template gives."""
     return f"{question.text} {THINK}"
 
 
@@ -57,19 +57,20 @@ class Habits:
     """How the LM thinks about one task, and what it believes when it is forced to answer."""
 
     slip_first: float
-    """Chance that a step of the first attempt is wrong."""
+    """The probability that a step of the first attempt is wrong."""
     slip_check: float
-    """The same for the steps of a check."""
+    """The probability that a step of a check is wrong."""
     reach: int
-    """A slip is off by 1 to `reach`, either way."""
+    """The largest error of a wrong step: it is off by 1 to `reach`, either way."""
     needless: int
-    """At most so many checks after the result is confirmed."""
+    """The largest number of checks after the result is confirmed."""
     attempts: int
-    """Never more attempts than this."""
+    """The largest number of attempts, checks included."""
     impatient: float
-    """Chance to end on a result that has just been found to differ from the one before."""
+    """The probability that the thought ends on a result that has just been found to differ from
+    the one before."""
     stubborn: float
-    """Share of forced answers that repeat the latest result, right or wrong, once there is
+    """The share of forced answers that repeat the latest result, right or wrong, once there is
     one; the others are the gold answer, which calibrates the LM's confidence."""
 
 
@@ -106,21 +107,24 @@ HABITS = {
 
 
 @dataclass(frozen=True)
-class Thought:
-    """A worked solution."""
+class WorkedThought:
+    """A written thought about one question, from which the embedded LM learns."""
 
     words: tuple[str, ...]
-    """From the first step to the last verdict, without think markers."""
+    """The words from the first step to the last verdict, without think markers."""
     results: tuple[tuple[int, str], ...]
-    """(index in `words`, value) of each result, in order; the last is the answer."""
+    """The index in `words` and the value of each result, in order; the last is the answer."""
 
     def result_at(self, num_words: int) -> str | None:
-        """Returns the latest result within the first `num_words` words, None before any."""
+        """Returns the latest result within the first `num_words` words; None if there is none."""
         return next((r for i, r in reversed(self.results) if i < num_words), None)
 
 
 def _steps(question: Question) -> Iterator[tuple[list[str], str, int]]:
-    """Yields (words leading to the new total, operator, operand); the first sets the total."""
+    """Yields the steps of a question; the first one sets the total.
+
+    A step is the words that lead to the new total, the operator and the operand.
+    """
     words = question.text.split()[2:]
     if question.task != "let":
         yield [], "+", int(words[0])
@@ -138,10 +142,10 @@ def attempt(question: Question, slip: float, reach: int, rng: np.random.Generato
     """Computes the answer once, step by step.
 
     Args:
-        question: of any task.
-        slip: chance of each step to be wrong.
-        reach: how far off a wrong step can be.
-        rng: moved on.
+        question: A question of any task.
+        slip: The probability of each step to be wrong.
+        reach: The largest error of a wrong step.
+        rng: Decides which steps are wrong; it is moved on.
 
     Returns:
         The words of the attempt; the last is its result.
@@ -156,8 +160,14 @@ def attempt(question: Question, slip: float, reach: int, rng: np.random.Generato
     return [*words, "so", str(total)]
 
 
-def think(question: Question, habits: Habits, rng: np.random.Generator) -> Thought:
-    """Writes one thought with its slips, checks and corrections."""
+def think(question: Question, habits: Habits, rng: np.random.Generator) -> WorkedThought:
+    """Writes one thought with its slips, checks and corrections.
+
+    Args:
+        question: A question of any task.
+        habits: The habits of thinking about that task.
+        rng: Decides on slips and on the end; it is moved on.
+    """
     words = attempt(question, habits.slip_first, habits.reach, rng)
     results = [(len(words) - 1, words[-1])]
     words.append(".")
@@ -171,4 +181,4 @@ def think(question: Question, habits: Habits, rng: np.random.Generator) -> Thoug
         confirmed = confirmed + 1 if agrees else 0
         if not agrees and rng.random() < habits.impatient:
             break
-    return Thought(tuple(words), tuple(results))
+    return WorkedThought(tuple(words), tuple(results))

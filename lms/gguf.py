@@ -27,7 +27,7 @@ _MARKERS = {
     THINK: gguf.TokenType.USER_DEFINED,
     CLOSE: gguf.TokenType.USER_DEFINED,
 }
-"""What is not a word: found anywhere in a text, also without spaces."""
+"""The tokens that are not words: they are found anywhere in a text, also without spaces."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class GgufConfig:
 
 
 def write_gguf(path: Path) -> None:
-    """Writes weights (float32), tokenizer and chat template of the embedded LM, whole or not.
+    """Writes the embedded LM's float32 weights, tokenizer and chat template as one GGUF file.
+
+    The file appears whole or not at all.
 
     Raises:
         OSError: If the file cannot be written.
@@ -70,7 +72,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
-    # T5's kind: every word is one piece, and needs no smaller pieces that it is merged from.
+    # A tokenizer of T5's kind: every word is one piece, merged from no smaller pieces.
     writer.add_tokenizer_model("t5")
     writer.add_token_list([word if word in _MARKERS else "▁" + word for word in VOCABULARY])
     writer.add_token_scores([0.0] * len(VOCABULARY))
@@ -86,11 +88,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def _weights(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (llama.cpp's name, array); the output layer is the embedding, as in the source."""
+    """Yields each weight under llama.cpp's name; there is no output layer but the embedding."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, weight in load_file(EMBEDDED / "model.safetensors").items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            # RoPE turns pairs: here the halves of a head, in llama.cpp its neighbours.
+            # RoPE turns pairs of rows: transformers pairs the two halves of a head, llama.cpp
+            # pairs neighbours.
             halves = weight.reshape(config["num_attention_heads"], 2, -1, weight.shape[1])
             weight = halves.swapaxes(1, 2).reshape(weight.shape)
         known = names.get_name(name, try_suffixes=(".weight",))
@@ -99,7 +102,11 @@ def _weights(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def main(config: GgufConfig) -> None:
-    """Writes the file."""
+    """Writes the file that the settings name.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
     write_gguf(config.out)
 
 

@@ -16,30 +16,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from haltwise import InputError
 
 _NAME_LENGTH = 16
-# What transformers reads such files with.
+# The packages with which transformers reads GGUF files.
 _NEEDED = ("gguf", "accelerate")
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether an LM's name is that of a GGUF file."""
+    """Says whether an LM's name is that of a GGUF file."""
     return str(name).lower().endswith(".gguf")
 
 
 def cache_folder() -> Path:
-    """Where LMs made from GGUF files are kept: $HALTWISE_CACHE, or else ~/.cache/haltwise."""
+    """Returns where LMs made from GGUF files are kept: $HALTWISE_CACHE, or ~/.cache/haltwise."""
     stated = os.environ.get("HALTWISE_CACHE")
     return (Path(stated) if stated else Path.home() / ".cache" / "haltwise") / "gguf"
 
 
 def folder_of(path: Path) -> Path:
-    """The folder with what a GGUF file holds, as `from_pretrained` reads it.
+    """Returns a folder with what a GGUF file holds, as `from_pretrained` reads it.
 
-    The first call makes it, whole or not at all; whoever has the same bytes shares it. Weights are
-    kept in float32: a block's scale times its integers fits no 16-bit format, so the LM is the
-    same as straight from the file. Four bytes a parameter is what that costs.
+    The first call makes the folder, whole or not at all; files with the same bytes share it.
+    Weights are kept in float32, at a cost of four bytes a parameter: a block's scale times its
+    integers fits no 16-bit format, and so the LM is the same as straight from the file.
 
     Args:
-        path: The file.
+        path: The GGUF file.
 
     Raises:
         InputError: If there is no such file, a package that reads it is missing, or transformers
@@ -74,7 +74,8 @@ def _write(path: Path, folder: Path) -> None:
 
 def _convert(path: Path, folder: Path) -> None:
     where, name = path.parent, path.name
-    # Recent releases would rather keep the weights in their blocks, which cannot be saved.
+    # Recent releases of transformers keep the weights in their blocks unless they are told not
+    # to, and blocks cannot be saved.
     unpack = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": unpack(dequantize=True)} if unpack else {}
     try:
@@ -82,7 +83,7 @@ def _convert(path: Path, folder: Path) -> None:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, dtype=torch.float32, **options
         )
-    # What transformers says of a damaged file, or of an architecture it does not know, varies.
+    # Transformers raises errors of many kinds about a damaged file or an unknown architecture.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"cannot read the GGUF file {str(path)!r}: {reason}") from None

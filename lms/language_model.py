@@ -23,10 +23,10 @@ from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
 
-#: What loading an LM raises.
+#: The errors that transformers raises when an LM cannot be loaded.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
 
-# Parameters; below it threads wait for each other more than they work.
+# The number of parameters below which threads wait for each other more than they work.
 _SMALL = 20_000_000
 
 
@@ -35,9 +35,10 @@ class LMConfig(ChatConfig):
     """Which LM, where it runs, and what is known about it."""
 
     lm: str = "embedded"
-    """Hub name, local folder or GGUF file of the LM; embedded is the one of this repository."""
+    """The LM: its hub name, a local folder or a GGUF file; embedded is the one of this
+    repository."""
     device: str = "cpu"
-    """Where the LM runs, as PyTorch names it."""
+    """The device that the LM runs on, as PyTorch names it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class LanguageModel:
     """An LM that is ready to run."""
 
     name: str
-    """Hub name, or the name of its folder or file, without .gguf."""
+    """The LM's hub name, or the name of its folder, or of its file without .gguf."""
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     chat_config: ChatConfig = field(default_factory=ChatConfig)
@@ -54,16 +55,17 @@ class LanguageModel:
     def load(
         cls, name: str | Path, device: str = "cpu", chat: ChatConfig | None = None
     ) -> LanguageModel:
-        """Loads whatever AutoModelForCausalLM loads; bfloat16 on a GPU, float32 on a CPU.
+        """Loads whatever AutoModelForCausalLM loads, in bfloat16 on a GPU, in float32 on a CPU.
 
         A small LM makes PyTorch use one thread from then on, which is several times faster.
         Every token that ends what the LM says is set in its generation config: the config's own,
         the tokenizer's, and the one that the chat template puts behind an answer.
 
         Args:
-            name: Hub name, local folder or GGUF file; "embedded" is the one of this repository.
-            device: As PyTorch names it.
-            chat: What is known about its chat.
+            name: A hub name, a local folder or a GGUF file; "embedded" is the LM of this
+                repository.
+            device: The device to run on, as PyTorch names it.
+            chat: What a person states about the LM's chat; None if all of it is to be detected.
 
         Raises:
             InputError: If there is no such LM or device, the LM is damaged, its chat makes no
@@ -74,7 +76,7 @@ class LanguageModel:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"cannot use device {device!r}: {reason}") from None
-        disable_progress_bar()  # it is shown for the smallest LM, amid an error's one line
+        disable_progress_bar()  # else it is shown for the smallest LM, amid an error's one line
         source = source_of(name)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
@@ -94,7 +96,7 @@ class LanguageModel:
         """Sets every token that ends what the LM says, in its generation config.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is no such token.
         """
         config = self.model.generation_config
         stated = config.eos_token_id
@@ -107,16 +109,20 @@ class LanguageModel:
                 "generation_config.json, or eos_token in its tokenizer_config.json"
             )
         config.eos_token_id = known
-        if self.tokenizer.eos_token is None:  # how thoughts in the open end is seen by it
+        if self.tokenizer.eos_token is None:  # the end of a thought in the open is seen by it
             self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(known[0])
 
     @cached_property
     def chat(self) -> Chat:
-        """How it is asked and how it thinks."""
+        """How the LM is asked and how it thinks."""
         return detect_chat(self.tokenizer, self.chat_config)
 
     def prompt(self, text: str) -> str:
-        """The LM's whole input for what a user asks."""
+        """Returns the LM's whole input for what a user asks.
+
+        Raises:
+            InputError: If the LM's chat template refuses it.
+        """
         return self.chat.prompt(text)
 
     @property
@@ -127,18 +133,18 @@ class LanguageModel:
 
     @property
     def context(self) -> float:
-        """Tokens that it sees at once; infinite if there is no limit."""
+        """The number of tokens that the LM sees at once; infinite if there is no limit."""
         config = self.model.config.get_text_config(decoder=True)
         return float(getattr(config, "max_position_embeddings", None) or "inf")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokenizer."""
+        """The fingerprint of the LM's tokenizer, by which a head knows it."""
         return tokenizer_fingerprint(self.tokenizer)
 
     @cached_property
     def revision(self) -> str:
-        """The hub's commit; for an LM from a folder the SHA-256 of its weights."""
+        """The hub's commit of the LM, or the SHA-256 of its weights if it is from a folder."""
         commit = getattr(self.model.config, "_commit_hash", None)
         if commit:
             return str(commit)
@@ -150,10 +156,10 @@ class LanguageModel:
 
 
 def source_of(name: str | Path) -> str:
-    """The hub name or folder behind an LM's name.
+    """Returns the hub name or folder that an LM of some name is loaded from.
 
     Raises:
-        InputError: If it is a GGUF file that cannot be read.
+        InputError: If the name is that of a GGUF file that cannot be read.
     """
     if str(name) == "embedded":
         return str(EMBEDDED)
@@ -161,10 +167,10 @@ def source_of(name: str | Path) -> str:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or folder.
+    """Loads the tokenizer of a hub name or folder.
 
     Raises:
-        InputError: If there is none: transformers makes up one that knows no text.
+        InputError: If there is none; transformers then makes up one that knows no text.
     """
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     if not tokenizer.encode("a", add_special_tokens=False):
@@ -173,7 +179,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def short_name(name: str | Path, source: str) -> str:
-    """What an LM is called: its hub name, or that of its folder or file."""
+    """Returns what an LM is called: its hub name, or the name of its folder or file.
+
+    Args:
+        name: The name that a person has given.
+        source: The hub name or folder that `source_of` has found for it.
+    """
     if is_gguf(name):
         return Path(name).stem
     return Path(source).resolve().name if Path(source).is_dir() else str(name)

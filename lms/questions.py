@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from lms.scorers import SCORERS
+from lms.scorers import scorer_of
 
 SPLITS = ("train", "dev", "test")
 
@@ -15,37 +15,41 @@ class Question:
     """One question: what is asked, the answer it should get, and where it belongs."""
 
     question_id: str
-    """Unique and stable: the same text has the same id."""
+    """The name of the question, unique and stable: the same text has the same id."""
     task: str
-    """Data set."""
+    """The name of the data set that the question belongs to."""
     segment: str
-    """Group within the task, such as its difficulty; empty if there is none."""
+    """The group of the question within its task, such as its difficulty; empty if there is none."""
     text: str
-    """What is asked, before any LM's template."""
+    """The text that is asked, before any LM's template is put around it."""
     gold: str
-    """Reference answer; of the scorers text and strict there may be several, one a line."""
+    """The gold answer; for the scorers text and strict there may be several, one a line."""
     split: str
-    """train, dev or test."""
+    """The split that the question belongs to: train, dev or test."""
     scorer: str = "short"
-    """How its answers are read and compared: one of `SCORERS`."""
+    """The rule by which its answers are read and compared: a key of
+    `haltwise.policy.answers.READERS`."""
 
     def is_right(self, answer: str) -> bool:
-        """Whether an answer, as it was read, is the gold answer; "" never is.
+        """Says whether an answer, as it was read, is the gold answer; "" never is.
 
         Raises:
-            InputError: The gold answer cannot be compared with anything.
+            InputError: If the gold answer cannot be compared with anything.
         """
-        return SCORERS[self.scorer](answer, self.gold)
+        return scorer_of(self.scorer)(answer, self.gold)
 
 
-def digest_of(text: str) -> str:
-    """Names a question by what it asks, whatever order or file it comes from."""
+def question_digest(text: str) -> str:
+    """Returns a hash of what a question asks: a name that no order and no file changes."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def split_of(digest: str) -> str:
-    """The split of a question: a tenth is test, a tenth dev.
+    """Returns the split of a question: of all questions a tenth is test, and a tenth is dev.
 
-    The text alone decides, so no draw and no file can put one question in two of them.
+    The text alone decides, so no draw and no file can put one question into two splits.
+
+    Args:
+        digest: The question's `question_digest`.
     """
     return {0: "test", 1: "dev"}.get(int(digest, 16) % 10, "train")

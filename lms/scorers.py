@@ -1,4 +1,8 @@
-"""Answer rules: how an LM is asked for an answer, and how it is compared with the gold answer."""
+"""Scorers: how an LM is asked for an answer, and how its answer is compared with the gold answer.
+
+Every answer rule of `haltwise.policy.answers.READERS` has a scorer. A rule needs none of its own in
+`SCORERS` if two answers are equal whenever its reader reads the same from them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from haltwise import InputError
-from haltwise.policy.answers import canonical, normal_latex, normal_text, read_choice, read_number
+from haltwise.policy.answers import READERS, canonical, normal_latex, normal_text
 
-_BOXED = r"Reason step by step and put the final answer in \boxed{}."
-_SAID = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
+_IN_A_BOX = r"Reason step by step and put the final answer in \boxed{}."
+_AFTER_A_MARK = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
 _OPEN_BOX = r"The final answer is \boxed{"
 
 # Longer formulas are compared as they are spelled: they can take sympy minutes.
@@ -25,27 +29,36 @@ _HUGE = re.compile(r"[0-9]{3,}!|\^\{?[^}]{0,9}(?:\^|[0-9]{4,})")
 
 @dataclass(frozen=True)
 class Scorer:
-    """One answer rule; called with an answer as it was read, and the gold answer."""
+    """How one answer rule compares answers, and how it asks an LM for them."""
 
     compare: Callable[[str, str], bool]
-    """Arguments, result and errors as of `short`."""
+    """Takes an answer as the rule has read it and the gold answer as it stands in the data; says
+    whether the answer is right. An answer "" is never right."""
     instruction: str
-    """Follows the question."""
+    """The text that follows a question, to tell the LM in which form to answer."""
     cue: str
-    """Said after a thought to force an answer."""
+    """The words that follow the closed thought, to lead the LM to its answer."""
     answer_end: str
-    """See haltwise.Halting."""
+    """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
 
     def __call__(self, answer: str, gold: str) -> bool:
-        """Says whether an answer is right."""
+        """Says whether an answer is right.
+
+        Args:
+            answer: The answer as the rule has read it; "" is never right.
+            gold: The gold answer as it stands in the data.
+
+        Raises:
+            InputError: If the gold answer cannot be compared with anything.
+        """
         return self.compare(answer, gold)
 
 
 def _spelled(gold: str, spell: Callable[[str], str], expected: str) -> str:
-    """The gold answer in the spelling that right answers share.
+    """Returns the gold answer in the spelling that right answers share.
 
     Raises:
-        InputError: It has none.
+        InputError: If it has no such spelling.
     """
     spelling = spell(gold)
     if not spelling:
@@ -58,11 +71,11 @@ def short(answer: str, gold: str) -> bool:
     """Says whether an answer equals the gold answer, both in canonical spelling.
 
     Args:
-        answer: as returned by `read_answer`; "" is never right.
-        gold: the reference answer.
+        answer: The answer that `read_answer` has read; "" is never right.
+        gold: The gold answer.
 
     Raises:
-        InputError: the gold answer is empty.
+        InputError: If the gold answer is empty.
     """
     return canonical(answer) == _spelled(gold, canonical, "a reference answer")
 
@@ -76,11 +89,11 @@ def strict(answer: str, gold: str) -> bool:
     """Says whether an answer is, letter for letter, one of the gold answers.
 
     Args:
-        answer: as returned by `read_strict`; "" is never right.
-        gold: the reference answers, one a line.
+        answer: The answer that `read_strict` has read; "" is never right.
+        gold: The gold answers, one a line.
 
     Raises:
-        InputError: the gold answer is empty.
+        InputError: If there is no gold answer.
     """
     return _any_line(answer, gold, str.strip)
 
@@ -89,39 +102,27 @@ def text(answer: str, gold: str) -> bool:
     """Says whether an answer is one of the gold answers in normal spelling, as in SQuAD.
 
     Args:
-        answer: as returned by `read_text`; "" is never right.
-        gold: the reference answers, one a line.
+        answer: The answer that `read_text` has read; "" is never right.
+        gold: The gold answers, one a line.
 
     Raises:
-        InputError: no gold answer has a letter or digit besides its articles.
+        InputError: If no gold answer has a letter or digit besides its articles.
     """
     return _any_line(answer, gold, normal_text)
 
 
-def number(answer: str, gold: str) -> bool:
-    """Says whether an answer has exactly the value of the gold answer.
+def _same_reading(rule: str, expected: str) -> Callable[[str, str], bool]:
+    """Returns a comparison for answers that are equal if a rule reads the same from them.
 
     Args:
-        answer: as returned by `read_number`; "" is never right.
-        gold: has the reference number as its last.
-
-    Raises:
-        InputError: the gold answer has no number.
+        rule: A key of `READERS`. An answer has been read by it; the gold answer is yet to be.
+        expected: What the rule can read, for the message about a gold answer that it cannot.
     """
-    return answer == _spelled(gold, read_number, "a number")
 
+    def compare(answer: str, gold: str) -> bool:
+        return answer == _spelled(gold, READERS[rule], expected)
 
-def choice(answer: str, gold: str) -> bool:
-    """Says whether an answer is the letter of the right choice.
-
-    Args:
-        answer: as returned by `read_choice`; "" is never right.
-        gold: the letter.
-
-    Raises:
-        InputError: the gold answer is no letter.
-    """
-    return answer == _spelled(gold, read_choice, "the letter of a choice")
+    return compare
 
 
 def latex(answer: str, gold: str) -> bool:
@@ -131,11 +132,11 @@ def latex(answer: str, gold: str) -> bool:
     in base 16 and what could keep it busy.
 
     Args:
-        answer: as returned by `read_latex`; "" is never right.
-        gold: the reference formula.
+        answer: The formula that `read_latex` has read; "" is never right.
+        gold: The gold formula.
 
     Raises:
-        InputError: the gold answer is empty, or math-verify is missing.
+        InputError: If the gold answer is empty, or math-verify is missing.
     """
     wanted = _spelled(gold, normal_latex, "a formula")
     if not answer or answer == wanted:
@@ -146,7 +147,7 @@ def latex(answer: str, gold: str) -> bool:
 
 
 def _is_beyond(formula: str) -> bool:
-    """Whether math-verify should not be asked about a formula."""
+    """Says whether math-verify should not be asked about a formula."""
     return (
         len(formula) > _LONGEST_FORMULA
         or re.fullmatch(r"[A-Za-z]{3,}", formula) is not None
@@ -161,7 +162,7 @@ def _verify(answer: str, gold: str) -> bool:
     except ImportError:
         raise InputError(needed("math-verify", "math")) from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Its clock is a signal, which only the main thread can have.
+    # Math-verify measures its time limit by a signal, which only the main thread can have.
     is_main = threading.current_thread() is threading.main_thread()
     seconds = _TIMEOUT_S if is_main else None
     sides = [parse(f"${side}$", parsing_timeout=seconds) for side in (gold, answer)]
@@ -169,7 +170,7 @@ def _verify(answer: str, gold: str) -> bool:
 
 
 def needed(package: str, extra: str) -> str:
-    """Says that a package is missing, and what installs it."""
+    """Returns a message that says that a package is missing, and what installs it."""
     return f"{package} is not installed: expected it, pip install -e '.[{extra}]'"
 
 
@@ -177,25 +178,35 @@ def check_scorer(name: str) -> None:
     """Refuses an answer rule that cannot be used.
 
     Raises:
-        InputError: There is none of that name, or its package is missing.
+        InputError: If there is no rule of that name, or the package that it needs is missing.
     """
-    if name not in SCORERS:
-        raise InputError(f"scorer is {name!r}, expected one of {', '.join(SCORERS)}")
+    if name not in READERS:
+        raise InputError(f"scorer is {name!r}, expected one of {', '.join(READERS)}")
     if name == "latex" and find_spec("math_verify") is None:
         raise InputError(needed("math-verify", "math"))
 
 
-#: By answer rule, the same names as in haltwise.policy.answers.READERS.
+#: The scorers of the answer rules that ask or compare in a way of their own, by the rule's name.
 SCORERS: dict[str, Scorer] = {
-    "short": Scorer(short, _BOXED, _OPEN_BOX, "}"),
-    "strict": Scorer(strict, _SAID, "Answer:", "\n"),
-    "text": Scorer(text, _SAID, "Answer:", "\n"),
-    "number": Scorer(number, _BOXED, _OPEN_BOX, "}"),
+    "short": Scorer(short, _IN_A_BOX, _OPEN_BOX, "}"),
+    "strict": Scorer(strict, _AFTER_A_MARK, "Answer:", "\n"),
+    "text": Scorer(text, _AFTER_A_MARK, "Answer:", "\n"),
+    "number": Scorer(_same_reading("number", "a number"), _IN_A_BOX, _OPEN_BOX, "}"),
     "choice": Scorer(
-        choice,
+        _same_reading("choice", "the letter of a choice"),
         r"Reason step by step and put the letter of the right choice in \boxed{}.",
         _OPEN_BOX,
         "}",
     ),
-    "latex": Scorer(latex, _BOXED, _OPEN_BOX, "}"),
+    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}"),
 }
+
+
+def scorer_of(rule: str) -> Scorer:
+    """Returns the scorer of an answer rule; a rule without one of its own compares readings.
+
+    Args:
+        rule: A key of `READERS`.
+    """
+    by_reading = _same_reading(rule, "a reference answer that the rule can read")
+    return SCORERS.get(rule) or Scorer(by_reading, _AFTER_A_MARK, "Answer:", "\n")

@@ -17,22 +17,25 @@ from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
-# A look at more decision points of a thought would teach nothing new.
+# The decision points of a thought that are probed: to look at more would teach nothing new.
 _POINTS = 8
 _SHOWN = 160
 
 
 @dataclass
-class Answered:
-    """One question, answered once."""
+class TriedQuestion:
+    """A question that the LM has been tried with, and what came of it."""
 
     question: Question
+    """The question."""
     prompt: str
+    """The LM's whole input."""
     generation: Generation
+    """The thought and what followed it, not halted."""
     answer: str
     """The LM's own answer, as it was read."""
     probes: list[Probe] = field(default_factory=list)
-    """Forced answers at its first decision points."""
+    """The forced answers at the first decision points of the thought."""
 
     @property
     def is_right(self) -> bool:
@@ -42,28 +45,28 @@ class Answered:
 
 @dataclass
 class SelfTest:
-    """What a dry run found; `str()` of it is for a person."""
+    """What a dry run has found; `str()` of it is for a person."""
 
     chat: str
-    """How the LM is asked and thinks."""
+    """A description of how the LM is asked and how it thinks."""
     close_text: str
-    """What was appended to force the answers."""
-    answered: list[Answered]
+    """The text that was appended to thoughts to force answers."""
+    answered: list[TriedQuestion]
     """Every question that was asked."""
     warnings: list[str]
-    """What may be wrong, a sentence each."""
+    """Sentences about what may be wrong, one for each finding."""
 
     @property
     def probes(self) -> list[Probe]:
-        """All forced answers."""
+        """The forced answers of all questions."""
         return [probe for one in self.answered for probe in one.probes]
 
-    def share(self, holds: Callable[[Answered], bool]) -> float:
-        """Share of the questions of which something holds."""
+    def share(self, holds: Callable[[TriedQuestion], bool]) -> float:
+        """Returns the share of the questions of which something holds."""
         return sum(map(holds, self.answered)) / len(self.answered)
 
     def __str__(self) -> str:
-        """About twenty lines."""
+        """Returns about ten lines for a person, and one for each warning."""
         one = next((one for one in self.answered if one.probes), self.answered[0])
         probe, probes = one.probes[0], self.probes
         num_read = sum(bool(probe.answer) for probe in probes)
@@ -96,12 +99,12 @@ def self_test(
     """Asks a few questions and forces answers, before hours are spent on many.
 
     Args:
-        lm: The LM.
-        questions: The first of them are asked.
+        lm: The LM to try.
+        questions: Questions, of which the first ones are asked.
         halting: How the LM will be halted.
-        max_tokens: Token budget of a question, its answer included.
-        temperature: Of sampling; 0 is greedy.
-        num: Questions to ask, at once.
+        max_tokens: The token budget of a question, its answer included.
+        temperature: The temperature of sampling; 0 is greedy.
+        num: The number of questions to ask, all at once.
 
     Raises:
         InputError: If halting cannot work: no thought begins, no thought has a decision point, no
@@ -133,7 +136,7 @@ def check_closes(halting: Halting) -> None:
     """Refuses a close text that leaves a thought open.
 
     Raises:
-        InputError: If what closes the LM's thoughts is not in it.
+        InputError: If the text that closes the LM's thoughts is not in it.
     """
     if halting.think_end not in halting.close_text:
         raise InputError(
@@ -142,7 +145,8 @@ def check_closes(halting: Halting) -> None:
         )
 
 
-def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> list[Answered]:
+def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> list[TriedQuestion]:
+    """Answers all questions at once, and forces answers at their first decision points."""
     slots = np.arange(len(asked))
     prompts = [lm.prompt(question.text) for question in asked]
     decoder.start(slots, prompts, [0] * len(asked))
@@ -155,14 +159,14 @@ def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> l
         slots = slots[[not decoder.generations[int(slot)].thought.ended for slot in slots]]
     generations = [decoder.generations[slot] for slot in range(len(asked))]
     answers = [decoder.rules.read_answer(g.thought.answer_text()) for g in generations]
-    return list(map(Answered, asked, prompts, generations, answers, probes))
+    return list(map(TriedQuestion, asked, prompts, generations, answers, probes))
 
 
-def _check_thoughts(answered: Sequence[Answered], halting: Halting) -> None:
-    """Refuses thoughts that do not begin, or that have no decision point.
+def _check_thoughts(answered: Sequence[TriedQuestion], halting: Halting) -> None:
+    """Refuses an LM whose thoughts do not begin, or have no decision point.
 
     Raises:
-        InputError: If none does or has.
+        InputError: If no thought has begun, or no thought has come to a decision point.
     """
     begun = [one.generation.thought for one in answered if one.generation.thought.begun]
     if not begun:
@@ -181,6 +185,7 @@ def _check_thoughts(answered: Sequence[Answered], halting: Halting) -> None:
 
 
 def _warn_of_texts(rules: TokenRules, halting: Halting) -> list[str]:
+    """Returns a warning if the LM's tokens spell another close text."""
     close_text = halting.close_text
     back = rules.decode(rules.close_ids, skip_special_tokens=False)
     # Tokenizers that split at blanks keep none of them.
@@ -189,7 +194,8 @@ def _warn_of_texts(rules: TokenRules, halting: Halting) -> list[str]:
     return [f"the tokens of the close text {close_text!r} read {back!r}: the LM sees another text"]
 
 
-def _warn_of_ends(answered: Sequence[Answered], decoder: Decoder) -> list[str]:
+def _warn_of_ends(answered: Sequence[TriedQuestion], decoder: Decoder) -> list[str]:
+    """Returns warnings if only budgets end the thoughts, or the forced answers."""
     warnings = []
     generations = [one.generation for one in answered]
     if not any(
@@ -212,7 +218,8 @@ def _has_ended(probe: Probe, rules: TokenRules) -> bool:
     return probe.num_tokens > len(probe.tokens) or rules.is_complete(probe.tokens)
 
 
-def _warn_of_markers(answered: Sequence[Answered], halting: Halting) -> list[str]:
+def _warn_of_markers(answered: Sequence[TriedQuestion], halting: Halting) -> list[str]:
+    """Returns a warning if an LM that is said to reason in the open writes think markers."""
     if halting.think_start:
         return []
     for one in answered:
@@ -227,7 +234,7 @@ def _warn_of_markers(answered: Sequence[Answered], halting: Halting) -> list[str
 
 
 def _short(text: str) -> str:
-    """A text as Python writes it, its middle left out if it is long."""
+    """Returns a text as Python writes it, without its middle if it is long."""
     shown = repr(text)
     if len(shown) <= _SHOWN:
         return shown

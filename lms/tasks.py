@@ -13,42 +13,51 @@ from dataclasses import dataclass
 import numpy as np
 
 from haltwise import InputError
-from lms.questions import SPLITS, Question, digest_of, split_of
+from lms.questions import SPLITS, Question, question_digest, split_of
 
 LIMIT = 30
-"""Every total is at least 0 and below this."""
+"""Every total of a question is at least 0 and below this number."""
 LETTERS = "abcdefg"
 
 
 @dataclass(frozen=True)
-class _Kind:
+class _QuestionKind:
     """What the questions of one task look like."""
 
     operands: range
-    """What is added or subtracted; a question never uses one twice."""
+    """The numbers that are added or subtracted; a question never uses one twice."""
     segments: dict[str, tuple[int, int]]
-    """Fewest and most operations of each segment."""
+    """The fewest and the most operations of a question, by segment."""
 
 
 _KINDS = {
-    "sum": _Kind(range(1, 10), {"short": (2, 3), "medium": (4, 6), "long": (7, 9)}),
-    "let": _Kind(range(1, 10), {"short": (2, 3), "long": (4, 6)}),
-    "leap": _Kind(range(5, 15), {"short": (3, 5), "long": (6, 9)}),
+    "sum": _QuestionKind(range(1, 10), {"short": (2, 3), "medium": (4, 6), "long": (7, 9)}),
+    "let": _QuestionKind(range(1, 10), {"short": (2, 3), "long": (4, 6)}),
+    "leap": _QuestionKind(range(5, 15), {"short": (3, 5), "long": (6, 9)}),
 }
 TASKS = tuple(_KINDS)
 
 
 def apply(total: int, operator: str, operand: int) -> int:
-    """Returns `total operator operand` for the operators + and -."""
+    """Returns what an operator, + or -, makes of a total and an operand."""
     return total + operand if operator == "+" else total - operand
 
 
 def _chain(
     operands: range, length: int, rng: np.random.Generator
 ) -> tuple[int, list[tuple[str, int]], int]:
-    """Draws a start, `length` operations that never leave 0..29, and where they lead."""
+    """Draws a start and operations that never leave 0..29.
+
+    Args:
+        operands: The numbers to draw the operands from.
+        length: The number of operations.
+        rng: Decides on all of it; it is moved on.
+
+    Returns:
+        The start, the operator and operand of each operation, and the final total.
+    """
     numbers = [int(n) for n in rng.permutation(operands)[:length]]
-    # A number tells where in its question it stands, so none is there twice.
+    # A number tells where in its question it stands, and so no number is there twice.
     start = int(rng.choice([n for n in range(LIMIT) if n not in numbers]))
     total, steps = start, []
     for number in numbers:
@@ -72,41 +81,49 @@ def _body(task: str, start: int, steps: list[tuple[str, int]], rng: np.random.Ge
 
 
 def draw(task: str, rng: np.random.Generator) -> Question:
-    """Draws one question of any split; its segment is uniform.
+    """Draws one question of any split; all segments are equally likely.
 
     Args:
-        task: one of TASKS.
-        rng: moved on by the draw.
+        task: One of `TASKS`.
+        rng: Decides on the question; it is moved on.
     """
     kind = _KINDS[task]
     segment = str(rng.choice(list(kind.segments)))
     low, high = kind.segments[segment]
     start, steps, gold = _chain(kind.operands, int(rng.integers(low, high + 1)), rng)
     text = f"{task} : {_body(task, start, steps, rng)}"
-    # Named by what the LM reads: its weights have learned from that train split.
-    digest = digest_of(f"{text} <think>")
+    # A question's name, and so its split, comes from what the LM reads: the LM's weights have
+    # learned from the train split of these names.
+    digest = question_digest(f"{text} <think>")
     return Question(f"{task}-{digest[:16]}", task, segment, text, str(gold), split_of(digest))
 
 
 def questions(task: str, split: str, num: int, seed: int = 0) -> list[Question]:
-    """Draws distinct questions of one split; the same arguments give the same list.
+    """Returns the questions that `each_question` yields, as a list.
 
-    Arguments and errors are those of `each_question`.
+    Args:
+        task: One of `TASKS`, or "all" for every task in turn.
+        split: train, dev or test.
+        num: The number of questions, at least 1.
+        seed: The number of the draw.
+
+    Raises:
+        InputError: If the task or the split is unknown, or `num` is below 1.
     """
     return list(each_question(task, split, num, seed))
 
 
 def each_question(task: str, split: str, num: int, seed: int = 0) -> Iterator[Question]:
-    """Draws the same as `questions`, one by one.
+    """Draws distinct questions of one split, one by one; the same arguments give the same ones.
 
     Args:
-        task: one of TASKS, or "all" for every task in turn.
+        task: One of `TASKS`, or "all" for every task in turn.
         split: train, dev or test.
-        num: how many questions, at least 1.
-        seed: which draw; two seeds may share questions, two splits never do.
+        num: The number of questions, at least 1.
+        seed: The number of the draw; two draws may share questions, two splits never do.
 
     Raises:
-        InputError: unknown task or split, or num below 1.
+        InputError: If the task or the split is unknown, or `num` is below 1.
     """
     if task != "all" and task not in TASKS:
         raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}, all")

@@ -1,8 +1,9 @@
 """Trains the embedded LM from scratch: `python -m lms.train_embedded`.
 
-Every row is one whole thought plus a few forced answers: side branches that read the thought up
-to a random token, then "</think>" and the answer, and that nothing else can see. So one pass
-teaches the thought and, at many points of it, what the LM would answer if it were halted there.
+Every training sequence is one whole thought plus a few forced answers. These are side branches that
+read the thought up to a random token, then "</think>" and the answer, and that nothing else can
+see. So one pass teaches the thought and, at many points of it, what the LM would answer if it were
+halted there.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ log = logging.getLogger(__name__)
 
 IDS = {word: i for i, word in enumerate(VOCABULARY)}
 MAX_TOKENS = 1024
-POOL = 32  # batches drawn together and sorted by length, to pad little
+#: The batches that are drawn together and sorted by length, so that little is padded.
+POOL = 32
 
 
 @dataclass(frozen=True)
@@ -54,52 +56,60 @@ class EmbeddedTrainingConfig:
     """Train the embedded LM from scratch; the same seed gives the same weights."""
 
     out: Path = EMBEDDED
-    """Folder for the finished model; a finished one is never overwritten."""
+    """The folder for the finished model; a finished one is never overwritten."""
     seed: int = 0
-    """Of the initial weights and of every question and thought."""
+    """The seed of the initial weights and of every question and thought."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """The device to train on: cpu or cuda."""
     steps: int = 3600
-    """Optimiser steps."""
+    """The number of optimiser steps."""
     first_steps: int = 960
-    """Of these, how many at the start are on single attempts without slips: an LM that sees
+    """The number of steps at the start that are on single attempts without slips: an LM that sees
     checks before it can calculate learns to copy its first attempt instead."""
     rows: int = 8
-    """Thoughts a step, twice as many while they are single attempts; many small steps
-    learn faster than few large ones."""
+    """The number of thoughts a step, twice as many while they are single attempts; many small
+    steps learn faster than few large ones."""
     probes: int = 8
-    """Forced answers a thought."""
+    """The number of forced answers a thought."""
     probe_weight: float = 2.0
-    """Weight of a forced answer's token in the loss; a token of the thought weighs 1."""
+    """The weight of a forced answer's token in the loss; a token of the thought weighs 1."""
     lr: float = 3e-3
-    """Highest learning rate; 100 steps up to it, the last two fifths of the steps down from it."""
+    """The highest learning rate. It rises to this over 100 steps, and falls over the last two
+    fifths of the steps."""
     layers: int = 4
-    """Layers of the LM."""
+    """The number of the LM's layers."""
     width: int = 128
-    """Hidden size; the feed-forward layers are four times as wide."""
+    """The LM's hidden size; the feed-forward layers are four times as wide."""
     temperature: float = 0.75
-    """Default sampling temperature of the finished model."""
+    """The temperature at which the finished model samples by default."""
     save_minutes: float = 2.0
-    """Time between two checkpoints, kept in OUT.work; the same command resumes from there."""
+    """The time between two checkpoints in minutes. They are kept in OUT.work, and the same command
+    resumes from there."""
     check: int = 40
-    """Test questions answered at the end, to print exact match a task."""
+    """The number of test questions that are answered at the end, to print the exact match of every
+    task."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One thought with its forced answers, as the LM reads it; all arrays are [tokens]."""
+class TrainingSequence:
+    """One thought with its forced answers, as the LM reads it; all arrays are [tokens].
+
+    Its trunk is the prompt, the thought and the LM's own answer. Every forced answer is a branch.
+    """
 
     ids: np.ndarray
+    """The tokens that the LM reads."""
     labels: np.ndarray
     """The token to predict at each place."""
     weights: np.ndarray
-    """Of each prediction in the loss."""
+    """The weight of each prediction in the loss; NaN in a forced answer, whose weight is a
+    setting."""
     positions: np.ndarray
-    """Places in the sequence the LM believes it reads."""
+    """The place of each token in the sequence that the LM believes it reads."""
     reach: np.ndarray
-    """Last place of the trunk (prompt, thought and own answer) that each token sees."""
+    """The last place of the trunk that each token sees."""
     branch: np.ndarray
-    """0 in the trunk, else the number of the forced answer."""
+    """0 for the tokens of the trunk, else the number of the forced answer."""
 
 
 def build_model(config: EmbeddedTrainingConfig) -> LlamaForCausalLM:
@@ -140,22 +150,29 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def lesson(config: EmbeddedTrainingConfig, step: int) -> tuple[int, int, dict[str, Habits]]:
-    """Returns rows a step, forced answers a row and the habits a task, for a step's pool."""
+def lesson_of_step(config: EmbeddedTrainingConfig, step: int) -> tuple[int, int, dict[str, Habits]]:
+    """Returns what a step, and its whole pool, is to learn from.
+
+    Returns:
+        The number of sequences a step, the number of forced answers in each, and the habits of
+        thinking about each task.
+    """
     if step < config.first_steps:
         single = {t: replace(h, slip_first=0.0, attempts=1) for t, h in HABITS.items()}
         return 2 * config.rows, 0, single
     return config.rows, config.probes, HABITS
 
 
-def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Generator) -> Row:
+def build_sequence(
+    question: Question, habits: Habits, probes: int, rng: np.random.Generator
+) -> TrainingSequence:
     """Writes a thought about a question and forces answers at random tokens of it.
 
     Args:
-        question: of the train split.
-        habits: of its task.
-        probes: how many forced answers.
-        rng: moved on.
+        question: A question of the train split.
+        habits: The habits of thinking about its task.
+        probes: The number of forced answers.
+        rng: Decides on the thought and on what is forced; it is moved on.
     """
     thought = think(question, habits, rng)
     prompt = prompt_of(question).split()
@@ -173,7 +190,7 @@ def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Ge
     place = np.arange(size)
     halted = np.array([(IDS[CLOSE], a) for a in answers], np.int64).ravel()
     told = np.array([(a, IDS[EOS]) for a in answers], np.int64).ravel()
-    return Row(
+    return TrainingSequence(
         ids=np.concatenate([trunk[:-1], halted]),
         labels=np.concatenate([trunk[1:], told]),
         weights=np.concatenate([place >= len(prompt) - 1, np.full(2 * probes, np.nan)]),
@@ -184,7 +201,7 @@ def build_row(question: Question, habits: Habits, probes: int, rng: np.random.Ge
 
 
 def _stack(arrays: list[np.ndarray]) -> torch.Tensor:
-    """Pads with 0 on the right: [rows, tokens]."""
+    """Returns arrays as one tensor [sequences, tokens], padded with 0 on the right."""
     return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(a) for a in arrays], batch_first=True)
 
 
@@ -192,11 +209,11 @@ def visible(reach: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """Says what each token sees.
 
     Args:
-        reach: [rows, tokens], as in Row.
-        branch: [rows, tokens], as in Row.
+        reach: [sequences, tokens], as in `TrainingSequence`.
+        branch: [sequences, tokens], as in `TrainingSequence`.
 
     Returns:
-        bool [rows, 1, tokens, tokens], true where the second token is seen by the first.
+        bool [sequences, 1, tokens, tokens], true where the second token is seen by the first.
     """
     place = torch.arange(reach.shape[1], device=reach.device)
     trunk = (branch[:, None, :] == 0) & (place <= reach[:, :, None])
@@ -205,7 +222,7 @@ def visible(reach: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(
-    model: LlamaForCausalLM, rows: list[Row], probe_weight: float
+    model: LlamaForCausalLM, rows: list[TrainingSequence], probe_weight: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """Returns the weighted loss, and the mean losses of thoughts and forced answers in nats."""
     ids, labels, weights, positions, reach, branch = (
@@ -225,23 +242,23 @@ def loss_of(
     return loss, {name: part.item() for name, part in parts.items()}
 
 
-def batches(config: EmbeddedTrainingConfig, first: int) -> Iterator[list[Row]]:
-    """Yields the batches from step `first` on; a step's batch depends on the seed alone."""
+def batches(config: EmbeddedTrainingConfig, first: int) -> Iterator[list[TrainingSequence]]:
+    """Yields the batches of all steps from `first` on; the seed alone decides on each of them."""
     for pool in range(first // POOL, math.ceil(config.steps / POOL)):
         rng = np.random.default_rng([config.seed, pool])
-        size, probes, habits = lesson(config, pool * POOL)
-        rows: list[Row] = []
+        size, probes, habits = lesson_of_step(config, pool * POOL)
+        rows: list[TrainingSequence] = []
         while len(rows) < POOL * size:
             question = draw(TASKS[len(rows) % len(TASKS)], rng)
             if question.split == "train":
-                rows.append(build_row(question, habits[question.task], probes, rng))
+                rows.append(build_sequence(question, habits[question.task], probes, rng))
         rows.sort(key=lambda row: len(row.ids))
         order = [int(i) for i in rng.permutation(POOL)]
         for i in order[max(first - pool * POOL, 0) : config.steps - pool * POOL]:
             yield rows[i * size : (i + 1) * size]
 
 
-def rate(config: EmbeddedTrainingConfig, step: int) -> float:
+def learning_rate(config: EmbeddedTrainingConfig, step: int) -> float:
     """Returns the learning rate of a step."""
     left = 1 - step / config.steps
     return config.lr * min(1.0, (step + 1) / 100, 0.01 + 0.99 * left / 0.4)
@@ -250,7 +267,7 @@ def rate(config: EmbeddedTrainingConfig, step: int) -> float:
 def build_optimizers(
     model: LlamaForCausalLM, config: EmbeddedTrainingConfig
 ) -> list[torch.optim.Optimizer]:
-    """Returns Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    """Returns Muon for the layers' matrices, and AdamW for the embedding and the norms."""
     layers = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -260,24 +277,27 @@ def build_optimizers(
 
 
 @dataclass
-class Progress:
-    """What has been spent, over all resumed parts of a training."""
+class TrainingProgress:
+    """What a training has spent so far, in all of its resumed parts together."""
 
     step: int = 0
+    """The number of optimiser steps."""
     tokens: int = 0
+    """The number of tokens that the LM has read, forced answers included."""
     seconds: float = 0.0
+    """The time by the wall clock."""
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """All that a training needs to go on after a kill, kept in one file."""
 
     path: Path
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
 
-    def save(self, progress: Progress) -> None:
-        """Writes the state of now."""
+    def save(self, progress: TrainingProgress) -> None:
+        """Writes the present state, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -287,27 +307,29 @@ class Checkpoint:
         torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)  # a kill during a save harms nothing
 
-    def load(self) -> Progress:
-        """Restores the state, if there is one, and returns what was spent to reach it."""
+    def load(self) -> TrainingProgress:
+        """Restores the last state, if there is one, and returns what was spent to reach it."""
         if not self.path.exists():
-            return Progress()
+            return TrainingProgress()
         state = torch.load(self.path, map_location=self.model.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        return Progress(**state["progress"])
+        return TrainingProgress(**state["progress"])
 
 
-def train(config: EmbeddedTrainingConfig) -> tuple[LlamaForCausalLM, Progress, dict[str, float]]:
+def train(
+    config: EmbeddedTrainingConfig,
+) -> tuple[LlamaForCausalLM, TrainingProgress, dict[str, float]]:
     """Trains to the end, from the last checkpoint if there is one.
 
     Returns:
-        The LM, what was spent, and the mean losses of the last hundred steps in nats.
+        The LM, what was spent on it, and the mean losses of the last hundred steps in nats.
     """
     model = build_model(config).train()
     model.to(config.device)
     optimizers = build_optimizers(model, config)
-    checkpoint = Checkpoint(_work(config) / "state.pt", model, optimizers)
+    checkpoint = TrainingCheckpoint(_work_folder(config) / "state.pt", model, optimizers)
     progress = checkpoint.load()
     recent: deque[dict[str, float]] = deque(maxlen=100)
     since = last_save = time.monotonic()
@@ -318,7 +340,7 @@ def train(config: EmbeddedTrainingConfig) -> tuple[LlamaForCausalLM, Progress, d
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate(config, progress.step)
+                group["lr"] = learning_rate(config, progress.step)
             optimizer.step()
         recent.append(parts)
         progress.step += 1
@@ -335,12 +357,12 @@ def train(config: EmbeddedTrainingConfig) -> tuple[LlamaForCausalLM, Progress, d
     return model.eval(), progress, _means(recent)
 
 
-def _work(config: EmbeddedTrainingConfig) -> Path:
+def _work_folder(config: EmbeddedTrainingConfig) -> Path:
     return config.out.with_name(config.out.name + ".work")
 
 
 def _means(parts: Collection[dict[str, float]]) -> dict[str, float]:
-    """Returns {} for no parts."""
+    """Returns the mean of each loss over some steps; {} if there is no step."""
     names = next(iter(parts), {})
     return {name: round(sum(p[name] for p in parts) / len(parts), 4) for name in names}
 
@@ -352,7 +374,7 @@ def check_model(
     """Answers test questions, sampled and never halted.
 
     Returns:
-        For each task, exact match and mean tokens generated.
+        The exact match and the mean number of generated tokens, for each task.
     """
     tokenizer = build_tokenizer()
     figures = {}
@@ -373,7 +395,7 @@ def check_model(
 
 
 def generation(config: EmbeddedTrainingConfig) -> GenerationConfig:
-    """Returns how the finished model samples unless told otherwise."""
+    """Returns how the finished model samples if it is told nothing else."""
     return GenerationConfig(
         do_sample=True,
         temperature=config.temperature,
@@ -385,7 +407,7 @@ def generation(config: EmbeddedTrainingConfig) -> GenerationConfig:
 
 def _command(config: EmbeddedTrainingConfig) -> str:
     """Returns the command that trains the same weights; where they are put does not matter."""
-    usual = asdict(EmbeddedTrainingConfig(out=config.out, seed=-1))  # the seed is always told
+    usual = asdict(EmbeddedTrainingConfig(out=config.out, seed=-1))  # so the seed is always stated
     changed = {name: value for name, value in asdict(config).items() if value != usual[name]}
     options = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
     return " ".join(["python -m lms.train_embedded", *options])
@@ -395,7 +417,7 @@ def main(config: EmbeddedTrainingConfig) -> None:
     """Trains, checks and writes the LM.
 
     Raises:
-        FileExistsError: `config.out` holds a finished model.
+        FileExistsError: If `config.out` holds a finished model.
     """
     if (config.out / "model.safetensors").exists():
         raise FileExistsError(f"{config.out} holds a finished model: choose another --out")
@@ -415,7 +437,7 @@ def main(config: EmbeddedTrainingConfig) -> None:
     model.save_pretrained(config.out)
     build_tokenizer().save_pretrained(config.out)
     (config.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    shutil.rmtree(_work(config), ignore_errors=True)
+    shutil.rmtree(_work_folder(config), ignore_errors=True)
     log.info("%s", json.dumps(record))
 
 

@@ -15,13 +15,13 @@ from haltwise import InputError
 from lms.ask import questions
 from lms.questions import SPLITS
 from lms.scorers import needed
-from recording.config import Answering, EngineConfig
-from recording.engine import Engine, open_engine
-from recording.recording import Work, trace_id
-from recording.shards import alone, recorded, write_shards
+from recording.config import EngineConfig, TaskFormat
+from recording.engine import RecordingEngine, open_engine
+from recording.shards import alone, recorded_ids, write_shards
+from recording.trace_row import SeededQuestion, trace_id
 from traces import import_json_lines
 
-# Questions that the LM is tried with.
+# The number of questions that the LM is tried with.
 _NUM_TRIED = 8
 
 
@@ -30,35 +30,37 @@ class CollectConfig(EngineConfig):
     """Record traces: an LM answers questions, with a forced answer at every decision point."""
 
     out: Path | None = None
-    """Folder for the traces; a recording that is there already is completed."""
+    """The folder for the traces; a recording that is there already is completed."""
     self_test: bool = False
-    """Only try whether halting this LM can work, on a few questions; nothing is written. A new
-    recording begins with a short one anyway."""
+    """Only try on a few questions whether halting this LM can work, and write nothing. A new
+    recording begins with a short trial anyway."""
     json_lines: Path | None = None
-    """Take the traces from this file, one JSON object a line, and record none. Of the other
-    settings only --out and --shard-size count then; the folder must be new or empty."""
+    """A file to take the traces from, one JSON object a line, instead of recording them. Of the
+    other settings only --out and --shard-size count then, and the folder must be new or empty."""
     num: int = 1000
-    """Questions of each split, at most."""
+    """The largest number of questions of each split."""
     split: tuple[str, ...] = ("train", "dev", "test")
-    """Splits to record."""
+    """The splits to record."""
     seed: int = 0
-    """Of the questions, and of the first answer to each."""
+    """The seed of the draw of questions, and of the first answer to each."""
     num_seeds: int = 1
-    """Answers to each question."""
+    """The number of answers to each question."""
     shard_size: int = 256
-    """Traces in a file, and in a worker's job; so many at most are lost by a kill."""
+    """The number of traces in a file, and in a worker's job; a kill loses no more than that."""
     ray: str | None = None
-    """Spread the work by Ray: local starts it on this machine, auto or HOST:PORT joins a
-    cluster."""
+    """Spread the work over many workers by Ray: local starts Ray on this machine, auto or HOST:PORT
+    joins a cluster."""
     workers: int | None = None
-    """Workers, each with an LM of its own. Default: one a GPU, or one a CPU for --device cpu."""
+    """The number of workers, each with an LM of its own. Default: one for every GPU, or one for
+    every CPU with --device cpu."""
 
     def check(self) -> None:
         """Checks the settings before any work.
 
         Raises:
-            InputError: If a count is below 1, a seed negative or too large, a split unknown, not
-                named or named twice, the folder is a file or missing, or as `EngineConfig.check`.
+            InputError: If a count is below 1, a seed is negative or too large, a split is unknown
+                or named twice or none is named, the folder is a file or missing, a number makes no
+                sense, or the engine cannot do what is asked.
         """
         super().check()
         if not 0 <= self.seed <= 2**31 - 1 - self.num_seeds:
@@ -84,8 +86,12 @@ class CollectConfig(EngineConfig):
             raise InputError(f"workers is {self.workers}, expected at least 1, and --ray")
 
 
-def work(config: CollectConfig) -> Iterator[Work]:
-    """All that is to be recorded, in order."""
+def questions_to_record(config: CollectConfig) -> Iterator[SeededQuestion]:
+    """Yields all questions that are to be recorded, each with its sampling seeds, in order.
+
+    Raises:
+        InputError: If the questions cannot be read or asked.
+    """
     for question in questions(config, config.split, config.num, config.seed):
         for seed in range(config.seed, config.seed + config.num_seeds):
             yield question, seed
@@ -102,7 +108,7 @@ def collect(config: CollectConfig) -> None:
         num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
         print(f"{config.out}: {num_traces:,} traces")
         return
-    if not config.self_test:  # what lacks a split is told before anything is loaded
+    if not config.self_test:  # a split without questions is an error before anything is loaded
         list(questions(config, config.split, 1, config.seed))
     if config.self_test or not config.out:
         with closing(_open(config)) as engine:
@@ -114,11 +120,15 @@ def collect(config: CollectConfig) -> None:
                 _record(config, config.out, engine)
 
 
-def _open(config: CollectConfig) -> Engine:
-    """The engine, or many of them."""
+def _open(config: CollectConfig) -> RecordingEngine:
+    """Opens the engine, or many of them by Ray.
+
+    Raises:
+        InputError: If the task or the LM cannot be used, or Ray is missing.
+    """
     task = config.open()
     print(task.describe())
-    answering = Answering(task.scorer, task.cue, task.answer_end, task.instruction)
+    task_format = TaskFormat(task.scorer, task.cue, task.answer_end, task.instruction)
     settings = {field.name: getattr(config, field.name) for field in fields(EngineConfig)}
     if not config.is_embedded and Path(config.lm).exists():  # workers have other working folders
         settings["lm"] = str(Path(config.lm).resolve())
@@ -126,47 +136,53 @@ def _open(config: CollectConfig) -> Engine:
         settings["examples"] = config.examples.resolve()
     engine_config = EngineConfig(**settings)
     if config.ray is None:
-        return open_engine(engine_config, answering)
+        return open_engine(engine_config, task_format)
     if find_spec("ray") is None:
         raise InputError(needed("Ray", "ray"))
-    from recording.spread import Spread
+    from recording.spread import RayEngine
 
-    return Spread(engine_config, answering, config.ray, config.workers, config.shard_size)
+    return RayEngine(engine_config, task_format, config.ray, config.workers, config.shard_size)
 
 
-def _tried(config: CollectConfig) -> list[Work]:
-    """The first few questions, of those splits that have any."""
-    found: list[Work] = []
+def _tried(config: CollectConfig) -> list[SeededQuestion]:
+    """Returns the first few questions of those splits that have any."""
+    found: list[SeededQuestion] = []
     few = replace(config, num=min(config.num, _NUM_TRIED))
     for split in config.split:
         with suppress(InputError):
-            found += islice(work(replace(few, split=(split,))), _NUM_TRIED - len(found))
-    return found or list(work(few))
+            found += islice(
+                questions_to_record(replace(few, split=(split,))), _NUM_TRIED - len(found)
+            )
+    return found or list(questions_to_record(few))
 
 
-def _begin(config: CollectConfig, out: Path, engine: Engine) -> None:
-    """Finds out whether it can work; with a new recording on a few questions."""
+def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
+    """Finds out whether a recording can work, and tries a few questions before a new one.
+
+    Raises:
+        InputError: If it cannot work, or the folder was recorded under other settings.
+    """
     if config.num_seeds > 1 and engine.recorder["temperature"] == 0:
         raise InputError(
             f"num_seeds is {config.num_seeds}, but the LM is greedy: expected --temperature above "
             "0, or one seed"
         )
-    is_new = not recorded(out, engine.recorder)
+    is_new = not recorded_ids(out, engine.recorder)
     print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)
 
 
-def _record(config: CollectConfig, out: Path, engine: Engine) -> None:
-    """Records what is missing."""
-    done = recorded(out, engine.recorder)
+def _record(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
+    """Records the traces that the folder lacks."""
+    done = recorded_ids(out, engine.recorder)
     model = engine.recorder["lm"]
-    is_done = (trace_id(model, *job) in done for job in work(config))
+    is_done = (trace_id(model, *job) in done for job in questions_to_record(config))
     num_done, total = 0, 0
     for each in is_done:
         num_done, total = num_done + each, total + 1
     if num_done == total:
         print(f"{out}: all {total:,} traces are there, nothing is new")
         return
-    missing = (job for job in work(config) if trace_id(model, *job) not in done)
+    missing = (job for job in questions_to_record(config) if trace_id(model, *job) not in done)
     rows = write_shards(out, engine.record(missing), engine.recorder, config.shard_size)
     # The time left follows from the mean speed of this process.
     with tqdm(rows, out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:

@@ -1,4 +1,4 @@
-"""What records: settings that go to every worker."""
+"""The settings of an engine that records: every worker gets them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 from haltwise import InputError
 from lms.ask import AskConfig
 
+# The least token budget of a question in a trial.
 _TRIAL_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Answering:
-    """How a task is asked and answered: the part of it that workers need."""
+class TaskFormat:
+    """How a task's questions are asked and answered: the part of a task that workers need."""
 
     scorer: str
-    """One of lms.scorers.SCORERS."""
+    """The answer rule: a key of haltwise.policy.answers.READERS."""
     cue: str
-    """Said after a thought to force an answer."""
+    """The words after a closed thought that lead the LM to its answer; they may be empty."""
     answer_end: str
-    """See haltwise.Halting."""
+    """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
     instruction: str
-    """Follows every question."""
+    """The text that follows every question; it may be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +33,19 @@ class EngineConfig(AskConfig):
     """What runs the LM, and what it is asked for."""
 
     engine: Literal["hf", "vllm"] = "hf"
-    """What runs the LM: transformers, or vLLM, which is faster on a GPU and sees neither the
-    end-of-thinking token's probability nor hidden states."""
+    """What runs the LM: hf is transformers; vllm is faster on a GPU, but sees neither the
+    probability of the end-of-thinking token nor hidden states."""
     tensor_parallel: int = 1
-    """GPUs that share one LM; vLLM only."""
+    """The number of GPUs that share one LM; for vLLM only."""
     batch_size: int = 64
-    """Questions at once. vLLM starts the next ones when all have ended: give it many."""
+    """The number of questions at once. vLLM starts the next ones when all have ended: give it
+    many."""
     hidden: bool = False
-    """Record last-layer states too: two bytes times the LM's width at every decision point."""
+    """Record the states of the LM's last layer too: two bytes times the LM's width at every
+    decision point."""
 
     def trial_budget(self) -> int:
-        """Tokens of a question in a short trial: a few decision points."""
+        """Returns the token budget of a question in a trial: enough for a few decision points."""
         return max(_TRIAL_TOKENS, 4 * (self.every or 0))
 
     def check(self) -> None:

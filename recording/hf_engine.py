@@ -9,26 +9,33 @@ import numpy as np
 from haltwise.engine.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.self_test import self_test
-from recording.config import Answering, EngineConfig
-from recording.recording import Recording, Row, Work, asked, recorder_of, tried
+from recording.config import EngineConfig, TaskFormat
+from recording.trace_row import (
+    SeededQuestion,
+    TraceRow,
+    UnfinishedTrace,
+    fitting_prompts,
+    recorder_metadata,
+    with_prompts,
+)
 from traces import SIGNALS
 
 
 class HfEngine:
-    """An LM in transformers; see `recording.engine.Engine`.
+    """The `recording.engine.RecordingEngine` that runs the LM in transformers.
 
     Args:
-        config: Which LM, where, and how it is asked.
-        answering: How the task is answered.
+        config: Which LM runs where, and how it is asked.
+        task_format: How the task's answers are asked for and read.
 
     Raises:
         InputError: If the LM cannot be loaded or run.
     """
 
-    def __init__(self, config: EngineConfig, answering: Answering) -> None:
+    def __init__(self, config: EngineConfig, task_format: TaskFormat) -> None:
         """Loads the LM."""
         self._lm = lm = LanguageModel.load(config.lm, config.device, config)
-        self._halting = config.halting(lm.chat, answering)
+        self._halting = config.halting(lm.chat, task_format)
         self._max_tokens = config.budget(lm.context)
         self._temperature = lm.temperature if config.temperature is None else config.temperature
         self._decoder = Decoder(
@@ -40,7 +47,7 @@ class HfEngine:
             self._temperature,
             signals=[name for name in SIGNALS if name != "hidden" or config.hidden],
         )
-        self.recorder = recorder_of(
+        self.recorder = recorder_metadata(
             "hf",
             lm,
             self._halting,
@@ -48,17 +55,27 @@ class HfEngine:
             self._max_tokens,
             self._temperature,
             self._decoder.measured,
-            answering.instruction,
+            task_format.instruction,
         )
         self.description = lm.chat.describe()
 
-    def record(self, work: Iterable[Work]) -> Iterator[Row]:
-        """See `Engine`."""
+    def record(self, work: Iterable[SeededQuestion]) -> Iterator[TraceRow]:
+        """Answers questions in refilled slots, and yields each trace as it ends.
+
+        A question that is too long for the LM is left out, with a message.
+
+        Raises:
+            InputError: If a question cannot be asked, or the LM's logits are not numbers.
+        """
         return record(self._lm, self._decoder, work)
 
-    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
-        """See `Engine`."""
-        jobs = tried(self._lm, work, self._decoder.max_prompt)
+    def self_test(self, work: Sequence[SeededQuestion], max_tokens: int | None) -> str:
+        """Tries a few questions at once, and returns a report for a person.
+
+        Raises:
+            InputError: If halting this LM cannot work.
+        """
+        jobs = fitting_prompts(self._lm, work, self._decoder.max_prompt)
         chosen = [question for (question, _), _ in jobs]
         found = self_test(
             self._lm,
@@ -71,25 +88,28 @@ class HfEngine:
         return str(found)
 
     def close(self) -> None:
-        """Nothing is held but memory."""
+        """Does nothing: the engine holds nothing but memory."""
 
 
-def record(lm: LanguageModel, decoder: Decoder, work: Iterable[Work]) -> Iterator[Row]:
+def record(
+    lm: LanguageModel, decoder: Decoder, work: Iterable[SeededQuestion]
+) -> Iterator[TraceRow]:
     """Answers questions in refilled slots and yields each trace as it ends.
 
     Args:
         lm: The LM.
-        decoder: What runs it; all of its slots are used. What it measures is recorded.
-        work: Questions with sampling seeds; those that are too long are left out.
+        decoder: The decoder that runs it; all of its slots are used, and what it measures is
+            recorded.
+        work: The questions with their sampling seeds; those that are too long are left out.
     """
-    waiting = asked(lm, work, decoder.max_prompt)
-    running: dict[int, Recording] = {}
+    waiting = with_prompts(lm, work, decoder.max_prompt)
+    running: dict[int, UnfinishedTrace] = {}
     while True:
         free = [slot for slot in range(decoder.num_slots) if slot not in running]
         prompts, fresh = [], {}
         for slot, (job, prompt) in zip(free, waiting, strict=False):
             prompts.append(prompt)
-            fresh[slot] = Recording(*job, signals={name: [] for name in decoder.measured})
+            fresh[slot] = UnfinishedTrace(*job, signals={name: [] for name in decoder.measured})
         decoder.start(
             np.array(list(fresh), dtype=np.int64),
             prompts,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from haltwise import InputError
-from recording.recording import Row
+from recording.trace_row import TraceRow
 from traces import read_ids, write_shard
 
 
@@ -36,8 +36,12 @@ def alone(out: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
-    """The trace ids that a folder holds already.
+def recorded_ids(out: Path, recorder: dict[str, Any]) -> set[str]:
+    """Returns the ids of the traces that a folder holds already.
+
+    Args:
+        out: The folder.
+        recorder: The metadata of the recording that is to be completed.
 
     Raises:
         InputError: If it was recorded under other settings.
@@ -58,12 +62,19 @@ def recorded(out: Path, recorder: dict[str, Any]) -> set[str]:
 
 
 def write_shards(
-    out: Path, rows: Iterable[Row], recorder: dict[str, Any], shard_size: int
-) -> Iterator[Row]:
-    """Writes traces to numbered files as they come, and passes them on."""
-    for leftover in out.glob(".*.part"):  # of a killed recording
+    out: Path, rows: Iterable[TraceRow], recorder: dict[str, Any], shard_size: int
+) -> Iterator[TraceRow]:
+    """Writes traces to numbered files as they come, and passes them on.
+
+    Args:
+        out: The folder; files that are there are kept.
+        rows: The traces.
+        recorder: The metadata to write into every file.
+        shard_size: The number of traces in a file; the last file may have fewer.
+    """
+    for leftover in out.glob(".*.part"):  # a killed recording has left it
         leftover.unlink()
-    pending: list[Row] = []
+    pending: list[TraceRow] = []
     number = 1 + max((int(path.stem) for path in out.glob("[0-9]*.parquet")), default=-1)
     try:
         for row in rows:

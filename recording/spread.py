@@ -1,7 +1,7 @@
 """Recording on many workers, here or on a cluster: Ray starts them and notices when one is lost.
 
-Each worker holds an LM of its own and answers a job, so many questions, at a time. What it gives
-depends on the questions alone, so a job that is lost is done again by any other worker.
+Each worker holds an LM of its own and answers one job, a number of questions, at a time. Its traces
+depend on the questions alone, and so a job that is lost is done again by any other worker.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from ray.exceptions import (
 from tqdm import tqdm
 
 from haltwise import InputError
-from recording.config import Answering, EngineConfig
-from recording.engine import Engine, open_engine
-from recording.recording import Row, Work
+from recording.config import EngineConfig, TaskFormat
+from recording.engine import RecordingEngine, open_engine
+from recording.trace_row import SeededQuestion, TraceRow
 
 _CLONE = Path(__file__).parents[1]
-# What workers need of the clone: 9 MB, of which 8 are the embedded LM.
+# The parts of the clone that workers need: 9 MB, of which 8 are the embedded LM.
 _NEEDED = ("haltwise", "lms", "traces", "recording", "pyproject.toml", "checkpoints/embedded")
 _LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, ObjectLostError)
 # A job that so many workers have died of is not given to another one.
@@ -42,83 +42,105 @@ _MOST_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What a worker tells once its LM is loaded."""
+class LoadedWorker:
+    """What a worker tells of itself once its LM is loaded."""
 
     recorder: dict[str, Any]
+    """The metadata that its engine keeps beside traces."""
     description: str
+    """The description of the LM, for a person."""
     pid: int
+    """The process id of the worker."""
     host: str
+    """The address of its machine."""
 
 
-class Worker:
+class RecordingWorker:
     """An engine in a process of its own.
 
     Args:
-        config: What it runs.
-        answering: How the task is answered.
+        config: Which LM its engine runs, and how it is asked.
+        task_format: How the task's answers are asked for and read.
     """
 
-    def __init__(self, config: EngineConfig, answering: Answering) -> None:
-        """Loads nothing yet: an error in here would only be told as a death."""
-        self._config, self._answering = config, answering
-        self._engine: Engine | None = None
+    def __init__(self, config: EngineConfig, task_format: TaskFormat) -> None:
+        """Loads nothing yet: Ray tells of an error in here only as the worker's death."""
+        self._config, self._task_format = config, task_format
+        self._engine: RecordingEngine | None = None
 
-    def load(self) -> Loaded:
-        """Loads the LM."""
-        self._engine = engine = open_engine(self._config, self._answering)
+    def load(self) -> LoadedWorker:
+        """Loads the LM, and tells of the worker.
+
+        Raises:
+            InputError: If the engine is not installed, or the LM cannot be used.
+        """
+        self._engine = engine = open_engine(self._config, self._task_format)
         host = ray.util.get_node_ip_address()
-        return Loaded(engine.recorder, engine.description, os.getpid(), host)
+        return LoadedWorker(engine.recorder, engine.description, os.getpid(), host)
 
-    def record(self, job: list[Work]) -> list[Row]:
-        """Answers questions."""
+    def record(self, job: list[SeededQuestion]) -> list[TraceRow]:
+        """Answers the questions of a job and returns their traces.
+
+        Raises:
+            InputError: If a question cannot be asked, or the LM's logits are not numbers.
+        """
         assert self._engine is not None
         return list(self._engine.record(job))
 
-    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
-        """See `Engine`."""
+    def self_test(self, work: Sequence[SeededQuestion], max_tokens: int | None) -> str:
+        """Tries a few questions, and returns a report for a person.
+
+        Raises:
+            InputError: If halting this LM cannot work.
+        """
         assert self._engine is not None
         return self._engine.self_test(work, max_tokens)
 
 
 @dataclass(eq=False)
-class _Hand:
-    """A worker as the driver sees it."""
+class _HiredWorker:
+    """A worker as the process that hands out jobs sees it."""
 
     actor: Any
-    loaded: Loaded | None = None
+    """Ray's handle of the worker."""
+    loaded: LoadedWorker | None = None
+    """What the worker has told; None while it loads its LM."""
 
 
 @dataclass(eq=False)
-class _Job:
-    """Questions that one worker answers in one go."""
+class _WorkerJob:
+    """The questions that one worker answers in one go."""
 
-    work: list[Work]
+    work: list[SeededQuestion]
+    """The questions with their sampling seeds."""
     num_attempts: int = 0
+    """The number of workers that have died of it."""
 
 
-class Spread:
-    """Many workers as one engine; see `recording.engine.Engine`.
+class RayEngine:
+    """The `recording.engine.RecordingEngine` that spreads its work over many workers by Ray.
 
     A worker that is lost, its process or its machine, is replaced as soon as Ray has room, and its
-    questions are asked again. No worker has more than one job, so what waits in memory here is
-    one job of each at most.
+    questions are asked again. No worker has more than one job, and so at most one job of each
+    waits in memory here.
 
     Args:
-        config: What each worker runs.
-        answering: How the task is answered.
+        config: Which LM each worker runs, and how it is asked.
+        task_format: How the task's answers are asked for and read.
         address: "local" starts Ray on this machine; "auto" or HOST:PORT joins a cluster.
-        num_workers: None for one a GPU (or one for every `tensor_parallel`), or one a CPU.
-        job_size: Questions in a job.
+        num_workers: The number of workers; None for one a GPU (or one for every
+            `tensor_parallel` of them), or one a CPU.
+        job_size: The number of questions in a job.
 
     Raises:
-        InputError: If there is no such cluster or no room for the workers, or as `open_engine`.
+        InputError: If there is no such cluster or no room for the workers, the engine is not
+            installed, or the LM cannot be used.
     """
 
     def __init__(
         self,
         config: EngineConfig,
-        answering: Answering,
+        task_format: TaskFormat,
         address: str,
         num_workers: int | None,
         job_size: int,
@@ -127,11 +149,11 @@ class Spread:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _join(address)
-        self._config, self._answering, self._job_size = config, answering, job_size
-        self._first: Loaded | None = None
-        self._busy: dict[Any, tuple[_Hand, _Job | None]] = {}
-        self._idle: list[_Hand] = []
-        self._again: deque[_Job] = deque()
+        self._config, self._task_format, self._job_size = config, task_format, job_size
+        self._first: LoadedWorker | None = None
+        self._busy: dict[Any, tuple[_HiredWorker, _WorkerJob | None]] = {}
+        self._idle: list[_HiredWorker] = []
+        self._again: deque[_WorkerJob] = deque()
         self._num_dead_loading = 0
         try:
             for _ in range(_num_workers(config, num_workers)):
@@ -146,17 +168,24 @@ class Spread:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the workers that have loaded, on whatever machine."""
-        hands = [*self._idle, *(hand for hand, _ in self._busy.values())]
-        return [hand.loaded.pid for hand in hands if hand.loaded]
+        """The process ids of the workers that have loaded their LM, on whatever machine."""
+        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
+        return [worker.loaded.pid for worker in workers if worker.loaded]
 
-    def record(self, work: Iterable[Work]) -> Iterator[Row]:
-        """See `Engine`; traces come in jobs, in the order in which these are done."""
+    def record(self, work: Iterable[SeededQuestion]) -> Iterator[TraceRow]:
+        """Answers questions, and yields their traces job by job, as the jobs are done.
+
+        A question that is too long for the LM is left out, with a message.
+
+        Raises:
+            InputError: If a question cannot be asked, the LM's logits are not numbers, or too many
+                workers die.
+        """
         waiting, num_running = iter(work), 0
         while True:
             while self._idle and (job := self._next_job(waiting)):
-                hand = self._idle.pop()
-                self._busy[hand.actor.record.remote(job.work)] = hand, job
+                worker = self._idle.pop()
+                self._busy[worker.actor.record.remote(job.work)] = worker, job
                 num_running += 1
             if self._idle and not num_running:
                 return
@@ -164,8 +193,12 @@ class Spread:
             num_running -= job_done
             yield from rows
 
-    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
-        """See `Engine`: on one worker."""
+    def self_test(self, work: Sequence[SeededQuestion], max_tokens: int | None) -> str:
+        """Tries a few questions on one worker, and returns a report for a person.
+
+        Raises:
+            InputError: If halting this LM cannot work, or the worker dies.
+        """
         while not self._idle:
             self._wait()
         try:
@@ -177,53 +210,56 @@ class Spread:
 
     def close(self) -> None:
         """Ends the workers, and Ray if it was started or joined for them."""
-        for hand in [*self._idle, *(hand for hand, _ in self._busy.values())]:
-            ray.kill(hand.actor)
+        for worker in [*self._idle, *(worker for worker, _ in self._busy.values())]:
+            ray.kill(worker.actor)
         self._idle, self._busy = [], {}
         if self._owns_ray:
             ray.shutdown()
 
-    def _next_job(self, waiting: Iterator[Work]) -> _Job | None:
+    def _next_job(self, waiting: Iterator[SeededQuestion]) -> _WorkerJob | None:
         if self._again:
             return self._again.popleft()
         work = list(islice(waiting, self._job_size))
-        return _Job(work) if work else None
+        return _WorkerJob(work) if work else None
 
     def _hire(self) -> None:
         """Starts a worker; it gets its first job once it has loaded the LM."""
         on_gpu = torch.device(self._config.device).type != "cpu"
         num_gpus = self._config.tensor_parallel if on_gpu else 0
-        actor = ray.remote(Worker).options(num_cpus=1, num_gpus=num_gpus)
-        hand = _Hand(actor.remote(self._config, self._answering))
-        self._busy[hand.actor.load.remote()] = hand, None
+        actor = ray.remote(RecordingWorker).options(num_cpus=1, num_gpus=num_gpus)
+        worker = _HiredWorker(actor.remote(self._config, self._task_format))
+        self._busy[worker.actor.load.remote()] = worker, None
 
-    def _wait(self) -> tuple[bool, list[Row]]:
-        """Waits until something has happened.
+    def _wait(self) -> tuple[bool, list[TraceRow]]:
+        """Waits until a worker has loaded its LM, has done its job, or is lost.
 
         Returns:
             Whether a job has left its worker, done or lost, and the traces that it gave.
+
+        Raises:
+            InputError: If the worker told of one, or too many workers have died.
         """
         (ref,), _ = ray.wait(list(self._busy), num_returns=1)
-        hand, job = self._busy.pop(ref)
+        worker, job = self._busy.pop(ref)
         try:
             result = self._get(ref)
         except _LOST as error:
-            self._lose(hand, job, error)
+            self._lose(worker, job, error)
             return job is not None, []
-        except BaseException:  # it can be asked something else, and is ended by `close`
-            self._idle.append(hand)
+        except BaseException:  # the worker lives: it can be asked again, and `close` ends it
+            self._idle.append(worker)
             raise
-        self._idle.append(hand)
+        self._idle.append(worker)
         if job is None:
-            self._welcome(hand, result)
+            self._welcome(worker, result)
             return False, []
         return True, result
 
     def _get(self, ref: Any) -> Any:
-        """What a worker gave.
+        """Returns what a worker has returned.
 
         Raises:
-            InputError: The worker's own.
+            InputError: If the worker has raised one.
         """
         try:
             return ray.get(ref)
@@ -232,8 +268,13 @@ class Spread:
                 raise InputError(str(error.cause)) from None
             raise
 
-    def _welcome(self, hand: _Hand, loaded: Loaded) -> None:
-        hand.loaded, self._num_dead_loading = loaded, 0
+    def _welcome(self, worker: _HiredWorker, loaded: LoadedWorker) -> None:
+        """Takes in a worker that has loaded its LM.
+
+        Raises:
+            InputError: If it would record otherwise than the first worker.
+        """
+        worker.loaded, self._num_dead_loading = loaded, 0
         self._first = self._first or loaded
         expected = self._first.recorder
         differ = sorted(k for k in expected if loaded.recorder[k] != expected[k])
@@ -243,12 +284,21 @@ class Spread:
                 "expected the same LM and code on every machine"
             )
 
-    def _lose(self, hand: _Hand, job: _Job | None, error: Exception) -> None:
-        """Replaces a worker and puts its job back."""
+    def _lose(self, worker: _HiredWorker, job: _WorkerJob | None, error: Exception) -> None:
+        """Replaces a worker that is lost, and puts its job back.
+
+        Raises:
+            InputError: If so many workers have died of the job, or as they loaded the LM, that
+                another one would die too.
+        """
         reason = str(error).strip().partition("\n")[0]
-        name = f"worker {hand.loaded.pid} on {hand.loaded.host}" if hand.loaded else "a new worker"
+        name = (
+            f"worker {worker.loaded.pid} on {worker.loaded.host}"
+            if worker.loaded
+            else "a new worker"
+        )
         tqdm.write(f"lost {name}: {reason}")
-        ray.kill(hand.actor)  # it may only be out of reach
+        ray.kill(worker.actor)  # it may only be out of reach
         if job is None:
             self._num_dead_loading += 1
             if self._num_dead_loading == _MOST_ATTEMPTS:
@@ -269,7 +319,7 @@ def _join(address: str) -> None:
     """Starts Ray or joins a cluster, whose machines get what they need of this clone.
 
     Raises:
-        InputError: If there is no such cluster, or it does not let us in.
+        InputError: If there is no such cluster, or it cannot be joined.
     """
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     with TemporaryDirectory() as folder:
@@ -288,7 +338,11 @@ def _join(address: str) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Finds out in seconds what Ray would wait minutes for."""
+    """Refuses an address where nobody answers: Ray would wait minutes for it.
+
+    Raises:
+        InputError: If no connection can be made.
+    """
     host, colon, port = address.rpartition(":")
     if not colon or "://" in address:
         return
@@ -308,7 +362,11 @@ def _copy_needed(folder: Path) -> None:
 
 
 def _num_workers(config: EngineConfig, asked: int | None) -> int:
-    """How many workers there are to be.
+    """Returns how many workers there are to be.
+
+    Args:
+        config: What each worker runs, and on what.
+        asked: The number that a person has asked for; None for as many as there is room for.
 
     Raises:
         InputError: If the cluster has no room for so many.

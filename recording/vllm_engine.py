@@ -1,8 +1,8 @@
 """Recording with vLLM: whole thoughts first, then an answer forced at every decision point.
 
-vLLM gives the log probabilities of a thought's tokens and of the 20 likeliest in their places: the
-stepwise signals follow from them. A forced answer is a request of its own, prompt, thought up to
-the point and close text, whose keys and values vLLM still has in its prefix cache.
+vLLM gives the log probabilities of a thought's tokens and of the 20 likeliest in their places; the
+stepwise signals follow from them. A forced answer is a request of its own: prompt, thought up to
+the point and close text. vLLM still has most of its keys and values in the prefix cache.
 """
 
 from __future__ import annotations
@@ -29,45 +29,55 @@ from haltwise.session.thought import Thought
 from haltwise.session.token_statistics import NUM_TOP
 from lms.language_model import source_of
 from lms.self_test import check_closes
-from recording.config import Answering, EngineConfig
-from recording.recording import Recording, Row, Work, asked, recorder_of, tried
+from recording.config import EngineConfig, TaskFormat
+from recording.trace_row import (
+    SeededQuestion,
+    TraceRow,
+    UnfinishedTrace,
+    fitting_prompts,
+    recorder_metadata,
+    with_prompts,
+)
 from recording.weightless import load_weightless
 
 _SIGNALS = signals_from("token_logprobs", "text")
-# Room for a prompt: vLLM sets aside memory for the longest sequence there can be, and an LM's
-# whole context may be more than a GPU holds.
+# The tokens that a prompt may have: vLLM sets aside memory for the longest sequence that there can
+# be, and an LM's whole context may be more than a GPU holds.
 _PROMPT_ROOM = 4096
-# Forced answers in one call: each comes with its whole prompt, as Python integers.
+# The most forced answers in one call: each comes with its whole prompt, as Python integers.
 _MOST_FORCED = 1024
 
 
 @dataclass
-class _Thinking:
-    """A question on its way."""
+class _ThoughtToProbe:
+    """A thought that has ended, and is still to be probed at its decision points."""
 
-    recording: Recording
+    recording: UnfinishedTrace
+    """The trace that the probes are to complete."""
     prompt: list[int]
+    """The tokens of the prompt."""
     thought: Thought
+    """The thought, with all of its tokens."""
     seen: list[Signals]
-    """What is seen at each decision point, (1,) each."""
+    """The signals that are seen at each decision point, (1,) each."""
 
 
 class VllmEngine:
-    """An LM in vLLM; see `recording.engine.Engine`.
+    """The `recording.engine.RecordingEngine` that runs the LM in vLLM.
 
     Args:
-        config: Which LM, where, and how it is asked.
-        answering: How the task is answered.
+        config: Which LM runs where, and how it is asked.
+        task_format: How the task's answers are asked for and read.
 
     Raises:
         InputError: If the LM cannot be loaded or run, or this vLLM runs on another device.
     """
 
-    def __init__(self, config: EngineConfig, answering: Answering) -> None:
+    def __init__(self, config: EngineConfig, task_format: TaskFormat) -> None:
         """Starts the engine."""
         _check_device(config.device)
         self._lm = lm = load_weightless(config)
-        halting = config.halting(lm.chat, answering)
+        halting = config.halting(lm.chat, task_format)
         self._halting, self._rules = halting, TokenRules(lm.tokenizer, halting)
         self._eos_ids = end_tokens(lm.model.generation_config)
         self._batch_size, self._max_tokens = config.batch_size, config.budget(lm.context)
@@ -78,7 +88,7 @@ class VllmEngine:
         max_length = int(min(lm.context, after_prompt + _PROMPT_ROOM))
         self._max_prompt = max_length - after_prompt
         self._llm = _start(config, str(lm.model.dtype).removeprefix("torch."), max_length)
-        self.recorder = recorder_of(
+        self.recorder = recorder_metadata(
             "vllm",
             lm,
             halting,
@@ -86,21 +96,31 @@ class VllmEngine:
             self._max_tokens,
             self._temperature,
             _SIGNALS,
-            answering.instruction,
+            task_format.instruction,
         )
         self.description = lm.chat.describe()
 
-    def record(self, work: Iterable[Work]) -> Iterator[Row]:
-        """See `Engine`."""
-        waiting = asked(self._lm, work, self._max_prompt)
+    def record(self, work: Iterable[SeededQuestion]) -> Iterator[TraceRow]:
+        """Answers questions batch by batch, and yields each trace.
+
+        A question that is too long for the LM is left out, with a message.
+
+        Raises:
+            InputError: If a question cannot be asked, or vLLM does not give what it was asked for.
+        """
+        waiting = with_prompts(self._lm, work, self._max_prompt)
         while batch := list(islice(waiting, self._batch_size)):
             yield from self._answer(batch, self._max_tokens)
 
-    def self_test(self, work: Sequence[Work], max_tokens: int | None) -> str:
-        """See `Engine`."""
+    def self_test(self, work: Sequence[SeededQuestion], max_tokens: int | None) -> str:
+        """Tries a few questions in one batch, and returns a report for a person.
+
+        Raises:
+            InputError: If halting this LM cannot work.
+        """
         check_closes(self._halting)
         budget = min(self._max_tokens, max_tokens or self._max_tokens)
-        rows = list(self._answer(tried(self._lm, work, self._max_prompt), budget))
+        rows = list(self._answer(fitting_prompts(self._lm, work, self._max_prompt), budget))
         answers = [answer for row in rows for answer in row["answer"]]
         shown = f"such as {rows[0]['text']!r:.160}"
         if not answers:
@@ -125,8 +145,10 @@ class VllmEngine:
         """Ends the engine's processes."""
         del self._llm
 
-    def _answer(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> Iterator[Row]:
-        """Answers questions and yields their traces."""
+    def _answer(
+        self, batch: Sequence[tuple[SeededQuestion, str]], max_tokens: int
+    ) -> Iterator[TraceRow]:
+        """Answers a batch of questions with their prompts, and yields their traces."""
         thinking = self._think(batch, max_tokens)
         answers = self._force(thinking)
         for one in thinking:
@@ -134,8 +156,10 @@ class VllmEngine:
                 one.recording.see(probe, signals, 0)
             yield one.recording.row(self._lm.name, self._rules, one.thought)
 
-    def _think(self, batch: Sequence[tuple[Work, str]], max_tokens: int) -> list[_Thinking]:
-        """Lets an LM think about questions to the end."""
+    def _think(
+        self, batch: Sequence[tuple[SeededQuestion, str]], max_tokens: int
+    ) -> list[_ThoughtToProbe]:
+        """Lets the LM think about a batch of questions to the end."""
         encode = self._lm.tokenizer.encode
         prompts = [encode(text, add_special_tokens=False) for _, text in batch]
         params = [
@@ -154,11 +178,11 @@ class VllmEngine:
             thought = Thought(self._rules, text)
             seen = self._seen(thought, tokens, logprobs)
             thought.end(by_lm=tokens[-1] in self._eos_ids)
-            recording = Recording(*job, signals={name: [] for name in _SIGNALS})
-            thinking.append(_Thinking(recording, prompt, thought, seen))
+            recording = UnfinishedTrace(*job, signals={name: [] for name in _SIGNALS})
+            thinking.append(_ThoughtToProbe(recording, prompt, thought, seen))
         return thinking
 
-    def _force(self, thinking: Sequence[_Thinking]) -> Iterator[Probe]:
+    def _force(self, thinking: Sequence[_ThoughtToProbe]) -> Iterator[Probe]:
         """Yields the forced answers at all decision points of some thoughts, in order."""
         prompts = (
             [*one.prompt, *one.thought.tokens[: seen.position.item()], *self._rules.close_ids]
@@ -173,7 +197,7 @@ class VllmEngine:
                 yield self._rules.read(self._cut(tokens, logprobs[:, 0]))
 
     def _cut(self, tokens: Sequence[int], logprobs: NDArray[np.float64]) -> ForcedAnswer:
-        """The forced answer that some tokens begin with."""
+        """Returns the forced answer that some tokens begin with."""
         answer = ForcedAnswer([], [], 0)
         for token, logprob in zip(tokens, logprobs.tolist(), strict=True):
             answer.num_tokens += 1
@@ -186,7 +210,10 @@ class VllmEngine:
         return answer
 
     def _params(self, max_tokens: int, num_top: int, **sampling: Any) -> Any:
-        """What is asked of vLLM: it ends where we say, and tells probabilities at temperature 1."""
+        """Returns vLLM's sampling parameters.
+
+        It ends where we say, and tells probabilities as at temperature 1.
+        """
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=num_top,
@@ -207,12 +234,12 @@ class VllmEngine:
     def _read(
         self, output: Any, max_tokens: int, num_top: int
     ) -> tuple[list[int], NDArray[np.float64]]:
-        """Tokens (T,) of an output and log probabilities (T, 1 + num_top).
+        """Returns the tokens (T,) of an output and their log probabilities (T, 1 + num_top), nats.
 
-        The first is that of the token, then come those of the likeliest in its place.
+        The first one is that of the token itself, then come those of the likeliest in its place.
 
         Raises:
-            InputError: If they are not all there, or not numbers.
+            InputError: If tokens or probabilities are missing, or are not numbers.
         """
         tokens = list(output.token_ids)
         ended = bool(tokens) and tokens[-1] in self._eos_ids
@@ -237,12 +264,13 @@ class VllmEngine:
     def _seen(
         self, thought: Thought, tokens: Sequence[int], logprobs: NDArray[np.float64]
     ) -> list[Signals]:
-        """Gives a thought its tokens; returns what is seen at each decision point before the end.
+        """Gives a thought its tokens, and returns the signals at each point before the end.
 
         Args:
-            thought: Before its first token.
-            tokens: All of them (N,).
-            logprobs: (N, 1 + number of likeliest tokens) of each token, nats.
+            thought: The thought before its first token.
+            tokens: All tokens (N,) of the thought.
+            logprobs: (N, 1 + number of likeliest tokens) the log probabilities of each token, as
+                `_read` gives them, nats.
         """
         collector, seen = SignalCollector(self._rules, _SIGNALS, 1), []
         missing = ((0, 0), (0, NUM_TOP - self._num_top))
@@ -258,7 +286,7 @@ class VllmEngine:
 
 
 def _seed(prompt: str, seed: int) -> int:
-    """What vLLM draws a question's tokens with: of the question and its seed alone."""
+    """Returns the seed of vLLM's draws: the question and its sampling seed alone decide on it."""
     digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -280,7 +308,7 @@ def _check_device(device: str) -> None:
 
 
 def _start(config: EngineConfig, dtype: str, max_length: int) -> Any:
-    """A running engine.
+    """Starts vLLM and returns its engine.
 
     Raises:
         InputError: If vLLM does not know the LM, or has no room for it.

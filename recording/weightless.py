@@ -1,4 +1,4 @@
-"""An LM without its weights: all that is asked of it while another program runs it."""
+"""An LM without its weights: all that the recorder needs of it while vLLM runs it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 class WeightlessLM(LanguageModel):
-    """Name, tokenizer, chat and configuration of an LM; its model has shapes but no numbers."""
+    """An LM's name, tokenizer, chat and configuration; its model has shapes but no numbers."""
 
     @cached_property
     def revision(self) -> str:
-        """The hub's commit; for an LM from a folder the SHA-256 of its files of weights."""
+        """The hub's commit of the LM, or the SHA-256 of its weights' files if it is in a folder."""
         commit = getattr(self.model.config, "_commit_hash", None)
         if commit:
             return str(commit)
@@ -42,7 +42,7 @@ class WeightlessLM(LanguageModel):
 
 
 def load_weightless(config: LMConfig) -> WeightlessLM:
-    """Loads all of an LM but its weights, in the type that they would have.
+    """Loads all of an LM but its weights; shapes have the type that the weights would have.
 
     Raises:
         InputError: If there is no such LM, or its chat makes no sense.

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from lms.questions import Question
 from recording.collect import CollectConfig
-from recording.config import Answering
-from recording.recording import Row
+from recording.config import TaskFormat
+from recording.trace_row import TraceRow
 from tests.tiny_lm import tiny_lm, tiny_tokenizer
 from traces import SIGNALS
 
@@ -40,7 +40,7 @@ def small_config(lm: Path, out: Path, **changes: Any) -> CollectConfig:
     return CollectConfig(lm=str(lm), out=out, **settings | changes)
 
 
-def rows_of(folder: Path | None) -> dict[str, Row]:
+def rows_of(folder: Path | None) -> dict[str, TraceRow]:
     """All traces in a folder, by id."""
     assert folder
     rows = [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
@@ -48,7 +48,7 @@ def rows_of(folder: Path | None) -> dict[str, Row]:
     return {row["trace_id"]: row for row in rows}
 
 
-def assert_same(row: Row, other: Row, tolerance: float = 1e-5) -> None:
+def assert_same(row: TraceRow, other: TraceRow, tolerance: float = 1e-5) -> None:
     """Compares two traces: numbers that come from logits nearly, the others exactly."""
     floats = {"confidence", "answer_logprobs", *SIGNALS}
     assert row.keys() == other.keys()
@@ -67,7 +67,7 @@ class Deadly(Question):
         return os._exit, (1,)
 
 
-class DeadlyAnswering(Answering):
+class DeadlyTaskFormat(TaskFormat):
     """What ends every worker before it has loaded its LM."""
 
     def __reduce__(self) -> Any:

@@ -1,6 +1,6 @@
-"""Traces as arrays: one row a trace, points ragged.
+"""Traces as arrays: one entry a trace, or one entry a decision point.
 
-Shapes: N traces, P points in all.
+In the shapes, N is the number of traces and P the number of their decision points together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _PER_TRACE = (
     "final_correct",
 )
 _DIGESTED = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
-_PER_POINT = (*_DIGESTED, "answer_entropy")  # of the same log probabilities as the worst one
+# The entropy is left out of the digest: it follows from the same log probabilities as the worst.
+_PER_POINT = (*_DIGESTED, "answer_entropy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,59 +39,60 @@ class Traces:
     """N traces with P decision points in all; the points of trace n are offsets[n]:offsets[n+1]."""
 
     trace_id: NDArray[np.str_]
-    """(N,) unique."""
+    """(N,) the names of the traces, all different."""
     question_id: NDArray[np.str_]
-    """(N,) the unit of every split and every bootstrap."""
+    """(N,) the questions' names: a question is the unit of every split and every bootstrap."""
     task: NDArray[np.str_]
-    """(N,)"""
+    """(N,) the tasks that the questions belong to."""
     segment: NDArray[np.str_]
-    """(N,) empty if unknown."""
+    """(N,) the groups of the questions within their tasks, empty if unknown."""
     model: NDArray[np.str_]
-    """(N,) the LM."""
+    """(N,) the names of the LMs."""
     split: NDArray[np.str_]
-    """(N,)"""
+    """(N,) the splits that the questions belong to."""
     seed: NDArray[np.int64]
-    """(N,) sampling seed."""
+    """(N,) the sampling seeds."""
     num_tokens: NDArray[np.int64]
-    """(N,) tokens generated when never halted."""
+    """(N,) the numbers of tokens generated when never halted."""
     finished: NDArray[np.bool_]
     """(N,) whether the LM ended by itself."""
     final_correct: NDArray[np.bool_]
-    """(N,) exact match when never halted."""
+    """(N,) the exact match when never halted."""
     offsets: NDArray[np.int64]
-    """(N + 1,)"""
+    """(N + 1,) where the points of each trace begin, and P."""
     position: NDArray[np.int64]
-    """(P,) thinking tokens so far."""
+    """(P,) the numbers of thinking tokens up to the points."""
     probe_tokens: NDArray[np.int64]
-    """(P,) tokens generated to force the answer."""
+    """(P,) the numbers of tokens generated to force the answers."""
     correct: NDArray[np.bool_]
-    """(P,) exact match of the forced answer."""
+    """(P,) the exact match of the forced answers."""
     confidence: NDArray[np.float32]
-    """(P,) of the forced answer; NaN if unknown."""
+    """(P,) the LM's confidence in the forced answers; NaN if unknown."""
     answer: NDArray[np.object_]
-    """(P,) str, empty if none could be read."""
+    """(P,) the forced answers as str, empty if none could be read."""
     worst_logprob: NDArray[np.float32]
-    """(P,) smallest log probability of an answer token, nats; NaN if unknown."""
+    """(P,) the smallest log probability of a token of the forced answer, nats; NaN if unknown."""
     answer_entropy: NDArray[np.float32]
-    """(P,) entropy of the forced answer a token, nats, as far as it is known: the least that a
+    """(P,) the entropy of the forced answer a token, nats, as far as it is known: the least that a
     token of its probability can have, h(p) = -p log p - (1-p) log(1-p); NaN if unknown."""
     recorder: dict[str, Any]
-    """How the traces were recorded, empty if the files do not tell."""
+    """How the traces were recorded; empty if the files do not tell."""
     signals: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """Optional signals by column name, NaN if unknown: (P,) float32, "hidden" (P, D) float16."""
+    """The optional signals by column name, NaN if unknown: float32 (P,), but "hidden" float16
+    (P, D)."""
 
     def __len__(self) -> int:
-        """N."""
+        """Returns N, the number of traces."""
         return len(self.trace_id)
 
     @property
     def num_points(self) -> int:
-        """P, over all traces."""
+        """P, the number of decision points of all traces together."""
         return len(self.position)
 
     @cached_property
     def trace_of_point(self) -> NDArray[np.int64]:
-        """(P,) the trace that each point belongs to."""
+        """(P,) the index of the trace that each point belongs to."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     @cached_property
@@ -101,7 +103,7 @@ class Traces:
 
     @cached_property
     def fingerprint(self) -> NDArray[np.uint64]:
-        """(N, 4) SHA-256 of each trace: all that is kept of it but the recorder."""
+        """(N, 4) the SHA-256 of each trace, of all that is kept of it but the recorder."""
         columns = {name: getattr(self, name) for name in _DIGESTED if name != "answer"}
         columns |= {name: self.signals[name] for name in sorted(self.signals)}
         kind = [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
@@ -118,11 +120,11 @@ class Traces:
 
     @property
     def digest(self) -> str:
-        """Of all but the recorder, whatever the order of rows and the number of shards."""
-        return digest_of(self.fingerprint)
+        """The digest of all traces, but not of the recorder; order and shards do not change it."""
+        return digest_of_fingerprints(self.fingerprint)
 
     def select(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Traces:
-        """The traces of a mask (N,), or of indices in that order, with their points."""
+        """Returns the traces in a mask (N,), or at indices in that order, with their points."""
         index = np.arange(len(self))[rows]
         lengths = np.diff(self.offsets)[index]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -133,10 +135,10 @@ class Traces:
         return replace(self, offsets=offsets, signals=signals, **fields)
 
     def of_split(self, *names: str) -> Traces:
-        """The traces whose split is one of some names.
+        """Returns the traces whose split is one of some names.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is no such trace.
         """
         rows = np.isin(self.split, names)
         if not rows.any():
@@ -146,14 +148,18 @@ class Traces:
 
 
 def concatenate(parts: Sequence[Traces]) -> Traces:
-    """All traces of some parts with the same signals, in order, with the recorder of the first."""
+    """Returns all traces of some parts in order, with the recorder of the first part.
+
+    Args:
+        parts: At least one part; all have the same signals.
+    """
     starts = np.cumsum([0, *(part.num_points for part in parts)])
     offsets = [part.offsets[1:] + start for part, start in zip(parts, starts, strict=False)]
     fields: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in (*_PER_TRACE, *_PER_POINT)
     }
-    # The size of a hidden state is unknown where there is no point.
+    # A part without a point does not know the size of a hidden state.
     filled = [part for part in parts if part.num_points] or parts[:1]
     signals = {
         name: np.concatenate([part.signals[name] for part in filled]) for name in parts[0].signals
@@ -161,11 +167,14 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
     return replace(parts[0], offsets=np.concatenate([[0], *offsets]), signals=signals, **fields)
 
 
-def digest_of(fingerprints: NDArray[np.uint64]) -> str:
-    """One digest of traces by their fingerprints (N, 4): the sums of the columns, modulo 2**64.
+def digest_of_fingerprints(fingerprints: NDArray[np.uint64]) -> str:
+    """Returns one digest of traces: the sums of the fingerprints' columns, modulo 2**64.
 
     A sum needs no order and can be taken a piece at a time. It tells that traces have changed; it
     is no proof against somebody who looks for other traces with the same sum.
+
+    Args:
+        fingerprints: `Traces.fingerprint` (N, 4).
     """
     total: NDArray[np.uint64] = fingerprints.sum(axis=0, dtype="<u8")
     return total.tobytes().hex()

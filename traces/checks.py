@@ -12,16 +12,17 @@ from traces.schema import SIGNALS
 
 
 def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], source: str) -> None:
-    """Checks the values of one file.
+    """Refuses a file of which a value cannot be.
 
     Args:
-        columns: Arrays by column name: (N,) if one value a trace, flat (P,) if one a point,
-            (P, D) if one vector a point.
-        lengths: (N,) points of each trace.
-        source: The file, for messages.
+        columns: Arrays by column name: (N,) for one value a trace, flat (P,) for one value a
+            point, (P, D) for one vector a point.
+        lengths: (N,) the number of points of each trace.
+        source: The name of the file, for messages.
 
     Raises:
-        InputError: Naming file, column and row, what was found and what was expected.
+        InputError: If a value is wrong; it names file, column and row, what was found and what was
+            expected.
     """
     rows = np.arange(len(lengths))
     row_of_point = np.repeat(rows, lengths)
@@ -50,20 +51,21 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
 
 
 def _has_inf(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """(P,) of (P,) or (P, D)."""
+    """Says (P,) which points have an infinite value in a column (P,) or (P, D)."""
     infinite: NDArray[np.bool_] = np.isinf(values).any(axis=tuple(range(1, values.ndim)))
     return infinite
 
 
 def check_unique(trace_id: NDArray[np.str_], source: NDArray[np.str_]) -> None:
-    """Checks that no trace is there twice.
+    """Refuses files in which a trace is there twice.
 
     Args:
-        trace_id: (N,) of all files together.
-        source: (N,) the file that each trace is from.
+        trace_id: (N,) the trace ids of all files together.
+        source: (N,) the name of the file that each trace is from.
 
     Raises:
-        InputError: Naming the trace and the files of its first two occurrences.
+        InputError: If a trace is there twice; it names the trace and the files of its first two
+            occurrences.
     """
     _, first, count = np.unique(trace_id, return_index=True, return_counts=True)
     if count.max(initial=0) > 1:

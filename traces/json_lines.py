@@ -1,4 +1,4 @@
-"""Traces from JSON lines, which any program can write."""
+"""Traces imported from JSON lines, which any program can write."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from traces.store import table_of, write_shard
 
 _RECORDER = "haltwise.recorder"
 
-Line = tuple[int, dict[str, Any]]
+#: The number of a line, from 1, and the object that stands there.
+NumberedLine = tuple[int, dict[str, Any]]
 
 
 def import_json_lines(source: Path, out: Path, shard_size: int) -> int:
     """Writes the traces in a file as shards into a folder, which appears whole or not at all.
 
     Args:
-        source: One JSON object a line, by column name, the same columns in every line; NaN is an
-            unknown number. A first line {"haltwise.recorder": {...}} may tell how they were
-            recorded.
+        source: A file with one JSON object a line, by column name, with the same columns in every
+            line; NaN is an unknown number. A first line {"haltwise.recorder": {...}} may tell how
+            the traces were recorded.
         out: A folder that is new or empty.
-        shard_size: Traces in a shard.
+        shard_size: The number of traces in a shard.
 
     Returns:
-        How many traces there are.
+        The number of traces.
 
     Raises:
-        InputError: Naming file, line and column of what is wrong, or if the folder is in use.
+        InputError: If a line is wrong, with file, line and column, or if the folder is in use.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -49,7 +50,7 @@ def import_json_lines(source: Path, out: Path, shard_size: int) -> int:
 
 def _write(source: Path, folder: Path, shard_size: int) -> int:
     recorder, lines = _recorder(source)
-    together, num_shards, num_traces = _Together(source), 0, 0
+    together, num_shards, num_traces = _LineChecks(source), 0, 0
     while batch := list(islice(lines, shard_size)):
         for line in batch:
             together.check(*line)
@@ -57,7 +58,7 @@ def _write(source: Path, folder: Path, shard_size: int) -> int:
             rows = [row for _, row in batch]
             write_shard(folder / f"{num_shards:05d}.parquet", rows, recorder)
         except InputError:
-            for number, row in batch:  # tells which line it is
+            for number, row in batch:  # finds the line, so that the message can name it
                 table_of([row], f"{source}, line {number}")
             raise
         num_shards, num_traces = num_shards + 1, num_traces + len(batch)
@@ -66,8 +67,8 @@ def _write(source: Path, folder: Path, shard_size: int) -> int:
     return num_traces
 
 
-def _recorder(source: Path) -> tuple[dict[str, Any], Iterator[Line]]:
-    """What a first line tells of the recorder, and the lines of traces."""
+def _recorder(source: Path) -> tuple[dict[str, Any], Iterator[NumberedLine]]:
+    """Returns what a first line tells of the recorder, and the lines of traces."""
     lines = _lines(source)
     first = list(islice(lines, 1))
     for number, row in first:
@@ -79,8 +80,12 @@ def _recorder(source: Path) -> tuple[dict[str, Any], Iterator[Line]]:
     return {}, chain(first, lines)
 
 
-def _lines(source: Path) -> Iterator[Line]:
-    """Numbers from 1, and objects."""
+def _lines(source: Path) -> Iterator[NumberedLine]:
+    """Yields the lines that are not blank.
+
+    Raises:
+        InputError: If a line is no JSON object.
+    """
     with source.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -94,8 +99,8 @@ def _lines(source: Path) -> Iterator[Line]:
             yield number, row
 
 
-class _Together:
-    """Checks what concerns all lines: columns, the size of hidden states, ids."""
+class _LineChecks:
+    """Checks that lines go together: in their columns, the size of hidden states, and their ids."""
 
     def __init__(self, source: Path) -> None:
         self._source = source
@@ -104,7 +109,12 @@ class _Together:
         self._ids: dict[str, int] = {}
 
     def check(self, number: int, row: dict[str, Any]) -> None:
-        """Refuses a line that does not go with those before."""
+        """Refuses a line that does not go together with those before.
+
+        Raises:
+            InputError: If a column is missing or new, a hidden state has another size, or the trace
+                id is missing or was there before.
+        """
         self._columns = self._columns or (number, set(row))
         first, columns = self._columns
         for name in sorted(columns ^ set(row)):

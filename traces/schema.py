@@ -18,7 +18,7 @@ OPTIONAL = (*SIGNALS, "question", "text")
 
 
 def _column_type(kind: SignalKind) -> pa.DataType:
-    """The type of a signal's column: a list with one entry a decision point."""
+    """Returns the type of a signal's column: a list with one entry a decision point."""
     entry = pa.from_numpy_dtype(kind.dtype)
     return pa.list_(pa.list_(entry) if kind.is_vector else entry)
 

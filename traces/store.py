@@ -22,19 +22,20 @@ from traces.schema import POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
-#: Traces that are decoded at a time.
+#: The number of traces that are decoded at a time.
 _PIECE = 1024
 _TEXTS = ("trace_id", "question_id", "task", "segment", "model", "split")
 
 
 def read_ids(path: Path | str) -> tuple[set[str], dict[str, Any]]:
-    """The trace ids in a file or folder, and how it was recorded; no other column is read.
+    """Reads the trace ids in a file or folder, and how it was recorded, and no other column.
 
     Raises:
-        InputError: As `read_traces`, of what is read.
+        InputError: If there is nothing to read, a file is damaged or of another schema version, or
+            shards are not of one recording.
     """
     paths = shards_of(path)
-    recorder = recorder_of(paths)
+    recorder = read_recorder(paths)
     ids: set[str] = set()
     for shard in paths:
         for (found,) in read_columns(shard, ("trace_id",)):
@@ -46,9 +47,9 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
     """Writes traces as one Parquet file, which appears whole or not at all.
 
     Args:
-        path: The file; one that is there is replaced.
-        rows: One dict a trace, by column name. An optional column may be left out of all.
-        recorder: How the traces were recorded, kept in the file's metadata.
+        path: The file to write; one that is there is replaced.
+        rows: One dict a trace, by column name. All may leave out an optional column.
+        recorder: How the traces were recorded; it is kept in the file's metadata.
 
     Raises:
         InputError: If a row is not as the schema says; then nothing is written.
@@ -59,10 +60,14 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
 
 
 def table_of(rows: Sequence[dict[str, Any]], source: str) -> pa.Table:
-    """Checks traces, one dict a trace by column name.
+    """Returns traces as a checked table.
+
+    Args:
+        rows: One dict a trace, by column name.
+        source: The name of what the traces come from, with which messages begin.
 
     Raises:
-        InputError: Beginning with `source`, if a row is not as the schema says.
+        InputError: If a row is not as the schema says.
     """
     names = {name for row in rows for name in row}
     unknown = sorted(names - set(SCHEMA.names))
@@ -80,12 +85,12 @@ def table_of(rows: Sequence[dict[str, Any]], source: str) -> pa.Table:
 
 
 def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> pa.Array:
-    """One column of rows; a trace that lacks it has a null."""
+    """Returns one column of some rows; a trace that lacks it gets a null."""
     name, kind = field.name, field.type
     values = [row.get(name) for row in rows]
     try:
         if name == "hidden":
-            # One size for all, told by the first point.
+            # The first point tells the size that all vectors must have.
             size = next((len(vector) for vectors in values for vector in vectors or ()), 1)
             kind = pa.list_(pa.list_(pa.float16(), size))
         elif not _fits(pa.array(values).type, kind):
@@ -97,7 +102,7 @@ def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> 
 
 
 def _fits(found: pa.DataType, kind: pa.DataType) -> bool:
-    """Whether pyarrow keeps values as they are: it would cut 1.5 to 1, and "ab" to "a" and "b"."""
+    """Says whether pyarrow keeps values: it would cut 1.5 to 1, and "ab" to "a" and "b"."""
     while pa.types.is_list(found) and pa.types.is_list(kind):
         found, kind = found.value_type, kind.value_type
     cuts_number = pa.types.is_floating(found) and pa.types.is_integer(kind)
@@ -115,10 +120,10 @@ def _replace(path: Path, table: pa.Table) -> None:
 
 
 def shards_of(path: Path | str) -> list[Path]:
-    """A trace file, or all *.parquet shards in a folder.
+    """Returns a trace file, or all *.parquet shards in a folder, in the order of their names.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no such file.
     """
     path = Path(path)
     if not path.exists():
@@ -129,12 +134,12 @@ def shards_of(path: Path | str) -> list[Path]:
     return paths
 
 
-def recorder_of(shards: Sequence[Path]) -> dict[str, Any]:
-    """How the traces in some shards were recorded.
+def read_recorder(shards: Sequence[Path]) -> dict[str, Any]:
+    """Reads how the traces in some shards were recorded.
 
     Raises:
-        InputError: If a shard is damaged or of another schema version, or they are not of one
-            recording.
+        InputError: If a shard is damaged or of another schema version, or the shards are not of
+            one recording.
     """
     recorders = []
     for shard in shards:
@@ -145,17 +150,21 @@ def recorder_of(shards: Sequence[Path]) -> dict[str, Any]:
 
 
 def read_columns(shard: Path, names: Sequence[str]) -> Iterator[list[list[str]]]:
-    """Some columns of texts, a piece of the rows at a time.
+    """Yields some columns of texts, a piece of the rows at a time.
+
+    Args:
+        shard: The file.
+        names: The names of columns that every file has.
 
     Raises:
-        InputError: As `read_part`, of what is read.
+        InputError: If the file is damaged, or a column or value is not as the schema says.
     """
     for row, table in _tables(shard, names):
         yield [_column(table, name, _place(shard, row)).to_pylist() for name in names]
 
 
 def row_groups(shard: Path) -> list[int]:
-    """The number of rows of each row group.
+    """Reads the number of rows of each row group.
 
     Raises:
         InputError: If the file is damaged or has no rows.
@@ -168,7 +177,7 @@ def row_groups(shard: Path) -> list[int]:
 
 
 def read_parts(shard: Path, row_group: int | None = None) -> Iterator[Traces]:
-    """The traces of a shard, or of one of its row groups, in order, a piece at a time.
+    """Yields the traces of a shard, or of one of its row groups, in order, a piece at a time.
 
     Raises:
         InputError: If the file is damaged or of another schema version, or a column or value is
@@ -181,7 +190,10 @@ def read_parts(shard: Path, row_group: int | None = None) -> Iterator[Traces]:
 def _tables(
     shard: Path, names: Sequence[str], row_group: int | None = None
 ) -> Iterator[tuple[int, pa.Table]]:
-    """Some columns, optional ones if they are there, with the row that each piece starts at."""
+    """Yields pieces of some columns, each with the number of its first row.
+
+    Optional columns are left out if the file does not have them.
+    """
     with _open(shard) as file:
         found = set(file.schema_arrow.names)
         missing = sorted(set(names) & set(REQUIRED) - found)
@@ -208,7 +220,7 @@ def _open(shard: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _place(shard: Path, row: int) -> str:
-    """Where a piece of a file is, for messages that count rows."""
+    """Returns the name of a piece of a file, for messages that count rows."""
     return f"{shard}, counting rows from {row}" if row else str(shard)
 
 
@@ -225,10 +237,10 @@ def _check_recorder(
 
 
 def check_together(place: Path, part: Traces, first: Path, expected: Traces) -> None:
-    """Checks that a part has the signals of another one.
+    """Refuses a part that does not have the signals of another one.
 
     Raises:
-        InputError: Naming the files of both.
+        InputError: If a signal, or the size of hidden states, differs; it names both files.
     """
     differ = sorted(part.signals.keys() ^ expected.signals.keys())
     if differ:
@@ -246,7 +258,11 @@ def check_together(place: Path, part: Traces, first: Path, expected: Traces) -> 
 
 
 def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
-    """The recorder's metadata of a file whose schema version is known."""
+    """Returns how the traces of a file were recorded, as the file's metadata tell.
+
+    Raises:
+        InputError: If the file is of another schema version, or the metadata are damaged.
+    """
     version = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
     if version.partition(".")[0] != VERSION:
         raise InputError(f"{path}: schema version is {version}, expected {VERSION}")
@@ -260,7 +276,11 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
 
 
 def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
-    """Arrays of a checked table."""
+    """Returns a table's traces as arrays, once all columns and values are checked.
+
+    Raises:
+        InputError: If a column or value is not as the schema says.
+    """
     if not table.num_rows:
         raise InputError(f"{source}: no rows, expected at least one trace")
     names = [name for name in (*REQUIRED, *SIGNALS) if name in table.column_names]
@@ -282,8 +302,8 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     check_values(columns, lengths, source)
     del columns["gold"], columns["final_answer"]
     signals = {name: columns.pop(name) for name in SIGNALS if name in columns}
-    # Texts of traces become fixed-width strings, which sort and compare fast. Forced answers stay
-    # objects: one long answer would widen them all.
+    # The texts of traces become fixed-width strings, which sort and compare fast. Forced answers
+    # stay objects: one long answer would widen them all.
     texts = {name: columns[name].astype(str) for name in _TEXTS}
     return Traces(
         **columns | texts,
@@ -297,7 +317,11 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
 
 
 def _column(table: pa.Table, name: str, source: str) -> pa.Array:
-    """One column, of the schema's type and without nulls."""
+    """Returns one column in the schema's type.
+
+    Raises:
+        InputError: If it is of another type, or has a null.
+    """
     expected = SCHEMA.field(name).type
     column = table[name]
     try:
@@ -314,7 +338,11 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
 
 
 def _point_counts(lists: dict[str, pa.Array], source: str) -> NDArray[np.int64]:
-    """(N,) points of each trace, the same by every column."""
+    """Returns the number of points (N,) of each trace.
+
+    Raises:
+        InputError: If two columns do not have the same number.
+    """
     lengths = {name: array.value_lengths().to_numpy() for name, array in lists.items()}
     expected = lengths["position"]
     for name, found in lengths.items():
@@ -333,13 +361,17 @@ def _to_numpy(array: pa.Array) -> NDArray[Any]:
 
 
 def _has_null(array: pa.Array) -> bool:
-    """Whether an entry, or a number in a list of them, is null."""
+    """Says whether an entry of a column is null, or a number in one of its lists."""
     inner = array.flatten() if pa.types.is_list(array.type) else array
     return bool(array.null_count or inner.null_count)
 
 
 def _matrix(lists: pa.Array, source: str) -> NDArray[Any]:
-    """(P, D) of P lists of D numbers."""
+    """Returns P lists of D numbers as an array (P, D).
+
+    Raises:
+        InputError: If the lists are of different sizes.
+    """
     sizes = np.unique(lists.value_lengths().to_numpy())
     if len(sizes) > 1:
         found = ", ".join(map(str, sizes))
@@ -349,7 +381,13 @@ def _matrix(lists: pa.Array, source: str) -> NDArray[Any]:
 
 
 def _reduce(ufunc: np.ufunc, values: NDArray[Any], lengths: NDArray[Any]) -> NDArray[Any]:
-    """(P,) the entries of each of P lists, reduced; NaN for an empty list."""
+    """Reduces the entries of each of P lists to one number (P,), NaN for an empty list.
+
+    Args:
+        ufunc: The function that reduces two entries to one.
+        values: The entries of all lists, one list after the other.
+        lengths: (P,) the number of entries of each list.
+    """
     starts = np.cumsum(lengths) - lengths
     reduced = np.full(len(lengths), np.nan, dtype=np.float32)
     reduced[lengths > 0] = ufunc.reduceat(values, starts[lengths > 0])
@@ -357,7 +395,7 @@ def _reduce(ufunc: np.ufunc, values: NDArray[Any], lengths: NDArray[Any]) -> NDA
 
 
 def _known_entropy(logprob: NDArray[Any]) -> NDArray[np.float64]:
-    """The least entropy, nats, of a distribution in which one token has some log probability.
+    """Returns the least entropy, nats, of distributions in which a token has a log probability.
 
     h(p) = -p log p - (1-p) log(1-p): merging the other tokens into one cannot add entropy (Cover
     and Thomas, Elements of Information Theory, 2006, section 2.2).

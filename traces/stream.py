@@ -1,4 +1,4 @@
-"""Trace files of any size: read whole, or a sample of its questions, or a chunk at a time."""
+"""Trace files of any size: read whole, as a sample of their questions, or a chunk at a time."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise import InputError
-from traces.arrays import Traces, concatenate, digest_of
+from traces.arrays import Traces, concatenate, digest_of_fingerprints
 from traces.checks import check_unique
 from traces.store import (
     check_together,
     read_columns,
     read_parts,
-    recorder_of,
+    read_recorder,
     row_groups,
     shards_of,
 )
 
-#: Traces in memory at most, by default: of 30 points each, training on two cores takes < 2 GB.
+#: The largest number of traces in memory, by default. If they have 30 points each, training on two
+#: cores takes less than 2 GB.
 MAX_TRACES = 16_000
 
-Rows = NDArray[np.bool_]
+#: Some rows of the files: a mask (N,).
+RowMask = NDArray[np.bool_]
 
 
 class Chunks(Protocol):
     """Traces that are learned from a chunk at a time."""
 
     def __len__(self) -> int:
-        """How many chunks."""
+        """Returns the number of chunks in a pass."""
         ...
 
     def __iter__(self) -> Iterator[Traces]:
-        """One pass over all of them."""
+        """Begins a pass over all chunks."""
         ...
 
 
@@ -57,21 +59,22 @@ def read_traces(path: Path | str) -> Traces:
 class TraceFiles:
     """N traces in files, of which only the ids are in memory: a few dozen bytes a trace.
 
-    Rows are masks (N,) in the order of the files.
+    Rows are chosen by masks (N,) in the order of the files.
     """
 
     shards: tuple[Path, ...]
-    """The files."""
+    """The files, in order."""
     groups: tuple[tuple[int, int, int], ...]
-    """Row groups in order: index of the shard, index in the shard, rows."""
+    """The row groups in order, each as its shard's index, its index in the shard, and its number of
+    rows."""
     recorder: dict[str, Any]
-    """How the traces were recorded, empty if the files do not tell."""
+    """How the traces were recorded; empty if the files do not tell."""
     trace: NDArray[np.uint64]
-    """(N,) keys of the trace ids."""
+    """(N,) the keys of the trace ids."""
     question: NDArray[np.uint64]
-    """(N,) keys of the question ids."""
+    """(N,) the keys of the question ids."""
     split: NDArray[np.str_]
-    """(N,)"""
+    """(N,) the splits."""
 
     @classmethod
     def open(cls, path: Path | str) -> TraceFiles:
@@ -82,7 +85,7 @@ class TraceFiles:
                 version, shards are not of one recording, or a trace is there twice.
         """
         shards = shards_of(path)
-        recorder = recorder_of(shards)
+        recorder = read_recorder(shards)
         groups, trace, question, split = [], [], [], []
         for k, shard in enumerate(shards):
             groups += [(k, i, num) for i, num in enumerate(row_groups(shard))]
@@ -101,38 +104,43 @@ class TraceFiles:
         files._check_unique()
         return files
 
-    def rows(self, *splits: str) -> Rows:
-        """The rows of some splits; of all if none is named.
+    def rows(self, *splits: str) -> RowMask:
+        """Returns the rows of some splits, or all rows if no split is named.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is no such row.
         """
         if not splits:
             return np.ones(len(self.split), dtype=bool)
-        rows: Rows = np.isin(self.split, splits)
+        rows: RowMask = np.isin(self.split, splits)
         if not rows.any():
             found = ", ".join(repr(str(name)) for name in np.unique(self.split))
             raise InputError(f"no trace has split {' or '.join(map(repr, splits))}: found {found}")
         return rows
 
-    def rows_of_questions(self, question_ids: Iterable[str]) -> Rows:
-        """The rows of some questions."""
-        rows: Rows = np.isin(self.question, _keys(question_ids))
+    def rows_of_questions(self, question_ids: Iterable[str]) -> RowMask:
+        """Returns the rows of some questions."""
+        rows: RowMask = np.isin(self.question, _keys(question_ids))
         return rows
 
-    def rows_of_trace(self, trace_id: str) -> Rows:
-        """The row of a trace, if it is there."""
-        rows: Rows = self.trace == _keys([trace_id])
+    def rows_of_trace(self, trace_id: str) -> RowMask:
+        """Returns the row of a trace; no row if the trace is not there."""
+        rows: RowMask = self.trace == _keys([trace_id])
         return rows
 
-    def sample(self, rows: Rows, max_traces: int) -> Rows:
-        """Some rows if they are no more than a number; or else those of a sample of questions.
+    def sample(self, rows: RowMask, max_traces: int) -> RowMask:
+        """Returns some rows as they are if they are few; or else those of a sample of questions.
 
-        The sample is always the same, whatever the order of rows: the questions with the smallest
-        keys, a hash of their ids, as many as have no more traces than that; but at least one.
+        The sample is always the same, whatever the order of rows: the questions whose keys, a hash
+        of their ids, are smallest. They are as many as have no more than `max_traces` traces
+        together, but at least one.
+
+        Args:
+            rows: The rows to choose from.
+            max_traces: The largest number of rows.
 
         Raises:
-            InputError: If the number is below 1.
+            InputError: If `max_traces` is below 1.
         """
         if max_traces < 1:
             raise InputError(f"max_traces is {max_traces}, expected at least 1")
@@ -140,11 +148,11 @@ class TraceFiles:
             return rows
         keys, num = np.unique(self.question[rows], return_counts=True)
         taken = max(int(np.searchsorted(np.cumsum(num), max_traces, side="right")), 1)
-        sample: Rows = rows & (self.question <= keys[taken - 1])
+        sample: RowMask = rows & (self.question <= keys[taken - 1])
         return sample
 
-    def read(self, rows: Rows) -> Traces:
-        """The traces in some rows.
+    def read(self, rows: RowMask) -> Traces:
+        """Reads the traces in some rows.
 
         Raises:
             InputError: If a value in any row of the files is not as the schema says.
@@ -152,27 +160,27 @@ class TraceFiles:
         parts = [part.select(at) for part, at in self.parts(rows)]
         return replace(concatenate(parts), recorder=self.recorder)
 
-    def chunks(self, rows: Rows, max_traces: int, seed: int) -> Chunks:
-        """The traces in some rows, no more than a number at a time.
+    def chunks(self, rows: RowMask, max_traces: int, seed: int) -> Chunks:
+        """Returns the traces in some rows a chunk at a time.
 
         Args:
-            rows: At least one.
-            max_traces: In a chunk.
-            seed: Of the order of the row groups.
+            rows: The rows, at least one.
+            max_traces: The largest number of traces in a chunk.
+            seed: The seed of the order in which row groups are read.
         """
         order = np.random.default_rng(seed).permutation(len(self.groups))
-        return _Chunks(self, rows, -(-int(rows.sum()) // max_traces), order)
+        return _FileChunks(self, rows, -(-int(rows.sum()) // max_traces), order)
 
-    def digest(self, rows: Rows) -> str:
-        """`Traces.digest` of the traces in some rows.
+    def digest(self, rows: RowMask) -> str:
+        """Returns what `Traces.digest` is of the traces in some rows.
 
         Raises:
             InputError: If a value in any row of the files is not as the schema says.
         """
-        return digest_of(self._fingerprint[rows])
+        return digest_of_fingerprints(self._fingerprint[rows])
 
-    def question_ids(self, rows: Rows) -> frozenset[str]:
-        """The question ids in some rows."""
+    def question_ids(self, rows: RowMask) -> frozenset[str]:
+        """Reads the question ids in some rows."""
         found: set[str] = set()
         row = 0
         for shard in self.shards:
@@ -184,13 +192,17 @@ class TraceFiles:
 
     @cached_property
     def _fingerprint(self) -> NDArray[np.uint64]:
-        """(N, 4): a pass over all files, which checks every value."""
+        """(N, 4) the fingerprints of all traces, by a pass that checks every value."""
         return np.concatenate([part.fingerprint for part, _ in self.parts(self.rows())])
 
     def parts(
-        self, rows: Rows, order: Iterable[int] | None = None
-    ) -> Iterator[tuple[Traces, Rows]]:
-        """Pieces of all row groups in some order, and which of their traces are in some rows.
+        self, rows: RowMask, order: Iterable[int] | None = None
+    ) -> Iterator[tuple[Traces, RowMask]]:
+        """Yields pieces of all row groups, and which of their traces are in some rows.
+
+        Args:
+            rows: The rows.
+            order: The indices of the row groups in the order of reading; None for that of files.
 
         Raises:
             InputError: If a value is not as the schema says, or shards do not belong together.
@@ -221,14 +233,14 @@ class TraceFiles:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chunks:
-    """Chunks of one size but for the last, which may be a little smaller.
+class _FileChunks:
+    """Chunks of one size, but for the last one, which may be a little smaller.
 
-    One without a decision point is left out: there is nothing to learn from it.
+    A chunk without a decision point is left out: there is nothing to learn from it.
     """
 
     files: TraceFiles
-    rows: Rows
+    rows: RowMask
     num: int
     order: NDArray[np.int64]
 
@@ -254,12 +266,12 @@ class _Chunks:
 
 
 def chunks_of(traces: Traces | Chunks) -> Chunks:
-    """Traces in memory as one chunk."""
+    """Returns chunks as they are, and traces in memory as one chunk."""
     return [traces] if isinstance(traces, Traces) else traces
 
 
 def _keys(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """Keys (B,), different for different texts but with probability 2**-64."""
+    """Returns keys (B,) of texts; two texts share a key with a probability of 2**-64."""
     digests = (
         hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         for text in texts

@@ -1,6 +1,7 @@
 """Reading the answer that an LM gives after its thought: the same in training and in serving.
 
-An answer rule is a function that reads an answer from a text; `READERS` has them all by name.
+An answer rule is a function that reads an answer from a text; `READERS` has them all by name. A new
+rule is an entry there: without more, two answers are equal if it reads the same from both.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where questions come from."""
+"""The tasks that can be asked: where their questions come from, and how a person names them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 from haltwise import InputError
 from lms.questions import Question
-from lms.scorers import SCORERS, check_scorer
+from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
-from lms.sources.forms import Columns
-from lms.sources.gym import PREFIX, Gym
-from lms.sources.rows import FORMATS, rows_of, rows_of_hub
-from lms.sources.table import Table
-from lms.sources.task import Answered, DataConfig, Task
+from lms.sources.data_rows import FORMATS, rows_of, rows_of_hub
+from lms.sources.forms import NamedColumns
+from lms.sources.gym_task import PREFIX, ReasoningGymTask
+from lms.sources.table_task import TableTask
+from lms.sources.task import AnswerFormat, DataConfig, QuestionTask
 from lms.tasks import TASKS, each_question
 
-__all__ = ["Answered", "DataConfig", "Task", "open_task"]
+__all__ = ["AnswerFormat", "DataConfig", "QuestionTask", "open_task"]
 
 _COLUMNS = tuple(field.name for field in fields(DataConfig) if field.name.endswith("_column"))
 
 
 @dataclass(frozen=True)
-class Procedural:
-    """The embedded LM's own questions, asked as it has learned them."""
+class ProceduralTask:
+    """A task, or all tasks, of the embedded LM: its questions are asked as it has learned them."""
 
     name: str
     scorer = "short"
@@ -34,16 +34,23 @@ class Procedural:
     answer_end = ""
 
     def questions(self, split: str, num: int, seed: int) -> Iterator[Question]:
-        """See `Task`."""
+        """Draws `num` distinct questions of a split, the same for the same arguments.
+
+        Raises:
+            InputError: If there is no such split, or `num` is below 1.
+        """
         return each_question(self.name, split, num, seed)
 
     def describe(self) -> str:
-        """See `Task`."""
+        """Returns one line for a person: what there is, and how it is asked."""
         return f"{self.name}: drawn without end; scorer {self.scorer}; no instruction"
 
 
-def open_task(config: DataConfig) -> Task:
-    """The task that a person has named; its data are read once a process.
+def open_task(config: DataConfig) -> QuestionTask:
+    """Returns the task that a person has named; its data are read once a process.
+
+    Args:
+        config: The settings, which may be those of a subclass.
 
     Raises:
         InputError: If there is no such task, a flag is not for it, or its data cannot be read.
@@ -54,31 +61,31 @@ def open_task(config: DataConfig) -> Task:
 
 
 @lru_cache(maxsize=4)
-def _open(config: DataConfig) -> Task:
+def _open(config: DataConfig) -> QuestionTask:
     if config.scorer is not None:
         check_scorer(config.scorer)
     name = config.task
     if name == "all" or name in TASKS:
         _refuse(config, "scorer", "instruction", "data_file", *_COLUMNS)
-        return Procedural(name)
+        return ProceduralTask(name)
     if name.startswith(PREFIX):
         _refuse(config, "data_file", *_COLUMNS)
-        return Gym(name.removeprefix(PREFIX), *_asking(config, "short"))
+        return ReasoningGymTask(name.removeprefix(PREFIX), *_asking(config, "short"))
     if name in BUILT_INS:
         return _built_in(config)
     return _own(config)
 
 
-def _built_in(config: DataConfig) -> Task:
+def _built_in(config: DataConfig) -> QuestionTask:
     _refuse(config, *(column for column in _COLUMNS if column != "split_column"))
     known = BUILT_INS[config.task]
     scorer, instruction = _asking(config, known.scorer)
     rows = rows_of(Path(config.data_file)) if config.data_file else rows_of_hub(known.hub)
     table = (known.rename(rows), known.form, config.split_column)
-    return Table(config.task, scorer, instruction, *table)
+    return TableTask(config.task, scorer, instruction, *table)
 
 
-def _own(config: DataConfig) -> Task:
+def _own(config: DataConfig) -> QuestionTask:
     path, name = Path(config.task), config.task
     if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
@@ -92,22 +99,26 @@ def _own(config: DataConfig) -> Task:
             "OWNER/NAME of the hub"
         )
     scorer, instruction = _asking(config, "choice" if config.choices_column else "short")
-    return Table(name, scorer, instruction, rows, Columns(config), config.split_column)
+    return TableTask(name, scorer, instruction, rows, NamedColumns(config), config.split_column)
 
 
 def _asking(config: DataConfig, usual: str) -> tuple[str, str]:
-    """Scorer and instruction, a person's word first."""
+    """Returns the scorer and the instruction of a task: those stated, else the usual ones.
+
+    Raises:
+        InputError: If the scorer is unknown, or lacks a package.
+    """
     scorer = config.scorer or usual
     check_scorer(scorer)
     instruction = config.instruction
-    return scorer, SCORERS[scorer].instruction if instruction is None else instruction
+    return scorer, scorer_of(scorer).instruction if instruction is None else instruction
 
 
 def _refuse(config: DataConfig, *names: str) -> None:
     """Refuses flags that say nothing about a task.
 
     Raises:
-        InputError: If one of them is set.
+        InputError: If one of these flags is set.
     """
     for name in names:
         if getattr(config, name) != getattr(DataConfig, name):

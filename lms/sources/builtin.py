@@ -1,12 +1,12 @@
-"""Well-known data sets: where they are, and what their rows look like."""
+"""The built-in tasks: well-known data sets, where they are, and what their rows look like."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from lms.sources.data_rows import DataRow, DataRows
 from lms.sources.forms import Form, arc, gsm8k, math500, mmlu_pro, squad
-from lms.sources.rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -14,16 +14,18 @@ class BuiltIn:
     """A data set of the Hugging Face Hub that needs no flags."""
 
     hub: str
-    """OWNER/NAME or OWNER/NAME:CONFIG."""
+    """The name of the data set on the hub: OWNER/NAME or OWNER/NAME:CONFIG."""
     scorer: str
+    """The answer rule for its answers."""
     form: Form
+    """The function that reads its rows."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """What its own splits are used as, where it differs; "" is not used."""
+    """The splits that are used as other ones, by their own names; "" stands for not used."""
 
-    def rename(self, rows: Rows) -> Rows:
-        """Rows with the splits that they are used as."""
+    def rename(self, rows: DataRows) -> DataRows:
+        """Returns rows with the splits that they are used as."""
 
-        def each() -> Iterator[tuple[str, str, Row]]:
+        def each() -> Iterator[tuple[str, str, DataRow]]:
             for own, place, row in rows():
                 split = self.renamed.get(own, own)
                 if split or not own:
@@ -36,8 +38,8 @@ BUILT_INS = {
     "gsm8k": BuiltIn("openai/gsm8k:main", "number", gsm8k),
     "math500": BuiltIn("HuggingFaceH4/MATH-500", "latex", math500),
     "arc_challenge": BuiltIn("allenai/ai2_arc:ARC-Challenge", "choice", arc),
-    # Its validation split is 70 worked examples for the prompt.
+    # The validation split of MMLU-Pro is 70 worked examples for the prompt.
     "mmlu_pro": BuiltIn("TIGER-Lab/MMLU-Pro", "choice", mmlu_pro, {"dev": ""}),
-    # Its test split is kept secret.
+    # The test split of SQuAD is kept secret.
     "squad": BuiltIn("rajpurkar/squad", "text", squad, {"dev": "test"}),
 }

@@ -9,26 +9,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from haltwise import InputError
-from lms.sources.rows import Row
+from lms.sources.data_rows import DataRow
 from lms.sources.task import DataConfig
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a row asks."""
+class RowQuestion:
+    """What a row of data asks."""
 
     text: str
-    """Without the instruction."""
+    """The text of the question, without the instruction."""
     gold: str
+    """The gold answer, or several, one a line."""
     segment: str = ""
+    """The group of the question within its task; empty if there is none."""
 
 
-#: Reads a row; None if it has no answer and is to be skipped. A row of another form is an error.
-Form = Callable[[Row], Item | None]
+#: Reads a row: None if it has no answer and is to be skipped. A row of another form raises an
+#: `InputError`.
+Form = Callable[[DataRow], RowQuestion | None]
 
 
-def cell(row: Row, column: str) -> Any:
-    """One cell.
+def cell(row: DataRow, column: str) -> Any:
+    """Returns one cell of a row.
 
     Raises:
         InputError: If there is no such column.
@@ -38,11 +41,11 @@ def cell(row: Row, column: str) -> Any:
     return row[column]
 
 
-def words(row: Row, column: str) -> str:
-    """A cell that is a text, stripped.
+def words(row: DataRow, column: str) -> str:
+    """Returns a cell that holds a text, without outer blanks.
 
     Raises:
-        InputError: If it is something else, or blank.
+        InputError: If there is no such column, or the cell is blank or holds something else.
     """
     found = cell(row, column)
     if not isinstance(found, str) or not found.strip():
@@ -57,7 +60,7 @@ def _scalar(found: Any, column: str) -> str:
     return str(found).strip()
 
 
-def _list(row: Row, column: str) -> list[str]:
+def _list(row: DataRow, column: str) -> list[str]:
     found = cell(row, column)
     if not isinstance(found, list) or not found:
         raise InputError(f"{column} is {found!r}, expected a list of texts")
@@ -65,10 +68,10 @@ def _list(row: Row, column: str) -> list[str]:
 
 
 def lettered(text: str, choices: Sequence[str]) -> str:
-    """A question with its choices below, each with a letter.
+    """Returns a question with its choices below, each with a letter.
 
     Raises:
-        InputError: If there are fewer than 2 choices or more than letters.
+        InputError: If there are fewer than 2 choices, or more than there are letters.
     """
     if not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise InputError(f"found {len(choices)} choices, expected 2 to 26")
@@ -80,15 +83,16 @@ def lettered(text: str, choices: Sequence[str]) -> str:
 
 
 def letter_of(answer: Any, choices: Sequence[str], labels: Sequence[str] | None = None) -> str:
-    """The letter of the right choice.
+    """Returns the letter of the right choice.
 
     Args:
-        answer: A label, the place of a choice as a number from 0, or its text.
-        choices: In the order of their letters.
-        labels: What the data calls them. Default: the letters.
+        answer: The label of the right choice, its place as a number from 0, or its text.
+        choices: The texts of the choices, in the order of their letters.
+        labels: The names that the data give the choices; None if they are the letters.
 
     Raises:
-        InputError: If the answer is none of them, or a place and the text of another choice.
+        InputError: If the answer names no choice, or is the place of one choice and the text of
+            another.
     """
     letters = string.ascii_uppercase[: len(choices)]
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -110,13 +114,13 @@ def letter_of(answer: Any, choices: Sequence[str], labels: Sequence[str] | None 
 
 
 @dataclass(frozen=True)
-class Columns:
-    """A person's own data: the columns are named by flags."""
+class NamedColumns:
+    """The form of a person's own data, whose columns are named by flags."""
 
     config: DataConfig
 
-    def __call__(self, row: Row) -> Item:
-        """Reads a row.
+    def __call__(self, row: DataRow) -> RowQuestion:
+        """Returns what a row asks.
 
         Raises:
             InputError: If a column is missing, or a cell cannot be used.
@@ -129,7 +133,7 @@ class Columns:
         if config.choices_column:
             choices = _list(row, config.choices_column)
             text, answer = lettered(text, choices), letter_of(answer, choices)
-        return Item(text, self._gold(answer), self._segment(row))
+        return RowQuestion(text, self._gold(answer), self._segment(row))
 
     def _gold(self, answer: Any) -> str:
         column = self.config.answer_column
@@ -139,29 +143,29 @@ class Columns:
             raise InputError(f"{column} is {answer!r}, expected one answer, or --scorer text")
         return "\n".join(" ".join(_scalar(one, column).split()) for one in answer)
 
-    def _segment(self, row: Row) -> str:
+    def _segment(self, row: DataRow) -> str:
         column = self.config.segment_column
         found = cell(row, column) if column else None
         return "" if found is None else _scalar(found, str(column))
 
 
-def gsm8k(row: Row) -> Item:
-    """GSM8K: the number after #### is the answer."""
+def gsm8k(row: DataRow) -> RowQuestion:
+    """Reads a row of GSM8K, where the number after #### is the answer."""
     answer = words(row, "answer")
     gold = answer.rpartition("####")[2]
     if gold == answer:
         raise InputError(f"answer is {answer!r}, expected a number after ####")
-    return Item(words(row, "question"), gold.strip().replace(",", ""))
+    return RowQuestion(words(row, "question"), gold.strip().replace(",", ""))
 
 
-def math500(row: Row) -> Item:
-    """MATH-500: a segment is a subject with its level."""
+def math500(row: DataRow) -> RowQuestion:
+    """Reads a row of MATH-500; its segment is the subject with the level."""
     segment = f"{words(row, 'subject')} {_scalar(cell(row, 'level'), 'level')}"
-    return Item(words(row, "problem"), words(row, "answer"), segment)
+    return RowQuestion(words(row, "problem"), words(row, "answer"), segment)
 
 
-def arc(row: Row) -> Item:
-    """ARC: choices have labels, letters or numbers from 1."""
+def arc(row: DataRow) -> RowQuestion:
+    """Reads a row of ARC, where choices have labels: letters, or numbers from 1."""
     found = cell(row, "choices")
     if not isinstance(found, dict):
         raise InputError(f"choices is {found!r}, expected an object with text and label")
@@ -169,21 +173,21 @@ def arc(row: Row) -> Item:
     if len(choices) != len(labels):
         raise InputError(f"found {len(choices)} choices with {len(labels)} labels")
     gold = letter_of(words(row, "answerKey"), choices, labels)
-    return Item(lettered(words(row, "question"), choices), gold)
+    return RowQuestion(lettered(words(row, "question"), choices), gold)
 
 
-def mmlu_pro(row: Row) -> Item:
-    """MMLU-Pro: up to ten choices; a segment is a category."""
+def mmlu_pro(row: DataRow) -> RowQuestion:
+    """Reads a row of MMLU-Pro, with up to ten choices; its segment is the category."""
     choices = _list(row, "options")
     gold = letter_of(words(row, "answer"), choices)
-    return Item(lettered(words(row, "question"), choices), gold, words(row, "category"))
+    return RowQuestion(lettered(words(row, "question"), choices), gold, words(row, "category"))
 
 
-def squad(row: Row) -> Item | None:
-    """SQuAD: a question about a text; without an answer there it is skipped."""
+def squad(row: DataRow) -> RowQuestion | None:
+    """Reads a row of SQuAD: a question about a text, skipped if the text does not answer it."""
     answers = cell(row, "answers")
     if not isinstance(answers, dict) or not isinstance(answers.get("text"), list):
         raise InputError(f"answers is {answers!r}, expected an object with a list named text")
     golds = [" ".join(_scalar(one, "answers").split()) for one in answers["text"]]
     text = f"{words(row, 'context')}\n\n{words(row, 'question')}"
-    return Item(text, "\n".join(dict.fromkeys(golds))) if golds else None
+    return RowQuestion(text, "\n".join(dict.fromkeys(golds))) if golds else None

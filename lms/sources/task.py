@@ -1,4 +1,4 @@
-"""What is asked: the flags, and what every source of questions can do."""
+"""Tasks: the flags that name one, and what every task can do."""
 
 from __future__ import annotations
 
@@ -16,64 +16,72 @@ class DataConfig:
     """What is asked."""
 
     task: str = "all"
-    """Of the embedded LM: sum, let, leap or all. Built in: gsm8k, math500, arc_challenge, mmlu_pro,
-    squad, or reasoning_gym:NAME. Your own: a file (JSON lines, JSON, CSV, Parquet), a folder of
-    them, or OWNER/NAME or OWNER/NAME:CONFIG of the Hugging Face Hub."""
+    """The task. The embedded LM's own are sum, let, leap or all. Built in are gsm8k, math500,
+    arc_challenge, mmlu_pro, squad, and reasoning_gym:NAME. Your own is a file (JSON lines, JSON,
+    CSV, Parquet), a folder of files, or OWNER/NAME or OWNER/NAME:CONFIG of the Hugging Face Hub."""
     scorer: str | None = None
-    """How answers are read and compared: short, strict, text, number, choice or latex. Default:
-    the task's own; for your own data short, or choice with --choices-column."""
+    """The rule by which answers are read and compared, such as short, text, number, choice or
+    latex; an unknown name is answered with all of them. Default: the task's own rule; for your own
+    data short, or choice with --choices-column."""
     instruction: str | None = None
-    """Follows every question. Default: the scorer's."""
+    """The text that follows every question. Default: the scorer's own instruction."""
     question_column: str = "question"
-    """Of your own data: what is asked."""
+    """The column of your own data that holds what is asked."""
     answer_column: str = "answer"
-    """Of your own data: the reference answer; a list of them for the scorers text and strict."""
+    """The column of your own data that holds the gold answer; for the scorers text and strict it
+    may hold a list of gold answers."""
     context_column: str | None = None
-    """Of your own data: a text that comes before the question."""
+    """The column of your own data that holds a text to put before the question."""
     choices_column: str | None = None
-    """Of your own data: a list of choices. The answer is a letter, a number from 0, or the text
-    of one."""
+    """The column of your own data that holds a list of choices. The gold answer is then a letter,
+    a number from 0, or the text of a choice."""
     segment_column: str | None = None
-    """Of your own data: a group within the task, such as its difficulty."""
+    """The column of your own data that holds a group within the task, such as its difficulty."""
     split_column: str | None = None
-    """Has train, dev or test for every row. Default: the names of files or of the hub's splits;
-    without them, the hash of a question decides."""
+    """The column that holds train, dev or test for every row. Default: the names of the files or
+    of the hub's splits decide, and without such names the hash of a question does."""
     data_file: Path | None = None
-    """The task's rows, from this file or folder instead of from the hub."""
+    """A file or folder to read the task's rows from, instead of from the hub."""
 
 
-class Answered(Protocol):
-    """How an LM is made to answer, and how its answers are read."""
+class AnswerFormat(Protocol):
+    """How an LM is led to an answer, and how its answers are read."""
 
     @property
     def scorer(self) -> str:
-        """One of lms.scorers.SCORERS."""
+        """The answer rule: a key of haltwise.policy.answers.READERS."""
 
     @property
     def cue(self) -> str:
-        """Said after a thought to force an answer, such as "The answer is "; may be empty."""
+        """The words after a closed thought that lead the LM to its answer; they may be empty."""
 
     @property
     def answer_end(self) -> str:
-        """See haltwise.Halting."""
+        """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
 
 
-class Task(Answered, Protocol):
-    """Questions of one kind, answered and scored alike."""
+class QuestionTask(AnswerFormat, Protocol):
+    """A task: questions of one kind, which are asked, answered and scored alike."""
 
     @property
     def instruction(self) -> str:
-        """Follows every question; may be empty."""
+        """The text that follows every question; it may be empty."""
 
     def questions(self, split: str, num: int, seed: int) -> Iterator[Question]:
-        """At most `num` distinct questions of a split, the same for the same arguments.
+        """Yields at most `num` distinct questions of a split, the same for the same arguments.
+
+        Args:
+            split: train, dev or test.
+            num: The largest number of questions, at least 1.
+            seed: The number of the draw.
 
         Raises:
-            InputError: If there is no such split, or what was read cannot be asked.
+            InputError: If there is no such split, `num` is below 1, or what was read cannot be
+                asked.
         """
 
     def describe(self) -> str:
-        """One line for a person: what there is, and how it is asked.
+        """Returns one line for a person: what there is, and how it is asked.
 
         Raises:
             InputError: If what was read cannot be asked.
@@ -81,10 +89,10 @@ class Task(Answered, Protocol):
 
 
 def check_draw(split: str, num: int) -> None:
-    """Refuses arguments that no task can take.
+    """Refuses arguments of `QuestionTask.questions` that no task can take.
 
     Raises:
-        InputError: Unknown split, or `num` below 1.
+        InputError: If the split is unknown, or `num` is below 1.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
@@ -92,6 +100,6 @@ def check_draw(split: str, num: int) -> None:
         raise InputError(f"num must be at least 1, got {num}")
 
 
-def asked(text: str, instruction: str) -> str:
-    """The whole of what an LM is asked."""
+def with_instruction(text: str, instruction: str) -> str:
+    """Returns the whole of what an LM is asked: a question's text, and the instruction if any."""
     return f"{text}\n\n{instruction}" if instruction else text

@@ -104,6 +104,13 @@ def test_the_plain_environment_plays_the_same_episodes(synthetic: Traces) -> Non
     assert sum(num_ended.values()) > 300 and min(num_ended.values()) > 50
 
 
+def test_a_seed_begins_the_same_series_of_plain_episodes_again(synthetic: Traces) -> None:
+    observing = benchmark_observing(synthetic)
+    plain = PlainReplayEnv(episodes_of(synthetic, observing), observing)
+    series = [[plain.reset(seed=seed)[0].tolist() for seed in (3, None, None)] for _ in range(2)]
+    assert series[0] == series[1] and series[0][0] != series[0][1]
+
+
 def test_questions_of_the_recorder_fill_the_budget_with_the_tokens_of_generate() -> None:
     lm = LanguageModel.load(EMBEDDED)
     model: Any = lm.model

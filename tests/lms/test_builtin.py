@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from haltwise import InputError
-from lms.questions import SPLITS, Question, digest_of, split_of
-from lms.sources import DataConfig, Task, open_task
+from lms.questions import SPLITS, Question, question_digest, split_of
+from lms.sources import DataConfig, QuestionTask, open_task
 from lms.sources.builtin import BUILT_INS
-from lms.sources.gym import PREFIX, REFUSED, Gym, segment_of
+from lms.sources.gym_task import PREFIX, REFUSED, ReasoningGymTask, segment_of
 
 SAMPLES = Path(__file__).parent / "samples"
 
@@ -23,7 +23,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def questions_of(task: Task) -> list[Question]:
+def questions_of(task: QuestionTask) -> list[Question]:
     """All questions of a small task, by text."""
     found = []
     for split in SPLITS:
@@ -135,7 +135,7 @@ def test_a_row_of_another_form_is_named(
         task.describe()
 
 
-def gym(name: str) -> Task:
+def gym(name: str) -> QuestionTask:
     pytest.importorskip("reasoning_gym")
     return open_task(DataConfig(task=PREFIX + name, instruction=""))
 
@@ -149,7 +149,7 @@ def test_drawn_questions_are_distinct_and_their_hash_decides_the_split() -> None
             assert len({question.question_id for question in half}) == 150
         texts.append({question.text for question in found})
         for question in found[:20]:
-            assert question.split == split == split_of(digest_of(question.text))
+            assert question.split == split == split_of(question_digest(question.text))
             expression = question.text.partition(": ")[2].removesuffix(" =")
             terms = expression.replace("- ", "-").replace("+ ", "").split()
             assert question.gold == str(sum(map(int, terms)))
@@ -173,7 +173,7 @@ def test_a_question_does_not_forbid_to_reason() -> None:
 
 def test_few_questions_are_told() -> None:
     few = gym("calendar_arithmetic")
-    assert isinstance(few, Gym)
+    assert isinstance(few, ReasoningGymTask)
     with pytest.MonkeyPatch.context() as patch:
         item: dict[str, Any] = {"question": "Is it?", "answer": "yes", "metadata": {}}
         patch.setattr("reasoning_gym.create_dataset", lambda *args, **settings: [item] * 256)
@@ -230,4 +230,4 @@ def test_refused_generators_exist() -> None:
 def test_without_reasoning_gym_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
     with pytest.raises(InputError, match=r"reasoning-gym is not installed.*-e '\.\[gym\]'"):
-        Gym("gcd", "short", "")
+        ReasoningGymTask("gcd", "short", "")

@@ -20,7 +20,7 @@ from lms.embedded import (
     UNKNOWN,
     VOCABULARY,
     Habits,
-    Thought,
+    WorkedThought,
     attempt,
     prompt_of,
     think,
@@ -33,11 +33,11 @@ from lms.train_embedded import (
     EmbeddedTrainingConfig,
     batches,
     build_model,
-    build_row,
+    build_sequence,
     build_tokenizer,
+    learning_rate,
     loss_of,
     main,
-    rate,
     train,
 )
 
@@ -87,7 +87,9 @@ def test_verdicts_and_results_of_thoughts_with_slips(task: str) -> None:
 
 
 def test_latest_result() -> None:
-    thought = Thought(("7", "so", "7", ".", "check", "8", "so", "8", "wait"), ((2, "7"), (7, "8")))
+    thought = WorkedThought(
+        ("7", "so", "7", ".", "check", "8", "so", "8", "wait"), ((2, "7"), (7, "8"))
+    )
     assert [thought.result_at(n) for n in (0, 2, 3, 7, 8, 9)] == [None, None, "7", "7", "8", "8"]
 
 
@@ -107,7 +109,7 @@ def test_close_text_needs_no_blanks() -> None:
 
 
 def test_row_by_hand() -> None:
-    row = build_row(SUM, replace(SURE, attempts=1), 2, rng())
+    row = build_sequence(SUM, replace(SURE, attempts=1), 2, rng())
     trunk = f"{prompt_of(SUM)} 7 + 12 = 19 - 5 = 14 so 14 . {CLOSE} 14".split()
     words = [VOCABULARY[i] for i in row.ids]
     assert words == [*trunk, CLOSE, "14", CLOSE, "14"]
@@ -121,7 +123,7 @@ def test_row_by_hand() -> None:
 
 def test_a_forced_answer_is_what_the_appended_close_text_gives() -> None:
     model = build_model(EmbeddedTrainingConfig()).eval()
-    row = build_row(SUM, SURE, 3, rng(1))
+    row = build_sequence(SUM, SURE, 3, rng(1))
     rows: dict[str, torch.Tensor] = {}
     model.register_forward_hook(lambda _, __, out: rows.update(logits=out.logits))
     with torch.no_grad():
@@ -140,7 +142,7 @@ def test_stubborn_forced_answers_repeat_the_latest_result() -> None:
     wrong = replace(SURE, slip_first=1.0, attempts=1, stubborn=1.0)
     seen = set()
     for seed in range(30):
-        row = build_row(SUM, wrong, 8, rng(seed))
+        row = build_sequence(SUM, wrong, 8, rng(seed))
         trunk = row.ids[row.branch == 0]
         result = len(trunk) - 4
         for place in range(len(trunk), len(row.ids), 2):
@@ -163,7 +165,7 @@ def test_batches_depend_on_the_step_alone() -> None:
 
 def test_learning_rate_rises_then_falls() -> None:
     config = EmbeddedTrainingConfig(steps=1000)
-    rates = [rate(config, step) for step in range(1000)]
+    rates = [learning_rate(config, step) for step in range(1000)]
     assert rates[0] == config.lr / 100
     assert set(rates[99:600]) == {config.lr}
     assert rates[-1] == pytest.approx(0.0125 * config.lr, rel=0.01)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
-from haltwise import InputError
+from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.policy.answers import READERS
 from lms import scorers
-from lms.scorers import SCORERS, check_scorer
+from lms.questions import question_digest, split_of
+from lms.scorers import SCORERS, check_scorer, scorer_of
+from lms.sources import DataConfig, open_task
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +25,38 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def is_right(rule: str, text: str, gold: str) -> bool:
     """Whether what an LM has written holds the gold answer."""
-    return SCORERS[rule](READERS[rule](text), gold)
+    return scorer_of(rule)(READERS[rule](text), gold)
 
 
-def test_every_rule_reads_and_compares() -> None:
-    assert list(SCORERS) == list(READERS)
+def test_a_scorer_belongs_to_a_rule_that_can_be_read() -> None:
+    assert set(SCORERS) <= set(READERS)
+
+
+def test_a_rule_is_added_by_its_reader_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    colours = {"red", "crimson"}
+    monkeypatch.setitem(
+        READERS, "colour", lambda text: next((w for w in text.lower().split() if w in colours), "")
+    )
+    assert is_right("colour", "it is Red", "RED !")
+    assert not is_right("colour", "it is crimson", "red")
+    assert not is_right("colour", "no idea", "red")
+    check_scorer("colour")
+    path = tmp_path / "colours.jsonl"
+    path.write_text(json.dumps({"question": "Which?", "answer": "Red"}))
+    task = open_task(DataConfig(task=str(path), scorer="colour"))
+    (question,) = task.questions(split_of(question_digest("Which?")), 1, 0)
+    assert question.is_right("red") and question.text.endswith(scorer_of("text").instruction)
+    assert (task.cue, task.answer_end) == ("Answer:", "\n")
+    halting = Halting(
+        "always", "every 8 tokens", f"</think>{task.cue}", MEAN_LOGPROB, answer_rule=task.scorer
+    )
+    assert halting.answer_rule == "colour"
+    path = path.rename(tmp_path / "sounds.jsonl")  # a task is read once a process
+    path.write_text(json.dumps({"question": "Which?", "answer": "loud"}))
+    with pytest.raises(InputError, match=r"line 1: gold answer 'loud' cannot be compared: expect"):
+        open_task(DataConfig(task=str(path), scorer="colour")).describe()
 
 
 @pytest.mark.parametrize("rule", SCORERS)

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from haltwise import InputError
-from lms.questions import SPLITS, Question, digest_of, split_of
+from lms.questions import SPLITS, Question, question_digest, split_of
 from lms.scorers import SCORERS
-from lms.sources import DataConfig, Task, open_task
-from lms.sources.rows import rows_of_hub
+from lms.sources import DataConfig, QuestionTask, open_task
+from lms.sources.data_rows import rows_of_hub
 
 Row = dict[str, Any]
 ROWS: list[Row] = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(60)]
@@ -41,11 +41,11 @@ def write(path: Path, rows: Sequence[Row]) -> Path:
     return path
 
 
-def own(path: Path, **flags: Any) -> Task:
+def own(path: Path, **flags: Any) -> QuestionTask:
     return open_task(DataConfig(task=str(path), **flags))
 
 
-def everything(task: Task, num: int = 1000) -> list[Question]:
+def everything(task: QuestionTask, num: int = 1000) -> list[Question]:
     """All questions, of splits that have some."""
     found = []
     for split in SPLITS:
@@ -64,8 +64,8 @@ def test_every_format_gives_the_same_questions(tmp_path: Path, suffix: str) -> N
     instruction = SCORERS["short"].instruction
     for question in found:
         text = question.text.removesuffix(f"\n\n{instruction}")
-        assert question.split == split_of(digest_of(text))
-        assert question.question_id == f"sums-{digest_of(text)[:16]}"
+        assert question.split == split_of(question_digest(text))
+        assert question.question_id == f"sums-{question_digest(text)[:16]}"
         assert (question.task, question.segment, question.scorer) == ("sums", "", "short")
     assert len({question.question_id for question in found}) == 60
 
@@ -153,7 +153,7 @@ def test_own_splits_are_kept_and_dev_is_a_tenth_of_train(tmp_path: Path) -> None
     splits = {question.text: question.split for question in found}
     for n, row in enumerate(ROWS):
         text = " ".join(row["question"].split())
-        hashed = split_of(digest_of(text))
+        hashed = split_of(question_digest(text))
         expected = "test" if n == 3 or n >= 45 else "dev" if hashed == "dev" else "train"
         assert {" ".join(key.split()): split for key, split in splits.items()}[text] == expected
     assert len(found) == 60
@@ -177,7 +177,7 @@ def test_only_what_is_taken_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         heapq.heappush(heap, place)
         sizes.append(len(heap))
 
-    monkeypatch.setattr("lms.sources.table.heappush", push)
+    monkeypatch.setattr("lms.sources.table_task.heappush", push)
     assert len(list(task.questions("train", 3, 0))) == 3
     assert max(sizes) == 3
 

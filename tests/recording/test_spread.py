@@ -14,12 +14,12 @@ import pytest
 
 from haltwise import InputError
 from recording.collect import collect as main
-from recording.collect import work
-from recording.config import Answering
-from recording.recording import Work
+from recording.collect import questions_to_record
+from recording.config import TaskFormat
+from recording.trace_row import SeededQuestion
 from tests.recordings import (
     Deadly,
-    DeadlyAnswering,
+    DeadlyTaskFormat,
     assert_same,
     rows_of,
     save_tiny_lm,
@@ -27,10 +27,10 @@ from tests.recordings import (
 )
 
 ray = pytest.importorskip("ray")
-from recording.spread import Loaded, Spread, _Hand  # noqa: E402
+from recording.spread import LoadedWorker, RayEngine, _HiredWorker  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-SHORT = Answering("short", "", "", "")
+SHORT = TaskFormat("short", "", "", "")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def deadly(job: Work) -> Work:
+def deadly(job: SeededQuestion) -> SeededQuestion:
     question, seed = job
     return Deadly(**vars(question)), seed
 
@@ -68,9 +68,9 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
 ) -> None:
     config = small_config(lm_folder, tmp_path / "plain", num=10)
     main(config)
-    spread = Spread(config, SHORT, "local", 2, job_size=3)
+    spread = RayEngine(config, SHORT, "local", 2, job_size=3)
     rows, killed = [], 0
-    for row in spread.record(work(config)):
+    for row in spread.record(questions_to_record(config)):
         rows.append(row)
         if not killed:
             killed = spread.pids[-1]
@@ -81,13 +81,13 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     for row in rows:
         assert_same(row, expected[row["trace_id"]])
 
-    question, seed = next(work(config))
+    question, seed = next(questions_to_record(config))
     with pytest.raises(InputError, match=r"^gold answer '' is empty: expected "):
         list(spread.record([(replace(question, gold=""), seed)]))
 
-    other = Loaded(spread.recorder | {"dtype": "bfloat16"}, "", 1, "elsewhere")
+    other = LoadedWorker(spread.recorder | {"dtype": "bfloat16"}, "", 1, "elsewhere")
     with pytest.raises(InputError, match=r"workers on .* and elsewhere differ in dtype: "):
-        spread._welcome(_Hand(None), other)
+        spread._welcome(_HiredWorker(None), other)
     spread.close()
 
 
@@ -118,8 +118,8 @@ def test_questions_that_kill_every_worker_end_the_recording(
     local_ray: None, lm_folder: Path, tmp_path: Path
 ) -> None:
     config = small_config(lm_folder, tmp_path / "traces", num=1)
-    spread = Spread(config, SHORT, "local", 2, job_size=3)
-    jobs = [deadly(job) for job in work(config)]
+    spread = RayEngine(config, SHORT, "local", 2, job_size=3)
+    jobs = [deadly(job) for job in questions_to_record(config)]
     named = "3 workers died of the 2 questions from "
     with pytest.raises(InputError, match=named + repr(jobs[0][0].question_id)):
         list(spread.record(jobs))
@@ -132,7 +132,7 @@ def test_workers_that_die_as_they_load_are_not_replaced_for_ever(
 ) -> None:
     config = small_config(lm_folder, tmp_path / "traces")
     with pytest.raises(InputError, match=r"^3 workers died as they loaded the LM: "):
-        Spread(config, DeadlyAnswering("short", "", "", ""), "local", 2, job_size=1)
+        RayEngine(config, DeadlyTaskFormat("short", "", "", ""), "local", 2, job_size=1)
 
 
 def test_a_cluster_without_room_is_refused(

@@ -17,16 +17,16 @@ import pytest
 import torch
 
 from haltwise import InputError
-from recording.collect import CollectConfig, work
-from recording.config import Answering
-from recording.engine import Engine
+from recording.collect import CollectConfig, questions_to_record
+from recording.config import TaskFormat
+from recording.engine import RecordingEngine
 from recording.hf_engine import HfEngine
-from recording.recording import Row
+from recording.trace_row import TraceRow
 from tests.recordings import assert_same, save_tiny_lm, small_config
 from tests.tiny_lm import EOS, tiny_lm
 
-SHORT = Answering("short", "", "", "")
-UP_TO_7 = Answering("short", "", "7", "")
+SHORT = TaskFormat("short", "", "", "")
+UP_TO_7 = TaskFormat("short", "", "7", "")
 
 
 @dataclass
@@ -75,7 +75,7 @@ class FakeLLM:
 
 
 @pytest.fixture
-def open_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Engine]]:
+def open_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RecordingEngine]]:
     """Opens the engine with what stands for vLLM in its place."""
     vllm, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     vllm.LLM, vllm.SamplingParams = FakeLLM, SimpleNamespace  # type: ignore[attr-defined]
@@ -96,16 +96,16 @@ def config(lm_folder: Path, tmp_path: Path) -> CollectConfig:
     return small_config(lm_folder, tmp_path / "traces", temperature=0.0, max_answer_tokens=6)
 
 
-def recorded(engine: Engine, config: CollectConfig) -> dict[str, Row]:
-    return {row["trace_id"]: row for row in engine.record(work(config))}
+def recorded(engine: RecordingEngine, config: CollectConfig) -> dict[str, TraceRow]:
+    return {row["trace_id"]: row for row in engine.record(questions_to_record(config))}
 
 
-@pytest.mark.parametrize("answering", [SHORT, UP_TO_7])
+@pytest.mark.parametrize("task_format", [SHORT, UP_TO_7])
 def test_a_greedy_recording_equals_that_of_transformers(
-    open_vllm: Callable[..., Engine], config: CollectConfig, answering: Answering
+    open_vllm: Callable[..., RecordingEngine], config: CollectConfig, task_format: TaskFormat
 ) -> None:
-    rows = recorded(open_vllm(config, answering), config)
-    expected = recorded(HfEngine(config, answering), config)
+    rows = recorded(open_vllm(config, task_format), config)
+    expected = recorded(HfEngine(config, task_format), config)
     assert rows.keys() == expected.keys() and len(rows) == 14
     assert len({num for row in rows.values() for num in row["probe_tokens"]}) > 1
     for name, row in rows.items():
@@ -114,7 +114,7 @@ def test_a_greedy_recording_equals_that_of_transformers(
 
 
 def test_what_vllm_cannot_tell_is_left_out_and_the_recorder_says_so(
-    open_vllm: Callable[..., Engine], config: CollectConfig
+    open_vllm: Callable[..., RecordingEngine], config: CollectConfig
 ) -> None:
     vllm, hf = open_vllm(config, SHORT).recorder, HfEngine(config, SHORT).recorder
     assert (vllm["engine"], hf["engine"]) == ("vllm", "hf")
@@ -126,10 +126,12 @@ def test_what_vllm_cannot_tell_is_left_out_and_the_recorder_says_so(
 
 
 def test_a_self_test_tells_what_it_found(
-    open_vllm: Callable[..., Engine], config: CollectConfig, monkeypatch: pytest.MonkeyPatch
+    open_vllm: Callable[..., RecordingEngine],
+    config: CollectConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = open_vllm(config, SHORT)
-    asked = list(work(config))
+    asked = list(questions_to_record(config))
     assert "14 questions, " in engine.self_test(asked, 32)
     with pytest.raises(InputError, match="no thought comes to a decision point"):
         engine.self_test(asked, 4)
@@ -171,7 +173,7 @@ def turn_nan(output: Output) -> None:
     ],
 )
 def test_an_output_that_is_not_whole_is_refused(
-    open_vllm: Callable[..., Engine],
+    open_vllm: Callable[..., RecordingEngine],
     config: CollectConfig,
     monkeypatch: pytest.MonkeyPatch,
     spoil: Callable[[Output], None],
@@ -183,7 +185,7 @@ def test_an_output_that_is_not_whole_is_refused(
 
 
 def test_bad_settings_are_refused(
-    open_vllm: Callable[..., Engine], config: CollectConfig, tmp_path: Path
+    open_vllm: Callable[..., RecordingEngine], config: CollectConfig, tmp_path: Path
 ) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
         ({"device": "cuda:1"}, "expected 'cuda', choose GPUs by CUDA_VISIBLE_DEVICES"),
@@ -196,22 +198,26 @@ def test_bad_settings_are_refused(
             open_vllm(replace(config, **change), SHORT)
     engine = open_vllm(replace(config, close_text="so"), replace(SHORT, cue="so"))
     with pytest.raises(InputError, match="close text 'so' does not close a thought"):
-        engine.self_test(list(work(config)), 32)
+        engine.self_test(list(questions_to_record(config)), 32)
 
 
 def test_questions_that_are_too_long_are_left_out(
-    open_vllm: Callable[..., Engine], config: CollectConfig, capsys: pytest.CaptureFixture[str]
+    open_vllm: Callable[..., RecordingEngine],
+    config: CollectConfig,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine = open_vllm(replace(config, max_tokens=2035), SHORT)
-    assert not list(engine.record(work(config)))
+    assert not list(engine.record(questions_to_record(config)))
     told = capsys.readouterr().out
     assert told.count("tokens, expected at most 6: left out") == 14
     with pytest.raises(InputError, match="none of 14 questions has at most 6 tokens"):
-        engine.self_test(list(work(config)), 32)
+        engine.self_test(list(questions_to_record(config)), 32)
 
 
 def test_an_engine_that_does_not_start_tells_why(
-    open_vllm: Callable[..., Engine], config: CollectConfig, monkeypatch: pytest.MonkeyPatch
+    open_vllm: Callable[..., RecordingEngine],
+    config: CollectConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     platform = sys.modules["vllm.platforms"].current_platform
     monkeypatch.setattr(platform, "device_type", "cuda")

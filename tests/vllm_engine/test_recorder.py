@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recording.recording import Row
+from recording.trace_row import TraceRow
 from tests.recordings import assert_same, rows_of
 from traces import read_traces
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def collect(out: Path, *arguments: str) -> dict[str, Row]:
+def collect(out: Path, *arguments: str) -> dict[str, TraceRow]:
     done = subprocess.run(
         [sys.executable, "collect.py", f"--out={out}", "--split=test", *arguments],
         cwd=ROOT,

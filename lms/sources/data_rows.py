@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 from haltwise import InputError
 from lms.scorers import needed
 
-Row = dict[str, Any]
-#: Every row with the split that it stands in ("" if it is not said) and its place for a message.
-Rows = Callable[[], Iterator[tuple[str, str, Row]]]
+DataRow = dict[str, Any]
+#: Begins one pass over a data set: every row with the split that it stands in ("" if none is
+#: stated) and its place, for a message.
+DataRows = Callable[[], Iterator[tuple[str, str, DataRow]]]
 
-#: What others call the splits.
+#: The splits by the names that data sets give them.
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -46,7 +47,7 @@ def _json_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """A list of objects; or lines, which go by this name too."""
+    """Yields the objects of a list; or of lines, for files of lines are named .json too."""
     first = file.readline()
     while first.isspace():
         first = file.readline()
@@ -64,7 +65,7 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**30)  # long texts are no mistake
+    csv.field_size_limit(2**30)  # the usual limit takes long texts for a mistake
     reader = csv.DictReader(file, strict=True)
     try:
         for row in reader:
@@ -89,8 +90,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"row {number}", row
 
 
-def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of one file, each with its place.
+def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
+    """Yields the rows of one file, each with its place.
 
     Raises:
         InputError: If the file, or a row, cannot be read.
@@ -100,7 +101,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
         if suffix == ".parquet":
             yield from _parquet(path)
             return
-        # Blanks at the ends of lines are the reader's: csv has lines within its fields.
+        # Each format's reader sees the ends of lines as they are: csv has lines within fields.
         with path.open(encoding="utf-8-sig", newline="") as file:
             for place, row in _TEXT_FORMATS[suffix](file):
                 if not isinstance(row, dict):
@@ -113,11 +114,13 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, Row]]:
         raise InputError(f"cannot read {path}: {reason}") from None
 
 
-def rows_of(path: Path) -> Rows:
-    """Rows of a file, or of all files in a folder; a file's name may begin with its split.
+def rows_of(path: Path) -> DataRows:
+    """Returns the rows of a file, or of all files in a folder.
+
+    The name of a file may begin with its split, such as train.jsonl.
 
     Raises:
-        InputError: If there is nothing to read; later, if it cannot be read.
+        InputError: If there is nothing to read; during a pass, if something cannot be read.
     """
     formats = ", ".join(FORMATS)
     if not path.exists():
@@ -128,10 +131,10 @@ def rows_of(path: Path) -> Rows:
         raise InputError(f"{path}: expected a file that ends with one of {formats}")
     found = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
     splits = {file: SPLIT_NAMES[name[1]] for file, name in found.items() if name}
-    # Beside train.jsonl, a dataset_infos.json is no data.
+    # If some files are named by splits, the others, such as dataset_infos.json, are no data.
     splits = splits or dict.fromkeys(files, "")
 
-    def each() -> Iterator[tuple[str, str, Row]]:
+    def each() -> Iterator[tuple[str, str, DataRow]]:
         for file, split in splits.items():
             for place, row in _rows_of_file(file):
                 yield split, f"{file}, {place}", row
@@ -139,15 +142,15 @@ def rows_of(path: Path) -> Rows:
     return each
 
 
-def rows_of_hub(name: str) -> Rows:
-    """Rows of a data set of the Hugging Face Hub; its splits are kept under their usual names.
+def rows_of_hub(name: str) -> DataRows:
+    """Returns the rows of a data set of the Hugging Face Hub, in the splits that we name alike.
 
     Args:
-        name: OWNER/NAME or OWNER/NAME:CONFIG.
+        name: The name of the data set: OWNER/NAME or OWNER/NAME:CONFIG.
 
     Raises:
         InputError: If `datasets` is missing, there is no such data set, it cannot be reached, or
-            none of its splits has a usual name.
+            it has several splits of which none is in `SPLIT_NAMES`.
     """
     try:
         from datasets import load_dataset
@@ -167,7 +170,7 @@ def rows_of_hub(name: str) -> Rows:
     if not splits and len(loaded) > 1:
         raise InputError(f"{name}: found splits {', '.join(loaded)}, expected train, dev or test")
 
-    def each() -> Iterator[tuple[str, str, Row]]:
+    def each() -> Iterator[tuple[str, str, DataRow]]:
         for split in splits or loaded:
             for number, row in enumerate(loaded[split], 1):
                 yield splits.get(split, ""), f"{name}, {split}, row {number}", row

@@ -1,4 +1,4 @@
-"""Questions that reasoning-gym makes up."""
+"""Tasks whose questions the package reasoning-gym makes up."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from haltwise import InputError
-from lms.questions import Question, digest_of, split_of
-from lms.scorers import SCORERS, needed
-from lms.sources.task import asked, check_draw
+from lms.questions import Question, question_digest, split_of
+from lms.scorers import needed, scorer_of
+from lms.sources.task import check_draw, with_instruction
 
 PREFIX = "reasoning_gym:"
 
@@ -18,7 +18,7 @@ _NO_GOLD = "has no reference answer"
 _GUESSED = "has two answers: half of all guesses are right"
 _MANY = "has many right answers, of which one is the reference"
 _SPELLED = "has its answers in another spelling than it asks for"
-#: Generators of no use for exact match, and why.
+#: The generators that are of no use for exact match, and why.
 REFUSED = {
     "boxnet": _NO_GOLD,
     "graph_color": _NO_GOLD,
@@ -50,22 +50,28 @@ REFUSED = {
     "composite": "needs other generators",
 }
 
-# "Give only the result" forbids to reason before it.
+# Words such as "give only the result" forbid to reason before it, and are taken out.
 _ONLY = re.compile(
     r"\b(Give|Provide|Return|Respond|Reply)( with|) only\b|\bOnly (?=reply)|"
     r", no other text or formatting"
 )
+# The number of items that are made up at a time.
 _CHUNK = 256
-# Questions of one seed and of the next are so far apart: an item's own seed is seed + place.
+# The distance between the first items of two draws: an item's own seed is that of its generator
+# plus its place.
 _SPACING = 10**9
+# After so many repeated questions in a row a generator has no more.
 _PATIENCE = 1000
-# More values than this are no groups.
+# A difficulty with a wider range of values than this makes no groups.
 _WIDEST = 20
 
 
 @dataclass(frozen=True)
-class Gym:
-    """A generator of reasoning-gym; the hash of a question decides its split."""
+class ReasoningGymTask:
+    """A task whose questions a generator of reasoning-gym makes up.
+
+    The hash of a question decides on its split.
+    """
 
     generator: str
     scorer: str
@@ -75,7 +81,8 @@ class Gym:
         """Checks the generator.
 
         Raises:
-            InputError: If there is none of that name, it is of no use, or the package is missing.
+            InputError: If there is no generator of that name, it is of no use for exact match, or
+                the package is missing.
         """
         try:
             from reasoning_gym.factory import DATASETS
@@ -89,31 +96,37 @@ class Gym:
 
     @property
     def name(self) -> str:
-        """The task's."""
+        """The name of the task, as a person gives it."""
         return PREFIX + self.generator
 
     @property
     def cue(self) -> str:
-        """See `Task`."""
-        return SCORERS[self.scorer].cue
+        """The words after a closed thought that lead the LM to its answer: the scorer's."""
+        return scorer_of(self.scorer).cue
 
     @property
     def answer_end(self) -> str:
-        """See `Task`."""
-        return SCORERS[self.scorer].answer_end
+        """The text that ends a forced answer: the scorer's."""
+        return scorer_of(self.scorer).answer_end
 
     def describe(self) -> str:
-        """See `Task`."""
+        """Returns one line for a person: what there is, and how it is asked."""
         return (
             f"{self.name}: drawn without end; scorer {self.scorer}; "
             f"instruction {self.instruction!r}"
         )
 
     def questions(self, split: str, num: int, seed: int) -> Iterator[Question]:
-        """See `Task`.
+        """Yields exactly `num` distinct questions of a split, the same for the same arguments.
+
+        Args:
+            split: train, dev or test.
+            num: The number of questions, at least 1.
+            seed: The number of the draw.
 
         Raises:
-            InputError: Besides, if there are fewer than `num` questions.
+            InputError: If there is no such split, `num` is below 1, the generator has fewer
+                questions, or what it makes up cannot be asked.
         """
         check_draw(split, num)
         seen: set[str] = set()
@@ -138,17 +151,17 @@ class Gym:
         gold, text = item["answer"], _ONLY.sub(r"\1\2", item["question"]).strip()
         if not isinstance(gold, str):
             raise InputError(f"{self.name} answered {text!r} with {gold!r}, expected a text")
-        digest = digest_of(" ".join(text.split()))
+        digest = question_digest(" ".join(text.split()))
         question = Question(
             question_id=f"{self.name}-{digest[:16]}",
             task=self.name,
             segment=segment_of(item["metadata"]),
-            text=asked(text, self.instruction),
+            text=with_instruction(text, self.instruction),
             gold=gold.strip(),
             split=split_of(digest),
             scorer=self.scorer,
         )
-        question.is_right("")  # refuses a gold answer that is none
+        question.is_right("")  # refuses a gold answer that cannot be compared
         return question
 
 
@@ -162,12 +175,16 @@ def _each_item(generator: str, seed: int) -> Iterator[Mapping[str, Any]]:
 
 
 def segment_of(metadata: Mapping[str, Any]) -> str:
-    """An item's difficulty, as far as one word and one number tell it."""
+    """Returns an item's difficulty as far as one word and one number tell it; "" if they do not.
+
+    Args:
+        metadata: What reasoning-gym tells of the item.
+    """
     difficulty = metadata.get("difficulty")
     if not isinstance(difficulty, Mapping):
         return "" if difficulty is None else str(difficulty)
     for name, span in difficulty.items():
-        # What the item has is one of what its generator draws from, or there is no such group.
+        # An item belongs to a group if it tells which value its generator has drawn for it.
         found = metadata.get(name)
         if isinstance(found, int) and isinstance(span, tuple) and span[-1] - span[0] <= _WIDEST:
             return f"{name} {found}"

@@ -1,4 +1,4 @@
-"""What becomes of one question while it is recorded, and what is kept beside all of them."""
+"""One question while it is recorded, until it is a row of a trace file, and the file's metadata."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from haltwise.session.thought import Thought
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
-Row = dict[str, Any]
-#: A question with a sampling seed.
-Work = tuple[Question, int]
+#: A finished trace, by the column names of `traces.SCHEMA`.
+TraceRow = dict[str, Any]
+#: A question with the sampling seed of one answer to it.
+SeededQuestion = tuple[Question, int]
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
 @dataclass
-class Recording:
+class UnfinishedTrace:
     """A trace that is being recorded."""
 
     question: Question
+    """The question that is answered."""
     seed: int
+    """The sampling seed."""
     position: list[int] = field(default_factory=list)
-    """Of each decision point."""
+    """The number of thinking tokens up to each decision point."""
     probes: list[Probe] = field(default_factory=list)
     """The forced answer at each decision point."""
     signals: dict[str, list[Any]] = field(default_factory=dict)
-    """What else was measured at each decision point, by column name."""
+    """The signals that were measured at each decision point, by column name."""
 
     def see(self, probe: Probe, signals: Signals, i: int) -> None:
         """Takes in a decision point: its forced answer and row i of some signals."""
@@ -44,15 +47,15 @@ class Recording:
         self.probes.append(probe)
         for name, values in self.signals.items():
             value = getattr(signals, name)[i]
-            # A copy, lest a vector keep those of the whole batch.
+            # A vector is copied, lest it keep those of the whole batch in memory.
             values.append(value.astype(np.float16) if name == "hidden" else value)
 
-    def row(self, model: str, rules: TokenRules, thought: Thought) -> Row:
-        """The finished trace, by column name.
+    def row(self, model: str, rules: TokenRules, thought: Thought) -> TraceRow:
+        """Returns the finished trace.
 
         Args:
-            model: Name of the LM.
-            rules: How an answer is read.
+            model: The name of the LM.
+            rules: The rules by which an answer is read.
             thought: All that was generated.
         """
         question, probes = self.question, self.probes
@@ -82,13 +85,15 @@ class Recording:
         }
 
 
-def asked(lm: LanguageModel, work: Iterable[Work], max_prompt: float) -> Iterator[tuple[Work, str]]:
-    """Questions with their prompts; those that are too long are told and left out.
+def with_prompts(
+    lm: LanguageModel, work: Iterable[SeededQuestion], max_prompt: float
+) -> Iterator[tuple[SeededQuestion, str]]:
+    """Yields questions with their prompts; those that are too long are left out, with a message.
 
     Args:
         lm: The LM.
-        work: Questions with sampling seeds.
-        max_prompt: Tokens of a prompt at most.
+        work: The questions with their sampling seeds.
+        max_prompt: The largest number of tokens of a prompt.
     """
     for job in work:
         prompt = lm.prompt(job[0].text)
@@ -102,13 +107,20 @@ def asked(lm: LanguageModel, work: Iterable[Work], max_prompt: float) -> Iterato
             )
 
 
-def tried(lm: LanguageModel, work: Sequence[Work], max_prompt: float) -> list[tuple[Work, str]]:
-    """Those of some questions that can be tried; as `asked`.
+def fitting_prompts(
+    lm: LanguageModel, work: Sequence[SeededQuestion], max_prompt: float
+) -> list[tuple[SeededQuestion, str]]:
+    """Returns those of some questions whose prompts are not too long, with these prompts.
+
+    Args:
+        lm: The LM.
+        work: The questions with their sampling seeds.
+        max_prompt: The largest number of tokens of a prompt.
 
     Raises:
         InputError: If all of them are too long.
     """
-    fitting = list(asked(lm, work, max_prompt))
+    fitting = list(with_prompts(lm, work, max_prompt))
     if not fitting:
         raise InputError(
             f"none of {len(work)} questions has at most {max_prompt:,} tokens, the LM's context "
@@ -118,11 +130,17 @@ def tried(lm: LanguageModel, work: Sequence[Work], max_prompt: float) -> list[tu
 
 
 def trace_id(model: str, question: Question, seed: int) -> str:
-    """Names the trace of a question answered once by an LM."""
+    """Returns the name of the trace of one answer to a question by an LM.
+
+    Args:
+        model: The name of the LM.
+        question: The question.
+        seed: The sampling seed of the answer.
+    """
     return f"{model}/{question.question_id}/{seed}"
 
 
-def recorder_of(
+def recorder_metadata(
     engine: str,
     lm: LanguageModel,
     halting: Halting,
@@ -132,17 +150,17 @@ def recorder_of(
     signals: Sequence[str],
     instruction: str,
 ) -> dict[str, Any]:
-    """What is kept beside the traces: all that decides what a question and a seed give.
+    """Returns the metadata beside the traces: all that decides what a question and a seed give.
 
     Args:
-        engine: What runs the LM.
+        engine: The name of what runs the LM.
         lm: The LM.
-        halting: How it is halted.
-        rules: The same, for this LM.
-        max_tokens: Token budget of a question.
-        temperature: Of sampling.
-        signals: Names of what is measured.
-        instruction: Follows every question.
+        halting: How the LM is halted.
+        rules: The same in the tokens of this LM.
+        max_tokens: The token budget of a question.
+        temperature: The temperature of sampling.
+        signals: The names of the signals that are measured.
+        instruction: The text that follows every question.
     """
     project = tomllib.loads(_PROJECT.read_text())["project"]
     return {

@@ -1,4 +1,4 @@
-"""A task made of rows: their splits, and which of them are asked."""
+"""A task made of rows of data: their splits, and which of them are asked."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from functools import cached_property
 from heapq import heappop, heappush
 
 from haltwise import InputError
-from lms.questions import SPLITS, Question, digest_of, split_of
-from lms.scorers import SCORERS
-from lms.sources.forms import Form, Item, cell
-from lms.sources.rows import SPLIT_NAMES, Row, Rows
-from lms.sources.task import asked, check_draw
+from lms.questions import SPLITS, Question, question_digest, split_of
+from lms.scorers import scorer_of
+from lms.sources.data_rows import SPLIT_NAMES, DataRow, DataRows
+from lms.sources.forms import Form, RowQuestion, cell
+from lms.sources.task import check_draw, with_instruction
 
 
 @dataclass
-class _Survey:
-    """What all rows together are like."""
+class _RowSurvey:
+    """What one pass over all rows has found."""
 
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Rows by the split they stand in, and the one that the hash of their question gives."""
+    """The number of rows by the split that they stand in and the split that the hash of their
+    question gives."""
     digests: dict[str, set[str]] = field(default_factory=lambda: {"dev": set(), "test": set()})
-    """Shortened digests of the questions that stand in these splits."""
+    """The shortened digests of the questions that stand in dev and test."""
     num_skipped: int = 0
-    """Rows that have no answer."""
+    """The number of rows that have no answer."""
 
     def split(self, own: str, digest: str) -> str | None:
-        """The split of a question; None if a later split has it too.
+        """Returns the split of a question; None if a later split has the same question.
 
         Data with two splits or more keep them; what they lack of dev and test is taken from train
-        by the hash. One split alone divides nothing.
+        by the hash. Data with one split alone are divided by the hash.
+
+        Args:
+            own: The split that the row stands in; "" if none is stated.
+            digest: The digest of its question.
         """
         owns = {split for split, _ in self.rows}
         if len(owns) > 1:
@@ -42,7 +47,7 @@ class _Survey:
         return _split(own, split_of(digest), owns)
 
     def num_rows(self) -> dict[str, int]:
-        """Rows of every split, repeated questions counted again."""
+        """Returns the number of rows of every split; a repeated question counts each time."""
         owns = {split for split, _ in self.rows}
         found: Counter[str] = Counter()
         for (own, hashed), num in self.rows.items():
@@ -57,31 +62,50 @@ def _split(own: str, hashed: str, owns: set[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A task made of rows; they are read anew for every draw, and only what is taken is kept."""
+class TableTask:
+    """A task made of rows of data.
+
+    The rows are read anew for every draw, and only what is taken is kept in memory.
+    """
 
     name: str
+    """The name of the task."""
     scorer: str
+    """The answer rule: a key of `haltwise.policy.answers.READERS`."""
     instruction: str
-    rows: Rows
+    """The text that follows every question; it may be empty."""
+    rows: DataRows
+    """Begins a pass over the rows."""
     form: Form
+    """Reads what a row asks."""
     split_column: str | None = None
+    """The column that states the split of a row, if there is one."""
 
     @property
     def cue(self) -> str:
-        """See `Task`."""
-        return SCORERS[self.scorer].cue
+        """The words after a closed thought that lead the LM to its answer: the scorer's."""
+        return scorer_of(self.scorer).cue
 
     @property
     def answer_end(self) -> str:
-        """See `Task`."""
-        return SCORERS[self.scorer].answer_end
+        """The text that ends a forced answer: the scorer's."""
+        return scorer_of(self.scorer).answer_end
 
     def questions(self, split: str, num: int, seed: int) -> Iterator[Question]:
-        """See `Task`: the first `num` in an order that the seed and their texts decide."""
+        """Yields the first `num` questions in an order that the seed and their texts decide.
+
+        Args:
+            split: train, dev or test.
+            num: The largest number of questions, at least 1.
+            seed: The number of the draw.
+
+        Raises:
+            InputError: If there is no such split, `num` is below 1, the split has no question, or
+                a row cannot be asked.
+        """
         check_draw(split, num)
         taken: dict[int, Question] = {}
-        last: list[int] = []  # negated, so that the heap's first is the last in order
+        last: list[int] = []  # places negated, so that the heap's first is the last in order
         for own, digest, item in self._each():
             if item is None or self._survey.split(own, digest) != split:
                 continue
@@ -101,7 +125,11 @@ class Table:
         yield from (taken[place] for place in sorted(taken))
 
     def describe(self) -> str:
-        """See `Task`."""
+        """Returns one line for a person: how many rows there are, and how they are asked.
+
+        Raises:
+            InputError: If a row cannot be asked.
+        """
         survey = self._survey
         rows = ", ".join(f"{split} {num:,}" for split, num in survey.num_rows().items())
         skipped = f", {survey.num_skipped:,} skipped without an answer" * bool(survey.num_skipped)
@@ -109,8 +137,8 @@ class Table:
         return f"{self.name}: {rows} rows{skipped}; {asked_by}"
 
     @cached_property
-    def _survey(self) -> _Survey:
-        survey = _Survey()
+    def _survey(self) -> _RowSurvey:
+        survey = _RowSurvey()
         for own, digest, item in self._each():
             if item is None:
                 survey.num_skipped += 1
@@ -120,25 +148,25 @@ class Table:
                 survey.digests[own].add(digest[:16])
         return survey
 
-    def _each(self) -> Iterator[tuple[str, str, Item | None]]:
-        """Every row: the split it stands in, the digest of its question, and what it asks.
+    def _each(self) -> Iterator[tuple[str, str, RowQuestion | None]]:
+        """Yields of every row the split it stands in, the digest of its question, what it asks.
 
         Raises:
             InputError: If a row cannot be asked; the message says which.
         """
-        compare = SCORERS[self.scorer]
+        compare = scorer_of(self.scorer)
         for own, place, row in self.rows():
             try:
                 own = self._own_split(own, row)
                 item = self.form(row)
                 if item:
-                    compare("", item.gold)  # refuses a gold answer that is none
+                    compare("", item.gold)  # refuses a gold answer that cannot be compared
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
             # The same words have the same digest, whatever the instruction or the blanks.
-            yield own, digest_of(" ".join(item.text.split())) if item else "", item
+            yield own, question_digest(" ".join(item.text.split())) if item else "", item
 
-    def _own_split(self, own: str, row: Row) -> str:
+    def _own_split(self, own: str, row: DataRow) -> str:
         if not self.split_column:
             return own
         found = cell(row, self.split_column)
@@ -147,12 +175,12 @@ class Table:
             raise InputError(f"{self.split_column} is {found!r}, expected train, dev or test")
         return name
 
-    def _question(self, item: Item, digest: str, split: str) -> Question:
+    def _question(self, item: RowQuestion, digest: str, split: str) -> Question:
         return Question(
             question_id=f"{self.name}-{digest[:16]}",
             task=self.name,
             segment=item.segment,
-            text=asked(item.text, self.instruction),
+            text=with_instruction(item.text, self.instruction),
             gold=item.gold,
             split=split,
             scorer=self.scorer,
