@@ -12,7 +12,7 @@ from traces import Traces
 def hindsight(traces: Traces) -> Halts:
     """Halts (P,) at the first correct answer.
 
-    No policy has a better EM; the saving is what it could come with.
+    No policy has a better EM; the saving is one that such an EM could come with.
     """
     return traces.correct
 
