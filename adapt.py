@@ -8,7 +8,8 @@ head keeps its weights and prices, and its features are standardised by the new 
 which needs no label. With labels, a point is made stricter where they refute it, and stays where
 they do not: choosing anew on some 50 questions would lose more to chance than it could win.
 
-Writes a run folder: config.json, operating_points.json, head.safetensors and head.json.
+It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
+questions that were learned from, and the heads of the run's folds, adapted too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from policies.policy import decisions, signal_under
 from runs import Gates, Learned, Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
-# With fewer, means and spreads are too noisy: from 20 questions the head loses 3 points of saving,
+# With fewer questions, means and spreads are too noisy: from 20 the head loses 3 points of saving,
 # from 30 none.
 _MIN_QUESTIONS = 30
 
@@ -50,18 +51,18 @@ class AdaptConfig:
     traces: Path
     """Recorded traces of the new LM, a file or a folder; test questions in it are not used."""
     run_dir: Path
-    """Run folder to write, a new one."""
+    """Run folder to write; it must not exist."""
     labelled: bool = False
-    """Whether it is known which answers are correct. Otherwise that is not looked at."""
+    """Whether it is known which answers are correct. Otherwise correctness is not looked at."""
     max_traces: int = MAX_TRACES
-    """Traces in memory at most; of more, a sample of questions is used."""
+    """The most traces to hold in memory; of more, a sample of questions is used."""
 
 
 def main(config: AdaptConfig) -> Path:
-    """Adapts, and writes the run folder.
+    """Adapts a run's head and its points, and writes them as a new run.
 
     Returns:
-        The run folder.
+        The new run folder.
 
     Raises:
         InputError: If the run or the traces cannot be used, or do not fit each other; nothing is
@@ -94,7 +95,7 @@ def main(config: AdaptConfig) -> Path:
 
 
 def adapt(head: HaltHead, traces: Traces) -> HaltHead:
-    """The same weights, with features standardised by the traces of another LM.
+    """Returns a head with the same weights, and features standardised by another LM's traces.
 
     Labels have no influence; only the digest of the traces in the head's config covers them.
 
@@ -121,7 +122,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
 
 
 def _with(learned: Learned, traces: Traces) -> Learned:
-    """What a run learned from, with the questions of some traces, which no fold keeps back."""
+    """Adds the questions of some traces to what a run learned from; no fold keeps those back."""
     adapted_to = set(traces.question_id.tolist())
     folds = {
         seed: {question: k for question, k in fold.items() if question not in adapted_to}
@@ -131,7 +132,7 @@ def _with(learned: Learned, traces: Traces) -> Learned:
 
 
 def _transferable(gates: Gates) -> Gates:
-    """The points of the policies that are not fitted to the traces of one LM."""
+    """Keeps the points of the policies that are not fitted to the traces of one LM."""
     names = {"head", *(policy.name for policy in baselines.BASELINES)}
     return {
         gate: {name: point for name, point in points.items() if name in names}
@@ -140,12 +141,15 @@ def _transferable(gates: Gates) -> Gates:
 
 
 def tighten_points(head: HaltHead, traces: Traces, gates: Gates) -> Gates:
-    """The points of the head and the baselines, stricter where labelled traces refute them.
+    """Makes the points of the head and the baselines stricter where labelled traces refute them.
 
     Args:
-        head: Adapted to the LM of the traces.
-        traces: Labelled.
-        gates: Points by gate. A policy whose signal the traces lack is left out.
+        head: The head, adapted to the LM of the traces.
+        traces: Labelled traces.
+        gates: By gate, the points of the policies.
+
+    Returns:
+        By gate, the new points; a policy whose signal the traces lack is left out.
     """
     probing = head.config.halting.probing
     tightened: Gates = {gate: {} for gate in gates}
@@ -167,18 +171,19 @@ def tighten_points(head: HaltHead, traces: Traces, gates: Gates) -> Gates:
 def tighten(
     traces: Traces, outcomes: Mapping[float, Outcome], point: float, gate: float
 ) -> float | None:
-    """The point, or the next one that saves less, until the traces no longer refute it.
+    """Returns a policy's point, or the most saving stricter one that traces do not refute.
 
-    They refute a point if the 95 % interval of its EM change lies below -gate.
+    Traces refute a point if the 95 % interval of its EM change on them lies below -gate. Stricter
+    points are those that save less.
 
     Args:
         traces: N labelled traces.
-        outcomes: By parameter, on those traces.
-        point: The parameter chosen elsewhere, one of them.
-        gate: Mean EM that may be lost, in [0, 1].
+        outcomes: By parameter, the policy's outcomes on those traces.
+        point: The parameter that was chosen elsewhere, one of those.
+        gate: How much mean EM may be lost, in [0, 1].
 
     Returns:
-        None (never halt) if every point that saves anything is refuted.
+        The parameter; None (never halt) if every point that saves anything is refuted.
     """
     saved = {parameter: saving(traces, outcome) for parameter, outcome in outcomes.items()}
     stricter = [at for at in outcomes if 0 < saved[at] < saved[point]]
@@ -190,7 +195,7 @@ def tighten(
 
 
 def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
-    """The traces to learn from.
+    """Reads the traces to adapt to.
 
     Raises:
         InputError: If they were recorded under other conditions than the head's, are of several
@@ -212,7 +217,7 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
 
 
 def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
-    """The head with its strictest point that halts at all as the default price, if it has one."""
+    """Returns the head with its strictest point that halts as the default price, if it has one."""
     price = strictest_price(gates) or head.config.default_price
     return HaltHead(replace(head.config, default_price=price), head.weights)
 

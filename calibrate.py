@@ -1,4 +1,4 @@
-"""Certifies a run's head: the most saving price whose exact match loss is bounded.
+"""Certifies a run's head: finds the most saving price whose loss of exact match is bounded.
 
     python calibrate.py --head RUN --traces FILE_OR_FOLDER --max-em-drop 0.02 --confidence 0.9
 
@@ -39,7 +39,7 @@ from policies.policy import decisions
 from runs import Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
-# Of the planning table, beside the one that was asked for.
+# The drops that the table for planning shows, beside the one that was asked for.
 _DROPS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1)
 
 _LOSS = {
@@ -60,15 +60,17 @@ class CalibrateConfig:
     traces: Path
     """Recorded traces with known answers, a file or a folder."""
     max_em_drop: float
-    """What may be lost in the mean over questions: 0.02 is two points of exact match."""
+    """How much may be lost in the mean over questions: 0.02 is two points of exact match."""
     confidence: float = 0.9
-    """Chance that the certificate is right."""
+    """Probability that the certificate is right, at least."""
     risk: Risk = "net-em-loss"
-    """What a loss is: exact match minus what halting wins, or every right answer turned wrong."""
+    """What counts as a loss: net-em-loss is exact match lost, less what halting wins;
+    right-to-wrong is every right answer turned wrong."""
     split: str = "all"
-    """Which rows: train, dev, test, or all."""
+    """Which of the traces to use: train, dev, test, or all."""
     max_traces: int = MAX_TRACES
-    """Traces in memory at most; of more, the certificate rests on a sample of questions."""
+    """The most traces to hold in memory; of more, the certificate rests on a sample of
+    questions."""
 
 
 def main(config: CalibrateConfig) -> Certificate:
@@ -101,7 +103,7 @@ def main(config: CalibrateConfig) -> Certificate:
 
 
 def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
-    """The traces of questions that the head never learned from.
+    """Reads the traces of questions that the head never learned from.
 
     Raises:
         InputError: If there are none, or they were recorded under other conditions than the head's.
@@ -122,6 +124,7 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
 
 
 def _warn_if_asked_before(config: CalibrateConfig, head: HaltHead, traces: Traces) -> None:
+    """Prints a warning if the head has another certificate, or one that rests on other traces."""
     earlier = head.config.certificate
     if earlier is None:
         return
@@ -143,6 +146,16 @@ def _certificate(
     pooled: Measured,
     segments: dict[str, Measured],
 ) -> Certificate:
+    """Returns the certificate, pooled over all questions and for each segment.
+
+    Args:
+        config: What is asked.
+        head: The head to certify.
+        traces: The traces that the certificate rests on.
+        prices: K prices, the strictest first.
+        pooled: What the prices come to on all questions.
+        segments: By name of a segment, what the prices come to on its questions.
+    """
     delta = 1 - config.confidence
     found = _found("", pooled, prices, certify(pooled, config.max_em_drop, delta))
     by_segment = certify_segments(segments, config.max_em_drop, delta)
@@ -167,6 +180,7 @@ def _certificate(
 def _found(
     segment: str, measured: Measured, prices: Sequence[float], k: int | None
 ) -> SegmentCertificate:
+    """Returns what is certified of a segment by the k-th price; None certifies no price."""
     num_questions = len(measured.losses)
     if k is None:
         return SegmentCertificate(segment, num_questions, None, 0.0, 0.0)
@@ -175,7 +189,7 @@ def _found(
 
 
 def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -> str:
-    """All that is printed about a certificate."""
+    """Returns all that is printed about a certificate."""
     drop, delta = certificate.max_em_drop, 1 - certificate.confidence
     lines = [
         f"{certificate.num_questions} questions, {certificate.num_traces} traces of "
@@ -208,6 +222,7 @@ def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -
 
 
 def _segment_rows(certificate: Certificate) -> list[tuple[str, ...]]:
+    """Returns the cells of a row for each segment."""
     drop, delta = certificate.max_em_drop, 1 - certificate.confidence
     counts = {entry.segment: entry.num_questions for entry in certificate.segments}
     tested = segments_to_test(counts, drop, delta)
@@ -224,6 +239,7 @@ def _segment_rows(certificate: Certificate) -> list[tuple[str, ...]]:
 def _planned_rows(
     certificate: Certificate, prices: Sequence[float], pooled: Measured
 ) -> list[tuple[str, ...]]:
+    """Returns the cells of a row for each drop that might have been asked for."""
     rows = []
     for drop in sorted({*_DROPS, certificate.max_em_drop}):
         k = certify(pooled, drop, 1 - certificate.confidence)
@@ -233,23 +249,27 @@ def _planned_rows(
 
 
 def _cells(price: float | None, saving: float, loss: float) -> tuple[str, ...]:
+    """Returns the cells of a price, its saving and its loss."""
     if price is None:
         return _NEVER
     return f"{price:.6g}", f"{100 * saving:.1f}", f"{100 * loss:z.2f}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table, the titles first."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     return ["  " + "  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (titles, *rows)]
 
 
 def _smallest(certificate: Certificate) -> str:
+    """Says what the smallest drop is with which something would be certified."""
     if certificate.smallest_em_drop is None:
         return "No drop would be certified with some saving."
     return f"Smallest drop with some saving: {_points(certificate.smallest_em_drop)}."
 
 
 def _needed(certificate: Certificate, pooled: Measured) -> str:
+    """Says how many questions are needed if losses stay as observed."""
     if certificate.price is not None:
         return f"with losses as observed, these {certificate.num_questions} were enough"
     needed = questions_needed(pooled, certificate.max_em_drop, 1 - certificate.confidence)
@@ -259,6 +279,7 @@ def _needed(certificate: Certificate, pooled: Measured) -> str:
 
 
 def _points(share: float) -> str:
+    """Returns a share as points of a hundred, with the word."""
     number = f"{100 * share:.4g}"
     return f"{number} point" if number == "1" else f"{number} points"
 

@@ -1,4 +1,4 @@
-"""Exact match against tokens: a run's head, the baselines, and what hindsight could do.
+"""Compares a run's head with baselines and hindsight, in exact match and in tokens.
 
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID
@@ -21,18 +21,18 @@ from traces.store import read_columns
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compare a run's head with baselines on recorded traces, every number frozen before."""
+    """Compare a run's head with baselines on recorded traces, each at numbers frozen before."""
 
     head: Path
     """Run folder, written by train.py."""
     traces: Path | None = None
     """Trace file, or folder of *.parquet shards. Default: what the run was trained from."""
     split: str = "test"
-    """Which rows: train, dev, test, or all. Questions that the run learned from are judged by the
-    heads of its folds that never saw them; those outside of its sample have none, and are no
-    evidence."""
+    """Which of the traces to judge: train, dev, test, or all. Questions that the run learned from
+    are judged by the heads of its folds that never saw them; those outside of its sample have no
+    such heads, and are no evidence."""
     max_traces: int = MAX_TRACES
-    """Traces in memory at most. Of more, a sample of that many is judged, by question."""
+    """The most traces to hold in memory. Of more, a sample of that many is judged, by question."""
     json: Path | None = None
     """Write everything that was found as JSON here."""
     report: Path | None = None
@@ -66,7 +66,11 @@ def main(config: EvaluateConfig) -> Report | None:
 
 
 def _check(config: EvaluateConfig) -> None:
-    """Finds before the work what would fail after it."""
+    """Refuses, before the work, what would fail after it.
+
+    Raises:
+        InputError: If outputs do not fit each other, or one could not be written.
+    """
     outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
     if config.explain is not None and (outputs or config.live):
         raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")
@@ -85,7 +89,7 @@ def _check(config: EvaluateConfig) -> None:
 
 
 def _explained(recorded: TraceFiles, trace_id: str, trained: Trained) -> str:
-    """The decision path of one trace, at the head's own price.
+    """Tells the decision path of one trace, at the head's own price.
 
     Raises:
         InputError: If there is no such trace, or the head never halts.

@@ -4,7 +4,7 @@
     python train.py --traces FILE_OR_FOLDER      recorded traces of any LM
     python train.py --live                       PPO on the running LM from the start
 
-Writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
+It writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
 questions that it learned from and the heads of its folds, the results out of fold (JSON, PNG) and
 on test questions (JSON, HTML, PNG), the agent (zip) and TensorBoard's files.
 """
@@ -66,28 +66,29 @@ class TrainConfig(AskConfig):
     """Recorded traces to train on, a file or a folder. Default: those of the LM, recorded first
     if there are none."""
     live: bool = False
-    """Train on the running LM from the start, with no replay before."""
+    """Train on the running LM from the start, without training on recorded traces before."""
     run_dir: Path | None = None
-    """Run folder. Default: a new dated one under checkpoints/."""
+    """Run folder to write. Default: a new dated one under checkpoints/."""
     resume: bool = False
     """Go on with the interrupted run in --run-dir."""
     num_questions: int = 800
-    """Questions a split to record, at most."""
+    """The most questions of each split to record."""
     max_traces: int = MAX_TRACES
-    """Traces in memory at most. Of more, the head learns a chunk at a time; all else, from the
-    standardisation to the operating points, comes from a sample of that many, by question."""
+    """The most traces to hold in memory. Of more, the head learns a chunk at a time; all else,
+    from the standardisation to the operating points, comes from a sample of that many, by
+    question."""
     groups: tuple[str, ...] | None = None
     """Feature groups that the head reads. Default: all that the traces have the signals for."""
     probing: Probing | None = None
     """always looks at a forced answer at every decision point; at_halt forces one only on halting
     (for --groups pace). Default: as the traces were recorded."""
     folds: int = 5
-    """Folds for choosing the operating points."""
+    """Number of folds of the cross-validation that the operating points are chosen by."""
     seeds: int = 3
-    """Trainings of every fold, each with its own division into folds: the points are chosen on
-    their mean, and their spread is reported."""
+    """How often to train on the folds, each time with a new division into folds: the points are
+    chosen on the mean of the trainings, and their spread is reported."""
     seed: int = 0
-    """Of everything random; the first of the seeds."""
+    """Seed of everything random, and the first of the seeds."""
     fit: FitConfig = field(default_factory=FitConfig)
     """Training on recorded traces."""
     live_ppo: PPOConfig = field(
@@ -95,11 +96,11 @@ class TrainConfig(AskConfig):
             total_timesteps=50_000, num_envs=64, n_steps=32, batch_size=512, learning_rate=1e-4
         )
     )
-    """Training on the running LM, after replay; with --live instead of it."""
+    """Training on the running LM, after that on recorded traces; with --live instead of it."""
 
 
 def main(config: TrainConfig) -> Path:
-    """Trains, chooses the operating points, exports.
+    """Trains, chooses the operating points, exports the head, and judges it on test questions.
 
     Returns:
         The run folder.
@@ -145,6 +146,11 @@ def _evaluate(config: TrainConfig, opened: Run) -> None:
 
 
 def _check(config: TrainConfig) -> None:
+    """Refuses settings that do not fit each other, before any work is done.
+
+    Raises:
+        InputError: If they do not.
+    """
     if config.live and config.traces is not None:
         raise InputError("--live trains on the running LM: expected no --traces with it")
     if config.resume and config.run_dir is None:
@@ -169,7 +175,11 @@ def _check(config: TrainConfig) -> None:
 
 
 def _record(config: TrainConfig) -> Path:
-    """Records the LM's traces where they are not yet; a started recording is completed."""
+    """Records the LM's traces, or completes a recording that was begun.
+
+    Returns:
+        The folder of the traces, whose name tells the LM, the task and the other settings.
+    """
     lm = LanguageModel.load(config.lm, config.device, config)
     asked = {field.name: getattr(config, field.name) for field in fields(AskConfig)}
     usual = asdict(AskConfig(lm=config.lm, device=config.device, task=config.task))
@@ -184,20 +194,21 @@ def _record(config: TrainConfig) -> Path:
 
 @dataclass(frozen=True)
 class _Material:
-    """Traces of the train and dev splits, of which some are in memory."""
+    """Traces of the train and dev splits, of which some are in memory; R recorded rows in all."""
 
     recorded: TraceFiles
     rows: NDArray[np.bool_]
-    """What the head learns from."""
+    """(R,) which recorded rows the head learns from."""
     sample: Traces
-    """In memory; all of them if they are not too many."""
+    """The traces in memory: of the two splits all, or a sample if they are too many."""
     learned_from: Traces
     """Those of the sample that the head learns from."""
     max_traces: int
+    """The most traces to hold in memory."""
 
     @classmethod
     def of(cls, recorded: TraceFiles, config: TrainConfig) -> _Material:
-        """Reads the sample.
+        """Reads the sample into memory.
 
         Raises:
             InputError: If there is no train or dev trace, or a value is not as the schema says.
@@ -214,18 +225,22 @@ class _Material:
 
     @property
     def num_more(self) -> int:
-        """Traces that the head learns from and that are not in the sample."""
+        """How many traces the head learns from that are not in the sample."""
         return int(self.rows.sum()) - len(self.learned_from)
 
     def chunks(self, seed: int) -> Traces | Chunks:
-        """What the head learns from, a chunk at a time if it is too much."""
+        """Returns the traces that the head learns from, in chunks if they are too many."""
         if not self.num_more:
             return self.learned_from
         return self.recorded.chunks(self.rows, self.max_traces, seed)
 
 
 def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
-    """What the head will be valid for: the conditions that the traces were recorded under."""
+    """Returns what the head will be valid for: the conditions that the traces were recorded under.
+
+    Raises:
+        InputError: If the traces or the groups asked for do not fit the probing asked for.
+    """
     traces, recorder = material.learned_from, material.recorded.recorder
     halting = Halting.of_recorder(recorder, config.probing)
     groups = config.groups or available_groups(traces, halting)
@@ -243,7 +258,7 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
 
 
 def _open_run(config: TrainConfig, traces: Path, digest: str) -> Run:
-    """Makes the run folder and writes down what is about to be done.
+    """Makes the run folder and writes down what is about to be done, or goes on with a run.
 
     Raises:
         InputError: If the folder exists and is not to be resumed, or holds another run.
@@ -270,7 +285,11 @@ def _open_run(config: TrainConfig, traces: Path, digest: str) -> Run:
 
 
 def _check_same(opened: Run, settings: Mapping[str, Any]) -> None:
-    """Refuses to go on with what is no run, or was begun otherwise."""
+    """Refuses to go on with what is no run, or was begun with other settings.
+
+    Raises:
+        InputError: If that is so.
+    """
     if not opened.folder.is_dir():
         raise InputError(f"{opened.folder}: no such run to go on with")
     try:
@@ -284,7 +303,7 @@ def _check_same(opened: Run, settings: Mapping[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit that is run, marked if files differ from it; None outside a clone."""
+    """Returns the commit that is run, marked if files differ from it; None outside a clone."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     folder = Path(__file__).parent
     try:
@@ -296,22 +315,22 @@ def _commit() -> str | None:
 
 @dataclass(frozen=True)
 class _Learning:
-    """What learning came to: an agent, and how it does where it has not learned."""
+    """An agent, and how it does on questions that it has not learned from."""
 
     agent: Agent
     learned: Learned
     judged_on: Traces
-    """Traces that points are chosen on."""
+    """The traces that points are chosen on."""
     outcomes: dict[float, Outcome]
-    """By price, on those."""
+    """By price, the head's outcomes on those traces."""
     trials: Trials | None
-    """None without folds."""
+    """What the trainings fold by fold came to; None without folds."""
 
 
 def _train_beside(
     config: TrainConfig, opened: Run, head: HeadConfig, material: _Material
 ) -> _Learning:
-    """Trains on the running LM alone."""
+    """Trains on the running LM alone, and judges the agent on the dev split."""
     learned_from = material.learned_from
     agent = _train_live(config, opened, head, learned_from, None)
     judged_on = material.sample.of_split("dev")
@@ -327,7 +346,10 @@ def _train_from(
     material: _Material,
     fold: Mapping[int, NDArray[np.int64]],
 ) -> _Learning:
-    """Trains on recorded traces, fold by fold first; and where there is one, on the running LM."""
+    """Trains on recorded traces, first fold by fold, then on all of them.
+
+    If no traces were passed, the LM that was recorded is there: the agent goes on beside it.
+    """
     traces = material.sample
     trials, learned = _try(config, opened, head, traces, fold), _learned(material, fold)
     opened.copy_kept_back(
@@ -342,7 +364,7 @@ def _train_from(
 def _choose(
     config: TrainConfig, head: HeadConfig, learned_from: Traces, learning: _Learning
 ) -> Choice:
-    """The operating points of the head and the baselines."""
+    """Chooses the operating points of the head and the baselines."""
     kept_back = learning.learned.folds.get(config.seed, {})
     models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
     probing = head.halting.probing
@@ -360,7 +382,7 @@ def _try(
     traces: Traces,
     fold: Mapping[int, NDArray[np.int64]],
 ) -> Trials:
-    """Trains fold by fold with every seed, and tells what came of it."""
+    """Trains fold by fold with every seed, and prints what came of it."""
     prices = price_grid(head.observing)
     decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds)
     weights = balance(np.array(prices), head.observing)
@@ -370,6 +392,7 @@ def _try(
 
 
 def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Learned:
+    """Returns which questions are learned from, and by seed which fold (N,) keeps each back."""
     question_id = material.sample.question_id.tolist()
     by_seed = {seed: dict(zip(question_id, of.tolist(), strict=True)) for seed, of in fold.items()}
     return Learned(material.recorded.question_ids(material.rows), by_seed)
@@ -378,6 +401,7 @@ def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Lear
 def _train_replay(
     config: TrainConfig, opened: Run, head: HeadConfig, material: _Material, share: float
 ) -> Agent:
+    """Trains on recorded traces, up to a share of PPO's decisions."""
     return fit(
         material.chunks(config.seed),
         head,
@@ -393,7 +417,15 @@ def _train_replay(
 def _train_live(
     config: TrainConfig, opened: Run, head: HeadConfig, traces: Traces, start: Agent | None
 ) -> Agent:
-    """PPO on the running LM, on the questions of some traces; from another agent or afresh."""
+    """Trains on the running LM, on the questions of some traces.
+
+    Args:
+        config: The settings.
+        opened: The run.
+        head: What the agent observes.
+        traces: The traces, which also tell how the LM was run.
+        start: The agent to go on from; None starts afresh.
+    """
     asked = set(traces.question_id.tolist())
     pool = [
         question
@@ -422,7 +454,7 @@ def _train_live(
 
 
 def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) -> None:
-    """Writes what the run came to; the head last, since a folder with a head is a whole run."""
+    """Writes the results of the run; the head last, since a folder with a head is a whole run."""
     content = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
     if learning.trials is not None:
         content["trials"] = [trial.to_json() for trial in learning.trials.each]
@@ -430,7 +462,7 @@ def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) ->
     opened.save_out_of_fold(content)
     plot_frontiers(choice.rows, choice.frozen, opened.out_of_fold_plot)
     opened.save_operating_points(choice.gates)
-    # A head without a point that halts keeps its lowest price.
+    # If the head never halts at any point, its lowest price stays its default.
     price = strictest_price(choice.gates) or head.config.default_price
     opened.save_head(HaltHead(replace(head.config, default_price=price), head.weights))
 

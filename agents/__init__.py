@@ -1,1 +1,1 @@
-"""Agents: PPO, its start from recorded traces, and its export as a head."""
+"""Agents: how one is trained with PPO, started from recorded traces, and exported as a head."""

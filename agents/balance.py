@@ -1,4 +1,4 @@
-"""Weighing prices alike: at a low price tokens move the return little, and would be ignored."""
+"""Makes every price count alike: at a low one, tokens move the return too little to be learned."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 
 from haltwise import Observing
 
-# Keeps the chance of exact match, which weighs the same at every price, from drowning the rest.
+# Bounds the weights at low prices: there the return is nearly exact match alone, which would
+# drown the rest.
 _FLOOR = 0.1
 
 
 def balance(price: NDArray[np.float64], observing: Observing) -> NDArray[np.float64]:
-    """Positive weights (B,) of episodes at prices (B,).
+    """Returns the positive weights (B,) that the rewards of episodes at prices (B,) get.
 
         weight = 1 / (0.1 + 2 * price / highest price)
 

@@ -1,4 +1,4 @@
-"""Training on recorded traces: once on all of them, or fold by fold to judge it honestly."""
+"""Trains agents on recorded traces, fold by fold to judge them honestly, and on a running LM."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from haltwise.policy.signals import Float
 from policies.observing import observing_at_prices
 from traces import Chunks, Traces, chunks_of
 
-#: Shares of PPO's decisions after which an agent is tried out of fold. 0 is its start.
+#: Shares of PPO's decisions after which an agent is tried out of fold. 0 is where PPO begins.
 CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
 
-# Points that a head decides on.
+# The most points that a head decides on in one pass.
 _AT_A_TIME = 1 << 16
 
 
@@ -43,9 +43,9 @@ class FitConfig:
     """How an agent is trained on recorded traces."""
 
     pathwise: PathwiseConfig = field(default_factory=PathwiseConfig)
-    """The start, before PPO."""
+    """The start that the agent gets from recorded traces before PPO."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    """PPO on replay."""
+    """PPO on replayed traces."""
 
 
 def fit(
@@ -63,16 +63,21 @@ def fit(
     """Trains an agent on recorded traces.
 
     Args:
-        traces: To replay. The schedule is spread evenly over chunks, and PPO takes a new one
-            between two rollouts: with more chunks than rollouts it does not come to them all.
+        traces: The traces to replay. The schedule is spread evenly over chunks, and PPO takes a
+            new one between two rollouts: with more chunks than rollouts it does not come to them
+            all.
         head: What the agent observes, and under which halting conditions.
-        config: Schedule.
-        seed: Of everything random.
-        share: Of PPO's decisions, where it ends; its schedule is for all of them.
+        config: The settings of the training.
+        seed: The seed of everything random.
+        share: The share of PPO's decisions after which training ends. The schedule of the
+            learning rate is that of the whole training all the same.
         reached: Called with the agent at each of CHECKPOINTS.
-        log_dir: Where TensorBoard's files go, if anywhere.
+        log_dir: The folder that TensorBoard's files go to; None writes none.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
-        progress_bar: Whether to show one.
+        progress_bar: Whether to show a progress bar.
+
+    Returns:
+        The trained agent.
 
     Raises:
         InputError: If no trace has a decision point.
@@ -121,14 +126,17 @@ def fit_live(
     """Trains an agent on a running LM.
 
     Args:
-        env: Plays it.
+        env: The environment that runs the LM.
         head: What the agent observes.
-        config: Schedule.
-        seed: Of everything random.
-        mean_points: Decision points of a mean trace.
+        config: The settings of the training.
+        seed: The seed of everything random.
+        mean_points: The mean number of decision points in a trace.
         start: An agent to go on from, trained on replay; None starts afresh.
-        log_dir: Where TensorBoard's files go.
+        log_dir: The folder that TensorBoard's files go to.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
+
+    Returns:
+        The trained agent.
     """
     ppo = make_ppo(env, head.observing, config, mean_points=mean_points, seed=seed, log_dir=log_dir)
     if checkpoint.exists():
@@ -147,15 +155,15 @@ def learn(
     progress_bar: bool,
     callbacks: Sequence[BaseCallback] = (),
 ) -> None:
-    """Runs PPO up to some number of decisions, saving it as it goes.
+    """Trains an agent until it has made some number of decisions, saving it as it goes.
 
     Args:
-        ppo: The agent; it goes on from the decisions it has made already.
-        total_timesteps: Decisions in all.
-        name: Of the TensorBoard run.
-        checkpoint: Where to save, if anywhere.
-        progress_bar: Whether to show one.
-        callbacks: To call besides.
+        ppo: The agent; it goes on from the decisions that it has made already.
+        total_timesteps: How many decisions it has made in all when the training ends.
+        name: The name of the run in TensorBoard.
+        checkpoint: The file to save the agent to; None saves nothing.
+        progress_bar: Whether to show a progress bar.
+        callbacks: Callbacks that PPO calls beside those for logging and saving.
     """
     callbacks = [HaltLog(), *callbacks]
     if checkpoint is not None:
@@ -174,7 +182,7 @@ def learn(
 
 
 class _Checkpoints(BaseCallback):
-    """Shows the agent at each of CHECKPOINTS, and ends the learning at one of them."""
+    """Hands the agent over at each of CHECKPOINTS, and ends the training after a share of it."""
 
     def __init__(self, total: int, share: float, reached: Callable[[Agent], None] | None) -> None:
         super().__init__()
@@ -182,7 +190,7 @@ class _Checkpoints(BaseCallback):
         self._end, self._reached = share * total, reached
 
     def _on_step(self) -> bool:
-        # The rollout that follows the end is begun and dropped.
+        # PPO can be ended only inside of a rollout: it begins one more, which is dropped.
         return not self._over
 
     def _on_rollout_start(self) -> None:
@@ -201,10 +209,19 @@ class _Checkpoints(BaseCallback):
 
 
 class _Streaming(BaseCallback):
-    """Replays another chunk of traces from time to time; unfinished episodes are dropped."""
+    """Gives the environment another chunk of traces from time to time.
+
+    The episodes that are unfinished then are dropped.
+    """
 
     def __init__(self, env: ReplayEnv, chunks: Iterator[Traces], each: float) -> None:
-        """Takes the environment of the first chunk, the others, and decisions for each."""
+        """Remembers what to replay.
+
+        Args:
+            env: The environment, which replays the first chunk.
+            chunks: The other chunks.
+            each: How many decisions are made on each chunk.
+        """
         super().__init__()
         self._env, self._chunks, self._each = env, chunks, each
         self._num_loaded = 1
@@ -244,26 +261,35 @@ class _Saving(BaseCallback):
 
 
 def _save(ppo: Agent, path: Path) -> None:
+    """Writes the agent to a zip file, whole or not at all."""
     temporary = path.with_name(f"{path.stem}.part.zip")
     ppo.save(temporary)
     os.replace(temporary, path)
 
 
 def _restore(ppo: Agent, checkpoint: Path) -> None:
+    """Puts an agent back to where it was when it was saved; its settings stay its own."""
     ppo.set_parameters(str(checkpoint), device="cpu")
     ppo.num_timesteps = PPO.load(checkpoint, device="cpu").num_timesteps
 
 
 @dataclass(frozen=True)
 class _Fold:
-    traces: Path  # a pickle of all of them: a job is light, and a worker keeps what it selects
-    kept_back: NDArray[np.bool_]  # (N,)
+    """One training on all folds but one, for a process to do."""
+
+    traces: Path
+    """A pickle of all traces: so jobs are light, and a worker keeps only what it selects."""
+    kept_back: NDArray[np.bool_]
+    """(N,) whether a trace belongs to the fold that is kept back."""
     head: HeadConfig
     config: FitConfig
     prices: tuple[float, ...]
+    """The prices at which the agent decides about the fold."""
     seed: int
     folder: Path
+    """The folder that the heads go to."""
     decided: Path
+    """The file that the decisions go to."""
 
 
 def out_of_fold(
@@ -274,24 +300,24 @@ def out_of_fold(
     prices: Sequence[float],
     cache: Path,
 ) -> Mapping[int, NDArray[np.bool_]]:
-    """Where agents that never saw a trace's question would halt it.
+    """Returns where agents that never saw a trace's question would halt it.
 
-    One agent a seed and fold, trained on the other folds, in as many processes as there are
-    cores.
+    For every seed and fold one agent is trained on the other folds, in as many processes as there
+    are cores.
 
     Args:
         traces: N traces with P points.
-        fold: The fold (N,) of each, by seed. The seed is that of the training, too.
-        head: What the agents observe. Each fold standardises and projects by its own training
-            traces.
-        config: Schedule.
-        prices: Where to read the agents.
-        cache: Folder that keeps finished folds, so that an interrupted job goes on, and their
+        fold: By seed, the fold (N,) of each trace. The seed is also that of the training.
+        head: What the agents observe. Each agent standardises and projects by the traces that it
+            is trained on.
+        config: The settings of the training.
+        prices: The prices at which the agents decide.
+        cache: The folder that keeps finished folds, so that an interrupted job goes on, and their
             agents' heads at each of CHECKPOINTS: see `fold_folder`.
 
     Returns:
-        By seed: halting decisions (C, number of prices, P) at each of CHECKPOINTS, put together
-        when they are asked for.
+        By seed, the halting decisions (C, number of prices, P) at each of the C CHECKPOINTS, put
+        together when they are asked for.
     """
     cache.mkdir(parents=True, exist_ok=True)
     paths = {
@@ -325,7 +351,7 @@ def out_of_fold(
 
 
 def _each(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
-    """Fits folds in as many processes as there are cores; on one core in this one."""
+    """Does jobs in as many processes as there are cores; on one core, in this process."""
     workers = min(len(jobs), num_cores)
     if workers < 2:
         yield from map(_fit_fold, jobs)
@@ -337,10 +363,10 @@ def _each(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
 
 @contextmanager
 def _light_processes() -> Iterator[None]:
-    """Processes that are started here do not import the running script.
+    """Keeps processes that are started inside of it from importing the running script.
 
-    They would, as multiprocessing does, and with it LMs, figures and more that no fold needs:
-    some 250 MB a process.
+    By default multiprocessing imports it in each of them, and with it LMs, figures and more that
+    no fold needs: some 250 MB a process.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -351,12 +377,17 @@ def _light_processes() -> Iterator[None]:
 
 
 class _Decided(Mapping[int, NDArray[np.bool_]]):
-    """The decisions of every seed, of which no more are in memory than are asked for."""
+    """The decisions of every seed; those of a seed are read from files when they are asked for."""
 
     def __init__(
         self, paths: Mapping[tuple[int, int], Path], fold: Mapping[int, NDArray[np.int64]]
     ) -> None:
-        """Takes the file of each seed and fold, and the fold (P,) of each point by seed."""
+        """Remembers where decisions are found.
+
+        Args:
+            paths: By seed and fold, the file of decisions about that fold's points.
+            fold: By seed, the fold (P,) of each point.
+        """
         self._paths, self._fold = paths, fold
 
     def __len__(self) -> int:
@@ -378,13 +409,23 @@ class _Decided(Mapping[int, NDArray[np.bool_]]):
 
 
 def fold_folder(cache: Path, seed: int, k: int) -> Path:
-    """The folder of a fold's heads, one folder each of CHECKPOINTS: "0", "1", ..."""
+    """Returns the folder of a fold's heads, which has one folder each of CHECKPOINTS: "0", "1", ...
+
+    Args:
+        cache: The folder that `out_of_fold` was given.
+        seed: The seed of the training.
+        k: The fold that was kept back.
+    """
     return cache / f"{seed}-{k}"
 
 
 def _fit_fold(job: _Fold) -> None:
-    """Saves decisions (C, number of prices, P) on the traces kept back, and the fold's heads."""
-    gc.collect()  # the last job's agent and environment refer to each other
+    """Trains on all folds but one, and saves the heads and their decisions about that one.
+
+    The decisions are of shape (C, number of prices, points of the fold).
+    """
+    # The last job's agent and environment refer to each other, so only the collector frees them.
+    gc.collect()
     with job.traces.open("rb") as file:
         traces: Traces = pickle.load(file)
     train, held_out = traces.select(~job.kept_back), traces.select(job.kept_back)
@@ -401,7 +442,7 @@ def _fit_fold(job: _Fold) -> None:
         decided.append(_halts(head, features, job.prices))
 
     ppo = fit(train, config, job.config, job.seed, reached=decide)
-    if not decided:  # no PPO at all
+    if not decided:  # PPO makes no decision at all, so no checkpoint was reached
         decide(ppo)
     temporary = job.decided.with_suffix(".part.npy")
     np.save(temporary, np.stack(decided + decided[-1:] * (len(CHECKPOINTS) - len(decided))))
@@ -409,7 +450,10 @@ def _fit_fold(job: _Fold) -> None:
 
 
 def _halts(head: HaltHead, features: Float, prices: Sequence[float]) -> NDArray[np.bool_]:
-    """Decisions (number of prices, P); the layers of many points would take too much memory."""
+    """Returns the head's decisions (number of prices, P) about points, some points at a time.
+
+    The layers of all points at once would take too much memory.
+    """
     pieces = np.split(features, range(_AT_A_TIME, len(features), _AT_A_TIME))
     each = [np.stack([head.halts(piece, price) for price in prices]) for piece in pieces]
     return np.concatenate(each, axis=1)

@@ -40,24 +40,26 @@ class PathwiseConfig:
     steps: int = 300
     """Gradient steps; 0 leaves PPO to start from its own initialisation."""
     batch_size: int = 1024
-    """Traces a step, each at a price of its own."""
+    """Traces in a gradient step, each at a price of its own."""
     learning_rate: float = 3e-3
-    """Peak of the one-cycle schedule."""
+    """Peak of the one-cycle schedule of the learning rate."""
     weight_decay: float = 3.0
-    """Of AdamW: times the learning rate, what a step takes off every weight."""
+    """AdamW's weight decay: this times the learning rate is the share that a step takes off every
+    weight."""
     correct_coef: float = 2.0
-    """Weight of predicting whether the answers are correct, here and in the end."""
+    """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
+    are correct."""
 
 
 @dataclass(frozen=True)
 class _Returns:
-    """All that decides the return of N traces with P points, up to T in one; on the CPU."""
+    """All that decides the return of N traces with P points, at most T in one trace; on the CPU."""
 
-    obs: Tensor  # (P, F + 1)
-    first: Tensor  # (N,) the first point of each
+    obs: Tensor  # (P, F + 1) the observations, at a price of 1
+    first: Tensor  # (N,) the index of each trace's first point
     real: Tensor  # (N, T) whether the point exists
-    em: Tensor  # (N, T + 1), the last column: never halted
-    cost: Tensor  # (N, T + 1), in thousand tokens
+    em: Tensor  # (N, T + 1) the EM of halting at each point; in the last column, of never halting
+    cost: Tensor  # (N, T + 1) likewise, in thousands of tokens
 
 
 def start_from_traces(
@@ -71,13 +73,13 @@ def start_from_traces(
     """Trains a network in place to halt recorded traces well at every price of the range.
 
     Args:
-        policy_net: Observations (.., F + 1) to log-odds of halting (.., 1).
-        traces: To learn from. Chunks get the same number of steps each, one chunk after the
-            other.
+        policy_net: Maps observations (.., F + 1) to log-odds of halting (.., 1).
+        traces: The traces to learn from. Chunks get the same number of steps each, one chunk after
+            the other.
         observing: How features become observations; prices are drawn from its range.
         halting: The conditions of halting.
-        config: Schedule.
-        seed: Of the batches and prices.
+        config: The settings of the training.
+        seed: The seed of the batches and prices.
 
     Raises:
         InputError: If no trace has a decision point.
@@ -114,7 +116,11 @@ def _loss(
     weight: NDArray[np.float64],
     config: PathwiseConfig,
 ) -> Tensor:
-    """What a step goes down; weight (B,) of each trace."""
+    """Returns the loss that a step goes down.
+
+    It is the expected return, negative, in the mean of the traces times their weights (B,), and
+    the cross-entropy of the two predictions of correctness.
+    """
     hidden = policy_net[:-1](batch.obs)
     expected = _expected_return(policy_net[-1](hidden)[:, 0], batch)
     loss = -(expected * torch.from_numpy(weight).float()).mean()
@@ -126,17 +132,18 @@ def _loss(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some traces, each at a price."""
+    """B traces, each at a price, with Q points in all, at most T in one trace."""
 
-    obs: Tensor  # (Q, F + 1) of the points that exist
+    obs: Tensor  # (Q, F + 1) the observations at the points that exist
     correct: Tensor  # (Q, 2) whether the answer there is correct, and whether the last one is
     real: Tensor  # (B, T) whether the point exists
-    value: Tensor  # (B, T + 1) return of halting at each point, the last column: never
+    value: Tensor  # (B, T + 1) the return of halting at each point; in the last column, of never
 
     @classmethod
     def of(
         cls, returns: _Returns, rows: Tensor, price: NDArray[np.float64], observing: Observing
     ) -> _Batch:
+        """Takes the traces of some rows (B,), which may repeat, at prices (B,)."""
         longest = int(returns.real[rows].sum(dim=1).max())
         real = returns.real[rows, :longest]
         obs = returns.obs[(returns.first[rows][:, None] + torch.arange(longest))[real]]
@@ -150,8 +157,8 @@ class _Batch:
 
 
 def _expected_return(log_odds: Tensor, batch: _Batch) -> Tensor:
-    """Expected return (B,) of halting with some log-odds (Q,) at the points that exist."""
-    # A point that does not exist is continued past.
+    """Returns the expected return (B,) of halting with log-odds (Q,) at the points that exist."""
+    # At a point that does not exist, the policy continues.
     odds = log_odds.new_full(batch.real.shape, -30.0)
     odds[batch.real] = log_odds
     log_halt, log_continue = logsigmoid(odds), logsigmoid(-odds)
@@ -162,6 +169,11 @@ def _expected_return(log_odds: Tensor, batch: _Batch) -> Tensor:
 
 
 def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns:
+    """Lays the traces that have points out in rows as long as the longest.
+
+    Raises:
+        InputError: If no trace has a decision point.
+    """
     lengths = np.diff(traces.offsets)
     if not lengths.any():
         raise InputError("no trace has a decision point: there is nothing to decide")

@@ -18,7 +18,7 @@ from agents.vec_env import BalancedVecEnv
 from envs.batched import BatchedEnv
 from haltwise import HaltHead, HeadConfig, Observing
 
-#: What is trained; `export` makes a head of it.
+#: An agent is what PPO trains; `export` makes a head of it.
 Agent = PPO
 
 
@@ -27,29 +27,29 @@ class PPOConfig:
     """stable-baselines3's hyper-parameters, under its names."""
 
     total_timesteps: int = 400_000
-    """Decisions to train for."""
+    """Decisions in the whole training."""
     num_envs: int = 1024
-    """Episodes in the batch."""
+    """Episodes that are played at once."""
     learning_rate: float = 2e-4
-    """Of Adam, falling linearly to a tenth."""
+    """Adam's learning rate at the start; it falls linearly to a tenth of that."""
     n_steps: int = 32
-    """Decisions an episode slot makes between updates."""
+    """Decisions that each of the num_envs makes in a rollout, between two updates."""
     batch_size: int = 4096
-    """Decisions a gradient step."""
+    """Decisions in a gradient step."""
     n_epochs: int = 5
-    """Passes over a rollout."""
+    """Passes of an update over its rollout."""
     gae_lambda: float = 0.98
-    """Generalised advantage estimation: near 1 for long episodes."""
+    """Lambda of generalised advantage estimation; near 1 suits long episodes."""
     clip_range: float = 0.2
-    """Of the policy ratio."""
+    """How far the ratio of the new policy to the old one may be from 1 before it is clipped."""
     ent_coef: float = 0.0
-    """Entropy bonus."""
+    """Weight of the entropy bonus in the loss."""
     vf_coef: float = 0.5
-    """Weight of the value loss."""
+    """Weight of the value loss in the loss."""
     target_kl: float | None = 0.02
-    """Ends an update early when the policy has moved this far."""
+    """KL divergence from the old policy at which an update ends early; None never ends it."""
     net_width: int = 64
-    """Units in each of the two hidden layers, of the policy and of the value."""
+    """Units in each of the two hidden layers of the policy, and in each of the value's."""
 
 
 def make_ppo(
@@ -61,19 +61,19 @@ def make_ppo(
     seed: int,
     log_dir: Path | None = None,
 ) -> Agent:
-    """PPO with a policy that starts out halting about once a trace.
+    """Returns an untrained agent whose policy starts out halting about once a trace.
 
     From the default initialisation the probability of halting is a half at every point: a long
     episode is never seen past its first points, and training collapses to halting at once. A
     bias of -log(mean points) on the log-odds is the cure.
 
     Args:
-        env: Batched environment that restarts episodes in the same step.
-        observing: The environment's, for weighing prices alike.
-        config: Hyper-parameters; `config.num_envs` must be the environment's.
-        mean_points: Decision points of a mean trace.
-        seed: Of the initialisation, the actions and the environment.
-        log_dir: Where TensorBoard's files go, if anywhere.
+        env: A batched environment that restarts episodes in the same step.
+        observing: The environment's observing; its price range makes every price count alike.
+        config: The hyper-parameters; `config.num_envs` must be the environment's.
+        mean_points: The mean number of decision points in a trace.
+        seed: The seed of the initialisation, the actions and the environment.
+        log_dir: The folder that TensorBoard's files go to; None writes none.
     """
     ppo = PPO(
         "MlpPolicy",
@@ -101,9 +101,10 @@ def make_ppo(
 
 
 def log_odds_net(ppo: Agent) -> nn.Sequential:
-    """The policy as one network from observations to log-odds of halting, sharing its layers.
+    """Returns the policy as one network from observations (.., F + 1) to log-odds of halting.
 
-    Only the output layer is a copy: it is the difference of the two action logits.
+    It shares its hidden layers with the agent. Its output layer (.., 1) is a new one: the
+    difference of the two action logits.
     """
     first, second, action = _layers(ppo)
     out = nn.Linear(action.in_features, 1)
@@ -114,7 +115,10 @@ def log_odds_net(ppo: Agent) -> nn.Sequential:
 
 
 def set_log_odds(ppo: Agent, net: nn.Sequential) -> None:
-    """Puts a network of the form of `log_odds_net` back into the policy: logits (0, log-odds)."""
+    """Puts the output layer of a network from `log_odds_net` back into the policy.
+
+    The two action logits become (0, log-odds).
+    """
     action, out = _layers(ppo)[2], cast(nn.Linear, net[-1])
     with torch.no_grad():
         action.weight.copy_(torch.cat([torch.zeros_like(out.weight), out.weight]))
@@ -122,7 +126,10 @@ def set_log_odds(ppo: Agent, net: nn.Sequential) -> None:
 
 
 def export(ppo: Agent, config: HeadConfig) -> HaltHead:
-    """The policy as a head; its forward pass in numpy equals stable-baselines3's own to 1e-5."""
+    """Returns the policy as a head.
+
+    Its forward pass in numpy equals stable-baselines3's own to 1e-5.
+    """
     linear = [layer for layer in log_odds_net(ppo) if isinstance(layer, nn.Linear)]
     weights = {}
     for i, layer in enumerate(linear):
@@ -132,16 +139,20 @@ def export(ppo: Agent, config: HeadConfig) -> HaltHead:
 
 
 def _layers(ppo: Agent) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """The two hidden layers and the action layer of the policy."""
+    """Returns the two hidden layers and the action layer of the policy."""
     first, _, second, _ = ppo.policy.mlp_extractor.policy_net
     return cast(nn.Linear, first), cast(nn.Linear, second), cast(nn.Linear, ppo.policy.action_net)
 
 
 class HaltLog(BaseCallback):
-    """Logs finished episodes under halt/: em, tokens, return, rate, one mean a rollout."""
+    """Logs the episodes that finished in a rollout to TensorBoard, under halt/.
+
+    Logged are the means of their EM (em), cost in tokens (tokens) and return (return), and the
+    share of them that was halted (rate).
+    """
 
     def __init__(self) -> None:
-        """Starts with no episode."""
+        """Starts with no finished episode."""
         super().__init__()
         self._finished: list[tuple[float, float, float, float]] = []
 

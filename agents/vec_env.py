@@ -1,4 +1,4 @@
-"""A batched environment as stable-baselines3's VecEnv."""
+"""Makes a batched environment a VecEnv, which is what stable-baselines3 trains on."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ from haltwise import Observing
 
 
 class BalancedVecEnv(VecEnv):
-    """Passes whole batches through; for environments that restart episodes in the same step.
+    """Passes whole batches on to an environment that restarts episodes in the same step.
 
     The agent is paid the environment's rewards times the episode's weight, see `balance`.
 
-    The info of a finished episode holds "halt" (what the environment tells of it), "episode" and
-    "terminal_observation" (stable-baselines3's own: its return before any weight and its length
-    in decisions; and its last observation).
+    The info of a finished episode holds "halt", which is what the environment tells of it, and
+    two entries that stable-baselines3 expects: "episode", with its return before any weight and
+    its length in decisions, and "terminal_observation", its last observation.
     """
 
     def __init__(self, env: BatchedEnv, observing: Observing, seed: int | None = None) -> None:
-        """Wraps an environment; the seed is used at the first reset."""
+        """Wraps an environment.
+
+        Args:
+            env: The environment.
+            observing: The environment's observing, whose price range the weights depend on.
+            seed: The seed that the environment is reset with for the first time; None resets it
+                without one.
+        """
         self.env = env
         self._observing = observing
         self._seed = seed
@@ -34,7 +41,7 @@ class BalancedVecEnv(VecEnv):
         self._length = np.zeros(env.num_envs, dtype=np.int64)
 
     def reset(self) -> VecEnvObs:
-        """Starts every episode anew."""
+        """Drops all episodes and begins new ones; returns their first observations (B, F + 1)."""
         obs: VecEnvObs = self.env.reset(seed=self._seed)[0]
         self._seed = None
         self._return[:] = 0
@@ -42,11 +49,16 @@ class BalancedVecEnv(VecEnv):
         return obs
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Keeps the actions for `step_wait`."""
+        """Keeps the actions (B,), 0 to continue and 1 to halt, for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> VecEnvStepReturn:
-        """Steps the whole batch."""
+        """Takes the actions that were kept.
+
+        Returns:
+            Observations (B, F + 1), of the next episode where one is over; weighted rewards (B,);
+            which episodes are over (B,); and an info for each, empty unless it is over.
+        """
         weight = balance(self.env.price, self._observing)
         obs, rewards, terminated, truncated, infos = self.env.step(self._actions)
         done = terminated | truncated
@@ -67,7 +79,7 @@ class BalancedVecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The environment's attribute, once for each episode asked for."""
+        """Returns an attribute of the environment, once for each episode asked for."""
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -75,12 +87,16 @@ class BalancedVecEnv(VecEnv):
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
-        """Calls a method of the environment, which all episodes share."""
+        """Calls a method of the environment, which all episodes share.
+
+        Returns:
+            What the method returned, once for each episode asked for.
+        """
         result = getattr(self.env, method_name)(*args, **kwargs)
         return [result] * len(list(self._get_indices(indices)))
 
     def env_is_wrapped(
         self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None
     ) -> list[bool]:
-        """Never: wrappers of single episodes do not apply to a batch."""
+        """Returns False for each episode asked for: a batch has no wrappers of single episodes."""
         return [False] * len(list(self._get_indices(indices)))

@@ -1,4 +1,4 @@
-"""What many episodes look like from outside: the form of `LiveEnv` and `ReplayEnv`."""
+"""What the environments that step many episodes together have in common."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
     """Many episodes of halting, stepped together: Gymnasium's `VectorEnv`, B episodes wide.
 
     An episode that ends is replaced by the next one in the same step (`AutoresetMode.SAME_STEP`).
-    The infos of such a step say what was:
+    The infos of such a step tell of the episodes that are over:
 
-    - `final_obs` (B, F + 1) float32 and `_final_obs` (B,): the last observations of the episodes
-      that are over, and which those are;
-    - `final_info` and `_final_info` (B,): by name, arrays (B,) of what `SingleEnv` tells of an
-      episode that is over, and which those are. Texts are arrays of objects.
+    - `final_obs` (B, F + 1) float32 holds their last observations, `_final_obs` (B,) which
+      episodes those are;
+    - `final_info` holds, by name, arrays (B,) of what `SingleEnv` tells of an episode that is
+      over, `_final_info` (B,) which episodes those are. Texts are in arrays of objects.
 
-    The rows of the episodes that go on are zeros, and None for texts. All other infos are empty.
+    The rows of the episodes that go on are zeros, and None for texts. The infos of a step in which
+    no episode ends are empty. `LiveEnv` and `ReplayEnv` are the two environments of this form.
 
     Args:
         observing: How features become observations.
-        num_envs: B, episodes in the batch.
+        num_envs: B, the number of episodes that are played at once.
 
     Raises:
         InputError: If `num_envs` is below 1.
@@ -54,7 +55,7 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
     @property
     @abstractmethod
     def price(self) -> NDArray[np.float64]:
-        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
+        """The prices of the episodes that are being played (B,), in EM per 1,000 tokens."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -64,10 +65,10 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
         Args:
             seed: Begins the series of episodes that belongs to this seed; None goes on with the
                 series.
-            options: There are none.
+            options: Must be empty or None: a batch has no options.
 
         Returns:
-            Observations (B, F + 1), and an empty info.
+            The observations (B, F + 1) at the first decision points, and an empty info.
 
         Raises:
             InputError: If there is an option.
@@ -86,7 +87,7 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
         """Continues (0) or halts (1) every episode.
 
         Args:
-            actions: (B,)
+            actions: (B,) 0 to continue, 1 to halt.
 
         Returns:
             Observations (B, F + 1), of the next episode where one is over; rewards (B,); which
@@ -107,19 +108,24 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
 
     @abstractmethod
     def _begin(self) -> Float:
-        """Begins the next episodes, all of them; their first observations (B, F + 1)."""
+        """Begins the next B episodes; returns their first observations (B, F + 1)."""
 
     @abstractmethod
     def _act(self, halts: Mask) -> tuple[Float, NDArray[np.float64], Mask, dict[str, Any]]:
-        """Halts some episodes (B,) and continues the others; observations, rewards, ends, infos."""
+        """Halts some episodes (B,), continues the others, and replaces those that are over.
+
+        Returns:
+            Observations (B, F + 1), of the next episode where one is over; rewards (B,); which
+            episodes are over (B,); and infos.
+        """
 
     def _infos(self, rows: Index, obs: Float, told: Mapping[str, ArrayLike]) -> dict[str, Any]:
-        """The infos of a step in which the episodes of some rows (N,) ended.
+        """Returns the infos of a step in which the episodes of some rows ended.
 
         Args:
-            rows: Which they are.
-            obs: (N, F + 1) their last observations.
-            told: By name, what is told of them, each (N,).
+            rows: (N,) the indices of those rows.
+            obs: (N, F + 1) the last observations of those episodes.
+            told: By name, what is told of those episodes, each (N,).
         """
         over = np.zeros(self.num_envs, dtype=bool)
         over[rows] = True
@@ -132,10 +138,13 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
         }
 
     def _spread(self, rows: Index, values: NDArray[Any]) -> NDArray[Any]:
-        """Values of some rows (N, ...) among those of all (B, ...)."""
+        """Returns an array (B, ...) with values (N, ...) in some rows (N,), and nothing elsewhere.
+
+        Nothing is 0, or None for texts and objects.
+        """
         shape = (self.num_envs, *values.shape[1:])
         if values.dtype.kind in "UO":
-            spread = np.empty(shape, dtype=object)  # of None
+            spread = np.empty(shape, dtype=object)  # an empty array of objects is full of None
         else:
             spread = np.zeros(shape, dtype=values.dtype)
         spread[rows] = values
@@ -143,7 +152,7 @@ class BatchedEnv(VectorEnv[Float, Index, NDArray[Any]]):
 
 
 def _halts(actions: NDArray[Any], num_envs: int) -> Mask:
-    """Which episodes (B,) are halted by actions (B,).
+    """Returns which episodes (B,) are halted by actions (B,).
 
     Raises:
         InputError: If there are not B actions, each 0 or 1.

@@ -1,4 +1,4 @@
-"""The live environment, one question at a time."""
+"""The live environment, in which an LM thinks about one question at a time."""
 
 from __future__ import annotations
 
@@ -50,29 +50,31 @@ class HaltEnv(SingleEnv):
     A step pays price / 1000 for each token generated since the previous point (the forced answer
     included when probing is "always"). Halting gains the EM of the forced answer (and pays for it
     when probing is "at_halt"); continuing at the last point pays for the rest and gains the EM of
-    the LM's own answer. No discount: the return is EM - price * cost / 1000.
+    the LM's own answer. Nothing is discounted: the return is EM - price * cost / 1000.
 
     ## Starting state
-    The first decision point of a question drawn from a shuffled pass, at a price drawn
-    log-uniformly from the observing's range. Questions without a decision point are skipped.
+    An episode starts at the first decision point of a question drawn from a shuffled pass, at a
+    price drawn log-uniformly from the observing's range. Questions without a decision point are
+    skipped.
     `reset(options={"price": p})` sets the price of one episode.
 
     ## Episode end
-    Terminated by halting, by the LM's own end or by the token budget: each leaves an answer that
-    counts. Never truncated. The last info tells how it ended, see `SingleEnv`.
+    An episode is terminated by halting, by the LM's own end or by the token budget: each leaves an
+    answer that counts. It is never truncated. The last info tells how it ended, see `SingleEnv`.
 
     ## Arguments
     `gymnasium.make("haltwise/Halt-v0", lm=..., questions=..., halting=..., observing=...,
     max_tokens=...)`; `gymnasium.make_vec` takes the same and `num_envs`, and gives `LiveEnv`.
 
     Args:
-        lm: What thinks.
-        questions: What to ask.
-        halting: Decision rule, close text, and whether answers are forced at every point.
+        lm: The LM that thinks.
+        questions: The questions to ask.
+        halting: The decision rule, the close text, and whether answers are forced at every point.
         observing: How features become observations, and the price range.
-        max_tokens: Token budget of a question, its answer included.
-        temperature: Of sampling; 0 is greedy. Default the LM's own.
-        price: A fixed price instead of a random one an episode.
+        max_tokens: The token budget of a question, its answer included.
+        temperature: The temperature of sampling; 0 always takes the likeliest token, None is the
+            LM's own.
+        price: A fixed price for every episode; None draws one for each.
 
     Raises:
         InputError: If the questions or conditions cannot be used.
@@ -94,9 +96,18 @@ class HaltEnv(SingleEnv):
         self._series = EpisodeSeries(questions, observing, price)
 
     def _restart(self) -> None:
+        """Begins a new pass over the questions."""
         self._series.restart()
 
     def _begin(self, price: float | None) -> Float:
+        """Runs the LM to the first decision point of the next question that has one.
+
+        Returns:
+            The observation (F + 1,) there.
+
+        Raises:
+            InputError: If MAX_MISSES questions in a row have none.
+        """
         for _ in range(MAX_MISSES):
             self._live.begin(_ONLY_SLOT, [self._series.next(self.np_random, price)])
             if self._live.run(_ONLY_SLOT)[0]:
@@ -104,6 +115,12 @@ class HaltEnv(SingleEnv):
         raise no_points(MAX_MISSES)
 
     def _act(self, halts: bool) -> tuple[Float, float, Ended | None]:
+        """Forces the answer, or runs the LM to its next decision point or its end.
+
+        Returns:
+            The observation (F + 1,) at the newest point, the reward, and what is told of the
+            episode if it is over.
+        """
         episode = self._live.episodes[0]
         if halts:
             self._live.halt(_ONLY_SLOT)
@@ -114,5 +131,6 @@ class HaltEnv(SingleEnv):
         return self._observe(), value, None if goes_on else episode.info()
 
     def _observe(self) -> Float:
+        """Returns the observation (F + 1,) at the newest decision point."""
         obs: Float = self._live.obs[0].copy()
         return obs

@@ -1,4 +1,4 @@
-"""The live environment in batches: one LM thinks about many questions at once."""
+"""The live environment in batches, in which one LM thinks about many questions at once."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ class LiveEnv(BatchedEnv):
     at their first decision points, so that no step has to run the LM for a few of them alone.
 
     Args:
-        lm: What thinks.
-        questions: What to ask.
-        halting: Decision rule, close text, and whether answers are forced at every point.
+        lm: The LM that thinks.
+        questions: The questions to ask.
+        halting: The decision rule, the close text, and whether answers are forced at every point.
         observing: How features become observations, and the price range.
-        num_envs: B, episodes in the batch.
-        max_tokens: Token budget of a question, its answer included.
-        temperature: Of sampling; 0 is greedy. Default the LM's own.
-        price: A fixed price instead of a random one an episode.
+        num_envs: B, the number of episodes that are played at once.
+        max_tokens: The token budget of a question, its answer included.
+        temperature: The temperature of sampling; 0 always takes the likeliest token, None is the
+            LM's own.
+        price: A fixed price for every episode; None draws one for each.
 
     Raises:
         InputError: If the questions or conditions cannot be used.
@@ -59,13 +60,22 @@ class LiveEnv(BatchedEnv):
 
     @property
     def price(self) -> NDArray[np.float64]:
-        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
+        """The prices of the episodes that are being played (B,), in EM per 1,000 tokens."""
         return np.array([episode.price for episode in self._playing()])
 
     def _restart(self) -> None:
+        """Begins a new pass over the questions."""
         self._series.restart()
 
     def _begin(self) -> Float:
+        """Empties all slots and runs the LM until B episodes are at their first decision points.
+
+        Returns:
+            The observations (B, F + 1) there.
+
+        Raises:
+            InputError: If too many questions in a row have no decision point.
+        """
         self._free = list(range(self._num_slots))
         self._ready: deque[int] = deque()
         self._slots = np.empty(self.num_envs, dtype=np.int64)
@@ -74,6 +84,15 @@ class LiveEnv(BatchedEnv):
         return self._live.obs[self._slots]
 
     def _act(self, halts: Mask) -> tuple[Float, NDArray[np.float64], Mask, dict[str, Any]]:
+        """Forces answers in some episodes (B,), and runs the LM in the others and in newcomers.
+
+        Returns:
+            Observations (B, F + 1), of the next episode where one is over; rewards (B,); which
+            episodes are over (B,); and infos.
+
+        Raises:
+            InputError: If too many questions in a row have no decision point.
+        """
         live, slots, played = self._live, self._slots.copy(), self._playing()
         last_obs = live.obs[slots]
         live.halt(slots[halts])
@@ -94,13 +113,18 @@ class LiveEnv(BatchedEnv):
         return live.obs[self._slots], rewards, over, infos
 
     def _playing(self) -> list[LiveEpisode]:
+        """Returns the B episodes that are being played."""
         return [self._live.episodes[slot] for slot in self._slots.tolist()]
 
     def _round(self, going: Index) -> Mask:
-        """Runs some slots together with newcomers in all that are free.
+        """Runs the LM in some slots (G,), and in newcomers that take all free slots.
 
         Returns:
-            Whether each slot that was going is at a decision point.
+            Whether each of those slots is at a decision point (G,); the episodes of the others are
+            over.
+
+        Raises:
+            InputError: If too many questions in a row have no decision point.
         """
         fresh = np.array(self._free, dtype=np.int64)
         self._live.begin(fresh, [self._series.next(self.np_random) for _ in fresh])
@@ -114,7 +138,7 @@ class LiveEnv(BatchedEnv):
         return at_point[: len(going)]
 
     def _seat(self, envs: Index) -> None:
-        """Gives envs (B,) the episodes that have waited longest."""
+        """Gives some places (N,) of the batch the episodes that have waited longest."""
         while len(self._ready) < len(envs):
             self._round(np.empty(0, dtype=np.int64))
         for env in envs:

@@ -1,4 +1,4 @@
-"""Episodes on a running LM: what `HaltEnv` and `LiveEnv` share.
+"""Episodes on a running LM, which `HaltEnv` and `LiveEnv` share.
 
 `EpisodeSeries` says which question is asked next, `LiveEpisodes` lets the LM think about some of
 them at once, and a `LiveEpisode` is one of these.
@@ -23,7 +23,7 @@ from haltwise.session.forced_answer import Probe
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
-#: Questions in a row without a decision point before an environment gives up.
+#: An environment gives up after so many questions in a row without a decision point.
 MAX_MISSES = 200
 
 
@@ -33,9 +33,9 @@ class LiveEpisode:
 
     question: Question
     seed: int
-    """The LM samples with it."""
+    """The seed that the LM samples with."""
     price: float
-    """Exact match per 1,000 tokens."""
+    """The price of tokens, in exact match per 1,000."""
     num_points: int = 0
     """Decision points that have been observed."""
     position: int = 0
@@ -54,7 +54,7 @@ class LiveEpisode:
     """Whether the policy ended it, and not the LM or the token budget."""
 
     def pay(self) -> float:
-        """The reward for all that has happened since the last payment."""
+        """Pays for all tokens that are owed; returns the reward since the last payment."""
         self.cost, owed, self.owed = self.cost + self.owed, self.owed, 0
         return float(reward(self.em, owed, self.price))
 
@@ -63,7 +63,7 @@ class LiveEpisode:
         self.answer, self.em = answer, self.question.is_right(answer)
 
     def info(self) -> dict[str, Any]:
-        """What is told of the episode once it is over; see `envs.single.SingleEnv`."""
+        """Returns what is told of the episode once it is over; see `envs.single.SingleEnv`."""
         return {
             "em": self.em,
             "cost": self.cost,
@@ -78,12 +78,15 @@ class LiveEpisode:
 
 
 class EpisodeSeries:
-    """An endless series of live episodes: shuffled passes over questions, each with seed and price.
+    """An endless series of live episodes.
+
+    The questions come in shuffled passes over all of them. Each episode has a random seed and a
+    price.
 
     Args:
-        questions: What to ask.
+        questions: The questions to ask.
         observing: Prices are drawn log-uniformly from its range.
-        price: A fixed price instead.
+        price: A fixed price for every episode; None draws one for each.
 
     Raises:
         InputError: If there is no question, a gold answer cannot be read, or the price is not
@@ -108,28 +111,29 @@ class EpisodeSeries:
         self._price = price
 
     def restart(self) -> None:
-        """Begins a new pass with the next episode."""
+        """Drops what is left of the current pass: the next episode begins a new one."""
         self._passes.restart()
 
     def next(self, rng: np.random.Generator, price: float | None = None) -> LiveEpisode:
-        """The next episode, at some price if one is named."""
+        """Returns the next episode, at the price that is named, if one is."""
         question = self._questions[int(self._passes.draw(rng, 1)[0])]
         seed = int(rng.integers(2**31))
-        # Drawn in any case: a price that is named leaves the episodes behind it as they are.
+        # A price is drawn in any case: to name one then leaves all later episodes as they are.
         drawn = float(self._observing.draw_price(rng, 1)[0])
         return LiveEpisode(question, seed, price or self._price or drawn)
 
 
 class LiveEpisodes:
-    """Episodes in the slots of one decoder: what is owed, observed and answered there.
+    """Runs episodes in the slots of one decoder, and keeps what each owes, observes and answers.
 
     Args:
-        lm: What thinks.
-        halting: Decision rule, close text, and whether answers are forced at every point.
+        lm: The LM that thinks.
+        halting: The decision rule, the close text, and whether answers are forced at every point.
         observing: How features become observations.
-        num_slots: Episodes at once.
-        max_tokens: Token budget of a question.
-        temperature: Of sampling; 0 is greedy. Default the LM's own.
+        num_slots: S, the number of slots: so many episodes run at once.
+        max_tokens: The token budget of a question, its answer included.
+        temperature: The temperature of sampling; 0 always takes the likeliest token, None is the
+            LM's own.
 
     Raises:
         InputError: If the LM cannot be run so, or the features need answers that nobody forces.
@@ -160,7 +164,7 @@ class LiveEpisodes:
         self._observing = observing
         self._state = FeatureState(num_slots, observing.groups, observing.projection)
         self.episodes: dict[int, LiveEpisode] = {}
-        #: (S, F + 1) at each slot's newest decision point.
+        #: (S, F + 1) the observation at each slot's newest decision point.
         self.obs = np.zeros((num_slots, observing.size), dtype=np.float32)
 
     def begin(self, slots: Index, episodes: Sequence[LiveEpisode]) -> None:
@@ -207,6 +211,11 @@ class LiveEpisodes:
         return at_point
 
     def _force(self, slots: Index) -> list[Probe]:
+        """Forces the answers of slots (B,) at their newest points; the episodes owe their tokens.
+
+        Returns:
+            The forced answer of each slot.
+        """
         probes = self._decoder.force(slots)
         for slot, probe in zip(slots.tolist(), probes, strict=True):
             self.episodes[slot].probe = probe
@@ -214,6 +223,7 @@ class LiveEpisodes:
         return probes
 
     def _observe(self, slots: Index) -> None:
+        """Writes the observations of slots (B,), which are at decision points, into `obs`."""
         probes = self._force(slots) if self._probes else None
         features = self._state.update(self._decoder.signals(slots, probes), slots)
         prices = np.array([self.episodes[slot].price for slot in slots.tolist()])
@@ -221,7 +231,7 @@ class LiveEpisodes:
 
 
 def no_points(num: int) -> InputError:
-    """What is raised when questions in a row, as many as this, had no decision point."""
+    """Returns the error to raise when `num` questions in a row had no decision point."""
     return InputError(
         f"{num} questions in a row ended before their first decision point: "
         "expected a decision rule that fits the LM's thoughts"

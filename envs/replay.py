@@ -1,4 +1,4 @@
-"""The replay environment: halting decisions on recorded traces, thousands of episodes at once."""
+"""The replay environment, which plays thousands of recorded traces as episodes at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from haltwise.policy.projection import check_size
 from haltwise.policy.signals import Float, Index
 from traces import Traces
 
-# Points: standardising takes several copies of what it is given.
+# Points to standardise at a time: it takes several copies of what it is given.
 _AT_A_TIME = 1 << 16
 
 
@@ -36,15 +36,15 @@ def point_features(
     max_points: int | None = None,
     projection: Projection | None = None,
 ) -> Float:
-    """Features (P, F) of every point of every trace, by the same code that serves.
+    """Returns the features (P, F) of every point of every trace, made by the code that serves.
 
     All traces are streamed side by side, one point a round.
 
     Args:
         traces: N traces with P points.
-        groups: Of features.
-        max_points: Decision points that the decision rule allows, if it has a limit.
-        projection: Of hidden states, if the group "hidden" is there.
+        groups: The names of the feature groups.
+        max_points: The most decision points that the decision rule allows; None is no limit.
+        projection: The projection of hidden states, if the group "hidden" is there.
 
     Raises:
         InputError: If the traces lack a signal that a group needs, have more points, or do not
@@ -69,7 +69,9 @@ def point_features(
 
 
 def observed_features(traces: Traces, observing: Observing, halting: Halting) -> Float:
-    """Features (P, F) of every decision point, as an observing and its conditions want them.
+    """Returns the features (P, F) of every decision point that an observing asks for.
+
+    The conditions of halting say how many points there can be.
 
     Raises:
         InputError: See `point_features`.
@@ -78,7 +80,7 @@ def observed_features(traces: Traces, observing: Observing, halting: Halting) ->
 
 
 def observations(traces: Traces, observing: Observing, halting: Halting) -> Float:
-    """Observations (P, F + 1) of every decision point at a price of 1.
+    """Returns the observations (P, F + 1) of every decision point at a price of 1.
 
     Raises:
         InputError: See `point_features`.
@@ -92,20 +94,21 @@ def observations(traces: Traces, observing: Observing, halting: Halting) -> Floa
 
 
 def projection_of(traces: Traces, groups: tuple[str, ...]) -> Projection | None:
-    """A projection learned from the hidden states of some traces; None if no group needs one.
+    """Fits a projection to the hidden states of some traces; None if no group needs one.
 
     Raises:
-        InputError: If the traces do not have them everywhere, or there is no point.
+        InputError: If a point lacks its hidden state, or there is no point.
     """
     return Projection.fit(_column(traces, "hidden", None)) if "hidden" in groups else None
 
 
 def available_groups(traces: Traces, halting: Halting) -> tuple[str, ...]:
-    """The feature groups that some traces have all signals for, under some conditions."""
+    """Returns the feature groups that some traces have all signals for, under some conditions."""
     return tuple(group for group in FEATURE_GROUPS if _has(traces, group, halting))
 
 
 def _has(traces: Traces, group: str, halting: Halting) -> bool:
+    """Returns whether traces have all signals that a feature group needs under some conditions."""
     try:
         halting.check_groups([group])
         for name in signals_of([group]):
@@ -116,7 +119,7 @@ def _has(traces: Traces, group: str, halting: Halting) -> bool:
 
 
 def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
-    """A signal of every point (P,).
+    """Returns a signal at every point, (P,) or for hidden states (P, D).
 
     Raises:
         InputError: If the traces do not have it everywhere.
@@ -131,7 +134,7 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
     column = traces.signals.get(name, own)
     if name == "hidden" and column is not None:
         check_size(column.shape[1])
-    # A forced answer without tokens has no worst one.
+    # A forced answer without tokens has no worst token.
     excused = (traces.answer == "") & (name == "worst_logprob")
     if column is None or (_unknown(column) & ~excused).any():
         raise InputError(
@@ -142,13 +145,13 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
 
 
 def _unknown(column: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which points (P,) have a NaN in a column (P,) or (P, D)."""
+    """Returns which points (P,) have a NaN in a column (P,) or (P, D)."""
     unknown: NDArray[np.bool_] = np.isnan(column if column.ndim == 1 else column.max(axis=1))
     return unknown
 
 
 class RecordedSteps:
-    """Every step that can be taken on some traces: what is seen, paid, gained and told there.
+    """Holds every step that can be taken on some traces: what is seen, paid, gained and told.
 
     The LM's tokens do not depend on the halting decision, so a trace holds the reward of every
     halting time and replay is exact.
@@ -169,7 +172,7 @@ class RecordedSteps:
         #: (N,) the first point of each trace.
         self.first = traces.offsets[:-1]
         last = traces.offsets[1:] - 1
-        #: The traces that have points: indices.
+        #: The indices of the traces that have points.
         self.playable = np.flatnonzero(last >= self.first)
         if not len(self.playable):
             raise InputError("no trace has a decision point: there is nothing to decide")
@@ -177,27 +180,37 @@ class RecordedSteps:
         self.is_last = np.zeros(traces.num_points, dtype=bool)
         self.is_last[last[self.playable]] = True
         self._obs = observations(traces, observing, halting)
-        # (2 P,) of continuing at point 0, halting there, continuing at point 1, ...
+        # (2 P,) what it costs and gains to continue at point 0, to halt there, to continue at
+        # point 1, ...
         self._costs = step_costs(traces, halting.probing).astype(np.float64).ravel()
         self._ems = step_ems(traces).ravel()
         self._question_id = traces.question_id.astype(object)
         self._seed, self._position, self._answer = traces.seed, traces.position, traces.answer
 
     def observe(self, points: Index, dial: Float) -> Float:
-        """Observations (B, F + 1) at points (B,), with log prices as observed (B,)."""
+        """Returns the observations (B, F + 1) at points (B,), with log prices as observed (B,)."""
         obs = self._obs.take(points, axis=0)
         obs[:, -1] = dial
         return obs
 
     def take(self, points: Index, halts: Mask) -> tuple[NDArray[np.float64], Mask]:
-        """The cost in tokens and the EM gained (B,) of halting or continuing at points (B,)."""
+        """Returns what halting, or else continuing, at points (B,) costs and gains.
+
+        Returns:
+            The cost in tokens (B,), and the EM gained (B,).
+        """
         steps = 2 * points + halts
         return self._costs.take(steps), self._ems.take(steps)
 
     def told(self, trace: Index, points: Index, halted: Mask) -> dict[str, NDArray[Any]]:
-        """By name, what a trace (B,) itself tells of an episode that ended at its point (B,).
+        """Returns, by name, what traces tell of episodes that ended on them.
 
-        Traces in memory do not hold the answers that LMs give by themselves: None stands for it.
+        Traces in memory do not hold the answers that LMs give by themselves: None stands for one.
+
+        Args:
+            trace: (B,) the trace of each episode.
+            points: (B,) the point that each ended at.
+            halted: (B,) whether each was halted there.
         """
         answer = self._answer[points]
         answer[~halted] = None
@@ -217,11 +230,11 @@ class ReplayEnv(BatchedEnv):
     Description, spaces, rewards, starting state and episode end are those of `TraceEnv`.
 
     Args:
-        traces: What to replay.
+        traces: The traces to replay.
         observing: How features become observations.
         halting: The conditions: how probing is paid for, how many points there can be.
-        num_envs: B, episodes in the batch.
-        price: A fixed price for every episode instead of a random one.
+        num_envs: B, the number of episodes that are played at once.
+        price: A fixed price for every episode; None draws one for each.
 
     Raises:
         InputError: If no trace has a decision point, or a signal, limit or price does not fit.
@@ -255,13 +268,19 @@ class ReplayEnv(BatchedEnv):
 
     @property
     def price(self) -> NDArray[np.float64]:
-        """Of the episodes that are being played (B,), in exact match per 1,000 tokens."""
+        """The prices of the episodes that are being played (B,), in EM per 1,000 tokens."""
         return self._price
 
     def _restart(self) -> None:
+        """Begins a new pass over the traces."""
         self._passes.restart()
 
     def _begin(self) -> Float:
+        """Begins B episodes at the first points of their traces.
+
+        Returns:
+            The observations (B, F + 1) there.
+        """
         self._trace = np.empty(self.num_envs, dtype=np.int64)
         self._point = np.empty(self.num_envs, dtype=np.int64)
         self._price = np.empty(self.num_envs)
@@ -271,6 +290,12 @@ class ReplayEnv(BatchedEnv):
         return self._steps.observe(self._point, self._dial)
 
     def _act(self, halts: Mask) -> tuple[Float, NDArray[np.float64], Mask, dict[str, Any]]:
+        """Halts some episodes (B,), moves the others to their next points, and replaces the ended.
+
+        Returns:
+            Observations (B, F + 1), of the next episode where one is over; rewards (B,); which
+            episodes are over (B,); and infos.
+        """
         at = self._point
         cost, em = self._steps.take(at, halts)
         rewards = reward(em, cost, self._price)
@@ -286,6 +311,7 @@ class ReplayEnv(BatchedEnv):
         return self._steps.observe(self._point, self._dial), rewards, over, infos
 
     def _told(self, rows: Index, points: Index, em: Mask, halted: Mask) -> dict[str, NDArray[Any]]:
+        """Returns, by name, what is told (N,) of the episodes of rows (N,), which are over."""
         return {
             "em": em,
             "cost": self._spent[rows].astype(np.int64),
@@ -295,6 +321,7 @@ class ReplayEnv(BatchedEnv):
         }
 
     def _start(self, rows: Index) -> None:
+        """Begins new episodes in rows (N,) of the batch."""
         self._trace[rows] = self._passes.draw(self.np_random, len(rows))
         self._point[rows] = self._steps.first[self._trace[rows]]
         self._spent[rows] = 0

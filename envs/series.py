@@ -1,4 +1,4 @@
-"""Which episodes are played: in which order, and at which prices."""
+"""Says in which order episodes are played, and at which prices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ShuffledPasses:
     """An endless series of items: shuffled passes over all of them, one after the other.
 
     Args:
-        items: (N,) what is played, at least one.
+        items: (N,) the items, at least one.
     """
 
     def __init__(self, items: Index) -> None:
@@ -26,7 +26,7 @@ class ShuffledPasses:
         self._left = self._items[:0]
 
     def draw(self, rng: np.random.Generator, num: int) -> Index:
-        """The next items (num,) of the series; a new pass is shuffled when one runs out."""
+        """Returns the next items (num,) of the series; when a pass runs out, a new one begins."""
         while len(self._left) < num:
             self._left = np.append(self._left, rng.permutation(self._items))
         drawn, self._left = np.split(self._left, [num])
@@ -36,7 +36,10 @@ class ShuffledPasses:
 def draw_prices(
     observing: Observing, fixed: float | None, rng: np.random.Generator, num: int
 ) -> NDArray[np.float64]:
-    """Prices (num,) of new episodes: the fixed one, or log-uniform over the observing's range."""
+    """Returns the prices (num,) of new episodes.
+
+    They are the fixed price, or drawn log-uniformly from the observing's range if it is None.
+    """
     return observing.draw_price(rng, num) if fixed is None else np.full(num, float(fixed))
 
 

@@ -1,4 +1,4 @@
-"""What a single episode looks like from outside: the form of `HaltEnv` and `TraceEnv`."""
+"""What the environments that play one episode at a time have in common."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from haltwise import InputError, Observing
 from haltwise.policy.head import CLIP
 from haltwise.policy.signals import Float
 
-#: What is told of an episode that is over, by name.
+#: By name, what is told of an episode that is over.
 Ended = dict[str, Any]
 
 
 def spaces(observing: Observing) -> tuple[gym.spaces.Box, gym.spaces.Discrete]:
-    """The observation space and the action space of one episode."""
+    """Returns the observation space and the action space of one episode."""
     low = np.full(observing.size, -CLIP, dtype=np.float32)
     high = np.full(observing.size, CLIP, dtype=np.float32)
     return gym.spaces.Box(low, high), gym.spaces.Discrete(2)
 
 
 class SingleEnv(gym.Env[NDArray[Any], np.int64]):
-    """One episode of halting at a time.
+    """One episode of halting at a time: the form of `HaltEnv` and `TraceEnv`.
 
     The last step's info tells how the episode ended: em (bool), cost in tokens (int), halted
     (bool), price (float), question_id (str), seed (int, of the LM's sampling), answer (str, the
@@ -76,9 +76,9 @@ class SingleEnv(gym.Env[NDArray[Any], np.int64]):
         """Continues (0) or halts (1) at the decision point that was observed.
 
         Returns:
-            The observation (F + 1,), at the end once more that of the last decision point; the
-            reward; whether the episode is over; False, since nothing is ever truncated; and what
-            is told of an episode that is over.
+            The observation (F + 1,) at the next decision point, or once more at the last one if
+            the episode is over; the reward; whether the episode is over; False, since nothing is
+            ever truncated; and an info, empty unless the episode is over.
 
         Raises:
             InputError: If no episode is being played, or the action is neither 0 nor 1.
@@ -97,8 +97,16 @@ class SingleEnv(gym.Env[NDArray[Any], np.int64]):
 
     @abstractmethod
     def _begin(self, price: float | None) -> Float:
-        """Begins the next episode, at some price if one is named; its first observation."""
+        """Begins the next episode, at the price that is named, if one is.
+
+        Returns:
+            The observation (F + 1,) at its first decision point.
+        """
 
     @abstractmethod
     def _act(self, halts: bool) -> tuple[Float, float, Ended | None]:
-        """Continues or halts; observation, reward, and what is told if the episode is over."""
+        """Halts or continues.
+
+        Returns:
+            The observation (F + 1,), the reward, and what is told of the episode if it is over.
+        """

@@ -1,1 +1,1 @@
-"""Evaluation: outcomes, operating points, comparisons, intervals, certificates, table, page."""
+"""Evaluation: how policies are tuned, compared and certified, and how the results are shown."""

@@ -1,7 +1,7 @@
 """What a policy does inside a thought: where it halts, how far its probabilities hold, its errors.
 
-The policy may be several trainings, S of them: a report of all is of their decisions thrown
-together, so that its shares are means over trainings. N traces, P points, F features.
+The policy may be several trainings, S of them. What is found then is found on the decisions of all
+of them together, so that shares are means over trainings. Shapes: N traces, P points, F features.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class WhereHalted:
     """How far into their thoughts traces are halted, and how often at a right answer."""
 
     edges: list[float]
-    """Of position / num_tokens, of 20 bins."""
+    """The 21 edges of 20 bins of position / num_tokens."""
     right: list[float]
-    """Shares of all traces halted in each bin at a right answer."""
+    """For each bin, the share of all traces that are halted in it at a right answer."""
     wrong: list[float]
-    """Shares of all traces halted in each bin at a wrong answer."""
+    """For each bin, the share of all traces that are halted in it at a wrong answer."""
     never: float
-    """Share of the traces never halted."""
+    """The share of the traces that are never halted."""
     median_share: float | None
-    """Of position / num_tokens; None if nothing is halted."""
+    """The median of position / num_tokens over the halted traces; None if nothing is halted."""
     median_position: float | None
-    """In tokens; None if nothing is halted."""
+    """The median position of the halted traces, in tokens; None if nothing is halted."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,20 @@ class ReliabilityBin:
     low: float
     high: float
     num: int
-    """Points."""
+    """The number of those points."""
     mean_prob: float
+    """The mean probability of halting."""
     better: float
-    """Share of the points where halting is the better choice."""
+    """The share of the points where halting is the better choice."""
     correct: float
-    """Share of right forced answers."""
+    """The share of the points where the forced answer is right."""
     gain: float
-    """Mean return of halting less that of going on."""
+    """The mean return of halting, less that of going on."""
 
 
 @dataclass(frozen=True)
 class EmptyBin:
-    """A bin without a point."""
+    """A bin of probabilities of halting in which no point lies."""
 
     WHOLE: ClassVar[type] = ReliabilityBin
     low: float
@@ -76,10 +77,10 @@ class EmptyBin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What halting is worth by probability of halting."""
+    """What halting is worth, by the probability of halting."""
 
     bins: list[ReliabilityBin | EmptyBin]
-    """Of equal width."""
+    """Bins of equal width, from 0 to 1."""
     error: float | None
     """The expected calibration error, the mean of |mean_prob - better| over points (Guo et al.,
     "On Calibration of Modern Neural Networks", 2017, equation 3); None without points."""
@@ -92,12 +93,12 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Driver:
-    """A feature that drove a decision."""
+    """A feature that drove a decision to halt."""
 
     feature: str
     value: float
     contribution: float
-    """In log-odds of halting, against a mean point, see `haltwise.explain`."""
+    """What it adds to the log-odds of halting, against a mean point; see `haltwise.explain`."""
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,22 @@ class Case:
     segment: str
     model: str
     position: int
-    """Where it was halted."""
+    """Where the trace was halted, in tokens."""
     num_tokens: int
-    """Of the whole trace."""
+    """The length of the whole trace."""
     answer: str
-    """The forced one."""
+    """The forced answer."""
     prob_halt: float
+    """The probability of halting there."""
     right_again: int | None
-    """Position of the first later point with a right answer; None if only the LM's own end is."""
+    """The position of the first later point with a right answer; None if no forced answer is right
+    after it, only the LM's own."""
     drivers: list[Driver]
-    """The largest contributions."""
+    """The features with the largest contributions."""
     indifference_price: float | None
-    """None if infinite."""
+    """The price at which halting and going on weigh the same to the head; None if infinite."""
     trainings: float
-    """Share of the trainings that make this error."""
+    """The share of the trainings that make this error."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +148,15 @@ def behaviour(
     price: float,
     config: HeadConfig,
 ) -> Behaviour:
-    """All of this module about a policy at one price.
+    """Finds what a policy does inside thoughts at one price.
 
     Args:
-        gate: What the price was chosen under.
+        gate: The gate that the price was chosen under.
         traces: N traces.
-        log_odds: S times (P,) log-odds of halting at that price.
-        head_of: See `cases`.
-        price: In exact match per 1,000 tokens.
-        config: The heads' threshold and conditions.
+        log_odds: For each of S trainings, its log-odds (P,) of halting at that price.
+        head_of: Returns, for a question id, the head that judged it in the first training.
+        price: The price, in exact match per 1,000 tokens.
+        config: The heads' config, with their threshold and conditions.
     """
     probs = [prob_of(each) for each in log_odds]
     threshold, probing = config.threshold, config.halting.probing
@@ -167,11 +170,11 @@ def behaviour(
 
 
 def where_halted(traces: Traces, halts: Sequence[Bools]) -> WhereHalted:
-    """How far into their thoughts traces are halted, and how often at a right answer.
+    """Finds how far into their thoughts traces are halted, and how often at a right answer.
 
     Args:
         traces: N traces.
-        halts: S times (P,) whether the policy would halt at each point.
+        halts: For each of S trainings, whether it would halt at each point (P,).
     """
     first = np.concatenate([first_halts(traces, each) for each in halts])
     at = first[first >= 0]
@@ -198,7 +201,7 @@ def reliability(
     price: float,
     threshold: float,
 ) -> Reliability:
-    """What halting is worth by probability of halting, at the points that the policy reaches.
+    """Finds what halting is worth by its probability, at the points that the policy reaches.
 
     Halting is the better choice where it returns at least as much as going on with the policy's
     own later decisions. A trace holds every outcome, so that this is known and not estimated.
@@ -207,10 +210,10 @@ def reliability(
 
     Args:
         traces: N traces.
-        prob_halt: S times (P,) probabilities of halting.
-        probing: See `haltwise.Halting`.
-        price: Of those probabilities, in exact match per 1,000 tokens.
-        threshold: The policy halts at this probability.
+        prob_halt: For each of S trainings, its probabilities (P,) of halting.
+        probing: "always" or "at_halt", see `haltwise.Halting`.
+        price: The price that those probabilities are for, in exact match per 1,000 tokens.
+        threshold: The policy halts from this probability on.
     """
     columns = []
     for prob in prob_halt:
@@ -230,7 +233,13 @@ def reliability(
 
 
 def _bin(k: int, seen: NDArray[np.float64]) -> ReliabilityBin | EmptyBin:
-    """The k-th bin of `reliability`: what was seen (4, num) are the columns of its means."""
+    """Returns the k-th bin of `reliability`.
+
+    Args:
+        k: The number of the bin, from 0.
+        seen: (4, num) at each point of the bin: the probability of halting, whether halting is
+            better, whether the answer is right, and the gain.
+    """
     low, high, num = k / _NUM_BINS, (k + 1) / _NUM_BINS, seen.shape[1]
     return (
         ReliabilityBin(low, high, num, *seen.mean(axis=1).tolist()) if num else EmptyBin(low, high)
@@ -245,18 +254,18 @@ def cases(
     threshold: float,
     num: int = 10,
 ) -> list[Case]:
-    """The worst errors: traces halted at a wrong answer that would have ended with a right one.
+    """Returns the worst errors: traces halted at a wrong answer that would have ended right.
 
     They are errors of the first training, whose heads explain them. First come those that the
     most trainings make, then those that the first training was surest of.
 
     Args:
         traces: N traces.
-        log_odds: S times (P,) log-odds of halting.
-        head_of: By question id, the head that judged it in the first training.
-        price: Of those log-odds, in exact match per 1,000 tokens.
-        threshold: The policy halts at this probability.
-        num: The most to return.
+        log_odds: For each of S trainings, its log-odds (P,) of halting.
+        head_of: Returns, for a question id, the head that judged it in the first training.
+        price: The price that those log-odds are for, in exact match per 1,000 tokens.
+        threshold: The policy halts from this probability on.
+        num: The most errors to return.
     """
     firsts = [first_halts(traces, prob_of(each) >= threshold) for each in log_odds]
     lost = np.array([_lost(traces, first) for first in firsts])
@@ -273,7 +282,7 @@ def cases(
 
 
 def _reached(traces: Traces, halts: Bools) -> Bools:
-    """Which points (P,) the policy comes to; the one that it halts at is the last."""
+    """Returns which points (P,) the policy comes to; the one that it halts at is the last."""
     first = first_halts(traces, halts)
     last = np.where(first >= 0, first, traces.num_points)[traces.trace_of_point]
     reached: Bools = np.arange(traces.num_points) <= last
@@ -281,7 +290,10 @@ def _reached(traces: Traces, halts: Bools) -> Bools:
 
 
 def _gains(traces: Traces, halts: Bools, probing: Probing, price: float) -> NDArray[np.float64]:
-    """Return (P,) of halting at each point, less that of going on to the policy's next halt."""
+    """Returns what halting at each point (P,) gains over going on to the policy's next halt.
+
+    It is a difference of two returns, in exact match.
+    """
     now = reward(traces.correct, halt_costs(traces, probing), price)
     never = reward(traces.final_correct, never_costs(traces, probing), price)
     points, halting = np.arange(traces.num_points), np.flatnonzero(halts)
@@ -294,14 +306,19 @@ def _gains(traces: Traces, halts: Bools, probing: Probing, price: float) -> NDAr
 
 
 def _lost(traces: Traces, first: NDArray[np.int64]) -> Bools:
-    """Which traces (N,) are halted at a wrong answer and would have ended right."""
+    """Returns which traces (N,) are halted at a wrong answer and would have ended right.
+
+    Args:
+        traces: N traces.
+        first: (N,) the index of the point that each is halted at, -1 if never.
+    """
     lost: Bools = traces.final_correct & (first >= 0)
     lost[lost] = ~traces.correct[first[lost]]
     return lost
 
 
 def _case(traces: Traces, point: int, head: HaltHead, price: float, trainings: float) -> Case:
-    """A trace that is halted at a point, and why the head halted it there."""
+    """Describes a trace that is halted at a point, and why the head halted it there."""
     n = int(traces.trace_of_point[point])
     index = point - int(traces.offsets[n])
     trace = traces.select(np.array([n]))

@@ -1,10 +1,11 @@
-"""Certified prices: the most saving one whose loss is bounded with a stated confidence.
+"""Finds the most saving price whose loss is bounded with a stated confidence.
 
-Learn then Test (Angelopoulos et al., 2021, arXiv 2110.01052), with a betting test for the mean of
-bounded variables: every price is a hypothesis, "a question loses more than `max_em_drop` in the
-mean", tested in an order that is fixed before any data is seen, until the first that is not
-rejected. All rejections are right at once with probability 1 - `delta` at least, whatever the
-losses look like, if questions are drawn independently from those that the price will meet.
+The method is Learn then Test (Angelopoulos et al., 2021, arXiv 2110.01052), with a betting test for
+the mean of bounded variables. Every price is a hypothesis, "a question loses more than
+`max_em_drop` in the mean". They are tested in an order that is fixed before any data is seen, until
+the first that is not rejected. All rejections are right at once with probability 1 - `delta` at
+least, whatever the losses look like, if questions are drawn independently from those that the price
+will meet.
 
 Shapes: N traces, Q questions, K prices, the strictest first.
 """
@@ -27,8 +28,9 @@ from traces import Traces
 
 Float = NDArray[np.float64]
 
-# A stake of the whole capital would leave no logarithm; and as if so many questions without a loss
-# had been seen, so that one early loss or gain does not stand for all that follow.
+# A stake of the whole capital could leave none, which has no logarithm. And means are taken as if
+# so many more questions had been seen before, so that one early loss or gain does not stand for all
+# that follow.
 _MAX_STAKE, _SEEN = 1 - 1e-9, 10.0
 # Planned numbers of questions certify with about this chance.
 _POWER = 0.8
@@ -38,21 +40,22 @@ _STEPS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What K prices, the strictest first, come to on Q questions."""
+    """What K prices, the strictest first, lose and save on Q questions."""
 
     losses: Float
-    """(Q, K) of a question, the mean over its traces; at most 1. Questions in random order."""
+    """(Q, K) the loss of each question, which is the mean over its traces and at most 1. The
+    questions are in random order."""
     savings: Float
-    """(K,) share of the tokens not spent."""
+    """(K,) the share of the tokens that is not spent."""
 
 
 def measure(traces: Traces, outcomes: Sequence[Outcome], risk: Risk) -> Measured:
-    """Losses by question, and savings.
+    """Measures the losses of questions and the savings at some prices.
 
     Args:
         traces: N traces.
-        outcomes: At K prices, the strictest first, on those traces.
-        risk: What a loss is.
+        outcomes: The outcomes at K prices, the strictest first, on those traces.
+        risk: What counts as a loss.
     """
     never = traces.final_correct.astype(np.float64)
     ems = np.stack([outcome.em for outcome in outcomes], axis=1).astype(np.float64)
@@ -60,7 +63,7 @@ def measure(traces: Traces, outcomes: Sequence[Outcome], risk: Risk) -> Measured
     _, question = np.unique(traces.question_id, return_inverse=True)
     sums = np.stack([np.bincount(question, column) for column in lost.T], axis=1)
     means = sums / np.bincount(question)[:, None]
-    # Ids are often ordered by what they ask; the test reads questions in turn.
+    # The test reads questions in turn, and ids are often ordered by what they ask.
     order = np.random.default_rng(0).permutation(len(means))
     return Measured(means[order], np.array([saving(traces, outcome) for outcome in outcomes]))
 
@@ -68,10 +71,18 @@ def measure(traces: Traces, outcomes: Sequence[Outcome], risk: Risk) -> Measured
 def measure_segments(
     traces: Traces, outcomes: Sequence[Outcome], risk: Risk
 ) -> dict[str, Measured]:
-    """The same for each segment, by name.
+    """Measures losses and savings on each segment by itself.
 
     A trace without a segment is in one that is named like its task, together with the traces of a
     segment that has that name.
+
+    Args:
+        traces: N traces.
+        outcomes: The outcomes at K prices, the strictest first, on those traces.
+        risk: What counts as a loss.
+
+    Returns:
+        By name of the segment, what was measured.
     """
     segment = np.where(traces.segment != "", traces.segment, traces.task)
     measured = {}
@@ -83,7 +94,7 @@ def measure_segments(
 
 
 def p_values(losses: Float, max_em_drop: float, delta: float) -> Float:
-    """P-values of "the mean loss is at least `max_em_drop`", made to be below `delta` if possible.
+    """Returns p-values of "the mean loss is at least `max_em_drop`", to be compared with `delta`.
 
     A gambler with a capital of 1 bets on small losses, a question at a time, at odds that are fair
     or worse under the hypothesis: capital *= 1 - bet (loss - max_em_drop), and 1 / capital is a
@@ -98,13 +109,15 @@ def p_values(losses: Float, max_em_drop: float, delta: float) -> Float:
     root knows. Without a loss the p-value is (1 - max_em_drop)^Q where that just suffices.
 
     Args:
-        losses: (Q, ...) at most 1, in an order that has nothing to do with their size; each of
-            the trailing places is a test of its own.
-        max_em_drop: In (0, 1).
-        delta: Level that the tests are made for, in (0, 1). At another one they have less power.
+        losses: (Q, ...) losses of at most 1, in an order that has nothing to do with their size;
+            each of the trailing places is a test of its own.
+        max_em_drop: The mean loss of the hypothesis, in (0, 1).
+        delta: The level that the tests are made for, in (0, 1). At another one they have less
+            power.
 
     Returns:
-        (...) in (0, 1]; 1 also where the losses seen are above `max_em_drop` in the mean.
+        P-values (...) in (0, 1]; they are 1 also where the losses seen are above `max_em_drop` in
+        the mean.
     """
     goal = math.log(1 / delta)
     log_capital, total, squares = (np.zeros(losses.shape[1:]) for _ in range(3))
@@ -123,10 +136,15 @@ def p_values(losses: Float, max_em_drop: float, delta: float) -> Float:
 
 
 def most_saving(p: Float, savings: Float, delta: float) -> int | None:
-    """The certified price with the largest saving, by p-values (K,) in order.
+    """Finds the certified price with the largest saving.
+
+    Args:
+        p: (K,) the p-values of K prices, in the order of testing.
+        savings: (K,) what the prices save.
+        delta: The probability that any rejection is wrong, at most.
 
     Returns:
-        Its index; None (never halt) if no certified price saves anything.
+        The index of the price; None (never halt) if no certified price saves anything.
     """
     certified = control_fwer(p, delta, fwer_method=FWERFixedSequenceTesting(n_starts=1))
     paying: list[int] = [k for k in certified.tolist() if savings[k] > 0]
@@ -134,10 +152,15 @@ def most_saving(p: Float, savings: Float, delta: float) -> int | None:
 
 
 def certify(measured: Measured, max_em_drop: float, delta: float) -> int | None:
-    """Index of the most saving price that loses at most `max_em_drop`, wrong at most `delta`.
+    """Finds the most saving price that is certified to lose at most `max_em_drop` in the mean.
+
+    Args:
+        measured: What K prices lose and save.
+        max_em_drop: The bound on the mean loss, in (0, 1).
+        delta: The probability that the certificate is wrong, at most.
 
     Returns:
-        None (never halt) if no certified price saves anything.
+        The index of the price; None (never halt) if no certified price saves anything.
     """
     p = p_values(measured.losses, max_em_drop, delta)
     return most_saving(p, measured.savings, delta)
@@ -146,9 +169,17 @@ def certify(measured: Measured, max_em_drop: float, delta: float) -> int | None:
 def certify_segments(
     measured: Mapping[str, Measured], max_em_drop: float, delta: float
 ) -> dict[str, int | None]:
-    """The same for each segment, such that all statements hold together.
+    """Finds the most saving certified price of each segment, such that all statements hold at once.
 
-    The segments with enough questions share `delta` equally (Bonferroni); the others have None.
+    The segments with enough questions share `delta` equally (Bonferroni).
+
+    Args:
+        measured: By name of a segment, what K prices lose and save on it.
+        max_em_drop: The bound on the mean loss of a segment, in (0, 1).
+        delta: The probability that any of the statements is wrong, at most.
+
+    Returns:
+        By name, the index of the price; None (never halt) also where the questions are too few.
     """
     num_questions = {name: len(of.losses) for name, of in measured.items()}
     tested = segments_to_test(num_questions, max_em_drop, delta)
@@ -161,7 +192,11 @@ def certify_segments(
 def segments_to_test(
     num_questions: Mapping[str, int], max_em_drop: float, delta: float
 ) -> list[str]:
-    """Names of the most segments whose questions can suffice at an equal share of `delta`."""
+    """Returns the names of as many segments as can be certified at an equal share of `delta`.
+
+    Those with the most questions come first. The questions of each suffice at its share if none of
+    them has a loss.
+    """
     names = sorted(num_questions, key=lambda name: -num_questions[name])
     fits = [
         k
@@ -172,17 +207,21 @@ def segments_to_test(
 
 
 def fewest_questions(max_em_drop: float, delta: float) -> int:
-    """Questions that suffice if none of them has a loss: (1 - max_em_drop)^Q <= delta."""
+    """Returns the fewest questions Q that can suffice, which they do if none of them has a loss.
+
+    That is the least Q with (1 - max_em_drop)^Q <= delta.
+    """
     return math.ceil(math.log(delta) / math.log1p(-max_em_drop))
 
 
 def questions_needed(measured: Measured, max_em_drop: float, delta: float) -> int | None:
-    """About how many questions certify some saving in 4 of 5 draws, if losses stay as observed.
+    """Estimates how many questions certify some saving in 4 of 5 draws, if losses stay as observed.
 
-    By the normal approximation with the spread that `p_values` ends up with. For planning.
+    The estimate is the normal approximation with the spread that `p_values` ends up with. It is
+    for planning only.
 
     Returns:
-        None if no number would do.
+        The number of questions; None if no number would do.
     """
     mean, square = measured.losses.mean(axis=0), (measured.losses**2).mean(axis=0)
     gap = max_em_drop - mean
@@ -198,15 +237,17 @@ def questions_needed(measured: Measured, max_em_drop: float, delta: float) -> in
 
 
 def smallest_drop(measured: Measured, asked: float, delta: float) -> float | None:
-    """About the smallest drop with which some saving would be certified, for planning.
+    """Finds about the smallest drop with which some saving would be certified, for planning only.
 
     Args:
-        measured: K prices on Q questions.
-        asked: A drop; the answer is above it exactly if nothing is certified with it.
-        delta: As in `certify`.
+        measured: What K prices lose and save on Q questions.
+        asked: A drop that was asked for; what is returned is above it exactly if nothing is
+            certified with it.
+        delta: The probability that a certificate is wrong, at most.
 
     Returns:
-        `asked` or a multiple of a hundredth of a point; None if there is none below 1.
+        The drop, which is `asked` or a multiple of a hundredth of a point; None if there is none
+        below 1.
     """
     enough = certify(measured, asked, delta) is not None
     at = asked * _STEPS

@@ -1,4 +1,4 @@
-"""All policies on the same traces: over their grids, and at their operating points."""
+"""Compares policies on the same traces, over their grids and at their operating points."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from policies.supervised import SUPERVISED
 from runs import Gates
 from traces import Traces
 
-#: By name: a policy, or several trainings of one, whose outcomes are averaged.
+#: By name, a policy, or several trainings of one, whose outcomes are averaged.
 Policies = Mapping[str, Sequence[Policy]]
 
 
@@ -29,20 +29,20 @@ class Compared:
     frozen: list[FrozenRow | MissingPoint]
     """Every policy at its operating points, one gate after the other."""
     outcomes: dict[float, dict[str, Outcome]]
-    """At those points, by gate and policy."""
+    """By gate and policy, the outcomes at those points."""
 
 
 def compare(
     traces: Traces, split: str, policies: Policies, gates: Gates, probing: Probing
 ) -> Compared:
-    """All policies on some traces, probed as the head needs it.
+    """Evaluates policies on some traces, which are probed as the head needs it.
 
     Args:
-        traces: What to evaluate on; nothing is tuned on it.
-        split: Its name.
-        policies: "head" among them. One without a training is not available.
-        gates: Frozen points by gate. A baseline they do not name is not available.
-        probing: See `haltwise.Halting`.
+        traces: The traces to evaluate on; nothing is tuned on them.
+        split: The name of the split that they are of.
+        policies: The policies, "head" among them. One without a training is not available.
+        gates: By gate, the frozen points. A baseline that they do not name is not available.
+        probing: "always" or "at_halt", see `haltwise.Halting`.
 
     Raises:
         InputError: If the points name an unknown policy, or the head's signals are missing.
@@ -81,13 +81,13 @@ class _Played:
 
     @classmethod
     def of(cls, policies: Sequence[Policy], traces: Traces, probing: Probing) -> _Played | None:
-        """None if the policy is not available."""
+        """Lets a policy look at some traces; None if it is not available there."""
         signals = [signal_under(policy, traces, probing) for policy in policies]
         known = [signal for signal in signals if signal is not None]
         return cls(traces, probing, policies, known) if known else None
 
     def outcome(self, parameter: float | None) -> Outcome:
-        """At one parameter, the mean over the trainings; None is never halting."""
+        """Returns the outcome at one parameter, the mean over the trainings; None never halts."""
         if parameter is None:
             return never_outcome(self.traces)
         outcomes = [
@@ -97,13 +97,13 @@ class _Played:
         return outcomes[0] if len(outcomes) == 1 else average(outcomes)
 
     def sweep(self) -> dict[float, Outcome]:
-        """Over the grid of the first training."""
+        """Returns, by parameter, the outcomes over the grid of the first training."""
         grid = self.policies[0].grid(self.signals[0])
         return {parameter: self.outcome(parameter) for parameter in grid}
 
 
 def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
-    """Outcomes of the rules that have no number."""
+    """Returns, by name, the outcomes of the rules that have no number."""
     return {
         rule.name: never_outcome(traces)
         if rule.halts is None
@@ -113,6 +113,6 @@ def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
 
 
 def swept(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Outcome] | None:
-    """A policy's outcomes over its grid; None if it is not available on these traces."""
+    """Returns, by parameter, a policy's outcomes over its grid; None if it is not available."""
     signal = signal_under(policy, traces, probing)
     return None if signal is None else sweep(traces, decisions(policy, signal), probing)

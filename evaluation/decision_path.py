@@ -18,7 +18,7 @@ from traces import Traces
 _WIDTH = 110
 _ANSWER_WIDTH = 12
 _NUM_MOVERS = 3
-# Contributions below this are not told, in log-odds: they move P(halt) by 2.5 points at most.
+# Contributions to the log-odds below this are not told: they move P(halt) by 2.5 points at most.
 _SMALL = 0.1
 
 _LEGEND = """\
@@ -206,4 +206,5 @@ def _verdict(path: _Path) -> list[str]:
 
 
 def _right(is_right: bool) -> str:
+    """Returns the word for a right or a wrong answer."""
     return "right" if is_right else "wrong"

@@ -1,4 +1,4 @@
-"""A run on recorded traces: everything that the page and the JSON tell of it."""
+"""Evaluates a run on recorded traces: finds everything that the page and the JSON tell of it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ from traces import MAX_TRACES, TraceFiles, Traces
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has trained, in memory."""
+    """What a run has trained, read into memory."""
 
     run: Run
     head: HaltHead
     gates: Gates
     learned: Learned
     trainings: list[HeadPolicy]
-    """The head, by training; on questions that it learned from judged by the heads of its folds."""
+    """The head, once for each training: on questions that it learned from, the heads of that
+    training's folds decide in its place."""
 
     @classmethod
     def load(cls, run: Run) -> Trained:
-        """Reads all of it.
+        """Reads what a run has trained.
 
         Raises:
             InputError: If something is missing or damaged.
@@ -55,7 +56,11 @@ class Trained:
         return cls(run, head, gates, learned, trainings)
 
     def judges(self, traces: Traces) -> list[HeadPolicy]:
-        """The trainings that differ on some traces: all of them judge fresh ones by one head."""
+        """Returns the trainings that differ on some traces.
+
+        It is only the first if the head learned from none of their questions: there, one head
+        decides in all of them.
+        """
         fresh = not self.learned.among(traces.question_id).any()
         return self.trainings[:1] if fresh else self.trainings
 
@@ -72,7 +77,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Files to write; None leaves one out."""
+    """The files that an evaluation is to write; None leaves one out."""
 
     json: Path | None = None
     page: Path | None = None
@@ -86,11 +91,14 @@ def evaluate_run(
 
     Args:
         trained: The run.
-        path: Recorded traces, a file or a folder.
-        split: Which of them: train, dev, test, or all.
-        max_traces: Traces in memory at most; of more, a sample by question is judged.
-        outputs: What to write. A page also gets its figures into the run's TensorBoard files.
+        path: The recorded traces, a file or a folder.
+        split: Which of them to judge: train, dev, test, or all.
+        max_traces: The most traces to hold in memory; of more, a sample by question is judged.
+        outputs: The files to write. With a page, its figures go into the run's TensorBoard files.
         live: Whether to run the head beside its LM, too.
+
+    Returns:
+        Everything that was found.
 
     Raises:
         InputError: If the traces cannot be used, or do not fit the run.
@@ -115,7 +123,7 @@ def evaluate_run(
 
 
 def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
-    """What replay tells about a run on some traces."""
+    """Finds everything about a run that replaying some traces tells."""
     judges, gates, config = trained.judges(traces), trained.gates, trained.head.config
     simple: Policies = {policy.name: [policy] for policy in baselines.BASELINES}
     policies = {"head": judges, **simple, **_supervised(trained)}
@@ -140,10 +148,12 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
 
 
 def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
-    """The supervised baselines that the points name, fitted again from what the run learned from.
+    """Returns the supervised baselines that the points name.
+
+    They are to be fitted again from the traces that the run learned from.
 
     Returns:
-        By name; nothing to play for it if those traces are not there any more.
+        By name, the policy; none for a name if those traces are not there any more.
     """
     gates, learned, config = trained.gates, trained.learned, trained.head.config
     names = [name for name in SUPERVISED if any(name in points for points in gates.values())]
@@ -170,7 +180,7 @@ def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
 
 
 def _judged(traces: Traces, trained: Trained) -> tuple[str, bool]:
-    """How the rows of what is trained came about, and whether they are evidence."""
+    """Says how the rows of what is trained came about, and whether they are evidence."""
     known = set(traces.question_id[trained.learned.among(traces.question_id)].tolist())
     num = len(np.unique(traces.question_id))
     if not known:
@@ -188,7 +198,7 @@ def _judged(traces: Traces, trained: Trained) -> tuple[str, bool]:
 
 
 def _behaviour(traces: Traces, judges: Sequence[HeadPolicy], gates: Gates) -> list[Behaviour]:
-    """What the head does inside the thoughts, at each gate where it halts."""
+    """Finds what the head does inside the thoughts, at each gate where it halts."""
     signals = [judge.signal(traces) for judge in judges]
     found = []
     for gate, points in gates.items():
@@ -203,7 +213,7 @@ def _behaviour(traces: Traces, judges: Sequence[HeadPolicy], gates: Gates) -> li
 
 
 def _live(trained: Trained, traces: Traces) -> Comparison | None:
-    """Runs the head beside its LM, at the strictest operating point where it halts at all.
+    """Runs the head beside its LM, at the price of the strictest gate where it halts at all.
 
     Questions that it learned from are left out.
 
@@ -240,7 +250,7 @@ def _live(trained: Trained, traces: Traces) -> Comparison | None:
 
 
 def _write(outputs: Outputs, report: Report, run: Run) -> None:
-    """Writes the files asked for, the figures first: they may fail."""
+    """Writes the files asked for, the figures first, since those may fail."""
     if outputs.plot is not None:
         plot_frontiers(report.rows, report.frozen, outputs.plot)
     if outputs.page is not None:

@@ -1,4 +1,4 @@
-"""The figures of a report, drawn from its numbers alone: for the page, TensorBoard and PNG files.
+"""Draws the figures of a report from its numbers alone, for the page, TensorBoard and PNG files.
 
 What a colour tells is told by a shape, a dash or a hatch too.
 """
@@ -23,7 +23,7 @@ from evaluation.svg import COLOR
 from policies.catalogue import in_words
 from policies.rules import RULE_NAMES
 
-#: So many groups of one kind are drawn, those with the most questions.
+#: At most so many groups of one kind are drawn: those with the most questions.
 MOST_GROUPS = 16
 
 _BOUND_MARKERS = {"hindsight": "*", "hindsight_give_up": "p"}
@@ -32,7 +32,7 @@ _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1
 _NUM_OTHERS = sum(name.startswith("other-") for name in COLOR)
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same layout everywhere
+    "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib: the same layout everywhere
     "font.size": 9.0,
     "text.color": COLOR["ink"],
     "text.parse_math": False,  # a segment's name is anybody's text: a dollar sign is one
@@ -62,10 +62,10 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """A figure with its words."""
+    """A figure with the words that go with it."""
 
     name: str
-    """Of letters, digits, dots and hyphens; no two drawings of a report share it."""
+    """A name of letters, digits, dots and hyphens; no two drawings of a report share it."""
     title: str
     text: str
     """What is drawn, and how to read it."""
@@ -73,29 +73,29 @@ class Drawing:
 
 
 def style() -> AbstractContextManager[None]:
-    """Matplotlib's settings to draw and to save under."""
+    """Returns a context with the settings of matplotlib to draw and to save figures under."""
     return matplotlib.rc_context(_STYLE)
 
 
 def policy_title(policy: str) -> str:
-    """Readable name of a policy; an unknown one keeps its own."""
+    """Returns the readable name of a policy; an unknown one keeps its own."""
     title, _ = in_words().get(policy, (policy.replace("_", " "), ""))
     return title
 
 
 def gate_title(gate: float) -> str:
-    """What the points of a gate may lose."""
+    """Returns, in words, what the points of a gate may lose."""
     points = 100 * gate
     return f"at most {points:g} point{'' if points == 1 else 's'}" if points else "nothing"
 
 
 def kind_title(by: str) -> str:
-    """What the groups of a kind are called."""
+    """Returns what the groups of a kind are called."""
     return "LM" if by == "model" else by
 
 
 def draw(report: Report) -> dict[str, Drawing]:
-    """All figures of a report, by name."""
+    """Draws all figures of a report; returns them by name."""
     drawings = [_frontier_drawing(report)]
     for gate in sorted({row.gate for row in report.groups}):
         rows = compared_groups(report, gate)
@@ -106,12 +106,13 @@ def draw(report: Report) -> dict[str, Drawing]:
 
 
 def compared_groups(report: Report, gate: float) -> list[GroupRow]:
-    """The groups' rows of the head and of the strongest baseline at a gate."""
+    """Returns the groups' rows of the head and of the strongest baseline at a gate."""
     compared = ("head", report.strongest.get(gate))
     return [r for r in report.groups if r.gate == gate and r.policy in compared]
 
 
 def _frontier_drawing(report: Report) -> Drawing:
+    """Draws EM change against saving, with its words."""
     strongest = list(dict.fromkeys(name for name in report.strongest.values() if name))
     return Drawing(
         "frontier",
@@ -128,12 +129,12 @@ def frontier(
     frozen: Sequence[FrozenRow | MissingPoint],
     strongest: Sequence[str] = (),
 ) -> Figure:
-    """EM change against saving: a line a policy, its frozen points, and the rules.
+    """Draws EM change against saving: a line for each policy, its frozen points, and the rules.
 
     Args:
-        rows: Sweeps, with intervals or without, and the rules without a parameter.
-        frozen: Frozen rows, of any number of gates.
-        strongest: Baselines to draw as heavily as the head.
+        rows: The rows of sweeps, with intervals or without, and of rules without a parameter.
+        frozen: The frozen rows, of any number of gates.
+        strongest: The baselines to draw as heavily as the head.
     """
     known = [row for row in rows if isinstance(row, SweepRow)]
     swept = [row for row in known if row.policy not in RULE_NAMES]
@@ -167,7 +168,7 @@ class _Look:
 
 
 def _looks(policies: Sequence[str], strongest: Sequence[str]) -> dict[str, _Look]:
-    """The head and the strongest baselines heavy, and each policy in a look of its own."""
+    """Gives each policy a look of its own, and the head and the strongest baselines heavy ones."""
     looks, num_others = {}, 0
     for k, policy in enumerate(policies):
         marker, dash = _MARKERS[k % len(_MARKERS)], _DASHES[k % len(_DASHES)]
@@ -183,7 +184,7 @@ def _looks(policies: Sequence[str], strongest: Sequence[str]) -> dict[str, _Look
 
 
 def _draw_sweep(axes: Axes, rows: Sequence[SweepRow], look: _Look) -> None:
-    """The line of one policy; if heavy, with a band where its rows have intervals."""
+    """Draws the line of one policy; if it is heavy and its rows have intervals, with a band."""
     rows = sorted(rows, key=lambda row: row.saving)
     saving = [100 * row.saving for row in rows]
     axes.plot(
@@ -198,7 +199,10 @@ def _draw_sweep(axes: Axes, rows: Sequence[SweepRow], look: _Look) -> None:
 
 
 def _draw_points(axes: Axes, rows: Sequence[FrozenRow], look: _Look) -> None:
-    """The frozen points of one policy, filled at the strictest gate; with intervals if heavy."""
+    """Draws the frozen points of one policy, with intervals if it is heavy.
+
+    The point of the strictest gate is filled.
+    """
     for row in rows:
         place = (100 * row.saving, 100 * row.em_delta)
         if look.heavy:
@@ -214,15 +218,16 @@ def _draw_points(axes: Axes, rows: Sequence[FrozenRow], look: _Look) -> None:
 
 
 def _bounds(row: SweepRow | GroupRow, column: str) -> tuple[float, float]:
-    """The interval of a value in points of a hundred; the value itself where it has none."""
+    """Returns a value's interval in points of a hundred; where it has none, the value twice."""
     interval: Interval | None = getattr(row, f"{column}_interval")
     low, high = interval or [getattr(row, column)] * 2
     return 100 * low, 100 * high
 
 
 def _errors(rows: Sequence[SweepRow | GroupRow], column: str) -> list[list[float]]:
-    """Lengths (2, N) below and above values, in points of a hundred."""
-    # Not below 0: where all resamples agree, rounding may put a value outside its interval.
+    """Returns how far (2, N) intervals reach below and above values, in points of a hundred."""
+    # No length is below 0: where all resamples agree, rounding may put a value outside of its
+    # interval.
     values = [100 * getattr(row, column) for row in rows]
     ends = [_bounds(row, column) for row in rows]
     below = [max(value - low, 0.0) for value, (low, _) in zip(values, ends, strict=True)]
@@ -231,9 +236,10 @@ def _errors(rows: Sequence[SweepRow | GroupRow], column: str) -> list[list[float
 
 
 def _limit(axes: Axes, swept: Sequence[SweepRow], points: Sequence[FrozenRow]) -> None:
-    """Limits that show where policies differ: around the frozen points, and what is above them.
+    """Limits the axes to where policies differ: around the frozen points, and what is above them.
 
-    The control that halts as often as the head loses so much that it would hide the rest.
+    The control that halts as often as the head is left out of account: it loses so much that it
+    would hide the rest.
     """
     points = [row for row in points if row.policy != RATE_MATCHED]
     low = 1.3 * min([-2.0, *(_bounds(row, "em_delta")[0] for row in points)])
@@ -245,7 +251,10 @@ def _limit(axes: Axes, swept: Sequence[SweepRow], points: Sequence[FrozenRow]) -
 
 
 def _draw_rules(axes: Axes, rows: Sequence[SweepRow]) -> None:
-    """Never halting, and the bounds of hindsight: in words where they lie beyond the limits."""
+    """Draws never halting and the bounds of hindsight.
+
+    A bound that lies beyond the limits of the axes is told in words.
+    """
     axes.scatter(0, 0, marker="s", s=60, color=COLOR["ink"], zorder=7, label="never halting")
     (_, right), (_, top) = axes.get_xlim(), axes.get_ylim()
     beyond = []
@@ -271,6 +280,7 @@ _GROUP_WORDS = {
 
 
 def _group_drawing(rows: Sequence[GroupRow], gate: float, column: str) -> Drawing:
+    """Draws the bars of all groups at a gate, with their words."""
     title, label = _GROUP_WORDS[column]
     how = "Two bars a group, with 95 % intervals: above the head, below the strongest baseline."
     if len({(row.by, row.group) for row in rows}) > len(shown_groups(rows)):
@@ -280,7 +290,7 @@ def _group_drawing(rows: Sequence[GroupRow], gate: float, column: str) -> Drawin
 
 
 def shown_groups(rows: Sequence[GroupRow]) -> list[tuple[str, str]]:
-    """Kind and name of the groups that are drawn: of each kind those with the most questions."""
+    """Returns kind and name of the groups to draw: of each kind those with the most questions."""
     largest = sorted(rows, key=lambda row: -row.num_questions)
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for kind, group in dict.fromkeys((row.by, row.group) for row in largest):
@@ -290,12 +300,12 @@ def shown_groups(rows: Sequence[GroupRow]) -> list[tuple[str, str]]:
 
 
 def groups(rows: Sequence[GroupRow], column: str, label: str) -> Figure:
-    """Bars with intervals, two a group: the head, and the baseline that it is compared with.
+    """Draws two bars with intervals for each group: the head, and the baseline beside it.
 
     Args:
-        rows: Of one gate, of the head and at most one other policy.
-        column: "saving" or "em_delta".
-        label: Of the axis.
+        rows: The groups' rows at one gate, of the head and at most one other policy.
+        column: What the bars show, "saving" or "em_delta".
+        label: The label of the axis.
     """
     shown = shown_groups(rows)
     kinds = list(dict.fromkeys(kind for kind, _ in shown))
@@ -335,13 +345,14 @@ def groups(rows: Sequence[GroupRow], column: str, label: str) -> Figure:
 
 
 def plain(text: str, most: int = 28) -> str:
-    """Anybody's text on one short line of printable characters."""
+    """Returns anybody's text as one line of at most so many printable characters."""
     words = "".join(c if c.isprintable() else " " for c in text).split()
     line = " ".join(words) or "(no name)"
     return line if len(line) <= most else line[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _where_drawing(behaviour: Behaviour) -> Drawing:
+    """Draws where in the thought the head halts at a gate, with its words."""
     gate = behaviour.gate
     return Drawing(
         f"where-{gate}",
@@ -354,7 +365,7 @@ def _where_drawing(behaviour: Behaviour) -> Drawing:
 
 
 def where(found: WhereHalted) -> Figure:
-    """Share of the traces that are halted in every part of the thought, right and wrong."""
+    """Draws the share of the traces halted in every part of the thought, right and wrong."""
     right, wrong = ([100 * share for share in shares] for shares in (found.right, found.wrong))
     edges = [100 * edge for edge in found.edges]
     bars: dict[str, Any] = {
@@ -387,6 +398,7 @@ def where(found: WhereHalted) -> Figure:
 
 
 def _reliability_drawing(behaviour: Behaviour) -> Drawing:
+    """Draws what the halting probability means at a gate, with its words."""
     gate = behaviour.gate
     return Drawing(
         f"reliability-{gate}",
@@ -400,7 +412,7 @@ def _reliability_drawing(behaviour: Behaviour) -> Drawing:
 
 
 def reliability(found: Reliability) -> Figure:
-    """What halting came to, against the probability that the head gave it."""
+    """Draws what halting came to against the probability that the head gave it."""
     seen = found.seen
     said = [100 * each.mean_prob for each in seen]
     num = sum(each.num for each in seen)
@@ -433,10 +445,10 @@ def reliability(found: Reliability) -> Figure:
 
 
 def signed(value: float, digits: int) -> str:
-    """A number with its sign, as it is printed."""
+    """Returns a number with its sign, as it is printed."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _tick(value: float, _: object = None) -> str:
-    """A signed tick; 0 has no sign."""
+    """Returns the label of a tick, with its sign; 0 has none."""
     return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"

@@ -1,4 +1,4 @@
-"""A policy's frontier: what it saves at an EM, and the EM that it has on an allowance of tokens."""
+"""Reads a policy's frontier: what it saves at an EM, and its EM on an allowance of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from evaluation.intervals import Float
 
-#: EM change up to which `frontier_area` counts nothing: too large a loss for any saving.
+#: The floor of `frontier_area`, an EM change: a larger loss is too large for any saving.
 AREA_FLOOR = -0.05
 
 # Means over several trainings that are equal differ by less.
@@ -18,14 +18,14 @@ _ROUNDING = 1e-12
 
 
 def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> float | None:
-    """The saving of a policy's frontier at some EM change, see `frontier_savings`.
+    """Returns the saving of a policy's frontier at some EM change, see `frontier_savings`.
 
     Args:
-        points: (EM change, saving) of each parameter.
-        em_delta: Where to read the frontier.
+        points: The EM change and the saving of each parameter.
+        em_delta: The EM change at which to read the frontier.
 
     Returns:
-        None if the policy does not reach that EM at all.
+        The saving; None if the policy does not reach that EM at all.
     """
     deltas, savings = np.array([*points, (0.0, 0.0)]).T[:, :, None]
     if em_delta > deltas.max() + _ROUNDING:
@@ -34,7 +34,7 @@ def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> floa
 
 
 def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:
-    """The saving (R,) of a policy's frontier at some EM change, in each of R samples.
+    """Returns the saving (R,) of a policy's frontier at some EM change, in each of R samples.
 
     The frontier is made of the points that no other one beats in both EM and saving; never
     halting, at (0, 0), is one of the candidates. Between neighbours it is a straight line. Below
@@ -42,9 +42,9 @@ def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:
     favours the policy: it does not have the EM that it is compared at.
 
     Args:
-        em_delta: (K, R) EM change at each of K parameters.
-        saving: (K, R)
-        at: (R,) where to read the frontier.
+        em_delta: (K, R) the EM change at each of K parameters.
+        saving: (K, R) the saving at each of them.
+        at: (R,) the EM change at which to read the frontier.
     """
     never = np.zeros((1, len(at)))
     em_delta, saving = np.concatenate([em_delta, never]), np.concatenate([saving, never])
@@ -67,13 +67,13 @@ def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:
 
 
 def _largest(values: Float, among: NDArray[np.bool_]) -> Float:
-    """The largest (R,) of the values (K, R) of a mask, minus infinity if it is empty."""
+    """Returns the largest (R,) of the values (K, R) in a mask, minus infinity if it is empty."""
     largest: Float = values.max(axis=0, where=among, initial=-np.inf)
     return largest
 
 
 def frontier_area(points: Sequence[tuple[float, float]], floor: float) -> float:
-    """Mean EM above a floor when the tokens allowed are uniform between 0 and never halting's.
+    """Returns the mean EM above a floor over allowances of tokens, from none to never halting's.
 
     An allowance buys the best EM among the parameters that spend no more on average, and counts
     by how far that is above the floor; what is below it is of no use at any saving. This is the
@@ -81,8 +81,8 @@ def frontier_area(points: Sequence[tuple[float, float]], floor: float) -> float:
     change) against the corner (1, floor). Never halting itself, at (1, 0), would add nothing.
 
     Args:
-        points: (EM change, saving) of each parameter.
-        floor: An EM change.
+        points: The EM change and the saving of each parameter.
+        floor: The EM change at and below which nothing counts.
     """
     spent = [(1 - saving, em_delta) for em_delta, saving in points]
     return float(moocore.hypervolume(spent, ref=[1, floor], maximise=[False, True]))

@@ -1,4 +1,4 @@
-"""Report rows: every policy over its grid and at its operating points, against the head."""
+"""Makes the rows of a report: policies over their grids, and frozen at their operating points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from evaluation.rows import (
 from runs import Gates, Points
 from traces import Traces
 
-#: Split of rows whose decisions were made without having learned from their questions.
+#: The split that is named in rows whose decisions were made without having learned from their
+#: questions.
 OUT_OF_FOLD = "out of fold"
 
 
@@ -30,7 +31,7 @@ class AtPoint:
     """A policy at one parameter."""
 
     parameter: float | None
-    """None is never halting, or a rule without one."""
+    """The parameter; None is never halting, or that of a rule, which has none."""
     outcome: Outcome
 
 
@@ -39,7 +40,7 @@ class Choice:
     """The operating points of all policies, and what they were chosen from."""
 
     gates: Gates
-    """By gate; policies that are not available are left out."""
+    """By gate, the points; policies that are not available are left out."""
     rows: list[SweepRow | MissingSweep]
     """Every policy over its grid."""
     frozen: list[FrozenRow | MissingPoint]
@@ -55,9 +56,9 @@ def choose_points(
 
     Args:
         traces: N traces.
-        outcomes: By policy and parameter, of decisions made without having learned from these
-            questions; None for a policy whose signal the traces lack.
-        rules: Outcomes of what has no parameter, "never" and "hindsight" among them.
+        outcomes: By policy and parameter, the outcomes of decisions made without having learned
+            from these questions; None for a policy whose signal the traces lack.
+        rules: By name, the outcomes of the rules, "never" and "hindsight" among them.
     """
     sweeps = {name: swept for name, swept in outcomes.items() if swept}
     gates = {gate: _points(traces, sweeps, gate) for gate in GATES}
@@ -72,6 +73,7 @@ def choose_points(
 
 
 def _points(traces: Traces, sweeps: Mapping[str, Mapping[float, Outcome]], gate: float) -> Points:
+    """Chooses the points of all policies at one gate; that of the control follows the head's."""
     points = {name: operating_point(traces, swept, gate) for name, swept in sweeps.items()}
     if RATE_MATCHED in sweeps:
         price = points["head"]
@@ -87,18 +89,19 @@ def report_rows(
     at_points: Mapping[float, Mapping[str, AtPoint]],
     rules: Mapping[str, Outcome],
 ) -> tuple[list[SweepRow | MissingSweep], list[FrozenRow | MissingPoint]]:
-    """Rows of all policies, their intervals from one set of resamples.
+    """Makes the rows of all policies, with intervals from one set of resamples.
 
     Args:
         traces: N traces.
-        split: Its name.
-        sweeps: By policy, outcomes over its grid; None for one that is not available.
-        at_points: By gate, policies at their operating points, "head" among them. One without a
-            point is not available at that gate.
-        rules: Outcomes of what has no parameter, "hindsight" among them.
+        split: The name of the split that they are of.
+        sweeps: By policy, the outcomes over its grid; None for one that is not available.
+        at_points: By gate, the policies at their operating points, "head" among them. One without
+            a point is not available at that gate.
+        rules: By name, the outcomes of the rules, "hindsight" among them.
 
     Returns:
-        Rows of the rules and of every policy's grid, and frozen rows, one gate after the other.
+        The rows of the rules and of every policy's grid; and the frozen rows, one gate after the
+        other. All intervals are None if the traces are of a single question.
     """
     resamples = Resamples.draw(traces.question_id)
     measure = partial(_measure, traces, split, resamples)
@@ -133,14 +136,14 @@ def report_rows(
 
 
 def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | None:
-    """The baseline that the head leads least at equal EM: whoever doubts the head must see it.
+    """Returns the baseline that the head leads least at equal EM, which no doubter may miss.
 
     Args:
-        frozen: Frozen rows.
-        gate: Which of them.
+        frozen: The frozen rows.
+        gate: The gate whose rows count.
 
     Returns:
-        None if no baseline is available.
+        The name of the policy; None if no baseline is available.
     """
     leads = {
         row.policy: row.head_lead_at_equal_em
@@ -155,15 +158,18 @@ def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """One policy at K parameters."""
+    """What one policy comes to at K parameters."""
 
     rows: list[SweepRow]
+    """K rows."""
     resampled: Resampled
+    """The K outcomes over the resamples."""
 
 
 def _measure(
     traces: Traces, split: str, resamples: Resamples, name: str, points: Sequence[AtPoint]
 ) -> _Measured:
+    """Makes the rows of a policy at some points, with their intervals."""
     resampled = resamples.of(traces, [at.outcome for at in points])
     rows = [
         outcome_row(traces, at.outcome, name, at.parameter, split, *ends)
@@ -177,7 +183,15 @@ def _measure(
 def _frozen_row(
     measured: _Measured, k: int, gate: float, head: _Measured, hindsight: _Measured
 ) -> FrozenRow:
-    """One of a policy's K rows, at its operating point; what a frontier tells is None."""
+    """Makes the frozen row of a policy at its k-th parameter; what a frontier tells is None.
+
+    Args:
+        measured: The policy.
+        k: Which of its parameters is the operating point.
+        gate: The gate that the point was chosen under.
+        head: The head at its operating point alone.
+        hindsight: The rule that halts at the first correct answer.
+    """
     row, resampled = measured.rows[k], measured.resampled[k]
     possible, possible_resampled = hindsight.rows[0].saving, hindsight.resampled.saving[0]
     always_possible = (possible_resampled > 0).all()
@@ -201,12 +215,15 @@ def _frozen_row(
 
 
 def head_lead_intervals(head: Resampled, policy: Resampled) -> tuple[Interval, Interval]:
-    """How far the head is ahead of a policy in EM and in saving, over the same resamples."""
+    """Returns the intervals of how far the head is ahead of a policy in EM and in saving.
+
+    Both must be of the same resamples.
+    """
     return interval(head.em_delta - policy.em_delta), interval(head.saving - policy.saving)
 
 
 def _on_frontier(row: FrozenRow, measured: _Measured, head: _Measured) -> FrozenRow:
-    """The row, with what the policy's K points come to together, and against the head."""
+    """Adds to a row what the frontier of the policy's K points tells, also against the head."""
     head_row, head_resampled = head.rows[0], head.resampled[0]
     points = [(row.em_delta, row.saving) for row in measured.rows]
     at_head_em = saving_at_em(points, head_row.em_delta)

@@ -1,4 +1,4 @@
-"""Rows by group: segments, tasks and LMs, each on its own questions."""
+"""Judges policies on groups of traces, by segment, task and LM, each on its own questions."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ def group_rows(
     outcomes: Mapping[float, Mapping[str, Outcome]],
     num_resamples: int = 10_000,
 ) -> list[GroupRow]:
-    """A row for each group, gate and policy, of every column by which the traces differ.
+    """Makes a row for each group, gate and policy, for every column in which the traces differ.
 
     Each interval is at 95 % by itself: of twenty groups, one misses its truth.
 
     Args:
         traces: N traces; those of an unknown (empty) segment are in no row of a segment.
-        outcomes: By gate and policy, on those traces, "head" among them; a gate is what the
-            operating points were chosen under.
-        num_resamples: Of the questions of a group, the same ones for all.
+        outcomes: By gate and policy, the outcomes on those traces, "head" among the policies; a
+            gate is what the operating points were chosen under.
+        num_resamples: How often the questions of a group are resampled, the same for all policies.
 
     Returns:
-        Rows by column, group, gate and policy; without intervals for a group of a single question.
+        The rows by column, group, gate and policy; the intervals of a group of a single question
+        are None.
     """
-    traces = replace(traces, signals={})  # not needed, and hidden states are large to select from
+    # Signals are not needed, and hidden states are large to select from.
+    traces = replace(traces, signals={})
     rows: list[GroupRow] = []
     for by in _COLUMNS:
         column = getattr(traces, by)
@@ -51,7 +53,7 @@ def group_rows(
 
 
 def _groups(column: NDArray[np.str_]) -> list[str]:
-    """The known values of a column (N,) that has several."""
+    """Returns the known values of a column (N,); none if all traces have the same one."""
     values = np.unique(column).tolist()
     return [value for value in values if value] if len(values) > 1 else []
 
@@ -63,7 +65,18 @@ def _rows(
     outcomes: Mapping[tuple[float, str], Outcome],
     num_resamples: int,
 ) -> list[GroupRow]:
-    """One row a gate and policy."""
+    """Makes the rows of one group.
+
+    Args:
+        by: The column that the group is of.
+        group: The value of that column.
+        traces: The traces of the group.
+        outcomes: By gate and policy, the outcomes on those traces.
+        num_resamples: How often the questions are resampled.
+
+    Returns:
+        One row for each gate and policy.
+    """
     resampled = resample(traces, outcomes, num_resamples)
     rows = []
     for (gate, policy), outcome in outcomes.items():

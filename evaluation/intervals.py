@@ -1,8 +1,8 @@
 """Paired bootstrap by question: intervals for EM change, saving, and what is computed from them.
 
-Percentile intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13).
-The unit is the question: traces of one question are not independent. Every policy sees the same
-resamples, so that a difference of two is paired.
+They are percentile intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
+13). The unit is the question: traces of one question are not independent. Every policy sees the
+same resamples, so that a difference of two is paired.
 """
 
 from __future__ import annotations
@@ -21,52 +21,53 @@ from traces import Traces
 Float = NDArray[np.float64]
 _Key = TypeVar("_Key", bound=Hashable)
 
-# The ends of an interval need many resamples; of very many questions, time allows fewer.
+# The ends of an interval need many resamples; for very many questions, time allows fewer.
 _FEWEST_RESAMPLES = 1_000
 _MOST_COUNTS = 10**8
-# Counts are drawn as int64 and multiplied as float64, eight times their own size: by parts.
+# So many counts are handled at a time: they are drawn as int64 and multiplied as float64, which
+# take eight times their own size.
 _PART_COUNTS = 10**6
 
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """A policy's outcome over R resamples of the questions, or K outcomes."""
+    """What a policy's outcome, or K outcomes, come to in each of R resamples of the questions."""
 
     em_delta: Float
-    """(R,) or (K, R) mean EM minus that of never halting."""
+    """(R,) or (K, R) the mean EM minus that of never halting."""
     saving: Float
-    """(R,) or (K, R) share of the tokens not spent."""
+    """(R,) or (K, R) the share of the tokens that is not spent."""
 
     def __getitem__(self, k: int) -> Resampled:
-        """One of K outcomes."""
+        """Returns the k-th of K outcomes."""
         return Resampled(self.em_delta[k], self.saving[k])
 
 
 @dataclass(frozen=True, eq=False)
 class Resamples:
-    """R times as many questions as the N traces have, Q, drawn with replacement."""
+    """R resamples: in each, Q questions drawn with replacement from the Q that N traces are of."""
 
     question: NDArray[np.int64]
-    """(N,) the question of every trace, counted from 0."""
+    """(N,) the number of every trace's question, from 0."""
     counts: NDArray[np.uint8]
     """(R, Q) how often each question was drawn."""
 
     @property
     def num_questions(self) -> int:
-        """Q."""
+        """Q, the number of questions."""
         return int(self.counts.shape[1])
 
     @classmethod
     def draw(
         cls, question_id: NDArray[np.str_], num_resamples: int = 10_000, seed: int = 0
     ) -> Resamples:
-        """Draws the questions of N traces.
+        """Draws resamples of the questions of N traces.
 
         Args:
-            question_id: (N,)
-            num_resamples: R. Of more than 10,000 questions, 10^8 / Q if that is less, but 1,000
-                at least.
-            seed: Of the draws.
+            question_id: (N,) the question of each trace.
+            num_resamples: R, the number of resamples. If 10^8 / Q is less, so many are drawn, but
+                1,000 at least.
+            seed: The seed of the draws.
         """
         names, question = np.unique(question_id, return_inverse=True)
         num = len(names)
@@ -79,13 +80,13 @@ class Resamples:
         return cls(question, counts)
 
     def sums(self, values: Iterable[NDArray[Any]]) -> Float:
-        """Sums (K, R) of K times N values over the traces of the questions drawn."""
+        """Returns the sums (K, R) of K times N values over the traces of the questions drawn."""
         of_question = np.stack([np.bincount(self.question, each) for each in values])
         parts = [of_question @ part.T.astype(float) for part in _parts(self.counts)]
         return np.concatenate(parts, axis=1)
 
     def of(self, traces: Traces, outcomes: Sequence[Outcome]) -> Resampled:
-        """K outcomes on the traces that the questions are of."""
+        """Resamples K outcomes on the traces that the questions are of."""
         gained = [outcome.em.astype(float) - traces.final_correct for outcome in outcomes]
         saved = [traces.num_tokens - outcome.cost for outcome in outcomes]
         sums = self.sums([np.ones(len(traces)), traces.num_tokens, *gained, *saved])
@@ -94,7 +95,7 @@ class Resamples:
 
 
 def _parts(counts: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    """Views of some resamples each, in turn."""
+    """Yields views of some resamples at a time, until all were seen."""
     step = max(1, _PART_COUNTS // counts.shape[1])
     for start in range(0, len(counts), step):
         yield counts[start : start + step]
@@ -107,9 +108,12 @@ def resample(
 
     Args:
         traces: N traces.
-        outcomes: By policy, on those traces.
-        num_resamples: R, see `Resamples.draw`.
-        seed: Of the resampling.
+        outcomes: By policy, the outcome on those traces.
+        num_resamples: R, the number of resamples, see `Resamples.draw`.
+        seed: The seed of the draws.
+
+    Returns:
+        By policy, what its outcome comes to in each resample.
     """
     resamples = Resamples.draw(traces.question_id, num_resamples, seed)
     found = resamples.of(traces, list(outcomes.values()))
@@ -117,11 +121,11 @@ def resample(
 
 
 def interval(samples: Float) -> Interval:
-    """The 95 % percentile interval of samples (R,)."""
+    """Returns the 95 % percentile interval of samples (R,)."""
     return intervals(samples[None])[0]
 
 
 def intervals(samples: Float) -> list[Interval]:
-    """The 95 % percentile intervals of K times R samples (K, R)."""
+    """Returns the 95 % percentile intervals of K times R samples (K, R)."""
     ends: list[Interval] = np.quantile(samples, [0.025, 0.975], axis=1).T.tolist()
     return ends

@@ -1,4 +1,4 @@
-"""The head beside the running LM: do the numbers from replay hold where it counts?"""
+"""Runs the head beside its LM, to see whether the numbers from replay hold where it counts."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ class Comparison:
     price: float
     live_em: float
     live_tokens: float
-    """A question, all probes included."""
+    """The mean number of tokens a question, all probes included."""
     live_saving: float
-    """Against the never halted traces of the same questions."""
+    """The saving against the never halted traces of the same questions."""
     replay_em: float
     replay_tokens: float
     replay_saving: float
     em_difference: Interval
-    """Live minus replay, 95 %, paired by question."""
+    """The 95 % interval of live EM minus replayed EM, paired by question."""
     saving_difference: Interval
-    """Live minus replay, 95 %, paired by question."""
+    """The 95 % interval of live saving minus replayed saving, paired by question."""
 
     def __str__(self) -> str:
-        """Two lines for a person."""
+        """Returns two lines for a person."""
         em = [100 * end for end in self.em_difference]
         saved = [100 * end for end in self.saving_difference]
         return (
@@ -64,13 +64,16 @@ class Sampling:
     """How answers are generated."""
 
     max_tokens: int
-    """Token budget of a question, its answer included."""
+    """The token budget of a question, its answer included."""
     temperature: float
-    """0 takes the likeliest token."""
+    """The temperature of sampling; 0 always takes the likeliest token."""
     seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """For `generate`: the recorder's plain sampling, whatever the LM's own defaults are."""
+        """Returns arguments for `generate`, which make it sample as plainly as the recorder does.
+
+        The LM's own defaults have no influence then.
+        """
         if not self.temperature:
             return {"max_new_tokens": self.max_tokens, "do_sample": False}
         plain = {"do_sample": True, "top_k": 0, "top_p": 1.0}
@@ -90,11 +93,11 @@ def run_beside(
     Args:
         head: The exported head.
         lm: The LM that the traces came from.
-        asked: Questions of `traces`.
+        asked: The questions of `traces`.
         traces: One recorded trace or more of each question.
-        price: In exact match per 1,000 tokens.
-        seed: Of sampling, which is another than the traces': the same questions are thought
-            about anew.
+        price: The price, in exact match per 1,000 tokens.
+        seed: The seed of sampling, which is another than the traces': the same questions are
+            thought about anew.
 
     Raises:
         InputError: If head and LM do not fit each other, or no question is among the traces'.
@@ -135,14 +138,15 @@ def answer(
     """Lets an LM answer questions with a head beside it, by transformers' `generate`.
 
     Args:
-        head: The policy.
-        lm: What thinks.
+        head: The head that decides.
+        lm: The LM that thinks.
         asked: N questions.
-        price: In exact match per 1,000 tokens.
-        sampling: As the traces were recorded.
+        price: The price, in exact match per 1,000 tokens.
+        sampling: How answers are generated, which is to be how the traces were recorded.
 
     Returns:
-        EM, cost (all probes included) and whether it was halted, of each question (N,).
+        The EM and the cost (all probes included) of each question (N,), and whether its thought
+        was halted.
 
     Raises:
         InputError: If head and LM do not fit each other.
@@ -171,7 +175,7 @@ def answer(
 
 
 def _without_padding(tokens: list[int], eos_ids: list[int]) -> list[int]:
-    """Tokens up to the end token, if there is one."""
+    """Returns the tokens up to the first end token and with it; all if there is none."""
     ends = [i for i, token in enumerate(tokens) if token in eos_ids]
     return tokens[: ends[0] + 1] if ends else tokens
 
@@ -183,7 +187,7 @@ def _outcome(
     generated: list[int],
     report: ThoughtReport,
 ) -> tuple[bool, int, bool]:
-    """EM, cost and whether it was halted, of one row of a batch."""
+    """Returns the EM and the cost of one row of a batch, and whether it was halted."""
     if report.halted:
         answer, spent = report.answer, report.position
     else:

@@ -1,4 +1,4 @@
-"""What a policy's halting decisions come to: exact match and tokens of every trace."""
+"""Works out what a policy's halting decisions come to: exact match and tokens of every trace."""
 
 from __future__ import annotations
 
@@ -17,35 +17,42 @@ from traces import Traces
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One policy on N traces."""
+    """What one policy comes to on each of N traces.
+
+    Where it is of several trainings, it holds their means.
+    """
 
     em: NDArray[Any]
-    """(N,) exact match, a bool; its mean where the outcome is of several seeds."""
+    """(N,) the exact match, a bool, or a mean."""
     cost: NDArray[Any]
-    """(N,) tokens generated, probes included."""
+    """(N,) the tokens generated, probes included."""
     halted: NDArray[Any]
-    """(N,) whether it halted the trace."""
+    """(N,) whether the policy halts the trace, or how often."""
 
     def select(self, rows: NDArray[np.bool_]) -> Outcome:
-        """Of the traces of a mask (N,)."""
+        """Returns the outcome on the traces of a mask (N,)."""
         return Outcome(self.em[rows], self.cost[rows], self.halted[rows])
 
 
 def first_halts(traces: Traces, halts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Flat index (N,) of the point that each trace is halted at, -1 if never."""
+    """Returns the index (N,) of the point that each trace is halted at, -1 if never.
+
+    It is an index among the points of all traces.
+    """
     points = np.flatnonzero(halts)[::-1]
     first = np.full(len(traces), -1, dtype=np.int64)
-    first[traces.trace_of_point[points]] = points  # of equal indices the last one stays
+    # The points come last first, and of several values for a trace the last one stays.
+    first[traces.trace_of_point[points]] = points
     return first
 
 
 def never_outcome(traces: Traces) -> Outcome:
-    """No halting and no probing: what everything is compared with."""
+    """Returns the outcome of no halting and no probing, which everything is compared with."""
     return Outcome(traces.final_correct, traces.num_tokens, np.zeros(len(traces), dtype=bool))
 
 
 def halt_outcome(traces: Traces, halts: NDArray[np.bool_], probing: Probing) -> Outcome:
-    """The outcome of halting every trace at its first true point.
+    """Returns the outcome of halting every trace at the first point where `halts` is true.
 
     A policy that probes pays for its probes also where it never halts.
 
@@ -65,12 +72,12 @@ def halt_outcome(traces: Traces, halts: NDArray[np.bool_], probing: Probing) -> 
 def sweep(
     traces: Traces, decisions: Mapping[float, NDArray[np.bool_]], probing: Probing
 ) -> dict[float, Outcome]:
-    """Outcomes of a policy's decisions (P,) by parameter."""
+    """Returns, by parameter, the outcome of a policy's decisions (P,)."""
     return {at: halt_outcome(traces, halts, probing) for at, halts in decisions.items()}
 
 
 def average(outcomes: Sequence[Outcome]) -> Outcome:
-    """The mean outcome of several trainings of one policy, trace by trace."""
+    """Returns the mean outcome of several trainings of one policy, trace by trace."""
     return Outcome(
         np.mean([outcome.em for outcome in outcomes], axis=0),
         np.mean([outcome.cost for outcome in outcomes], axis=0),
@@ -79,12 +86,12 @@ def average(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def em_delta(traces: Traces, outcome: Outcome) -> float:
-    """Mean EM minus that of never halting."""
+    """Returns the mean EM minus that of never halting."""
     return float(outcome.em.sum() - traces.final_correct.sum()) / len(traces)
 
 
 def saving(traces: Traces, outcome: Outcome) -> float:
-    """Share of the tokens not spent, 1 - sum(cost) / sum(num_tokens)."""
+    """Returns the share of the tokens that is not spent, 1 - sum(cost) / sum(num_tokens)."""
     return 1 - float(outcome.cost.sum()) / int(traces.num_tokens.sum())
 
 
@@ -97,7 +104,7 @@ def outcome_row(
     em_delta_interval: Interval | None = None,
     saving_interval: Interval | None = None,
 ) -> SweepRow:
-    """What a policy comes to at one parameter."""
+    """Makes the row that tells what a policy comes to at one parameter."""
     was_right = traces.final_correct
     saved_of_hopeless = (traces.num_tokens - outcome.cost)[traces.hopeless]
     return SweepRow(

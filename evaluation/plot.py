@@ -1,4 +1,4 @@
-"""The picture: exact match against tokens."""
+"""Draws the picture of exact match against tokens."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def plot_frontiers(
     """Draws every policy's sweep and its frozen points into a PNG file.
 
     Args:
-        rows: Sweeps, and the rules without a parameter.
-        frozen: Frozen rows, of any number of gates.
-        path: Written whole or not at all.
+        rows: The rows of sweeps, and of rules without a parameter.
+        frozen: The frozen rows, of any number of gates.
+        path: The file, which is written whole or not at all.
     """
     with style(), whole_file(path) as temporary:
         frontier(rows, frozen).savefig(temporary, format="png")

@@ -1,7 +1,7 @@
-"""Operating points: one protocol for every policy with a number to tune.
+"""Chooses operating points, by one protocol for every policy with a number to tune.
 
-Decisions on the train and dev splits together, out of fold where a policy is trained; the number
-with the largest saving within the gate; then frozen. A test file tunes nothing.
+Policies decide on the train and dev splits together, out of fold if they are trained. The number
+with the largest saving within the gate is chosen, and then frozen. A test file tunes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROUNDING = 1e-12
 
 
 def folds(question_id: NDArray[np.str_], num_folds: int = 5, seed: int = 0) -> NDArray[np.int64]:
-    """The fold (N,) of every trace, all traces of a question in the same one.
+    """Returns the fold (N,) of every trace; all traces of a question are in the same one.
 
     Questions are shuffled, then dealt out, those with the most traces first.
 
@@ -44,15 +44,15 @@ def folds(question_id: NDArray[np.str_], num_folds: int = 5, seed: int = 0) -> N
 
 
 def operating_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> float | None:
-    """The parameter with the largest saving whose mean EM change is at least -gate.
+    """Chooses the parameter with the largest saving whose mean EM change is at least -gate.
 
     Args:
         traces: N traces to choose on.
-        outcomes: By parameter, on those traces.
-        gate: Mean EM that may be lost, in [0, 1].
+        outcomes: By parameter, the outcomes on those traces.
+        gate: How much mean EM may be lost, in [0, 1].
 
     Returns:
-        None (never halt, which saves 0) if no parameter within the gate saves anything.
+        The parameter; None (never halt, which saves 0) if none within the gate saves anything.
     """
     best, best_saving = None, 0.0
     for parameter, outcome in outcomes.items():
@@ -63,9 +63,9 @@ def operating_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: flo
 
 
 def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
-    """The parameter that halts nearest to a given share of the traces; None for a rate of 0.
+    """Chooses the parameter that halts nearest to a given share of the traces; None for 0.
 
-    How a control is tuned that is to halt as often as another policy.
+    A control that is to halt as often as another policy is tuned so.
     """
     if rate == 0:
         return None
@@ -73,6 +73,6 @@ def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
 
 
 def strictest_price(gates: Gates) -> float | None:
-    """The head's price at the strictest gate where it halts at all; None if there is none."""
+    """Returns the head's price at the strictest gate where it halts; None if it never does."""
     prices = [gates[gate]["head"] for gate in sorted(gates)]
     return next((price for price in prices if price is not None), None)

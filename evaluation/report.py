@@ -1,4 +1,4 @@
-"""A report as one HTML page, and as TensorBoard's figures.
+"""Writes a report as one HTML page, and as TensorBoard's figures.
 
 The page needs no network and no script. All its words and figures are made from the report, which
 is what the JSON is written from, so that page and JSON cannot differ.
@@ -37,23 +37,23 @@ from policies.rules import RULE_NAMES
 _TEMPLATE = "report.html.jinja"
 _SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
 _MOST_LOSSES = 10
-# Ends of an interval that differ by no more are equal.
+# Ends of an interval that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Writes the page.
+    """Writes a report as a page.
 
     Args:
-        report: Its groups and behaviour may be empty, its certificate None.
-        path: An HTML file; written whole or not at all.
+        report: The report; its groups and behaviour may be empty, its certificate None.
+        path: The HTML file, which is written whole or not at all.
     """
     with whole_file(path) as temporary:
         temporary.write_text(render(report), encoding="utf-8")
 
 
 def render(report: Report) -> str:
-    """The page as HTML; the same report gives the same page."""
+    """Returns the page as HTML; the same report gives the same page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -111,39 +111,42 @@ def log_to_tensorboard(report: Report, log_dir: Path) -> None:
 
 
 def percent(share: float) -> str:
-    """A share, in %, as every saving and rate is printed."""
+    """Returns a share in %, as every saving and rate is printed."""
     return f"{100 * share:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def points(share: float) -> str:
-    """A change of a share in points of a hundred, as every EM change is printed."""
+    """Returns a change of a share in points of a hundred, as every EM change is printed."""
     return signed(100 * share, 2)
 
 
 def _lead(share: float) -> str:
+    """Returns a lead in saving in points of a hundred, as every such lead is printed."""
     return signed(100 * share, 1)
 
 
 def _em(share: float) -> str:
+    """Returns an EM in points of a hundred, as every EM is printed."""
     return f"{100 * share:.2f}"
 
 
 def number(value: float) -> str:
-    """A number without a unit: a price, a threshold, a feature."""
+    """Returns a number without a unit, as prices, thresholds and features are printed."""
     return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
 def counted(num: int, noun: str) -> str:
-    """A number of things, in the singular or the plural."""
+    """Returns a number of things, with the noun in the singular or the plural."""
     return f"{num:,} {noun}{'' if num == 1 else 's'}"
 
 
 def _gained(share: float) -> str:
-    """A change of EM in words."""
+    """Says in words how EM changed."""
     return f"{'gained' if share > 0 else 'lost'} {_em(abs(share))} points"
 
 
 def _tokens(value: float) -> str:
+    """Returns a number of tokens, as it is printed."""
     return f"{value:,.0f}"
 
 
@@ -152,13 +155,15 @@ class Column:
     """A column of a table of rows."""
 
     key: str
+    """The name of the rows' field that it shows."""
     title: str
     what: str
-    """Said once on the page."""
+    """What the column shows, which the page says once."""
     form: Callable[[float], str]
+    """Returns a value as it is printed."""
 
     def cell(self, row: FrozenRow | GroupRow) -> tuple[str, str]:
-        """The value and its interval as they are printed, empty where there is none."""
+        """Returns a row's value and its interval as they are printed, empty where there is none."""
         value, interval = getattr(row, self.key), getattr(row, f"{self.key}_interval", None)
         if value is None or (row.policy == "head" and self.key.startswith("head_")):
             return "", ""
@@ -172,12 +177,15 @@ class Column:
 
 
 def between(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
-    """An interval as it is printed; empty where there is none."""
+    """Returns an interval as it is printed; empty where there is none."""
     return f"[{form(interval[0])}, {form(interval[1])}]" if _is_known(interval) else ""
 
 
 def _is_known(interval: Sequence[float] | None) -> TypeGuard[Sequence[float]]:
-    """Whether it says something: one of no width, where all resamples agree, is no evidence."""
+    """Returns whether an interval says something.
+
+    One of no width, where all resamples agree, is no evidence.
+    """
     return interval is not None and interval[1] - interval[0] > _ROUNDING
 
 
@@ -258,19 +266,21 @@ class GateSection:
     head: FrozenRow
     strongest: str | None
     standing: tuple[str, str]
-    """How the head stands against the strongest baseline: a key, and words."""
+    """How the head stands against the strongest baseline: a key for the style, and words."""
     sentences: list[str]
+    """What the head comes to, and how it compares with the strongest baseline."""
     rows: list[FrozenRow]
-    """Available policies: the head, baselines by saving at the head's EM, rules."""
+    """The available policies: the head, baselines by saving at the head's EM, rules."""
     missing: list[str]
-    """Policies that are not available."""
+    """The names of the policies that are not available."""
     groups: list[GroupRow]
-    """Of the head and the strongest baseline."""
+    """The groups' rows of the head and the strongest baseline."""
     losses: str
-    """The groups that the head loses exact match in, in a sentence."""
+    """A sentence about the groups in which the head loses exact match."""
 
 
 def _gate(report: Report, gate: float) -> GateSection:
+    """Gathers what the page says of one gate."""
     rows = [row for row in report.frozen if row.gate == gate]
     known = {row.policy: row for row in rows if isinstance(row, FrozenRow)}
     groups = compared_groups(report, gate)
@@ -294,6 +304,7 @@ def _gate(report: Report, gate: float) -> GateSection:
 
 
 def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
+    """Says what the head saves and how EM changes, with intervals."""
     if head.parameter is None:
         return (
             "The head never halts at this gate: no price was within it. It saves and loses nothing."
@@ -308,17 +319,19 @@ def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
 
 
 def _range(row: FrozenRow, key: str, form: Callable[[float], str]) -> str:
+    """Returns the interval of a row's value in words; empty where there is none."""
     found: Interval | None = getattr(row, f"{key}_interval")
     return f" (95 % interval {form(found[0])} to {form(found[1])})" if _is_known(found) else ""
 
 
 def _change_words(head: FrozenRow, gate: float, num_questions: int) -> str:
-    """What the head's EM change and its interval mean."""
+    """Says what the head's EM change and its interval mean."""
     interval, asked = head.em_delta_interval, counted(num_questions, "question")
     if not _is_known(interval):
         if interval is None or abs(head.em_delta) > _ROUNDING:
             return ", of unknown precision"
-        # Clopper and Pearson, 1934, with no loss among N: above it, N without one are a 5 % chance.
+        # Clopper and Pearson, 1934: if losses are more frequent than this bound, N questions
+        # without one have a chance of less than 5 %.
         bound = 1 - 0.05 ** (1 / num_questions)
         return (
             f": no question's EM changed; {asked} exclude, at 95 %, only losses above "
@@ -336,7 +349,11 @@ def _change_words(head: FrozenRow, gate: float, num_questions: int) -> str:
 
 
 def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str], list[str]]:
-    """How the head stands against the strongest baseline: key and words, and sentences."""
+    """Says how the head stands against the strongest baseline.
+
+    Returns:
+        A key for the style with a few words; and sentences.
+    """
     if other is None:
         return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
     name = policy_title(other.policy)
@@ -373,7 +390,7 @@ def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str]
 
 
 def _losses(groups: Sequence[GroupRow]) -> str:
-    """The groups whose interval of the head's EM change lies below 0, the worst first."""
+    """Says in which groups the interval of the head's EM change lies below 0, the worst first."""
     chance = "Of twenty groups, one interval misses by chance."
     lost = [row for row in groups if _is_below_0(row.em_delta_interval)]
     if not lost:
@@ -391,6 +408,7 @@ def _losses(groups: Sequence[GroupRow]) -> str:
 
 
 def _is_below_0(interval: Sequence[float] | None) -> bool:
+    """Returns whether an interval says something and lies below 0."""
     return _is_known(interval) and interval[1] < 0
 
 
@@ -399,16 +417,21 @@ class PriceSection:
     """What the page says of the head inside a thought, at one price."""
 
     gates: list[float]
-    """All that chose this price."""
+    """All gates that chose this price."""
     found: Behaviour
     reading: str
-    """The reliability figure, read aloud at one bin."""
+    """What the reliability figure says, told at one bin."""
     largest: float
-    """Contribution of a driver, in magnitude."""
+    """The largest contribution of a driver, in magnitude."""
 
 
 def _behaviour(found: Sequence[Behaviour], trainings: str) -> list[PriceSection]:
-    """One a price, with the gates that share it; `trainings` goes after numbers of decisions."""
+    """Gathers what the page says of each price, with the gates that share it.
+
+    Args:
+        found: What the head does inside thoughts, gate by gate.
+        trainings: Words that go after numbers of decisions.
+    """
     first: dict[float, Behaviour] = {}
     for behaviour in found:
         first.setdefault(behaviour.price, behaviour)
@@ -427,7 +450,7 @@ def _behaviour(found: Sequence[Behaviour], trainings: str) -> list[PriceSection]
 
 
 def _reading(seen: Sequence[ReliabilityBin], trainings: str) -> str:
-    """On the bin at 80 %, or the one nearest to it that holds a decision; and on all of them."""
+    """Says what the bin at 80 %, or the nearest with a decision, shows; and what all of them do."""
     if not seen:
         return "The head came to no decision."
     found = min(seen, key=lambda found: abs(found.low - 0.8))
@@ -440,7 +463,7 @@ def _reading(seen: Sequence[ReliabilityBin], trainings: str) -> str:
 
 
 def _gains(seen: Sequence[ReliabilityBin]) -> str:
-    """What halting gains where the head put it below one half, and from there on."""
+    """Says what halting gains where the head put its probability below one half, and elsewhere."""
     said = {
         "below one half": [found for found in seen if found.high <= 0.5],
         "at one half or more": [found for found in seen if found.low >= 0.5],
@@ -462,7 +485,7 @@ _RISKS = {
 
 
 def _certificate(certificate: Certificate | None) -> list[str]:
-    """A certificate in sentences; none for None."""
+    """Returns a certificate in sentences; none if there is no certificate."""
     if certificate is None:
         return []
     bound = _RISKS[certificate.risk].format(f"{100 * certificate.max_em_drop:g}")

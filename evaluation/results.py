@@ -1,4 +1,4 @@
-"""The report: everything that an evaluation finds about a run, for the page and the JSON."""
+"""Holds everything that an evaluation finds about a run, for the page and the JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from evaluation.behaviour import Behaviour
 from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow, to_json
 from haltwise import Certificate
 
-if TYPE_CHECKING:  # it loads an LM's framework, which a page does without
+if TYPE_CHECKING:  # the module loads an LM's framework, which a page does without
     from evaluation.live import Comparison
 
 
 @dataclass(frozen=True)
 class JudgedTraces:
-    """The traces of an evaluation."""
+    """The traces that an evaluation judged the policies on."""
 
     path: str
     digest: str
@@ -31,32 +31,32 @@ class Report:
     head: str
     """The run folder."""
     command: str
-    """What was called."""
+    """The command line that found all this."""
     traces: JudgedTraces
     split: str
     judged: str
     """How the rows of what is trained came about, in words."""
     num_trainings: int
-    """Of the head, that judge these traces."""
+    """The number of trainings of the head that decide on these traces."""
     evidence: bool
-    """Whether the head's rows are any."""
+    """Whether the head's rows are evidence: no head decides on a question that it learned from."""
     rows: Sequence[SweepRow | MissingSweep]
     """The rules, and every policy over its grid."""
     frozen: Sequence[FrozenRow | MissingPoint]
     """Every policy at the run's operating points, one gate after the other."""
     strongest: dict[float, str | None]
-    """The best baseline by gate, see `strongest`."""
+    """By gate, the strongest baseline, see `evaluation.frozen.strongest`."""
     groups: Sequence[GroupRow]
     behaviour: Sequence[Behaviour]
-    """Of the head, at each gate where it halts."""
+    """What the head does inside thoughts, at each gate where it halts."""
     certificate: Certificate | None
     ran_live: bool = False
     """Whether the head was to run beside its LM; JSON tells of it only then."""
     live: Comparison | None = None
-    """What came of that; None if it never halts at any operating point."""
+    """What came of that; None if the head never halts at any operating point."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with a key a field."""
+        """Returns a JSON object with a key for each field."""
         content: dict[str, Any] = to_json(self)
         del content["ran_live"]
         if not self.ran_live:

@@ -1,4 +1,7 @@
-"""What an evaluation finds, as numbers with names. Shares are in [0, 1], tokens are a trace's."""
+"""Rows of numbers with names, which an evaluation finds.
+
+Shares are in [0, 1]. Numbers of tokens are means over traces.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,36 @@ Interval = list[float]
 
 @dataclass(frozen=True)
 class SweepRow:
-    """A policy at one of its numbers. An interval is None for traces of a single question."""
+    """What a policy comes to at one of its numbers.
+
+    An interval is None where it was not asked for, or the traces are of a single question.
+    """
 
     policy: str
     parameter: float | None
-    """Its number; None never halts, or is that of a rule without one."""
+    """The policy's number; None is never halting, or that of a rule, which has none."""
     split: str
-    """Which traces; a name for people."""
+    """The name, for people, of the split that the traces are of."""
     em: float
     em_delta: float
-    """EM less that of never halting."""
+    """The EM less that of never halting."""
     tokens: float
     saving: float
     halt_rate: float
     right_to_wrong: float
-    """Share of the traces that halting turns from right to wrong."""
+    """The share of the traces that halting turns from right to wrong."""
     wrong_to_right: float
     hopeless_saving: float
     """The part of the saving that comes from traces that are never right."""
     gave_up: float
-    """Share of the traces that are halted at a wrong answer."""
+    """The share of the traces that are halted at a wrong answer."""
     em_delta_interval: Interval | None
     saving_interval: Interval | None
 
 
 @dataclass(frozen=True)
 class MissingSweep:
-    """A policy that is not available: the traces lack what it looks at."""
+    """A policy that is not available, mostly since the traces lack what it looks at."""
 
     WHOLE: ClassVar[type] = SweepRow
     policy: str
@@ -47,7 +53,10 @@ class MissingSweep:
 
 @dataclass(frozen=True)
 class FrozenRow(SweepRow):
-    """A policy at its operating point. Its frontier is that of its grid and its points."""
+    """What a policy comes to at its operating point.
+
+    Its frontier is made of its grid and its operating points.
+    """
 
     gate: float
     head_em_lead: float
@@ -56,19 +65,21 @@ class FrozenRow(SweepRow):
     head_saving_lead: float
     head_saving_lead_interval: Interval | None
     saving_at_head_em: float | None
-    """On this policy's frontier; None where it never has the head's EM, and for rules."""
+    """The saving at the head's EM on this policy's frontier; None where it never has that EM, and
+    for rules."""
     head_lead_at_equal_em: float | None
     """The head's saving less `saving_at_head_em`; where that is None, less the saving at this
     policy's highest EM, which favours it. None for rules, which have no frontier."""
     head_lead_at_equal_em_interval: Interval | None
-    """Of frontiers built anew in every resample: each takes the best of many points, and what
-    chance adds to it counts against the head."""
+    """The interval of that lead. The frontier is built anew in every resample: each takes the best
+    of many points, and what chance adds to it counts against the head."""
     hindsight_share: float | None
     """The saving as a share of that of halting at the first correct point; None if that is 0."""
     hindsight_share_interval: Interval | None
-    """None also where a resample leaves hindsight no saving."""
+    """The interval of that share; None also where a resample leaves hindsight no saving."""
     area: float | None
-    """Under this policy's frontier and above AREA_FLOOR, see `frontier_area`."""
+    """The area under this policy's frontier and above AREA_FLOOR, see `frontier_area`; None for
+    rules."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ class MissingPoint:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """A policy at its operating point, on a group of traces."""
+    """What a policy comes to at its operating point on a group of traces."""
 
     by: str
     """What the traces of a group share: segment, task or model."""
@@ -94,7 +105,7 @@ class GroupRow:
     num_traces: int
     em: float
     em_never: float
-    """EM of never halting on the same traces."""
+    """The EM of never halting on the same traces."""
     em_delta: float
     em_delta_interval: Interval | None
     saving: float
@@ -109,7 +120,10 @@ _WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow)
 
 
 def without_intervals(row: _WithIntervals) -> _WithIntervals:
-    """A row whose intervals are None: of a single question, all resamples are the same."""
+    """Returns a row with None for its intervals, which tell nothing of a single question.
+
+    All resamples of it are the same.
+    """
     nothing: dict[str, Any] = {
         field.name: None for field in fields(row) if field.name.endswith("_interval")
     }
@@ -117,9 +131,10 @@ def without_intervals(row: _WithIntervals) -> _WithIntervals:
 
 
 def to_json(found: Any) -> Any:
-    """Dataclasses as JSON objects with a key a field, in order.
+    """Returns dataclasses as JSON objects with a key for each field, in order.
 
-    One of a class that names a WHOLE one gets all fields of that, those that it lacks as None.
+    If a class names another as its WHOLE, its objects get all fields of that one, and None for
+    those that they lack.
     """
     if is_dataclass(found):
         names = [field.name for field in fields(getattr(found, "WHOLE", found))]

@@ -1,4 +1,4 @@
-"""Colours for light and dark paper, and figures as SVG elements that follow a page's choice."""
+"""Makes figures SVG elements whose colours follow a page's choice of light or dark paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 
-#: Colour by its name: on light paper, on dark paper. Figures are drawn in the light ones.
+#: By name, a colour for light paper and one for dark paper. Figures are drawn in the light ones.
 PALETTE = {
     "paper": ("#ffffff", "#161b21"),
     "ink": ("#1c2228", "#e7eaed"),
@@ -38,24 +38,25 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 
 
 def svg(figure: Figure, name: str, title: str, text: str) -> str:
-    """A figure as an SVG element for an HTML page.
+    """Returns a figure as an SVG element for an HTML page.
 
     Colours of PALETTE become the CSS variables of their names, so that a page sets each for light
     and for dark paper. Text stays text. The same figure gives the same bytes.
 
     Args:
-        figure: Drawn, and to be saved, under settings with `svg.fonttype` none and a
-            `svg.hashsalt`.
-        name: Goes before every id, so that no two figures of a page collide.
-        title: What it is.
-        text: What it shows, for who cannot see it.
+        figure: The figure. It was drawn, and this function is called, under settings with
+            `svg.fonttype` none and a `svg.hashsalt`.
+        name: The name that goes before every id, so that no two figures of a page collide.
+        title: What the figure is.
+        text: What the figure shows, for those who cannot see it.
     """
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
     root = ElementTree.fromstring(file.getvalue())
     for definitions in root.findall(f"{_SVG}defs"):
-        for sheet in definitions.findall(f"{_SVG}style"):  # in a page it would be the page's too
+        # A style sheet in a figure would hold for the whole page.
+        for sheet in definitions.findall(f"{_SVG}style"):
             definitions.remove(sheet)
     for element in root.iter():
         for key in _PAINTED & element.attrib.keys():
@@ -68,6 +69,7 @@ def svg(figure: Figure, name: str, title: str, text: str) -> str:
 
 
 def _variable(found: re.Match[str]) -> str:
+    """Returns the CSS variable of a colour of the palette; any other colour stays."""
     return _VARIABLES.get(found[0], found[0])
 
 
@@ -89,7 +91,7 @@ def _rename_ids(root: ElementTree.Element, name: str) -> None:
 
 
 def _describe(root: ElementTree.Element, name: str, title: str, text: str) -> None:
-    """Makes it one image with a title and a description, as wide as its place."""
+    """Makes the SVG element one image with a title and a description, as wide as its place."""
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.set("role", "img")

@@ -1,4 +1,4 @@
-"""The frozen rows, and the worst errors, as text."""
+"""Formats the frozen rows, and the worst errors, as tables of text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ _NOTES = "* strongest baseline, > it never has the head's EM"
 
 
 def format_table(frozen: Sequence[FrozenRow | MissingPoint]) -> str:
-    """One table a gate; EM, saving and their changes in points of a hundred."""
+    """Returns one table for each gate; EM, saving and their changes are in points of a hundred."""
     return "\n\n".join(_table(frozen, gate) for gate in sorted({row.gate for row in frozen}))
 
 
 def _table(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str:
+    """Returns the table of one gate, its title first."""
     rows = [row for row in frozen if row.gate == gate]
     marked = strongest(rows, gate)
     names = [row.policy + (" *" if row.policy == marked else "") for row in rows]
@@ -53,6 +54,7 @@ def _table(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Returns the line of a policy; one that has no cells beside its name is not available."""
     if len(cells) == 1:
         return f"{cells[0]:<{widths[0]}}  not available"
     aligned = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
@@ -60,6 +62,7 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _cells(row: FrozenRow) -> tuple[str, ...]:
+    """Returns the cells of a row, all but the policy's name."""
     parameter, lead = row.parameter, row.head_lead_at_equal_em
     beyond = "> " if row.saving_at_head_em is None else ""
     return (
@@ -81,10 +84,12 @@ def _cells(row: FrozenRow) -> tuple[str, ...]:
 
 
 def _percent(share: float | None) -> str:
+    """Returns a share in %; empty where it is unknown."""
     return "" if share is None else f"{100 * share:.1f}"
 
 
 def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
+    """Returns a share in points of a hundred, with its interval where there is one."""
     if interval is None:
         return f"{100 * value:{form}}"
     low, high = interval
@@ -92,7 +97,7 @@ def _with_interval(value: float, interval: Sequence[float] | None, form: str) ->
 
 
 def format_cases(behaviour: Behaviour) -> str:
-    """The worst right-to-wrong cases at one gate, a line each; no text if there is none."""
+    """Returns the worst right-to-wrong cases at one gate, a line each; no text if there is none."""
     found = behaviour.cases[:_NUM_CASES]
     if not found:
         return ""
@@ -104,6 +109,7 @@ def format_cases(behaviour: Behaviour) -> str:
 
 
 def _case_cells(case: Case) -> tuple[str, ...]:
+    """Returns the cells of a case's line."""
     again = case.right_again
     drivers = [f"{driver.feature} {driver.contribution:+.1f}" for driver in case.drivers]
     return (

@@ -1,4 +1,4 @@
-"""Trials of a training, out of fold: with several seeds, at several checkpoints."""
+"""Tries a training out of fold, with several seeds and at several checkpoints."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from traces import Traces
 
 @dataclass(frozen=True)
 class TrialPoint:
-    """What the protocol chooses on one seed alone, at one gate."""
+    """What the protocol chooses on the decisions of one seed alone, at one gate."""
 
     price: float | None
-    """None never halts."""
+    """The price that is chosen; None is never halting."""
     em_delta: float
     saving: float
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One seed at one checkpoint."""
+    """What the trainings of one seed come to at one checkpoint."""
 
     seed: int
     checkpoint: int
+    """The number of the checkpoint, from 0."""
     balanced_return: float
+    """The return, in the mean over prices that count alike; see `balanced_return`."""
     points: dict[float, TrialPoint]
-    """By gate."""
+    """By gate, the point that is chosen."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """Returns a JSON object."""
         return {
             "seed": self.seed,
             "checkpoint": self.checkpoint,
@@ -51,11 +53,11 @@ class Trials:
     """What some trainings came to on questions that they had not seen."""
 
     best: int
-    """The checkpoint with the largest balanced return, mean over seeds."""
+    """The checkpoint with the largest balanced return in the mean over seeds."""
     outcomes: dict[float, Outcome]
-    """At the best checkpoint by price, mean over seeds."""
+    """By price, the outcome at the best checkpoint, the mean over seeds."""
     each: list[Trial]
-    """One a seed and checkpoint."""
+    """One trial for each seed and checkpoint."""
 
 
 def try_checkpoints(
@@ -69,11 +71,11 @@ def try_checkpoints(
 
     Args:
         traces: N traces with P points.
-        decided: By seed, halting decisions (C, number of prices, P) at C checkpoints.
-        prices: Of those decisions.
-        weights: Of those prices in the balanced return: the mean over prices of weight times
-            (EM - price * cost / 1000). It is what training goes up; no gate hangs on it.
-        probing: See `haltwise.Halting`.
+        decided: By seed, the halting decisions (C, number of prices, P) at C checkpoints.
+        prices: The prices of those decisions.
+        weights: The weights of those prices in the balanced return, which is what training goes
+            up; no gate hangs on it.
+        probing: "always" or "at_halt", see `haltwise.Halting`.
     """
     swept = {
         seed: [sweep(traces, dict(zip(prices, halts, strict=True)), probing) for halts in each]
@@ -96,7 +98,12 @@ def try_checkpoints(
 
 
 def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float64]) -> float:
-    """Mean over prices of weight times the mean return."""
+    """Returns the mean over prices of weight times the mean return, EM - price * cost / 1000.
+
+    Args:
+        outcomes: By price, an outcome.
+        weights: The weights of those prices, in the same order.
+    """
     returns = [
         outcome.em.mean() - price * outcome.cost.mean() / 1000
         for price, outcome in outcomes.items()
@@ -105,6 +112,7 @@ def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float
 
 
 def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> TrialPoint:
+    """Chooses the operating point of one seed, and tells what it comes to."""
     price = operating_point(traces, outcomes, gate)
     if price is None:
         return TrialPoint(None, 0.0, 0.0)
@@ -113,7 +121,12 @@ def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> T
 
 
 def format_trials(trials: Trials, shares: Sequence[float]) -> str:
-    """A line a checkpoint: its balanced return, and the saving at each gate over the seeds."""
+    """Returns a line for each checkpoint, with its balanced return and the savings at each gate.
+
+    Args:
+        trials: The trials.
+        shares: The share of PPO's decisions at each checkpoint.
+    """
     lines = ["Out of fold by seed, each with its own points: mean and standard deviation"]
     for k, share in enumerate(shares):
         here = [trial for trial in trials.each if trial.checkpoint == k]

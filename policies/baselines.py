@@ -1,7 +1,7 @@
 """Simple policies to compare a head with.
 
-A baseline is one class here: its name, its words for the page, what it looks at and when it halts;
-and its place in BASELINES.
+A baseline is one class here, which says its name, its words for the page, what it looks at and
+when it halts, and has its place in BASELINES. Shapes: N traces, P points of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from haltwise import feature_names
 from policies.policy import Halts, Policy, Signal
 from traces import Traces
 
-# EAT's weight of the newest value in its moving mean and variance, and points before it may halt.
+# EAT's weight of the newest value in its moving mean and variance, and the number of the first
+# point at which it may halt.
 _EAT_WEIGHT, _EAT_WARM_UP = 0.2, 4
 
 
@@ -26,16 +27,16 @@ class Budget:
     probes = False
 
     def signal(self, traces: Traces) -> Signal:
-        """Position."""
+        """Returns the position (P,), in thinking tokens."""
         return traces.position
 
     def grid(self, signal: Signal) -> list[float]:
-        """Up to 60 quantiles of the positions."""
+        """Returns up to 60 quantiles of the positions."""
         quantiles: list[float] = np.unique(np.quantile(signal, np.linspace(0, 1, 60))).tolist()
         return quantiles
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Position at least `parameter`."""
+        """Halts (P,) where the position is at least `parameter`."""
         halts: Halts = signal >= parameter
         return halts
 
@@ -49,19 +50,22 @@ class Confidence:
     probes = True
 
     def signal(self, traces: Traces) -> Signal | None:
-        """Confidence, -1 where there is no answer or it is unknown; None if it is never known."""
+        """Returns the LM's confidence in the forced answer (P,).
+
+        It is -1 where there is no answer or the confidence is unknown; None if none is known.
+        """
         if np.isnan(traces.confidence).all():
             return None
         known = (traces.answer != "") & ~np.isnan(traces.confidence)
         return np.where(known, traces.confidence.astype(np.float64), -1.0)
 
     def grid(self, signal: Signal) -> list[float]:
-        """200 thresholds from 0 to 1 - 1e-6, dense near 1."""
+        """Returns 200 thresholds from 0 to 1 - 1e-6, dense near 1."""
         thresholds: list[float] = (1 - np.logspace(0, -6, 200)).tolist()
         return thresholds
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Confidence above `parameter`."""
+        """Halts (P,) where the confidence is above `parameter`."""
         halts: Halts = signal > parameter
         return halts
 
@@ -70,19 +74,19 @@ class _AtMost:
     """Halts at the first point where a signal (P,) is at most `parameter`."""
 
     def grid(self, signal: Signal) -> list[float]:
-        """Up to 200 quantiles of the signal."""
+        """Returns up to 200 quantiles of the finite values of the signal."""
         known = signal[np.isfinite(signal)]
         quantiles: list[float] = np.unique(np.quantile(known, np.linspace(0, 1, 200))).tolist()
         return quantiles
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Signal at most `parameter`."""
+        """Halts (P,) where the signal is at most `parameter`."""
         halts: Halts = signal <= parameter
         return halts
 
 
 class AnswerEntropy(_AtMost):
-    """Halts at the first answer whose entropy, nats a token, is at most `parameter`."""
+    """Halts at the first answer whose entropy, in nats a token, is at most `parameter`."""
 
     name = "answer_entropy"
     title = "answer entropy"
@@ -90,13 +94,20 @@ class AnswerEntropy(_AtMost):
     probes = True
 
     def signal(self, traces: Traces) -> Signal | None:
-        """Entropy, infinite where there is no answer or it is unknown; None if never known."""
+        """Returns the entropy of the forced answer (P,), in nats a token.
+
+        It is infinite where there is no answer or the entropy is unknown; None if none is known.
+        """
         known = (traces.answer != "") & ~np.isnan(traces.answer_entropy)
         return np.where(known, traces.answer_entropy, np.inf) if known.any() else None
 
 
 class Entropy(_AtMost):
-    """Halts where the LM's own mean entropy since the last point is at most `parameter`, nats."""
+    """Halts at the first point where the thought has been certain enough.
+
+    That is where the entropy of the LM's next-token distribution, in the mean since the point
+    before, is at most `parameter`, in nats.
+    """
 
     name = "entropy"
     title = "entropy threshold"
@@ -104,7 +115,10 @@ class Entropy(_AtMost):
     probes = False
 
     def signal(self, traces: Traces) -> Signal | None:
-        """Entropy of the next-token distribution, infinite where unknown; None if never known."""
+        """Returns the mean entropy since the point before (P,), in nats.
+
+        It is infinite where it is unknown; None if it is known nowhere.
+        """
         entropy = traces.signals.get("entropy")
         if entropy is None or np.isnan(entropy).all():
             return None
@@ -112,12 +126,13 @@ class Entropy(_AtMost):
 
 
 class EntropyVariance(_AtMost):
-    """Halts where the moving variance of that entropy is at most `parameter`, nats squared.
+    """Halts at the first point where the entropy that `Entropy` looks at has ceased to vary.
 
-    As EAT (Wang et al., arXiv 2509.26522) does with the entropy after the close text, which traces
-    do not hold: mean m += w (x - m), variance v += w ((x - m)^2 - v), from m = x and v = 0 at the
-    first point, w = 0.2, and no halting before the fourth point, while v is still small. Points of
-    unknown entropy are passed over.
+    That is where its moving variance is at most `parameter`, in nats squared. EAT (Wang et al.,
+    arXiv 2509.26522) does the same with the entropy after the close text, which traces do not
+    hold. With an entropy x at a point, the mean is m += w (x - m) and the variance
+    v += w ((x - m)^2 - v), from m = x and v = 0 at the first point, with w = 0.2. It does not halt
+    before the fourth point, while v is still small. Points of unknown entropy are passed over.
     """
 
     name = "entropy_variance"
@@ -126,7 +141,10 @@ class EntropyVariance(_AtMost):
     probes = False
 
     def signal(self, traces: Traces) -> Signal | None:
-        """Moving variance, infinite where it may not halt; None if that is everywhere."""
+        """Returns the moving variance (P,), in nats squared.
+
+        It is infinite where the policy may not halt; None if that is everywhere.
+        """
         entropy = Entropy().signal(traces)
         if entropy is None:
             return None
@@ -157,16 +175,16 @@ class Stability:
     probes = True
 
     def signal(self, traces: Traces) -> Signal:
-        """Length of the run of equal answers that ends at the point; 0 for no answer."""
+        """Returns how many equal answers in a row end at each point (P,); 0 for no answer."""
         column = feature_names(["agreement"]).index("log_run")
         return np.rint(np.expm1(point_features(traces, ("agreement",))[:, column]))
 
     def grid(self, signal: Signal) -> list[float]:
-        """1 to 30 times."""
+        """Returns 1 to 30 times."""
         return [float(times) for times in range(1, 31)]
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """At least `parameter` times."""
+        """Halts (P,) where the answer was forced at least `parameter` times in a row."""
         halts: Halts = signal >= parameter
         return halts
 
@@ -180,21 +198,22 @@ class Random:
     probes = False
 
     def signal(self, traces: Traces) -> Signal:
-        """A number from [0, 1) a point, the same for the same traces."""
+        """Returns a random number in [0, 1) for each point (P,), the same for the same traces."""
         return np.random.default_rng(0).random(traces.num_points)
 
     def grid(self, signal: Signal) -> list[float]:
-        """60 probabilities from 1e-5 to 1."""
+        """Returns 60 probabilities from 1e-5 to 1, evenly spaced in their logarithm."""
         probabilities: list[float] = np.logspace(-5, 0, 60).tolist()
         return probabilities
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Number below `parameter`."""
+        """Halts (P,) where the random number is below `parameter`."""
         halts: Halts = signal < parameter
         return halts
 
 
-#: In the order of tables. The last one is the control that is tuned to halt as often as the head.
+#: Every simple policy, in the order of tables. The last one is the control, which is tuned to halt
+#: as often as the head.
 BASELINES: tuple[Policy, ...] = (
     Budget(),
     Confidence(),

@@ -9,9 +9,10 @@ from policies.supervised import SUPERVISED
 
 
 def in_words() -> dict[str, tuple[str, str]]:
-    """By name, the readable name and the sentence of every policy and rule, as the page lists them.
+    """Returns, by name, the readable name and the sentence of every policy and rule.
 
-    The control that halts by chance comes after what it is a control of.
+    They come in the order in which the page lists them: the control that halts by chance comes
+    after the policies that it is a control of.
     """
     simple = {policy.name: (policy.title, policy.sentence) for policy in baselines.BASELINES}
     control = {name: simple.pop(name) for name in (baselines.Random.name,)}

@@ -17,12 +17,15 @@ from traces import Traces
 
 @dataclass(frozen=True)
 class HeadPolicy:
-    """A trained head, which halts as it does beside an LM; its number is the price."""
+    """A trained head, which halts as it does beside an LM; its number is the price.
+
+    Shapes: P points of all traces.
+    """
 
     head: HaltHead
-    """Judges every question that no other head is named for."""
+    """The head that decides on every question that `kept_back` does not name."""
     kept_back: Mapping[str, HaltHead] = field(default_factory=dict)
-    """By question id: for a question that `head` learned from, one that never saw it."""
+    """By question id, for questions that `head` learned from, a head that never saw them."""
 
     name: ClassVar[str] = "head"
     title: ClassVar[str] = "haltwise head"
@@ -30,15 +33,19 @@ class HeadPolicy:
 
     @property
     def probes(self) -> bool:
-        """Whether its features need forced answers."""
+        """Whether the head looks at forced answers."""
         return self.head.config.halting.probing == "always"
 
     def judge(self, question_id: str) -> HaltHead:
-        """The head that decides on a question."""
+        """Returns the head that decides on a question."""
         return self.kept_back.get(question_id, self.head)
 
     def signal(self, traces: Traces) -> Signal:
-        """(points, head, features) of each head that decides on some of the traces.
+        """Returns what each head that decides on some of the traces is fed.
+
+        Returns:
+            For each head: the indices of the points that it decides on, the head, and the features
+            (points, F) there.
 
         Raises:
             InputError: If the traces lack a signal that the head needs.
@@ -54,18 +61,18 @@ class HeadPolicy:
         return signal
 
     def grid(self, signal: Signal) -> list[float]:
-        """60 prices over the range that the head was trained for."""
+        """Returns 60 prices over the range that the head was trained for."""
         return price_grid(self.head.config.observing)
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """The heads' own decisions at a price of `parameter`."""
+        """Halts (P,) where the heads halt at a price of `parameter`."""
         halts = np.zeros(sum(len(points) for points, _, _ in signal), dtype=bool)
         for points, judge, features in signal:
             halts[points] = judge.halts(features, parameter)
         return halts
 
     def log_odds(self, signal: Signal, price: float) -> Float:
-        """The heads' log-odds of halting (P,)."""
+        """Returns the heads' log-odds of halting (P,) at a price."""
         log_odds = np.zeros(sum(len(points) for points, _, _ in signal), dtype=np.float32)
         for points, judge, features in signal:
             log_odds[points] = judge.log_odds(features, price)
@@ -73,7 +80,7 @@ class HeadPolicy:
 
 
 def price_grid(observing: Observing) -> list[float]:
-    """60 prices over the range that a head is trained for."""
+    """Returns 60 prices over the range that a head is trained for, evenly spaced in their log."""
     prices: list[float] = np.geomspace(*observing.price_range, 60).tolist()
     return prices
 
@@ -83,15 +90,15 @@ def judging_heads(
     kept_back: Mapping[tuple[int, int], HaltHead],
     folds: Mapping[int, Mapping[str, int]],
 ) -> list[HeadPolicy]:
-    """A run's head, with the heads of its folds for questions that it learned from.
+    """Returns a run's head, with the heads of its folds for questions that it learned from.
 
     Args:
-        head: Trained on all questions.
+        head: The head that was trained on all questions.
         kept_back: By seed and fold, a head that never saw the fold's questions.
         folds: By seed and question id, the fold that kept the question back.
 
     Returns:
-        One a seed; the bare head alone if nothing was trained by folds.
+        One policy for each seed; the bare head alone if nothing was trained by folds.
     """
     judges = [
         HeadPolicy(head, {question: kept_back[seed, k] for question, k in fold.items()})

@@ -1,4 +1,4 @@
-"""How features become observations, as the traces to learn from suggest it."""
+"""Fits to the training traces how features become observations."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from envs.replay import point_features, projection_of
 from haltwise import Halting, Observing
 from traces import Traces
 
-# Price range over the mean thousand tokens of a training trace.
+# The price range, times the mean length of a training trace in thousands of tokens: what the
+# whole of such a trace costs at either end, in exact match.
 _PRICES = (0.01, 2.0)
 
 
 def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> Observing:
-    """Standardisation, projection and price range as the training traces suggest them.
+    """Fits standardisation, projection and price range to the training traces.
 
     Raises:
         InputError: If the traces lack a signal that a group needs.
@@ -24,7 +25,7 @@ def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> O
 def observing_at_prices(
     traces: Traces, groups: tuple[str, ...], halting: Halting, price_range: tuple[float, float]
 ) -> Observing:
-    """Standardisation and projection as the training traces suggest them, for given prices.
+    """Fits standardisation and projection to the training traces, for a given price range.
 
     Raises:
         InputError: If the traces lack a signal that a group needs.

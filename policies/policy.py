@@ -1,7 +1,7 @@
-"""What a policy is, to whoever evaluates it.
+"""Says what a policy is, to whoever evaluates it.
 
-A policy halts a trace at the first point where `halts` is true. Each has one number to tune; the
-head is one of them, its number is the price. Shapes: P points of all traces.
+A policy halts a trace at the first point where `halts` is true. Each policy has one number to
+tune. The head is one of them; its number is the price. Shapes: P points of all traces.
 """
 
 from __future__ import annotations
@@ -23,44 +23,48 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """Its name in tables, in operating points and in JSON; no two policies share it."""
+        """The policy's name in tables, operating points and JSON; no two policies share it."""
         ...
 
     @property
     def title(self) -> str:
-        """Its readable name, for the page and its figures."""
+        """The policy's readable name, for the page and its figures."""
         ...
 
     @property
     def sentence(self) -> str:
-        """What it does, in a sentence for the page."""
+        """What the policy does, in a sentence for the page."""
         ...
 
     @property
     def probes(self) -> bool:
-        """Whether it looks at forced answers."""
+        """Whether the policy looks at forced answers."""
         ...
 
     def signal(self, traces: Traces) -> Signal | None:
-        """What it looks at, mostly (P,); None if the traces lack it."""
+        """Returns what the policy looks at, mostly (P,); None if the traces lack it."""
         ...
 
     def grid(self, signal: Signal) -> list[float]:
-        """The numbers to try."""
+        """Returns the numbers to try."""
         ...
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
-        """Whether it would halt at each point (P,), had it got there."""
+        """Returns whether the policy would halt at each point (P,), had it got there."""
         ...
 
 
 def signal_under(policy: Policy, traces: Traces, probing: Probing) -> Signal | None:
-    """What a policy looks at; None if the traces lack it, or if nobody forces the answers."""
+    """Returns what a policy looks at; None if it is not available.
+
+    It is not if the traces lack it, or if the policy looks at answers that nobody forces under
+    this probing.
+    """
     if policy.probes and probing == "at_halt":
         return None
     return policy.signal(traces)
 
 
 def decisions(policy: Policy, signal: Signal) -> dict[float, Halts]:
-    """Where a policy would halt (P,), by parameter over its grid."""
+    """Returns, by each parameter of a policy's grid, where it would halt (P,)."""
     return {parameter: policy.halts(signal, parameter) for parameter in policy.grid(signal)}

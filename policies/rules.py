@@ -1,4 +1,4 @@
-"""Rules without a number: never halting, and what is possible in hindsight."""
+"""Rules without a number to tune: never halting, and what is possible in hindsight."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from traces import Traces
 
 
 def hindsight(traces: Traces) -> Halts:
-    """Halts (P,) at the first correct answer: the best EM, and the saving it could come with."""
+    """Halts (P,) at the first correct answer.
+
+    No policy has a better EM; the saving is one that such an EM could come with.
+    """
     return traces.correct
 
 
 def hindsight_give_up(traces: Traces) -> Halts:
     """Halts (P,) at the first correct answer, and at once where no answer is ever correct.
 
-    An answer is also correct if the LM's own last one is.
+    The LM's own last answer counts among them: where it is correct, the trace goes on.
     """
     return traces.correct | traces.hopeless[traces.trace_of_point]
 
@@ -27,13 +30,13 @@ class Rule:
     """A rule that has nothing to tune."""
 
     name: str
-    """In tables and in JSON."""
+    """The rule's name in tables and in JSON."""
     title: str
-    """Readable, for the page and its figures."""
+    """The rule's readable name, for the page and its figures."""
     sentence: str
-    """What it does, for the page."""
+    """What the rule does, in a sentence for the page."""
     halts: Callable[[Traces], Halts] | None
-    """Where it would halt (P,); None neither halts nor probes."""
+    """Returns where the rule would halt (P,); None is a rule that neither halts nor probes."""
 
 
 RULES = (

@@ -1,8 +1,8 @@
-"""Supervised baselines: how probably is the forced answer right, and a threshold on that.
+"""Supervised baselines, which learn how probably the forced answer is right and threshold that.
 
-The strongest of the simple policies: the same features as the head's, learned from the same traces
-by scikit-learn, and calibrated. The models are not stored: they are fitted again from the traces
-that the run learned from.
+They are the strongest of the simple policies: they see the same features as the head, learn from
+the same traces by scikit-learn, and are calibrated. The models are not stored: they are fitted
+again from the traces that the run learned from.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from policies.policy import Halts
 from traces import Traces
 
 _CALIBRATION_FOLDS = 3
-# With a right answer, and with a wrong one: some are in every fold of five, and of three in these.
+# So many questions must have a right answer, and so many a wrong one. Then some of either are in
+# every one of five folds, and again in every one of the three for calibration.
 _MIN_QUESTIONS = 10
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of classifier, with its words for the page."""
+    """A kind of classifier, with its readable name and its sentence for the page."""
 
     title: str
     sentence: str
@@ -58,36 +59,39 @@ SUPERVISED = {name: (kind.title, kind.sentence) for name, kind in _KINDS.items()
 
 @dataclass(frozen=True)
 class Supervised:
-    """Halts at the first point whose answer is right with probability `parameter` or more.
+    """Halts at the first point whose answer is right with a probability of `parameter` or more.
 
     Probabilities are calibrated by isotonic regression on predictions for questions that were
     kept back (Zadrozny and Elkan, KDD 2002).
     """
 
     name: str
-    """One of SUPERVISED."""
+    """The policy's name, one of SUPERVISED."""
     learned: Traces
-    """Labelled traces to fit on."""
+    """The labelled traces that the models are fitted on."""
     fold: Mapping[str, int]
-    """By question id: the fold that keeps it back, so that it is judged by a model that never saw
-    it. A question that is not named is judged by a model of all traces."""
+    """By question id, the fold that keeps the question back, so that it is judged by a model that
+    never saw it. A question that is not named is judged by a model of all traces."""
     config: HeadConfig
-    """Of the head: the same features, under the same conditions."""
+    """The head's config, which names its features and the conditions of halting."""
 
     probes = False  # its features are the head's, which fit the head's probing
 
     @property
     def title(self) -> str:
-        """Its readable name."""
+        """The policy's readable name, for the page and its figures."""
         return _KINDS[self.name].title
 
     @property
     def sentence(self) -> str:
-        """What it does."""
+        """What the policy does, in a sentence for the page."""
         return _KINDS[self.name].sentence
 
     def signal(self, traces: Traces) -> NDArray[np.float64] | None:
-        """Probability (P,) that the forced answer is right; None if there is too little to learn.
+        """Returns the probability (P,) that the forced answer is right.
+
+        It is None if fewer than 10 of the questions to learn from have a right answer, or fewer
+        than 10 a wrong one.
 
         Raises:
             InputError: If the traces lack a signal that the features need.
@@ -109,22 +113,27 @@ class Supervised:
         return signal
 
     def grid(self, signal: NDArray[np.float64]) -> list[float]:
-        """Up to 200 quantiles of the probabilities, dense near the largest."""
+        """Returns up to 200 quantiles of the probabilities, dense near the largest."""
         levels = 1 - np.logspace(0, -4, 200)
         quantiles: list[float] = np.unique(np.quantile(signal, levels)).tolist()
         return quantiles
 
     def halts(self, signal: NDArray[np.float64], parameter: float) -> Halts:
-        """Probability at least `parameter`."""
+        """Halts (P,) where the probability is at least `parameter`."""
         return signal >= parameter
 
     def _observe(self, traces: Traces, observing: Observing) -> Float:
-        """Standardised features (P, F)."""
+        """Returns standardised features (P, F)."""
         features = observed_features(traces, observing, self.config.halting)
         return observing.observe(features, 1.0)[:, :-1]
 
     def _fit(self, traces: Traces, obs: Float) -> ClassifierMixin:
-        """A calibrated model of whether the answer at a point is right."""
+        """Fits a calibrated model of whether the answer at a point is right.
+
+        Args:
+            traces: Labelled traces with P points.
+            obs: Their standardised features (P, F).
+        """
         question = np.unique(traces.question_id, return_inverse=True)[1][traces.trace_of_point]
         folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, traces.correct, question)
         model = CalibratedClassifierCV(
@@ -134,5 +143,5 @@ class Supervised:
 
 
 def _folds_of(traces: Traces, fold: Mapping[str, int]) -> NDArray[np.int64]:
-    """The fold (N,) that keeps each trace's question back, -1 if none does."""
+    """Returns the fold (N,) that keeps each trace's question back, -1 where none does."""
     return np.array([fold.get(question_id, -1) for question_id in traces.question_id.tolist()])

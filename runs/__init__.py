@@ -1,4 +1,4 @@
-"""Run folders: what a training leaves behind, written and read in one place."""
+"""Run folders, which hold what a training leaves behind, are written and read here alone."""
 
 from runs.learned import Learned
 from runs.run import Beginning, Gates, Points, Run

@@ -1,4 +1,4 @@
-"""The questions that a run learned from: there, only a head that did not see them is evidence."""
+"""The questions that a run learned from: on those, only a head that never saw them is evidence."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Learned:
-    """What a head was learned from, and which folds kept what back."""
+    """The questions that a head learned from, and which folds kept which of them back."""
 
     questions: frozenset[str]
-    """Question ids; of an adapted head also those that it was adapted to."""
+    """Question ids; an adapted head's include those that it was adapted to."""
     folds: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By seed, the fold that kept a question back, if one did; empty without training by folds."""
+    """By seed and question id, the fold that kept the question back, if one did; empty without
+    training by folds."""
 
     def among(self, question_id: NDArray[np.str_]) -> NDArray[np.bool_]:
-        """Which of some questions (N,) were learned from."""
+        """Returns which of some questions (N,) the head learned from."""
         return np.isin(question_id, list(self.questions))
 
     @property
@@ -29,7 +30,7 @@ class Learned:
         return [(seed, k) for seed, of in self.folds.items() for k in sorted(set(of.values()))]
 
     def to_json(self) -> dict[str, Any]:
-        """The questions once, in order, and beside them their folds."""
+        """Returns a JSON object of the questions, in order, and by seed the fold of each."""
         questions = sorted(self.questions)
         folds = {
             seed: [of.get(question) for question in questions] for seed, of in self.folds.items()
@@ -38,10 +39,10 @@ class Learned:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Learned:
-        """Rebuilds what `to_json` gave.
+        """Rebuilds what `to_json` returned.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: If it is of another form.
+            ValueError, TypeError, KeyError, AttributeError: If the content is of another form.
         """
         questions = content["questions"]
         if not isinstance(questions, list) or not questions:

@@ -1,4 +1,4 @@
-"""A run folder, and the only code that knows the names of its files.
+"""A run folder; nothing else knows the names of its files.
 
 config.json                      what the run was begun with
 head.json, head.safetensors      the head; a folder with a head is a whole run
@@ -26,9 +26,9 @@ from command import whole_file, write_json
 from haltwise import HaltHead, InputError
 from runs.learned import Learned
 
-#: A policy's number by its name, at one gate; None is never halting.
+#: By name of a policy, its number at one gate; None is never halting.
 Points = dict[str, float | None]
-#: Points by gate: by how much mean EM they were chosen to lose at most.
+#: By gate, its points. A gate is how much mean EM they were chosen to lose at most.
 Gates = dict[float, Points]
 
 _CONFIG, _POINTS, _QUESTIONS = "config.json", "operating_points.json", "questions.json"
@@ -38,12 +38,12 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run was begun with."""
+    """What a run was begun with, as config.json tells it."""
 
     traces: Path
-    """The recorded traces that it learns from."""
+    """The recorded traces that the run learns from."""
     settings: Mapping[str, Any]
-    """The settings of the script, by name."""
+    """The settings of the script that began the run, by name."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def replay_agent(self) -> Path:
-        """The agent, as PPO on replay left it."""
+        """The file of the agent, as PPO on replay left it."""
         return self.folder / "replay.zip"
 
     @property
     def live_agent(self) -> Path:
-        """The agent, as PPO on the running LM left it; there is none without."""
+        """The file of the agent, as PPO on the running LM left it; without that there is none."""
         return self.folder / "live.zip"
 
     @property
@@ -74,26 +74,26 @@ class Run:
 
     @property
     def out_of_fold_plot(self) -> Path:
-        """The picture of the results that the points were chosen on."""
+        """The file of the picture of the results that the points were chosen on."""
         return self.folder / "out_of_fold.png"
 
     @property
     def test_json(self) -> Path:
-        """The results on test questions."""
+        """The file of the results on test questions."""
         return self.folder / "test.json"
 
     @property
     def test_page(self) -> Path:
-        """The results on test questions, for people."""
+        """The file of the page about the results on test questions."""
         return self.folder / "test.html"
 
     @property
     def test_plot(self) -> Path:
-        """The picture of the results on test questions."""
+        """The file of the picture of the results on test questions."""
         return self.folder / "test.png"
 
     def is_part(self, path: Path) -> bool:
-        """Whether a file is one that the run cannot do without."""
+        """Returns whether a file is one that the run cannot do without."""
         own = {_CONFIG, _POINTS, _QUESTIONS, "head.json", "head.safetensors"}
         return path.name in own and path.parent.resolve() == self.folder.resolve()
 
@@ -101,13 +101,14 @@ class Run:
         """Makes the folder, which must be new, and writes down what the run is begun with.
 
         Args:
-            content: "traces", the path; "config", the settings; and whatever else is to be kept.
+            content: Holds the path of the traces as "traces", the settings as "config", and
+                whatever else is to be kept.
         """
         self.folder.mkdir(parents=True)
         write_json(self.folder / _CONFIG, dict(content))
 
     def beginning(self) -> Beginning:
-        """What the run was begun with.
+        """Reads what the run was begun with.
 
         Raises:
             InputError: If the run does not tell, or the file is not readable.
@@ -120,7 +121,7 @@ class Run:
             raise InputError(f"{path} names no traces: expected a run, or --traces FILE") from None
 
     def head(self) -> HaltHead:
-        """The head.
+        """Reads the head.
 
         Raises:
             InputError: If there is none, or it is damaged.
@@ -132,7 +133,7 @@ class Run:
         head.save(self.folder)
 
     def learned(self) -> Learned:
-        """What the run learned from.
+        """Reads what the run learned from.
 
         Raises:
             InputError: If the run does not tell, or the file is not readable.
@@ -146,11 +147,11 @@ class Run:
             raise InputError(f"{path}: not readable ({error!r})") from None
 
     def save_learned(self, learned: Learned) -> None:
-        """Writes what the head was learned from."""
+        """Writes what the run learned from."""
         self._write(_QUESTIONS, json.dumps(learned.to_json()))
 
     def operating_points(self) -> Gates:
-        """The frozen points.
+        """Reads the frozen points of every gate.
 
         Raises:
             InputError: If the run has none, or they are not numbers by gate and policy.
@@ -180,7 +181,7 @@ class Run:
         self._write(_POINTS, json.dumps(content, indent=2))
 
     def kept_back(self, learned: Learned) -> dict[tuple[int, int], HaltHead]:
-        """The heads of the run's folds, by seed and fold.
+        """Reads the heads of the run's folds, by seed and fold.
 
         Args:
             learned: What the run learned from, which tells what folds there are.
@@ -205,15 +206,23 @@ class Run:
         write_json(self.folder / "out_of_fold.json", dict(content))
 
     def _kept_back(self, at: tuple[int, int]) -> Path:
+        """Returns the folder of the head that a seed and fold left."""
         seed, k = at
         return self.folder / "kept_back" / f"{seed}-{k}"
 
     def _write(self, name: str, text: str) -> None:
+        """Writes a file of the run, whole or not at all, with a line end after the text."""
         with whole_file(self.folder / name) as temporary:
             temporary.write_text(text + "\n")
 
 
 def _check_points(path: Path, gates: Gates) -> None:
+    """Refuses points that no run can have, with the file that they were read from.
+
+    Raises:
+        InputError: If there is no gate, one is not from 0 to 1 or has no head, or a number is not
+            finite or is no price.
+    """
     if not gates or not all(0 <= gate <= 1 for gate in gates):
         raise InputError(f"{path}: gates are {list(gates)}, expected some from 0 to 1")
     if not all("head" in points for points in gates.values()):
