@@ -5,9 +5,10 @@
 
 `head` is a folder written by train.py, and HALTWISE_HEAD in the environment will do instead. Beside
 it may stand the terms of requests that ask for nothing (`price`, `min_tokens`, `max_tokens`,
-`off`). The LM's markers are the head's. A request asks with `vllm_xargs` over HTTP, or
-`SamplingParams(extra_args=...)`: `haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`,
-`haltwise_off`. A bad value is that request's error (HTTP 400).
+`off`), and a `control` as MODULE:NAME (see `haltwise.Control`). The LM's markers are the head's. A
+request asks with `vllm_xargs` over HTTP, or `SamplingParams(extra_args=...)`: `haltwise_price`,
+`haltwise_min_tokens`, `haltwise_max_tokens`, `haltwise_off`. A bad value is that request's error
+(HTTP 400). No request lifts the engine's own `max_tokens`, with whatever it contradicts it.
 
 A thought that is halted is closed token by token with the head's close text, and then the LM goes
 on freely with the request's own sampling. A token that something else forbids, such as a grammar,
@@ -25,7 +26,9 @@ has not. Each request's newest logits are kept until its next token: on the devi
 `max_num_seqs` requests (V1: 64 more), such as 160 MB for 256 requests and 152,000 tokens.
 
 The host waits for the device once a decision point. With the rule "after TEXT" every token may be
-one: V2 then waits at every token. (V1 tells the host every token anyway.)
+one: V2 then waits at every token. (V1 tells the host every token anyway.) A thought that begins
+behind its cap is closed by the device itself where it begins; where the marker of a beginning is
+several tokens long, V2 waits at every token between the cap and the beginning, 64 at most.
 
 - Requests in chunked prefill wait for their first token. Beam search sends a new request for every
   token and is never halted. LoRA adapters are not told apart from the LM that the head knows.
