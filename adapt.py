@@ -81,7 +81,7 @@ def main(config: AdaptConfig) -> Path:
         policies = {policy.name: [policy] for policy in (HeadPolicy(head), *baselines.BASELINES)}
         probing = head.config.halting.probing
         print(format_table(compare(traces, "labelled", policies, gates, probing).frozen))
-    known = _with(learned, traces)
+    known = _with_questions(learned, traces)
     kept_back = {at: adapt(judge, traces) for at, judge in old.kept_back(known).items()}
     adapted = Run(config.run_dir)
     settings = json.loads(json.dumps(asdict(config), default=str))
@@ -121,7 +121,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
     return HaltHead(adapted, head.weights)
 
 
-def _with(learned: Learned, traces: Traces) -> Learned:
+def _with_questions(learned: Learned, traces: Traces) -> Learned:
     """Adds the questions of some traces to what a run learned from; no fold keeps those back."""
     adapted_to = set(traces.question_id.tolist())
     folds = {

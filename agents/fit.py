@@ -185,21 +185,32 @@ class _Checkpoints(BaseCallback):
     """Hands the agent over at each of CHECKPOINTS, and ends the training after a share of it."""
 
     def __init__(self, total: int, share: float, reached: Callable[[Agent], None] | None) -> None:
+        """Remembers when to hand the agent over, and to whom.
+
+        Args:
+            total: The decisions in the whole training.
+            share: The share of them after which training ends.
+            reached: Takes the agent at each of CHECKPOINTS; None takes nothing.
+        """
         super().__init__()
         self._ahead = [at * total for at in CHECKPOINTS]
         self._end, self._reached = share * total, reached
 
     def _on_step(self) -> bool:
+        """Returns False, which ends the training, once its share of decisions is made."""
         # PPO can be ended only inside of a rollout: it begins one more, which is dropped.
         return not self._over
 
     def _on_rollout_start(self) -> None:
-        self._pass()
+        """Hands over the agent as the update before has left it."""
+        self._hand_over()
 
     def _on_training_end(self) -> None:
-        self._pass()
+        """Hands over the agent as the last update has left it."""
+        self._hand_over()
 
-    def _pass(self) -> None:
+    def _hand_over(self) -> None:
+        """Hands the agent over once for each checkpoint that it has come to since the last time."""
         done = self.model.num_timesteps
         while self._ahead and done >= self._ahead[0]:
             self._ahead.pop(0)
@@ -227,9 +238,11 @@ class _Streaming(BaseCallback):
         self._num_loaded = 1
 
     def _on_step(self) -> bool:
+        """Returns True: the training goes on."""
         return True
 
     def _on_rollout_start(self) -> None:
+        """Loads the next chunk, if there is one and the decisions for the last one are made."""
         if self.model.num_timesteps < self._num_loaded * self._each:
             return
         traces = next(self._chunks, None)
@@ -247,14 +260,17 @@ class _Saving(BaseCallback):
     _EVERY = 10
 
     def __init__(self, path: Path) -> None:
+        """Remembers the file to save to."""
         super().__init__()
         self._path = path
         self._num_rollouts = 0
 
     def _on_step(self) -> bool:
+        """Returns True: the training goes on."""
         return True
 
     def _on_rollout_start(self) -> None:
+        """Saves the agent if ten more rollouts are done, their updates included."""
         if self._num_rollouts and self._num_rollouts % self._EVERY == 0:
             _save(cast(Agent, self.model), self._path)
         self._num_rollouts += 1
@@ -342,7 +358,7 @@ def out_of_fold(
         for seed, k in missing
     ]
     try:
-        for _ in tqdm(_each(jobs, os.cpu_count() or 1), "folds", len(missing)):
+        for _ in tqdm(_fit_all(jobs, os.cpu_count() or 1), "folds", len(missing)):
             pass
     finally:
         everything.unlink(missing_ok=True)
@@ -350,7 +366,7 @@ def out_of_fold(
     return _Decided(paths, of_point)
 
 
-def _each(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
+def _fit_all(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
     """Does jobs in as many processes as there are cores; on one core, in this process."""
     workers = min(len(jobs), num_cores)
     if workers < 2:
@@ -391,12 +407,15 @@ class _Decided(Mapping[int, NDArray[np.bool_]]):
         self._paths, self._fold = paths, fold
 
     def __len__(self) -> int:
+        """Returns the number of seeds."""
         return len(self._fold)
 
     def __iter__(self) -> Iterator[int]:
+        """Iterates over the seeds."""
         return iter(self._fold)
 
     def __getitem__(self, seed: int) -> NDArray[np.bool_]:
+        """Reads the decisions (C, number of prices, P) of a seed's agents, each on its own fold."""
         fold = self._fold[seed]
         each = {
             k: np.load(path, mmap_mode="r") for (of, k), path in self._paths.items() if of == seed
@@ -437,6 +456,7 @@ def _fit_fold(job: _Fold) -> None:
     decided: list[NDArray[np.bool_]] = []
 
     def decide(ppo: Agent) -> None:
+        """Saves the agent as a head, and keeps the head's decisions."""
         head = export(ppo, config)
         head.save(job.folder / str(len(decided)))
         decided.append(_halts(head, features, job.prices))

@@ -157,6 +157,7 @@ class HaltLog(BaseCallback):
         self._finished: list[tuple[float, float, float, float]] = []
 
     def _on_step(self) -> bool:
+        """Notes the episodes that end in this step; returns True: the training goes on."""
         for info in self.locals["infos"]:
             if "halt" in info:
                 halt = info["halt"]
@@ -166,6 +167,7 @@ class HaltLog(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        """Logs the means of the episodes that were noted, and forgets them."""
         if self._finished:
             means = np.mean(self._finished, axis=0)
             for name, value in zip(("em", "tokens", "return", "rate"), means, strict=True):
