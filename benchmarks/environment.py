@@ -1,4 +1,4 @@
-"""Steps a second of the replay environment, beside a plain environment one step at a time."""
+"""The speed of the replay environment, beside a plain environment that takes one step at a time."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from benchmarks.plain_env import PlainReplayEnv, episodes_of
-from benchmarks.timing import Result, Work, rate, take_turns
+from benchmarks.timing import BenchResult, TimedWork, rate, take_turns
 from envs.replay import ReplayEnv
 from haltwise import Halting, Observing
 from policies.observing import observing_of
 from traces import Traces
 
-#: Feature groups of every recording.
+#: The feature groups that every recording has the signals for.
 GROUPS = ("pace", "confidence", "agreement")
 
 # Replay needs to know how probing is paid for, and no more.
 _HALTING = Halting("always", decision_rule="", close_text="", confidence_rule="")
 _HALT_RATES = {"never halting": 0.0, "halting at 0.1": 0.1}
 _NUM_DUMMY = 8
-# Steps of every episode in one piece of work; drawing the actions is not measured.
+# The steps of every episode in one piece of work; drawing the actions is not measured.
 _NUM_STEPS = 64
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """Stepping environments on one core."""
+    """How fast environments take steps, on one core."""
 
     num_envs: tuple[int, ...] = (256, 1024, 4096)
-    """Batches of ReplayEnv; ratios are for the middle one."""
+    """The batch sizes of ReplayEnv; ratios are for the middle one."""
     seconds: float = 0.5
-    """Time of one measurement."""
+    """The time of one measurement in seconds."""
 
 
 def benchmark_observing(traces: Traces) -> Observing:
-    """What every benchmark observes of some traces."""
+    """Returns what every benchmark observes of some traces."""
     return observing_of(traces, GROUPS, _HALTING)
 
 
 def replay_env(traces: Traces, observing: Observing, num_envs: int) -> ReplayEnv:
-    """The environment that every benchmark plays."""
+    """Returns the replay environment that every benchmark plays."""
     return ReplayEnv(traces, observing, _HALTING, num_envs)
 
 
-def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[Result]:
-    """Steps a second, for each way to act."""
+def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[BenchResult]:
+    """Measures steps a second, for each way to act."""
     results = []
     for acting, halt_rate in _HALT_RATES.items():
         works = {
@@ -67,7 +67,7 @@ def measure(traces: Traces, config: EnvironmentConfig, repeats: int) -> list[Res
     return results
 
 
-def _replay(traces: Traces, num_envs: int, halt_rate: float) -> Work:
+def _replay(traces: Traces, num_envs: int, halt_rate: float) -> TimedWork:
     env = replay_env(traces, benchmark_observing(traces), num_envs)
     env.reset(seed=0)
     actions = _actions(num_envs, halt_rate)
@@ -80,7 +80,7 @@ def _replay(traces: Traces, num_envs: int, halt_rate: float) -> Work:
     return work
 
 
-def _loop(traces: Traces, halt_rate: float) -> Work:
+def _loop(traces: Traces, halt_rate: float) -> TimedWork:
     observing = benchmark_observing(traces)
     env = PlainReplayEnv(episodes_of(traces, observing), observing)
     env.reset(seed=0)
@@ -96,7 +96,7 @@ def _loop(traces: Traces, halt_rate: float) -> Work:
     return work
 
 
-def _dummy(traces: Traces, halt_rate: float) -> Work:
+def _dummy(traces: Traces, halt_rate: float) -> TimedWork:
     observing = benchmark_observing(traces)
     episodes = episodes_of(traces, observing)
     env = DummyVecEnv([partial(PlainReplayEnv, episodes, observing)] * _NUM_DUMMY)
@@ -113,6 +113,6 @@ def _dummy(traces: Traces, halt_rate: float) -> Work:
 
 
 def _actions(num_envs: int, halt_rate: float) -> NDArray[np.int64]:
-    """Actions (steps, B), halting at random."""
+    """Returns actions (steps, B) that halt at random."""
     rng = np.random.default_rng(0)
     return (rng.random((_NUM_STEPS, num_envs)) < halt_rate).astype(np.int64)

@@ -4,8 +4,8 @@
     python -m benchmarks.gpu --device cpu --tiny      the same script, on a CPU, in a minute
 
 LMs have random weights, in the shapes of Qwen3-0.6B and Qwen2.5-7B: they cost what trained ones
-do. Contestants take turns, by the wall clock. What does not fit into the time, or lacks a package,
-is named as skipped. Prints a table last and writes JSON.
+do. Contestants take turns and are timed by the wall clock. What does not fit into the time, or
+lacks a package, is named as skipped. The script writes JSON, and prints a table at its end.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen3Config
 
-from benchmarks.gpu_checks import Check, check_bursts, check_head, check_live, some_questions
+from benchmarks.gpu_checks import DeviceCheck, check_bursts, check_head, check_live, some_questions
 from benchmarks.overhead import never_halting_head, random_lm, shape_600m
-from benchmarks.timing import Result, Work, rate, take_turns
+from benchmarks.timing import BenchResult, TimedWork, rate, take_turns
 from command import run, write_json
 from haltwise import InputError
 from haltwise.engine.decoder import Decoder
@@ -42,27 +42,29 @@ _REPEATS = 3
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is measured, and on what."""
+class GpuSetup:
+    """What is measured, and on which device."""
 
     device: str
+    """The device, as PyTorch names it."""
     seconds: float
-    """For everything."""
+    """The time for everything together."""
     shapes: Mapping[str, Any] = field(
         default_factory=lambda: {"0.6B": shape_600m(), "7B": _shape_7b()}
     )
-    """Of the LMs, the smallest first."""
+    """The configs of the LMs by name, the smallest LM first."""
     batch_sizes: tuple[int, ...] = (1, 32, 256)
-    """Rows, and episodes of the live environment."""
+    """The numbers of rows, and of episodes of the live environment; ascending."""
     num_tokens: int = 128
-    """Of each answer."""
+    """The number of tokens of each answer."""
     every: int = 64
-    """Thinking tokens between decision points."""
+    """The number of thinking tokens between decision points."""
     ppo_timesteps: int = 131_072
+    """The number of decisions that PPO learns from."""
 
 
-def tiny(device: str, seconds: float) -> Setup:
-    """The same with LMs that any machine can run."""
+def tiny_setup(device: str, seconds: float) -> GpuSetup:
+    """Returns a setup with LMs that any machine can run."""
     sizes: dict[str, Any] = {
         "vocab_size": 499,
         "hidden_size": 32,
@@ -72,11 +74,11 @@ def tiny(device: str, seconds: float) -> Setup:
         "num_key_value_heads": 2,
     }
     shapes = {"tiny Qwen3": Qwen3Config(**sizes, head_dim=8), "tiny Qwen2": Qwen2Config(**sizes)}
-    return Setup(device, seconds, shapes, (1, 2, 4), num_tokens=16, every=8, ppo_timesteps=4096)
+    return GpuSetup(device, seconds, shapes, (1, 2, 4), num_tokens=16, every=8, ppo_timesteps=4096)
 
 
 def _shape_7b() -> Qwen2Config:
-    """Qwen2.5-7B's."""
+    """Returns the shape of Qwen2.5-7B."""
     return Qwen2Config(
         vocab_size=152_064,
         hidden_size=3584,
@@ -88,49 +90,54 @@ def _shape_7b() -> Qwen2Config:
     )
 
 
-class Contest:
+class LMContest:
     """One LM, and all the ways to run it that are compared."""
 
-    def __init__(self, name: str, setup: Setup) -> None:
-        """The LM is made when it is first needed."""
+    def __init__(self, name: str, setup: GpuSetup) -> None:
+        """Makes no LM yet: that waits until it is needed.
+
+        Args:
+            name: The name of the LM's shape in the setup.
+            setup: What is measured, and on which device.
+        """
         self.name, self._setup = name, setup
         self._head = never_halting_head(setup.every)
 
     @cached_property
     def lm(self) -> LanguageModel:
-        """Random weights, and no token with which they end by themselves."""
+        """An LM with random weights that never ends by itself."""
         lm = random_lm(self._setup.shapes[self.name], self._setup.device)
         head: Any = lm.model.get_output_embeddings()
         with torch.no_grad():  # logits of 0 are never the largest
             head.weight[[1, 4]] = 0.0
         return lm
 
-    def live(self, size: int) -> list[Result]:
-        """The live environment against plain generation.
+    def live(self, size: int) -> list[BenchResult]:
+        """Measures the live environment against plain generation.
 
         Raises:
             ModuleNotFoundError: If gymnasium is not installed.
         """
-        works: dict[str, Work] = {
+        works: dict[str, TimedWork] = {
             "generate": partial(self._generate, size),
             "live env": self._live(size),
         }
         return self._turns("live", size, works, [("live env", "generate")])
 
-    def recorder(self, size: int) -> list[Result]:
-        """Recording with a probe at every point against plain generation.
+    def recorder(self, size: int) -> list[BenchResult]:
+        """Measures recording with a probe at every point against plain generation.
 
         Raises:
             ModuleNotFoundError: If a package that recording needs is not installed.
         """
-        works: dict[str, Work] = {
+        works: dict[str, TimedWork] = {
             "generate": partial(self._generate, size),
             "record": self._record(size),
         }
         return self._turns("recorder", size, works, [("generate", "record")])
 
-    def overhead(self, size: int) -> list[Result]:
-        """A head that never halts, in three places, against the same without one."""
+    def overhead(self, size: int) -> list[BenchResult]:
+        """Measures a head that never halts, in three places, against the same without a head."""
         works = {
             "generate": partial(self._generate, size),
             "HaltProcessor": partial(self._generate, size, self._processor),
@@ -141,8 +148,8 @@ class Contest:
         over = [("generate", "HaltProcessor"), ("generate", "ProbingGeneration")]
         return self._turns("overhead", size, works, [*over, ("slots", "slots with a head")])
 
-    def steps(self, size: int) -> list[Result]:
-        """Bursts against tokens one by one, and against a static cache of transformers'.
+    def steps(self, size: int) -> list[BenchResult]:
+        """Measures bursts against tokens one by one, and against transformers' static cache.
 
         On a GPU transformers compiles the step of a static cache.
         """
@@ -158,9 +165,16 @@ class Contest:
         return self._turns("steps", size, works, over)
 
     def _turns(
-        self, part: str, size: int, works: Mapping[str, Work], ratios: list[tuple[str, str]]
-    ) -> list[Result]:
-        """Tokens a second of each, and pairs of them over each other."""
+        self, part: str, size: int, works: Mapping[str, TimedWork], ratios: list[tuple[str, str]]
+    ) -> list[BenchResult]:
+        """Measures tokens a second of each contestant, and takes ratios.
+
+        Args:
+            part: The part of the table.
+            size: The batch size, for the names.
+            works: The contestants by name.
+            ratios: The pairs of names whose ratios are to be told.
+        """
         label = f"{self.name}, batch {size}: "
         for work in works.values():
             work()  # warms up
@@ -181,7 +195,13 @@ class Contest:
         arguments: Callable[[], dict[str, Any]] = dict,
         compiles: bool = False,
     ) -> int:
-        """`generate`, as transformers runs it by default."""
+        """Runs `generate` as transformers does by default, and returns the number of tokens.
+
+        Args:
+            size: The number of rows.
+            arguments: Makes further arguments of `generate`, anew for each call.
+            compiles: Whether transformers may compile the step.
+        """
         lm, num = self.lm, self._setup.num_tokens
         model: Any = lm.model  # its `generate` has no type
         texts = [question.text for question in some_questions(lm, size, _NUM_PROMPT)]
@@ -205,7 +225,10 @@ class Contest:
         return {"custom_generate": ProbingGeneration(self._head, self.lm.tokenizer)}
 
     def _refilled(self, size: int, price: float) -> int:
-        """Slots that are refilled; at a price of 0 nobody measures anything."""
+        """Answers in refilled slots, and returns the number of tokens.
+
+        At a price of 0 nothing is measured: it is the same without a head.
+        """
         lm = self.lm
         texts = [question.text for question in some_questions(lm, 2 * size, _NUM_PROMPT)]
         done = generate_all(
@@ -214,7 +237,7 @@ class Contest:
         return sum(len(answer.ids) for answer in done)
 
     def _decode(self, size: int, burst: int) -> int:
-        """A full batch that is neither measured nor probed."""
+        """Decodes a full batch without measuring or probing, and returns the number of tokens."""
         lm, num = self.lm, self._setup.num_tokens
         halting, slots = self._head.config.halting, np.arange(size)
         decoder = Decoder(lm.model, lm.tokenizer, halting, size, num, burst=burst)
@@ -224,8 +247,8 @@ class Contest:
             decoder.advance(slots)
         return size * num
 
-    def _live(self, size: int) -> Work:
-        """Episodes that are never halted, from round to round."""
+    def _live(self, size: int) -> TimedWork:
+        """Returns work that plays episodes and never halts them, from round to round."""
         from envs.live import LiveEnv
 
         head, setup = self._head.config, self._setup
@@ -244,7 +267,10 @@ class Contest:
         num_steps = 2 * ((setup.num_tokens - 1) // setup.every)  # two episodes
 
         def work() -> int:
-            """Steps; at a price of 1 a reward is an exact match less a thousandth a token."""
+            """Takes steps and returns the number of tokens that they cost.
+
+            At a price of 1 a reward is an exact match less a thousandth a token.
+            """
             value = 0.0
             for _ in range(num_steps):
                 _, rewards, over, _, infos = env.step(going_on)
@@ -255,7 +281,7 @@ class Contest:
 
         return work
 
-    def _record(self, size: int) -> Work:
+    def _record(self, size: int) -> TimedWork:
         from recording.hf_engine import record
 
         head, lm = self._head.config, self.lm
@@ -264,7 +290,7 @@ class Contest:
             lm.tokenizer,
             replace(head.halting, probing="always"),
             size,
-            self._setup.num_tokens + 1,  # so that the last point is not the end
+            self._setup.num_tokens + 1,  # else the last point would be the end
             signals=signals_of(head.observing.groups),
         )
         asked = some_questions(lm, size, _NUM_PROMPT)
@@ -275,8 +301,8 @@ class Contest:
         return work
 
 
-def ppo(setup: Setup) -> list[Result]:
-    """PPO on replay, its network on the device and on the CPU.
+def ppo(setup: GpuSetup) -> list[BenchResult]:
+    """Measures PPO on replay, with its network on the device and on the CPU.
 
     Raises:
         ModuleNotFoundError: If a package that training needs is not installed.
@@ -310,61 +336,68 @@ def ppo(setup: Setup) -> list[Result]:
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """One piece of the table."""
 
     name: str
+    """The name of the part."""
     seconds: float
-    """What it takes at most, as far as known; it is skipped if less is left."""
-    measure: Callable[[], list[Result] | list[Check]]
+    """The time that it takes at most, as far as is known; it is skipped if less is left."""
+    measure: Callable[[], list[BenchResult] | list[DeviceCheck]]
+    """Measures or checks, and returns what was found."""
 
 
-def parts(setup: Setup) -> Iterator[Part]:
-    """In the order of their worth; one LM is on the device at a time."""
-    yield Part("check bursts", 30, partial(check_bursts, setup.device))
-    yield Part("check head", 5, partial(check_head, setup.device))
-    yield Part("check live", 30, partial(check_live, setup.device))
+def gpu_parts(setup: GpuSetup) -> Iterator[GpuPart]:
+    """Yields the parts, the most worthwhile first; only one LM is on the device at a time."""
+    yield GpuPart("check bursts", 30, partial(check_bursts, setup.device))
+    yield GpuPart("check head", 5, partial(check_head, setup.device))
+    yield GpuPart("check live", 30, partial(check_live, setup.device))
     small, *larger = setup.shapes
-    contest = Contest(small, setup)
+    contest = LMContest(small, setup)
     *_, middle, largest = setup.batch_sizes
     for size in setup.batch_sizes:
-        yield Part(f"live, {small}, batch {size}", 40, partial(contest.live, size))
-    yield Part(f"recorder, {small}", 40, partial(contest.recorder, middle))
+        yield GpuPart(f"live, {small}, batch {size}", 40, partial(contest.live, size))
+    yield GpuPart(f"recorder, {small}", 40, partial(contest.recorder, middle))
     for size in (1, middle):
-        yield Part(f"overhead, {small}, batch {size}", 80, partial(contest.overhead, size))
-    yield Part("ppo", 40, partial(ppo, setup))
-    yield Part(f"steps, {small}", 150, partial(contest.steps, middle))
+        yield GpuPart(f"overhead, {small}, batch {size}", 80, partial(contest.overhead, size))
+    yield GpuPart("ppo", 40, partial(ppo, setup))
+    yield GpuPart(f"steps, {small}", 150, partial(contest.steps, middle))
     for name in larger:
-        contest = Contest(name, setup)
+        contest = LMContest(name, setup)
         for size in dict.fromkeys((largest, middle, 1)):
-            yield Part(f"live, {name}, batch {size}", 60, partial(contest.live, size))
-        yield Part(f"overhead, {name}", 90, partial(contest.overhead, middle))
+            yield GpuPart(f"live, {name}, batch {size}", 60, partial(contest.live, size))
+        yield GpuPart(f"overhead, {name}", 90, partial(contest.overhead, middle))
 
 
-def run_parts(setup: Setup) -> dict[str, Any]:
-    """Runs what fits into the time: results, checks, what was skipped and what failed."""
+def run_parts(setup: GpuSetup) -> dict[str, Any]:
+    """Runs the parts that fit into the time.
+
+    Returns:
+        The lists "results" and "checks", and the reasons by part of what was "skipped" and what
+        "failed".
+    """
     end = time.monotonic() + setup.seconds
     report: dict[str, Any] = {"results": [], "checks": [], "skipped": {}, "failed": {}}
-    for part in parts(setup):
+    for part in gpu_parts(setup):
         start = time.monotonic()
         if start + part.seconds > end:
             report["skipped"][part.name] = f"no time: {end - start:.0f} s left"
             continue
         try:
             for found in part.measure():
-                kind = "results" if isinstance(found, Result) else "checks"
+                kind = "results" if isinstance(found, BenchResult) else "checks"
                 report[kind].append(found)
         except ModuleNotFoundError as error:
             report["skipped"][part.name] = str(error)
-        except Exception as error:  # what else has been measured must not be lost with it
+        except Exception as error:  # a part that fails must not take the others with it
             traceback.print_exc()
             report["failed"][part.name] = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"{part.name}: {time.monotonic() - start:.1f} s", flush=True)
     return report
 
 
-def content(setup: Setup, report: dict[str, Any]) -> dict[str, Any]:
-    """The JSON file."""
+def report_json(setup: GpuSetup, report: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of the JSON file."""
     on_gpu = torch.device(setup.device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(setup.device) if on_gpu else platform.processor(),
@@ -383,8 +416,8 @@ def content(setup: Setup, report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """A short one: checks, medians, and what is missing."""
+def report_table(report: dict[str, Any]) -> str:
+    """Returns a short table of checks, medians, and what is missing."""
     lines = [
         f"{'ok' if check.passed else 'WRONG':<6}{check.name}: {check.difference:.3g}, "
         f"allowed {check.allowed:g}"
@@ -415,17 +448,17 @@ class GpuConfig:
     """Check and time, on one GPU, all that runs beside an LM."""
 
     device: str = "cuda"
-    """As PyTorch names it."""
+    """The device, as PyTorch names it."""
     tiny: bool = False
     """Take LMs that any machine can run."""
     seconds: float = 540.0
-    """For everything; what does not fit is skipped."""
+    """The time for everything, in seconds; what does not fit is skipped."""
     out: Path = field(default_factory=lambda: Path(os.environ.get("OUT", ".")) / "gpu.json")
     """The JSON file to write."""
 
 
 def main(config: GpuConfig) -> None:
-    """Measures, writes, prints; ends the process with status 1 if a check or a part failed.
+    """Measures, writes and prints; ends the process with status 1 if a check or a part failed.
 
     Raises:
         InputError: If there is no such GPU, or no folder to write into.
@@ -434,11 +467,11 @@ def main(config: GpuConfig) -> None:
         raise InputError("no GPU in reach: expected --device cpu --tiny, or a machine with one")
     if not config.out.absolute().parent.is_dir():
         raise InputError(f"{config.out}: no such folder, expected one to write into")
-    setup = (tiny if config.tiny else Setup)(config.device, config.seconds)
+    setup = (tiny_setup if config.tiny else GpuSetup)(config.device, config.seconds)
     report = run_parts(setup)
-    write_json(config.out, content(setup, report))
+    write_json(config.out, report_json(setup, report))
     print(f"wrote {config.out}")
-    print(table(report))
+    print(report_table(report))
     sys.exit(bool(report["failed"]) or not all(check.passed for check in report["checks"]))
 
 

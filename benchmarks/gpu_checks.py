@@ -1,6 +1,6 @@
-"""Whether a device gives what it should: checks of benchmarks/gpu.py, before anything is timed.
+"""Checks that a device gives what it should, for benchmarks/gpu.py before anything is timed.
 
-On a small LM in float32, where no two tokens are as good as tied.
+They run a small LM in float32, where no two tokens are as good as tied.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ _NUM_PROMPT, _EVERY, _NUM_TOKENS = 8, 8, 40
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was compared."""
+class DeviceCheck:
+    """One thing that a device gives, compared with what it should be."""
 
     name: str
+    """The name of what was compared."""
     difference: float
-    """The largest; of tokens their number."""
+    """The largest difference between numbers, or how many texts differ."""
     allowed: float
+    """The largest difference that passes."""
 
     @property
     def passed(self) -> bool:
-        """A difference that is not a number does not pass."""
+        """Whether the difference is allowed; one that is not a number is not."""
         return self.difference <= self.allowed
 
 
 def small_lm(device: str) -> LanguageModel:
-    """Four layers, float32."""
+    """Returns an LM with four layers and random float32 weights."""
     shape = Qwen3Config(
         vocab_size=997,
         hidden_size=128,
@@ -63,17 +65,17 @@ def small_lm(device: str) -> LanguageModel:
 
 
 def some_questions(lm: LanguageModel, num: int, num_words: int = _NUM_PROMPT) -> list[Question]:
-    """Made-up words, at whose end the LM begins to think."""
+    """Returns questions of made-up words, at whose end the LM begins to think."""
     drawn = np.random.default_rng(0).integers(5, lm.model.config.vocab_size, (num, num_words))
     texts = [" ".join(f"w{i}" for i in row) + " <think>" for row in drawn.tolist()]
     return [Question(f"q{i}", "random", "", text, "w7", "train") for i, text in enumerate(texts)]
 
 
-def check_bursts(device: str) -> list[Check]:
-    """Tokens, probes and signals of bursts against those of tokens one by one.
+def check_bursts(device: str) -> list[DeviceCheck]:
+    """Compares the tokens, probes and signals of bursts with those of tokens one by one.
 
     Raises:
-        RuntimeWarning: If steps could not be captured.
+        RuntimeWarning: If steps could not be captured as CUDA graphs.
     """
     lm, checks = small_lm(device), []
     for temperature in (0.0, 0.8):
@@ -85,8 +87,8 @@ def check_bursts(device: str) -> list[Check]:
         worst = np.abs(numbers - of_expected).max() if not differing else np.nan
         label = f"temperature {temperature}: bursts against tokens one by one"
         checks += [
-            Check(f"{label}, thoughts and answers that differ", differing, 0),
-            Check(f"{label}, signals", float(worst), 1e-3),
+            DeviceCheck(f"{label}, thoughts and answers that differ", differing, 0),
+            DeviceCheck(f"{label}, signals", float(worst), 1e-3),
         ]
     return checks
 
@@ -94,7 +96,7 @@ def check_bursts(device: str) -> list[Check]:
 def _lived(
     lm: LanguageModel, temperature: float, burst: int
 ) -> tuple[list[list[int]], NDArray[np.float64]]:
-    """Thoughts and forced answers in their order, and what was measured."""
+    """Returns the tokens of all thoughts and forced answers, and the numbers measured on them."""
     halting = replace(never_halting_head(_EVERY).config.halting, probing="always")
     decoder = Decoder(
         lm.model,
@@ -123,19 +125,19 @@ def _lived(
     return [*thoughts, *answers], np.concatenate(numbers).astype(np.float64)
 
 
-def check_head(device: str) -> list[Check]:
-    """The head in numpy, as it runs, against torch on the device."""
+def check_head(device: str) -> list[DeviceCheck]:
+    """Compares the head in numpy, as it runs, with the same network in torch on the device."""
     head = never_halting_head(_EVERY)
     size = (512, head.config.observing.size)
     obs = np.random.default_rng(1).standard_normal(size, dtype=np.float32)
     with torch.inference_mode():
         found = _in_torch(head).to(device)(torch.from_numpy(obs).to(device))[:, 0].cpu().numpy()
     worst = np.abs(head.log_odds_of(obs) - found).max()
-    return [Check("log-odds of a head: numpy against torch", float(worst), 1e-4)]
+    return [DeviceCheck("log-odds of a head: numpy against torch", float(worst), 1e-4)]
 
 
 def _in_torch(head: HaltHead) -> nn.Sequential:
-    """The head's network as PPO trains it."""
+    """Returns the head's network as PPO trains it."""
     layers: list[nn.Module] = []
     for i in range(3):
         out, size = head.weights[f"w{i}"].shape
@@ -150,8 +152,8 @@ def _in_torch(head: HaltHead) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def check_live(device: str) -> list[Check]:
-    """Rewards of the live environment against those of its recorded questions.
+def check_live(device: str) -> list[DeviceCheck]:
+    """Compares the rewards of the live environment with those of its questions when recorded.
 
     Raises:
         ModuleNotFoundError: If gymnasium, or what recording needs, is not installed.
@@ -189,11 +191,15 @@ def check_live(device: str) -> list[Check]:
         expected = reward(ems[at, actions], costs[at, actions], price)
         worst = max(worst, float(np.abs(np.array(rewards) - expected).max()))
     assert len(played) > 10
-    return [Check("rewards of the live environment against replay", worst, 1e-5)]
+    return [DeviceCheck("rewards of the live environment against replay", worst, 1e-5)]
 
 
 def _play(env: Any, num_steps: int) -> dict[tuple[str, int], tuple[Sequence[float], bool]]:
-    """Rewards of finished episodes and whether each was halted, by question and seed."""
+    """Plays at random.
+
+    Returns:
+        The rewards of each finished episode and whether it was halted, by question and seed.
+    """
     rng = np.random.default_rng(2)
     played: dict[tuple[str, int], tuple[Sequence[float], bool]] = {}
     env.reset(seed=3)

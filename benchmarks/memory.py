@@ -1,4 +1,4 @@
-"""Peak memory of recording, and of reading and training, each in a process of its own."""
+"""The peak memory of recording, and of reading and training, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agents.fit import learn
 from agents.ppo import PPOConfig, make_ppo
 from benchmarks.environment import benchmark_observing, replay_env
 from benchmarks.synthetic import RECORDED, synthetic_rows
-from benchmarks.timing import Result
+from benchmarks.timing import BenchResult
 from haltwise.engine.decoder import Decoder
 from lms.language_model import LanguageModel
 from lms.tasks import each_question
@@ -24,41 +24,44 @@ from recording.shards import write_shards
 from traces import read_traces
 
 _ROOT = Path(__file__).parent.parent
-# Linux counts the memory of the process that starts another one as the other's, so a process
-# this small stands in between and asks for the peak of what it has started.
+# Linux counts the memory of a process that starts another one as the other's. So a small process
+# stands in between, and asks for the peak of what it has started.
 _ASK_PEAK = """
 import resource, subprocess, sys
 subprocess.run([sys.executable, *sys.argv[1:]], check=True)
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
+# The bytes of the unit in which the system tells of a peak.
 _UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Peak memory by number of traces."""
+    """The peak memory by the number of traces."""
 
     num_traces: tuple[int, ...] = (1_000, 10_000, 100_000)
-    """Synthetic traces to write in the recorder's way, and to read and train on."""
+    """The numbers of synthetic traces to write as the recorder does, and to read and train on."""
     num_questions: tuple[int, ...] = (300, 900)
-    """Questions to record with the embedded LM. Its KV cache is as long as the longest thought so
-    far, whatever their number: it grows by a step now and then, up to the token budget."""
+    """The numbers of questions to record with the embedded LM. Its KV cache is as long as the
+    longest thought so far, whatever their number: it grows now and then, up to the token
+    budget."""
 
 
 @dataclass(frozen=True)
 class TrainingMemoryConfig:
-    """Peak memory of train.py with all that it starts, folds' processes included. Linux only."""
+    """The peak memory of train.py with all processes that it starts; on Linux only."""
 
     num_traces: tuple[int, ...] = (10_000, 100_000)
-    """Synthetic traces to train on."""
+    """The numbers of synthetic traces to train on."""
     mean_points: int = 30
-    """Decision points of a mean trace; with many of them training takes more."""
+    """The mean number of decision points of a trace; with more of them training takes more
+    memory."""
     total_timesteps: int = 70_000
-    """Decisions of PPO. More take longer, but no more memory."""
+    """The number of decisions that PPO learns from. More take longer, but no more memory."""
 
 
-def measure_training(config: TrainingMemoryConfig) -> list[Result]:
-    """Peaks in MB (a million bytes); none where the system does not tell."""
+def measure_training(config: TrainingMemoryConfig) -> list[BenchResult]:
+    """Measures training's peaks in MB (a million bytes); none where the system does not tell."""
     if not Path("/proc/self/smaps_rollup").exists():
         return []
     peaks = {}
@@ -76,10 +79,10 @@ def measure_training(config: TrainingMemoryConfig) -> list[Result]:
 
 
 def tree_peak(command: Sequence[str]) -> float:
-    """Peak memory of a process and of all that it starts, in MB.
+    """Runs a command and returns the peak memory of it and of all processes it starts, in MB.
 
-    Pages that some of them share count once (Linux's proportional set size). Looks five times a
-    second: what is shorter is not seen.
+    Pages that several of them share count once (Linux's proportional set size). Memory is looked at
+    five times a second: a peak between two looks is not seen.
 
     Raises:
         CalledProcessError: If the command fails.
@@ -95,7 +98,7 @@ def tree_peak(command: Sequence[str]) -> float:
 
 
 def _tree_memory(pid: int) -> int:
-    """Bytes that a process and its descendants have in memory; 0 of one that has ended."""
+    """Returns the bytes of a process and its descendants in memory; 0 once it has ended."""
     proc = Path(f"/proc/{pid}")
     try:
         lines = (proc / "smaps_rollup").read_text().splitlines()
@@ -108,10 +111,11 @@ def _tree_memory(pid: int) -> int:
     return own * 1024 + sum(map(_tree_memory, started))
 
 
-def measure(config: MemoryConfig) -> list[Result]:
-    """Peaks in MB (a million bytes), and what a thousand more traces take.
+def measure(config: MemoryConfig) -> list[BenchResult]:
+    """Measures peaks in MB (a million bytes), and what a thousand more traces take.
 
-    There is no slope for the LM: a few MB of noise between a few hundred questions would make one.
+    There is no slope for recording: a few MB of noise between a few hundred questions would make
+    one up.
     """
     written, trained_on, recorded = {}, {}, {}
     with TemporaryDirectory() as temporary:
@@ -123,7 +127,7 @@ def measure(config: MemoryConfig) -> list[Result]:
         for num in config.num_questions:
             recorded[num] = peak("record", num, Path(temporary) / f"embedded-{num}")
     return [
-        Result("memory", "libraries loaded, nothing done", "MB", (loaded,)),
+        BenchResult("memory", "libraries loaded, nothing done", "MB", (loaded,)),
         *_lines("record the embedded LM", recorded),
         *_lines("write synthetic traces", written),
         *_slope("write synthetic traces", written),
@@ -133,28 +137,36 @@ def measure(config: MemoryConfig) -> list[Result]:
 
 
 def peak(job: str, num: int, folder: Path) -> float:
-    """Peak resident memory of a job in a new process, in MB."""
+    """Runs a job in a new process and returns its peak resident memory in MB.
+
+    Args:
+        job: The name of the job: load, write, record or read.
+        num: The number of its traces or questions.
+        folder: The folder of its traces.
+    """
     arguments = ["-m", "benchmarks.memory", job, str(num), str(folder)]
     command = [sys.executable, "-c", _ASK_PEAK, *arguments]
     done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout) * _UNIT / 1e6
 
 
-def _lines(name: str, peaks: dict[int, float]) -> list[Result]:
-    return [Result("memory", f"{name}: {num:,}", "MB", (found,)) for num, found in peaks.items()]
+def _lines(name: str, peaks: dict[int, float]) -> list[BenchResult]:
+    return [
+        BenchResult("memory", f"{name}: {num:,}", "MB", (found,)) for num, found in peaks.items()
+    ]
 
 
-def _slope(name: str, peaks: dict[int, float]) -> list[Result]:
-    """What a thousand more traces take, if there are two numbers to tell from."""
+def _slope(name: str, peaks: dict[int, float]) -> list[BenchResult]:
+    """Returns what a thousand more traces take; nothing if only one number was measured."""
     (few, low), (many, high) = min(peaks.items()), max(peaks.items())
     if few == many:
         return []
     slope = 1000 * (high - low) / (many - few)
-    return [Result("memory", f"{name}: each 1,000 more", "MB", (slope,))]
+    return [BenchResult("memory", f"{name}: each 1,000 more", "MB", (slope,))]
 
 
 def load(num: int, folder: Path) -> None:
-    """Does nothing; what every job imports is in memory already."""
+    """Does nothing: what every job imports is in memory already."""
 
 
 def write(num: int, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What a head costs beside `generate`: a head that never halts, so that the tokens are the same.
 
-The embedded LM, random weights in the shape of a 135M LM, and on a GPU of a 0.6B one. Random
-weights cost what trained ones do.
+It is measured on the embedded LM, on random weights in the shape of a 135M LM, and on a GPU in that
+of a 0.6B LM. Random weights cost what trained ones do.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers import (
     Qwen3Config,
 )
 
-from benchmarks.timing import Result, rate, take_turns
+from benchmarks.timing import BenchResult, rate, take_turns
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, InputError, Observing
 from haltwise.policy.features import feature_names
 from haltwise.transformers import HaltProcessor
 from lms.embedded import CLOSE, EMBEDDED
 from lms.language_model import LanguageModel
 
-#: What an LM shows without being asked for an answer.
+#: The feature groups that an LM shows without being asked for an answer.
 GROUPS = ("pace", "distribution", "ending", "reflection")
 
 _NUM_HIDDEN = 64
@@ -43,22 +43,26 @@ LMName = Literal["embedded", "135M", "0.6B"]
 
 @dataclass(frozen=True)
 class OverheadConfig:
-    """A head beside `generate`."""
+    """What a head costs beside `generate`."""
 
     lms: tuple[LMName, ...] = ("embedded", "135M", "0.6B")
-    """Which; without a GPU 0.6B is left out."""
+    """The LMs; without a GPU 0.6B is left out."""
     batch_sizes: tuple[int, ...] = (1, 8)
-    """Rows."""
+    """The numbers of rows in a batch."""
     num_tokens: int = 64
-    """Of each row."""
+    """The number of tokens of each row."""
     every: int = 16
-    """Thinking tokens between decision points."""
+    """The number of thinking tokens between decision points."""
     vocab_size: int = 49_152
-    """Of the 135M LM."""
+    """The size of the 135M LM's vocabulary."""
 
 
-def measure(config: OverheadConfig, repeats: int) -> list[Result]:
-    """Tokens a second with and without a head, and the ratio of the times, for each LM."""
+def measure(config: OverheadConfig, repeats: int) -> list[BenchResult]:
+    """Measures tokens a second with and without a head, and the ratio of times, for each LM.
+
+    Raises:
+        InputError: If a head that never halts changes the tokens.
+    """
     load: dict[LMName, Callable[[], LanguageModel]] = {
         "embedded": partial(LanguageModel.load, EMBEDDED),
         "135M": partial(random_lm, _shape_135m(config.vocab_size), "cpu"),
@@ -68,16 +72,16 @@ def measure(config: OverheadConfig, repeats: int) -> list[Result]:
     return [result for name in names for result in _of_lm(name, load[name](), config, repeats)]
 
 
-def _of_lm(name: str, lm: LanguageModel, config: OverheadConfig, repeats: int) -> list[Result]:
+def _of_lm(name: str, lm: LanguageModel, config: OverheadConfig, repeats: int) -> list[BenchResult]:
     head = never_halting_head(config.every)
-    results: list[Result] = []
+    results: list[BenchResult] = []
     for size in config.batch_sizes:
         label = f"{name}, batch {size}"
         works = {
             f"{label}: generate": partial(_generate, lm, size, config.num_tokens, None),
             f"{label}: with a head": partial(_generate, lm, size, config.num_tokens, head),
         }
-        plain, with_head = (work() for work in works.values())  # and warms up
+        plain, with_head = (work() for work in works.values())  # this also warms up
         if not torch.equal(plain, with_head):
             raise InputError(f"{label}: a head that never halts changed the tokens")
         contestants = {
@@ -98,7 +102,7 @@ def _count(work: Callable[[], Tensor]) -> int:
 
 
 def _generate(lm: LanguageModel, size: int, num_tokens: int, head: HaltHead | None) -> Tensor:
-    """Tokens (size, num_tokens) of thoughts that begin with random tokens."""
+    """Generates tokens (size, num_tokens) of thoughts that follow random tokens."""
     model: Any = lm.model  # its `generate` has no type
     start = int(lm.tokenizer.get_vocab()["<think>"])
     drawn = torch.from_numpy(
@@ -117,7 +121,11 @@ def _generate(lm: LanguageModel, size: int, num_tokens: int, head: HaltHead | No
 
 
 def never_halting_head(every: int) -> HaltHead:
-    """A head that looks at everything but answers, and never halts."""
+    """Returns a head that looks at everything but answers, and never halts.
+
+    Args:
+        every: The number of thinking tokens between decision points.
+    """
     num, rng = len(feature_names(GROUPS)), np.random.default_rng(0)
     observing = Observing(GROUPS, (0.0,) * num, (1.0,) * num, (0.1, 10.0))
     shapes = {
@@ -135,9 +143,11 @@ def never_halting_head(every: int) -> HaltHead:
 
 
 def random_lm(config: Any, device: str) -> LanguageModel:
-    """An LM with random weights and a tokenizer of as many made-up words.
+    """Returns an LM with random weights, and a tokenizer with a made-up word for every token.
 
-    Made where it is to run: bfloat16 on a GPU, float32 on a CPU.
+    Args:
+        config: The transformers config of the LM's shape.
+        device: The device to make it on: in bfloat16 on a GPU, in float32 on a CPU.
     """
     words = ["<pad>", "<eos>", "<unk>", "<think>", CLOSE]
     words += [f"w{i}" for i in range(len(words), config.vocab_size)]
@@ -155,7 +165,7 @@ def random_lm(config: Any, device: str) -> LanguageModel:
 
 
 def _shape_135m(vocab_size: int) -> LlamaConfig:
-    """SmolLM2-135M's."""
+    """Returns the shape of SmolLM2-135M."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=576,
@@ -168,7 +178,7 @@ def _shape_135m(vocab_size: int) -> LlamaConfig:
 
 
 def shape_600m() -> Qwen3Config:
-    """Qwen3-0.6B's."""
+    """Returns the shape of Qwen3-0.6B."""
     return Qwen3Config(
         vocab_size=151_936,
         hidden_size=1024,

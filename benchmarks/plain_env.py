@@ -1,4 +1,4 @@
-"""The replay environment as one writes it first: one episode, plain Python, `gymnasium.Env`."""
+"""The replay environment as one writes it first: one episode at a time, in plain Python."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ Float = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Episode:
+class PlainEpisode:
     """A trace with L decision points, L at least 1."""
 
     obs: Float
-    """(L, F + 1); the price in the last column is yet to be filled in."""
+    """(L, F + 1) the observations; the log price in the last column is yet to be filled in."""
     position: list[int]
-    """Thinking tokens so far, at each point."""
+    """The number of thinking tokens up to each point."""
     probe_tokens: list[int]
-    """Tokens of each forced answer."""
+    """The number of tokens of each forced answer."""
     correct: list[bool]
-    """EM of each forced answer."""
+    """The EM of each forced answer."""
     num_tokens: int
-    """When never halted."""
+    """The number of tokens when never halted."""
     final_correct: bool
-    """EM when never halted."""
+    """The EM when never halted."""
 
 
-def episodes_of(traces: Traces, observing: Observing) -> list[Episode]:
-    """All traces that have points."""
+def episodes_of(traces: Traces, observing: Observing) -> list[PlainEpisode]:
+    """Returns an episode of every trace that has decision points."""
     features = point_features(traces, observing.groups, projection=observing.projection)
     obs = observing.observe(features, 1.0)
     episodes = []
     for n, (first, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):
         if first < end:
             episodes.append(
-                Episode(
+                PlainEpisode(
                     obs[first:end],
                     traces.position[first:end].tolist(),
                     traces.probe_tokens[first:end].tolist(),
@@ -59,12 +59,12 @@ class PlainReplayEnv(gym.Env[Any, Any]):
     """The same MDP as `ReplayEnv` when probing is "always", and the same episodes for a seed.
 
     Args:
-        episodes: What to replay.
-        observing: Their observing.
+        episodes: The episodes to replay.
+        observing: How features become observations, and prices are drawn.
     """
 
-    def __init__(self, episodes: list[Episode], observing: Observing) -> None:
-        """Sets the spaces."""
+    def __init__(self, episodes: list[PlainEpisode], observing: Observing) -> None:
+        """Sets the spaces of observations and actions."""
         self.observation_space, self.action_space = spaces(observing)
         self._episodes = episodes
         self._observing = observing
@@ -93,7 +93,12 @@ class PlainReplayEnv(gym.Env[Any, Any]):
         return self._observe(), {}
 
     def step(self, action: int) -> tuple[Float, float, bool, bool, dict[str, Any]]:
-        """Continues (0) or halts (1)."""
+        """Continues (0) or halts (1).
+
+        Returns:
+            The next observation (F + 1,), the reward, whether the episode has ended, False, and an
+            empty info.
+        """
         episode, i = self._episode, self._point
         before = episode.position[i - 1] if i else 0
         cost = episode.position[i] - before + episode.probe_tokens[i]

@@ -1,4 +1,4 @@
-"""Training speed of PPO on replay, beside PPO on environments one step at a time."""
+"""The speed of PPO on replay, beside PPO on plain environments that take one step at a time."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from agents.fit import learn
 from agents.ppo import PPOConfig, make_ppo
 from benchmarks.environment import benchmark_observing, replay_env
-from benchmarks.plain_env import Episode, PlainReplayEnv, episodes_of
-from benchmarks.timing import Result, rate, take_turns
+from benchmarks.plain_env import PlainEpisode, PlainReplayEnv, episodes_of
+from benchmarks.timing import BenchResult, rate, take_turns
 from haltwise import Observing
 from traces import Traces
 
 
 @dataclass(frozen=True)
 class PPOBenchConfig:
-    """Training with PPO on one core."""
+    """How fast PPO trains, on one core."""
 
     settings: PPOConfig = field(default_factory=lambda: PPOConfig(total_timesteps=262_144))
-    """Of ours, and of stable-baselines3 with the same settings."""
+    """The settings of our agent, on ReplayEnv and on plain environments."""
     default_num_envs: int = 8
-    """Of stable-baselines3 with its own settings."""
+    """The number of plain environments for stable-baselines3 with its own settings."""
     default_timesteps: int = 32_768
-    """Of stable-baselines3 with its own settings."""
+    """The number of decisions that stable-baselines3 with its own settings learns from."""
 
 
-def measure(traces: Traces, config: PPOBenchConfig, repeats: int) -> list[Result]:
-    """Environment steps a second, updates included, each time from a new agent."""
+def measure(traces: Traces, config: PPOBenchConfig, repeats: int) -> list[BenchResult]:
+    """Measures environment steps a second, updates included; each time a new agent begins."""
     observing = benchmark_observing(traces)
     episodes = episodes_of(traces, observing)
     num_envs, num_default = config.settings.num_envs, config.default_num_envs
@@ -48,9 +48,9 @@ def measure(traces: Traces, config: PPOBenchConfig, repeats: int) -> list[Result
 
 
 def _ours(
-    traces: Traces, observing: Observing, settings: PPOConfig, episodes: list[Episode] | None
+    traces: Traces, observing: Observing, settings: PPOConfig, episodes: list[PlainEpisode] | None
 ) -> float:
-    """Our agent on ReplayEnv, or on plain environments if there are episodes for them."""
+    """Measures our agent on ReplayEnv, or on plain environments if there are episodes for them."""
     env = replay_env(traces, observing, settings.num_envs)
     mean_points = traces.num_points / len(traces)
     ppo = make_ppo(env, observing, settings, mean_points=mean_points, seed=0)
@@ -65,13 +65,13 @@ def _ours(
 
 
 def _default(
-    episodes: list[Episode], observing: Observing, num_envs: int, total_timesteps: int
+    episodes: list[PlainEpisode], observing: Observing, num_envs: int, total_timesteps: int
 ) -> float:
     ppo = PPO("MlpPolicy", _plain(episodes, observing, num_envs), seed=0, device="cpu")
     return rate(lambda: ppo.learn(total_timesteps).num_timesteps)
 
 
-def _plain(episodes: list[Episode], observing: Observing, num_envs: int) -> DummyVecEnv:
+def _plain(episodes: list[PlainEpisode], observing: Observing, num_envs: int) -> DummyVecEnv:
     env = DummyVecEnv([partial(PlainReplayEnv, episodes, observing)] * num_envs)
     env.seed(0)
     return env

@@ -1,13 +1,14 @@
 """What the proxy adds to a server's streams: time to the first token, and time a token.
 
-The server is a fake in a process of its own that sends tokens as fast as it can, so the machine is
-full, and what a token costs the proxy is not hidden behind an LM at work. Processes wait for each
-other: time is the wall clock's, and only what was measured in one round is compared. The proxy's
-own CPU time stands beside it, which is disturbed less by whatever else runs.
+The server is a fake in a process of its own. It sends tokens as fast as it can, so that the machine
+is full, and what a token costs the proxy is not hidden behind an LM at work. The processes wait for
+each other: time is the wall clock's, and only what was measured in one round is compared. The
+proxy's own CPU time stands beside it; it is disturbed less by whatever else runs.
 
-A client asks the fake directly, through the proxy with halting off (bytes are passed on), both
-times for the 20 likeliest tokens in each place, and through the proxy with a head that watches
-every token and never halts: then the proxy asks for those, and the client gets none.
+A client asks in three ways. It asks the fake directly, and through the proxy with halting off,
+where bytes are passed on; both times it asks for the 20 likeliest tokens in each place. It also
+asks through the proxy with a head that watches every token and never halts: then the proxy asks for
+those tokens, and the client gets none.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.timing import Result, take_turns
+from benchmarks.timing import BenchResult, take_turns
 from haltwise import InputError
 from tests.proxy.fake_upstream import Plan
 from tests.proxy.proxies import (
@@ -39,19 +40,26 @@ _OFF = {"X-Haltwise-Off": "1"}
 
 @dataclass(frozen=True)
 class ProxyBenchConfig:
-    """The proxy beside the server that it stands before."""
+    """What the proxy adds to the server that it stands before."""
 
     num_streams: tuple[int, ...] = (1, 100, 1_000)
-    """Streams at once."""
+    """The numbers of streams at once."""
     num_tokens: int = 10_000
-    """Thinking tokens of all streams together, at least 10 of each."""
+    """The number of thinking tokens of all streams together; each has at least 10."""
     every: int = 32
-    """Thinking tokens between decision points."""
+    """The number of thinking tokens between decision points."""
 
 
-def measure(config: ProxyBenchConfig, repeats: int) -> list[Result]:
-    """Times of each way to ask, what the proxy adds to them, ratios, and what it computes."""
-    results: list[Result] = []
+def measure(config: ProxyBenchConfig, repeats: int) -> list[BenchResult]:
+    """Measures the times of each way to ask.
+
+    Returns:
+        The times, what the proxy adds to them, ratios, and the proxy's own CPU times.
+
+    Raises:
+        InputError: If a stream breaks off.
+    """
+    results: list[BenchResult] = []
     with TemporaryDirectory() as folder, spawned_fake() as server:
         head = saved_head(Path(folder), sure_head(rule=f"every {config.every} tokens"))
         flags = ["--head", str(head), "--upstream", server]
@@ -61,30 +69,36 @@ def measure(config: ProxyBenchConfig, repeats: int) -> list[Result]:
             for num in config.num_streams:
                 size = num, max(config.num_tokens // num, 10)
                 ways = {
-                    "server alone": _Way(server, {}, *size),
-                    "proxy, off": _Way(proxy.url, _OFF, *size, proxy),
-                    "proxy, watching": _Way(proxy.url, _NEVER_HALTS, *size, proxy),
+                    "server alone": _WayToAsk(server, {}, *size),
+                    "proxy, off": _WayToAsk(proxy.url, _OFF, *size, proxy),
+                    "proxy, watching": _WayToAsk(proxy.url, _NEVER_HALTS, *size, proxy),
                 }
                 results += _compared(f"proxy, {num:,} streams", ways, repeats)
     return results
 
 
 @dataclass
-class _Way:
-    """A way to ask for some streams at once; each time it is gone, it is measured."""
+class _WayToAsk:
+    """A way to ask for some streams at once; each call of it is measured."""
 
     url: str
+    """The address to ask."""
     headers: dict[str, str]
+    """The headers of a request."""
     num_streams: int
+    """The number of streams at once."""
     num_tokens: int
+    """The number of thinking tokens of a stream."""
     proxy: Proxy | None = None
+    """The proxy that is asked; None if the server is asked directly."""
     first: list[float] = field(default_factory=list)
-    """Milliseconds to the first token, the median of all streams."""
+    """The milliseconds to the first token, the median of all streams, one a call."""
     cpu: list[float] = field(default_factory=list)
-    """Microseconds that the proxy computes for a token, its share of a request included."""
+    """The microseconds that the proxy computes for a token, its share of a request included, one a
+    call."""
 
     def __call__(self) -> float:
-        """Microseconds from one token to the next of any stream."""
+        """Asks, and returns the microseconds from one token to the next of any stream."""
         num = self.num_streams * self.num_tokens
         before = self.proxy.cpu_seconds() if self.proxy else 0.0
         found = self.ask(self.num_tokens)
@@ -95,10 +109,10 @@ class _Way:
         return 1e6 * (end - start) / num
 
     def ask(self, num_tokens: int) -> list[Fetched]:
-        """Asks, and checks that every stream is whole.
+        """Asks for all streams, and checks that every one is whole.
 
         Raises:
-            InputError: If one is not.
+            InputError: If a stream breaks off.
         """
         numbers = {} if self.headers == _NEVER_HALTS else {"logprobs": True, "top_logprobs": 20}
         found = asyncio.run(self._asked(num_tokens, numbers))
@@ -118,28 +132,28 @@ class _Way:
         return await asyncio.gather(*(fetch(self.url, path, b, self.headers) for b in bodies))
 
 
-def _compared(part: str, ways: dict[str, _Way], repeats: int) -> list[Result]:
+def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[BenchResult]:
     for way in ways.values():
         way.ask(1)  # connections are opened, and code is warm
     each = take_turns(part, "us", ways, repeats)
-    first = {name: Result(part, name, "ms", tuple(way.first)) for name, way in ways.items()}
+    first = {name: BenchResult(part, name, "ms", tuple(way.first)) for name, way in ways.items()}
     found = [*_beside("first token", first), *_beside("a token", each)]
     for name, way in ways.items():
         if way.cpu:
-            found.append(Result(part, f"CPU time a token: {name}", "us", tuple(way.cpu)))
+            found.append(BenchResult(part, f"CPU time a token: {name}", "us", tuple(way.cpu)))
     return found
 
 
-def _beside(what: str, results: dict[str, Result]) -> list[Result]:
-    """The results, and those of the proxy less and over that of the server alone."""
+def _beside(what: str, results: dict[str, BenchResult]) -> list[BenchResult]:
+    """Returns all results, and those of the proxy less the server's, and divided by them."""
     named = [
-        Result(result.part, f"{what}: {name}", result.unit, result.values)
+        BenchResult(result.part, f"{what}: {name}", result.unit, result.values)
         for name, result in results.items()
     ]
     direct, *proxied = named
     for other in proxied:
         pairs = zip(other.values, direct.values, strict=True)
         added = tuple(own - others for own, others in pairs)
-        named.append(Result(other.part, f"{other.name}, added", other.unit, added))
+        named.append(BenchResult(other.part, f"{other.name}, added", other.unit, added))
         named.append(other.over(direct))
     return named

@@ -1,9 +1,9 @@
 """What recording costs beside plain generation of the same tokens, on the embedded LM.
 
-Nothing is forced to a length: an end token or a close marker that is forbidden would change what
-is measured, and ragged rows would leave `generate` waiting for its longest one. Instead questions
-are taken whose greedy thought fills the token budget by itself. So every contestant generates the
-same tokens in full batches, by code that is not touched.
+Nothing is forced to a length: to forbid an end token or a close marker would change what is
+measured, and ragged rows would leave `generate` waiting for its longest one. Instead questions are
+taken whose greedy thought fills the token budget by itself. So every contestant generates the same
+tokens in full batches, by code that is not touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.synthetic import RECORDED
-from benchmarks.timing import Result, rate, take_turns
+from benchmarks.timing import BenchResult, rate, take_turns
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.decoder import Decoder
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
@@ -29,20 +29,25 @@ from recording.hf_engine import record
 
 @dataclass(frozen=True)
 class RecorderConfig:
-    """Recording the embedded LM on one core, beside plain generation."""
+    """What recording costs beside plain generation, with the embedded LM on one core."""
 
     num_batches: int = 2
-    """Questions, in batches."""
+    """The number of batches of questions."""
     batch_size: int = 32
-    """Questions at once."""
+    """The number of questions at once."""
     every: int = 64
-    """Thinking tokens between probes."""
+    """The number of thinking tokens between probes."""
     max_tokens: int = 257
-    """Tokens of each question. The last one is no decision point, hence one more than 4 x 64."""
+    """The number of tokens of each question. The last token is no decision point, and so it is one
+    more than 4 x 64."""
 
 
-def measure(config: RecorderConfig, repeats: int) -> list[Result]:
-    """Tokens a second, those of probes not counted, and ratios of time."""
+def measure(config: RecorderConfig, repeats: int) -> list[BenchResult]:
+    """Measures tokens a second, without those of probes, and ratios of time.
+
+    Raises:
+        InputError: If too few questions fill the token budget.
+    """
     lm = LanguageModel.load(EMBEDDED)
     halting = Halting("always", f"every {config.every} tokens", CLOSE, MEAN_LOGPROB)
     blind, seeing = (
@@ -69,10 +74,15 @@ def measure(config: RecorderConfig, repeats: int) -> list[Result]:
 
 
 def long_questions(lm: LanguageModel, decoder: Decoder, num: int) -> list[Question]:
-    """Questions whose greedy thought fills the decoder's token budget.
+    """Returns questions whose greedy thought fills the decoder's token budget.
+
+    Args:
+        lm: The LM.
+        decoder: The decoder, which runs it.
+        num: The number of questions.
 
     Raises:
-        InputError: If there are too few.
+        InputError: If there are too few such questions.
     """
     pool = questions("let", "train", 20 * num)
     by_id = {question.question_id: question for question in pool}

@@ -3,8 +3,8 @@
     python -m benchmarks.run
     python -m benchmarks.run --parts environment ppo --traces FILE_OR_FOLDER
 
-Prints a table and writes JSON with every measurement. Contestants take turns, ratios are between
-those of one round; "spread" is from the smallest to the largest round.
+It prints a table, and writes JSON with every measurement. Contestants take turns, and ratios are
+between measurements of one round; "spread" is from the smallest to the largest round.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from benchmarks.ppo import PPOBenchConfig
 from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
 from benchmarks.synthetic import synthetic_traces
-from benchmarks.timing import Result
+from benchmarks.timing import BenchResult
 from benchmarks.wall_clock import WallClockConfig
 from command import run, write_json
 from haltwise import InputError
 from traces import read_traces
 
-Part = Literal[
+BenchPart = Literal[
     "environment",
     "ppo",
     "recorder",
@@ -56,42 +56,42 @@ _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
 class BenchConfig:
     """Measure speed and memory beside what else is at hand."""
 
-    parts: tuple[Part, ...] = get_args(Part)
-    """Parts of the table."""
+    parts: tuple[BenchPart, ...] = get_args(BenchPart)
+    """The parts of the table to measure."""
     traces: Path | None = None
-    """Traces for environment and ppo, a file or a folder. Default: synthetic ones."""
+    """A file or folder of traces for environment and ppo. Default: synthetic traces."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
-    """Where every measurement goes."""
+    """The JSON file for every measurement."""
     repeats: int = 3
-    """Rounds; memory is measured once."""
+    """The number of rounds; memory is measured once."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    """Stepping environments."""
+    """How fast environments take steps."""
     ppo: PPOBenchConfig = field(default_factory=PPOBenchConfig)
-    """Training."""
+    """How fast PPO trains."""
     recorder: RecorderConfig = field(default_factory=RecorderConfig)
-    """Recording."""
+    """What recording costs."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """Peak memory."""
+    """The peak memory of recording and of training."""
     training_memory: TrainingMemoryConfig = field(default_factory=TrainingMemoryConfig)
-    """Peak memory of a whole training, its processes together."""
+    """The peak memory of a whole training, all of its processes together."""
     overhead: OverheadConfig = field(default_factory=OverheadConfig)
-    """A head beside `generate`."""
+    """What a head costs beside `generate`."""
     wall_clock: WallClockConfig = field(default_factory=WallClockConfig)
-    """Time saved against tokens saved."""
+    """How much time a head saves against the tokens that it saves."""
     proxy: ProxyBenchConfig = field(default_factory=ProxyBenchConfig)
-    """The proxy in front of a server."""
+    """What the proxy adds to the server that it stands before."""
 
 
 def main(config: BenchConfig) -> None:
-    """Measures, prints, writes.
+    """Measures, prints and writes.
 
     Raises:
-        InputError: If something that was passed cannot be used.
+        InputError: If a setting cannot be used.
     """
     _check(config)
     torch.set_num_threads(1)
     traces = synthetic_traces(_NUM_TRACES) if config.traces is None else read_traces(config.traces)
-    measures: dict[Part, Callable[[], list[Result]]] = {
+    measures: dict[BenchPart, Callable[[], list[BenchResult]]] = {
         "environment": partial(environment.measure, traces, config.environment, config.repeats),
         "ppo": partial(ppo.measure, traces, config.ppo, config.repeats),
         "recorder": partial(recorder.measure, config.recorder, config.repeats),
@@ -101,7 +101,7 @@ def main(config: BenchConfig) -> None:
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
     }
-    results: list[Result] = []
+    results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))
     for part in config.parts:
         found = measures[part]()
@@ -117,7 +117,7 @@ def _check(config: BenchConfig) -> None:
         raise InputError(
             f"parts is {config.parts}, repeats {config.repeats}: expected at least 1 of each"
         )
-    for part in get_args(Part):
+    for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
             if name == "lms" or isinstance(value, PPOConfig):
                 continue
@@ -127,7 +127,7 @@ def _check(config: BenchConfig) -> None:
         raise InputError(f"{config.json}: no such folder, expected one to write into")
 
 
-def _report(config: BenchConfig, results: list[Result]) -> dict[str, Any]:
+def _report(config: BenchConfig, results: list[BenchResult]) -> dict[str, Any]:
     return {
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
@@ -137,7 +137,7 @@ def _report(config: BenchConfig, results: list[Result]) -> dict[str, Any]:
     }
 
 
-def _format(result: Result) -> str:
+def _format(result: BenchResult) -> str:
     low, high = min(result.values), max(result.values)
     spread = f"{_number(low)} - {_number(high)}" if len(result.values) > 1 else ""
     return _line(f"  {result.name}", _number(result.median), spread, result.unit)

@@ -1,9 +1,9 @@
-"""Does the clock save what the tokens save? The embedded LM's test questions, greedily.
+"""Time saved against tokens saved, on the embedded LM's test questions.
 
-One question at a time, many in slots that are refilled, and in fixed batches, which run until
-their longest row. Greedy, so that all contestants think the same thoughts, up to where they are
-halted. Everything runs on one thread and waits for nothing, so time is its CPU time, which is the
-wall clock's on an idle machine.
+The questions are asked one at a time, many at once in slots that are refilled, and in fixed
+batches, which run until their longest row has ended. Decoding is greedy, so that all contestants
+think the same thoughts, up to where they are halted. Everything runs on one thread and waits for
+nothing: time is CPU time, which is the wall clock's on an idle machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.timing import Result
+from benchmarks.timing import BenchResult
 from haltwise import HaltHead
 from haltwise.session.report import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
@@ -27,31 +27,31 @@ from runs import Run
 _CHECKPOINTS = EMBEDDED.parent
 _HEADS = {"probing head": "embedded-head", "head that does not probe": "embedded-blind-head"}
 
-Work = Callable[[], int]
-"""Answers all questions, and returns the tokens that were generated for them, probes included."""
+AnsweringWork = Callable[[], int]
+"""Answers all questions and returns the number of tokens generated, probes included."""
 
 
 @dataclass(frozen=True)
 class WallClockConfig:
-    """Time saved against tokens saved."""
+    """How much time a head saves against the tokens that it saves."""
 
     num_questions: int = 64
-    """Of the embedded LM's test questions."""
+    """The number of the embedded LM's test questions."""
     num_slots: int = 32
-    """Of the loop that is refilled."""
+    """The number of slots that are refilled."""
     batch_sizes: tuple[int, ...] = (8, 32)
-    """Fixed batches."""
+    """The sizes of fixed batches."""
     max_tokens: int = 512
-    """Of each answer."""
+    """The token budget of each question."""
 
 
-def measure(config: WallClockConfig, repeats: int) -> list[Result]:
-    """Savings of tokens and of time, and what share of the one the other is."""
+def measure(config: WallClockConfig, repeats: int) -> list[BenchResult]:
+    """Measures the savings of tokens and of time, and the ratio of the two."""
     lm = LanguageModel.load(EMBEDDED)
     lm.tokenizer.padding_side = "left"
     asked = questions("all", "test", config.num_questions)
     heads = {name: _head(folder) for name, folder in _HEADS.items()}
-    results: list[Result] = []
+    results: list[BenchResult] = []
     for size in (1, *config.batch_sizes):
         works = {
             name: partial(_in_batches, lm, asked, size, config.max_tokens, *head)
@@ -68,15 +68,15 @@ def measure(config: WallClockConfig, repeats: int) -> list[Result]:
 
 
 def _head(folder: str) -> tuple[HaltHead, float]:
-    """A head, and its price for losing one point at most."""
+    """Returns a head, and its price for losing at most one point of EM."""
     run = Run(_CHECKPOINTS / folder)
     price = run.operating_points()[0.01]["head"]
     assert price is not None
     return run.head(), price
 
 
-def _compare(label: str, works: Mapping[str, Work], repeats: int) -> list[Result]:
-    """What each saves of the first one's tokens and time; contestants take turns."""
+def _compare(label: str, works: Mapping[str, AnsweringWork], repeats: int) -> list[BenchResult]:
+    """Measures what each contestant saves of the first one's tokens and time; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     tokens: dict[str, int] = {}
     for i in range(repeats):
@@ -95,9 +95,9 @@ def _compare(label: str, works: Mapping[str, Work], repeats: int) -> list[Result
         ratio = tuple(share / saved for share in of_time)
         title = f"{label}, {name}"
         results += [
-            Result("wall_clock", f"{title}: tokens saved", "%", (100 * saved,)),
-            Result("wall_clock", f"{title}: time saved", "%", percent),
-            Result("wall_clock", f"{title}: time saved / tokens saved", "x", ratio),
+            BenchResult("wall_clock", f"{title}: tokens saved", "%", (100 * saved,)),
+            BenchResult("wall_clock", f"{title}: time saved", "%", percent),
+            BenchResult("wall_clock", f"{title}: time saved / tokens saved", "x", ratio),
         ]
     return results
 
@@ -110,7 +110,7 @@ def _in_batches(
     head: HaltHead | None,
     price: float,
 ) -> int:
-    """`generate`, so many questions a call."""
+    """Answers questions by `generate`, `size` of them a call; None is no head."""
     model: Any = lm.model  # its `generate` has no type
     num = 0
     for start in range(0, len(asked), size):
@@ -143,12 +143,13 @@ def _arguments(
 
 
 def _num_tokens(lm: LanguageModel, row: list[int], report: ThoughtReport | None) -> int:
-    """Tokens generated for a row.
+    """Returns the number of tokens generated for a row, probes included.
 
     Args:
-        lm: Whose pad token fills up rows.
-        row: All that follows the prompt.
-        report: Of a head that probes: it has generated a halted row's answer when it probed.
+        lm: The LM, whose pad token fills up rows.
+        row: All tokens that follow the prompt.
+        report: The report of a head that probes: it has generated a halted row's answer when it
+            probed. None for any other contestant.
     """
     if report is not None and report.halted:
         return report.position + report.num_probe_tokens
@@ -159,7 +160,7 @@ def _num_tokens(lm: LanguageModel, row: list[int], report: ThoughtReport | None)
 def _refilled(
     lm: LanguageModel, asked: list[Question], config: WallClockConfig, head: HaltHead, price: float
 ) -> int:
-    """The loop whose slots are refilled, with a head."""
+    """Answers questions in slots that are refilled, with a head at a price."""
     prompts = [prompt_of(question) for question in asked]
     answers = generate_all(
         lm.model, lm.tokenizer, head, prompts, config.num_slots, config.max_tokens, price

@@ -11,9 +11,18 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu, gpu_checks
-from benchmarks.gpu import GpuConfig, Part, Setup, content, main, run_parts, table, tiny
-from benchmarks.gpu_checks import Check, check_bursts, check_head, check_live
-from benchmarks.timing import Result
+from benchmarks.gpu import (
+    GpuConfig,
+    GpuPart,
+    GpuSetup,
+    main,
+    report_json,
+    report_table,
+    run_parts,
+    tiny_setup,
+)
+from benchmarks.gpu_checks import DeviceCheck, check_bursts, check_head, check_live
+from benchmarks.timing import BenchResult
 from command import run
 from haltwise.engine.decoder import Decoder
 
@@ -51,8 +60,8 @@ def test_the_whole_script_runs_on_a_cpu(
 
 
 def test_the_live_environment_generates_what_is_counted() -> None:
-    setup = tiny("cpu", 60)
-    contest = gpu.Contest("tiny Qwen3", setup)
+    setup = tiny_setup("cpu", 60)
+    contest = gpu.LMContest("tiny Qwen3", setup)
     # Two episodes in each of two places.
     assert contest._live(2)() == 2 * 2 * setup.num_tokens
     assert contest._record(2)() == 2 * (setup.num_tokens + 1)
@@ -84,35 +93,35 @@ def test_a_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_checks, "_in_torch", shifted)
     assert not check_head("cpu")[0].passed
-    assert not Check("", float("nan"), 1.0).passed
+    assert not DeviceCheck("", float("nan"), 1.0).passed
 
 
 def test_what_is_missing_late_or_broken_is_told_and_costs_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def lacking() -> list[Result]:
+    def lacking() -> list[BenchResult]:
         raise ModuleNotFoundError("No module named 'gymnasium'")
 
-    def broken() -> list[Result]:
+    def broken() -> list[BenchResult]:
         raise RuntimeError("out of memory\nand more")
 
     some = [
-        Part("missing", 1, lacking),
-        Part("long", 1e6, lambda: []),
-        Part("broken", 1, broken),
-        Part("check", 1, lambda: [Check("sums", float("nan"), 1e-3)]),
-        Part("sound", 1, lambda: [Result("sound", "this / that", "x", (0.5, 0.7, 0.6))]),
+        GpuPart("missing", 1, lacking),
+        GpuPart("long", 1e6, lambda: []),
+        GpuPart("broken", 1, broken),
+        GpuPart("check", 1, lambda: [DeviceCheck("sums", float("nan"), 1e-3)]),
+        GpuPart("sound", 1, lambda: [BenchResult("sound", "this / that", "x", (0.5, 0.7, 0.6))]),
     ]
-    monkeypatch.setattr(gpu, "parts", lambda setup: iter(some))
-    setup = Setup("cpu", 100)
+    monkeypatch.setattr(gpu, "gpu_parts", lambda setup: iter(some))
+    setup = GpuSetup("cpu", 100)
     report = run_parts(setup)
     assert report["skipped"]["missing"] == "No module named 'gymnasium'"
     assert report["skipped"]["long"].startswith("no time:")
     assert report["failed"] == {"broken": "RuntimeError: out of memory"}
-    found = json.loads(json.dumps(content(setup, report), allow_nan=False))
+    found = json.loads(json.dumps(report_json(setup, report), allow_nan=False))
     assert (found["checks"][0]["difference"], found["checks"][0]["passed"]) == (None, False)
     assert found["results"][0]["median"] == 0.6
-    assert [line.split()[0] for line in table(report).splitlines()] == [
+    assert [line.split()[0] for line in report_table(report).splitlines()] == [
         *("WRONG", "sound", "skipped:", "skipped:", "failed:")
     ]
     capsys.readouterr()
