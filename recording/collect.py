@@ -86,7 +86,7 @@ class CollectConfig(EngineConfig):
             raise InputError(f"workers is {self.workers}, expected at least 1, and --ray")
 
 
-def questions_to_record(config: CollectConfig) -> Iterator[SeededQuestion]:
+def seeded_questions(config: CollectConfig) -> Iterator[SeededQuestion]:
     """Yields all questions that are to be recorded, each with its sampling seeds, in order.
 
     Raises:
@@ -150,10 +150,8 @@ def _tried(config: CollectConfig) -> list[SeededQuestion]:
     few = replace(config, num=min(config.num, _NUM_TRIED))
     for split in config.split:
         with suppress(InputError):
-            found += islice(
-                questions_to_record(replace(few, split=(split,))), _NUM_TRIED - len(found)
-            )
-    return found or list(questions_to_record(few))
+            found += islice(seeded_questions(replace(few, split=(split,))), _NUM_TRIED - len(found))
+    return found or list(seeded_questions(few))
 
 
 def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
@@ -175,14 +173,14 @@ def _record(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     """Records the traces that the folder lacks."""
     done = recorded_ids(out, engine.recorder)
     model = engine.recorder["lm"]
-    is_done = (trace_id(model, *job) in done for job in questions_to_record(config))
+    is_done = (trace_id(model, *job) in done for job in seeded_questions(config))
     num_done, total = 0, 0
     for each in is_done:
         num_done, total = num_done + each, total + 1
     if num_done == total:
         print(f"{out}: all {total:,} traces are there, nothing is new")
         return
-    missing = (job for job in questions_to_record(config) if trace_id(model, *job) not in done)
+    missing = (job for job in seeded_questions(config) if trace_id(model, *job) not in done)
     rows = write_shards(out, engine.record(missing), engine.recorder, config.shard_size)
     # The time left follows from the mean speed of this process.
     with tqdm(rows, out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:

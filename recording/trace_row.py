@@ -22,6 +22,8 @@ from lms.questions import Question
 TraceRow = dict[str, Any]
 #: A question with the sampling seed of one answer to it.
 SeededQuestion = tuple[Question, int]
+#: The same with the LM's whole input.
+PromptedQuestion = tuple[SeededQuestion, str]
 
 _PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
@@ -87,7 +89,7 @@ class UnfinishedTrace:
 
 def with_prompts(
     lm: LanguageModel, work: Iterable[SeededQuestion], max_prompt: float
-) -> Iterator[tuple[SeededQuestion, str]]:
+) -> Iterator[PromptedQuestion]:
     """Yields questions with their prompts; those that are too long are left out, with a message.
 
     Args:
@@ -109,7 +111,7 @@ def with_prompts(
 
 def fitting_prompts(
     lm: LanguageModel, work: Sequence[SeededQuestion], max_prompt: float
-) -> list[tuple[SeededQuestion, str]]:
+) -> list[PromptedQuestion]:
     """Returns those of some questions whose prompts are not too long, with these prompts.
 
     Args:

@@ -31,6 +31,7 @@ from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import (
+    PromptedQuestion,
     SeededQuestion,
     TraceRow,
     UnfinishedTrace,
@@ -145,9 +146,7 @@ class VllmEngine:
         """Ends the engine's processes."""
         del self._llm
 
-    def _answer(
-        self, batch: Sequence[tuple[SeededQuestion, str]], max_tokens: int
-    ) -> Iterator[TraceRow]:
+    def _answer(self, batch: Sequence[PromptedQuestion], max_tokens: int) -> Iterator[TraceRow]:
         """Answers a batch of questions with their prompts, and yields their traces."""
         thinking = self._think(batch, max_tokens)
         answers = self._force(thinking)
@@ -156,9 +155,7 @@ class VllmEngine:
                 one.recording.see(probe, signals, 0)
             yield one.recording.row(self._lm.name, self._rules, one.thought)
 
-    def _think(
-        self, batch: Sequence[tuple[SeededQuestion, str]], max_tokens: int
-    ) -> list[_ThoughtToProbe]:
+    def _think(self, batch: Sequence[PromptedQuestion], max_tokens: int) -> list[_ThoughtToProbe]:
         """Lets the LM think about a batch of questions to the end."""
         encode = self._lm.tokenizer.encode
         prompts = [encode(text, add_special_tokens=False) for _, text in batch]

@@ -112,7 +112,7 @@ def test_what_is_missing_late_or_broken_is_told_and_costs_nothing_else(
         GpuPart("check", 1, lambda: [DeviceCheck("sums", float("nan"), 1e-3)]),
         GpuPart("sound", 1, lambda: [BenchResult("sound", "this / that", "x", (0.5, 0.7, 0.6))]),
     ]
-    monkeypatch.setattr(gpu, "parts", lambda setup: iter(some))
+    monkeypatch.setattr(gpu, "gpu_parts", lambda setup: iter(some))
     setup = GpuSetup("cpu", 100)
     report = run_parts(setup)
     assert report["skipped"]["missing"] == "No module named 'gymnasium'"

@@ -14,7 +14,7 @@ import pytest
 
 from haltwise import InputError
 from recording.collect import collect as main
-from recording.collect import questions_to_record
+from recording.collect import seeded_questions
 from recording.config import TaskFormat
 from recording.trace_row import SeededQuestion
 from tests.recordings import (
@@ -70,7 +70,7 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     main(config)
     spread = RayEngine(config, SHORT, "local", 2, job_size=3)
     rows, killed = [], 0
-    for row in spread.record(questions_to_record(config)):
+    for row in spread.record(seeded_questions(config)):
         rows.append(row)
         if not killed:
             killed = spread.pids[-1]
@@ -81,7 +81,7 @@ def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     for row in rows:
         assert_same(row, expected[row["trace_id"]])
 
-    question, seed = next(questions_to_record(config))
+    question, seed = next(seeded_questions(config))
     with pytest.raises(InputError, match=r"^gold answer '' is empty: expected "):
         list(spread.record([(replace(question, gold=""), seed)]))
 
@@ -119,7 +119,7 @@ def test_questions_that_kill_every_worker_end_the_recording(
 ) -> None:
     config = small_config(lm_folder, tmp_path / "traces", num=1)
     spread = RayEngine(config, SHORT, "local", 2, job_size=3)
-    jobs = [deadly(job) for job in questions_to_record(config)]
+    jobs = [deadly(job) for job in seeded_questions(config)]
     named = "3 workers died of the 2 questions from "
     with pytest.raises(InputError, match=named + repr(jobs[0][0].question_id)):
         list(spread.record(jobs))

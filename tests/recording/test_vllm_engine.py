@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from haltwise import InputError
-from recording.collect import CollectConfig, questions_to_record
+from recording.collect import CollectConfig, seeded_questions
 from recording.config import TaskFormat
 from recording.engine import RecordingEngine
 from recording.hf_engine import HfEngine
@@ -97,7 +97,7 @@ def config(lm_folder: Path, tmp_path: Path) -> CollectConfig:
 
 
 def recorded(engine: RecordingEngine, config: CollectConfig) -> dict[str, TraceRow]:
-    return {row["trace_id"]: row for row in engine.record(questions_to_record(config))}
+    return {row["trace_id"]: row for row in engine.record(seeded_questions(config))}
 
 
 @pytest.mark.parametrize("task_format", [SHORT, UP_TO_7])
@@ -131,7 +131,7 @@ def test_a_self_test_tells_what_it_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = open_vllm(config, SHORT)
-    asked = list(questions_to_record(config))
+    asked = list(seeded_questions(config))
     assert "14 questions, " in engine.self_test(asked, 32)
     with pytest.raises(InputError, match="no thought comes to a decision point"):
         engine.self_test(asked, 4)
@@ -198,7 +198,7 @@ def test_bad_settings_are_refused(
             open_vllm(replace(config, **change), SHORT)
     engine = open_vllm(replace(config, close_text="so"), replace(SHORT, cue="so"))
     with pytest.raises(InputError, match="close text 'so' does not close a thought"):
-        engine.self_test(list(questions_to_record(config)), 32)
+        engine.self_test(list(seeded_questions(config)), 32)
 
 
 def test_questions_that_are_too_long_are_left_out(
@@ -207,11 +207,11 @@ def test_questions_that_are_too_long_are_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     engine = open_vllm(replace(config, max_tokens=2035), SHORT)
-    assert not list(engine.record(questions_to_record(config)))
+    assert not list(engine.record(seeded_questions(config)))
     told = capsys.readouterr().out
     assert told.count("tokens, expected at most 6: left out") == 14
     with pytest.raises(InputError, match="none of 14 questions has at most 6 tokens"):
-        engine.self_test(list(questions_to_record(config)), 32)
+        engine.self_test(list(seeded_questions(config)), 32)
 
 
 def test_an_engine_that_does_not_start_tells_why(
