@@ -1,4 +1,4 @@
-"""A head beside a running batch: which rows halt now."""
+"""A head beside a running batch: which rows it would halt now."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Bools = NDArray[np.bool_]
 
 
 class HaltMonitor:
-    """Per-row halting state of a batch; the caller owns the loop.
+    """What the head has seen of each row of a batch; the caller owns the loop.
 
-    Rows are independent. They join (`reset`) and move about; a row that nobody looks at any more
-    needs no goodbye. A signal that is missing or not finite never halts a row: the row goes on,
-    and it is counted.
+    Rows are independent. A row joins by `reset`; one that nobody looks at any more needs no
+    goodbye. A signal that is missing or not finite never halts a row, and it is counted. Caps,
+    least thoughts and what follows a decision are the caller's: `haltwise.Session` has them.
 
     Args:
         head: The policy.
         num_rows: R, rows in the batch.
-        price: In exact match per 1,000 tokens: one, or one a row (R,); default the head's own. A
-            row at a price of 0 is never halted by the head.
+        price: In exact match per 1,000 tokens: one, or one a row (R,); default the head's own. At
+            a price of 0 the head never halts a row.
 
     Raises:
         InputError: If a price is negative or not finite, or there are not as many as rows.
@@ -39,8 +39,6 @@ class HaltMonitor:
         observing = head.config.observing
         self._signals = signals_of(observing.groups)
         self._state = FeatureState(num_rows, observing.groups, observing.projection)
-        # Features of row r are kept at _place[r], so that rows can move and their features not.
-        self._place: Index = np.arange(num_rows)
         price = head.config.default_price if price is None else price
         if np.shape(price) not in ((), (num_rows,)):
             raise InputError(
@@ -50,72 +48,26 @@ class HaltMonitor:
         self.price = np.array(np.broadcast_to(price, num_rows), dtype=np.float64)
         for value in self.price:
             Terms(float(value))
-        self._min_tokens: Index = np.zeros(num_rows, dtype=np.int64)
-        self._max_tokens = np.full(num_rows, np.inf)
-        #: (R,) rows that were halted, by the head or by their cap.
-        self.halted: Bools = np.zeros(num_rows, dtype=np.bool_)
         #: (R,) decision points with a signal that was missing or not finite.
         self.num_bad_signals: Index = np.zeros(num_rows, dtype=np.int64)
 
-    def reset(self, rows: Index, terms: Terms | None = None) -> None:
-        """Gives rows to new questions, on new terms if they are named."""
-        self._state.reset(self._place[rows])
-        self.halted[rows] = False
+    def reset(self, rows: Index) -> None:
+        """Gives rows (B,) to new questions, at the prices that they have."""
+        self._state.reset(rows)
         self.num_bad_signals[rows] = 0
-        if terms is not None:
-            self.price[rows] = terms.price
-            self._min_tokens[rows] = terms.min_tokens
-            self._max_tokens[rows] = np.inf if terms.max_tokens is None else terms.max_tokens
-
-    def move(self, sources: Index, targets: Index) -> None:
-        """Moves rows, all at once; what was in the targets is gone unless it moves too.
-
-        Rows that move away and are not moved to start anew. `move([a, b], [b, a])` swaps.
-
-        Args:
-            sources: (B,) rows, each at most once.
-            targets: (B,) where each goes, each at most once.
-        """
-        left = np.setdiff1d(sources, targets)
-        spare = np.setdiff1d(self._place[targets], self._place[sources])
-        for column in (self.price, self._min_tokens, self._max_tokens):
-            column[targets] = column[sources]
-        for column in (self._place, self.halted, self.num_bad_signals):
-            column[targets] = column[sources]
-        self._place[left] = spare
-        self.reset(left)
 
     def observe(self, signals: Signals, rows: Index) -> Bools:
-        """Takes in a decision point of some rows.
+        """Takes in a decision point of some rows; returns which of them the head halts (B,).
 
         Args:
-            signals: Of those rows, in the same order.
-            rows: (B,) which rows; each at most once.
-
-        Returns:
-            (B,) which of them are halted now. A halted row stays halted, whatever it shows.
+            signals: Those of the rows, in the same order.
+            rows: (B,) each at most once.
         """
-        if all(getattr(signals, name) is not None for name in self._signals):
-            features = self._state.update(signals, self._place[rows])
-            bad = ~np.isfinite(features).all(axis=1)
-            halts = self.head.halts(features, self.price[rows]) & ~bad
-        else:
-            bad = np.ones(len(rows), dtype=np.bool_)
-            halts = ~bad
-        running = ~self.halted[rows]
-        self.num_bad_signals[rows] += bad & running
-        self.halted[rows] |= halts & (signals.position >= self._min_tokens[rows])
-        return self.cap(rows, signals.position)
-
-    def cap(self, rows: Index, position: Index) -> Bools:
-        """Halts rows (B,) that have reached their cap, at any token.
-
-        Args:
-            rows: Each at most once.
-            position: (B,) thinking tokens so far.
-
-        Returns:
-            (B,) which of them are halted now.
-        """
-        self.halted[rows] |= position >= self._max_tokens[rows]
-        return self.halted[rows]
+        if any(getattr(signals, name) is None for name in self._signals):
+            self.num_bad_signals[rows] += 1
+            return np.zeros(len(rows), dtype=np.bool_)
+        features = self._state.update(signals, rows)
+        sound = np.isfinite(features).all(axis=1)
+        self.num_bad_signals[rows] += ~sound
+        halts: Bools = self.head.halts(features, self.price[rows]) & sound
+        return halts

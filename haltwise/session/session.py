@@ -73,7 +73,7 @@ class Session:
         never = replace(request.terms, price=0.0)
         terms = _guarded(never, self.control.terms, request)
         thought.cap = terms.max_tokens
-        self._monitor.reset(np.array([row]), terms)
+        self._monitor.reset(np.array([row]))
         watched = terms.price > 0 or self.control.moves_prices
         report = ThoughtReport(request, terms.price)
         self.running[row] = RunningRequest(terms, thought, report, watched)
@@ -125,11 +125,11 @@ class Session:
             self.num_bad_signals += int(num_now - num_before)
         halted = []
         for row in rows:
-            thought, report = self.running[row].thought, self.running[row].report
-            capped = bool(self.open[row]) and thought.at_cap
-            if capped or row in halts:
-                report.decided = "capped" if capped else "halted"
-                report.decided_at = thought.position
+            running = self.running[row]
+            position, capped = running.thought.position, self.open[row] and running.thought.at_cap
+            if capped or (row in halts and position >= running.terms.min_tokens):
+                running.report.decided = "capped" if capped else "halted"
+                running.report.decided_at = position
                 halted.append(row)
             self.look(row)
         return halted

@@ -103,24 +103,23 @@ def alone(head: HaltHead, request: Request) -> list[int]:
     """What a request gives by itself: one row, token by token, nothing kept in slots."""
     terms = Terms.read(request.asked, Terms(head.config.default_price))
     rules = TokenRules(TOKENIZER, head.config.halting)
-    monitor = HaltMonitor(head, 1)
-    row = np.array([0])
-    monitor.reset(row, terms)
+    monitor, halted, row = HaltMonitor(head, 1, terms.price), False, np.array([0])
     signals = signals_of(head.config.observing.groups)
-    meter = SignalReducer(rules, signals, 1, torch.device("cpu"))
+    reducer = SignalReducer(rules, signals, 1, torch.device("cpu"))
     thought = Thought(rules, rules.decode(request.prompt, skip_special_tokens=False))
     pending: list[int] = []
     while not request.is_done:
         logits = dice(request)[None]
-        if thought.at_point and not monitor.halted[0] and terms.price > 0:
-            monitor.observe(meter.read(row, [thought], logits), row)
-            meter.reset(row)
-            pending = list(CLOSE_IDS) if monitor.halted[0] else []
-        is_open = thought.begun and not thought.closed and not monitor.halted[0]
-        if is_open and thought.num_tokens and monitor.cap(row, np.array([thought.position]))[0]:
+        is_open = thought.begun and not thought.closed and not halted
+        if thought.at_point and is_open and terms.price > 0:
+            wants = monitor.observe(reducer.read(row, [thought], logits), row)[0]
+            halted = wants and thought.position >= terms.min_tokens
+        cap = terms.max_tokens
+        halted |= is_open and cap is not None and thought.num_tokens > 0 and thought.position >= cap
+        if is_open and halted:
             pending = list(CLOSE_IDS)
         token = pending.pop(0) if pending else int(logits.argmax())
-        meter.add(row, logits, torch.tensor([token]))
+        reducer.add(row, logits, torch.tensor([token]))
         request.output.append(token)
         thought.add(token)
     return request.output
