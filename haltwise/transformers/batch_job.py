@@ -124,7 +124,7 @@ class _Job:
         self._decoder.start(slots, prompts, [seed] * len(slots))
         for slot, (index, _) in fresh.items():
             request = ThoughtRequest(self._terms, {"prompt": index})
-            self._session.join(slot, request, self._decoder.generations[slot].thought)
+            self._session.join(slot, request, self._decoder.thoughts[slot])
 
     def _halt(self, slots: list[int]) -> dict[int, Probe]:
         """Halts some of the slots; returns their answers, if they are known by that."""

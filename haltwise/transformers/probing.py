@@ -30,7 +30,7 @@ from transformers import (
 from haltwise import Control, HaltHead, InputError, Session, ThoughtReport
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.engine.forced_answers import greedy_answers
+from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.signal_reducer import SignalReducer
@@ -217,9 +217,8 @@ class _Batch(LogitsProcessor):
             return {}
         fork = Fork(self.model, self.cache, self.mask, np.array(rows))
         logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
-        answers = greedy_answers(
-            logits, fork.step, self.halting.max_answer_tokens, self.eos_ids, self.rules
-        )
+        next_tokens, length = one_by_one(logits, fork.step), self.halting.max_answer_tokens
+        answers = greedy_answers(len(rows), next_tokens, length, self.eos_ids, self.rules)
         sound = {}
         for row, answer in zip(rows, answers, strict=True):
             self.session.running[row].report.num_probe_tokens += answer.num_tokens
