@@ -157,8 +157,7 @@ class Decoder:
         """
         if not len(slots):
             return []
-        length = self.halting.max_answer_tokens
-        answers = self._slots.force(slots, self.rules, length, self.eos_ids)
+        answers = self._slots.force(slots, self.rules, self.eos_ids)
         for thought, answer in zip(self._thoughts_in(slots), answers, strict=True):
             if not np.isfinite(answer.logprobs).all():
                 raise _nan_logits(thought)
@@ -257,6 +256,7 @@ class Decoder:
 
 
 def _nan_logits(thought: Thought) -> InputError:
+    """Returns what is raised when the token after a thought cannot be chosen."""
     return InputError(f"LM gave NaN logits at position {thought.num_tokens}")
 
 

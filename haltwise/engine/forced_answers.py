@@ -23,23 +23,18 @@ were none.
 
 
 def greedy_answers(
-    num_rows: int,
-    next_tokens: NextTokens,
-    max_tokens: int,
-    eos_ids: Sequence[int],
-    rules: TokenRules,
+    num_rows: int, next_tokens: NextTokens, rules: TokenRules, eos_ids: Sequence[int]
 ) -> list[ForcedAnswer]:
     """Generates one answer for each row; a row drops out as soon as its answer has ended.
 
     Args:
         num_rows: How many answers to generate.
         next_tokens: Generates the tokens, one or several at a time.
-        max_tokens: An answer is cut after this many tokens.
+        rules: They know the text that ends an answer, and after how many tokens it is cut.
         eos_ids: Each of these tokens ends an answer.
-        rules: They know the text that ends an answer.
     """
     answers = [ForcedAnswer([], [], 0) for _ in range(num_rows)]
-    moving, newest, left = np.arange(num_rows), None, max_tokens
+    moving, newest, left = np.arange(num_rows), None, rules.max_answer_tokens
     while left and len(moving):
         tokens, logprobs = next_tokens(moving, newest, left)
         columns = zip(moving.tolist(), tokens.T.tolist(), logprobs.T.tolist(), strict=True)

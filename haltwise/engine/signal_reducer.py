@@ -69,8 +69,7 @@ class SignalReducer:
         # What the collector has not seen yet: rows (B,) of each pass; the passes' logits (B, V)
         # and tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
         self._rows: list[Index] = []
-        self._logits: list[Tensor] = []
-        self._tokens: list[Tensor] = []
+        self._passes: list[tuple[Tensor, Tensor]] = []
         self._reduced: list[Tensor] = []
 
     def reset(self, rows: Index) -> None:
@@ -90,9 +89,8 @@ class SignalReducer:
         if not self.num_logprobs:
             return
         self._rows.append(rows.copy())
-        self._logits.append(logits)
-        self._tokens.append(tokens)
-        if len(self._logits) * logits.numel() >= self._most_logits:
+        self._passes.append((logits, tokens))
+        if len(self._passes) * logits.numel() >= self._most_logits:
             self._reduce()
         if len(self._rows) == _MOST_PASSES:
             self._pass_on()
@@ -140,11 +138,10 @@ class SignalReducer:
     @torch.inference_mode()
     def _reduce(self) -> None:
         """Reduces what has been added, on the device."""
-        if self._logits:
-            numbers = logprobs_of(torch.cat(self._logits), torch.cat(self._tokens))
-            self._reduced.append(numbers)
-            self._logits.clear()
-            self._tokens.clear()
+        if self._passes:
+            logits, tokens = map(torch.cat, zip(*self._passes, strict=True))
+            self._reduced.append(logprobs_of(logits, tokens))
+            self._passes.clear()
 
     @torch.inference_mode()
     def _pass_on(self, *others: Tensor) -> list[Float]:

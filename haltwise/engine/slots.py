@@ -28,8 +28,8 @@ from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import Float, Index
 from haltwise.session.forced_answer import ForcedAnswer
 
-# The number of columns of the cache's buffers is a multiple of this.
-_CAPACITY = 256
+# Buffers of the cache have this many columns at least.
+_FEWEST_COLUMNS = 256
 # A burst of more than one row has room for this many at least.
 _NARROW = 8
 # Forced answers are generated in bursts of this many tokens; then it is seen which have ended.
@@ -115,15 +115,12 @@ class SequenceSlots:
         self.lengths[rows] = lengths
 
     @torch.inference_mode()
-    def force(
-        self, rows: Index, rules: TokenRules, max_tokens: int, eos_ids: Sequence[int]
-    ) -> list[ForcedAnswer]:
+    def force(self, rows: Index, rules: TokenRules, eos_ids: Sequence[int]) -> list[ForcedAnswer]:
         """Closes the thoughts of some rows, reads their greedy answers, and undoes it all.
 
         Args:
             rows: (B,) the rows, each at most once.
-            rules: They know what closes a thought, and the text that ends an answer.
-            max_tokens: An answer is cut after this many tokens.
+            rules: They know what closes a thought, and where an answer ends.
             eos_ids: Each of these tokens ends an answer.
 
         Returns:
@@ -144,7 +141,7 @@ class SequenceSlots:
             return np.maximum(tokens, 0), logprobs[:, :, 0]
 
         next_tokens = burst if self._burst else one_by_one(self.next_logits(rows), feed)
-        answers = greedy_answers(len(rows), next_tokens, max_tokens, eos_ids, rules)
+        answers = greedy_answers(len(rows), next_tokens, rules, eos_ids)
         self.rollback(rows, lengths)
         self._logits[index], self._hidden[index] = logits, hidden
         return answers
@@ -178,7 +175,7 @@ class SequenceSlots:
         if width < num_rows:
             self._to_front(rows)
         length = _window_length(int(self.lengths[rows].max()) + num)
-        self._make_room(max(length, int(self.lengths.max()) + 1), spare=False)
+        self._make_room(max(length, int(self.lengths.max()) + 1))
         place, index = self._place[rows], self._on_device(rows)
         scratch = self._cache.capacity - 1
         start = BurstStart(place, self._logits[index], self.lengths[rows], scratch, uniforms)
@@ -218,17 +215,10 @@ class SequenceSlots:
         logits: Tensor = out.logits[:, -1]
         return logits, self._hook.latest if self._hook else logits[:, :0]
 
-    def _make_room(self, length: int, spare: bool = True) -> None:
-        """Gives each row at least so many columns.
-
-        Args:
-            length: The columns that are needed now.
-            spare: Whether buffers that have to grow grow by half at least.
-        """
-        capacity = self._cache.capacity
-        if length > capacity:
-            wanted = max(length, 3 * capacity // 2 if spare else 0)
-            self._cache.grow(-(-wanted // _CAPACITY) * _CAPACITY)
+    def _make_room(self, length: int) -> None:
+        """Gives each row at least so many columns, and some to spare."""
+        if length > self._cache.capacity:
+            self._cache.grow(_window_length(length))
             if self._burst:
                 self._burst.forget()
 
@@ -322,9 +312,12 @@ def _width(num: int) -> int:
 
 
 def _window_length(length: int) -> int:
-    """Returns how many columns a burst reads: the next power of two, or three quarters of it."""
-    size = max(_CAPACITY, 1 << (length - 1).bit_length())
-    return 3 * size // 4 if size > _CAPACITY and length <= 3 * size // 4 else size
+    """Returns how many columns are made for a length: a power of two, or three quarters of it.
+
+    A burst reads so many too. There are few such numbers, since each needs its own captured step.
+    """
+    size = max(_FEWEST_COLUMNS, 1 << (length - 1).bit_length())
+    return 3 * size // 4 if size > _FEWEST_COLUMNS and length <= 3 * size // 4 else size
 
 
 def _has_graphs(model: PreTrainedModel) -> bool:

@@ -47,13 +47,14 @@ class ProbingGeneration:
 
     Args:
         head: The policy.
-        tokenizer: The LM's.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own. At a
-            price of 0 the head never halts a row.
-        min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
-        max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
-            one a row; None for no such cap.
-        control: Sets terms and prices; by default those that are asked for are constant.
+        tokenizer: The LM's tokenizer.
+        price: The price in exact match per 1,000 tokens: one, or one for each row; by default the
+            head's own. At a price of 0 the head never halts a row.
+        min_tokens: The head does not halt before this many thinking tokens: one number, or one for
+            each row.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
+            number, or one for each row; None for no such cap.
+        control: It sets terms and prices; by default those that are asked for are constant.
 
     Raises:
         InputError: If the tokenizer is not the one that the head was trained with, or the head's
@@ -204,8 +205,8 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
             return {}
         fork = Fork(self.model, self.cache, self.mask, np.array(rows))
         logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
-        next_tokens, length = one_by_one(logits, fork.step), self.halting.max_answer_tokens
-        answers = greedy_answers(len(rows), next_tokens, length, self.eos_ids, self.rules)
+        next_tokens = one_by_one(logits, fork.step)
+        answers = greedy_answers(len(rows), next_tokens, self.rules, self.eos_ids)
         sound = {}
         for row, answer in zip(rows, answers, strict=True):
             self.session.running[row].report.num_probe_tokens += answer.num_tokens

@@ -42,15 +42,17 @@ class HaltProcessor(LogitsProcessor):
     ended, or until it is gone. Calls in other threads do not disturb it.
 
     Args:
-        head: The policy; one whose probing is at_halt.
+        head: The policy; its probing is at_halt.
         model: The LM.
-        tokenizer: The LM's.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own.
-        min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
-        max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
-            one a row; None for no such cap.
-        eos_token_id: The call's, if it names other end tokens than the LM's own.
-        control: Sets terms and prices; by default those that are asked for are constant.
+        tokenizer: The LM's tokenizer.
+        price: The price in exact match per 1,000 tokens: one, or one for each row; by default the
+            head's own. At a price of 0 the head never halts a row.
+        min_tokens: The head does not halt before this many thinking tokens: one number, or one for
+            each row.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
+            number, or one for each row; None for no such cap.
+        eos_token_id: The end tokens of the call, if it names others than the LM's own.
+        control: It sets terms and prices; by default those that are asked for are constant.
 
     Raises:
         InputError: If the head looks at answers, the tokenizer is not the one that it was trained
@@ -173,27 +175,32 @@ class _PassWatcher:
     """
 
     def __init__(self, model: PreTrainedModel, hidden: bool) -> None:
-        """Begins to look."""
+        """Begins to look at an LM, and at its hidden states if they are wanted.
+
+        Raises:
+            InputError: If they are wanted and cannot be seen.
+        """
         self._states = HiddenStateHook(model) if hidden else None  # may refuse: before any hook
         self._looking = ExitStack()
         self._looking.callback(model.register_forward_hook(self._see).remove)
         if self._states:
             self._looking.enter_context(self._states)
-        # By thread: passes since the latest call, and the newest logits.
+        # The number of passes since the latest `take`, and the newest logits, of each thread.
         self._nums: dict[int, int] = {}
         self._logits: dict[int, Tensor] = {}
         self._thread: int | None = None
 
     def close(self) -> None:
-        """Leaves no mark on the LM."""
+        """Ends the watch, and leaves no mark on the LM."""
         self._looking.close()
 
     def take(self, device: torch.device, is_first: bool) -> tuple[Tensor, Tensor | None]:
         """Returns logits (R, V), float32, and hidden states (R, D) of the newest tokens.
 
         Args:
-            device: Where they are wanted.
-            is_first: A prompt may have been read in several passes.
+            device: The device on which they are wanted.
+            is_first: Whether the newest token is the last of the prompt, which may have been read
+                in several passes.
 
         Raises:
             InputError: If there was not one pass for the newest token.
@@ -212,6 +219,7 @@ class _PassWatcher:
         return logits, self._states.latest if self._states else None
 
     def _see(self, _: torch.nn.Module, __: Any, output: Any) -> None:
+        """Keeps the logits of the newest tokens; PyTorch calls it after each pass of the LM."""
         thread = get_ident()
         if self._thread not in (None, thread):
             return
@@ -222,9 +230,13 @@ class _PassWatcher:
 
 
 def _refuse_beams(logits: Tensor, scores: Tensor) -> None:
-    """Beam search passes log probabilities where greedy decoding and sampling pass logits (V,).
+    """Refuses the scores (V,) of a beam search, by the LM's own logits (V,) of the same row.
 
-    Medians tell, since other processors change few of the scores.
+    Beam search passes log probabilities where greedy decoding and sampling pass logits. Medians
+    tell, since other processors change few of the scores.
+
+    Raises:
+        InputError: If the scores are log probabilities.
     """
     shift = logits.logsumexp(dim=-1)
     off = logits.median() - scores.median() - shift
@@ -233,6 +245,7 @@ def _refuse_beams(logits: Tensor, scores: Tensor) -> None:
 
 
 def _other_rows() -> InputError:
+    """Returns what is raised when the rows of a call do not continue those of the call before."""
     return InputError(
         "rows are not what they were and one more token: expected greedy decoding or sampling, and "
         "a HaltProcessor of its own for each call of generate"

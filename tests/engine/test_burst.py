@@ -380,11 +380,11 @@ def test_bursts_have_few_widths() -> None:
 def test_forced_answers_of_a_burst_end_where_they_end() -> None:
     # The answer is 7 8 9 ..., and "9" ends it.
     model = ScriptedLM(lambda token, position: IDS["7"] if token == CLOSE else token + 1)
-    rules = TokenRules(TOKENIZER, replace(HALTING, answer_end="9"))
     for max_tokens, words in ((10, "7 8 9"), (2, "7 8"), (3, "7 8 9")):
+        halting = replace(HALTING, answer_end="9", max_answer_tokens=max_tokens)
         slots = SequenceSlots(model, 2, burst=4)
         slots.prefill(np.array([1]), [[IDS["5"]]])
-        (answer,) = slots.force(np.array([1]), rules, max_tokens, [EOS])
+        (answer,) = slots.force(np.array([1]), TokenRules(TOKENIZER, halting), [EOS])
         assert answer.tokens == [IDS[word] for word in words.split()]
         assert answer.num_tokens == len(answer.tokens)
         assert slots.lengths.tolist() == [0, 1]

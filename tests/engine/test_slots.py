@@ -21,11 +21,11 @@ from haltwise.engine.token_rules import TokenRules
 from tests.tiny_lm import CLOSE, EOS, WORDS, tiny_lm, tiny_tokenizer
 
 
-def closing(tokens: list[int]) -> TokenRules:
-    """Rules that close a thought with some tokens."""
-    tokenizer = tiny_tokenizer()
+def closing(tokens: list[int], max_tokens: int = 3) -> TokenRules:
+    """Rules that close a thought with some tokens, and cut its answer."""
     text = " ".join(WORDS[token] for token in tokens)
-    return TokenRules(tokenizer, Halting("always", "every 4 tokens", text, MEAN_LOGPROB))
+    halting = Halting("always", "every 4 tokens", text, MEAN_LOGPROB, max_tokens)
+    return TokenRules(tiny_tokenizer(), halting)
 
 
 def reference_logits(model: Any, tokens: list[int]) -> Tensor:
@@ -85,7 +85,7 @@ def test_forced_answers_are_greedy_and_leave_no_mark() -> None:
     texts = {2: [2, 9, 10], 0: [2, 11], 3: [2, 5, 6, 7, 8]}
     slots.prefill(rows, list(texts.values()))
     before = slots.next_logits(rows)
-    answers = slots.force(rows, closing([6, CLOSE]), 7, [EOS, 4])
+    answers = slots.force(rows, closing([6, CLOSE], 7), [EOS, 4])
     assert torch.equal(slots.next_logits(rows), before)
     assert_holds(slots, model, texts)
     for row, answer in zip(rows, answers, strict=True):
@@ -110,7 +110,7 @@ def test_last_layer_states_are_those_that_the_head_reads() -> None:
     slots = SequenceSlots(model, 3, keep_hidden=True)
     slots.prefill(rows, [[2, 9, 10], [2, 11]])
     slots.step(rows[:1], np.array([7]))
-    slots.force(rows, closing([6, CLOSE]), 3, [EOS])
+    slots.force(rows, closing([6, CLOSE]), [EOS])
     found = slots.last_hidden(rows)
     assert found is not None
     for state, tokens in zip(found, ([2, 9, 10, 7], [2, 11]), strict=True):
@@ -127,7 +127,7 @@ def test_last_layer_states_are_those_that_the_head_reads() -> None:
 def test_an_empty_answer_has_no_confidence() -> None:
     slots = SequenceSlots(tiny_lm(), 1)
     slots.prefill(np.arange(1), [[2, 3]])
-    (answer,) = slots.force(np.arange(1), closing([CLOSE]), 3, list(range(len(WORDS))))
+    (answer,) = slots.force(np.arange(1), closing([CLOSE]), list(range(len(WORDS))))
     assert (answer.tokens, answer.num_tokens, answer.confidence) == ([], 1, 0.0)
     assert np.isnan(answer.worst_logprob)
 
@@ -137,7 +137,7 @@ def test_logits_that_are_not_numbers_show_in_the_answer() -> None:
     model.lm_head.weight.data[:] = torch.nan
     slots = SequenceSlots(model, 1)
     slots.prefill(np.arange(1), [[2, 3]])
-    (answer,) = slots.force(np.arange(1), closing([CLOSE]), 3, list(range(len(WORDS))))
+    (answer,) = slots.force(np.arange(1), closing([CLOSE]), list(range(len(WORDS))))
     assert np.isnan(answer.logprobs).all()
     assert np.isnan(answer.confidence)
 
@@ -173,7 +173,7 @@ def test_slots_that_nobody_holds_are_gone_at_once(burst: int) -> None:
     try:
         slots = SequenceSlots(tiny_lm(), 2, burst=burst)
         slots.prefill(np.arange(2), [[2], [3]])
-        slots.force(np.arange(2), closing([CLOSE]), 3, [EOS])
+        slots.force(np.arange(2), closing([CLOSE]), [EOS])
         seen = weakref.ref(slots)
         del slots
         assert seen() is None
