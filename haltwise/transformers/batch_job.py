@@ -118,9 +118,8 @@ class _BatchJob:
 
     def _refill(self, waiting: Iterator[tuple[int, str]], seed: int) -> None:
         """Gives free slots to the next of the waiting prompts, which have numbers."""
-        free = [
-            slot for slot in range(self._decoder.num_slots) if slot not in self._session.running
-        ]
+        running = self._session.running
+        free = [slot for slot in range(self._decoder.num_slots) if slot not in running]
         fresh = dict(zip(free, waiting, strict=False))
         slots, prompts = np.array(list(fresh), dtype=np.int64), [text for _, text in fresh.values()]
         self._decoder.start(slots, prompts, [seed] * len(slots))
@@ -135,13 +134,11 @@ class _BatchJob:
             The forced answers of halted slots. With a head that does not look at answers there
             are none, since the LM goes on to answer by itself.
         """
-        session, probes = self._session, dict[int, Probe]()
-        signals, points = None, session.points(slots)
+        signals, points = None, self._session.points(slots)
+        probes = self._force(points.tolist()) if self._looks else {}
         if len(points):
-            if self._looks:
-                probes = self._force(points.tolist())
             signals = self._decoder.signals(points, list(probes.values()) if self._looks else None)
-        halted = session.decide(slots, signals)
+        halted = self._session.decide(slots, signals)
         if not self._looks:
             self._decoder.close(np.array(halted, dtype=np.int64))
             return {}
@@ -150,10 +147,11 @@ class _BatchJob:
 
     def _force(self, slots: list[int]) -> dict[int, Probe]:
         """Returns the forced answers of some slots, whose tokens are added to their reports."""
-        probes = self._decoder.force(np.array(slots, dtype=np.int64))
-        for slot, probe in zip(slots, probes, strict=True):
+        answers = self._decoder.force(np.array(slots, dtype=np.int64))
+        probes = dict(zip(slots, answers, strict=True))
+        for slot, probe in probes.items():
             self._session.running[slot].report.num_probe_tokens += probe.num_tokens
-        return dict(zip(slots, probes, strict=True))
+        return probes
 
     def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
         """Frees a slot whose LM has ended, or whose forced answer is known."""

@@ -188,7 +188,7 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
         """
         looks = self.halting.probing == "always"
         probes = self.probe(waiting) if looks else {}
-        asked = [row for row in waiting if row in probes] if looks else waiting
+        asked = list(probes) if looks else waiting
         halted = self.decide(asked, self.logits, self.hidden, probes if looks else None)
         if not looks:
             probes = self.probe(halted)
@@ -219,15 +219,15 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
     def append_known(self, ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
         """Adds to tokens (R, T) what is pending in each row, without running the LM for it."""
         ended = [thought.ended for thought in self.thoughts]
-        while any(tokens and not over for tokens, over in zip(self.pending, ended, strict=True)):
-            column = [
-                tokens.popleft() if tokens and not over else self.pad_id
-                for tokens, over in zip(self.pending, ended, strict=True)
-            ]
+        while True:
+            for tokens, is_over in zip(self.pending, ended, strict=True):
+                if is_over:
+                    tokens.clear()
+            if not any(self.pending):
+                return ids
+            column = [tokens.popleft() if tokens else self.pad_id for tokens in self.pending]
             ids = torch.cat([ids, ids.new_tensor(column)[:, None]], dim=1)
-            done = criteria(ids, cast(Any, None)).tolist()
-            ended = [over or stops for over, stops in zip(ended, done, strict=True)]
-        return ids
+            ended = criteria(ids, cast(Any, None)).tolist()
 
 
 class _RawLogits(LogitsProcessor):
