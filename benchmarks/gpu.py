@@ -243,7 +243,7 @@ class LMContest:
         decoder = Decoder(lm.model, lm.tokenizer, halting, size, num, burst=burst)
         texts = [question.text for question in some_questions(lm, size, _NUM_PROMPT)]
         decoder.start(slots, texts, [0] * size)
-        while not decoder.generations[0].thought.ended:
+        while not decoder.thoughts[0].ended:
             decoder.advance(slots)
         return size * num
 

@@ -118,10 +118,8 @@ def _lived(
         seen = vars(decoder.signals(here, probes))
         answers += [probe.tokens for probe in probes]
         numbers += [seen[name] for name in ("confidence", *decoder.measured)]
-        running = running[
-            [not decoder.generations[slot].thought.ended for slot in running.tolist()]
-        ]
-    thoughts = [decoder.generations[slot].thought.tokens for slot in range(len(asked))]
+        running = running[[not decoder.thoughts[slot].ended for slot in running.tolist()]]
+    thoughts = [decoder.thoughts[slot].tokens for slot in range(len(asked))]
     return [*thoughts, *answers], np.concatenate(numbers).astype(np.float64)
 
 

@@ -121,10 +121,10 @@ def _decode(decoder: Decoder, asked: list[Question]) -> int:
     for i in range(0, len(asked), decoder.num_slots):
         prompts = [prompt_of(question) for question in asked[i : i + decoder.num_slots]]
         decoder.start(slots, prompts, [0] * len(slots))
-        generations = [decoder.generations[slot] for slot in slots.tolist()]
-        while not all(generation.thought.ended for generation in generations):
-            decoder.advance(slots[[not generation.thought.ended for generation in generations]])
-        num += sum(generation.thought.num_tokens for generation in generations)
+        thoughts = [decoder.thoughts[slot] for slot in slots.tolist()]
+        while not all(thought.ended for thought in thoughts):
+            decoder.advance(slots[[not thought.ended for thought in thoughts]])
+        num += sum(thought.num_tokens for thought in thoughts)
     return num
 
 

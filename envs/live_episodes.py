@@ -194,19 +194,17 @@ class LiveEpisodes:
         going = np.arange(len(slots))
         while len(going):
             at_point[going] = self._decoder.advance(slots[going])
-            ended = [
-                self._decoder.generations[slot].thought.ended for slot in slots[going].tolist()
-            ]
+            ended = [self._decoder.thoughts[slot].ended for slot in slots[going].tolist()]
             going = going[~(at_point[going] | ended)]
         for slot, pauses in zip(slots.tolist(), at_point, strict=True):
-            episode, generation = self.episodes[slot], self._decoder.generations[slot]
-            generated = generation.thought.position if pauses else generation.thought.num_tokens
+            episode, thought = self.episodes[slot], self._decoder.thoughts[slot]
+            generated = thought.position if pauses else thought.num_tokens
             episode.owed += generated - episode.position
             if pauses:
                 episode.position = generated
                 episode.num_points += 1
             else:
-                episode.conclude(self._decoder.rules.read_answer(generation.thought.answer_text()))
+                episode.conclude(self._decoder.rules.read_answer(thought.answer_text()))
         self._observe(slots[at_point])
         return at_point
 

@@ -51,6 +51,11 @@ def serve(config: ServeConfig) -> None:
 
 
 def _listener(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens at a port.
+
+    Raises:
+        OSError: If the port cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # With its protocol named, asyncio sends small pieces at once.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -65,5 +70,6 @@ def _listener(host: str, port: int) -> socket.socket:
 
 
 def _fail(message: str) -> NoReturn:
+    """Tells a message in one line on stderr, and ends the process with status 2."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

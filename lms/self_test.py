@@ -9,10 +9,10 @@ from itertools import islice
 import numpy as np
 
 from haltwise import Halting, InputError
-from haltwise.engine.decoder import Decoder, Generation
+from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import TokenRules
 from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import LONGEST_OPENING
+from haltwise.session.thought import LONGEST_OPENING, Thought
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -30,7 +30,7 @@ class TriedQuestion:
     """The question."""
     prompt: str
     """The LM's whole input."""
-    generation: Generation
+    thought: Thought
     """The thought and what followed it, not halted."""
     answer: str
     """The LM's own answer, as it was read."""
@@ -70,17 +70,17 @@ class SelfTest:
         one = next((one for one in self.answered if one.probes), self.answered[0])
         probe, probes = one.probes[0], self.probes
         num_read = sum(bool(probe.answer) for probe in probes)
-        mean = np.mean([one.generation.thought.num_tokens for one in self.answered])
+        mean = np.mean([one.thought.num_tokens for one in self.answered])
         lines = [
             self.chat,
             f"close text: {self.close_text!r}",
             f"prompt:     {_short(one.prompt)}",
-            f"goes on:    {_short(one.generation.thought.text())}",
+            f"goes on:    {_short(one.thought.text())}",
             f"forced:     {_short(probe.text)}, read as {_short(probe.answer)}",
             f"own answer: {_short(one.answer)}, gold {_short(one.question.gold)}",
             f"{len(self.answered)} questions: "
-            f"thought begun {self.share(lambda one: one.generation.thought.begun):.0%}, "
-            f"ended by the LM {self.share(lambda one: one.generation.thought.finished):.0%}, "
+            f"thought begun {self.share(lambda one: one.thought.begun):.0%}, "
+            f"ended by the LM {self.share(lambda one: one.thought.finished):.0%}, "
             f"right {self.share(lambda one: one.is_right):.0%}, {mean:,.0f} tokens on average",
             f"{len(probes)} forced answers: {num_read / len(probes):.0%} could be read",
         ]
@@ -156,10 +156,10 @@ def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> l
         here = np.array([s for s in slots[at_point] if len(probes[s]) < _POINTS], dtype=np.int64)
         for slot, probe in zip(here, decoder.force(here), strict=True):
             probes[slot].append(probe)
-        slots = slots[[not decoder.generations[int(slot)].thought.ended for slot in slots]]
-    generations = [decoder.generations[slot] for slot in range(len(asked))]
-    answers = [decoder.rules.read_answer(g.thought.answer_text()) for g in generations]
-    return list(map(TriedQuestion, asked, prompts, generations, answers, probes))
+        slots = slots[[not decoder.thoughts[int(slot)].ended for slot in slots]]
+    thoughts = [decoder.thoughts[slot] for slot in range(len(asked))]
+    answers = [decoder.rules.read_answer(thought.answer_text()) for thought in thoughts]
+    return list(map(TriedQuestion, asked, prompts, thoughts, answers, probes))
 
 
 def _check_thoughts(answered: Sequence[TriedQuestion], halting: Halting) -> None:
@@ -168,9 +168,9 @@ def _check_thoughts(answered: Sequence[TriedQuestion], halting: Halting) -> None
     Raises:
         InputError: If no thought has begun, or no thought has come to a decision point.
     """
-    begun = [one.generation.thought for one in answered if one.generation.thought.begun]
+    begun = [one.thought for one in answered if one.thought.begun]
     if not begun:
-        text = answered[0].generation.thought.text()
+        text = answered[0].thought.text()
         raise InputError(
             f"no thought begins: {halting.think_start!r} neither ends the prompt nor is among the "
             f"first {LONGEST_OPENING} tokens, which are {_short(text)}; set --think-start and "
@@ -197,10 +197,8 @@ def _warn_of_texts(rules: TokenRules, halting: Halting) -> list[str]:
 def _warn_of_ends(answered: Sequence[TriedQuestion], decoder: Decoder) -> list[str]:
     """Returns warnings if only budgets end the thoughts, or the forced answers."""
     warnings = []
-    generations = [one.generation for one in answered]
-    if not any(
-        g.thought.finished or (decoder.rules.think_end and g.thought.closed) for g in generations
-    ):
+    thoughts = [one.thought for one in answered]
+    if not any(t.finished or (decoder.rules.think_end and t.closed) for t in thoughts):
         warnings.append(
             f"no thought and no answer ended within {decoder.max_tokens} tokens: raise "
             "--max-tokens, or it is the budget that ends them all"
@@ -223,7 +221,7 @@ def _warn_of_markers(answered: Sequence[TriedQuestion], halting: Halting) -> lis
     if halting.think_start:
         return []
     for one in answered:
-        thought = one.generation.thought
+        thought = one.thought
         for start, end in MARKERS:
             if start in thought.text() or end in thought.text():
                 return [

@@ -126,7 +126,7 @@ def record(
         for i, (slot, probe) in enumerate(zip(here.tolist(), probes, strict=True)):
             running[slot].see(probe, signals, i)
         for slot in slots[~at_point].tolist():
-            generation = decoder.generations[slot]
-            if generation.thought.ended:
+            thought = decoder.thoughts[slot]
+            if thought.ended:
                 recording = running.pop(slot)
-                yield recording.row(lm.name, decoder.rules, generation.thought)
+                yield recording.row(lm.name, decoder.rules, thought)

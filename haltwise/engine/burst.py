@@ -3,8 +3,8 @@
 All that the tokens need lies on the LM's device beforehand, and all that they show waits there
 until the burst is over. On CUDA one step of each shape is captured as a graph and replayed.
 
-Shapes: R rows at most, W of them in a burst, S tokens each, V vocabulary, D size of a hidden
-state.
+Shapes: R rows of the LM's cache, W of them in a burst, B of these that move on, S tokens each,
+V vocabulary, D size of a hidden state.
 """
 
 from __future__ import annotations
@@ -17,114 +17,106 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from haltwise.engine.host_copy import copy_to_host
 from haltwise.engine.signal_reducer import logprobs_of
 from haltwise.policy.signals import Float, Index
 from haltwise.session.token_statistics import NUM_TOP
 
 Forward = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """Feeds tokens (W, 1), at positions (W, 1) of their rows, stored in columns (W, 1) of the cache, of
-which the first L are read; gives the next logits (W, V) and the last-layer states (W, D)."""
+which the first L are read; returns the next logits (W, V) and the last-layer states (W, D)."""
 
-Work = Callable[[], None]
+DeviceWork = Callable[[], None]
+"""Something that a device does to tensors that stay where they are."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a step is captured for."""
+class BurstShape:
+    """What a step of a burst is captured for: another shape needs another capture."""
 
     width: int
-    """W"""
+    """W, the number of rows."""
     length: int
-    """L: columns of the cache that are read."""
+    """L, how many columns of the cache are read."""
     temperature: float
-    """Of sampling; 0 takes the likeliest token."""
+    """The temperature of sampling; 0 takes the likeliest token."""
     num_logprobs: int
-    """Kept of each token: 0 none, 1 its own, 1 + NUM_TOP those of the likeliest too."""
+    """How many log probabilities of each token are kept: 0 for none, 1 for its own, 1 + NUM_TOP
+    for those of the likeliest tokens too."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where the rows of a burst stand."""
+class BurstStart:
+    """Where the rows that move on in a burst stand; other rows only fill up its width."""
 
+    places: Index
+    """(B,) the place of each row among the first W of the cache."""
     logits: Tensor
-    """(W, V) of their next tokens."""
+    """(B, V) the logits of each row's next token, on the device."""
     positions: Index
-    """(W,) where those will stand."""
-    moves: NDArray[np.bool_]
-    """(W,) whether a row is really meant: the others only fill up the width."""
+    """(B,) the position where that token will stand."""
     scratch: int
-    """Column of the cache that no row uses; the fillers write there."""
+    """A column of the cache that no row uses: the rows that fill up the width write there."""
     uniforms: Float | None = None
-    """(S, W) what each token is sampled with."""
+    """(S, B) the numbers in [0, 1) that the tokens are sampled with, if they are sampled."""
 
 
 class Burst:
     """The device's side of generating: buffers of fixed place and size, and one step over them.
 
     Args:
-        num_rows: R.
-        vocabulary: V.
-        hidden: D, or 0 if nobody wants the states.
-        device: The LM's.
-        most: S at most.
+        logits: (R, V) a tensor of the shape and on the device that the buffer of logits is to have.
+        hidden: (R, D) the same for the buffer of last-layer states; D is 0 if nobody wants them.
+        most: The most tokens S of a burst.
         captures: Whether steps are captured as CUDA graphs.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        vocabulary: int,
-        hidden: int,
-        device: torch.device,
-        most: int,
-        captures: bool,
-    ) -> None:
+    def __init__(self, logits: Tensor, hidden: Tensor, most: int, captures: bool) -> None:
         """Makes the buffers."""
-        self._device, self._captures = device, captures
-        new = partial(torch.zeros, device=device)
-        #: (R, V) of what follows; the first W rows are the burst's.
-        self.logits = new(num_rows, vocabulary)
-        #: (R, D) of the newest tokens.
-        self.hidden = new(num_rows, hidden)
+        self._device, self._captures = logits.device, captures
+        #: (R, V) the logits of what follows; the first W rows are the burst's.
+        self.logits = torch.zeros_like(logits)
+        #: (R, D) the last-layer states of the newest tokens.
+        self.hidden = torch.zeros_like(hidden)
+        new, num_rows = partial(torch.zeros, device=self._device), len(logits)
         self._tokens = new(most, num_rows, dtype=torch.int64)
         self._logprobs = new(most, num_rows, 1 + NUM_TOP)
         self._uniforms = new(most, num_rows)
-        self._positions = new(num_rows, 1, dtype=torch.int64)
-        self._columns = torch.zeros_like(self._positions)
-        # 1 where a row moves on, 0 where it only fills up.
-        self._pace = torch.zeros_like(self._positions)
-        # Tokens so far, where the device can see it.
+        # (R, 1) each: the position and the column of the next token, and what is added to both
+        # after it, which is 1 where a row moves on and 0 where it only fills up.
+        self._positions, self._columns, self._pace = new(3, num_rows, 1, dtype=torch.int64)
+        # The number of tokens so far, where the device can see it.
         self._num = new(1, dtype=torch.int64)
         self.forget()
 
     def forget(self) -> None:
-        """Drops all graphs: what they read and write has moved."""
-        self._graphs: dict[Shape, Work] = {}
+        """Drops all graphs, since what they read and write has moved."""
+        self._graphs: dict[BurstShape, DeviceWork] = {}
         self._pool: Any = None
 
-    def run(self, forward: Forward, shape: Shape, start: Start, num: int) -> tuple[Index, Float]:
+    def run(
+        self, forward: Forward, shape: BurstShape, start: BurstStart, num: int
+    ) -> tuple[Index, Float]:
         """Generates `num` tokens of each row; `logits` and `hidden` are then of the last ones.
 
         Returns:
-            Tokens (S, W), -1 where the logits were not numbers (what follows is void), and the
-            logarithms (S, W, num_logprobs) of probabilities: the only copy to the host.
+            The tokens (S, B), -1 where the logits were not numbers (what follows is void), and the
+            log probabilities (S, B, num_logprobs): the only copy to the host.
         """
         step = self._graphs.get(shape) or self._prepare(forward, shape, start.scratch)
         self._load(shape.width, start)
         for _ in range(num):
             step()
-        tokens = self._tokens[:num, : shape.width]
-        logprobs = self._logprobs[:num, : shape.width, : shape.num_logprobs]
-        # float32 holds token ids exactly.
-        flat = torch.cat([tokens.flatten().float(), logprobs.flatten()]).cpu().numpy()
-        found = flat[: tokens.numel()].reshape(tokens.shape).astype(np.int64)
-        return found, flat[tokens.numel() :].reshape(logprobs.shape)
+        tokens, logprobs = copy_to_host(
+            self._tokens[:num, : shape.width],
+            self._logprobs[:num, : shape.width, : shape.num_logprobs],
+        )
+        return tokens[:, start.places].astype(np.int64), logprobs[:, start.places]
 
-    def step(self, forward: Forward, shape: Shape) -> None:
-        """Chooses a token a row, keeps what it shows, and feeds it."""
+    def step(self, forward: Forward, shape: BurstShape) -> None:
+        """Chooses a token of each row, keeps what it shows, and feeds it."""
         width = shape.width
         logits, num = self.logits[:width], self._num
         uniforms = self._uniforms[:, :width].index_select(0, num)[0]
@@ -142,29 +134,28 @@ class Burst:
         columns.add_(self._pace[:width])
         num.add_(1)
 
-    def _load(self, width: int, start: Start) -> None:
-        """Puts rows in their places. A filler stands still, at its row's beginning."""
-        self.logits[:width] = start.logits
-        where = np.stack(
-            [
-                np.where(start.moves, start.positions, 0),
-                np.where(start.moves, start.positions, start.scratch),
-                start.moves.astype(np.int64),
-            ]
-        )
+    def _load(self, width: int, start: BurstStart) -> None:
+        """Puts rows in their places. A row that fills up stands still, at its beginning."""
+        places = torch.from_numpy(start.places).to(self._device)
+        self.logits[places] = start.logits
+        where = np.tile(np.array([[0], [start.scratch], [0]]), width)
+        where[:, start.places] = start.positions, start.positions, np.ones_like(start.positions)
         loaded = torch.from_numpy(where).to(self._device)[:, :, None]
         self._positions[:width], self._columns[:width], self._pace[:width] = loaded
         if start.uniforms is not None:
             uniforms = torch.from_numpy(start.uniforms).to(self._device)
-            self._uniforms[: len(uniforms), :width] = uniforms
+            self._uniforms[: len(uniforms), places] = uniforms
         self._num.zero_()
 
-    def _prepare(self, forward: Forward, shape: Shape, scratch: int) -> Work:
-        """The step of some shape, as a graph where there are graphs."""
+    def _prepare(self, forward: Forward, shape: BurstShape, scratch: int) -> DeviceWork:
+        """Returns the step of some shape, as a graph if steps are captured.
+
+        Should capturing fail, a person is told once, and no step is captured from then on.
+        """
         step = partial(self.step, forward, shape)
         if not self._captures:
             return step
-        # A step is run to warm up: one that writes where nobody reads.
+        # Capturing runs the step, to warm up: here it writes where nobody reads.
         for buffer, value in ((self._positions, 0), (self._columns, scratch), (self._pace, 0)):
             buffer.fill_(value)
         self._num.zero_()
@@ -184,13 +175,13 @@ class Burst:
             return step
 
 
-def capture(work: Work, device: torch.device, pool: Any) -> Work:
+def capture(work: DeviceWork, device: torch.device, pool: Any) -> DeviceWork:
     """Captures work as a CUDA graph, after doing it once.
 
     Args:
-        work: Reads and writes tensors that stay where they are.
+        work: What is captured.
         device: A CUDA device.
-        pool: Of memory, shared by graphs that never run at the same time.
+        pool: A pool of memory, shared by graphs that never run at the same time.
 
     Returns:
         What does the work again.
@@ -211,36 +202,24 @@ def capture(work: Work, device: torch.device, pool: Any) -> Work:
 
 
 def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The next token of each row.
+    """Chooses the next token of each row.
 
-    Args:
-        logits: (B, V) float32.
-        temperature: Of sampling; 0 takes the likeliest token.
-        uniforms: (B,) in [0, 1); only sampling looks at them.
-
-    Returns:
-        Tokens (B,), and whether the logits made sense (B,).
-    """
-    if temperature:
-        assert uniforms is not None
-        return sample(logits, temperature, uniforms)
-    largest, tokens = logits.max(dim=-1)
-    return tokens, largest.isfinite()
-
-
-def sample(logits: Tensor, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one token a row by inverting the cumulative distribution.
+    Sampling inverts the cumulative distribution:
 
         token = the first whose cumulative probability exceeds the uniform number
 
     Args:
-        logits: (B, V) float32.
-        temperature: Above 0.
-        uniforms: (B,) in [0, 1).
+        logits: (B, V) float32, the logits of the tokens.
+        temperature: The temperature of sampling; 0 takes the likeliest token.
+        uniforms: (B,) numbers in [0, 1); only sampling looks at them.
 
     Returns:
-        Tokens (B,), and whether the logits made sense (B,).
+        The tokens (B,), and whether the logits made sense (B,).
     """
+    if not temperature:
+        largest, tokens = logits.max(dim=-1)
+        return tokens, largest.isfinite()
+    assert uniforms is not None
     cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)[:, 0]

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Of tokenizers in use, with their size: a large vocabulary takes a tenth of a second, and every
-# call of `generate` asks.
+# The size and the fingerprint of each tokenizer in use: reading a large vocabulary takes a tenth of
+# a second, and every call of `generate` asks.
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give every token the same id: 16 hex digits of a SHA-256."""
+    """Returns 16 hex digits of a SHA-256 of a tokenizer's vocabulary.
+
+    They are equal for tokenizers that give every token the same id.
+    """
     size, found = _known.get(tokenizer, (-1, ""))
     if size != len(tokenizer):
         vocabulary = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
@@ -32,7 +35,7 @@ def check_tokenizer(head: HaltHead, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuses a tokenizer that a head was not trained with.
 
     Raises:
-        InputError: If the head names another one.
+        InputError: If the head names another tokenizer.
     """
     expected = head.config.tokenizer
     if expected and (found := tokenizer_fingerprint(tokenizer)) != expected:

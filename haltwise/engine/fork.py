@@ -29,13 +29,13 @@ from haltwise.policy.signals import Index
 
 
 class Fork:
-    """Copies of some rows of a batch.
+    """Copies of some rows of a batch, each of which can be fed more tokens.
 
     Args:
         model: The LM.
-        cache: The batch's, in use.
-        mask: Attention mask (R, L) of the batch's prompts; None if there is no padding.
-        rows: (B,) which rows.
+        cache: The cache of the running batch.
+        mask: The attention mask (R, L) of the batch's prompts; None if there is no padding.
+        rows: (B,) which rows of the batch to copy.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Fork:
         index = self._on_device(rows)
         self._cache = fork_cache(model, cache, index)
         length = int(cache.get_seq_length())
-        # (B, 1) of the next tokens.
+        # (B, 1) the positions of the next tokens.
         self._positions = torch.full_like(index, length)[:, None]
         # transformers drops a mask without padding.
         self._mask = mask
@@ -56,7 +56,15 @@ class Fork:
             self._mask = torch.nn.functional.pad(mask[index], (0, length - mask.shape[1]), value=1)
 
     def feed(self, rows: Index, tokens: Index) -> Tensor:
-        """Appends tokens (B, T) to rows, drops all others, and gives the next logits (B, V)."""
+        """Appends tokens to some of the copies, and drops all other copies.
+
+        Args:
+            rows: (B,) which copies, by their numbers from 0 to those that were made less 1.
+            tokens: (B, T) what is appended to each.
+
+        Returns:
+            The logits (B, V) of the tokens that would follow.
+        """
         if len(rows) < len(self._rows):
             self._keep(rows)
         num = tokens.shape[1]
@@ -75,7 +83,7 @@ class Fork:
         return logits
 
     def _keep(self, rows: Index) -> None:
-        """Drops all but some of the rows that are left."""
+        """Drops all copies but some (B,) of those that are left."""
         kept = self._on_device(np.searchsorted(self._rows, rows))
         self._cache.reorder_cache(kept)
         self._positions, self._rows = self._positions[kept], rows
@@ -83,10 +91,15 @@ class Fork:
             self._mask = self._mask[kept]
 
     def step(self, rows: Index, tokens: Index) -> Tensor:
-        """As `feed`, with one token (B,) a row."""
+        """Appends one token (B,) to each of some copies (B,), and drops all other copies.
+
+        Returns:
+            The logits (B, V) of the tokens that would follow.
+        """
         return self.feed(rows, tokens[:, None])
 
     def _on_device(self, array: Index) -> LongTensor:
+        """Returns an array as a tensor on the LM's device."""
         return cast(LongTensor, torch.from_numpy(array).to(self._model.device))
 
 
@@ -109,12 +122,12 @@ def check_forkable(model: PreTrainedModel, cache: Any) -> None:
 
 
 def fork_cache(model: PreTrainedModel, cache: Cache, rows: LongTensor) -> Cache:
-    """A cache with copies of some rows (B,) of another, which it leaves alone.
+    """Returns a cache with copies of some rows (B,) of another, which it leaves alone.
 
     Static layers become dynamic ones, since they may have no room left.
     """
     fork = copy.copy(cache)
-    # A copy of everything but the tensors that hold rows: selecting rows copies those.
+    # Everything is copied but the tensors that hold rows: selecting rows copies those.
     shared = {id(held): held for layer in cache.layers for held in _rows_of(vars(layer))}
     fork.layers = copy.deepcopy(cache.layers, shared)
     fork.reorder_cache(rows)
@@ -128,7 +141,7 @@ def fork_cache(model: PreTrainedModel, cache: Cache, rows: LongTensor) -> Cache:
 
 
 def _rows_of(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested containers; counters, without any axis, are not meant."""
+    """Yields the tensors in nested containers, but for counters, which have no axis."""
     if isinstance(value, Tensor):
         if value.dim():
             yield value
@@ -141,7 +154,7 @@ def _rows_of(value: Any) -> Iterator[Tensor]:
 
 
 def _as_dynamic(static: StaticLayer, dynamic: DynamicLayer) -> DynamicLayer:
-    """Gives a fresh dynamic layer what a static one holds."""
+    """Returns a fresh dynamic layer after giving it what a static one holds."""
     assert static.keys is not None
     assert static.values is not None
     length = int(static.get_seq_length())
@@ -153,7 +166,7 @@ def _as_dynamic(static: StaticLayer, dynamic: DynamicLayer) -> DynamicLayer:
 
 
 def _is_mixed(layer: Any) -> bool:
-    """Whether a layer is static and more than that."""
+    """Tells whether a layer is static and something else as well."""
     return isinstance(layer, StaticLayer) and type(layer) not in (
         StaticLayer,
         StaticSlidingWindowLayer,

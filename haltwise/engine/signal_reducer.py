@@ -3,8 +3,8 @@
     reset  ->  add (every token), or take (a burst of them)  ->  read (at a decision point)
 
 Recording, the live environments, `generate` and vLLM all measure with this code. A token
-costs one log-softmax and one top-k, on a GPU over many tokens at once; what they give is copied to
-the host once a decision point.
+costs one log-softmax and one top-k, on a GPU over many tokens at once; what these give is copied
+to the host once for each decision point.
 
 Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 """
@@ -12,13 +12,13 @@ Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from haltwise import Signals
+from haltwise.engine.host_copy import copy_to_host
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import MEASURED_FROM, Float, Index, signals_from
 from haltwise.session.forced_answer import Probe
@@ -30,9 +30,10 @@ from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP
 MEASURED = signals_from(*MEASURED_FROM)
 
 _LARGEST_HALF = 65504.0
-# Logits that wait to be reduced at most: a GPU is kept waiting by many small works (32 MB), a CPU
-# by what its caches do not hold. And passes that wait for the host.
+# How many numbers of logits wait at most before they are reduced: many small works keep a GPU
+# waiting (these are 32 MB), and what its caches do not hold keeps a CPU waiting.
 _MOST_LOGITS, _MOST_LOGITS_ON_CPU = 2**23, 2**16
+# How many passes of the LM wait at most before the host sees what they gave.
 _MOST_PASSES = 512
 
 
@@ -42,10 +43,10 @@ class SignalReducer:
     Probabilities are the LM's own, at temperature 1, however its tokens are chosen.
 
     Args:
-        rules: Shared by the thoughts.
+        rules: The rules by which all the thoughts are read.
         signals: Names of the wanted signals. Position and forced answers are always given.
         num_rows: R.
-        device: The LM's.
+        device: The LM's device.
     """
 
     def __init__(
@@ -56,18 +57,19 @@ class SignalReducer:
         #: The names of what is measured.
         self.signals = tuple(name for name in MEASURED if name in signals)
         self._collector = SignalCollector(rules, self.signals, num_rows)
-        self._reduces = self._collector.wants_logprobs
+        reduces = self._collector.wants_logprobs
+        #: How many log probabilities of a token `take` wants.
+        self.num_logprobs = 1 + NUM_TOP if reduces else 0
+        #: Whether the last-layer states are wanted.
         self.needs_hidden = "hidden" in self.signals
-        self.needs_logits = self._reduces or "end_think_logprob" in self.signals
-        #: Log probabilities that `take` wants of a token.
-        self.num_logprobs = 1 + NUM_TOP if self._reduces else 0
+        #: Whether any logits are wanted.
+        self.needs_logits = reduces or "end_think_logprob" in self.signals
         self._device = device
         self._most_logits = _MOST_LOGITS_ON_CPU if device.type == "cpu" else _MOST_LOGITS
         # What the collector has not seen yet: rows (B,) of each pass; the passes' logits (B, V)
         # and tokens (B,); and, in their place once reduced, log probabilities (N, 1 + NUM_TOP).
         self._rows: list[Index] = []
-        self._logits: list[Tensor] = []
-        self._tokens: list[Tensor] = []
+        self._passes: list[tuple[Tensor, Tensor]] = []
         self._reduced: list[Tensor] = []
 
     def reset(self, rows: Index) -> None:
@@ -79,16 +81,16 @@ class SignalReducer:
         """Takes in a token of each of some rows.
 
         Args:
-            rows: (B,) each at most once.
-            logits: (B, V) that led to the tokens; they are kept, so nobody may write into them.
+            rows: (B,) the rows, each at most once.
+            logits: (B, V) the logits that led to the tokens; they are kept, so nobody may write
+                into them.
             tokens: (B,) the tokens.
         """
-        if not self._reduces:
+        if not self.num_logprobs:
             return
         self._rows.append(rows.copy())
-        self._logits.append(logits)
-        self._tokens.append(tokens)
-        if len(self._logits) * logits.numel() >= self._most_logits:
+        self._passes.append((logits, tokens))
+        if len(self._passes) * logits.numel() >= self._most_logits:
             self._reduce()
         if len(self._rows) == _MOST_PASSES:
             self._pass_on()
@@ -97,10 +99,10 @@ class SignalReducer:
         """Takes in tokens that have been reduced already.
 
         Args:
-            rows: (N,) whose they are, each row's in their order; a row may have several.
-            logprobs: (N, num_logprobs), see `logprobs_of`.
+            rows: (N,) the row of each token, in the order of the tokens; a row may have several.
+            logprobs: (N, num_logprobs) what `logprobs_of` gives of the tokens.
         """
-        if self._reduces:
+        if self.num_logprobs:
             self._pass_on()
             self._collector.add(rows, logprobs[:, 0], logprobs[:, 1:])
 
@@ -117,66 +119,54 @@ class SignalReducer:
 
         Args:
             rows: Each has had a token since its previous point.
-            thoughts: Those of the rows.
-            logits: (B, V) of what would follow.
+            thoughts: The thoughts of the rows.
+            logits: (B, V) the logits of what would follow.
             hidden: (B, D) last-layer states of the newest tokens, if they are wanted.
             probes: Forced answers of the rows, if anybody looked.
         """
-        measured = self._measured(logits, hidden)
-        return self._collector.collect(rows, thoughts, probes, measured)
-
-    def _measured(self, logits: Tensor, hidden: Tensor | None) -> dict[str, Any]:
-        """Returns the wanted signals that are on the device: one copy to the host."""
-        self._reduce()
-        parts = [*self._reduced]
+        measured: dict[str, Tensor] = {}
         if "end_think_logprob" in self.signals:
-            parts.append(logits[:, self._rules.end_id, None] - logits.logsumexp(-1, keepdim=True))
-        if self.needs_hidden and hidden is not None:
-            parts.append(hidden.to(self._device, torch.float32))
-        if not parts:
-            return {}
-        flat = torch.cat([part.flatten() for part in parts]).cpu()
-        rest = list(flat.split([part.numel() for part in parts]))
-        self._reduced, rest = rest[: len(self._reduced)], rest[len(self._reduced) :]
-        self._pass_on()
-        seen: dict[str, Any] = {}
-        if "end_think_logprob" in self.signals:
-            seen["end_think_logprob"] = np.maximum(rest.pop(0).numpy(), LOWEST_LOGPROB)
+            logprob = logits[:, self._rules.end_id] - logits.logsumexp(-1)
+            measured["end_think_logprob"] = logprob.clamp(min=LOWEST_LOGPROB)
         if self.needs_hidden and hidden is not None:
             # As precise as a recording.
-            bounded = rest.pop(0).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
-            seen["hidden"] = bounded.reshape(hidden.shape).numpy()
-        return seen
+            bounded = hidden.to(self._device, torch.float32).clamp(-_LARGEST_HALF, _LARGEST_HALF)
+            measured["hidden"] = bounded.half()
+        seen = dict(zip(measured, self._pass_on(*measured.values()), strict=True))
+        return self._collector.collect(rows, thoughts, probes, seen)
 
     @torch.inference_mode()
     def _reduce(self) -> None:
         """Reduces what has been added, on the device."""
-        if self._logits:
-            numbers = logprobs_of(torch.cat(self._logits), torch.cat(self._tokens))
-            self._reduced.append(numbers)
-            self._logits.clear()
-            self._tokens.clear()
+        if self._passes:
+            logits, tokens = map(torch.cat, zip(*self._passes, strict=True))
+            self._reduced.append(logprobs_of(logits, tokens))
+            self._passes.clear()
 
     @torch.inference_mode()
-    def _pass_on(self) -> None:
-        """Gives the collector what has waited: a copy to the host, unless it is there already."""
-        if not self._rows:
-            return
+    def _pass_on(self, *others: Tensor) -> list[Float]:
+        """Gives the collector what has waited; returns other tensors from the same copy."""
+        if not self._rows and not others:
+            return []
         self._reduce()
-        table = torch.cat([part.flatten() for part in self._reduced]).cpu().numpy()
-        table = table.reshape(-1, 1 + NUM_TOP)
-        self._collector.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
-        self._rows.clear()
-        self._reduced.clear()
+        tables = copy_to_host(*self._reduced, *others)
+        num_reduced = len(self._reduced)
+        if num_reduced:
+            table = np.concatenate(tables[:num_reduced])
+            self._collector.add(np.concatenate(self._rows), table[:, 0], table[:, 1:])
+            self._rows.clear()
+            self._reduced.clear()
+        return tables[num_reduced:]
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int = NUM_TOP) -> Tensor:
-    """Log probabilities (N, 1 + num_top) of tokens (N,), and of the likeliest in their places.
+    """Returns log probabilities (N, 1 + num_top) of tokens and of the likeliest in their places.
 
     Args:
-        logits: (N, V) that led to the tokens.
-        tokens: (N,)
-        num_top: Likeliest tokens; a smaller vocabulary is filled up with -inf.
+        logits: (N, V) the logits that led to the tokens.
+        tokens: (N,) the tokens.
+        num_top: How many of the likeliest tokens to look at; if the vocabulary is smaller, it is
+            filled up with -inf.
     """
     num = min(num_top, logits.shape[1])
     logprobs = logits.log_softmax(dim=-1)

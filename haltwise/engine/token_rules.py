@@ -20,8 +20,8 @@ class TokenRules(PointRules):
     """How thoughts are read from an LM's tokens, and how they are closed.
 
     Args:
-        tokenizer: The LM's.
-        halting: Has the decision rule, the markers, the close text, and how answers end and are
+        tokenizer: The LM's tokenizer.
+        halting: It has the decision rule, the markers, the close text, and how answers end and are
             read.
 
     Raises:
@@ -44,15 +44,17 @@ class TokenRules(PointRules):
             )
         #: The token with which the LM itself begins to close a thought.
         self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
-        #: Reads an answer from a text.
+        #: The function that reads an answer from a text.
         self.read_answer = READERS[halting.answer_rule]
+        #: A forced answer is cut after this many tokens.
+        self.max_answer_tokens = halting.max_answer_tokens
         self._answer_end = halting.answer_end
         # "... the answer is \boxed{" leaves only the rest of the box to the LM.
         self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
         self._texts: dict[int, str] = {}
 
     def token_text(self, token: int) -> str:
-        """Returns the text of one token id, special or not."""
+        """Returns the text of one token id, also if the token is special."""
         text = self._texts.get(token)
         if text is None:
             text = self._texts[token] = self.decode([token], skip_special_tokens=False)
@@ -69,10 +71,11 @@ class TokenRules(PointRules):
         return Probe(**vars(answer), text=text, answer=self.read_answer(text))
 
     def is_complete(self, tokens: Sequence[int]) -> bool:
-        """Returns whether a forced answer has come to the text that ends it."""
+        """Tells whether a forced answer with some tokens has come to the text that ends it."""
         return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
 
     def _encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text that closes a thought."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
             raise InputError(f"close text {text!r} has no tokens: nothing to close")
@@ -80,7 +83,7 @@ class TokenRules(PointRules):
 
 
 def _ends(answer: str, end: str) -> bool:
-    """Returns whether an end text is in an answer, outside of the braces that the answer opens."""
+    """Tells whether an end text is in an answer, outside of the braces that the answer opens."""
     depth, text = 0, answer.lstrip()
     for i, letter in enumerate(text):
         if not depth and text.startswith(end, i):

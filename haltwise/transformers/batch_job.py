@@ -21,12 +21,12 @@ from haltwise.session.forced_answer import Probe
 
 @dataclass(frozen=True)
 class BatchAnswer:
-    """One prompt's answer."""
+    """The answer to one prompt of a batch job."""
 
     index: int
-    """The number of the prompt."""
+    """The number of the prompt, from 0."""
     ids: list[int]
-    """All that follows the prompt, up to the end token."""
+    """The ids of all tokens that follow the prompt, up to the end token."""
     report: ThoughtReport
     """What happened to its thought."""
 
@@ -52,20 +52,21 @@ def generate_all(
 
     Args:
         model: The LM: decoder-only, with full attention in every layer.
-        tokenizer: Its tokenizer.
+        tokenizer: The LM's tokenizer.
         head: The policy.
-        prompts: The LM's whole inputs; taken one by one as slots become free.
-        num_slots: Prompts at once.
-        max_new_tokens: Tokens of an answer, thought included.
-        price: In exact match per 1,000 tokens; default the head's own. At 0 the head never halts.
-        min_tokens: Thinking tokens before which the head does not halt.
-        max_tokens: Thinking tokens at which a thought is closed, whatever the head says.
-        temperature: Of sampling; 0 takes the likeliest token.
-        seed: Of sampling.
-        control: Sets terms and prices; by default those that are asked for are constant.
+        prompts: The LM's whole inputs; they are taken one by one as slots become free.
+        num_slots: How many prompts are answered at once.
+        max_new_tokens: The most tokens of an answer, its thought included.
+        price: The price in exact match per 1,000 tokens; by default the head's own. At 0 the head
+            never halts.
+        min_tokens: The head does not halt before this many thinking tokens.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says.
+        temperature: The temperature of sampling; 0 takes the likeliest token.
+        seed: The seed of sampling.
+        control: It sets terms and prices; by default those that are asked for are constant.
 
     Returns:
-        Each answer as soon as it is known.
+        An iterator that gives each answer as soon as it is known.
 
     Raises:
         InputError: If a setting makes no sense, the LM or the head cannot be run, the tokenizer is
@@ -86,13 +87,14 @@ def generate_all(
         temperature,
         signals=signals_of(head.config.observing.groups) if measures else (),
     )
-    return _Job(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
+    return _BatchJob(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
 
 
-class _Job:
+class _BatchJob:
     """A decoder whose slots are halted by a session, and refilled."""
 
     def __init__(self, session: Session, decoder: Decoder, terms: Terms) -> None:
+        """Takes a session with a row for each of the decoder's slots, and the terms of prompts."""
         self._session, self._decoder, self._terms = session, decoder, terms
         self._looks = session.head.config.halting.probing == "always"
 
@@ -110,31 +112,33 @@ class _Job:
                 for slot in slots:
                     if slot in answers or session.running[slot].thought.ended:
                         yield self._finish(slot, answers.get(slot))
-        finally:  # whoever takes the answers may have enough of them
+        finally:  # whoever takes the answers may leave some
             for slot in list(session.running):
                 session.finish(slot)
 
     def _refill(self, waiting: Iterator[tuple[int, str]], seed: int) -> None:
-        """Gives free slots to the next prompts."""
-        free = [
-            slot for slot in range(self._decoder.num_slots) if slot not in self._session.running
-        ]
+        """Gives free slots to the next of the waiting prompts, which have numbers."""
+        running = self._session.running
+        free = [slot for slot in range(self._decoder.num_slots) if slot not in running]
         fresh = dict(zip(free, waiting, strict=False))
         slots, prompts = np.array(list(fresh), dtype=np.int64), [text for _, text in fresh.values()]
         self._decoder.start(slots, prompts, [seed] * len(slots))
         for slot, (index, _) in fresh.items():
             request = ThoughtRequest(self._terms, {"prompt": index})
-            self._session.join(slot, request, self._decoder.generations[slot].thought)
+            self._session.join(slot, request, self._decoder.thoughts[slot])
 
     def _halt(self, slots: list[int]) -> dict[int, Probe]:
-        """Halts some of the slots; returns their answers, if they are known by that."""
-        session, probes = self._session, dict[int, Probe]()
-        signals, points = None, session.points(slots)
+        """Lets the session decide about slots, and halts some of them.
+
+        Returns:
+            The forced answers of halted slots. With a head that does not look at answers there
+            are none, since the LM goes on to answer by itself.
+        """
+        signals, points = None, self._session.points(slots)
+        probes = self._force(points.tolist()) if self._looks else {}
         if len(points):
-            if self._looks:
-                probes = self._force(points.tolist())
             signals = self._decoder.signals(points, list(probes.values()) if self._looks else None)
-        halted = session.decide(slots, signals)
+        halted = self._session.decide(slots, signals)
         if not self._looks:
             self._decoder.close(np.array(halted, dtype=np.int64))
             return {}
@@ -142,11 +146,12 @@ class _Job:
         return {slot: probes[slot] for slot in halted}
 
     def _force(self, slots: list[int]) -> dict[int, Probe]:
-        """Forces the answers of some slots."""
-        probes = self._decoder.force(np.array(slots, dtype=np.int64))
-        for slot, probe in zip(slots, probes, strict=True):
+        """Returns the forced answers of some slots, whose tokens are added to their reports."""
+        answers = self._decoder.force(np.array(slots, dtype=np.int64))
+        probes = dict(zip(slots, answers, strict=True))
+        for slot, probe in probes.items():
             self._session.running[slot].report.num_probe_tokens += probe.num_tokens
-        return dict(zip(slots, probes, strict=True))
+        return probes
 
     def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
         """Frees a slot whose LM has ended, or whose forced answer is known."""

@@ -46,9 +46,10 @@ def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> No
     """Writes a head as a repository: weights, the code that runs it, and a card.
 
     Args:
-        head: What to write.
-        folder: Where to.
-        repo_id: The repository that it will be; by default the folder is its own.
+        head: The head to write.
+        folder: The folder to write it to.
+        repo_id: The name of the repository that the folder will be, OWNER/NAME. By default the
+            folder is run where it is.
 
     Raises:
         InputError: If the repository's name makes no sense.
@@ -70,7 +71,7 @@ def load(source: str, revision: str | None = None) -> HaltHead:
 
     Args:
         source: A folder, or a repository of the hub.
-        revision: Of the repository; default its newest.
+        revision: The revision of the repository; by default its newest.
 
     Raises:
         InputError: If what is there is no head.
@@ -82,7 +83,11 @@ def load(source: str, revision: str | None = None) -> HaltHead:
 
 @lru_cache(maxsize=8)
 def _load_from_hub(source: str, revision: str | None) -> HaltHead:
-    """Asked for once a process, and not at every call of `generate`."""
+    """Reads a head from the hub, once in a process and not at every call of `generate`.
+
+    Raises:
+        InputError: If there is no such repository or revision, or it holds no head.
+    """
     try:
         folder = snapshot_download(source, revision=revision, allow_patterns=_FILES)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -103,23 +108,29 @@ def generate(
     revision: str | None = None,
     **arguments: Any,
 ) -> Any:
-    """Generates with a head beside the LM; what the code of a repository calls.
+    """Generates with a head beside the LM; the code in a repository calls it.
 
     Args:
         model: The LM.
-        head: A folder, or a repository of the hub.
-        tokenizer: The LM's.
-        price: See `ProbingGeneration`; `min_tokens` and `max_tokens` too.
-        min_tokens: One, or one a row.
-        max_tokens: One, or one a row.
-        report: A list that is given what happened to each row.
-        control: Sets terms and prices; by default those that are asked for are constant.
-        revision: The revision of the repository.
+        head: The folder, or the repository of the hub, that holds the head.
+        tokenizer: The LM's tokenizer.
+        price: The price in exact match per 1,000 tokens: one, or one for each row; by default the
+            head's own.
+        min_tokens: The head does not halt before this many thinking tokens: one number, or one for
+            each row.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
+            number, or one for each row; None for no such cap.
+        report: A list that is filled with what happened to each row.
+        control: It sets terms and prices; by default those that are asked for are constant.
+        revision: The revision of the repository; by default its newest.
         arguments: What else `model.generate` takes.
 
+    Returns:
+        What `model.generate` returns.
+
     Raises:
-        InputError: If there is no tokenizer, a streamer for a head that looks at answers, or
-            anything that the head refuses.
+        InputError: If there is no tokenizer, if there is a streamer beside a head that looks at
+            answers, or if the head refuses the LM or an argument.
     """
     if tokenizer is None:
         raise InputError("no tokenizer: expected generate(..., tokenizer=tokenizer)")
@@ -142,17 +153,19 @@ def generate(
             arguments["stopping_criteria"] = [*(arguments.get("stopping_criteria") or ()), stops]
     # `model.generate` may be what calls this.
     out: Any = GenerationMixin.generate(model, tokenizer=tokenizer, **arguments)  # type: ignore[arg-type]
-    reports = runner.report
+    reports = runner.report  # reading it ends the requests
     if report is not None:
         report[:] = reports
     return out
 
 
 def _template(name: str) -> str:
+    """Returns the text of a file that a repository is made from."""
     return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _card(config: HeadConfig, source: str) -> str:
+    """Returns the README of a head's repository, found under a name or in a folder."""
     low, high = config.observing.price_range
     certified = "nothing"
     if config.certificate is not None:
@@ -178,7 +191,9 @@ def _card(config: HeadConfig, source: str) -> str:
 
 def main() -> None:
     """Exports a head from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m haltwise.hub", description=export.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m haltwise.transformers.hub", description=export.__doc__
+    )
     parser.add_argument("--head", required=True, help="folder of the head")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--repo", help="the hub repository that it will be, OWNER/NAME")

@@ -9,7 +9,6 @@ Rows that are not halted get exactly the tokens that `generate` gives by itself.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -27,19 +26,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from haltwise import Control, HaltHead, InputError, Session, ThoughtReport
+from haltwise import Control, HaltHead, InputError, ThoughtReport
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.engine.forced_answers import greedy_answers
+from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
 from haltwise.session.forced_answer import Probe
-from haltwise.session.session import requests_of
-from haltwise.session.thought import Thought
-from haltwise.transformers.processor import force_next
+from haltwise.transformers.generated_rows import GeneratedRows
 
 
 class ProbingGeneration:
@@ -52,13 +47,14 @@ class ProbingGeneration:
 
     Args:
         head: The policy.
-        tokenizer: The LM's.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own. At a
-            price of 0 the head never halts a row.
-        min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
-        max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
-            one a row; None for no such cap.
-        control: Sets terms and prices; by default those that are asked for are constant.
+        tokenizer: The LM's tokenizer.
+        price: The price in exact match per 1,000 tokens: one, or one for each row; by default the
+            head's own. At a price of 0 the head never halts a row.
+        min_tokens: The head does not halt before this many thinking tokens: one number, or one for
+            each row.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
+            number, or one for each row; None for no such cap.
+        control: It sets terms and prices; by default those that are asked for are constant.
 
     Raises:
         InputError: If the tokenizer is not the one that the head was trained with, or the head's
@@ -94,6 +90,17 @@ class ProbingGeneration:
     ) -> Any:
         """Generates as `model._sample` does; `generate` calls it.
 
+        Args:
+            model: The LM.
+            input_ids: (R, T) the prompts.
+            logits_processor: The call's processors.
+            stopping_criteria: The call's criteria.
+            generation_config: The call's settings.
+            model_kwargs: What else the LM is given, such as the cache.
+
+        Returns:
+            What `model._sample` returns: the tokens, or more if the call asks for it.
+
         Raises:
             InputError: If this kind of generation cannot be halted.
         """
@@ -101,25 +108,29 @@ class ProbingGeneration:
             found = generation_config.num_beams
             raise InputError(f"num_beams is {found}: expected greedy decoding or sampling")
         check_forkable(model, model_kwargs.get("past_key_values"))
-        batch = _Batch(self, model, input_ids, generation_config, model_kwargs)
+        rows = _ProbedRows(self, model, input_ids, generation_config, model_kwargs)
         # transformers' own loop runs: one that is watched, and told what to take.
+        processors = LogitsProcessorList([_RawLogits(rows), *logits_processor, rows])
         try:
-            with batch.states or nullcontext():
+            with rows.states or nullcontext():
                 out: Any = GenerationMixin._sample(
                     cast(Any, model),
                     input_ids,
-                    logits_processor=LogitsProcessorList([_Raw(batch), *logits_processor, batch]),
-                    stopping_criteria=_Watched(stopping_criteria, batch),
+                    logits_processor=processors,
+                    stopping_criteria=_WatchedCriteria(stopping_criteria, rows),
                     generation_config=generation_config,
                     **model_kwargs,
                 )
-            return batch.append_known(out, stopping_criteria) if batch.ends_early else out
+            return rows.append_known(out, stopping_criteria) if rows.ends_early else out
         finally:
-            self.report = [batch.session.finish(row) for row in range(len(input_ids))]
+            self.report = rows.finish()
 
 
-class _Batch(LogitsProcessor):
-    """A batch that transformers generates: shows its session what comes, and forces tokens."""
+class _ProbedRows(GeneratedRows, LogitsProcessor):
+    """Rows whose answers are forced beside the call, and which are told these when they halt.
+
+    It is the last of the call's processors: it decides just before the next tokens are chosen.
+    """
 
     def __init__(
         self,
@@ -129,15 +140,9 @@ class _Batch(LogitsProcessor):
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
     ) -> None:
-        head, self.rules, num_rows = generation.head, generation.rules, len(input_ids)
-        self.session = Session(head, num_rows, generation.control)
-        prompts = [self.rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
-        self.thoughts = [Thought(self.rules, prompt) for prompt in prompts]
-        for row, request in enumerate(requests_of(head, num_rows, *generation.asked)):
-            self.session.join(row, request, self.thoughts[row])
-        signals = signals_of(head.config.observing.groups)
-        self.reducer = SignalReducer(self.rules, signals, num_rows, model.device)
-        self.everyone = np.arange(num_rows)
+        """Begins the thoughts; the arguments are those of `ProbingGeneration.__call__`."""
+        head = generation.head
+        super().__init__(head, generation.rules, input_ids, generation.asked, generation.control)
         self.states = HiddenStateHook(model) if self.reducer.needs_hidden else None
         self.model, self.halting = model, head.config.halting
         self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
@@ -145,16 +150,14 @@ class _Batch(LogitsProcessor):
         pad = generation_config._pad_token_tensor
         assert pad is not None  # transformers pads with the end token if there is no other
         self.pad_id = int(pad)
-        # Scores and the like are wanted for every step.
+        # If not, scores and the like are wanted for every step.
         self.ends_early = not generation_config.return_dict_in_generate
-        # Tokens of halted rows that are known but not generated.
-        self.pending: list[deque[int]] = [deque() for _ in prompts]
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
-        """Called between the LM and the choice of its next tokens."""
+        """Halts rows that wait; returns scores (R, V) that force what is known of halted rows."""
         if waiting := self.session.waiting(range(len(self.thoughts))):
-            self.decide(waiting)
-        return force_next(scores, self.pending)
+            self.halt_waiting(waiting)
+        return self.force_next(scores)
 
     @property
     def is_known(self) -> bool:
@@ -163,14 +166,10 @@ class _Batch(LogitsProcessor):
         return all(one.thought.ended or one.report.decided for one in running)
 
     def see(self, logits: Tensor) -> None:
-        """Keeps what the LM itself gives (B, V), before anything is done to it."""
+        """Keeps what the LM itself gives (R, V), before anything is done to it."""
         # A processor may write into it.
         self.logits = logits.clone() if self.reducer.needs_logits else logits
         self.hidden = self.states.latest if self.states else None
-
-    def measure(self, tokens: Tensor) -> None:
-        """Measures the newest token (B,) of every row."""
-        self.reducer.add(self.everyone, self.logits, tokens)
 
     def take_in(self, tokens: list[int], done: list[int]) -> None:
         """Reads the newest token of every row, and whether the row ends with it."""
@@ -182,34 +181,23 @@ class _Batch(LogitsProcessor):
             if ends:
                 thought.end(by_lm=token in self.eos_ids)
 
-    def decide(self, waiting: Sequence[int]) -> None:
-        """Lets the session decide about rows that wait; those whose probes are unsound go on."""
+    def halt_waiting(self, waiting: Sequence[int]) -> None:
+        """Decides about rows that wait, and closes the thoughts of those that are halted.
+
+        A row whose forced answer is unsound goes on.
+        """
         looks = self.halting.probing == "always"
         probes = self.probe(waiting) if looks else {}
-        asked = [row for row in waiting if row in probes] if looks else waiting
-        signals, points = None, self.session.points(asked)
-        if len(points):
-            signals = self.reducer.read(
-                points,
-                [self.thoughts[row] for row in points.tolist()],
-                self.logits[points],
-                None if self.hidden is None else self.hidden[points],
-                [probes[row] for row in points.tolist()] if looks else None,
-            )
-        halted = self.session.decide(asked, signals)
+        asked = list(probes) if looks else waiting
+        halted = self.decide(asked, self.logits, self.hidden, probes if looks else None)
         if not looks:
             probes = self.probe(halted)
         for row in halted:
-            self.halt(row, probes.get(row))
-
-    def halt(self, row: int, probe: Probe | None) -> None:
-        """Closes the thought of a row with the answer that was tried out, if that is sound."""
-        if probe is None:
-            self.session.undo(row)
-            return
-        self.thoughts[row].closed = True
-        self.session.running[row].report.answer = probe.answer
-        self.pending[row].extend([*self.rules.close_ids, *probe.tokens, self.eos_ids[0]])
+            if row in probes:
+                self.session.running[row].report.answer = probes[row].answer
+                self.close(row, [*probes[row].tokens, self.eos_ids[0]])
+            else:
+                self.session.undo(row)
 
     def probe(self, rows: Sequence[int]) -> dict[int, Probe]:
         """Forces the answers of some rows; those whose logits are not numbers are left out."""
@@ -217,9 +205,8 @@ class _Batch(LogitsProcessor):
             return {}
         fork = Fork(self.model, self.cache, self.mask, np.array(rows))
         logits = fork.feed(np.arange(len(rows)), np.tile(self.rules.close_ids, (len(rows), 1)))
-        answers = greedy_answers(
-            logits, fork.step, self.halting.max_answer_tokens, self.eos_ids, self.rules
-        )
+        next_tokens = one_by_one(logits, fork.step)
+        answers = greedy_answers(len(rows), next_tokens, self.rules, self.eos_ids)
         sound = {}
         for row, answer in zip(rows, answers, strict=True):
             self.session.running[row].report.num_probe_tokens += answer.num_tokens
@@ -230,42 +217,44 @@ class _Batch(LogitsProcessor):
         return sound
 
     def append_known(self, ids: Tensor, criteria: StoppingCriteriaList) -> Tensor:
-        """Adds what is pending in each row (B, T), without running the LM for it."""
+        """Adds to tokens (R, T) what is pending in each row, without running the LM for it."""
         ended = [thought.ended for thought in self.thoughts]
-        while any(tokens and not over for tokens, over in zip(self.pending, ended, strict=True)):
-            column = [
-                tokens.popleft() if tokens and not over else self.pad_id
-                for tokens, over in zip(self.pending, ended, strict=True)
-            ]
+        while True:
+            for tokens, is_over in zip(self.pending, ended, strict=True):
+                if is_over:
+                    tokens.clear()
+            if not any(self.pending):
+                return ids
+            column = [tokens.popleft() if tokens else self.pad_id for tokens in self.pending]
             ids = torch.cat([ids, ids.new_tensor(column)[:, None]], dim=1)
-            done = criteria(ids, cast(Any, None)).tolist()
-            ended = [over or stops for over, stops in zip(ended, done, strict=True)]
-        return ids
+            ended = criteria(ids, cast(Any, None)).tolist()
 
 
-class _Raw(LogitsProcessor):
-    """Stands before all other processors and shows a batch what the LM itself gives."""
+class _RawLogits(LogitsProcessor):
+    """Stands before all other processors and shows rows what the LM itself gives."""
 
-    def __init__(self, batch: _Batch) -> None:
-        self._batch = batch
+    def __init__(self, rows: _ProbedRows) -> None:
+        """Takes the rows that are shown it."""
+        self._rows = rows
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
-        """Called after each forward pass of the batch, not of its probes."""
-        self._batch.see(scores)
+        """Returns the scores (R, V) as they are; probes do not come by here."""
+        self._rows.see(scores)
         return scores
 
 
-class _Watched(StoppingCriteriaList):
-    """Stopping criteria that show a batch what it has generated, and stop it when all is known."""
+class _WatchedCriteria(StoppingCriteriaList):
+    """Stopping criteria that show rows what is generated, and stop them all when all is known."""
 
-    def __init__(self, criteria: StoppingCriteriaList, batch: _Batch) -> None:
+    def __init__(self, criteria: StoppingCriteriaList, rows: _ProbedRows) -> None:
+        """Takes the call's own criteria, and the rows that are shown the newest tokens."""
         super().__init__(criteria)
-        self._batch = batch
+        self._rows = rows
 
     def __call__(self, input_ids: LongTensor, scores: Any, **kwargs: Any) -> Any:
-        """Called after each step: which rows to stop, (B,)."""
-        done = super().__call__(input_ids, scores, **kwargs)
+        """Returns after each step which rows (R,) are to stop, given all tokens (R, T)."""
+        rows, done = self._rows, super().__call__(input_ids, scores, **kwargs)
         newest = torch.stack([input_ids[:, -1], done.long()])
-        self._batch.measure(newest[0])
-        self._batch.take_in(*newest.tolist())
-        return done | self._batch.ends_early & self._batch.is_known
+        rows.measure(rows.logits, newest[0])
+        rows.take_in(*newest.tolist())
+        return done | rows.ends_early & rows.is_known

@@ -7,34 +7,29 @@
 A head that does not look at answers needs no more than what the LM computes anyway: the cache is
 never touched, so any will do, and the LM answers by itself.
 
-Shapes: R rows in the batch, V vocabulary, D size of a hidden state.
+Shapes: R rows in the batch, T tokens in each, V vocabulary, D size of a hidden state.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from threading import get_ident
 from typing import Any
 
-import numpy as np
 import torch
 from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from haltwise import Control, HaltHead, InputError, Session, ThoughtReport
+from haltwise import Control, HaltHead, InputError, ThoughtReport
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
-from haltwise.session.session import requests_of
-from haltwise.session.thought import Thought
+from haltwise.transformers.generated_rows import GeneratedRows
 
-# Medians of next-token scores closer than this are the same, nats.
+# Medians of next-token scores that differ by less than this are the same, nats.
 _SAME = 1e-3
 
 
@@ -47,15 +42,17 @@ class HaltProcessor(LogitsProcessor):
     ended, or until it is gone. Calls in other threads do not disturb it.
 
     Args:
-        head: The policy; one whose probing is at_halt.
+        head: The policy; its probing is at_halt.
         model: The LM.
-        tokenizer: The LM's.
-        price: In exact match per 1,000 tokens: one, or one a row; default the head's own.
-        min_tokens: Thinking tokens before which the head does not halt: one, or one a row.
-        max_tokens: Thinking tokens at which a thought is closed, whatever the head says: one, or
-            one a row; None for no such cap.
-        eos_token_id: The call's, if it names other end tokens than the LM's own.
-        control: Sets terms and prices; by default those that are asked for are constant.
+        tokenizer: The LM's tokenizer.
+        price: The price in exact match per 1,000 tokens: one, or one for each row; by default the
+            head's own. At a price of 0 the head never halts a row.
+        min_tokens: The head does not halt before this many thinking tokens: one number, or one for
+            each row.
+        max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
+            number, or one for each row; None for no such cap.
+        eos_token_id: The end tokens of the call, if it names others than the LM's own.
+        control: It sets terms and prices; by default those that are asked for are constant.
 
     Raises:
         InputError: If the head looks at answers, the tokenizer is not the one that it was trained
@@ -84,33 +81,44 @@ class HaltProcessor(LogitsProcessor):
         self._rules = TokenRules(tokenizer, head.config.halting)
         self._asked = (price, min_tokens, max_tokens)
         self._eos_ids = end_tokens(model.generation_config, eos_token_id)
-        self._signals = signals_of(head.config.observing.groups)
-        # Of each row: its thought, and what of the close text is still to be forced.
-        self._thoughts: list[Thought] = []
-        self._pending: list[deque[int]] = []
+        self._rows: GeneratedRows | None = None
         self._reports: list[ThoughtReport] = []
         # (R, T) all tokens, and (R, V) logits of what follows them, as of the latest call.
         self._newest: LongTensor
         self._logits: Tensor
-        self._passes = _Passes(model, "hidden" in self._signals)
+        # (R, T) what the thoughts have been told of those tokens.
+        self._known: LongTensor
+        self._num_prompt = 0
+        sees_hidden = "hidden" in signals_of(head.config.observing.groups)
+        self._passes = _PassWatcher(model, sees_hidden)
         weakref.finalize(self, self._passes.close)
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
-        """Called between the LM and the choice of its next tokens.
+        """Takes in the newest tokens and halts rows, before `generate` chooses the next tokens.
+
+        Args:
+            input_ids: (R, T) all tokens so far.
+            scores: (R, V) what the next tokens are chosen by.
+
+        Returns:
+            Scores (R, V) that leave a halted row no choice but the close text.
 
         Raises:
             InputError: If this kind of generation cannot be halted.
         """
-        if not self._thoughts:
-            self._begin(input_ids, scores)
-        elif input_ids.shape != (len(self._thoughts), self._newest.shape[1] + 1):
+        if self._rows is None:
+            self._rows = GeneratedRows(
+                self._head, self._rules, input_ids, self._asked, self._control
+            )
+            self._num_prompt, self._known = input_ids.shape[1], input_ids
+        elif input_ids.shape != (len(self._rows.thoughts), self._newest.shape[1] + 1):
             raise _other_rows()
         self._newest = input_ids
-        if self._session.open.any():
-            self._look(input_ids, scores)
+        if self._rows.session.open.any():
+            self._look(self._rows, input_ids, scores)
         else:
             self._passes.close()
-        return force_next(scores, self._pending)
+        return self._rows.force_next(scores)
 
     @property
     def report(self) -> list[ThoughtReport]:
@@ -119,78 +127,47 @@ class HaltProcessor(LogitsProcessor):
         The call's last token is not in it, since no processor sees that. A thought that is still
         open counts as one that has met the call's token budget.
         """
-        if self._thoughts and not self._reports:
-            self._read(self._newest)
-            for thought in self._thoughts:
+        if self._rows and not self._reports:
+            self._read(self._rows, self._newest)
+            for thought in self._rows.thoughts:
                 if not thought.ended:
                     thought.end(by_lm=False)
-            self._reports = [self._session.finish(row) for row in range(len(self._thoughts))]
+            self._reports = self._rows.finish()
         return self._reports
 
-    def _begin(self, input_ids: LongTensor, scores: Tensor) -> None:
-        """Reads the prompts (R, T)."""
-        num_rows = len(input_ids)
-        self._session = Session(self._head, num_rows, self._control)
-        self._reducer = SignalReducer(self._rules, self._signals, num_rows, scores.device)
-        self._everyone = np.arange(num_rows)
-        prompts = [self._rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
-        thoughts = [Thought(self._rules, prompt) for prompt in prompts]
-        for row, request in enumerate(requests_of(self._head, num_rows, *self._asked)):
-            self._session.join(row, request, thoughts[row])
-        self._thoughts, self._pending = thoughts, [deque() for _ in thoughts]
-        self._num_prompt = input_ids.shape[1]
-        # What has been read of the rows.
-        self._known = input_ids
-
-    def _look(self, input_ids: LongTensor, scores: Tensor) -> None:
-        """Measures the newest tokens, and halts rows."""
+    def _look(self, rows: GeneratedRows, input_ids: LongTensor, scores: Tensor) -> None:
+        """Measures the newest tokens, and halts rows where it is time to decide."""
         num = input_ids.shape[1] - self._num_prompt
         logits, hidden = self._passes.take(scores.device, num == 0)
         if num == 0:
             _refuse_beams(logits[0], scores[0])
         else:
             # A copy, lest the reducer keep all tokens of every step.
-            self._reducer.add(self._everyone, self._logits, input_ids[:, -1].clone())
+            rows.measure(self._logits, input_ids[:, -1].clone())
         self._logits = logits
-        if num and num >= self._session.next_look.min():
-            self._read(input_ids)
-            self._decide(logits, hidden)
+        if num and num >= rows.session.next_look.min():
+            self._read(rows, input_ids)
+            for row in rows.decide(range(len(rows.thoughts)), logits, hidden):
+                rows.close(row)
 
-    def _read(self, input_ids: LongTensor) -> None:
+    def _read(self, rows: GeneratedRows, input_ids: LongTensor) -> None:
         """Brings the thoughts up to the newest tokens (R, T): one copy to the host."""
         start = self._known.shape[1]
-        moved = (input_ids[:, :start] != self._known).any()
-        new = torch.cat([input_ids[:, start:].flatten(), moved[None].long()]).tolist()
-        if new.pop():
-            raise _other_rows()
-        num = input_ids.shape[1] - start
-        for row, thought in enumerate(self._thoughts):
-            self._take_in(thought, new[row * num : (row + 1) * num])
+        moved = (input_ids[:, :start] != self._known).any(dim=1, keepdim=True)
+        news = torch.cat([moved.long(), input_ids[:, start:]], dim=1).tolist()
+        for thought, (has_moved, *tokens) in zip(rows.thoughts, news, strict=True):
+            if has_moved:
+                raise _other_rows()
+            for token in tokens:
+                if thought.is_over:
+                    break
+                thought.add(token)
+                if token in self._eos_ids:
+                    thought.end(by_lm=True)
         self._known = input_ids
 
-    def _take_in(self, thought: Thought, tokens: Sequence[int]) -> None:
-        """Reads the newest tokens of a thought, up to its end."""
-        for token in tokens:
-            if thought.is_over:
-                return
-            thought.add(token)
-            if token in self._eos_ids:
-                thought.end(by_lm=True)
 
-    def _decide(self, logits: Tensor, hidden: Tensor | None) -> None:
-        """Lets the session decide about the rows, and begins to close those that it halts."""
-        session, rows = self._session, range(len(self._thoughts))
-        signals, points = None, session.points(rows)
-        if len(points):
-            thoughts = [self._thoughts[row] for row in points.tolist()]
-            states = None if hidden is None else hidden[points]
-            signals = self._reducer.read(points, thoughts, logits[points], states)
-        for row in session.decide(rows, signals):
-            self._thoughts[row].closed = True
-            self._pending[row].extend(self._rules.close_ids)
-
-
-class _Passes:
+class _PassWatcher:
     """Sees the logits that an LM gives for the newest tokens, and perhaps their hidden states.
 
     Other processors have changed the scores before a processor of one's own is called; so this
@@ -198,27 +175,32 @@ class _Passes:
     """
 
     def __init__(self, model: PreTrainedModel, hidden: bool) -> None:
-        """Begins to look."""
+        """Begins to look at an LM, and at its hidden states if they are wanted.
+
+        Raises:
+            InputError: If they are wanted and cannot be seen.
+        """
         self._states = HiddenStateHook(model) if hidden else None  # may refuse: before any hook
         self._looking = ExitStack()
         self._looking.callback(model.register_forward_hook(self._see).remove)
         if self._states:
             self._looking.enter_context(self._states)
-        # By thread: passes since the latest call, and the newest logits.
+        # The number of passes since the latest `take`, and the newest logits, of each thread.
         self._nums: dict[int, int] = {}
         self._logits: dict[int, Tensor] = {}
         self._thread: int | None = None
 
     def close(self) -> None:
-        """Leaves no mark on the LM."""
+        """Ends the watch, and leaves no mark on the LM."""
         self._looking.close()
 
     def take(self, device: torch.device, is_first: bool) -> tuple[Tensor, Tensor | None]:
         """Returns logits (R, V), float32, and hidden states (R, D) of the newest tokens.
 
         Args:
-            device: Where they are wanted.
-            is_first: A prompt may have been read in several passes.
+            device: The device on which they are wanted.
+            is_first: Whether the newest token is the last of the prompt, which may have been read
+                in several passes.
 
         Raises:
             InputError: If there was not one pass for the newest token.
@@ -237,6 +219,7 @@ class _Passes:
         return logits, self._states.latest if self._states else None
 
     def _see(self, _: torch.nn.Module, __: Any, output: Any) -> None:
+        """Keeps the logits of the newest tokens; PyTorch calls it after each pass of the LM."""
         thread = get_ident()
         if self._thread not in (None, thread):
             return
@@ -246,20 +229,14 @@ class _Passes:
             self._logits[thread] = output.logits[:, -1].detach()
 
 
-def force_next(scores: Tensor, pending: Sequence[deque[int]]) -> Tensor:
-    """Scores (R, V) that leave rows with pending tokens no choice but the first of them."""
-    forced = [i for i, tokens in enumerate(pending) if tokens]
-    if forced:
-        scores = scores.clone()  # `generate` may keep what it passed
-        scores[forced] = -torch.inf
-        scores[forced, [pending[i].popleft() for i in forced]] = 0.0
-    return scores
-
-
 def _refuse_beams(logits: Tensor, scores: Tensor) -> None:
-    """Beam search passes log probabilities where greedy decoding and sampling pass logits (V,).
+    """Refuses the scores (V,) of a beam search, by the LM's own logits (V,) of the same row.
 
-    Medians tell, since other processors change few of the scores.
+    Beam search passes log probabilities where greedy decoding and sampling pass logits. Medians
+    tell, since other processors change few of the scores.
+
+    Raises:
+        InputError: If the scores are log probabilities.
     """
     shift = logits.logsumexp(dim=-1)
     off = logits.median() - scores.median() - shift
@@ -268,6 +245,7 @@ def _refuse_beams(logits: Tensor, scores: Tensor) -> None:
 
 
 def _other_rows() -> InputError:
+    """Returns what is raised when the rows of a call do not continue those of the call before."""
     return InputError(
         "rows are not what they were and one more token: expected greedy decoding or sampling, and "
         "a HaltProcessor of its own for each call of generate"

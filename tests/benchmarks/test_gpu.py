@@ -76,12 +76,13 @@ def test_checks_pass_here() -> None:
 
 
 def test_a_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Decoder._take
+    take_in = Decoder._take_in
 
-    def careless(decoder: Decoder, generation: Any, tokens: list[int]) -> int:
-        return take(decoder, generation, [5, *tokens[1:]])
+    def careless(decoder: Decoder, slots: Any, tokens: Any) -> Any:
+        tokens[: len(tokens) > 1] = 5  # of a burst
+        return take_in(decoder, slots, tokens)
 
-    monkeypatch.setattr(Decoder, "_take", careless)
+    monkeypatch.setattr(Decoder, "_take_in", careless)
     tokens, signals, *_ = check_bursts("cpu")
     assert not tokens.passed and not signals.passed
     in_torch = gpu_checks._in_torch

@@ -16,10 +16,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 import haltwise.engine.burst
 import haltwise.engine.slots
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.engine.burst import Burst, Work, capture
+from haltwise.engine.burst import Burst, DeviceWork, capture
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED
-from haltwise.engine.slots import Slots
+from haltwise.engine.slots import SequenceSlots
 from haltwise.engine.token_rules import TokenRules
 from tests.tiny_lm import CLOSE, EOS, IDS, PAD, ScriptedLM, tiny_config, tiny_lm, tiny_tokenizer
 
@@ -61,31 +61,25 @@ def lived(
     )
     slots = np.array([4, 0, 2, 1])
     lm.start(slots, PROMPTS, range(len(PROMPTS)))
-    for generation in lm.generations.values():
-        generation.thought.cap = cap
+    for thought in lm.thoughts.values():
+        thought.cap = cap
     for i in range(num_rounds):
-        running = slots[[not lm.generations[slot].thought.ended for slot in slots.tolist()]]
+        running = slots[[not lm.thoughts[slot].ended for slot in slots.tolist()]]
         if not len(running):
             return
         here = running[lm.advance(running)]
         probes = lm.force(here)
         yield {
             "thoughts": [
-                (
-                    g.thought.tokens.copy(),
-                    g.thought.position,
-                    g.thought.begun,
-                    g.thought.closed,
-                    g.thought.finished,
-                )
-                for g in (lm.generations[slot] for slot in slots.tolist())
+                (t.tokens.copy(), t.position, t.begun, t.closed, t.finished)
+                for t in (lm.thoughts[slot] for slot in slots.tolist())
             ],
             "points": here.tolist(),
             "answers": [(probe.tokens, probe.num_tokens, probe.answer) for probe in probes],
             "logprobs": [probe.logprobs for probe in probes],
             "signals": lm.signals(here, probes) if len(here) else None,
         }
-        capped = [slot for slot in running.tolist() if lm.generations[slot].thought.at_cap]
+        capped = [slot for slot in running.tolist() if lm.thoughts[slot].at_cap]
         closed = {*capped, *(here[-1:].tolist() if i == 3 else [])}
         lm.close(np.array(sorted(closed), dtype=np.int64))
 
@@ -159,35 +153,35 @@ def test_a_thought_that_begins_after_its_cap_waits_where_it_began() -> None:
     for burst in (0, 64):
         lm = Decoder(model, TOKENIZER, halting, 2, 60, burst=burst)
         lm.start(np.array([1]), ["5 5"], [0])
-        lm.generations[1].thought.cap = 3
+        lm.thoughts[1].cap = 3
         assert not lm.advance(np.array([1]))[0]
-        generation = lm.generations[1]
-        assert (generation.thought.num_tokens, generation.thought.at_cap) == (5, True)
+        thought = lm.thoughts[1]
+        assert (thought.num_tokens, thought.at_cap) == (5, True)
         lm.advance(np.array([1]))
-        assert (generation.thought.num_tokens, generation.thought.at_cap) == (6, True)
-        assert generation.thought.text() == "1 2 3 4 <think> 6"
+        assert (thought.num_tokens, thought.at_cap) == (6, True)
+        assert thought.text() == "1 2 3 4 <think> 6"
 
 
 def test_bursts_end_where_something_is_to_be_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_again(*_: Any) -> None:
         raise AssertionError("a token was fed twice")
 
-    monkeypatch.setattr(Slots, "step", not_again)
+    monkeypatch.setattr(SequenceSlots, "step", not_again)
     model = ScriptedLM(lambda token, position: IDS["."])
     lm = Decoder(model, TOKENIZER, HALTING, 2, 11, burst=64)
     slots = np.arange(2)
     lm.start(slots, ["<think>"] * 2, [0, 0])
-    lm.generations[0].thought.cap = 6
+    lm.thoughts[0].cap = 6
     for expected in ([4, 4], [6, 8], [11, 11]):
         lm.advance(slots)
-        assert [lm.generations[slot].thought.num_tokens for slot in slots.tolist()] == expected
-        if lm.generations[0].thought.at_cap:
+        assert [lm.thoughts[slot].num_tokens for slot in slots.tolist()] == expected
+        if lm.thoughts[0].at_cap:
             lm.close(slots[:1])  # two tokens
 
 
 def test_idle_rows_are_untouched_and_rows_may_lie_anywhere() -> None:
     model, rng = tiny_lm(seed=4), np.random.default_rng(0)
-    ahead, plain = Slots(model, 6, True, burst=8), Slots(model, 6, True)
+    ahead, plain = SequenceSlots(model, 6, True, burst=8), SequenceSlots(model, 6, True)
     texts = [rng.integers(len(IDS), size=num).tolist() for num in (250, 3, 120, 7, 255, 1)]
     for slots in (ahead, plain):
         slots.prefill(np.arange(6), texts)
@@ -202,7 +196,7 @@ def test_idle_rows_are_untouched_and_rows_may_lie_anywhere() -> None:
             plain.step(rows, tokens[s])
         everyone = np.arange(6)
         assert ahead.lengths.tolist() == plain.lengths.tolist()
-        for see in (Slots.next_logits, Slots.last_hidden):
+        for see in (SequenceSlots.next_logits, SequenceSlots.last_hidden):
             mine, theirs = see(ahead, everyone), see(plain, everyone)
             assert mine is not None and theirs is not None
             torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-4)
@@ -214,7 +208,7 @@ def test_logits_that_are_not_numbers_are_an_error_after_the_burst(temperature: f
     lm = Decoder(model, TOKENIZER, HALTING, 2, 40, temperature, burst=64)
     lm.start(np.arange(2), ["5 <think>", "1 1 1 <think>"], [0, 1])
     lm.advance(np.arange(2))
-    num = min(lm.generations[i].thought.num_tokens for i in range(2))
+    num = min(lm.thoughts[i].num_tokens for i in range(2))
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(InputError, match="LM gave NaN logits at position"):
         lm.force(np.arange(2))
@@ -305,11 +299,11 @@ def test_what_waits_for_the_device_is_found(work: Callable[[torch.Tensor], Any])
 
 
 @pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[DeviceWork]:
     """Makes captures of steps as they are made on a GPU, but what they replay is the step."""
-    found: list[Work] = []
+    found: list[DeviceWork] = []
 
-    def fake(work: Work, device: torch.device, pool: Any) -> Work:
+    def fake(work: DeviceWork, device: torch.device, pool: Any) -> DeviceWork:
         work()  # as capturing does, to warm up
         found.append(work)
         return work
@@ -320,7 +314,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
     return found
 
 
-def test_capturing_leaves_no_mark(captured: list[Work]) -> None:
+def test_capturing_leaves_no_mark(captured: list[DeviceWork]) -> None:
     model = think_often(tiny_lm(seed=5))
     asked: dict[str, Any] = {"temperature": 0.7}
     for found, expected in zip(lived(model, 5, **asked), lived(model, 0, **asked), strict=True):
@@ -329,9 +323,9 @@ def test_capturing_leaves_no_mark(captured: list[Work]) -> None:
 
 
 def test_a_step_is_captured_once_for_each_shape_and_again_when_buffers_move(
-    captured: list[Work],
+    captured: list[DeviceWork],
 ) -> None:
-    slots, rows = Slots(tiny_lm(), 4, burst=8), np.arange(4)
+    slots, rows = SequenceSlots(tiny_lm(), 4, burst=8), np.arange(4)
     slots.prefill(rows, [[2, 3]] * 4)
     for num in (8, 1, 8):
         slots.burst(rows, num)
@@ -349,9 +343,9 @@ def test_a_step_is_captured_once_for_each_shape_and_again_when_buffers_move(
 
 
 def test_a_step_that_cannot_be_captured_is_run_and_a_person_is_told_once(
-    captured: list[Work], monkeypatch: pytest.MonkeyPatch
+    captured: list[DeviceWork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(work: Work, device: torch.device, pool: Any) -> Work:
+    def fail(work: DeviceWork, device: torch.device, pool: Any) -> DeviceWork:
         work()
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -386,11 +380,11 @@ def test_bursts_have_few_widths() -> None:
 def test_forced_answers_of_a_burst_end_where_they_end() -> None:
     # The answer is 7 8 9 ..., and "9" ends it.
     model = ScriptedLM(lambda token, position: IDS["7"] if token == CLOSE else token + 1)
-    rules = TokenRules(TOKENIZER, replace(HALTING, answer_end="9"))
     for max_tokens, words in ((10, "7 8 9"), (2, "7 8"), (3, "7 8 9")):
-        slots = Slots(model, 2, burst=4)
+        halting = replace(HALTING, answer_end="9", max_answer_tokens=max_tokens)
+        slots = SequenceSlots(model, 2, burst=4)
         slots.prefill(np.array([1]), [[IDS["5"]]])
-        (answer,) = slots.force(np.array([1]), rules, max_tokens, [EOS])
+        (answer,) = slots.force(np.array([1]), TokenRules(TOKENIZER, halting), [EOS])
         assert answer.tokens == [IDS[word] for word in words.split()]
         assert answer.num_tokens == len(answer.tokens)
         assert slots.lengths.tolist() == [0, 1]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from haltwise import MEAN_LOGPROB, Halting, InputError
-from haltwise.engine.burst import sample
-from haltwise.engine.decoder import Decoder, Generation
+from haltwise.engine.burst import choose
+from haltwise.engine.decoder import Decoder, sampling_uniforms
 from haltwise.session.forced_answer import ForcedAnswer
+from haltwise.session.thought import Thought
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -36,9 +37,9 @@ def decoder(**changes: Any) -> Decoder:
 
 def answer_all(
     decoder: Decoder, prompts: Sequence[str], seeds: Sequence[int], num_slots: int, probes: bool
-) -> list[Generation]:
+) -> list[Thought]:
     """Answers questions in refilled slots."""
-    done: dict[int, Generation] = {}
+    done: dict[int, Thought] = {}
     waiting = list(range(len(prompts)))
     question_in: dict[int, int] = {}
     while waiting or question_in:
@@ -55,8 +56,8 @@ def answer_all(
         if probes:
             decoder.force(slots[at_point])
         for slot in slots[~at_point].tolist():
-            if decoder.generations[slot].thought.ended:
-                done[question_in.pop(slot)] = decoder.generations[slot]
+            if decoder.thoughts[slot].ended:
+                done[question_in.pop(slot)] = decoder.thoughts[slot]
     return [done[i] for i in range(len(prompts))]
 
 
@@ -70,36 +71,35 @@ def test_tokens_depend_on_neither_slots_nor_probes(temperature: float) -> None:
     for rule in ("every 4 tokens", "every 1 tokens", "after wait"):
         batch = decoder(temperature=temperature, halting=halting(rule))
         together = answer_all(batch, PROMPTS, seeds, 3, probes=True)
-        assert [g.thought.tokens for g in together] == [g.thought.tokens for g in alone]
-        assert [g.thought.finished for g in together] == [g.thought.finished for g in alone]
-    assert len({g.thought.num_tokens for g in alone}) > 1
+        assert [g.tokens for g in together] == [g.tokens for g in alone]
+        assert [g.finished for g in together] == [g.finished for g in alone]
+    assert len({g.num_tokens for g in alone}) > 1
 
 
 def test_greedy_tokens_are_those_of_generate() -> None:
     model = tiny_lm(seed=1)
-    (generation,) = answer_all(decoder(temperature=0.0), PROMPTS[:1], [0], 1, probes=True)
+    (thought,) = answer_all(decoder(temperature=0.0), PROMPTS[:1], [0], 1, probes=True)
     ids = TOKENIZER(PROMPTS[0], return_tensors="pt")
     reference = model.generate(**ids, max_new_tokens=40, do_sample=False)
-    assert generation.thought.tokens == reference[0, ids["input_ids"].shape[1] :].tolist()
+    assert thought.tokens == reference[0, ids["input_ids"].shape[1] :].tolist()
 
 
 def test_seeds_and_questions_differ() -> None:
     same = answer_all(decoder(), ["3 <think>"] * 2, [5, 5], 2, probes=False)
-    assert same[0].thought.tokens == same[1].thought.tokens
-    np.testing.assert_array_equal(same[0].uniforms, same[1].uniforms)
-    other = answer_all(decoder(), ["3 <think>", "4 <think>"], [6, 5], 2, probes=False)
-    for generation in other:
-        assert not np.isin(generation.uniforms, same[0].uniforms).any()
+    assert same[0].tokens == same[1].tokens
+    uniforms = sampling_uniforms("3 <think>", 5, 40)
+    for prompt, seed in (("3 <think>", 6), ("4 <think>", 5)):
+        assert not np.isin(sampling_uniforms(prompt, seed, 40), uniforms).any()
 
 
 def test_sampling_inverts_the_distribution() -> None:
     probabilities = torch.tensor([[0.2, 0.0, 0.5, 0.3]])
     uniforms = torch.arange(0, 1, 0.001)
-    tokens, sound = sample(probabilities.log().expand(1000, 4), 1.0, uniforms)
+    tokens, sound = choose(probabilities.log().expand(1000, 4), 1.0, uniforms)
     assert sound.all()
     assert torch.bincount(tokens, minlength=4).tolist() == pytest.approx([200, 0, 500, 300], abs=1)
     assert (tokens.diff() >= 0).all()
-    cold, _ = sample(probabilities.log().expand(1000, 4), 0.01, uniforms)
+    cold, _ = choose(probabilities.log().expand(1000, 4), 0.01, uniforms)
     assert (cold[1:] == 2).all()
 
 
@@ -113,9 +113,9 @@ def points(decoder: Decoder, prompt: str) -> list[int]:
     """Positions of all decision points of one question."""
     slot, found = np.arange(1), []
     decoder.start(slot, [prompt], [0])
-    while not decoder.generations[0].thought.ended:
+    while not decoder.thoughts[0].ended:
         if decoder.advance(slot)[0]:
-            found.append(decoder.generations[0].thought.position)
+            found.append(decoder.thoughts[0].position)
     return found
 
 
@@ -128,11 +128,11 @@ def test_decision_points_lie_inside_the_thought(rule: str, expected: list[int]) 
     model = ScriptedLM(script(p3="wait", p6="wait", p9="</think>", p10="wait", p12="<eos>"))
     lm = decoder(model=model, halting=halting(rule), temperature=0.0)
     assert points(lm, "5 <think>") == expected
-    generation = lm.generations[0]
-    assert (generation.thought.finished, generation.thought.num_tokens) == (True, 11)
-    assert generation.thought.closed
-    assert generation.thought.answer_text() == "wait ."
-    assert generation.thought.text().split()[-3:] == ["wait", ".", "<eos>"]
+    thought = lm.thoughts[0]
+    assert (thought.finished, thought.num_tokens) == (True, 11)
+    assert thought.closed
+    assert thought.answer_text() == "wait ."
+    assert thought.text().split()[-3:] == ["wait", ".", "<eos>"]
 
 
 def test_nobody_waits_for_a_long_answer() -> None:
@@ -141,7 +141,7 @@ def test_nobody_waits_for_a_long_answer() -> None:
     lm.start(np.arange(1), ["5 <think>"], [0])
     for num in (5, 10, 15):
         assert not lm.advance(np.arange(1))[0]
-        assert (lm.generations[0].thought.num_tokens, lm.generations[0].thought.ended) == (
+        assert (lm.thoughts[0].num_tokens, lm.thoughts[0].ended) == (
             num,
             False,
         )
@@ -158,9 +158,9 @@ def test_a_thought_that_the_lm_opens_begins_there() -> None:
 def test_the_budget_ends_a_thought() -> None:
     lm = decoder(model=ScriptedLM(script(p4="9")), max_tokens=8, temperature=0.0)
     assert points(lm, "5 <think>") == [4]
-    generation = lm.generations[0]
-    assert (generation.thought.finished, generation.thought.num_tokens) == (False, 8)
-    assert generation.thought.answer_text() == ". . 9 . . . . ."
+    thought = lm.thoughts[0]
+    assert (thought.finished, thought.num_tokens) == (False, 8)
+    assert thought.answer_text() == ". . 9 . . . . ."
 
 
 def test_forced_answers_are_read_from_the_box_that_the_close_text_opens() -> None:

@@ -44,7 +44,7 @@ def lm_of(family: Family, **stated: Any) -> LanguageModel:
 def test_every_family_passes_as_it_is_loaded(name: str, tmp_path: Path) -> None:
     lm = LanguageModel.load(FAMILIES[name]().save(tmp_path / name))
     test = run(lm)
-    assert test.share(lambda one: one.generation.thought.begun) == 1.0
+    assert test.share(lambda one: one.thought.begun) == 1.0
     assert any(probe.answer for probe in test.probes)
     assert all(one.prompt == lm.prompt(one.question.text) for one in test.answered)
     report = str(test)
@@ -56,7 +56,7 @@ def test_every_family_passes_as_it_is_loaded(name: str, tmp_path: Path) -> None:
 def test_the_embedded_lm_passes_without_a_warning() -> None:
     test = run(LanguageModel.load(EMBEDDED), 768, num=2, every=12)
     assert not test.warnings
-    assert test.share(lambda one: one.generation.thought.finished) == 1.0
+    assert test.share(lambda one: one.thought.finished) == 1.0
     assert len(test.answered) == 2
     for one in test.answered:
         assert 1 <= len(one.probes) <= 8

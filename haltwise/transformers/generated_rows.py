@@ -1,0 +1,107 @@
+"""The rows of one `generate` call: their thoughts, who halts them, and what is forced on them.
+
+Shapes: R rows in the call, T tokens in each, V vocabulary, D size of a hidden state.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import LongTensor, Tensor
+
+from haltwise import Control, HaltHead, Session, ThoughtReport
+from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.features import signals_of
+from haltwise.session.forced_answer import Probe
+from haltwise.session.session import requests_of
+from haltwise.session.thought import Thought
+
+
+class GeneratedRows:
+    """The rows that one `generate` call runs, beside a session that halts them.
+
+    Args:
+        head: The policy.
+        rules: How thoughts are read and closed.
+        input_ids: (R, T) the prompts of the call.
+        asked: Price, min_tokens and max_tokens: of each one value, or one for each row.
+        control: Sets terms and prices; None for constant ones.
+
+    Raises:
+        InputError: If what is asked makes no sense, or is not for this number of rows.
+    """
+
+    def __init__(
+        self,
+        head: HaltHead,
+        rules: TokenRules,
+        input_ids: LongTensor,
+        asked: tuple[Any, Any, Any],
+        control: Control | None,
+    ) -> None:
+        """Begins one thought and one request for each row."""
+        num_rows = len(input_ids)
+        self.rules = rules
+        self.session = Session(head, num_rows, control)
+        prompts = [rules.decode(row, skip_special_tokens=False) for row in input_ids.tolist()]
+        #: The thought of each row.
+        self.thoughts = [Thought(rules, prompt) for prompt in prompts]
+        for row, request in enumerate(requests_of(head, num_rows, *asked)):
+            self.session.join(row, request, self.thoughts[row])
+        signals = signals_of(head.config.observing.groups)
+        self.reducer = SignalReducer(rules, signals, num_rows, input_ids.device)
+        #: The tokens of each row that are known but not generated.
+        self.pending: list[deque[int]] = [deque() for _ in prompts]
+
+    def measure(self, logits: Tensor, tokens: Tensor) -> None:
+        """Measures the newest token (R,) of every row, and the logits (R, V) that led to it."""
+        self.reducer.add(np.arange(len(self.thoughts)), logits, tokens)
+
+    def decide(
+        self,
+        rows: Sequence[int],
+        logits: Tensor,
+        hidden: Tensor | None,
+        probes: Mapping[int, Probe] | None = None,
+    ) -> list[int]:
+        """Lets the session decide about some rows; returns those that it halts.
+
+        Args:
+            rows: The rows; those that do not wait are left as they are.
+            logits: (R, V) the logits of what would follow.
+            hidden: (R, D) last-layer states of the newest tokens, if they are wanted.
+            probes: The forced answers of the rows, if anybody looked.
+        """
+        signals, points = None, self.session.points(rows)
+        if len(points):
+            signals = self.reducer.read(
+                points,
+                [self.thoughts[row] for row in points.tolist()],
+                logits[points],
+                None if hidden is None else hidden[points],
+                None if probes is None else [probes[row] for row in points.tolist()],
+            )
+        return self.session.decide(rows, signals)
+
+    def close(self, row: int, answer: Iterable[int] = ()) -> None:
+        """Closes the thought of a row: the close text follows, and the tokens of an answer."""
+        self.thoughts[row].closed = True
+        self.pending[row].extend([*self.rules.close_ids, *answer])
+
+    def force_next(self, scores: Tensor) -> Tensor:
+        """Returns scores (R, V) that leave rows with pending tokens no choice but the first."""
+        forced = [row for row, tokens in enumerate(self.pending) if tokens]
+        if forced:
+            scores = scores.clone()  # `generate` may keep what it passed
+            scores[forced] = -torch.inf
+            scores[forced, [self.pending[row].popleft() for row in forced]] = 0.0
+        return scores
+
+    def finish(self) -> list[ThoughtReport]:
+        """Ends the requests of all rows; returns what has happened to each."""
+        return [self.session.finish(row) for row in range(len(self.thoughts))]
