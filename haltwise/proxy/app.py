@@ -29,7 +29,14 @@ from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.request_record import RequestRecord
 from haltwise.proxy.upstream import Upstream
-from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError, error_body
+from haltwise.proxy.wire import (
+    Json,
+    RawHeaders,
+    StreamEvent,
+    UpstreamError,
+    error_body,
+    json_object,
+)
 from haltwise.session.control import load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
@@ -165,7 +172,10 @@ class Proxy:
     async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
         """Answers a request for a completion: watched if it can be halted, else passed on."""
         record, headers = client.record, _passed_headers(client)
-        request = CompletionRequest(record.endpoint == "chat", _object(body), headers)
+        asked = json_object(body)
+        if asked is None:
+            raise RefusedError(400, "invalid_request_error", "expected a JSON object")
+        request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
         halts = terms.price > 0 or self._settings.control.moves_prices
@@ -177,8 +187,8 @@ class Proxy:
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
-            asked = ThoughtRequest(terms, about)
-            completion = WatchedCompletion(request, asked, server, self._settings)
+            thought = ThoughtRequest(terms, about)
+            completion = WatchedCompletion(request, thought, server, self._settings)
             try:
                 why_not = await self._watch(client, completion)
             finally:
@@ -348,17 +358,6 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
-
-
-def _object(body: bytes) -> Json:
-    """The JSON object that a body is; whoever sends another is refused."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise RefusedError(400, "invalid_request_error", "expected a JSON object")
-    return found
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:

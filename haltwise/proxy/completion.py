@@ -20,7 +20,6 @@ from haltwise.proxy.wire import (
     StreamEvent,
     UpstreamError,
     WholeAnswer,
-    choice_of,
     texts_of,
 )
 from haltwise.session.stream import StreamedThought
@@ -147,8 +146,8 @@ class WatchedCompletion:
     async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
         """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
         if event.chunk is None:
-            return None if event.is_done else event, False
-        choice, halts = choice_of(event.chunk), False
+            return event, False
+        choice, halts = event.choice, False
         if choice is not None:
             self._answer.note_envelope(event.chunk)
             if self._reader.is_thinking:
@@ -195,10 +194,9 @@ class WatchedCompletion:
         usage = LegUsage()
         self._reader.usages.append(usage)
         async for event in leg:
-            choice = choice_of(event.chunk) if event.chunk else None
+            choice = event.choice
             if event.chunk is None:
-                if not event.is_done:
-                    yield event
+                yield event
                 continue
             said.add(event.chunk)
             usage.completion_tokens = said.num_tokens

@@ -17,6 +17,7 @@ import anyio
 import httpx2
 
 from haltwise.proxy.wire import (
+    DONE,
     EVENT_STREAM,
     REASONING_FIELDS,
     EventReader,
@@ -87,7 +88,8 @@ class UpstreamLeg:
         async with aclosing(self.pieces()) as pieces:
             async for data in pieces:
                 for event in reader.feed(data):
-                    yield event
+                    if event is not DONE:  # a completion ends with its last leg
+                        yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The body piece by piece, as it was sent, whatever its type.
@@ -119,7 +121,7 @@ class UpstreamLeg:
         passed = []
         async for event in self:
             passed.append(event)
-            choice = choice_of(event.chunk) if event.chunk else None
+            choice = event.choice
             if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
                 self._put_back = passed[::-1]
                 return choice
@@ -155,7 +157,7 @@ class HeldBackLeg:
                 self._events.put_nowait(event)
                 self._num_bytes += len(event.raw)
                 is_full = self._num_bytes > _MOST_HELD
-                if is_full or _is_last(event):
+                if is_full or (event.choice or {}).get("finish_reason"):
                     self.is_enough = True
                     self._tell()
                 if is_full:
@@ -205,12 +207,6 @@ class HeldBackLeg:
         self._task.cancel()
         with anyio.CancelScope(shield=True), suppress(asyncio.CancelledError):
             await self._task
-
-
-def _is_last(event: StreamEvent) -> bool:
-    """Whether an answer ends with this event."""
-    choice = choice_of(event.chunk) if event.chunk else None
-    return choice is not None and bool(choice.get("finish_reason"))
 
 
 @dataclass

@@ -12,7 +12,7 @@ import anyio
 from haltwise.proxy.legs import AlreadyShown, HeldBackLeg, LegUsage, UpstreamLeg
 from haltwise.proxy.lm_server import CannotContinueError
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.wire import Json, StreamEvent, UpstreamError, choice_of, texts_of
+from haltwise.proxy.wire import Json, StreamEvent, UpstreamError, texts_of
 
 # Seconds that a second leg has at least, even if the first one's own answer is whole by then.
 _SOON = 2.0
@@ -166,6 +166,6 @@ class ThoughtCloser:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
         shown = AlreadyShown("".join(self._reader.shown_texts), self._server.rules.think_end)
         async for event in leg:
-            choice = choice_of(event.chunk) if event.chunk else None
+            choice = event.choice
             if event.chunk and (choice is None or shown.leave_out_of(choice)):
                 yield StreamEvent(chunk=event.chunk | envelope)

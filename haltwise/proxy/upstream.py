@@ -10,7 +10,7 @@ import httpx2
 
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.legs import UpstreamLeg, as_upstream_errors
-from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.proxy.wire import Json, RawHeaders, UpstreamError, json_object
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
@@ -96,9 +96,13 @@ class Upstream:
             else:
                 leg = await self.stream(path, body, own)
             try:
-                return _json_object(leg.response.status_code, await leg.body())
+                found = json_object(await leg.body())
             finally:
                 await leg.close()
+            status = leg.response.status_code
+            if status != 200 or found is None:
+                raise UpstreamError("status", f"upstream answered a call with {status}")
+            return found
         raise UpstreamError("timeout", "upstream did not answer a call in time", 504)
 
     def _signed(self, headers: RawHeaders) -> RawHeaders:
@@ -106,13 +110,3 @@ class Upstream:
             return headers
         others = [pair for pair in headers if pair[0] != b"authorization"]
         return [*others, (b"authorization", self._key)]
-
-
-def _json_object(status: int, content: bytes) -> Json:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        found = None
-    if status != 200 or not isinstance(found, dict):
-        raise UpstreamError("status", f"upstream answered a call with {status}")
-    return found

@@ -25,6 +25,7 @@ from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.wire import (
+    DONE,
     EventReader,
     Json,
     StreamEvent,
@@ -70,7 +71,7 @@ def test_events_do_not_depend_on_how_their_bytes_are_cut(
     # A lone \r at the end may be the first half of an end of line: one more byte settles it.
     events = [event for piece in [*pieces, b"\n"] for event in reader.feed(piece)]
     assert [event.chunk for event in events] == [None, *chunks, None]
-    assert [event.is_done for event in events] == [False] * (len(chunks) + 1) + [True]
+    assert [event is DONE for event in events] == [False] * (len(chunks) + 1) + [True]
 
 
 def test_an_event_has_the_fields_that_the_format_allows() -> None:
