@@ -24,11 +24,10 @@ from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClien
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
-from haltwise.proxy.legs import UpstreamLeg
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.request_record import RequestRecord
-from haltwise.proxy.upstream import Upstream
+from haltwise.proxy.upstream import Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     Json,
     RawHeaders,
@@ -76,19 +75,19 @@ class Proxy:
         self.metrics = Metrics()
         head = HaltHead.load(config.head)
         check_served(head)
-        self._halting = head.config.halting
-        if not self._halting.think_start:
+        halting = head.config.halting
+        if not halting.think_start:
             raise InputError(
                 "the head's LM reasons in the open: expected think markers, by which servers tell "
                 "a thought from an answer"
             )
-        self._rules = PointRules(self._halting)
         self._terms = config.terms(head.config.default_price)
         control, patience = control or load_control(config.control), config.read_timeout
         self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config)
-        self._server: LMServer | None = None
+        self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
+        self._server = self._unknown
         self._finding = anyio.Lock()
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
@@ -203,17 +202,14 @@ class Proxy:
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
         async with self._finding:
-            if self._server is not None:
-                return self._server
-            known = self.upstream, self.config.kind, self._rules, self._halting.close_text
-            try:
-                self._server = await find_lm_server(*known, headers)
-            except UpstreamError as error:
-                if error.kind not in ("status", "timeout"):
-                    raise
-                # It may tell others, or later.
-                return LMServer(self.upstream, self._rules, self._halting.close_text)
-            log.info(json.dumps({"upstream": self._server.kind}))
+            if self._server is self._unknown:
+                try:
+                    self._server = await find_lm_server(self._unknown, self.config.kind, headers)
+                    log.info(json.dumps({"upstream": self._server.kind}))
+                except UpstreamError as error:
+                    if error.kind not in ("status", "timeout"):
+                        raise
+                    # It may tell others, or later.
             return self._server
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
@@ -241,8 +237,7 @@ class Proxy:
                 report = json.dumps(answer["usage"]["haltwise"]).encode()
                 await client.answer(200, answer, [*headers, (b"x-haltwise", report)])
         finally:
-            completion.count()
-            client.record.about |= completion.report()
+            client.record.about |= completion.count()
         return None
 
     async def _stream(
@@ -309,7 +304,7 @@ class Proxy:
         health = {
             "status": "ok" if answers else "upstream unreachable",
             "upstream": "ok" if answers else "unreachable",
-            "kind": self.config.kind if self._server is None else self._server.kind,
+            "kind": self.config.kind if self._server is self._unknown else self._server.kind,
             "streams_in_flight": self._num_streams,
         }
         return JSONResponse(health, 200 if answers else 503)

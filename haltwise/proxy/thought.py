@@ -6,9 +6,9 @@ import logging
 import time
 
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.legs import GeneratedSoFar, LegUsage
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import REASONING_FIELDS, Json, ServedToken, texts_of, tokens_of
 from haltwise.session.stream import StreamedThought
 
@@ -46,6 +46,8 @@ class ThoughtReader:
         """Whether the next chunk belongs to the thought, or to what stands before it."""
         self.may_halt = True
         """Whether halting has not been tried yet."""
+        self.is_closed = False
+        """Whether the proxy closed the thought."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
         self.field = ""
