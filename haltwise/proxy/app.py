@@ -25,8 +25,7 @@ from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
-from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.request_record import RequestRecord
+from haltwise.proxy.metrics import Metrics, RequestRecord
 from haltwise.proxy.upstream import Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     Json,
@@ -91,7 +90,8 @@ class Proxy:
         self._finding = anyio.Lock()
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
-        self._num_streams = 0
+        self._room = anyio.CapacityLimiter(config.max_streams)
+        self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -103,13 +103,12 @@ class Proxy:
             await self._answer(client)
         except RefusedError as error:
             record.outcome = error.kind
-            body = error_body(str(error), error.kind)
-            await self._refuse(client, error.status, body, error.headers)
+            await self._refuse(client, error.status, error.body, error.headers)
         except UpstreamError as error:
             record.note_error(error)
             await self._refuse(client, error.status, error.body, [])
         except ClientGoneError as error:
-            record.outcome = error.kind
+            record.outcome = str(error)
         except Exception:
             log.exception("a defect of the proxy")
             record.outcome = "defect"
@@ -133,21 +132,16 @@ class Proxy:
     async def _answer(self, client: RequestingClient) -> None:
         """Answers a request if the client may ask it and there is room for it."""
         default = self._let_in(client)
-        if self._num_streams >= self.config.max_streams:
-            message = f"{self._num_streams} requests run, there is no room for more"
+        if not self._room.available_tokens:
+            message = f"{self._room.borrowed_tokens} requests run, there is no room for more"
             raise RefusedError(503, "busy", message, [(b"retry-after", b"1")])
-        self._num_streams += 1
-        self.metrics.streams_in_flight.inc()
-        try:
+        async with self._room:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
                     await self._pass_on(client, body, [])
                 else:
                     await self._complete(client, body, default)
-        finally:
-            self._num_streams -= 1
-            self.metrics.streams_in_flight.dec()
 
     def _let_in(self, client: RequestingClient) -> Terms:
         """The terms that this client's requests have if they ask for nothing else.
@@ -230,7 +224,10 @@ class Proxy:
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
             if completion.request.streams:
-                await self._stream(client, completion, leg, headers)
+                headers.append((b"content-type", leg.response.headers["content-type"].encode()))
+                async with aclosing(completion.events(leg)) as events:
+                    pieces = (event.encode() async for event in events)
+                    await self._send(client, leg, pieces, headers)
             else:
                 answer = await completion.whole(leg)
                 client.record.note_first()
@@ -239,25 +236,6 @@ class Proxy:
         finally:
             client.record.about |= completion.count()
         return None
-
-    async def _stream(
-        self,
-        client: RequestingClient,
-        completion: WatchedCompletion,
-        leg: UpstreamLeg,
-        headers: RawHeaders,
-    ) -> None:
-        """Sends a watched completion as a stream, which may end in an event with an error."""
-        kind = (b"content-type", leg.response.headers["content-type"].encode())
-        await client.start(200, [*headers, kind])
-        try:
-            async with aclosing(completion.events(leg)) as events:
-                async for event in events:
-                    client.record.note_first()
-                    await client.send(event.encode())
-        except UpstreamError as error:
-            client.record.note_error(error)
-            await client.send(StreamEvent(chunk=error.body).encode())
 
     # Everything else
 
@@ -278,17 +256,38 @@ class Proxy:
 
     async def _relay(self, client: RequestingClient, leg: UpstreamLeg, more: RawHeaders) -> None:
         """Passes an answer back as it is, with some headers more."""
-        status = leg.response.status_code
-        if status >= 500:
+        if leg.response.status_code >= 500:
             self.metrics.upstream_errors.labels("status").inc()
-        await client.start(status, [*_without(leg.response.headers.raw, set()), *more])
+        headers = [*_without(leg.response.headers.raw, set()), *more]
+        async with aclosing(leg.pieces()) as pieces:
+            await self._send(client, leg, pieces, headers)
+
+    async def _send(
+        self,
+        client: RequestingClient,
+        leg: UpstreamLeg,
+        pieces: AsyncIterator[bytes],
+        headers: RawHeaders,
+    ) -> None:
+        """Sends an answer piece by piece; a stream that breaks off ends in an event that says so.
+
+        Args:
+            client: Gets it.
+            leg: The answer of the upstream that it comes from.
+            pieces: Its body.
+            headers: Its headers.
+
+        Raises:
+            ClientGoneError: If the client has left, or does not read.
+            UpstreamError: If it breaks off and is no stream.
+        """
+        await client.start(leg.response.status_code, headers)
         end = b""
         try:
-            async with aclosing(leg.pieces()) as pieces:
-                async for data in pieces:
-                    client.record.note_first()
-                    await client.send(data)
-                    end = (end + data)[-2:]
+            async for data in pieces:
+                client.record.note_first()
+                await client.send(data)
+                end = (end + data)[-2:]
         except UpstreamError as error:
             if not leg.is_stream:
                 raise
@@ -305,7 +304,7 @@ class Proxy:
             "status": "ok" if answers else "upstream unreachable",
             "upstream": "ok" if answers else "unreachable",
             "kind": self.config.kind if self._server is self._unknown else self._server.kind,
-            "streams_in_flight": self._num_streams,
+            "streams_in_flight": self._room.borrowed_tokens,
         }
         return JSONResponse(health, 200 if answers else 503)
 
@@ -370,7 +369,7 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
 
 def _passed_headers(client: RequestingClient) -> RawHeaders:
     """The headers of a client that go on to the upstream: all but those that are the proxy's."""
-    headers = _without(client.raw_headers, _OF_REQUESTS)
+    headers = _without(client.headers.raw, _OF_REQUESTS)
     return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
 
 
