@@ -242,8 +242,11 @@ class Upstream:
         Raises:
             UpstreamError: If no answer comes.
         """
+        if self._key is not None:
+            headers = [pair for pair in headers if pair[0] != b"authorization"]
+            headers.append((b"authorization", self._key))
         url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + target)
-        request = httpx2.Request(method, url, headers=self._signed(headers), content=content)
+        request = httpx2.Request(method, url, headers=headers, content=content)
         request.extensions["timeout"] = self._timeout.as_dict()
         with as_upstream_errors():
             return UpstreamLeg(await next(self._next_pool).handle_async_request(request))
@@ -284,9 +287,3 @@ class Upstream:
                 raise UpstreamError("status", f"upstream answered a call with {status}")
             return found
         raise UpstreamError("timeout", "upstream did not answer a call in time", 504)
-
-    def _signed(self, headers: RawHeaders) -> RawHeaders:
-        if self._key is None:
-            return headers
-        others = [pair for pair in headers if pair[0] != b"authorization"]
-        return [*others, (b"authorization", self._key)]

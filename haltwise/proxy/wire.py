@@ -143,8 +143,7 @@ def choice_of(chunk: Json) -> Json | None:
     choice: Any = choices[0] if isinstance(choices, list) else None
     if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
         raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
-    found: Json = choice
-    return found
+    return choice
 
 
 #: Where servers put the text of a thought.

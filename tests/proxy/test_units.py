@@ -39,7 +39,7 @@ from haltwise.session.control import ConstantControl
 from haltwise.session.report import ThoughtRequest
 from haltwise.session.thought import PointRules
 from haltwise.session.token_statistics import NUM_TOP
-from tests.proxy.proxies import sure_head
+from tests.heads import sure_head
 
 HEAD = sure_head(rule="every 8 tokens")
 RULES = PointRules(HEAD.config.halting)

@@ -11,8 +11,7 @@ from haltwise.policy.signals import Signals
 from haltwise.session.report import ThoughtRequest
 from haltwise.session.stream import StreamedThought, check_served
 from haltwise.session.thought import PointRules
-from tests.heads import random_head
-from tests.proxy.proxies import sure_head
+from tests.heads import random_head, sure_head
 
 HEAD = sure_head(rule="every 8 tokens")
 RULES = PointRules(HEAD.config.halting)
