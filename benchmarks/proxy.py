@@ -22,16 +22,9 @@ from typing import Any
 
 from benchmarks.timing import BenchResult, take_turns
 from haltwise import InputError
+from tests.heads import sure_head
 from tests.proxy.fake_upstream import Plan
-from tests.proxy.proxies import (
-    Fetched,
-    Proxy,
-    fetch,
-    saved_head,
-    spawned_fake,
-    spawned_proxy,
-    sure_head,
-)
+from tests.proxy.proxies import Fetched, Proxy, fetch, saved_head, spawned_fake, spawned_proxy
 
 # At this price the head watches and never halts.
 _NEVER_HALTS = {"X-Haltwise-Price": "0.1"}

@@ -1,9 +1,11 @@
-"""Heads with random weights, for tests that hold for any."""
+"""Heads for tests: one with random weights, and one whose decisions are known beforehand."""
 
 import numpy as np
 
-from haltwise import HaltHead, Halting, HeadConfig, Observing, feature_names
+from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing, feature_names
 from haltwise.policy.halting import Probing
+
+CLOSE = "\n</think>\n\n"
 
 
 def random_head(
@@ -28,4 +30,23 @@ def random_head(
     }
     weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     halting = Halting(probing, "every 20 tokens", "</think>", "source")
+    return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
+
+
+def sure_head(close: str = CLOSE, rule: str = "every 4 tokens") -> HaltHead:
+    """Halts where the mean log probability since the last point is above a bar that price lowers.
+
+    Its log-odds are tanh(tanh(logprob + 1.25 + log10(price))): the bar is at -1.25 at a price of
+    1, -2.25 at 10, -3.25 at 100, and -0.25 at 0.1. A plan's thought is then halted after 20
+    tokens, 12, 4, and never.
+    """
+    groups = ("pace", "distribution", "reflection")
+    names = feature_names(groups)
+    mean = [-1.25 if name == "logprob" else 0.0 for name in names]
+    observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
+    w0 = np.zeros((1, observing.size), dtype=np.float32)
+    w0[0, [names.index("logprob"), -1]] = 1.0
+    one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
+    weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
+    halting = Halting("at_halt", rule, close, MEAN_LOGPROB)
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.wire import Json, StreamEvent, chat_logprobs, texts_of, trim_logprobs
@@ -17,36 +18,31 @@ class ClientAnswer:
     """Gives what the legs say the form that the client asked for.
 
     Args:
-        reader: Knows the request, the server, and the usage of each leg.
-        report: Tells what is to stand in the usage about the thought.
+        reader: Knows the request, the server, the thought, and the usage of each leg.
+        shadow: Whether the answer only tells where the thought would have been halted.
     """
 
-    def __init__(self, reader: ThoughtReader, report: Callable[[], Json]) -> None:
+    def __init__(self, reader: ThoughtReader, shadow: bool) -> None:
         """Starts before the first chunk."""
         self.envelope: Json = {}
         """What all chunks have in common, from the first leg's first one."""
         self.finish: str | None = None
         """Why the answer ended, once it has."""
-        self._reader, self._report = reader, report
+        self._reader, self._shadow = reader, shadow
         self._request, self._usages = reader.request, reader.usages
         self._num_top = reader.server.num_top_shown(reader.request)
 
-    def note_envelope(self, chunk: Json) -> None:
-        """Remembers what a chunk of the first leg has in common with all others."""
-        self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
-
-    def note_finish(self, choice: Json) -> None:
-        """Remembers why the answer ended, if it ends with this choice."""
-        self.finish = choice.get("finish_reason") or self.finish
-
-    def shown(self, event: StreamEvent, choice: Json | None) -> StreamEvent | None:
+    def shown(self, event: StreamEvent, chunk: Json) -> StreamEvent | None:
         """An event of the first leg without what the client did not ask for; None to show none.
 
         Args:
             event: The event; it is changed if it has more than that, and else sent as it came.
-            choice: The choice of its chunk, if there is one.
+            chunk: Its chunk.
         """
-        chunk: Json = event.chunk or {}
+        choice = event.choice
+        if choice is not None:
+            self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
+            self.finish = choice.get("finish_reason") or self.finish
         if self._strip(chunk, choice):
             event.raw = b""
         usage = chunk.get("usage")
@@ -80,7 +76,31 @@ class ClientAnswer:
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        return usage | (own if len(self._usages) == 1 else {}) | {"haltwise": self._report()}
+        return usage | (own if len(self._usages) == 1 else {}) | {"haltwise": self.report()}
+
+    def report(self) -> Json:
+        """What the client and the log are told about the thought."""
+        reader = self._reader
+        if self.finish is not None:
+            reader.thought.end(by_lm=self.finish != "length")
+        found = reader.streamed.report()
+        if found.decided and not reader.is_closed:
+            reader.streamed.release(reader.fallback)
+            found = reader.streamed.report()
+        report: Json = {
+            "halted": found.halted,
+            "reason": found.reason,
+            "position": found.position,
+            "price": found.price,
+            "legs": [asdict(usage) for usage in reader.usages],
+        }
+        if reader.fallback:
+            report["fallback"] = reader.fallback
+        if self._shadow and found.decided_at is not None:
+            saved = found.position - found.decided_at
+            shadow = {"reason": found.decided, "position": found.decided_at, "saved_tokens": saved}
+            report["shadow"] = shadow
+        return report
 
     def usage_event(self) -> StreamEvent:
         """The event that tells the usage of an answer of several legs."""
@@ -95,9 +115,10 @@ class ClientAnswer:
         if text := after if field else server.close_text:
             yield self._made({}, self._part(text))
 
-    def continued(self, chunk: Json, choice: Json) -> StreamEvent | None:
+    def continued(self, choice: Json) -> StreamEvent | None:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""
-        self._strip(chunk, choice)
+        self.finish = choice.get("finish_reason") or self.finish
+        self._strip({}, choice)
         text = "".join(texts_of(choice))
         if text or choice.get("logprobs") or choice.get("finish_reason"):
             return self._made(choice, self._part(text))

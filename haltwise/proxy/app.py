@@ -24,12 +24,17 @@ from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClien
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
-from haltwise.proxy.legs import UpstreamLeg
 from haltwise.proxy.lm_server import LMServer, find_lm_server
-from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.request_record import RequestRecord
-from haltwise.proxy.upstream import Upstream
-from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError, error_body
+from haltwise.proxy.metrics import Metrics, RequestRecord
+from haltwise.proxy.upstream import Upstream, UpstreamLeg
+from haltwise.proxy.wire import (
+    Json,
+    RawHeaders,
+    StreamEvent,
+    UpstreamError,
+    error_body,
+    json_object,
+)
 from haltwise.session.control import load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
@@ -69,23 +74,24 @@ class Proxy:
         self.metrics = Metrics()
         head = HaltHead.load(config.head)
         check_served(head)
-        self._halting = head.config.halting
-        if not self._halting.think_start:
+        halting = head.config.halting
+        if not halting.think_start:
             raise InputError(
                 "the head's LM reasons in the open: expected think markers, by which servers tell "
                 "a thought from an answer"
             )
-        self._rules = PointRules(self._halting)
         self._terms = config.terms(head.config.default_price)
         control, patience = control or load_control(config.control), config.read_timeout
         self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config)
-        self._server: LMServer | None = None
+        self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
+        self._server = self._unknown
         self._finding = anyio.Lock()
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
-        self._num_streams = 0
+        self._room = anyio.CapacityLimiter(config.max_streams)
+        self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -97,13 +103,12 @@ class Proxy:
             await self._answer(client)
         except RefusedError as error:
             record.outcome = error.kind
-            body = error_body(str(error), error.kind)
-            await self._refuse(client, error.status, body, error.headers)
+            await self._refuse(client, error.status, error.body, error.headers)
         except UpstreamError as error:
             record.note_error(error)
             await self._refuse(client, error.status, error.body, [])
         except ClientGoneError as error:
-            record.outcome = error.kind
+            record.outcome = str(error)
         except Exception:
             log.exception("a defect of the proxy")
             record.outcome = "defect"
@@ -127,21 +132,16 @@ class Proxy:
     async def _answer(self, client: RequestingClient) -> None:
         """Answers a request if the client may ask it and there is room for it."""
         default = self._let_in(client)
-        if self._num_streams >= self.config.max_streams:
-            message = f"{self._num_streams} requests run, there is no room for more"
+        if not self._room.available_tokens:
+            message = f"{self._room.borrowed_tokens} requests run, there is no room for more"
             raise RefusedError(503, "busy", message, [(b"retry-after", b"1")])
-        self._num_streams += 1
-        self.metrics.streams_in_flight.inc()
-        try:
+        async with self._room:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
                     await self._pass_on(client, body, [])
                 else:
                     await self._complete(client, body, default)
-        finally:
-            self._num_streams -= 1
-            self.metrics.streams_in_flight.dec()
 
     def _let_in(self, client: RequestingClient) -> Terms:
         """The terms that this client's requests have if they ask for nothing else.
@@ -165,7 +165,10 @@ class Proxy:
     async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
         """Answers a request for a completion: watched if it can be halted, else passed on."""
         record, headers = client.record, _passed_headers(client)
-        request = CompletionRequest(record.endpoint == "chat", _object(body), headers)
+        asked = json_object(body)
+        if asked is None:
+            raise RefusedError(400, "invalid_request_error", "expected a JSON object")
+        request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
         halts = terms.price > 0 or self._settings.control.moves_prices
@@ -177,8 +180,8 @@ class Proxy:
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
-            asked = ThoughtRequest(terms, about)
-            completion = WatchedCompletion(request, asked, server, self._settings)
+            thought = ThoughtRequest(terms, about)
+            completion = WatchedCompletion(request, thought, server, self._settings)
             try:
                 why_not = await self._watch(client, completion)
             finally:
@@ -193,17 +196,14 @@ class Proxy:
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
         async with self._finding:
-            if self._server is not None:
-                return self._server
-            known = self.upstream, self.config.kind, self._rules, self._halting.close_text
-            try:
-                self._server = await find_lm_server(*known, headers)
-            except UpstreamError as error:
-                if error.kind not in ("status", "timeout"):
-                    raise
-                # It may tell others, or later.
-                return LMServer(self.upstream, self._rules, self._halting.close_text)
-            log.info(json.dumps({"upstream": self._server.kind}))
+            if self._server is self._unknown:
+                try:
+                    self._server = await find_lm_server(self._unknown, self.config.kind, headers)
+                    log.info(json.dumps({"upstream": self._server.kind}))
+                except UpstreamError as error:
+                    if error.kind not in ("status", "timeout"):
+                        raise
+                    # It may tell others, or later.
             return self._server
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
@@ -224,35 +224,18 @@ class Proxy:
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
             if completion.request.streams:
-                await self._stream(client, completion, leg, headers)
+                headers.append((b"content-type", leg.response.headers["content-type"].encode()))
+                async with aclosing(completion.events(leg)) as events:
+                    pieces = (event.encode() async for event in events)
+                    await self._send(client, leg, pieces, headers)
             else:
                 answer = await completion.whole(leg)
                 client.record.note_first()
                 report = json.dumps(answer["usage"]["haltwise"]).encode()
                 await client.answer(200, answer, [*headers, (b"x-haltwise", report)])
         finally:
-            completion.count()
-            client.record.about |= completion.report()
+            client.record.about |= completion.count()
         return None
-
-    async def _stream(
-        self,
-        client: RequestingClient,
-        completion: WatchedCompletion,
-        leg: UpstreamLeg,
-        headers: RawHeaders,
-    ) -> None:
-        """Sends a watched completion as a stream, which may end in an event with an error."""
-        kind = (b"content-type", leg.response.headers["content-type"].encode())
-        await client.start(200, [*headers, kind])
-        try:
-            async with aclosing(completion.events(leg)) as events:
-                async for event in events:
-                    client.record.note_first()
-                    await client.send(event.encode())
-        except UpstreamError as error:
-            client.record.note_error(error)
-            await client.send(StreamEvent(chunk=error.body).encode())
 
     # Everything else
 
@@ -273,17 +256,38 @@ class Proxy:
 
     async def _relay(self, client: RequestingClient, leg: UpstreamLeg, more: RawHeaders) -> None:
         """Passes an answer back as it is, with some headers more."""
-        status = leg.response.status_code
-        if status >= 500:
+        if leg.response.status_code >= 500:
             self.metrics.upstream_errors.labels("status").inc()
-        await client.start(status, [*_without(leg.response.headers.raw, set()), *more])
+        headers = [*_without(leg.response.headers.raw, set()), *more]
+        async with aclosing(leg.pieces()) as pieces:
+            await self._send(client, leg, pieces, headers)
+
+    async def _send(
+        self,
+        client: RequestingClient,
+        leg: UpstreamLeg,
+        pieces: AsyncIterator[bytes],
+        headers: RawHeaders,
+    ) -> None:
+        """Sends an answer piece by piece; a stream that breaks off ends in an event that says so.
+
+        Args:
+            client: Gets it.
+            leg: The answer of the upstream that it comes from.
+            pieces: Its body.
+            headers: Its headers.
+
+        Raises:
+            ClientGoneError: If the client has left, or does not read.
+            UpstreamError: If it breaks off and is no stream.
+        """
+        await client.start(leg.response.status_code, headers)
         end = b""
         try:
-            async with aclosing(leg.pieces()) as pieces:
-                async for data in pieces:
-                    client.record.note_first()
-                    await client.send(data)
-                    end = (end + data)[-2:]
+            async for data in pieces:
+                client.record.note_first()
+                await client.send(data)
+                end = (end + data)[-2:]
         except UpstreamError as error:
             if not leg.is_stream:
                 raise
@@ -299,8 +303,8 @@ class Proxy:
         health = {
             "status": "ok" if answers else "upstream unreachable",
             "upstream": "ok" if answers else "unreachable",
-            "kind": self.config.kind if self._server is None else self._server.kind,
-            "streams_in_flight": self._num_streams,
+            "kind": self.config.kind if self._server is self._unknown else self._server.kind,
+            "streams_in_flight": self._room.borrowed_tokens,
         }
         return JSONResponse(health, 200 if answers else 503)
 
@@ -350,17 +354,6 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     return Starlette(routes=routes, lifespan=lifespan)
 
 
-def _object(body: bytes) -> Json:
-    """The JSON object that a body is; whoever sends another is refused."""
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise RefusedError(400, "invalid_request_error", "expected a JSON object")
-    return found
-
-
 def _terms(client: RequestingClient, default: Terms) -> Terms:
     """The terms of a request: what its headers name, and the default for all else."""
     named = {
@@ -376,7 +369,7 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
 
 def _passed_headers(client: RequestingClient) -> RawHeaders:
     """The headers of a client that go on to the upstream: all but those that are the proxy's."""
-    headers = _without(client.raw_headers, _OF_REQUESTS)
+    headers = _without(client.headers.raw, _OF_REQUESTS)
     return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
 
 

@@ -6,13 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
-from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from haltwise.proxy.request_record import RequestRecord
-from haltwise.proxy.wire import Json, RawHeaders
+from haltwise.proxy.metrics import RequestRecord
+from haltwise.proxy.wire import Json, RawHeaders, error_body
 
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
 
@@ -26,15 +27,11 @@ class RefusedError(Exception):
         """Takes the status, the error's type, its message, and headers beside them."""
         super().__init__(message)
         self.status, self.kind, self.headers = status, kind, headers or []
+        self.body = error_body(message, kind)
 
 
 class ClientGoneError(Exception):
-    """The client has left, or does not read."""
-
-    def __init__(self, kind: str) -> None:
-        """Takes which of both, in a word."""
-        super().__init__(kind)
-        self.kind = kind
+    """The client has left, or does not read; the message says which of both, in a word."""
 
 
 class RequestingClient:
@@ -54,8 +51,8 @@ class RequestingClient:
         """Reads nothing yet."""
         self.scope = scope
         self.record = record
-        self.headers = Headers(scope=scope)
-        self.raw_headers: RawHeaders = list(scope["headers"])
+        self.request = Request(scope, receive)
+        self.headers = self.request.headers
         self.has_started = False
         """Whether the client has got a status."""
         self.is_gone = False
@@ -63,6 +60,10 @@ class RequestingClient:
         self._receive, self._send = receive, send
         self._last = b""
         self._patience = patience
+        # What the server's own connection can do, if it tells.
+        state: dict[str, Any] = scope.get("state", {})
+        self._abort: Callable[[], None] = state.get("abort", lambda: None)
+        self._is_closing: Callable[[], bool] = state.get("is_closing", lambda: False)
 
     async def body(self, limit: int) -> bytes:
         """The body of the request.
@@ -74,28 +75,22 @@ class RequestingClient:
             RefusedError: If it has more, or does not come in time.
             ClientGoneError: If the client leaves before its end.
         """
+        too_large = RefusedError(413, "too_large", f"request has more than {limit} bytes")
         length = self.headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
+            raise too_large
+        body = bytearray()
         try:
             async with asyncio.timeout(self._patience):
-                return await self._body(limit)
+                async for piece in self.request.stream():
+                    body += piece
+                    if len(body) > limit:
+                        raise too_large
         except TimeoutError:
             raise RefusedError(408, "timeout", "the request's body did not come") from None
-
-    async def _body(self, limit: int) -> bytes:
-        pieces, num = [], 0
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError("disconnected")
-            pieces.append(message.get("body", b""))
-            num += len(pieces[-1])
-            if num > limit:
-                raise _too_large(limit)
-            more = message.get("more_body", False)
-        return b"".join(pieces)
+        except ClientDisconnect:
+            raise ClientGoneError("disconnected") from None
+        return bytes(body)
 
     @asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
@@ -104,25 +99,21 @@ class RequestingClient:
         Raises:
             ClientGoneError: If the block was cancelled.
         """
-        failure: Exception | None = None
-
-        async def leave(scope: anyio.CancelScope) -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            self.is_gone = True
-            scope.cancel()
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(leave, group.cancel_scope)
+        with anyio.CancelScope() as scope:
+            watching = asyncio.create_task(self._watch(scope))
             try:
                 yield
-            except Exception as error:
-                failure = error  # a task group would wrap it
-            group.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
+            finally:
+                watching.cancel()
         if self.is_gone:
             raise ClientGoneError("disconnected")
+
+    async def _watch(self, scope: anyio.CancelScope) -> None:
+        """Cancels a block once the client leaves."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.is_gone = True
+        scope.cancel()
 
     async def start(self, status: int, headers: RawHeaders) -> None:
         """Sends the status and the headers.
@@ -164,17 +155,13 @@ class RequestingClient:
     async def drop(self) -> None:
         """Cuts the connection; a server that cannot does so when the answer gets no end."""
         self.is_gone = True
-        abort: Callable[[], None] | None = self.scope.get("state", {}).get("abort")
-        if abort is not None:
-            abort()
-            await asyncio.sleep(0)  # the server sees it
+        self._abort()
+        await asyncio.sleep(0)  # the server sees it
 
     async def _deliver(self, message: Json) -> None:
-        is_closing: Callable[[], bool] | None = self.scope.get("state", {}).get("is_closing")
-        if is_closing is not None and is_closing():
-            self.is_gone = True  # asyncio would log each attempt
-            raise ClientGoneError("disconnected")
         try:
+            if self._is_closing():
+                raise ConnectionError  # asyncio would log each attempt
             async with asyncio.timeout(self._patience):
                 await self._send(message)
         except TimeoutError:
@@ -183,7 +170,3 @@ class RequestingClient:
         except OSError:
             self.is_gone = True
             raise ClientGoneError("disconnected") from None
-
-
-def _too_large(limit: int) -> RefusedError:
-    return RefusedError(413, "too_large", f"request has more than {limit} bytes")

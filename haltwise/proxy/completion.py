@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.legs import GeneratedSoFar, HeldBackLeg, LegUsage, UpstreamLeg
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
     Json,
     StreamEvent,
     UpstreamError,
     WholeAnswer,
-    choice_of,
     texts_of,
 )
 from haltwise.session.stream import StreamedThought
@@ -71,7 +70,7 @@ class WatchedCompletion:
         )
         self._reader = ThoughtReader(request, server, self._streamed, settings.metrics)
         self._closer = ThoughtCloser(self._reader, settings.patience)
-        self._answer = ClientAnswer(self._reader, self.report)
+        self._answer = ClientAnswer(self._reader, settings.shadow)
 
     async def open(self) -> UpstreamLeg:
         """Asks the upstream for a stream that can be watched; returns its first leg.
@@ -126,38 +125,32 @@ class WatchedCompletion:
         yield DONE
 
     async def _events_of_all_legs(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
-        source: AsyncIterator[StreamEvent] | HeldBackLeg = first
-        halts = True
-        while halts:
-            halts = False
+        source: AsyncIterable[StreamEvent] = first
+        second: UpstreamLeg | None = None
+        while second is None:
             async for event in source:
                 shown, halts = await self._take(event)
                 if shown is not None:
                     yield shown
                 if halts:
                     break
-            envelope = self._answer.envelope
-            if halts and not await self._closer.is_ended_by_server(str(envelope.get("id", ""))):
-                second, source = await self._closer.continued(first, envelope)
-                if second is not None:
-                    async for event in self._events_behind_thought(second):
-                        yield event
-                    break
+            else:
+                return
+            second, source = await self._closer.continued(first, self._answer.envelope)
+        async for event in self._events_behind_thought(second):
+            yield event
 
     async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
         """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
         if event.chunk is None:
-            return None if event.is_done else event, False
-        choice, halts = choice_of(event.chunk), False
-        if choice is not None:
-            self._answer.note_envelope(event.chunk)
-            if self._reader.is_thinking:
-                halts = await self._reader.read(event.chunk, choice)
-            elif any(texts_of(choice)):
-                self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
-            self._answer.note_finish(choice)
-        halts &= self._answer.finish is None and not self._settings.shadow
-        return self._answer.shown(event, choice), halts
+            return event, False
+        choice, halts = event.choice, False
+        if choice is not None and self._reader.is_thinking:
+            halts = await self._reader.read(event.chunk, choice)
+        elif choice is not None and any(texts_of(choice)):
+            self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
+        shown = self._answer.shown(event, event.chunk)
+        return shown, halts and self._answer.finish is None and not self._settings.shadow
 
     async def _events_behind_thought(self, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
         """The close text, the second leg's answer, and the rest in a third if that breaks off."""
@@ -195,49 +188,22 @@ class WatchedCompletion:
         usage = LegUsage()
         self._reader.usages.append(usage)
         async for event in leg:
-            choice = choice_of(event.chunk) if event.chunk else None
-            if event.chunk is None:
-                if not event.is_done:
-                    yield event
-                continue
-            said.add(event.chunk)
-            usage.completion_tokens = said.num_tokens
-            if choice is not None:
-                self._answer.note_finish(choice)
-                if (shown := self._answer.continued(event.chunk, choice)) is not None:
-                    yield shown
-            usage.take(event.chunk.get("usage"))
+            shown: StreamEvent | None = event
+            if event.chunk is not None:
+                said.add(event.chunk)
+                usage.completion_tokens = said.num_tokens
+                usage.take(event.chunk.get("usage"))
+                shown = None if event.choice is None else self._answer.continued(event.choice)
+            if shown is not None:
+                yield shown
         if self._answer.finish is None:
             raise UpstreamError("cut", "upstream broke off its answer")
 
-    def report(self) -> Json:
-        """What the client and the log are told about the thought."""
-        reader, finish = self._reader, self._answer.finish
-        if finish is not None:
-            reader.thought.end(by_lm=finish != "length")
-        found = self._streamed.report()
-        if found.decided and not self._closer.has_closed:
-            self._streamed.release(reader.fallback)
-            found = self._streamed.report()
-        report: Json = {
-            "halted": found.halted,
-            "reason": found.reason,
-            "position": found.position,
-            "price": found.price,
-            "legs": [asdict(usage) for usage in reader.usages],
-        }
-        if reader.fallback:
-            report["fallback"] = reader.fallback
-        if self._settings.shadow and found.decided_at is not None:
-            saved = found.position - found.decided_at
-            shadow = {"reason": found.decided, "position": found.decided_at, "saved_tokens": saved}
-            report["shadow"] = shadow
-        return report
-
-    def count(self) -> None:
-        """Adds the completion to the metrics, once it has ended."""
-        report, metrics = self.report(), self._settings.metrics
+    def count(self) -> Json:
+        """Adds the completion to the metrics, once it has ended; returns the report about it."""
+        report, metrics = self._answer.report(), self._settings.metrics
         metrics.thoughts.labels(report["reason"]).inc()
         metrics.thinking_tokens.inc(self._reader.thought.position)
         metrics.bad_signals.inc(self._streamed.report().num_bad_signals)
         metrics.shadow_saved_tokens.inc(report.get("shadow", {}).get("saved_tokens", 0))
+        return report

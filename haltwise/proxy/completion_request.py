@@ -154,10 +154,7 @@ class CompletionRequest:
             extra: Fields that the kind of server needs beside.
         """
         options = self.body.get("stream_options")
-        num_top = max(NUM_TOP, self.num_top or 0)
-        numbers: Json = {"logprobs": num_top}
-        if self.chat:
-            numbers = {"logprobs": True, "top_logprobs": num_top}
+        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0))
         streaming = {"stream": True, "stream_options": {**(options or {}), "include_usage": True}}
         return self.body | numbers | streaming | extra
 
@@ -172,8 +169,7 @@ class CompletionRequest:
         body = {name: value for name, value in self.body.items() if name not in dropped}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.num_top is not None:
-            numbers = {"logprobs": True, "top_logprobs": self.num_top}
-            body |= numbers if chat else {"logprobs": self.num_top}
+            body |= _numbers(chat, self.num_top)
         return body | changes
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
@@ -184,6 +180,11 @@ class CompletionRequest:
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = max(body["min_tokens"] - num_used, 0)
         return body
+
+
+def _numbers(chat: bool, num_top: int) -> Json:
+    """The fields that ask for so many of the likeliest tokens."""
+    return {"logprobs": True, "top_logprobs": num_top} if chat else {"logprobs": num_top}
 
 
 def _is_nested_deeper(values: Iterable[Any], limit: int) -> bool:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.legs import GeneratedSoFar
-from haltwise.proxy.upstream import Upstream
+from haltwise.proxy.upstream import GeneratedSoFar, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
 from haltwise.session.thought import PointRules, Thought
 from haltwise.session.token_statistics import NUM_TOP
@@ -19,15 +17,6 @@ from haltwise.session.token_statistics import NUM_TOP
 _MOST_KEPT = 1000
 # Tokens of its context that SGLang may keep for itself.
 _RESERVED = 16
-
-
-class CannotContinueError(Exception):
-    """A thought cannot be closed and continued; `kind` says why."""
-
-    def __init__(self, kind: str) -> None:
-        """Takes the reason in a word or two."""
-        super().__init__(kind)
-        self.kind = kind
 
 
 class LMServer:
@@ -57,6 +46,16 @@ class LMServer:
         self.ends_with_marker = bool(marker) and not after.strip()
         self._opens: dict[bytes, bool] = {}
 
+    async def learn(self, headers: RawHeaders) -> None:
+        """Asks the server once for what has to be known of it; here that is nothing.
+
+        Args:
+            headers: A client's, whose key the questions are asked with.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Why a request cannot be halted on this server; None if it can."""
         return "unknown server" if request.chat else request.why_not_continued(self.close_text)
@@ -81,11 +80,11 @@ class LMServer:
         """The body of the request that goes on from what was generated, and a tail behind it.
 
         Raises:
-            CannotContinueError: If the server did not show enough for it.
-            UpstreamError: If the server does not answer what it has to be asked for it.
+            UpstreamError: If the server did not show enough for it, or does not answer what it
+                has to be asked for it.
         """
         if request.chat:
-            raise CannotContinueError("no token ids")
+            raise UpstreamError("no token ids", "upstream did not tell the ids of a chat's tokens")
         return request.continued_body(prompt=request.prompt + seen.text + tail)
 
     async def opens_thought(self, request: CompletionRequest) -> bool:
@@ -140,8 +139,8 @@ class VllmServer(LMServer):
         """Goes on from ids if the server told all of them, which older ones do not, else text.
 
         Raises:
-            CannotContinueError: If the ids of a chat, or the length of the context, are unknown.
-            UpstreamError: If the server does not tell the ids of the tail.
+            UpstreamError: If the ids of a chat or of the tail, or the length of the context, are
+                unknown.
         """
         if seen.prompt_ids is None or not seen.has_ids:
             return await super().body_after(request, seen, tail)
@@ -160,11 +159,11 @@ class VllmServer(LMServer):
         """How many tokens prompt and answer can have together."""
         async with self._asking:
             if self._context is None:
-                models = _models(await self.upstream.call("/v1/models", None, headers))
+                models = await _models(self.upstream, headers)
                 lengths = [model.get("max_model_len") for model in models]
                 self._context = next((n for n in lengths if isinstance(n, int)), None)
             if self._context is None:
-                raise CannotContinueError("context length")
+                raise UpstreamError("context length", "upstream does not tell its context length")
             return self._context
 
     async def text_ids(self, request: CompletionRequest, text: str) -> list[int]:
@@ -220,8 +219,7 @@ class SglangServer(VllmServer):
         """Goes on, in a chat, from the ids of its messages and of the text so far.
 
         Raises:
-            CannotContinueError: If the length of the context is unknown.
-            UpstreamError: If the server does not tell ids.
+            UpstreamError: If the server tells no ids, or not the length of the context.
         """
         if not request.chat:
             return await super().body_after(request, seen, tail)
@@ -233,20 +231,20 @@ class SglangServer(VllmServer):
 
 
 class LlamaServer(LMServer):
-    """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed.
-
-    Args:
-        args: As of any server.
-        one_at_a_time: Whether it has a single slot.
-        num_close_tokens: Number of tokens of the close text.
-    """
+    """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed."""
 
     kind = "llama-server"
 
-    def __init__(self, *args: Any, one_at_a_time: bool, num_close_tokens: int) -> None:
-        """Asks nothing yet."""
-        super().__init__(*args)
-        self.one_at_a_time, self.num_close_tokens = one_at_a_time, num_close_tokens
+    async def learn(self, headers: RawHeaders) -> None:
+        """Asks whether there is a single slot, and how long the close text is.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        props = await self.upstream.call("/props", None, headers)
+        found = await self.upstream.call("/tokenize", {"content": self.close_text}, headers)
+        self.one_at_a_time = props.get("total_slots") == 1
+        self.num_close_tokens = len(found.get("tokens") or ())
 
     def _controls(self, request: CompletionRequest) -> bool:
         """Whether the server can end this request's thought by itself."""
@@ -291,8 +289,8 @@ class LlamaServer(LMServer):
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.
 
         Raises:
-            CannotContinueError: If the request has what a second one cannot have.
-            UpstreamError: If the server does not render the messages of a chat.
+            UpstreamError: If the request has what a second one cannot have, or the server does
+                not render the messages of a chat.
         """
         # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
         is_complete = seen.has_ids and seen.text.isascii()
@@ -302,7 +300,7 @@ class LlamaServer(LMServer):
             return request.continued_body(prompt=[request.prompt, *said, tail])
         why_not = request.why_not_continued(self.close_text)
         if why_not:
-            raise CannotContinueError(why_not)
+            raise UpstreamError(why_not, "upstream cannot continue such a request")
         prompt = await self.rendered(request.body, request.headers)
         if not Thought(self.rules, prompt).begun:
             # The LM's own marker has no chunk.
@@ -356,39 +354,31 @@ _OWNERS: dict[str, type[LMServer]] = {
 }
 
 
-async def find_lm_server(
-    upstream: Upstream, kind: str, rules: PointRules, close_text: str, headers: RawHeaders
-) -> LMServer:
+async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> LMServer:
     """The server, of the kind that it is or is said to be.
 
     Args:
-        upstream: The connections to it.
+        unknown: The server, as long as nobody knows its kind.
         kind: The kind that it is said to be; "auto" to ask it.
-        rules: The think markers, and where thoughts have decision points.
-        close_text: What closes a thought.
-        headers: The client's, whose key the questions are asked with.
+        headers: A client's, whose key the questions are asked with.
 
     Raises:
         UpstreamError: If it has to be asked and does not answer.
     """
     found = next((known for known in _OWNERS.values() if known.kind == kind), None)
     if found is None:
-        models = _models(await upstream.call("/v1/models", None, headers))
+        models = await _models(unknown.upstream, headers)
         if not models:
             raise UpstreamError("status", "upstream names no model yet")
         found = _OWNERS.get(str(models[0].get("owned_by")), LMServer)
-    if found is LlamaServer:
-        props = await upstream.call("/props", None, headers)
-        ids = await upstream.call("/tokenize", {"content": close_text}, headers)
-        is_single, num = props.get("total_slots") == 1, len(ids.get("tokens") or ())
-        known = upstream, rules, close_text
-        return LlamaServer(*known, one_at_a_time=is_single, num_close_tokens=num)
-    return found(upstream, rules, close_text)
+    server = found(unknown.upstream, unknown.rules, unknown.close_text)
+    await server.learn(headers)
+    return server
 
 
-def _models(listing: Json) -> list[Json]:
-    """The models of a server's list of them."""
-    models = listing.get("data")
+async def _models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
+    """The models that a server lists."""
+    models = (await upstream.call("/v1/models", None, headers)).get("data")
     return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
 
 

@@ -1,10 +1,18 @@
-"""What the proxy counts."""
+"""What the proxy counts, and what it logs of each request."""
 
 from __future__ import annotations
 
+import json
+import logging
+import time
+import uuid
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from haltwise.proxy.wire import Json, UpstreamError
+
+log = logging.getLogger("haltwise.proxy")
 
 _DECISIONS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 _WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -36,3 +44,48 @@ class Metrics:
         self.decision_seconds = seconds(name, text, buckets=_DECISIONS)
         name, text = "haltwise_first_token_seconds", "From a request to the first of its answer"
         self.first_token_seconds = seconds(name, text, buckets=_WAITS)
+
+
+class RequestRecord:
+    """A line in the log and some numbers about one request; nothing that was said, and no key.
+
+    Args:
+        endpoint: The endpoint: "chat", "completions" or "other".
+        metrics: Where the request is counted.
+    """
+
+    def __init__(self, endpoint: str, metrics: Metrics) -> None:
+        """Starts the clock."""
+        self.endpoint = endpoint
+        self.outcome = "ok"
+        self.status: int | None = None
+        """The HTTP status that the client got; None if it got none."""
+        self.about: Json = {}
+        """The model, the terms, and how the thought ended."""
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._first: float | None = None
+
+    def note_first(self) -> None:
+        """Notes that the first of an answer goes to the client, if it is the first."""
+        if self._first is None:
+            self._first = time.perf_counter() - self._started
+            self._metrics.first_token_seconds.observe(self._first)
+
+    def note_error(self, error: UpstreamError) -> None:
+        """Notes that the upstream failed."""
+        self.outcome = "upstream error"
+        self._metrics.upstream_errors.labels(error.kind).inc()
+
+    def close(self) -> None:
+        """Counts the request and writes its line."""
+        self._metrics.requests.labels(self.endpoint, self.outcome).inc()
+        line = {
+            "request": uuid.uuid4().hex,
+            "endpoint": self.endpoint,
+            "outcome": self.outcome,
+            "status": self.status,
+            "first_seconds": self._first,
+            "seconds": time.perf_counter() - self._started,
+        }
+        log.info(json.dumps(line | self.about))

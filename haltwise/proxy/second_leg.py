@@ -5,15 +5,21 @@ No answer is lost: whatever fails on the way, the LM thinks on, and its client s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import AsyncExitStack, suppress
 
 import anyio
 
-from haltwise.proxy.legs import AlreadyShown, HeldBackLeg, LegUsage, UpstreamLeg
-from haltwise.proxy.lm_server import CannotContinueError
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.wire import Json, StreamEvent, UpstreamError, choice_of, texts_of
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
+from haltwise.proxy.wire import REASONING_FIELDS, Json, StreamEvent, UpstreamError, texts_of
 
+log = logging.getLogger("haltwise.proxy")
+
+# Bytes of events that are held back; with more the upstream has to wait.
+_MOST_HELD = 2 * 2**20
 # Seconds that a second leg has at least, even if the first one's own answer is whole by then.
 _SOON = 2.0
 
@@ -28,12 +34,10 @@ class ThoughtCloser:
 
     def __init__(self, reader: ThoughtReader, patience: float) -> None:
         """Sends nothing yet."""
-        self.has_closed = False
-        """Whether the proxy closed the thought."""
         self._reader, self._patience = reader, patience
         self._request, self._server = reader.request, reader.server
-        self._legs: list[UpstreamLeg] = []
-        self._held: HeldBackLeg | None = None
+        self._headers = reader.request.headers
+        self._running = AsyncExitStack()
 
     async def ask(self, body: Json) -> UpstreamLeg:
         """Sends a request of this completion; `close` ends its leg.
@@ -42,61 +46,54 @@ class ThoughtCloser:
             UpstreamError: If no answer comes.
         """
         path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-        headers = self._request.headers
-        if self._legs:  # two requests must not have one name
-            headers = [pair for pair in headers if pair[0] != b"x-request-id"]
-        leg = await self._server.upstream.stream(path, body, headers)
-        self._legs.append(leg)
+        leg = await self._server.upstream.stream(path, body, self._headers)
+        self._running.push_async_callback(leg.close)
+        # Two requests must not have one name.
+        self._headers = [pair for pair in self._headers if pair[0] != b"x-request-id"]
         return leg
 
     async def close(self) -> None:
         """Ends all legs that still run."""
-        if self._held is not None:
-            await self._held.close()
-        for leg in self._legs:
-            await leg.close()
-
-    async def is_ended_by_server(self, completion_id: str) -> bool:
-        """Tells the server to end the running thought by itself; returns whether it will."""
-        try:
-            self.has_closed = await self._server.end_thought(self._request, completion_id)
-        except UpstreamError:
-            self.has_closed = False
-        self._reader.may_halt = False
-        return self.has_closed
+        await self._running.aclose()
 
     async def continued(
         self, first: UpstreamLeg, envelope: Json
-    ) -> tuple[UpstreamLeg | None, AsyncIterator[StreamEvent] | HeldBackLeg]:
-        """Closes the thought by a second leg.
+    ) -> tuple[UpstreamLeg | None, AsyncIterable[StreamEvent]]:
+        """Closes the thought: the server does so by itself if it can, else a second leg goes on.
 
         Args:
-            first: The first leg, which stays open until the second one has begun to answer.
+            first: The first leg, which stays open until a second one has begun to answer.
             envelope: What all chunks of the answer have in common.
 
         Returns:
-            The second leg and itself; if it fails, None and what the client gets instead: the
-            first leg from where it was held back, or the whole request asked anew.
+            The second leg and itself; if there is none, None and what the client gets instead:
+            the first leg from where it is now, or the whole request asked anew.
         """
-        if not self._server.one_at_a_time:
-            self._held = HeldBackLeg(first)
+        reader, server = self._reader, self._server
+        reader.may_halt = False
+        with suppress(UpstreamError):
+            completion_id = str(envelope.get("id", ""))
+            reader.is_closed = await server.end_thought(self._request, completion_id)
+        if reader.is_closed:
+            return None, first
+        held: HeldBackLeg | None = None
+        if not server.one_at_a_time:
+            held = HeldBackLeg(first)
+            self._running.push_async_callback(held.close)
+        rest: AsyncIterable[StreamEvent] = held or first
         try:
-            body = await self._body_after(self._server.close_text)
-        except (UpstreamError, CannotContinueError) as error:
-            self._reader.fall_back(error.kind)
-            return None, self._held or first
-        if self._held is None:
-            await first.close()
-        may_be_empty = bool(self._server.close_parts[1])
-        try:
-            second = await self.begun(body, may_be_empty, self._held)
+            body = await self._body_after(server.close_text)
+            if held is None:
+                await first.close()
+                rest = self._asked_anew(envelope)
+            second = await self.begun(body, bool(server.close_parts[1]), held)
         except UpstreamError as error:
-            self._reader.fall_back(error.kind)
-            return None, self._held or self._asked_anew(envelope)
-        self.has_closed = True
-        if self._held is not None:
-            await self._held.close()
-            self._reader.usages[0].completion_tokens += self._held.num_tokens()
+            reader.fall_back(error.kind)
+            return None, rest
+        reader.is_closed = True
+        if held is not None:
+            await held.close()
+            reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
 
@@ -124,11 +121,11 @@ class ThoughtCloser:
         soon = anyio.current_time() + _SOON
         with anyio.move_on_after(self._patience) as scope:
 
-            def hurry() -> None:
+            def hurry(_: asyncio.Future[None]) -> None:
                 scope.deadline = min(scope.deadline, soon)
 
             if held is not None:
-                held.when_enough(hurry)
+                held.enough.add_done_callback(hurry)
             leg = await self.ask(body)
             choice = await leg.first_choice() if leg.is_stream else None
             thought, text = ("", "") if choice is None else texts_of(choice)
@@ -136,7 +133,7 @@ class ThoughtCloser:
                 return leg
             await leg.close()
             raise UpstreamError("no answer", "upstream did not answer where it was to")
-        if held is not None and held.is_enough:
+        if held is not None and held.enough.done():
             raise UpstreamError("late", "upstream went on by itself for too long")
         raise UpstreamError("timeout", "upstream did not answer in time", 504)
 
@@ -153,7 +150,7 @@ class ThoughtCloser:
         try:
             body = await self._body_after(self._server.close_text + said)
             return await self.begun(body, may_be_empty=True)
-        except (UpstreamError, CannotContinueError):
+        except UpstreamError:
             raise error from None
 
     async def _asked_anew(self, envelope: Json) -> AsyncIterator[StreamEvent]:
@@ -166,6 +163,118 @@ class ThoughtCloser:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
         shown = AlreadyShown("".join(self._reader.shown_texts), self._server.rules.think_end)
         async for event in leg:
-            choice = choice_of(event.chunk) if event.chunk else None
+            choice = event.choice
             if event.chunk and (choice is None or shown.leave_out_of(choice)):
                 yield StreamEvent(chunk=event.chunk | envelope)
+
+
+class HeldBackLeg:
+    """Reads on in a leg while nobody listens, up to a limit, and forgets nothing.
+
+    Args:
+        leg: The leg; nobody else may read it from now on.
+    """
+
+    def __init__(self, leg: UpstreamLeg) -> None:
+        """Begins to read, in a task of its own."""
+        self.enough: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once the end of its answer has come, or there is no room for it."""
+        self._leg = leg
+        self._events: asyncio.Queue[StreamEvent | UpstreamError | None] = asyncio.Queue()
+        self._num_bytes, self._room = 0, asyncio.Event()
+        self._task = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        try:
+            async for event in self._leg:
+                self._events.put_nowait(event)
+                self._num_bytes += len(event.raw)
+                is_full = self._num_bytes > _MOST_HELD
+                is_enough = is_full or (event.choice or {}).get("finish_reason")
+                if is_enough and not self.enough.done():
+                    self.enough.set_result(None)
+                if is_full:
+                    self._room.clear()
+                    await self._room.wait()
+            self._events.put_nowait(None)
+        except UpstreamError as error:
+            self._events.put_nowait(error)
+        except Exception:
+            log.exception("a defect of the proxy")
+            self._events.put_nowait(UpstreamError("cut", "upstream's answer could not be read"))
+
+    async def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        """Gives the leg's events from where it was held back.
+
+        Raises:
+            UpstreamError: If one is malformed or an error, or the answer is cut or too late.
+        """
+        while (event := await self._events.get()) is not None:
+            if isinstance(event, UpstreamError):
+                raise event
+            self._num_bytes -= len(event.raw)
+            if self._num_bytes <= _MOST_HELD:
+                self._room.set()
+            yield event
+
+    def num_tokens(self) -> int:
+        """Counts the tokens that were held back, and drops them: nobody will listen to them."""
+        unheard = GeneratedSoFar()
+        while not self._events.empty():
+            event = self._events.get_nowait()
+            if isinstance(event, StreamEvent) and event.chunk:
+                unheard.add(event.chunk)
+        return unheard.num_tokens
+
+    async def close(self) -> None:
+        """Reads no more."""
+        self._task.cancel()
+        with anyio.CancelScope(shield=True), suppress(asyncio.CancelledError):
+            await self._task
+
+
+class AlreadyShown:
+    """Leaves out of an answer that comes anew what the client has of it already.
+
+    If it is another answer this time, what follows its thought is left.
+
+    Args:
+        shown: All text that the client has: it broke off inside of a thought.
+        think_end: The marker that closes a thought.
+    """
+
+    def __init__(self, shown: str, think_end: str) -> None:
+        """Starts before the first chunk."""
+        self._shown, self._think_end = shown, think_end
+        self._text, self._has_field, self._is_over = "", False, False
+
+    def leave_out_of(self, choice: Json) -> bool:
+        """Cuts the next choice to what is new; returns whether anything of it is."""
+        if self._is_over:
+            return True
+        thought, text = texts_of(choice)
+        self._text += thought + text
+        self._has_field |= bool(thought)
+        num = self._num_new(text)
+        self._is_over = num > 0
+        new = self._text[len(self._text) - num :]
+        border = max(num - len(text), 0) if thought else 0
+        _replace_texts(choice, new[:border], new[border:])
+        return self._is_over or bool(choice.get("finish_reason"))
+
+    def _num_new(self, text: str) -> int:
+        """The number of characters at the end of all text that are new."""
+        if self._shown.startswith(self._text):
+            return 0
+        if self._text.startswith(self._shown):
+            return len(self._text) - len(self._shown)
+        if self._has_field:
+            return len(text)
+        end = self._text.find(self._think_end)
+        return 0 if end < 0 else len(self._text) - end
+
+
+def _replace_texts(choice: Json, thought: str, text: str) -> None:
+    part = choice.get("delta", choice)
+    for names, value in ((REASONING_FIELDS, thought), (("content", "text"), text)):
+        part.update({name: value for name in names if part.get(name)})

@@ -6,9 +6,9 @@ import logging
 import time
 
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.legs import GeneratedSoFar, LegUsage
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import REASONING_FIELDS, Json, ServedToken, texts_of, tokens_of
 from haltwise.session.stream import StreamedThought
 
@@ -46,6 +46,8 @@ class ThoughtReader:
         """Whether the next chunk belongs to the thought, or to what stands before it."""
         self.may_halt = True
         """Whether halting has not been tried yet."""
+        self.is_closed = False
+        """Whether the proxy closed the thought."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
         self.field = ""
@@ -71,7 +73,9 @@ class ThoughtReader:
             self.thought.begun = True
         elif not self._knows_opening and (tokens or text):
             self._knows_opening = True
-            await self._look_for_opening(text + "".join(token.text for token in tokens))
+            opening = text + "".join(token.text for token in tokens)
+            is_marked = self.server.rules.think_start in opening
+            self.thought.begun |= is_marked or await self.server.opens_thought(self.request)
         if any(token.text.startswith(_ID_TEXT) for token in tokens):
             self.is_thinking = False  # its markers cannot be seen
             self.fall_back("token texts")
@@ -88,13 +92,6 @@ class ThoughtReader:
         """Counts the prompt's tokens, once the server has told their ids."""
         if self.generated.prompt_ids is not None:
             self.usages[0].prompt_tokens = len(self.generated.prompt_ids)
-
-    async def _look_for_opening(self, opening: str) -> None:
-        """Finds out whether a chat whose first text this is has begun with a thought."""
-        if self.server.rules.think_start in opening or (
-            await self.server.opens_thought(self.request)
-        ):
-            self.thought.begun = True
 
     def _show_head(self, tokens: list[ServedToken]) -> bool:
         """Shows tokens to the head; returns whether it halts at one of them."""

@@ -1,20 +1,200 @@
-"""The connections to the LM's server: how a request gets there, and how its answer comes back."""
+"""The connections to the LM's server: how a request gets there, and how its answer comes back.
+
+An answer is a leg of a completion. One whose thought runs to its end has one leg. One that is
+halted has a second, which goes on behind the closed thought, and sometimes a third.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import httpx2
 
 from haltwise.proxy.config import ServeConfig
-from haltwise.proxy.legs import UpstreamLeg, as_upstream_errors
-from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.proxy.wire import (
+    DONE,
+    EVENT_STREAM,
+    EventReader,
+    Json,
+    RawHeaders,
+    ServedToken,
+    StreamEvent,
+    UpstreamError,
+    choice_of,
+    json_object,
+    texts_of,
+    tokens_of,
+)
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
 _CALL_TIMEOUT = 5.0
+
+
+@contextmanager
+def as_upstream_errors() -> Iterator[None]:
+    """Turns what may go wrong on the way to the upstream into an UpstreamError."""
+    try:
+        yield
+    except httpx2.ConnectTimeout:
+        message = "upstream could not be reached in time, see --connect-timeout"
+        raise UpstreamError("connect timeout", message, 504) from None
+    except httpx2.TimeoutException:
+        raise UpstreamError("timeout", "upstream did not answer in time", 504) from None
+    except httpx2.ConnectError:
+        raise UpstreamError("unreachable", "upstream cannot be reached") from None
+    except httpx2.TransportError:
+        raise UpstreamError("cut", "upstream broke off its answer") from None
+
+
+class UpstreamLeg:
+    """One answer of the upstream; as an iterator it gives the events that are left.
+
+    Args:
+        response: The answer, whose headers have come.
+    """
+
+    def __init__(self, response: httpx2.Response) -> None:
+        """Reads nothing of the body yet."""
+        self.response = response
+        self._events = self._read()
+        self._put_back: list[StreamEvent] = []
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer is a stream of events."""
+        kind = self.response.headers.get("content-type", "")
+        return self.response.status_code == 200 and kind.startswith(EVENT_STREAM)
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        """Returns the leg itself."""
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        """The next event.
+
+        Raises:
+            UpstreamError: If it is malformed or an error, or the answer is cut or too late.
+        """
+        return self._put_back.pop() if self._put_back else await anext(self._events)
+
+    async def _read(self) -> AsyncGenerator[StreamEvent, None]:
+        reader = EventReader()
+        async with aclosing(self.pieces()) as pieces:
+            async for data in pieces:
+                for event in reader.feed(data):
+                    if event is not DONE:  # a completion ends with its last leg
+                        yield event
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """The body piece by piece, as it was sent, whatever its type.
+
+        Raises:
+            UpstreamError: If the answer is cut or too late.
+        """
+        with as_upstream_errors():
+            async for data in self.response.aiter_raw():
+                yield data
+
+    async def body(self) -> bytes:
+        """The whole body.
+
+        Raises:
+            UpstreamError: If the answer is cut or too late.
+        """
+        async with aclosing(self.pieces()) as pieces:
+            return b"".join([data async for data in pieces])
+
+    async def first_choice(self) -> Json | None:
+        """The first choice with a text or an end; None without one.
+
+        The events up to it are given by the iterator all the same.
+
+        Raises:
+            UpstreamError: If one is malformed or an error, or the answer is cut or too late.
+        """
+        passed = []
+        async for event in self:
+            passed.append(event)
+            choice = event.choice
+            if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
+                self._put_back = passed[::-1]
+                return choice
+        return None
+
+    async def close(self) -> None:
+        """Ends the leg: the upstream need not go on with it."""
+        with anyio.CancelScope(shield=True):
+            await self._events.aclose()
+            await self.response.aclose()
+
+
+@dataclass
+class GeneratedSoFar:
+    """What a leg has shown of the LM's tokens: enough to count them and to go on from them."""
+
+    texts: list[str] = field(default_factory=list)
+    """The text, in pieces."""
+    ids: list[int] = field(default_factory=list)
+    """Ids of the tokens, if the server tells them."""
+    prompt_ids: list[int] | None = None
+    """Ids of the prompt's tokens, if the server tells them."""
+    num_tokens: int = 0
+    """Number of tokens."""
+
+    def add(self, chunk: Json, tokens: Sequence[ServedToken] | None = None) -> None:
+        """Takes in the next chunk.
+
+        Args:
+            chunk: The chunk.
+            tokens: Its tokens, if the caller has read them already.
+        """
+        choice = choice_of(chunk)
+        if choice is None:
+            return
+        tokens, text = tokens or tokens_of(choice), "".join(texts_of(choice))
+        prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
+        self.prompt_ids = prompt_ids if isinstance(prompt_ids, list) else self.prompt_ids
+        ids = choice.get("token_ids")
+        if not isinstance(ids, list):
+            ids = [token.id for token in tokens if token.id is not None]
+        self.ids += ids
+        self.num_tokens += len(ids) or len(tokens) or bool(text)
+        # A token that ends inside of a character has no text of its own.
+        own = "".join(token.text for token in tokens)
+        is_whole = len(own) >= len(text) and "\ufffd" not in own
+        self.texts.append(own if is_whole else text)
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.texts)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the ids of all tokens are known."""
+        return len(self.ids) == self.num_tokens
+
+
+@dataclass
+class LegUsage:
+    """The tokens of one leg, as they were counted until the server tells them itself."""
+
+    prompt_tokens: int | None = None
+    """None if they are not known."""
+    completion_tokens: int = 0
+
+    def take(self, usage: Any) -> None:
+        """Believes the usage that the server tells, if it is one."""
+        for name in ("prompt_tokens", "completion_tokens"):
+            if isinstance(usage, dict) and isinstance(usage.get(name), int):
+                setattr(self, name, usage[name])
 
 
 class Upstream:
@@ -62,8 +242,11 @@ class Upstream:
         Raises:
             UpstreamError: If no answer comes.
         """
+        if self._key is not None:
+            headers = [pair for pair in headers if pair[0] != b"authorization"]
+            headers.append((b"authorization", self._key))
         url = self._url.copy_with(raw_path=self._url.raw_path.rstrip(b"/") + target)
-        request = httpx2.Request(method, url, headers=self._signed(headers), content=content)
+        request = httpx2.Request(method, url, headers=headers, content=content)
         request.extensions["timeout"] = self._timeout.as_dict()
         with as_upstream_errors():
             return UpstreamLeg(await next(self._next_pool).handle_async_request(request))
@@ -96,23 +279,11 @@ class Upstream:
             else:
                 leg = await self.stream(path, body, own)
             try:
-                return _json_object(leg.response.status_code, await leg.body())
+                found = json_object(await leg.body())
             finally:
                 await leg.close()
+            status = leg.response.status_code
+            if status != 200 or found is None:
+                raise UpstreamError("status", f"upstream answered a call with {status}")
+            return found
         raise UpstreamError("timeout", "upstream did not answer a call in time", 504)
-
-    def _signed(self, headers: RawHeaders) -> RawHeaders:
-        if self._key is None:
-            return headers
-        others = [pair for pair in headers if pair[0] != b"authorization"]
-        return [*others, (b"authorization", self._key)]
-
-
-def _json_object(status: int, content: bytes) -> Json:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        found = None
-    if status != 200 or not isinstance(found, dict):
-        raise UpstreamError("status", f"upstream answered a call with {status}")
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,15 @@ def error_body(message: str, kind: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
+def json_object(data: bytes) -> Json | None:
+    """The JSON object that some bytes are; None if they are something else."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 @dataclass(slots=True)
 class StreamEvent:
     """One event of a stream of server-sent events."""
@@ -45,8 +54,15 @@ class StreamEvent:
     """The event as it came, its blank line included; empty if it was changed or made here."""
     chunk: Json | None = None
     """The JSON object that it carries; None for a comment, and for the end."""
-    is_done: bool = False
-    """Whether it says that the stream is whole."""
+
+    @property
+    def choice(self) -> Json | None:
+        """The only choice of its chunk; None where it has none.
+
+        Raises:
+            UpstreamError: If it is malformed.
+        """
+        return None if self.chunk is None else choice_of(self.chunk)
 
     def encode(self) -> bytes:
         """The bytes that are sent to the client."""
@@ -56,7 +72,7 @@ class StreamEvent:
 
 
 #: What a stream that is whole ends with.
-DONE = StreamEvent(b"data: [DONE]\n\n", is_done=True)
+DONE = StreamEvent(b"data: [DONE]\n\n")
 
 
 class EventReader:
@@ -99,24 +115,17 @@ def _event(text: bytes) -> StreamEvent:
         return StreamEvent(raw)
     if data == b"[DONE]":
         return DONE
-    try:
-        chunk = json.loads(data)
-    except (ValueError, RecursionError):
-        chunk = None
-    if not isinstance(chunk, dict):
+    chunk = json_object(data)
+    if chunk is None:
         raise UpstreamError("malformed", "upstream sent an event that is no JSON object")
-    if chunk.get("error"):
-        body = _error_said(chunk["error"])
+    if error := chunk.get("error"):
+        message = "upstream sent an error"
+        body = error_body(message, "upstream_error")  # it has every field that clients expect
+        body["error"] |= error if isinstance(error, dict) else {"message": str(error)}
         code = body["error"]["code"]
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
-        raise UpstreamError("said", "upstream sent an error", status, body)
+        raise UpstreamError("said", message, status, body)
     return StreamEvent(raw, chunk)
-
-
-def _error_said(error: Any) -> Json:
-    """The upstream's own error, with every field that clients expect."""
-    told = error if isinstance(error, dict) else {"message": str(error)}
-    return {"error": error_body("upstream sent an error", "upstream_error")["error"] | told}
 
 
 # Chunks
@@ -134,8 +143,7 @@ def choice_of(chunk: Json) -> Json | None:
     choice: Any = choices[0] if isinstance(choices, list) else None
     if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
         raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
-    found: Json = choice
-    return found
+    return choice
 
 
 #: Where servers put the text of a thought.
@@ -171,12 +179,9 @@ def tokens_of(choice: Json) -> list[ServedToken]:
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict):
         return []
-    if isinstance(logprobs.get("content"), list):
-        return [_token(entry) for entry in logprobs["content"] if isinstance(entry, dict)]
-    return [
-        ServedToken(str(text), _number(number), _numbers(top.values()))
-        for text, number, top in _rows(logprobs)
-    ]
+    content = logprobs.get("content")
+    entries = content if isinstance(content, list) else _chat_entries(logprobs)
+    return [_token(entry) for entry in entries if isinstance(entry, dict)]
 
 
 def _token(entry: Json) -> ServedToken:
@@ -185,13 +190,13 @@ def _token(entry: Json) -> ServedToken:
     return ServedToken(
         str(entry.get("token", "")),
         _number(entry.get("logprob")),
-        _numbers(other.get("logprob") for other in others if isinstance(other, dict)),
+        [_number(other.get("logprob")) for other in others if isinstance(other, dict)],
         token_id if isinstance(token_id, int) else None,
     )
 
 
-def _rows(logprobs: Json) -> list[tuple[Any, Any, Json]]:
-    """Text, log probability and likeliest tokens of each token, in the form of completions."""
+def _chat_entries(logprobs: Json) -> list[Json]:
+    """The tokens of the form of completions, as the form of chat has them but for their bytes."""
     texts = logprobs.get("tokens")
     if not isinstance(texts, list):
         return []
@@ -199,16 +204,19 @@ def _rows(logprobs: Json) -> list[tuple[Any, Any, Json]]:
         values if isinstance(values, list) and len(values) == len(texts) else [None] * len(texts)
         for values in (logprobs.get("token_logprobs"), logprobs.get("top_logprobs"))
     )
-    rows = zip(texts, numbers, tops, strict=True)
-    return [(text, number, top if isinstance(top, dict) else {}) for text, number, top in rows]
+    pairs = (top.items() if isinstance(top, dict) else () for top in tops)
+    return [
+        _entry(text, number) | {"top_logprobs": [_entry(*pair) for pair in top]}
+        for text, number, top in zip(texts, numbers, pairs, strict=True)
+    ]
+
+
+def _entry(text: Any, logprob: Any) -> Json:
+    return {"token": text, "logprob": logprob, "bytes": None}
 
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else _NAN
-
-
-def _numbers(values: Iterable[Any]) -> list[float]:
-    return [_number(value) for value in values]
 
 
 def trim_logprobs(logprobs: Any, num_top: int) -> None:
@@ -236,16 +244,11 @@ def chat_logprobs(logprobs: Any) -> Any:
     """Log probabilities in the form of chat, whichever form they have."""
     if not isinstance(logprobs, dict) or not isinstance(logprobs.get("tokens"), list):
         return logprobs
-    content = [
-        _entry(text, number) | {"top_logprobs": [_entry(*pair) for pair in top.items()]}
-        for text, number, top in _rows(logprobs)
-    ]
+    content = _chat_entries(logprobs)
+    for entry in content:
+        for told in (entry, *entry["top_logprobs"]):
+            told["bytes"] = list(str(told["token"]).encode("utf-8", "surrogatepass"))
     return {"content": content}
-
-
-def _entry(text: Any, logprob: Any) -> Json:
-    data = str(text).encode("utf-8", "surrogatepass")
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
 
 
 # A stream put together

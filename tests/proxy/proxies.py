@@ -21,38 +21,18 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx2
-import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from haltwise import MEAN_LOGPROB, HaltHead, Halting, HeadConfig, Observing, feature_names
+from haltwise import HaltHead
 from haltwise.proxy import ServeConfig, create_server
+from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 
-CLOSE = "\n</think>\n\n"
 #: Seconds to wait for what comes for sure, however busy the machine is.
 PATIENCE = 600.0
 #: Why a proxy leaves a thought alone that it was to halt, if a busy machine makes it late.
 LATE = ("timeout", "late", "unknown server")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
-
-
-def sure_head(close: str = CLOSE, rule: str = "every 4 tokens") -> HaltHead:
-    """Halts where the mean log probability since the last point is above a bar that price lowers.
-
-    Its log-odds are tanh(tanh(logprob + 1.25 + log10(price))): the bar is at -1.25 at a price of
-    1, -2.25 at 10, -3.25 at 100, and -0.25 at 0.1. A plan's thought is then halted after 20
-    tokens, 12, 4, and never.
-    """
-    groups = ("pace", "distribution", "reflection")
-    names = feature_names(groups)
-    mean = [-1.25 if name == "logprob" else 0.0 for name in names]
-    observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
-    w0 = np.zeros((1, observing.size), dtype=np.float32)
-    w0[0, [names.index("logprob"), -1]] = 1.0
-    one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
-    weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
-    halting = Halting("at_halt", rule, close, MEAN_LOGPROB)
-    return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
 
 
 @dataclass
@@ -99,7 +79,7 @@ def proxied(config: ServeConfig) -> Iterator[Proxy]:
 
 
 def saved_head(folder: Path, head: HaltHead | None = None) -> Path:
-    """A folder with a head, by default the one above."""
+    """A folder with a head, by default `sure_head`."""
     (head or sure_head()).save(folder)
     return folder
 

@@ -20,8 +20,9 @@ from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import questions
+from tests.heads import sure_head
 from tests.proxy.llama_server import NAME, LlamaServer, llama_server
-from tests.proxy.proxies import Proxy, proxied, saved_head, sure_head
+from tests.proxy.proxies import Proxy, proxied, saved_head
 
 ASKED = questions("sum", "test", 4)
 PRICE = 10.0

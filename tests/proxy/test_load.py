@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks import proxy
 from benchmarks.proxy import ProxyBenchConfig
+from tests.heads import CLOSE
 from tests.proxy.fake_upstream import Plan
 from tests.proxy.proxies import (
-    CLOSE,
     PATHS,
     PATIENCE,
     Fetched,

@@ -15,8 +15,9 @@ import openai
 import pytest
 
 from haltwise import HaltMonitor, Signals
+from tests.heads import CLOSE
 from tests.proxy.fake_upstream import CONTEXT, Kind, Plan, Thoughts, top_logprobs
-from tests.proxy.proxies import CLOSE, PATIENCE, Pair, Pairs, Reply, ask, wait_until
+from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, wait_until
 
 KINDS: tuple[Kind, ...] = ("vllm", "sglang", "llama-server", "ollama")
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])

@@ -16,11 +16,11 @@ from haltwise.proxy import app, second_leg, upstream
 from haltwise.proxy import server as proxy_server
 from haltwise.proxy.client import RequestingClient
 from haltwise.proxy.completion import CompletionSettings
-from haltwise.proxy.legs import UpstreamLeg
 from haltwise.proxy.lm_server import VllmServer
+from haltwise.proxy.upstream import UpstreamLeg
+from tests.heads import CLOSE
 from tests.proxy.fake_upstream import Kind, Plan
 from tests.proxy.proxies import (
-    CLOSE,
     PATHS,
     PATIENCE,
     Pair,

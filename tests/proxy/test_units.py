@@ -1,4 +1,4 @@
-"""The proxy's pure parts: events, chunks, requests, settings, and the watcher of one stream."""
+"""The proxy's pure parts: events, chunks, requests, legs and settings."""
 
 import asyncio
 import json
@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltwise import HaltMonitor, InputError, Terms, cli
-from haltwise.policy.signals import Signals
+from haltwise import Terms, cli
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig
-from haltwise.proxy.legs import _MOST_HELD, AlreadyShown, GeneratedSoFar, HeldBackLeg, UpstreamLeg
 from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics
-from haltwise.proxy.second_leg import ThoughtCloser
+from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
+from haltwise.proxy.upstream import GeneratedSoFar, UpstreamLeg
 from haltwise.proxy.wire import (
+    DONE,
     EventReader,
     Json,
     StreamEvent,
@@ -38,11 +37,9 @@ from haltwise.proxy.wire import (
 )
 from haltwise.session.control import ConstantControl
 from haltwise.session.report import ThoughtRequest
-from haltwise.session.stream import StreamedThought, check_served
 from haltwise.session.thought import PointRules
 from haltwise.session.token_statistics import NUM_TOP
-from tests.heads import random_head
-from tests.proxy.proxies import sure_head
+from tests.heads import sure_head
 
 HEAD = sure_head(rule="every 8 tokens")
 RULES = PointRules(HEAD.config.halting)
@@ -70,7 +67,7 @@ def test_events_do_not_depend_on_how_their_bytes_are_cut(
     # A lone \r at the end may be the first half of an end of line: one more byte settles it.
     events = [event for piece in [*pieces, b"\n"] for event in reader.feed(piece)]
     assert [event.chunk for event in events] == [None, *chunks, None]
-    assert [event.is_done for event in events] == [False] * (len(chunks) + 1) + [True]
+    assert [event is DONE for event in events] == [False] * (len(chunks) + 1) + [True]
 
 
 def test_an_event_has_the_fields_that_the_format_allows() -> None:
@@ -425,7 +422,7 @@ def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
         for _ in range(100):
             await asyncio.sleep(0)
         assert leg.num_read == _MOST_HELD // 2**20 + 1
-        assert held.is_enough
+        assert held.enough.done()
         got = []
         with pytest.raises(UpstreamError):
             async for event in held:
@@ -446,11 +443,12 @@ def test_a_leg_that_is_held_tells_when_it_is_whole_and_keeps_nobody_waiting() ->
     async def play() -> None:
         leg: Any = OwnLeg([last], RuntimeError("a mistake of ours"))
         held = HeldBackLeg(leg)
-        held.when_enough(lambda: called.append(held.is_enough))
+        held.enough.add_done_callback(lambda enough: called.append(enough.done()))
         with pytest.raises(UpstreamError):
             async for event in held:
                 assert event is last
-        held.when_enough(lambda: called.append(held.is_enough))
+        held.enough.add_done_callback(lambda enough: called.append(enough.done()))
+        await asyncio.sleep(0)
 
     asyncio.run(play())
     assert called == [True, True]
@@ -566,7 +564,7 @@ def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
         return "q<think>"
 
     monkeypatch.setattr(LlamaServer, "rendered", rendered)
-    server = LlamaServer(None, RULES, "</think>\n\n", one_at_a_time=False, num_close_tokens=2)
+    server = LlamaServer(None, RULES, "</think>\n\n")  # type: ignore[arg-type]
     # What the chunk shows may be longer than what its numbers tell of.
     logprobs = {"content": [{"token": text[-1], "id": 7, "logprob": -1.0}]}
     seen = GeneratedSoFar()
@@ -583,8 +581,9 @@ def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
             return {"data": data}
 
     upstream: Any = Upstream()
+    server = LMServer(upstream, RULES, "</think>")
     with pytest.raises(UpstreamError, match="no model yet") as raised:
-        asyncio.run(find_lm_server(upstream, "auto", RULES, "</think>", []))
+        asyncio.run(find_lm_server(server, "auto", []))
     assert raised.value.kind == "status"
 
 
@@ -597,115 +596,6 @@ def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPat
     asked = CompletionRequest(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
     assert asyncio.run(server.opens_thought(asked))
     assert all(len(key) <= 64 for key in server._opens)
-
-
-# Watching
-
-
-def top(logprob: float) -> list[float]:
-    """20 log probabilities with that of the token first: the others share what is left."""
-    return [logprob, *[math.log((1 - math.exp(logprob)) / 30)] * 19]
-
-
-def entropy(logprob: float) -> float:
-    """Of such a token, with 11 of the 30 others as one."""
-    p = math.exp(logprob)
-    rest = (1 - p) / 30
-    return -p * logprob - 19 * rest * math.log(rest) - 11 * rest * math.log(11 * rest)
-
-
-def streamed(terms: Terms, prompt: str = "") -> StreamedThought:
-    return StreamedThought(HEAD, RULES, ThoughtRequest(terms), prompt)
-
-
-def test_the_head_sees_the_numbers_since_the_previous_point(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    points: list[Signals] = []
-    observe = HaltMonitor.observe
-
-    def observed(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
-        points.append(signals)
-        return observe(self, signals, rows)
-
-    monkeypatch.setattr(HaltMonitor, "observe", observed)
-    watcher = streamed(Terms(0.1), "q <think>")
-    logprobs = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7, -0.8] * 2
-    texts = [" wa", "it", " but", "ton", " Hmm", " so", " so", " ver", "ify"]
-    texts += [" so"] * 6 + [" check"]
-    for text, logprob in zip(texts, logprobs, strict=True):
-        assert not watcher.add(text, logprob, top(logprob)[::-1])
-    first, second = points
-    assert [first.position.item(), second.position.item()] == [8, 16]
-    assert first.num_reflections is not None and second.num_reflections is not None
-    # wait and Hmm, not button; verify, which the border cuts, and check.
-    assert [first.num_reflections.item(), second.num_reflections.item()] == [2, 2]
-    for signals in points:
-        expected = {
-            "entropy": np.mean([entropy(value) for value in logprobs]),
-            "max_entropy": entropy(-0.8),
-            "logprob": -0.45,
-            "min_logprob": -0.8,
-            "margin": np.mean([math.exp(v) - (1 - math.exp(v)) / 30 for v in logprobs]),
-        }
-        for name, value in expected.items():
-            assert getattr(signals, name).item() == pytest.approx(value, abs=1e-6), name
-
-
-def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
-    sure = [(" x", -0.1, top(-0.1))] * 20
-    unopened = streamed(TERMS)
-    assert not any(unopened.add(*token) for token in sure)
-    assert not unopened.add("<think>", -0.1, top(-0.1))  # the 21st
-    assert [unopened.add(*token) for token in sure] == [i == 2 for i in range(20)]
-    assert (unopened.report().reason, unopened.report().position) == ("halted", 24)
-    closed = streamed(TERMS, "<think>")
-    assert not any(closed.add(*token) for token in [*sure[:7], ("</think>", -0.1, top(-0.1))])
-    assert not any(closed.add(*token) for token in sure)
-    assert closed.thought.is_over and closed.report().reason == "closed by the LM"
-
-
-@pytest.mark.parametrize(
-    "numbers",
-    [
-        (math.nan, top(-0.1)),
-        (-0.1, ()),
-        (-0.1, top(-0.1)[:15]),
-        (-0.1, [math.nan, *top(-0.1)[1:]]),
-    ],
-    ids=["no number", "none beside", "too few", "one not a number"],
-)
-def test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does(numbers: Any) -> None:
-    watcher = streamed(TERMS, "<think>")
-    assert not any(watcher.add(" x", *numbers) for _ in range(40))
-    assert watcher.report().num_bad_signals == 5
-    terms = Terms(1.0, max_tokens=13)
-    unopened = streamed(terms)
-    assert not any(unopened.add(" x", *numbers) for _ in range(40))
-    capped = streamed(terms, "<think>")
-    assert [capped.add(" x", *numbers) for _ in range(20)] == [i == 12 for i in range(20)]
-    assert (capped.report().reason, capped.report().position) == ("capped", 13)
-
-
-def test_more_log_probabilities_than_needed_are_no_harm() -> None:
-    many = top(-0.1) + [top(-0.1)[-1]] * 11
-    watchers = [streamed(TERMS, "<think>") for _ in range(2)]
-    for watcher, numbers in zip(watchers, (top(-0.1), many[::-1]), strict=True):
-        assert [watcher.add(" x", -0.1, numbers) for _ in range(8)] == [False] * 7 + [True]
-
-
-def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
-    watcher = streamed(Terms(1.0, max_tokens=70))
-    sure = (-0.1, top(-0.1))
-    assert not any(watcher.add(" x", *sure) for _ in range(64))
-    assert watcher.report().reason == "no thought"
-    assert not any(watcher.add(text, *sure) for text in ["<think>", *[" x"] * 100])
-
-
-def test_a_head_that_needs_more_than_a_server_shows_is_refused() -> None:
-    check_served(HEAD)
-    with pytest.raises(InputError, match=r"--probing at_halt --groups pace .* reflection$"):
-        check_served(random_head(0))
 
 
 # Settings
