@@ -16,7 +16,9 @@ from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
 from haltwise.session.monitor import Bools
 from haltwise.session.thought import NEVER, Thought
-from haltwise.vllm.step import SlotSource, StepRows, on_device
+from haltwise.vllm.step import StepRows, on_device
+from haltwise.vllm.v1 import V1Slots
+from haltwise.vllm.v2 import V2Slots
 
 # Under vLLM's own logger: it is the one that vLLM shows.
 _log = logging.getLogger("vllm.haltwise")
@@ -91,7 +93,7 @@ class SlotHalting:
         return self._session.join(slot, request, Thought(self._rules))
 
     @torch.inference_mode()
-    def step(self, rows: StepRows, source: SlotSource, logits: Tensor) -> None:
+    def step(self, rows: StepRows, source: V1Slots | V2Slots, logits: Tensor) -> None:
         """Runs between the LM and the choice of its next tokens: may change logits (rows, V)."""
         is_active = self._is_active(rows.slots)
         self.num_tokens[rows.slots[~is_active]] = rows.num_tokens[~is_active]
@@ -126,7 +128,7 @@ class SlotHalting:
             newest = rows.newest[self._on(rows.index[measured])]
             self._reducer.add(slots, led, newest.long())
 
-    def _decide(self, rows: StepRows, source: SlotSource, logits: Tensor) -> None:
+    def _decide(self, rows: StepRows, source: V1Slots | V2Slots, logits: Tensor) -> None:
         """Lets the session decide about rows that may wait, and begins to close those it halts."""
         session, num, every = self._session, rows.num_tokens, self._rules.every
         due = session.open[rows.slots] & (num >= session.next_look[rows.slots])
@@ -147,7 +149,7 @@ class SlotHalting:
         self.counts.num_bad_signals = session.num_bad_signals
         self._settle(slots)
 
-    def _catch_up(self, slots: Index, num_tokens: Index, source: SlotSource) -> None:
+    def _catch_up(self, slots: Index, num_tokens: Index, source: V1Slots | V2Slots) -> None:
         """Brings the thoughts of some slots up to their newest tokens, or to their cap."""
         thoughts = [self._session.running[slot].thought for slot in slots.tolist()]
         for slot, thought in zip(slots.tolist(), thoughts, strict=True):

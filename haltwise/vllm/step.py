@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,24 +38,6 @@ class StepRows:
             self.known[chosen],
             self.newest,
         )
-
-
-class SlotSource(Protocol):
-    """Where requests keep their slots, and what was said in them."""
-
-    num_slots: int
-    """S"""
-    device: torch.device
-    """The LM's."""
-
-    def rows(self, ctx: Any) -> StepRows:
-        """Returns the rows of this step."""
-
-    def prompt(self, slot: int) -> list[int]:
-        """Returns a prompt's tokens; none if it has only embeddings."""
-
-    def generated(self, spans: Sequence[Span]) -> list[list[int]]:
-        """Returns the generated tokens in each of some spans."""
 
 
 def on_device(device: torch.device, index: Index | Bools) -> Tensor:
