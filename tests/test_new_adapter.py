@@ -64,10 +64,7 @@ class ToyAdapter:
         return [self.session.finish(row) for row in everyone.tolist()]
 
     def halt(self, waiting: Sequence[int]) -> None:
-        points = self.session.points(waiting)
-        thoughts = [self.thoughts[row] for row in points.tolist()]
-        signals = self.collector.collect(points, thoughts) if len(points) else None
-        for row in self.session.decide(waiting, signals):
+        for row in self.session.decide(waiting, self.collector.collect):
             self.thoughts[row].closed = True
             self.server.forced[row] = list(self.close)
 

@@ -29,6 +29,9 @@ log = logging.getLogger("haltwise")
 
 T = TypeVar("T")
 
+#: Given rows (B,) at decision points and their thoughts, returns their signals in that order.
+ReadSignals = Callable[[Index, list[Thought]], Signals]
+
 
 class Session:
     """Decides about the thoughts of R rows.
@@ -104,12 +107,12 @@ class Session:
         thought = self.running[row].thought
         return bool(thought.at_cap or (thought.at_point and self.watched[row]))
 
-    def decide(self, rows: Sequence[int], signals: Signals | None = None) -> list[int]:
+    def decide(self, rows: Sequence[int], read: ReadSignals) -> list[int]:
         """Decides about rows whose thoughts wait.
 
         Args:
             rows: Each at most once; the others among them are left as they are.
-            signals: Those of `points(rows)`, in that order; None if there are none.
+            read: Returns the signals of rows at decision points, if there are any.
 
         Returns:
             Those that are halted now: the caller closes their thoughts, or calls `release`.
@@ -117,7 +120,7 @@ class Session:
         points = self.points(rows)
         halts = set()
         if len(points):
-            assert signals is not None
+            signals = read(points, [self.running[row].thought for row in points.tolist()])
             self._monitor.price[points] = [self._price(row) for row in points.tolist()]
             num_before = self._monitor.num_bad_signals[points].sum()
             halts = set(points[self._monitor.observe(signals, points)].tolist())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from haltwise.errors import InputError
 from haltwise.policy.features import signals_of, unshown_groups
 from haltwise.policy.head import HaltHead
+from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
 from haltwise.session.report import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
@@ -91,11 +92,7 @@ class StreamedThought:
                 self._sum_up()
         if not thought.waits:
             return False
-        signals, points = None, session.points([0])
-        if len(points):
-            self._sum_up()
-            signals = self._collector.collect(points, [thought])
-        return bool(session.decide([0], signals))
+        return bool(session.decide([0], self._read))
 
     def release(self, fallback: str = "") -> None:
         """Leaves the thought to its LM; see `Session.release`."""
@@ -108,6 +105,10 @@ class StreamedThought:
     def finish(self) -> ThoughtReport:
         """Returns what has happened, after the control has been told."""
         return self._session.finish(0)
+
+    def _read(self, rows: Index, thoughts: list[Thought]) -> Signals:
+        self._sum_up()
+        return self._collector.collect(rows, thoughts)
 
     def _sum_up(self) -> None:
         rows = np.zeros(len(self._top), dtype=np.int64)

@@ -12,11 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from haltwise import Control, HaltHead, InputError, Session, Terms, ThoughtReport, ThoughtRequest
+from haltwise import (
+    Control,
+    HaltHead,
+    InputError,
+    Session,
+    Signals,
+    Terms,
+    ThoughtReport,
+    ThoughtRequest,
+)
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.policy.features import signals_of
+from haltwise.policy.signals import Index
 from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Thought
 
 
 @dataclass(frozen=True)
@@ -134,11 +145,13 @@ class _BatchJob:
             The forced answers of halted slots. With a head that does not look at answers there
             are none, since the LM goes on to answer by itself.
         """
-        signals, points = None, self._session.points(slots)
-        probes = self._force(points.tolist()) if self._looks else {}
-        if len(points):
-            signals = self._decoder.signals(points, list(probes.values()) if self._looks else None)
-        halted = self._session.decide(slots, signals)
+        probes: dict[int, Probe] = {}
+
+        def read(points: Index, _: list[Thought]) -> Signals:
+            probes.update(self._force(points.tolist()) if self._looks else {})
+            return self._decoder.signals(points, list(probes.values()) if self._looks else None)
+
+        halted = self._session.decide(slots, read)
         if not self._looks:
             self._decoder.close(np.array(halted, dtype=np.int64))
             return {}

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
-from haltwise import Control, HaltHead, Session, ThoughtReport
+from haltwise import Control, HaltHead, Session, Signals, ThoughtReport
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
+from haltwise.policy.signals import Index
 from haltwise.session.forced_answer import Probe
 from haltwise.session.session import requests_of
 from haltwise.session.thought import Thought
@@ -77,16 +78,13 @@ class GeneratedRows:
             hidden: (R, D) last-layer states of the newest tokens, if they are wanted.
             probes: The forced answers of the rows, if anybody looked.
         """
-        signals, points = None, self.session.points(rows)
-        if len(points):
-            signals = self.reducer.read(
-                points,
-                [self.thoughts[row] for row in points.tolist()],
-                logits[points],
-                None if hidden is None else hidden[points],
-                None if probes is None else [probes[row] for row in points.tolist()],
-            )
-        return self.session.decide(rows, signals)
+
+        def read(points: Index, thoughts: list[Thought]) -> Signals:
+            states = None if hidden is None else hidden[points]
+            looks = None if probes is None else [probes[row] for row in points.tolist()]
+            return self.reducer.read(points, thoughts, logits[points], states, looks)
+
+        return self.session.decide(rows, read)
 
     def close(self, row: int, answer: Iterable[int] = ()) -> None:
         """Closes the thought of a row: the close text follows, and the tokens of an answer."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise import Control, HaltHead, Session, ThoughtRequest
+from haltwise import Control, HaltHead, Session, Signals, ThoughtRequest
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
@@ -139,12 +139,12 @@ class SlotHalting:
             return
         slots = rows.slots[looked]
         self._catch_up(slots, num[looked], source)
-        signals, points = None, session.points(slots.tolist())
-        if len(points):
+
+        def read(points: Index, thoughts: list[Thought]) -> Signals:
             index = rows.index[looked[np.isin(slots, points)]]
-            thoughts = [session.running[slot].thought for slot in points.tolist()]
-            signals = self._reducer.read(points, thoughts, logits[self._on(index)])
-        for slot in session.decide(slots.tolist(), signals):
+            return self._reducer.read(points, thoughts, logits[self._on(index)])
+
+        for slot in session.decide(slots.tolist(), read):
             self._halt(slot)
         self.counts.num_bad_signals = session.num_bad_signals
         self._settle(slots)

@@ -20,15 +20,24 @@ def running(
     return session, thought
 
 
-def seen(thought: Thought, answer: str = "a") -> Signals:
-    return Signals(np.array([thought.position]), answer=answer_keys([answer]))
+def seen(_: object, thoughts: list[Thought]) -> Signals:
+    (thought,) = thoughts
+    return Signals(np.array([thought.position]), answer=answer_keys(["a"]))
+
+
+def unseen(_: object, thoughts: list[Thought]) -> Signals:
+    return Signals(np.array([thought.position for thought in thoughts]))
+
+
+def unasked(*_: object) -> Signals:
+    raise AssertionError("there is no decision point")
 
 
 def test_a_head_is_asked_at_points_and_a_report_tells_what_came_of_it(run_head: HaltHead) -> None:
     # The head halts at a price of 10 at the first answer; a point is every 50 tokens.
-    session, thought = running(run_head, Terms(ALWAYS), "x" * 50)
+    session, _ = running(run_head, Terms(ALWAYS), "x" * 50)
     assert session.points([0, 1]).tolist() == session.waiting([1]) == [1]
-    assert session.decide([1], seen(thought)) == [1]
+    assert session.decide([1], seen) == [1]
     assert not session.open.any() and session.next_look.tolist() == [NEVER, NEVER]
     report = session.finish(1)
     found = (report.reason, report.position, report.num_points, report.decided_at, report.price)
@@ -63,20 +72,20 @@ def test_a_row_need_not_be_looked_at_before_something_is_to_be_decided(
 
 def test_a_cap_holds_between_points_and_where_the_head_may_not_halt(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS, min_tokens=60, max_tokens=60), "x" * 50)
-    assert session.decide([1], seen(thought)) == []
+    assert session.decide([1], seen) == []
     for token in "x" * 10:
         thought.add(token)
     assert (session.points([1]).tolist(), session.waiting([1])) == ([], [1])
-    assert session.decide([1]) == [1]
+    assert session.decide([1], unasked) == [1]
     report = session.finish(1)
     assert (report.reason, report.position) == ("capped", 60)
 
 
 def test_a_thought_that_has_not_begun_has_no_cap_to_reach(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS, max_tokens=3), "x" * 7, prompt="")
-    assert session.waiting([1]) == session.decide([1]) == []
+    assert session.waiting([1]) == session.decide([1], unasked) == []
     thought.add("<think>")
-    assert session.decide(session.waiting([1])) == [1]
+    assert session.decide(session.waiting([1]), seen) == [1]
     assert (session.report(1).reason, session.report(1).position) == ("capped", 8)
 
 
@@ -91,7 +100,7 @@ def test_there_is_nothing_to_decide_at_the_last_token(run_head: HaltHead) -> Non
 
 def test_a_missing_signal_halts_nothing_and_is_counted(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS), "x" * 50)
-    assert session.decide([1], Signals(np.array([50]))) == []
+    assert session.decide([1], unseen) == []
     assert session.report(1).num_bad_signals == session.num_bad_signals == 1
     session.skip(1)
     assert session.waiting([1]) == [] and not thought.at_point
@@ -100,12 +109,12 @@ def test_a_missing_signal_halts_nothing_and_is_counted(run_head: HaltHead) -> No
 
 def test_a_halted_row_can_be_left_to_its_lm_or_tried_again(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS), "x" * 50)
-    session.decide([1], seen(thought))
+    session.decide([1], seen)
     session.undo(1)
     assert session.open[1] and session.report(1).reason == "cut off"
-    assert session.decide([1], seen(thought)) == [1]
+    assert session.decide([1], seen) == [1]
     session.release(1, "late")
-    assert not session.open.any() and session.decide([1], seen(thought)) == []
+    assert not session.open.any() and session.decide([1], seen) == []
     thought.end(by_lm=True)
     report = session.finish(1)
     found = (report.reason, report.halted, report.decided_at, report.fallback)
@@ -116,7 +125,7 @@ def test_a_row_that_is_released_is_not_even_capped(run_head: HaltHead) -> None:
     session, thought = running(run_head, Terms(ALWAYS, max_tokens=50), "x" * 49)
     session.release(1)
     thought.add("x")
-    assert not session.open.any() and session.decide([1]) == []
+    assert not session.open.any() and session.decide([1], unasked) == []
     assert session.report(1).reason == "cut off"
 
 
@@ -161,7 +170,7 @@ def test_a_thought_that_opens_again_is_not_halted_again(run_head: HaltHead) -> N
     for token in ["x", "</think>", "<think>", *"x" * 97]:
         thought.add(token)
     assert (thought.position, thought.num_tokens, thought.num_points) == (2, 100, 0)
-    assert session.waiting([1]) == session.decide([1]) == []
+    assert session.waiting([1]) == session.decide([1], unasked) == []
     assert session.finish(1).position == 2
 
 
