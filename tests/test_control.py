@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from haltwise import InputError, Terms, ThoughtRequest
+from haltwise import InputError, Session, Terms, ThoughtRequest
 from haltwise.session.control import load_control
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import PointRules
@@ -129,9 +130,33 @@ def test_the_guides_control_runs() -> None:
 def test_a_control_that_fails_halts_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert streamed(BrokenControl()) == []
     assert "the control failed" in caplog.text
-    steady = BrokenControl()
-    steady.moves_prices = False
-    assert streamed(steady) == []
+
+
+class NoTerms(RisingPrice):
+    def terms(self, request: ThoughtRequest) -> Terms:
+        raise OSError("unreachable")
+
+
+def test_a_request_without_terms_is_not_halted_at_any_price() -> None:
+    assert streamed(NoTerms()) == []
+
+
+def test_a_control_is_told_of_a_call_whose_report_nobody_reads() -> None:
+    model = tiny_lm(seed=3)
+    looking = HaltProcessor(blind_head(), model, TOKENIZER, control=RisingPrice())
+    generate(model, **OPEN_END, logits_processor=[looking])
+    assert told() == []
+    del looking
+    gc.collect()
+    assert told() == EVERYWHERE
+
+
+def test_what_is_no_control_is_refused() -> None:
+    for name in ("collections:OrderedDict", "builtins:object"):
+        with pytest.raises(InputError, match="expected one with terms, price, finished"):
+            load_control(name)
+    with pytest.raises(InputError, match="control is a str, expected"):
+        Session(blind_head(), 1, "rising")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["", "nowhere:At", "tests.toy_control:None", "json:loads"])

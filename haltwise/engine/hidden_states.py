@@ -49,4 +49,4 @@ class HiddenStateHook:
 
     def _see(self, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Keeps the states of the newest tokens; PyTorch calls it before the head runs."""
-        self._passes.latest = inputs[0][:, -1]
+        self._passes.latest = inputs[0][:, -1].detach()

@@ -35,7 +35,7 @@ from haltwise.proxy.wire import (
     error_body,
     json_object,
 )
-from haltwise.session.control import load_control
+from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
@@ -171,8 +171,8 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
-        halts = terms.price > 0 or self._settings.control.moves_prices
-        off = not halts and terms.max_tokens is None
+        is_asked_only = isinstance(self._settings.control, ConstantControl)
+        off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         why_not = "off" if off else request.why_not_halted()
         if why_not is None:
             server = await self._find_server(headers)
@@ -215,7 +215,8 @@ class Proxy:
         leg = await completion.open()
         status = leg.response.status_code
         if status in (400, 422):
-            return "refused"  # perhaps for what was asked for beside
+            completion.release("refused")  # perhaps for what was asked for beside
+            return "refused"
         if status != 200:
             await self._relay(client, leg, [])
             return None

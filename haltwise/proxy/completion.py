@@ -81,6 +81,10 @@ class WatchedCompletion:
         extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
         return await self._closer.ask(self.request.watched_body(extra))
 
+    def release(self, reason: str) -> None:
+        """Leaves the thought to its LM, whose server has refused to show it."""
+        self._streamed.release(reason)
+
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
         self._streamed.finish()

@@ -111,4 +111,5 @@ class ThoughtReader:
     def fall_back(self, reason: str) -> None:
         """Lets the LM think on, and counts why."""
         self.may_halt, self.fallback = False, reason
+        self.streamed.release(reason)
         self._metrics.fallbacks.labels(reason).inc()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pkgutil import resolve_name
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from haltwise.errors import InputError
 from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
@@ -13,9 +13,10 @@ from haltwise.session.terms import Terms
 class Control(Protocol):
     """Steers the requests of a session; every adapter takes one.
 
-    A method that raises, or gives a price that is none, halts nothing: the LM thinks on. Methods
-    are called between two tokens, so they must be quick; they may be called from several threads
-    if several sessions share a control.
+    With a method that raises, or gives a price or terms that are none, the head does not halt that
+    request; its own cap holds. A request that asks to be off has a price of 0 in its terms, which
+    is the control's to respect. Methods are called between two tokens, so they must be quick; they
+    may be called from several threads if several sessions share a control.
     """
 
     moves_prices: bool
@@ -49,6 +50,23 @@ class ConstantControl:
         """Keeps nothing."""
 
 
+def check_control(control: Any) -> Control:
+    """Returns what can steer a session.
+
+    Raises:
+        InputError: If a method or the attribute of a control is missing.
+    """
+    methods = [getattr(control, name, None) for name in ("terms", "price", "finished")]
+    if not all(map(callable, methods)) or not isinstance(
+        getattr(control, "moves_prices", None), bool
+    ):
+        raise InputError(
+            f"control is a {type(control).__name__}, expected one with terms, price, finished and "
+            "moves_prices, see haltwise.Control"
+        )
+    return cast(Control, control)
+
+
 def load_control(name: str | None) -> Control:
     """Makes the control that a setting names.
 
@@ -62,7 +80,9 @@ def load_control(name: str | None) -> Control:
     if name is None:
         return ConstantControl()
     try:
-        return cast(Control, resolve_name(name)())
+        return check_control(resolve_name(name)())
+    except InputError:
+        raise
     except (ValueError, ImportError, AttributeError, TypeError) as error:
         raise InputError(
             f"control is {name!r}, expected MODULE:NAME of a class ({error})"

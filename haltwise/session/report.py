@@ -64,7 +64,8 @@ class RunningRequest:
     thought: Thought
     """How far it has come."""
     report: ThoughtReport
-    """What has happened to it; position and end are filled in by `Session.report`."""
+    """What has happened to it so far; how far it has come is in `thought`, and `Session.report`
+    puts both together."""
     watched: bool
     """Whether the head is to decide about it, as long as there is something to decide."""
     released: bool = False

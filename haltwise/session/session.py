@@ -19,7 +19,7 @@ import numpy as np
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
-from haltwise.session.control import ConstantControl, Control
+from haltwise.session.control import ConstantControl, Control, check_control
 from haltwise.session.monitor import Bools, HaltMonitor
 from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
@@ -45,12 +45,15 @@ class Session:
         head: The policy.
         num_rows: R.
         control: Sets terms and prices; by default each request's own are constant.
+
+    Raises:
+        InputError: If the control is none.
     """
 
     def __init__(self, head: HaltHead, num_rows: int, control: Control | None = None) -> None:
         """Starts without a request."""
         self.head = head
-        self.control = control or ConstantControl()
+        self.control = check_control(control or ConstantControl())
         #: The requests that run, by row.
         self.running: dict[int, RunningRequest] = {}
         #: (R,) whether the head may still halt the row.
@@ -73,11 +76,11 @@ class Session:
         """
         if row in self.running:
             self.finish(row)
-        never = replace(request.terms, price=0.0)
-        terms = _guarded(never, self.control.terms, request)
+        given = _guarded(None, lambda: replace(self.control.terms(request)))
+        terms = given or replace(request.terms, price=0.0)
         thought.cap = terms.max_tokens
         self._monitor.reset(np.array([row]))
-        watched = terms.price > 0 or self.control.moves_prices
+        watched = given is not None and (terms.price > 0 or self.control.moves_prices)
         report = ThoughtReport(request, terms.price)
         self.running[row] = RunningRequest(terms, thought, report, watched)
         self.look(row)

@@ -101,5 +101,5 @@ class GeneratedRows:
         return scores
 
     def finish(self) -> list[ThoughtReport]:
-        """Ends the requests of all rows; returns what has happened to each."""
-        return [self.session.finish(row) for row in range(len(self.thoughts))]
+        """Ends the requests of all rows that have not ended; returns what has happened to each."""
+        return [self.session.finish(row) for row in sorted(self.session.running)]

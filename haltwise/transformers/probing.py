@@ -33,6 +33,7 @@ from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.features import signals_of
 from haltwise.session.forced_answer import Probe
 from haltwise.transformers.generated_rows import GeneratedRows
 
@@ -142,11 +143,13 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
     ) -> None:
         """Begins the thoughts; the arguments are those of `ProbingGeneration.__call__`."""
         head = generation.head
+        # These may refuse: before any request has joined.
+        sees_hidden = "hidden" in signals_of(head.config.observing.groups)
+        self.states = HiddenStateHook(model) if sees_hidden else None
+        self.eos_ids = end_tokens(generation_config)
         super().__init__(head, generation.rules, input_ids, generation.asked, generation.control)
-        self.states = HiddenStateHook(model) if self.reducer.needs_hidden else None
         self.model, self.halting = model, head.config.halting
         self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-        self.eos_ids = end_tokens(generation_config)
         pad = generation_config._pad_token_tensor
         assert pad is not None  # transformers pads with the end token if there is no other
         self.pad_id = int(pad)

@@ -91,7 +91,9 @@ class HaltProcessor(LogitsProcessor):
         self._num_prompt = 0
         sees_hidden = "hidden" in signals_of(head.config.observing.groups)
         self._passes = _PassWatcher(model, sees_hidden)
-        weakref.finalize(self, self._passes.close)
+        # The rows, for when the processor is gone and nobody has read its report.
+        self._unreported: list[GeneratedRows] = []
+        weakref.finalize(self, _let_go, self._passes, self._unreported)
 
     def __call__(self, input_ids: LongTensor, scores: Tensor) -> Tensor:
         """Takes in the newest tokens and halts rows, before `generate` chooses the next tokens.
@@ -110,6 +112,7 @@ class HaltProcessor(LogitsProcessor):
             self._rows = GeneratedRows(
                 self._head, self._rules, input_ids, self._asked, self._control
             )
+            self._unreported.append(self._rows)
             self._num_prompt, self._known = input_ids.shape[1], input_ids
         elif input_ids.shape != (len(self._rows.thoughts), self._newest.shape[1] + 1):
             raise _other_rows()
@@ -133,6 +136,7 @@ class HaltProcessor(LogitsProcessor):
                 if not thought.ended:
                     thought.end(by_lm=False)
             self._reports = self._rows.finish()
+            self._passes.close()
         return self._reports
 
     def _look(self, rows: GeneratedRows, input_ids: LongTensor, scores: Tensor) -> None:
@@ -242,6 +246,13 @@ def _refuse_beams(logits: Tensor, scores: Tensor) -> None:
     off = logits.median() - scores.median() - shift
     if off.abs() < _SAME < shift.abs():
         raise InputError("scores are of a beam search: expected greedy decoding or sampling")
+
+
+def _let_go(passes: _PassWatcher, unreported: list[GeneratedRows]) -> None:
+    """Leaves no mark on the LM, and ends the requests that nobody has ended."""
+    passes.close()
+    for rows in unreported:
+        rows.finish()
 
 
 def _other_rows() -> InputError:

@@ -15,7 +15,7 @@ from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
 from haltwise.session.monitor import Bools
-from haltwise.session.thought import NEVER, Thought
+from haltwise.session.thought import LONGEST_OPENING, NEVER, Thought
 from haltwise.vllm.step import StepRows, on_device
 from haltwise.vllm.v1 import V1Slots
 from haltwise.vllm.v2 import V2Slots
@@ -237,7 +237,8 @@ class SlotHalting:
         armed = self._armed[rows.slots[chosen]]
         start = next(t for t, text in self._markers.items() if text == self._rules.think_start)
         slots, num = self._on(rows.slots[chosen]), self._on(rows.num_tokens[chosen])
-        opens = self._on(armed) & (newest == start)
+        early = rows.num_tokens[chosen] <= LONGEST_OPENING  # later the marker is only mentioned
+        opens = self._on(armed & early) & (newest == start)
         self._opened_at[slots] = torch.where(
             opens, torch.minimum(self._opened_at[slots], num), self._opened_at[slots]
         )

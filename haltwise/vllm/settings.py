@@ -38,6 +38,10 @@ def read_settings(vllm_config: Any) -> Settings:
     _check_engine(vllm_config)
     terms = _stated(vllm_config.additional_config)
     control = load_control(terms.pop("control", None))
+    if control.moves_prices and vllm_config.parallel_config.tensor_parallel_size > 1:
+        raise InputError(
+            "a control that moves prices: expected one GPU an LM, since each process asks its own"
+        )
     folder = terms.pop("head", None) or os.environ.get("HALTWISE_HEAD")
     if not folder:
         raise InputError(

@@ -294,6 +294,31 @@ def test_a_thought_that_never_opens_is_looked_at_no_oftener_with_a_cap(
     assert request.output == [IDS["wait"]] * 90
 
 
+@pytest.mark.parametrize("engine", [v1_engine, v2_engine])
+def test_a_late_mention_of_a_thought_is_no_thought_to_cap(
+    vllm: Any, tmp_path: Path, engine: Any
+) -> None:
+    def lm(request: Request) -> Tensor:
+        logits = dull(request)
+        if len(request.output) == 66:
+            logits[IDS["<think>"]] = 9.0
+        return logits
+
+    request = Request(0, [IDS["5"]], 90, asking(max_tokens=8))
+    engine(vllm, head_of("every 100 tokens"), tmp_path, lm).run([request])
+    wait = [IDS["wait"]]
+    assert request.output == wait * 66 + [IDS["<think>"]] + wait * 23
+
+
+def test_a_control_that_moves_prices_is_refused_where_each_process_asks_its_own(
+    vllm: Any, tmp_path: Path
+) -> None:
+    made = config(saved(head_of(), tmp_path), TOKENIZER, control="tests.toy_control:RisingPrice")
+    made.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(InputError, match="expected one GPU an LM"):
+        vllm.HaltProcessor(made, torch.device("cpu"), False)
+
+
 @pytest.mark.parametrize("engine", [V1Engine, V2Engine])
 @pytest.mark.parametrize(
     ("prompt", "expected"),
