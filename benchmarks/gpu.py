@@ -141,7 +141,7 @@ class LMContest:
         works = {
             "generate": partial(self._generate, size),
             "HaltProcessor": partial(self._generate, size, self._processor),
-            "ProbingGeneration": partial(self._generate, size, self._halter),
+            "ProbingGeneration": partial(self._generate, size, self._probing_generation),
             "slots": partial(self._refilled, size, 0.0),
             "slots with a head": partial(self._refilled, size, 1.0),
         }
@@ -221,7 +221,7 @@ class LMContest:
     def _processor(self) -> dict[str, Any]:
         return {"logits_processor": [HaltProcessor(self._head, self.lm.model, self.lm.tokenizer)]}
 
-    def _halter(self) -> dict[str, Any]:
+    def _probing_generation(self) -> dict[str, Any]:
         return {"custom_generate": ProbingGeneration(self._head, self.lm.tokenizer)}
 
     def _refilled(self, size: int, price: float) -> int:

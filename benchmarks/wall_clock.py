@@ -117,7 +117,7 @@ def _in_batches(
         prompts = [prompt_of(question) for question in asked[start : start + size]]
         inputs = lm.tokenizer(prompts, return_tensors="pt", padding=True)
         ids = inputs["input_ids"]
-        arguments, halter = _arguments(lm, head, price)
+        arguments, generation = _arguments(lm, head, price)
         out = model.generate(
             input_ids=ids,
             attention_mask=inputs["attention_mask"],
@@ -125,7 +125,9 @@ def _in_batches(
             max_new_tokens=max_tokens,
             **arguments,
         )
-        reports: list[ThoughtReport | None] = [*halter.report] if halter else [None] * len(prompts)
+        reports: list[ThoughtReport | None] = (
+            [*generation.report] if generation else [None] * len(prompts)
+        )
         for row, report in zip(out[:, ids.shape[1] :].tolist(), reports, strict=True):
             num += _num_tokens(lm, row, report)
     return num
@@ -138,8 +140,8 @@ def _arguments(
         return {}, None
     if head.config.halting.probing == "at_halt":
         return {"logits_processor": [HaltProcessor(head, lm.model, lm.tokenizer, price)]}, None
-    halter = ProbingGeneration(head, lm.tokenizer, price)
-    return {"custom_generate": halter}, halter
+    generation = ProbingGeneration(head, lm.tokenizer, price)
+    return {"custom_generate": generation}, generation
 
 
 def _num_tokens(lm: LanguageModel, row: list[int], report: ThoughtReport | None) -> int:

@@ -152,7 +152,7 @@ def answer(
         InputError: If head and LM do not fit each other.
     """
     torch.manual_seed(sampling.seed)
-    halter = ProbingGeneration(head, lm.tokenizer, price)
+    generation = ProbingGeneration(head, lm.tokenizer, price)
     lm.tokenizer.padding_side = "left"
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     columns: list[tuple[bool, int, bool]] = []
@@ -166,10 +166,10 @@ def answer(
             add_special_tokens=False,
         ).to(lm.model.device)
         generate = cast(Any, lm.model).generate
-        ids = generate(**inputs, **sampling.arguments(), custom_generate=halter)
+        ids = generate(**inputs, **sampling.arguments(), custom_generate=generation)
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
         generated = [_without_padding(row, end_tokens(lm.model.generation_config)) for row in rows]
-        columns += map(partial(_outcome, halter), batch, prompts, generated, halter.report)
+        columns += map(partial(_outcome, generation), batch, prompts, generated, generation.report)
     em_column, cost, halted = zip(*columns, strict=True)
     return Outcome(np.array(em_column), np.array(cost, dtype=np.int64), np.array(halted))
 
@@ -181,7 +181,7 @@ def _without_padding(tokens: list[int], eos_ids: list[int]) -> list[int]:
 
 
 def _outcome(
-    halter: ProbingGeneration,
+    generation: ProbingGeneration,
     question: Question,
     prompt: str,
     generated: list[int],
@@ -191,8 +191,8 @@ def _outcome(
     if report.halted:
         answer, spent = report.answer, report.position
     else:
-        thought = Thought(halter.rules, prompt)
+        thought = Thought(generation.rules, prompt)
         for token in generated:
             thought.add(token)
-        answer, spent = halter.rules.read_answer(thought.answer_text()), len(generated)
+        answer, spent = generation.rules.read_answer(thought.answer_text()), len(generated)
     return question.is_right(answer), spent + report.num_probe_tokens, report.halted

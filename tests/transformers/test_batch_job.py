@@ -68,9 +68,9 @@ def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
             assert answer.report == expected
     probing = head(groups=("pace", "confidence", "tokens", "agreement"))
     for answer in answers(model, probing, num_slots, **terms | {"price": ALWAYS}):
-        halter = ProbingGeneration(probing, TOKENIZER, **terms | {"price": ALWAYS})
-        assert answer.ids == alone(model, PROMPTS[answer.index], custom_generate=halter)
-        assert [answer.report] == halter.report
+        generation = ProbingGeneration(probing, TOKENIZER, **terms | {"price": ALWAYS})
+        assert answer.ids == alone(model, PROMPTS[answer.index], custom_generate=generation)
+        assert [answer.report] == generation.report
         assert answer.report.position <= 8
 
 

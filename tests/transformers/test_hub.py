@@ -41,11 +41,13 @@ def test_a_folder_runs_its_head_inside_generate(policy: HaltHead, tmp_path: Path
     )
     looks = policy.config.halting.probing == "always"
     terms: dict[str, Any] = {"price": PRICES, "max_tokens": [None, None, 7]}
-    halter = ProbingGeneration(policy, TOKENIZER, **terms)
+    generation = ProbingGeneration(policy, TOKENIZER, **terms)
     looking = HaltProcessor(blind_head(), model, TOKENIZER, **terms)
-    own: dict[str, Any] = {"custom_generate": halter} if looks else {"logits_processor": [looking]}
+    own: dict[str, Any] = (
+        {"custom_generate": generation} if looks else {"logits_processor": [looking]}
+    )
     assert torch.equal(out, generate(model, **own))
-    assert report == (halter.report if looks else looking.report)
+    assert report == (generation.report if looks else looking.report)
     assert [row.halted for row in report] == [False, True, True]
     # At the head's own price, and with a processor of the caller's.
     plain = generate(model, repetition_penalty=1.2)

@@ -34,10 +34,10 @@ from tests.transformers.hf_cases import (
 def test_a_head_that_never_halts_changes_nothing(rule: str, arguments: dict[str, Any]) -> None:
     model = tiny_lm(seed=3)
     plain = generate(model, **arguments)
-    halter = ProbingGeneration(head(rule=rule), TOKENIZER)
-    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
-    assert sum(row.num_probe_tokens for row in halter.report) > 0
-    for row, tokens in zip(halter.report, plain, strict=True):
+    generation = ProbingGeneration(head(rule=rule), TOKENIZER)
+    assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
+    assert sum(row.num_probe_tokens for row in generation.report) > 0
+    for row, tokens in zip(generation.report, plain, strict=True):
         ends = arguments.get("eos_token_id", [EOS])
         generated = new_tokens(tokens, ends=ends)
         closed = generated[-1] in ends or CLOSE in generated
@@ -55,24 +55,24 @@ def test_a_halted_row_gets_its_forced_answer_and_others_go_on(
     plain = generate(model, **arguments)
     groups = ("pace",) if probing == "at_halt" else ("pace", "confidence", "agreement")
     price = np.array([NEVER, ALWAYS, NEVER])
-    halter = ProbingGeneration(
+    generation = ProbingGeneration(
         head(probing, groups=groups, close="so </think>"), TOKENIZER, price=price
     )
-    out = generate(model, **arguments, custom_generate=halter)
+    out = generate(model, **arguments, custom_generate=generation)
     for i in (0, 2):
         assert new_tokens(out[i]) == new_tokens(plain[i])
-        assert not halter.report[i].halted
+        assert not generation.report[i].halted
     thought = new_tokens(plain[1])[:4]
     prefix = [IDS["5"], IDS["<think>"], *thought, IDS["so"], CLOSE]
     answer = answer_to(model, prefix, 3)
     expected = [*thought, IDS["so"], CLOSE, *answer]
     assert new_tokens(out[1]) == expected + [EOS] * (answer[-1] != EOS)
-    report = halter.report[1]
+    report = generation.report[1]
     assert (report.reason, report.position, report.price) == ("halted", 4, ALWAYS)
     assert report.answer == read_answer(str(TOKENIZER.decode(answer, skip_special_tokens=True)))
     assert report.num_probe_tokens == len(answer)
     if probing == "at_halt":
-        assert halter.report[0].num_probe_tokens == 0
+        assert generation.report[0].num_probe_tokens == 0
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLING])
@@ -82,11 +82,11 @@ def test_any_cache_will_do(attention: str, cache: dict[str, Any], sampling: dict
     open_end: dict[str, Any] = {"suppress_tokens": [EOS, CLOSE], "max_new_tokens": 12}
     model, arguments = lm_with(attention), cache | sampling | open_end
     plain = generate(model, **arguments)
-    halter = ProbingGeneration(head(), TOKENIZER)
-    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
-    assert sum(row.num_probe_tokens for row in halter.report) > 5
-    halter = ProbingGeneration(head(), TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
-    out = generate(model, **arguments, custom_generate=halter)
+    generation = ProbingGeneration(head(), TOKENIZER)
+    assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
+    assert sum(row.num_probe_tokens for row in generation.report) > 5
+    generation = ProbingGeneration(head(), TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
+    out = generate(model, **arguments, custom_generate=generation)
     for i in (0, 2):
         assert new_tokens(out[i]) == new_tokens(plain[i])
     if "cache_config" not in cache:  # what is quantised gives other logits
@@ -101,10 +101,10 @@ def test_a_cap_closes_a_thought_between_decision_points_too(probing: Probing) ->
     plain = generate(model)
     groups = ("pace",) if probing == "at_halt" else ("pace", "confidence")
     policy = head(probing, groups=groups)
-    halter = ProbingGeneration(policy, TOKENIZER, max_tokens=[6, None, 8])
-    out = generate(model, custom_generate=halter)
-    assert [row.reason for row in halter.report] == ["capped", "closed by the LM", "capped"]
-    assert [halter.report[i].position for i in (0, 2)] == [6, 8]
+    generation = ProbingGeneration(policy, TOKENIZER, max_tokens=[6, None, 8])
+    out = generate(model, custom_generate=generation)
+    assert [row.reason for row in generation.report] == ["capped", "closed by the LM", "capped"]
+    assert [generation.report[i].position for i in (0, 2)] == [6, 8]
     assert new_tokens(out[1]) == new_tokens(plain[1])
     for i, (start, position) in {0: (2, 6), 2: (0, 8)}.items():
         closed = [*new_tokens(plain[i])[:position], CLOSE]
@@ -114,32 +114,34 @@ def test_a_cap_closes_a_thought_between_decision_points_too(probing: Probing) ->
 
 def test_before_min_tokens_no_head_halts() -> None:
     model = tiny_lm(seed=3)
-    halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS, min_tokens=[0, 5, 8])
-    generate(model, custom_generate=halter)
-    assert [row.position for row in halter.report] == [4, 8, 8]
+    generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS, min_tokens=[0, 5, 8])
+    generate(model, custom_generate=generation)
+    assert [row.position for row in generation.report] == [4, 8, 8]
 
 
 def test_at_a_price_of_zero_nobody_looks_at_answers() -> None:
     model = tiny_lm(seed=3)
-    halter = ProbingGeneration(head(), TOKENIZER, price=[0, NEVER, 0], max_tokens=9)
-    out = generate(model, custom_generate=halter)
+    generation = ProbingGeneration(head(), TOKENIZER, price=[0, NEVER, 0], max_tokens=9)
+    out = generate(model, custom_generate=generation)
     assert torch.equal(out[:, :15], generate(model)[:, :15])
-    assert [row.halted for row in halter.report] == [True] * 3
-    few = [row.num_probe_tokens <= 3 for row in halter.report]
+    assert [row.halted for row in generation.report] == [True] * 3
+    few = [row.num_probe_tokens <= 3 for row in generation.report]
     assert few == [True, False, True]
 
 
 def test_when_all_is_known_the_lm_runs_no_more() -> None:
     model = tiny_lm(seed=3)
-    halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+    generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
     calls = []
     handle = model.register_forward_hook(lambda *_: calls.append(0))
-    out = generate(model, custom_generate=halter)
+    out = generate(model, custom_generate=generation)
     handle.remove()
     # The prompt and four tokens; the close text and at most two more answer tokens.
     assert len(calls) <= 5 + 3
-    assert [row.reason for row in halter.report] == ["halted"] * 3
-    slow = generate(model, custom_generate=halter, return_dict_in_generate=True, output_scores=True)
+    assert [row.reason for row in generation.report] == ["halted"] * 3
+    slow = generate(
+        model, custom_generate=generation, return_dict_in_generate=True, output_scores=True
+    )
     assert torch.equal(slow.sequences, out)
     assert len(slow.scores) == out.shape[1] - 6
 
@@ -147,14 +149,14 @@ def test_when_all_is_known_the_lm_runs_no_more() -> None:
 def test_max_new_tokens_holds_for_halted_rows() -> None:
     model = tiny_lm(seed=3)
     for budget in (5, 6):
-        halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
-        out = generate(model, custom_generate=halter, max_new_tokens=budget)
+        generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+        out = generate(model, custom_generate=generation, max_new_tokens=budget)
         assert out.shape[1] == 6 + budget
         assert out[:, 10].tolist() == [CLOSE] * 3
-    halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+    generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
     plain = generate(model, max_new_tokens=4)
-    assert torch.equal(generate(model, custom_generate=halter, max_new_tokens=4), plain)
-    assert [row.reason for row in halter.report] == ["token budget"] * 3
+    assert torch.equal(generate(model, custom_generate=generation, max_new_tokens=4), plain)
+    assert [row.reason for row in generation.report] == ["token budget"] * 3
 
 
 def test_answers_that_are_not_numbers_halt_nothing() -> None:
@@ -163,21 +165,21 @@ def test_answers_that_are_not_numbers_halt_nothing() -> None:
     plain = generate(model, **arguments)
     with torch.no_grad():
         model.model.embed_tokens.weight[CLOSE] = torch.nan
-    halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
-    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
-    for row, tokens in zip(halter.report, plain, strict=True):
+    generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+    assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
+    for row, tokens in zip(generation.report, plain, strict=True):
         assert row.num_bad_signals == (len(new_tokens(tokens)) - 1) // 4
-    assert sum(row.num_bad_signals for row in halter.report) > 0
+    assert sum(row.num_bad_signals for row in generation.report) > 0
 
 
 def test_a_batch_without_padding_and_a_single_row() -> None:
     model = tiny_lm(seed=3)
     for prompts in (["3 <think>"], ["3 <think>", "4 <think>"]):
         plain = generate(model, prompts, **SAMPLING)
-        halter = ProbingGeneration(head(), TOKENIZER)
-        assert torch.equal(generate(model, prompts, **SAMPLING, custom_generate=halter), plain)
-        halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
-        out = generate(model, prompts, **SAMPLING, custom_generate=halter)
+        generation = ProbingGeneration(head(), TOKENIZER)
+        assert torch.equal(generate(model, prompts, **SAMPLING, custom_generate=generation), plain)
+        generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+        out = generate(model, prompts, **SAMPLING, custom_generate=generation)
         for row, reference in zip(out, plain, strict=True):
             assert new_tokens(row, 2)[:5] == [*new_tokens(reference, 2)[:4], CLOSE]
 
@@ -191,16 +193,16 @@ def test_other_stopping_criteria_hold_for_halted_rows_too() -> None:
     model = tiny_lm(seed=3)
     arguments: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([StopAtClose()])}
     plain = generate(model, **arguments)
-    halter = ProbingGeneration(head(), TOKENIZER)
-    assert torch.equal(generate(model, **arguments, custom_generate=halter), plain)
-    halter = ProbingGeneration(head(), TOKENIZER, price=np.array([ALWAYS, NEVER, ALWAYS]))
-    out = generate(model, **arguments, custom_generate=halter)
+    generation = ProbingGeneration(head(), TOKENIZER)
+    assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
+    generation = ProbingGeneration(head(), TOKENIZER, price=np.array([ALWAYS, NEVER, ALWAYS]))
+    out = generate(model, **arguments, custom_generate=generation)
     assert out[[0, 2], 10].tolist() == [CLOSE] * 2
     assert (out[[0, 2], 11:] == PAD).all()
     assert new_tokens(out[1]) == new_tokens(plain[1])
-    halter = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
+    generation = ProbingGeneration(head(), TOKENIZER, price=ALWAYS)
     assert torch.equal(
-        generate(model, **arguments, custom_generate=halter)[[0, 2]], out[[0, 2], :11]
+        generate(model, **arguments, custom_generate=generation)[[0, 2]], out[[0, 2], :11]
     )
 
 
@@ -231,9 +233,9 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 def test_generation_that_cannot_be_halted_is_refused(
     price: Any, arguments: dict[str, Any], message: str
 ) -> None:
-    halter = ProbingGeneration(head(), TOKENIZER, price=price)
+    generation = ProbingGeneration(head(), TOKENIZER, price=price)
     with pytest.raises(InputError, match=message):
-        generate(tiny_lm(), **arguments, custom_generate=halter)
+        generate(tiny_lm(), **arguments, custom_generate=generation)
 
 
 def test_terms_are_one_or_one_a_row() -> None:
@@ -241,8 +243,8 @@ def test_terms_are_one_or_one_a_row() -> None:
         with pytest.raises(InputError, match=f"values of {next(iter(terms))} for 3 rows"):
             generate(tiny_lm(), custom_generate=ProbingGeneration(head(), TOKENIZER, **terms))
     with pytest.raises(InputError, match="max_tokens is 3, expected at least 4"):
-        halter = ProbingGeneration(head(), TOKENIZER, min_tokens=4, max_tokens=3)
-        generate(tiny_lm(), custom_generate=halter)
+        generation = ProbingGeneration(head(), TOKENIZER, min_tokens=4, max_tokens=3)
+        generate(tiny_lm(), custom_generate=generation)
 
 
 def test_fingerprints_follow_the_vocabulary() -> None:

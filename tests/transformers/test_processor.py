@@ -229,7 +229,7 @@ def test_signals_are_the_lms_own(monkeypatch: pytest.MonkeyPatch, before: list[A
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
-def test_a_row_alone_is_halted_as_in_any_batch_and_as_by_a_halter(seed: int) -> None:
+def test_a_row_alone_is_halted_as_in_any_batch_and_as_by_a_probing_generation(seed: int) -> None:
     model, policy = tiny_lm(seed=seed), picky_head(seed, (*BLIND, "hidden"))
     prompts = [*PROMPTS, "1 1 1 <think>", "2 . <think>"]
     terms: dict[str, Any] = {"price": 1.0, "max_tokens": 30}
@@ -240,9 +240,9 @@ def test_a_row_alone_is_halted_as_in_any_batch_and_as_by_a_halter(seed: int) -> 
         row = generate(model, [prompt], **OPEN_END, logits_processor=[alone])
         assert alone.report == [together.report[i]]
         assert torch.equal(row[0, -40:], out[i, -40:])
-    halter = ProbingGeneration(policy, TOKENIZER, **terms)
-    generate(model, prompts, **OPEN_END, custom_generate=halter)
-    for mine, theirs in zip(together.report, halter.report, strict=True):
+    generation = ProbingGeneration(policy, TOKENIZER, **terms)
+    generate(model, prompts, **OPEN_END, custom_generate=generation)
+    for mine, theirs in zip(together.report, generation.report, strict=True):
         assert (mine.reason, mine.position) == (theirs.reason, theirs.position)
     assert "halted" in {row.reason for row in together.report}
 
