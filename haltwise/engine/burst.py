@@ -7,8 +7,6 @@ Shapes: R rows of the LM's cache, W of them in a burst, B of these that move on,
 V vocabulary, D size of a hidden state.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

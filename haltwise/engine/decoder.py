@@ -8,8 +8,6 @@ slots, or on the answers forced on the way. (Batches of another size may round d
 changes a token only where two tokens are as good as tied.)
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Sequence
 

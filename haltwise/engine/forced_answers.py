@@ -1,7 +1,5 @@
 """How forced answers are generated: greedily, all rows of a batch together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ keys and values of full or sliding attention, states of linear attention, quanti
 Shapes: B rows forked, T tokens fed to each, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from inspect import signature

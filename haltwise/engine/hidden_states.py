@@ -1,7 +1,5 @@
 """The last-layer states of a language model, seen while it runs."""
 
-from __future__ import annotations
-
 import threading
 
 import torch

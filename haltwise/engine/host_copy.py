@@ -1,7 +1,5 @@
 """Copies from an LM's device to the host, which waits for the device at each of them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -9,8 +9,6 @@ to the host once for each decision point.
 Shapes: R rows, B of them in a call, V vocabulary, D size of a hidden state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import numpy as np

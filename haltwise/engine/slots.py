@@ -7,8 +7,6 @@ Shapes: R rows in the cache, B rows in a forward pass, T tokens fed to each, V v
 L longest row of the pass, S tokens of a burst, D size of a hidden state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from inspect import signature

@@ -4,8 +4,6 @@ An answer rule is a function that reads an answer from a text; `READERS` has the
 rule is an entry there: without more, two answers are equal if it reads the same from both.
 """
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

@@ -7,8 +7,6 @@ of an observation is the log price. It is the same at both ends, so it contribut
 Shapes: F features, O = F + 1 numbers in an observation, H hidden units, T places on the line.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

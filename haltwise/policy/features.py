@@ -9,8 +9,6 @@ the signals that it is made from. `FEATURE_GROUPS` has them all.
 Shapes: R rows in a batch, B of them in a call, F features, P points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ LM and what a server can show to a head all follow from it. A new signal is an e
 field of `Signals`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict
 

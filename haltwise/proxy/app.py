@@ -1,7 +1,5 @@
 """The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

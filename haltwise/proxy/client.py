@@ -1,7 +1,5 @@
 """The client's end of a request: what it sends, what it gets, and whether it is still there."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """One watched completion: from the first token of its thought to the last of its answer."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a client asked for: whether its thought can be halted, and what its answer is to hold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What `haltwise serve` is told: its settings, and the file of API keys."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

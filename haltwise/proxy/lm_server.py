@@ -1,7 +1,5 @@
 """The LM's server: what kind it is, and how each kind ends a thought and goes on behind it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """What the proxy counts, and what it logs of each request."""
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """The proxy behind a socket."""
 
-from __future__ import annotations
-
 import asyncio
 import resource
 from typing import cast

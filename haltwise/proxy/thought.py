@@ -1,7 +1,5 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
-from __future__ import annotations
-
 import logging
 import time
 

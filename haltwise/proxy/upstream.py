@@ -4,8 +4,6 @@ An answer is a leg of a completion. One whose thought runs to its end has one le
 halted has a second, which goes on behind the closed thought, and sometimes a third.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence

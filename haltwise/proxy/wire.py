@@ -1,7 +1,5 @@
 """What goes over the wire: server-sent events, and the chunks of a completion inside of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

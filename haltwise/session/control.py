@@ -1,7 +1,5 @@
 """Who sets the terms of requests, and moves their prices while they run."""
 
-from __future__ import annotations
-
 from pkgutil import resolve_name
 from typing import Any, Protocol, cast
 

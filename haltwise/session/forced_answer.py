@@ -1,7 +1,5 @@
 """Forced answers: what an LM says when its thought is closed for it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

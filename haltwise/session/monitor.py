@@ -1,7 +1,5 @@
 """A head beside a running batch: which rows it would halt now."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Words with which an LM takes back, doubts or checks what it has thought."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

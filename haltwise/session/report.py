@@ -1,7 +1,5 @@
 """What is known of a request: before its first token, while it runs, and after its thought."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

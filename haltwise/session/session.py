@@ -7,8 +7,6 @@ An adapter delivers tokens and signals, and forces what closes a thought; all el
 Shapes: R rows, B of them in a call.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@
 Shapes: R rows, B of them in a call, N tokens in a call.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One thought that a server streams: a token in, whether to close the thought out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

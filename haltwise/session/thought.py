@@ -1,7 +1,5 @@
 """A thought as its tokens come in: how it begins and ends, and where it can be halted."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

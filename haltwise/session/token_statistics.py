@@ -3,8 +3,6 @@
 Shapes: R rows; N tokens in a call, of any rows.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

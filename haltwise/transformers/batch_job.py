@@ -4,8 +4,6 @@ A fixed batch runs until its longest row has ended, whatever the others save; he
 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 

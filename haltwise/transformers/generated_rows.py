@@ -3,8 +3,6 @@
 Shapes: R rows in the call, T tokens in each, V vocabulary, D size of a hidden state.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -10,8 +10,6 @@
 The folder runs as it is, too: `custom_generate=FOLDER`.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from functools import lru_cache

@@ -7,8 +7,6 @@
 Rows that are not halted get exactly the tokens that `generate` gives by itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast

@@ -10,8 +10,6 @@ never touched, so any will do, and the LM answers by itself.
 Shapes: R rows in the batch, T tokens in each, V vocabulary, D size of a hidden state.
 """
 
-from __future__ import annotations
-
 import weakref
 from contextlib import ExitStack
 from threading import get_ident
