@@ -28,7 +28,7 @@ from envs.replay import point_features
 from evaluation.compare import compare
 from evaluation.intervals import interval, resample
 from evaluation.outcome import Outcome, saving, sweep
-from evaluation.protocol import strictest_price
+from evaluation.protocol import own_price
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
 from policies import baselines
@@ -56,6 +56,8 @@ class AdaptConfig:
     """Whether it is known which answers are correct. Otherwise correctness is not looked at."""
     max_traces: int = MAX_TRACES
     """The most traces to hold in memory; of more, a sample of questions is used."""
+    verbose: bool = False
+    """Print, with --labelled, the table of every policy on these traces."""
 
 
 def main(config: AdaptConfig) -> Path:
@@ -80,7 +82,8 @@ def main(config: AdaptConfig) -> Path:
         head = _at_strictest(head, gates)
         policies = {policy.name: [policy] for policy in (HeadPolicy(head), *baselines.BASELINES)}
         probing = head.config.halting.probing
-        print(format_table(compare(traces, "labelled", policies, gates, probing).frozen))
+        if config.verbose:
+            print(format_table(compare(traces, "labelled", policies, gates, probing).frozen))
     known = _with_questions(learned, traces)
     kept_back = {at: adapt(judge, traces) for at, judge in old.kept_back(known).items()}
     adapted = Run(config.run_dir)
@@ -217,9 +220,8 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
 
 
 def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
-    """Returns the head with its strictest point that halts as the default price, if it has one."""
-    price = strictest_price(gates) or head.config.default_price
-    return HaltHead(replace(head.config, default_price=price), head.weights)
+    """Returns the head with the price of its strictest gate as its own."""
+    return HaltHead(replace(head.config, default_price=own_price(gates)), head.weights)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Certifies a run's head: finds the most saving price whose loss of exact match is bounded.
 
     python calibrate.py --head RUN --traces FILE_OR_FOLDER --max-em-drop 0.02 --confidence 0.9
+    python calibrate.py ... --apply
 
-Questions that the head learned from are left out. The certificate goes into the run's head.json,
-and the certified price becomes the head's default; 0, which never halts, if there is none. It holds
-for questions like the calibration ones, of the same LM, and for one call: what is asked must be
-settled before, and asking otherwise afterwards needs fresh questions. What else is printed is for
-planning.
+Questions that the head learned from are left out. Without --apply nothing is written: what could be
+certified is shown beside the head's own price. With it, the certificate goes into the run's
+head.json, and the certified price becomes the head's own: 0, which never halts, if there is none.
+The certificate holds for questions like the calibration ones, of the same LM, and for one call:
+what is asked must be settled before, and asking otherwise afterwards needs fresh questions. What
+else is printed is for planning.
 """
 
 from __future__ import annotations
@@ -31,11 +33,12 @@ from evaluation.certify import (
     segments_to_test,
     smallest_drop,
 )
-from evaluation.outcome import sweep
+from evaluation.outcome import em_delta, halt_outcome, saving, sweep
 from haltwise import Certificate, HaltHead, InputError
 from haltwise.policy.certificate import Risk, SegmentCertificate, check_asked
+from haltwise.policy.head import NEVER_HALTS
 from policies.head import HeadPolicy
-from policies.policy import decisions
+from policies.policy import Signal, decisions
 from runs import Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
@@ -56,7 +59,7 @@ class CalibrateConfig:
     """Certify a run's head on questions that it never learned from."""
 
     head: Path
-    """Run folder, written by train.py; its head.json gets the certificate."""
+    """Run folder, written by train.py; with --apply its head.json gets the certificate."""
     traces: Path
     """Recorded traces with known answers, a file or a folder."""
     max_em_drop: float
@@ -71,10 +74,12 @@ class CalibrateConfig:
     max_traces: int = MAX_TRACES
     """The most traces to hold in memory; of more, the certificate rests on a sample of
     questions."""
+    apply: bool = False
+    """Write the certificate into the head, and make the certified price the head's own."""
 
 
 def main(config: CalibrateConfig) -> Certificate:
-    """Certifies, prints what was found, and writes it into the run's head.
+    """Certifies, prints what was found, and writes it into the run's head if that is asked for.
 
     Returns:
         The certificate; its price is None (never halt) if nothing can be certified.
@@ -95,11 +100,25 @@ def main(config: CalibrateConfig) -> Certificate:
     segments = measure_segments(traces, outcomes, config.risk)
     certificate = _certificate(config, head, traces, prices, pooled, segments)
     print(_told(certificate, prices, pooled))
+    own = head.config.default_price
+    print(f"\nThe head's own price, {own:.6g}, {_came_to(own, policy, signal, traces)}.")
     # Whoever names no price gets what is certified: at a price of 0 the head never halts.
     price = certificate.price or 0.0
+    if not config.apply:
+        print(f"Nothing was written: --apply would make {price:.6g} the head's own price.")
+        return certificate
     head_config = replace(head.config, certificate=certificate, default_price=price)
     certified.save_head(HaltHead(head_config, head.weights))
+    print(f"{price:.6g} is the head's own price now." if price else NEVER_HALTS)
     return certificate
+
+
+def _came_to(price: float, policy: HeadPolicy, signal: Signal, traces: Traces) -> str:
+    """Says what a price comes to on some traces, which certifies nothing."""
+    halts = policy.halts(signal, price)
+    outcome = halt_outcome(traces, halts, policy.head.config.halting.probing)
+    lost = -em_delta(traces, outcome) + 0.0  # no negative zero
+    return f"saves {saving(traces, outcome):.1%} here and loses {_points(lost)}, uncertified"
 
 
 def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
@@ -198,9 +217,7 @@ def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -
         f"{_points(drop)} in the mean.",
     ]
     if certificate.price is None:
-        lines += [
-            "Certified: no price that saves anything. Never halt: the head's own price is 0 now."
-        ]
+        lines += ["Certified: no price that saves anything."]
     else:
         lines += [
             f"Certified: price {certificate.price:.6g}. On these traces it saves "

@@ -31,6 +31,11 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         sys.exit(2)
 
 
+def warn(message: str) -> None:
+    """Tells a person on stderr, in one line, what may be wrong with what they passed."""
+    print("warning:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; it becomes the file only once all is written.

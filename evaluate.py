@@ -1,7 +1,7 @@
 """Compares a run's head with baselines and hindsight, in exact match and in tokens.
 
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
-python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID
+python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID --price 0.2
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from evaluation.decision_path import decision_path
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.results import Report
 from haltwise import InputError
+from haltwise.policy.head import NEVER_HALTS
 from runs import Run
 from traces import MAX_TRACES, TraceFiles
 from traces.store import read_columns
@@ -41,8 +42,12 @@ class EvaluateConfig:
     """Draw exact match against tokens here, a PNG file."""
     explain: str | None = None
     """Print the decision path of this trace in plain words instead of comparing."""
+    price: float | None = None
+    """The price at which --explain lets the head decide. Default: the head's own."""
     live: bool = False
     """Also run the head beside the LM, on the questions of these traces."""
+    verbose: bool = False
+    """Print the tables of every policy and the worst errors too, which the page has as well."""
 
 
 def main(config: EvaluateConfig) -> Report | None:
@@ -59,10 +64,18 @@ def main(config: EvaluateConfig) -> Report | None:
     trained = Trained.load(Run(config.head))
     path = config.traces or trained.run.beginning().traces
     if config.explain is not None:
-        print(_explained(trained.open_traces(path), config.explain, trained))
+        print(_explained(trained.open_traces(path), config.explain, config.price, trained))
         return None
     outputs = Outputs(config.json, config.report, config.plot)
-    return evaluate_run(trained, path, config.split, config.max_traces, outputs, live=config.live)
+    return evaluate_run(
+        trained,
+        path,
+        config.split,
+        config.max_traces,
+        outputs,
+        live=config.live,
+        verbose=config.verbose,
+    )
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -74,6 +87,8 @@ def _check(config: EvaluateConfig) -> None:
     outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
     if config.explain is not None and (outputs or config.live):
         raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")
+    if config.price is not None and config.explain is None:
+        raise InputError("--price is that of --explain: expected --explain TRACE_ID with it")
     if len({path.resolve() for path in outputs}) < len(outputs):
         raise InputError("two files are to be written under the same name")
     for name, path, suffix in (("plot", config.plot, ".png"), ("report", config.report, ".html")):
@@ -88,20 +103,20 @@ def _check(config: EvaluateConfig) -> None:
             raise InputError(f"{path} is a part of the run, expected another name")
 
 
-def _explained(recorded: TraceFiles, trace_id: str, trained: Trained) -> str:
-    """Tells the decision path of one trace, at the head's own price.
+def _explained(recorded: TraceFiles, trace_id: str, price: float | None, trained: Trained) -> str:
+    """Tells the decision path of one trace, at a price or else the head's own.
 
     Raises:
-        InputError: If there is no such trace, or the head never halts.
+        InputError: If there is no such trace, or the head never halts at the price.
     """
     rows = recorded.rows_of_trace(trace_id)
     if not rows.any():
         ((first, *_),) = next(read_columns(recorded.shards[0], ("trace_id",)))
         raise InputError(f"no trace {trace_id!r} among these {len(rows)}, the first is {first!r}")
     traces = recorded.read(rows)
-    price = trained.head.config.default_price
-    if price == 0:
-        raise InputError("the head's own price is 0: it never halts, there is nothing to explain")
+    if price is None and trained.head.config.default_price == 0:
+        raise InputError(f"{NEVER_HALTS} Expected --price with --explain.")
+    price = trained.head.config.default_price if price is None else price
     question_id = str(traces.question_id[0])
     told = decision_path(traces, trained.trainings[0].judge(question_id), price)
     known = trained.learned.among(traces.question_id).any()

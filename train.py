@@ -31,18 +31,19 @@ from numpy.typing import NDArray
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
 from agents.ppo import Agent, PPOConfig, export
-from command import run
+from command import run, warn
 from envs.live import LiveEnv
-from envs.replay import available_groups
+from envs.replay import availability
 from evaluation.compare import parameter_free, swept
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
 from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import folds, strictest_price
+from evaluation.protocol import folds, own_price
 from evaluation.rows import to_json
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
+from evaluation.verdict import conclusion
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
@@ -54,6 +55,7 @@ from policies.supervised import SUPERVISED, Supervised
 from recording.collect import CollectConfig, collect
 from runs import Learned, Run
 from traces import MAX_TRACES, Chunks, TraceFiles, Traces
+from traces.soundness import LEAST_EM, check_sound
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -89,6 +91,11 @@ class TrainConfig(AskConfig):
     chosen on the mean of the trainings, and their spread is reported."""
     seed: int = 0
     """Seed of everything random, and the first of the seeds."""
+    min_em: float = LEAST_EM
+    """Train only on traces whose exact match, never halted, is at least this. An LM or a scorer
+    that is hardly ever right has nothing to lose, so that every saving looks safe."""
+    verbose: bool = False
+    """Print the tables of every policy and every seed too, which the run folder has as well."""
     fit: FitConfig = field(default_factory=FitConfig)
     """Training on recorded traces."""
     live_ppo: PPOConfig = field(
@@ -112,6 +119,8 @@ def main(config: TrainConfig) -> Path:
     _check(config)
     path = (config.traces or _record(config)).resolve()
     recorded = TraceFiles.open(path)
+    for doubt in check_sound(recorded, config.min_em):
+        warn(doubt)
     # Test questions are never learned from, nor anything chosen on them.
     traces = _Material.of(recorded, config)
     head = _head_config(traces, config)
@@ -129,11 +138,15 @@ def main(config: TrainConfig) -> Path:
         learning = _train_from(config, opened, head, traces, fold)
     choice = _choose(config, head, traces.learned_from, learning)
     _finish(opened, export(learning.agent, head), choice, learning)
-    print(format_table(choice.frozen))
-    if "test" in recorded.split:
-        print("\nThe exported head, loaded again:\n")
-        _evaluate(config, opened)
+    if config.verbose:
+        print(format_table(choice.frozen))
     print(f"wrote {opened.folder}")
+    if "test" in recorded.split:
+        print("The exported head, loaded again, on the test questions:")
+        _evaluate(config, opened)
+    else:
+        print("Out of fold, on the questions that the price was chosen on:")
+        print(_conclusion(choice, learning))
     return opened.folder
 
 
@@ -142,7 +155,21 @@ def _evaluate(config: TrainConfig, opened: Run) -> None:
     trained = Trained.load(opened)
     outputs = Outputs(opened.test_json, opened.test_page, opened.test_plot)
     path, beside_lm = opened.beginning().traces, config.traces is None
-    evaluate_run(trained, path, "test", config.max_traces, outputs, live=beside_lm)
+    evaluate_run(
+        trained,
+        path,
+        "test",
+        config.max_traces,
+        outputs,
+        live=beside_lm,
+        verbose=config.verbose,
+    )
+
+
+def _conclusion(choice: Choice, learning: _Learning) -> str:
+    """Says what the head is worth on the questions that its points were chosen on."""
+    num_questions = len(np.unique(learning.judged_on.question_id))
+    return conclusion(choice.frozen, [], num_questions, evidence=True)
 
 
 def _check(config: TrainConfig) -> None:
@@ -243,18 +270,30 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
     """
     traces, recorder = material.learned_from, material.recorded.recorder
     halting = Halting.of_recorder(recorder, config.probing)
-    groups = config.groups or available_groups(traces, halting)
+    if why_not := halting.why_not_run():
+        warn(why_not)
+    groups = config.groups or _available(traces, halting)
     halting.check_groups(groups)
     observing = observing_of(traces, groups, halting)
     return HeadConfig(
         observing=observing,
         halting=halting,
-        default_price=observing.price_range[0],
+        default_price=0.0,  # until one is chosen
         lm=", ".join(np.unique(traces.model).tolist()),
         tokenizer=recorder.get("tokenizer", ""),
         traces=material.recorded.digest(material.rows),
         command=shlex.join(sys.argv),
     )
+
+
+def _available(traces: Traces, halting: Halting) -> tuple[str, ...]:
+    """Returns the feature groups that traces have the signals for; tells a person of the others."""
+    found = availability(traces, halting)
+    for gap in found.gaps:
+        warn(gap)
+    for group, reason in found.left_out.items():
+        print(f"The head does without feature group {group}: {reason}.")
+    return found.groups
 
 
 def _open_run(config: TrainConfig, traces: Path, digest: str) -> Run:
@@ -382,12 +421,13 @@ def _try(
     traces: Traces,
     fold: Mapping[int, NDArray[np.int64]],
 ) -> Trials:
-    """Trains fold by fold with every seed, and prints what came of it."""
+    """Trains fold by fold with every seed."""
     prices = price_grid(head.observing)
     decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds)
     weights = balance(np.array(prices), head.observing)
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
-    print(format_trials(trials, CHECKPOINTS))
+    if config.verbose:
+        print(format_trials(trials, CHECKPOINTS))
     return trials
 
 
@@ -462,8 +502,7 @@ def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) ->
     opened.save_out_of_fold(content)
     plot_frontiers(choice.rows, choice.frozen, opened.out_of_fold_plot)
     opened.save_operating_points(choice.gates)
-    # If the head never halts at any point, its lowest price stays its default.
-    price = strictest_price(choice.gates) or head.config.default_price
+    price = own_price(choice.gates)
     opened.save_head(HaltHead(replace(head.config, default_price=price), head.weights))
 
 

@@ -57,7 +57,7 @@ class _Returns:
 
     obs: Tensor  # (P, F + 1) the observations, at a price of 1
     first: Tensor  # (N,) the index of each trace's first point
-    real: Tensor  # (N, T) whether the point exists
+    real: Tensor  # (N, T) whether the point exists, and all that is seen there is known
     em: Tensor  # (N, T + 1) the EM of halting at each point; in the last column, of never halting
     cost: Tensor  # (N, T + 1) likewise, in thousands of tokens
 
@@ -144,7 +144,7 @@ class _Batch:
         cls, returns: _Returns, rows: Tensor, price: NDArray[np.float64], observing: Observing
     ) -> _Batch:
         """Takes the traces of some rows (B,), which may repeat, at prices (B,)."""
-        longest = int(returns.real[rows].sum(dim=1).max())
+        longest = int(returns.real[rows].any(dim=0).nonzero().max()) + 1
         real = returns.real[rows, :longest]
         obs = returns.obs[(returns.first[rows][:, None] + torch.arange(longest))[real]]
         dial = torch.from_numpy(observing.dial(price))[:, None].expand(-1, longest)
@@ -184,13 +184,13 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
         traces.trace_of_point,
         np.arange(traces.num_points) - np.repeat(traces.offsets[:-1], lengths),
     )
+    obs, sound = observations(traces, observing, halting)
     real = np.zeros((num, longest), dtype=bool)
-    real[at] = True
+    real[at] = sound
     em = np.zeros((num, longest + 1), dtype=np.float32)
     em[at] = traces.correct
     em[:, -1] = traces.final_correct
     cost = np.zeros((num, longest + 1), dtype=np.float32)
     cost[at] = halt_costs(traces, halting.probing) / 1000
     cost[:, -1] = never_costs(traces, halting.probing) / 1000
-    obs = observations(traces, observing, halting)
     return _Returns(*map(torch.from_numpy, (obs, traces.offsets[:-1], real, em, cost)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from traces import Traces
 
 # Points to standardise at a time: it takes several copies of what it is given.
 _AT_A_TIME = 1 << 16
+# A column of which a larger share is unknown is as good as missing.
+_MOSTLY = 0.5
 
 
 def point_features(
@@ -38,7 +41,8 @@ def point_features(
 ) -> Float:
     """Returns the features (P, F) of every point of every trace, made by the code that serves.
 
-    All traces are streamed side by side, one point a round.
+    All traces are streamed side by side, one point a round. A point with an unknown signal has
+    features that are NaN: there a head goes on, in serving as in replay.
 
     Args:
         traces: N traces with P points.
@@ -47,8 +51,8 @@ def point_features(
         projection: The projection of hidden states, if the group "hidden" is there.
 
     Raises:
-        InputError: If the traces lack a signal that a group needs, have more points, or do not
-            fit the projection.
+        InputError: If the traces lack a signal that a group needs altogether, have more points, or
+            do not fit the projection.
     """
     lengths = np.diff(traces.offsets)
     if max_points is not None and lengths.max(initial=0) > max_points:
@@ -79,8 +83,14 @@ def observed_features(traces: Traces, observing: Observing, halting: Halting) ->
     return point_features(traces, observing.groups, halting.max_points, observing.projection)
 
 
-def observations(traces: Traces, observing: Observing, halting: Halting) -> Float:
+def observations(
+    traces: Traces, observing: Observing, halting: Halting
+) -> tuple[Float, NDArray[np.bool_]]:
     """Returns the observations (P, F + 1) of every decision point at a price of 1.
+
+    Returns:
+        The observations, and whether all signals of a point are known (P,). What is not known is
+        observed as the mean; whoever acts must go on there.
 
     Raises:
         InputError: See `point_features`.
@@ -90,39 +100,87 @@ def observations(traces: Traces, observing: Observing, halting: Halting) -> Floa
     for start in range(0, len(obs), _AT_A_TIME):
         some = slice(start, start + _AT_A_TIME)
         obs[some] = observing.observe(features[some], 1.0)
-    return obs
+    sound: NDArray[np.bool_] = np.isfinite(features).all(axis=1)
+    return np.nan_to_num(obs, copy=False), sound
 
 
 def projection_of(traces: Traces, groups: tuple[str, ...]) -> Projection | None:
     """Fits a projection to the hidden states of some traces; None if no group needs one.
 
     Raises:
-        InputError: If a point lacks its hidden state, or there is no point.
+        InputError: If no point has a hidden state.
     """
-    return Projection.fit(_column(traces, "hidden", None)) if "hidden" in groups else None
+    if "hidden" not in groups:
+        return None
+    states = _column(traces, "hidden", None)
+    unknown = _unknown(states)
+    return Projection.fit(states[~unknown] if unknown.any() else states)
 
 
-def available_groups(traces: Traces, halting: Halting) -> tuple[str, ...]:
-    """Returns the feature groups that some traces have all signals for, under some conditions."""
-    return tuple(group for group in FEATURE_GROUPS if _has(traces, group, halting))
+@dataclass(frozen=True)
+class Availability:
+    """Which feature groups a head can read on some traces, and what is wrong with the others."""
+
+    groups: tuple[str, ...]
+    """The groups whose signals are there, in order."""
+    left_out: dict[str, str]
+    """By group that is left out, why."""
+    gaps: list[str]
+    """The columns of the groups that are there that have unknown values, a sentence each."""
 
 
-def _has(traces: Traces, group: str, halting: Halting) -> bool:
-    """Returns whether traces have all signals that a feature group needs under some conditions."""
-    try:
-        halting.check_groups([group])
-        for name in signals_of([group]):
-            _column(traces, name, halting.max_points)
-    except InputError:
-        return False
-    return True
+def availability(traces: Traces, halting: Halting) -> Availability:
+    """Finds the feature groups that some traces have the signals for, under some conditions.
+
+    A column with some unknown values is there; one that is mostly unknown is not.
+    """
+    left_out: dict[str, str] = {}
+    gaps: dict[str, str] = {}
+    for group in FEATURE_GROUPS:
+        try:
+            halting.check_groups([group])
+            found = {name: _gap(traces, name, halting.max_points) for name in signals_of([group])}
+        except InputError as error:
+            left_out[group] = str(error)
+        else:
+            gaps |= {name: gap for name, gap in found.items() if gap}
+    groups = tuple(group for group in FEATURE_GROUPS if group not in left_out)
+    return Availability(groups, left_out, list(gaps.values()))
+
+
+def _gap(traces: Traces, name: str, max_points: int | None) -> str:
+    """Says where a signal is unknown; no text if it is known everywhere.
+
+    Raises:
+        InputError: If it is missing, or unknown at most points.
+    """
+    unknown = _unknown(_column(traces, name, max_points))
+    if name == "worst_logprob":
+        unknown &= traces.answer != ""  # an answer without tokens has no worst one
+    if not unknown.any():
+        return ""
+    first = int(unknown.argmax())
+    n = traces.trace_of_point[first]
+    told = (
+        f"column {_recorded_as(name)!r} is unknown at {unknown.sum():,} of {len(unknown):,} "
+        f"points, first at point {first - traces.offsets[n] + 1} of trace "
+        f"{str(traces.trace_id[n])!r}"
+    )
+    if unknown.mean() > _MOSTLY:
+        raise InputError(told)
+    return f"{told}: there a head that reads it goes on"
+
+
+def _recorded_as(name: str) -> str:
+    """Returns the name of the column that a signal is read from."""
+    return "answer_logprobs" if name == "worst_logprob" else name
 
 
 def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
-    """Returns a signal at every point, (P,) or for hidden states (P, D).
+    """Returns a signal at every point, (P,) or for hidden states (P, D), NaN where unknown.
 
     Raises:
-        InputError: If the traces do not have it everywhere.
+        InputError: If the traces do not have it anywhere.
     """
     if name == "answer":
         return answer_keys(traces.answer.tolist())
@@ -134,12 +192,10 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
     column = traces.signals.get(name, own)
     if name == "hidden" and column is not None:
         check_size(column.shape[1])
-    # A forced answer without tokens has no worst token.
-    excused = (traces.answer == "") & (name == "worst_logprob")
-    if column is None or (_unknown(column) & ~excused).any():
+    if column is None or (len(column) and _unknown(column).all()):
         raise InputError(
-            f"column {name!r} is missing or has unknown values, but the head needs it: "
-            "expected traces recorded with it, or a head without that feature group"
+            f"column {_recorded_as(name)!r} is missing or unknown everywhere, but the head needs "
+            "it: expected traces recorded with it, or a head without that feature group"
         )
     return column
 
@@ -179,7 +235,9 @@ class RecordedSteps:
         #: (P,) whether a point is the last one of its trace.
         self.is_last = np.zeros(traces.num_points, dtype=bool)
         self.is_last[last[self.playable]] = True
-        self._obs = observations(traces, observing, halting)
+        self._obs, sound = observations(traces, observing, halting)
+        # (P,) whether a point is passed whatever anybody decides, as in serving; None if none is.
+        self._passed = None if sound.all() else ~sound
         # (2 P,) what it costs and gains to continue at point 0, to halt there, to continue at
         # point 1, ...
         self._costs = step_costs(traces, halting.probing).astype(np.float64).ravel()
@@ -192,6 +250,13 @@ class RecordedSteps:
         obs = self._obs.take(points, axis=0)
         obs[:, -1] = dial
         return obs
+
+    def obeyed(self, points: Index, halts: Mask) -> Mask:
+        """Returns which of some decisions to halt (B,) at points (B,) are obeyed.
+
+        Where a signal is unknown the LM goes on, as it does in serving.
+        """
+        return halts if self._passed is None else halts & ~self._passed.take(points)
 
     def take(self, points: Index, halts: Mask) -> tuple[NDArray[np.float64], Mask]:
         """Returns what halting, or else continuing, at points (B,) costs and gains.
@@ -297,6 +362,7 @@ class ReplayEnv(BatchedEnv):
             episodes are over (B,); and infos.
         """
         at = self._point
+        halts = self._steps.obeyed(at, halts)
         cost, em = self._steps.take(at, halts)
         rewards = reward(em, cost, self._price)
         self._spent += cost

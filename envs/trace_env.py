@@ -95,7 +95,9 @@ class TraceEnv(SingleEnv):
             The observation (F + 1,) at the newest point, the reward, and what is told of the
             episode if it is over.
         """
-        at, halted = self._point, np.array([halts])
+        at = self._point
+        halted = self._steps.obeyed(at, np.array([halts]))
+        halts = bool(halted[0])
         cost, em = self._steps.take(at, halted)
         value = float(reward(em, cost, self._price)[0])
         self._spent += int(cost[0])

@@ -219,7 +219,7 @@ def reliability(
     for prob in prob_halt:
         halts = prob >= threshold
         gain = _gains(traces, halts, probing, price)
-        reached = _reached(traces, halts)
+        reached = _reached(traces, halts) & np.isfinite(prob)
         columns.append(np.stack([prob, gain >= 0, traces.correct, gain])[:, reached])
     seen = np.concatenate(columns, axis=1)
     which = np.minimum((seen[0] * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)

@@ -63,9 +63,10 @@ class _Path:
     def before(self, i: int) -> Float:
         """Returns the features (F,) that the i-th point is compared with.
 
-        They are those of the point before, or of an average point if it is the first one.
+        They are those of the last point before that is known, or else of an average point.
         """
-        return self.features[i - 1] if i else self.average
+        known = np.flatnonzero(np.isfinite(self.features[:i]).all(axis=1))
+        return self.features[known[-1]] if len(known) else self.average
 
 
 def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
@@ -106,30 +107,38 @@ def _points(path: _Path) -> list[str]:
     """Returns a line for each point that the policy comes to, below what the columns mean."""
     lines = [_LEGEND.format(threshold=100 * path.head.config.threshold)]
     for i in range(path.num_seen):
+        if not np.isfinite(path.features[i]).all():
+            lines.append(f"{_seen(path, i)}{'?':>6}  {'?':>6}  a signal is unknown: it goes on")
+            continue
         explanation = explain(path.head, path.features[i], path.price, path.before(i))
         movers = _movers(path, explanation, path.features[i] > path.before(i))
         lines.append(_fill(_columns(path, i, explanation), movers))
     return lines
 
 
-def _columns(path: _Path, i: int, explanation: Explanation) -> str:
-    """Returns the line of the i-th point up to the words about what moved the policy."""
+def _seen(path: _Path, i: int) -> str:
+    """Returns the line of the i-th point up to the LM's confidence in its answer."""
     trace = path.trace
     answer = " ".join(trace.answer[i].split()) or "(none)"
     if len(answer) > _ANSWER_WIDTH:
         answer = answer[: _ANSWER_WIDTH - 2] + ".."
     confidence = trace.confidence[i]
     sure = "?" if np.isnan(confidence) else f"{100 * confidence:.2f}"
+    return (
+        f"{i + 1:3}  {trace.position[i]:7,}  {answer:{_ANSWER_WIDTH}}  "
+        f"{_right(trace.correct[i])}  {sure:>6}  "
+    )
+
+
+def _columns(path: _Path, i: int, explanation: Explanation) -> str:
+    """Returns the line of the i-th point up to the words about what moved the policy."""
     lowest, highest = path.head.config.observing.price_range
     worth = f"{explanation.indifference_price:.3g}"
     if explanation.indifference_price == 0:
         worth = f"<{lowest:.2g}"
     elif np.isinf(explanation.indifference_price):
         worth = f">{highest:.2g}"
-    return (
-        f"{i + 1:3}  {trace.position[i]:7,}  {answer:{_ANSWER_WIDTH}}  "
-        f"{_right(trace.correct[i])}  {sure:>6}  {100 * explanation.prob_halt:6.1f}  {worth:>6}  "
-    )
+    return f"{_seen(path, i)}{100 * explanation.prob_halt:6.1f}  {worth:>6}  "
 
 
 def _movers(path: _Path, explanation: Explanation, higher: NDArray[np.bool_]) -> list[str]:

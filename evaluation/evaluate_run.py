@@ -85,9 +85,16 @@ class Outputs:
 
 
 def evaluate_run(
-    trained: Trained, path: Path, split: str, max_traces: int, outputs: Outputs, *, live: bool
+    trained: Trained,
+    path: Path,
+    split: str,
+    max_traces: int,
+    outputs: Outputs,
+    *,
+    live: bool,
+    verbose: bool,
 ) -> Report:
-    """Evaluates a run, prints the table, and writes the files asked for.
+    """Evaluates a run, writes the files asked for, and prints the verdict last.
 
     Args:
         trained: The run.
@@ -96,6 +103,7 @@ def evaluate_run(
         max_traces: The most traces to hold in memory; of more, a sample by question is judged.
         outputs: The files to write. With a page, its figures go into the run's TensorBoard files.
         live: Whether to run the head beside its LM, too.
+        verbose: Whether to print the tables and the worst errors, too.
 
     Returns:
         Everything that was found.
@@ -113,12 +121,15 @@ def evaluate_run(
     if len(traces) < rows.sum():
         sampled = f"A sample of {len(traces):,} of the {rows.sum():,} traces, by question."
         report = replace(report, judged=f"{sampled} {report.judged}")
-    print(f"{report.judged}\n\n{format_table(report.frozen)}")
-    for found in report.behaviour[:1]:
-        print(format_cases(found))
+    print(report.judged)
+    if verbose:
+        print(
+            f"\n{format_table(report.frozen)}", *map(format_cases, report.behaviour[:1]), sep="\n"
+        )
     if live:
         report = replace(report, ran_live=True, live=_live(trained, traces))
     _write(outputs, report, trained.run)
+    print(f"\n{report.conclusion}")
     return report
 
 

@@ -20,7 +20,7 @@ from evaluation.protocol import RATE_MATCHED
 from evaluation.results import Report
 from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint, MissingSweep, SweepRow
 from evaluation.svg import COLOR
-from policies.catalogue import in_words
+from evaluation.wording import gate_title, kind_title, policy_title, signed
 from policies.rules import RULE_NAMES
 
 #: At most so many groups of one kind are drawn: those with the most questions.
@@ -75,23 +75,6 @@ class Drawing:
 def style() -> AbstractContextManager[None]:
     """Returns a context with the settings of matplotlib to draw and to save figures under."""
     return matplotlib.rc_context(_STYLE)
-
-
-def policy_title(policy: str) -> str:
-    """Returns the readable name of a policy; an unknown one keeps its own."""
-    title, _ = in_words().get(policy, (policy.replace("_", " "), ""))
-    return title
-
-
-def gate_title(gate: float) -> str:
-    """Returns, in words, what the points of a gate may lose."""
-    points = 100 * gate
-    return f"at most {points:g} point{'' if points == 1 else 's'}" if points else "nothing"
-
-
-def kind_title(by: str) -> str:
-    """Returns what the groups of a kind are called."""
-    return "LM" if by == "model" else by
 
 
 def draw(report: Report) -> dict[str, Drawing]:
@@ -442,11 +425,6 @@ def reliability(found: Reliability) -> Figure:
         lower.set_xlim(-2, 102)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
-
-
-def signed(value: float, digits: int) -> str:
-    """Returns a number with its sign, as it is printed."""
-    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _tick(value: float, _: object = None) -> str:

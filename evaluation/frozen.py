@@ -138,6 +138,9 @@ def report_rows(
 def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | None:
     """Returns the baseline that the head leads least at equal EM, which no doubter may miss.
 
+    A head that never halts has no EM of its own to be equal to. There it is the baseline that saves
+    most at its own point, of those that are not shown to lose more than they may.
+
     Args:
         frozen: The frozen rows.
         gate: The gate whose rows count.
@@ -145,15 +148,27 @@ def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | 
     Returns:
         The name of the policy; None if no baseline is available.
     """
-    leads = {
-        row.policy: row.head_lead_at_equal_em
-        for row in frozen
-        if isinstance(row, FrozenRow)
-        and row.gate == gate
-        and row.policy != "head"
-        and row.head_lead_at_equal_em is not None
-    }
-    return min(leads, key=lambda policy: leads[policy], default=None)
+    rows = [row for row in frozen if isinstance(row, FrozenRow) and row.gate == gate]
+    halts = any(row.policy == "head" and row.parameter is not None for row in rows)
+    others = [row for row in rows if row.policy != "head"]
+    if halts:
+        baselines = [row for row in others if row.head_lead_at_equal_em is not None]
+    else:
+        own = [row for row in others if row.parameter is not None and row.saving > 0]
+        baselines = [row for row in own if not _loses_more(row)]
+    best = max(baselines, key=lambda row: _strength(row, halts), default=None)
+    return None if best is None else best.policy
+
+
+def _strength(row: FrozenRow, head_halts: bool) -> float:
+    """Returns what a baseline is ranked by: the saving that it is ahead of the head."""
+    return -(row.head_lead_at_equal_em or 0.0) if head_halts else row.saving
+
+
+def _loses_more(row: FrozenRow) -> bool:
+    """Returns whether a policy is shown to lose more than the gate allows."""
+    interval = row.em_delta_interval
+    return interval is not None and interval[1] < -row.gate
 
 
 @dataclass(frozen=True, eq=False)

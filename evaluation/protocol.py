@@ -72,6 +72,15 @@ def same_rate(outcomes: Mapping[float, Outcome], rate: float) -> float | None:
     return min(outcomes, key=lambda parameter: abs(outcomes[parameter].halted.mean() - rate))
 
 
+def own_price(gates: Gates) -> float:
+    """Returns the price that a head has as its own: that of the strictest gate.
+
+    It is 0, at which the head never halts, if no price is within that gate. A price of another gate
+    loses more than it may, so that it has to be asked for.
+    """
+    return gates[min(gates)]["head"] or 0.0
+
+
 def strictest_price(gates: Gates) -> float | None:
     """Returns the head's price at the strictest gate where it halts; None if it never does."""
     prices = [gates[gate]["head"] for gate in sorted(gates)]

@@ -7,9 +7,8 @@ is what the JSON is written from, so that page and JSON cannot differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeGuard
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,19 +16,26 @@ from torch.utils.tensorboard import SummaryWriter
 
 from command import whole_file
 from evaluation.behaviour import Behaviour, ReliabilityBin
-from evaluation.figures import (
-    compared_groups,
-    draw,
-    gate_title,
-    kind_title,
-    policy_title,
-    signed,
-    style,
-)
+from evaluation.figures import compared_groups, draw, style
 from evaluation.frontier import AREA_FLOOR
 from evaluation.results import Report
-from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint
+from evaluation.rows import FrozenRow, GroupRow, MissingPoint
 from evaluation.svg import PALETTE, svg
+from evaluation.verdict import GateVerdict, judge
+from evaluation.wording import (
+    between,
+    counted,
+    exact_match,
+    gained,
+    gate_title,
+    kind_title,
+    lead,
+    number,
+    percent,
+    points,
+    policy_title,
+    signed,
+)
 from haltwise import Certificate
 from policies.catalogue import in_words
 from policies.rules import RULE_NAMES
@@ -110,41 +116,6 @@ def log_to_tensorboard(report: Report, log_dir: Path) -> None:
                     writer.add_scalar(f"frozen_{row.gate}/{column}/{row.policy}", value)
 
 
-def percent(share: float) -> str:
-    """Returns a share in %, as every saving and rate is printed."""
-    return f"{100 * share:.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def points(share: float) -> str:
-    """Returns a change of a share in points of a hundred, as every EM change is printed."""
-    return signed(100 * share, 2)
-
-
-def _lead(share: float) -> str:
-    """Returns a lead in saving in points of a hundred, as every such lead is printed."""
-    return signed(100 * share, 1)
-
-
-def _em(share: float) -> str:
-    """Returns an EM in points of a hundred, as every EM is printed."""
-    return f"{100 * share:.2f}"
-
-
-def number(value: float) -> str:
-    """Returns a number without a unit, as prices, thresholds and features are printed."""
-    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
-
-
-def counted(num: int, noun: str) -> str:
-    """Returns a number of things, with the noun in the singular or the plural."""
-    return f"{num:,} {noun}{'' if num == 1 else 's'}"
-
-
-def _gained(share: float) -> str:
-    """Says in words how EM changed."""
-    return f"{'gained' if share > 0 else 'lost'} {_em(abs(share))} points"
-
-
 def _tokens(value: float) -> str:
     """Returns a number of tokens, as it is printed."""
     return f"{value:,.0f}"
@@ -176,21 +147,8 @@ class Column:
         return ("> " if beyond else "") + self.form(value), between(interval, self.form)
 
 
-def between(interval: Sequence[float] | None, form: Callable[[float], str]) -> str:
-    """Returns an interval as it is printed; empty where there is none."""
-    return f"[{form(interval[0])}, {form(interval[1])}]" if _is_known(interval) else ""
-
-
-def _is_known(interval: Sequence[float] | None) -> TypeGuard[Sequence[float]]:
-    """Returns whether an interval says something.
-
-    One of no width, where all resamples agree, is no evidence.
-    """
-    return interval is not None and interval[1] - interval[0] > _ROUNDING
-
-
 _MAIN = (
-    Column("em", "EM, %", "Share of the answers that are right, by exact match.", _em),
+    Column("em", "EM, %", "Share of the answers that are right, by exact match.", exact_match),
     Column("em_delta", "EM change, points", "EM less that of never halting.", points),
     Column(
         "saving", "Saving, %", "Share of never halting's tokens not spent, net of probes.", percent
@@ -209,7 +167,7 @@ _MAIN = (
         "highest EM, which favours it, since it never has the head's. In every resample the "
         "policy's frontier takes the best of many points: what chance adds to it counts against "
         "the head.",
-        _lead,
+        lead,
     ),
     Column(
         "hindsight_share",
@@ -241,7 +199,7 @@ _MORE = (
         "head_saving_lead",
         "Head saves more, points",
         "The head's saving less the policy's, each at its own point.",
-        _lead,
+        lead,
     ),
     Column(
         "area",
@@ -249,11 +207,13 @@ _MORE = (
         f"EM above a floor, {-100 * AREA_FLOOR:g} points below never halting's, in the mean over "
         "all allowances of tokens, from none to never halting's, each spent by the best of the "
         "policy's numbers: the area under its frontier.",
-        _em,
+        exact_match,
     ),
 )
 _OF_GROUPS = (
-    Column("em_never", "EM never halted, %", "EM of never halting on the same traces.", _em),
+    Column(
+        "em_never", "EM never halted, %", "EM of never halting on the same traces.", exact_match
+    ),
     *_MAIN[:3],
 )
 
@@ -262,154 +222,39 @@ _OF_GROUPS = (
 class GateSection:
     """What the page says of one gate."""
 
-    gate: float
-    head: FrozenRow
-    strongest: str | None
-    standing: tuple[str, str]
-    """How the head stands against the strongest baseline: a key for the style, and words."""
-    sentences: list[str]
-    """What the head comes to, and how it compares with the strongest baseline."""
+    verdict: GateVerdict
     rows: list[FrozenRow]
     """The available policies: the head, baselines by saving at the head's EM, rules."""
     missing: list[str]
     """The names of the policies that are not available."""
     groups: list[GroupRow]
     """The groups' rows of the head and the strongest baseline."""
-    losses: str
-    """A sentence about the groups in which the head loses exact match."""
+
+    @property
+    def title(self) -> str:
+        """What the points were chosen for, and what became of that here."""
+        chosen, change = gate_title(self.verdict.gate), self.verdict.head.em_delta
+        here = f"here it {gained(change)}" if abs(change) >= 5e-5 else "here nothing was lost"
+        return f"Chosen to lose {chosen}; {here}"
 
 
 def _gate(report: Report, gate: float) -> GateSection:
     """Gathers what the page says of one gate."""
     rows = [row for row in report.frozen if row.gate == gate]
     known = {row.policy: row for row in rows if isinstance(row, FrozenRow)}
-    groups = compared_groups(report, gate)
-    head, strongest = known["head"], report.strongest.get(gate)
     baselines = [row for name, row in known.items() if name not in ("head", *RULE_NAMES)]
     baselines.sort(key=lambda row: -(row.saving_at_head_em or 0.0))
-    standing, compared = _standing(head, None if strongest is None else known.get(strongest))
+    verdict = judge(
+        report.frozen, gate, report.strongest.get(gate), report.groups, report.traces.num_questions
+    )
     if not report.evidence:
-        standing = ("void", "not evidence")
+        verdict = replace(verdict, badge=("void", "not evidence"))
     return GateSection(
-        gate=gate,
-        head=head,
-        strongest=strongest,
-        standing=standing,
-        sentences=[_head_words(head, gate, report.traces.num_questions), *compared],
-        rows=[head, *baselines, *(known[name] for name in RULE_NAMES if name in known)],
+        verdict=verdict,
+        rows=[known["head"], *baselines, *(known[name] for name in RULE_NAMES if name in known)],
         missing=[row.policy for row in rows if isinstance(row, MissingPoint)],
-        groups=groups,
-        losses=_losses([row for row in groups if row.policy == "head"]),
+        groups=compared_groups(report, gate),
     )
-
-
-def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
-    """Says what the head saves and how EM changes, with intervals."""
-    if head.parameter is None:
-        return (
-            "The head never halts at this gate: no price was within it. It saves and loses nothing."
-        )
-    saving = f"{percent(head.saving)} % of the tokens{_range(head, 'saving', percent)}"
-    change = f"{points(head.em_delta)} points{_range(head, 'em_delta', points)}"
-    meaning = _change_words(head, gate, num_questions)
-    return (
-        f"The head saves {saving}, the cost of its own probes taken off. Exact match changes by "
-        f"{change}{meaning}."
-    )
-
-
-def _range(row: FrozenRow, key: str, form: Callable[[float], str]) -> str:
-    """Returns the interval of a row's value in words; empty where there is none."""
-    found: Interval | None = getattr(row, f"{key}_interval")
-    return f" (95 % interval {form(found[0])} to {form(found[1])})" if _is_known(found) else ""
-
-
-def _change_words(head: FrozenRow, gate: float, num_questions: int) -> str:
-    """Says what the head's EM change and its interval mean."""
-    interval, asked = head.em_delta_interval, counted(num_questions, "question")
-    if not _is_known(interval):
-        if interval is None or abs(head.em_delta) > _ROUNDING:
-            return ", of unknown precision"
-        # Clopper and Pearson, 1934: if losses are more frequent than this bound, N questions
-        # without one have a chance of less than 5 %.
-        bound = 1 - 0.05 ** (1 / num_questions)
-        return (
-            f": no question's EM changed; {asked} exclude, at 95 %, only losses above "
-            f"{_em(bound)} points"
-        )
-    low, high = interval
-    if high < -gate:
-        return f": a loss, though it was chosen to lose {gate_title(gate)}"
-    if high < 0:
-        return ": a loss, not shown to be larger than what it was chosen to lose"
-    if low > 0:
-        return ": a gain"
-    loss = f", nor from a loss of {_em(-low)} points" if low < 0 else ""
-    return f", which {asked} cannot tell from no change{loss}"
-
-
-def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str], list[str]]:
-    """Says how the head stands against the strongest baseline.
-
-    Returns:
-        A key for the style with a few words; and sentences.
-    """
-    if other is None:
-        return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
-    name = policy_title(other.policy)
-    told = (
-        f"The strongest baseline, {name}, saves {percent(other.saving)} %"
-        f"{_range(other, 'saving', percent)}, with an EM change of {points(other.em_delta)} "
-        f"points{_range(other, 'em_delta', points)}."
-    )
-    lead, interval = other.head_lead_at_equal_em, other.head_lead_at_equal_em_interval
-    if lead is None:
-        return ("unknown", "not compared"), [told, "They were not compared at equal EM."]
-    at_head_em = other.saving_at_head_em
-    if at_head_em is None:
-        where = (
-            f"{name[:1].upper()}{name[1:]} never reaches the head's EM. Against what it saves at "
-            "its highest EM"
-        )
-    else:
-        where = f"At equal EM (there {name} saves {percent(at_head_em)} %)"
-    difference = (
-        f"{where} the head saves {percent(abs(lead))} points {'less' if lead < 0 else 'more'}"
-    )
-    if interval is None:
-        return ("unknown", "no interval"), [told, f"{difference}, of unknown precision."]
-    if not _is_known(interval):
-        alike = "Every resample says the same, which is no evidence: it cannot be told."
-        return ("unknown", "cannot be told"), [told, f"{difference}. {alike}"]
-    difference += f" (95 % interval {_lead(interval[0])} to {_lead(interval[1])})"
-    if interval[0] > 0:
-        return ("ahead", "ahead"), [told, f"{difference}: it is ahead."]
-    if interval[1] < 0:
-        return ("behind", "behind"), [told, f"{difference}: it loses."]
-    return ("tie", "tie"), [told, f"{difference}. The interval contains 0: a tie."]
-
-
-def _losses(groups: Sequence[GroupRow]) -> str:
-    """Says in which groups the interval of the head's EM change lies below 0, the worst first."""
-    chance = "Of twenty groups, one interval misses by chance."
-    lost = [row for row in groups if _is_below_0(row.em_delta_interval)]
-    if not lost:
-        return f"In no group does the interval of the head's EM change lie below 0. {chance}"
-    lost.sort(key=lambda row: row.em_delta)
-    named = "; ".join(
-        f"{kind_title(row.by)} {row.group} {points(row.em_delta)} "
-        f"{between(row.em_delta_interval, points)}"
-        for row in lost[:_MOST_LOSSES]
-    )
-    more = f" and {len(lost) - _MOST_LOSSES} more" if len(lost) > _MOST_LOSSES else ""
-    return (
-        f"Groups where the interval of the head's EM change lies below 0: {named}{more}. {chance}"
-    )
-
-
-def _is_below_0(interval: Sequence[float] | None) -> bool:
-    """Returns whether an interval says something and lies below 0."""
-    return _is_known(interval) and interval[1] < 0
 
 
 @dataclass(frozen=True)
@@ -470,7 +315,7 @@ def _gains(seen: Sequence[ReliabilityBin]) -> str:
     }
     sentences = [
         f"Where it put it {where}, halting "
-        f"{_gained(np.average([b.gain for b in bins], weights=[b.num for b in bins]))} "
+        f"{gained(np.average([b.gain for b in bins], weights=[b.num for b in bins]))} "
         "a decision in the mean."
         for where, bins in said.items()
         if bins
@@ -495,7 +340,7 @@ def _certificate(certificate: Certificate | None) -> list[str]:
     )
     if certificate.price is None:
         smallest = certificate.smallest_em_drop
-        could = "no bound" if smallest is None else f"a bound of {_em(smallest)} points"
+        could = "no bound" if smallest is None else f"a bound of {exact_match(smallest)} points"
         return [
             f"Nothing could be certified for {certificate.lm}: never halt. The head's own price "
             f"is 0, at which it never does. Asked was a price at which halting {bound}, {asked}.",
@@ -505,6 +350,6 @@ def _certificate(certificate: Certificate | None) -> list[str]:
         f"Certified for {certificate.lm}, {asked}: on questions like those, in the mean, "
         f"halting at a price of {number(certificate.price)} {bound}.",
         f"There it saved {percent(certificate.saving)} % of the tokens and "
-        f"{_gained(-certificate.observed_loss)}. It is a certificate of that price, not of the "
+        f"{gained(-certificate.observed_loss)}. It is a certificate of that price, not of the "
         "points in the tables above.",
     ]

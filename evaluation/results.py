@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.behaviour import Behaviour
 from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow, to_json
+from evaluation.verdict import conclusion
 from haltwise import Certificate
 
 if TYPE_CHECKING:  # the module loads an LM's framework, which a page does without
@@ -54,6 +55,13 @@ class Report:
     """Whether the head was to run beside its LM; JSON tells of it only then."""
     live: Comparison | None = None
     """What came of that; None if the head never halts at any operating point."""
+
+    @property
+    def conclusion(self) -> str:
+        """What the head is worth, in a paragraph."""
+        return conclusion(
+            self.frozen, self.groups, self.traces.num_questions, evidence=self.evidence
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object with a key for each field."""

@@ -29,6 +29,8 @@ _CALIBRATION_FOLDS = 3
 # So many questions must have a right answer, and so many a wrong one. Then some of either are in
 # every one of five folds, and again in every one of the three for calibration.
 _MIN_QUESTIONS = 10
+# Stands for the probability at a point where a feature is unknown: no threshold is as low.
+_UNKNOWN = -1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Supervised:
         return _KINDS[self.name].sentence
 
     def signal(self, traces: Traces) -> NDArray[np.float64] | None:
-        """Returns the probability (P,) that the forced answer is right.
+        """Returns the probability (P,) that the forced answer is right, -1 where it is unknown.
 
         It is None if fewer than 10 of the questions to learn from have a right answer, or fewer
         than 10 a wrong one.
@@ -109,13 +111,16 @@ class Supervised:
             model = self._fit(learned, self._observe(learned, observing))
             rows = fold == k
             obs = self._observe(traces.select(rows), observing)
-            signal[rows[traces.trace_of_point]] = model.predict_proba(obs)[:, 1]
+            sound = np.isfinite(obs).all(axis=1)
+            prob = np.full(len(obs), _UNKNOWN)
+            prob[sound] = model.predict_proba(obs[sound])[:, 1] if sound.any() else 0.0
+            signal[rows[traces.trace_of_point]] = prob
         return signal
 
     def grid(self, signal: NDArray[np.float64]) -> list[float]:
         """Returns up to 200 quantiles of the probabilities, dense near the largest."""
         levels = 1 - np.logspace(0, -4, 200)
-        quantiles: list[float] = np.unique(np.quantile(signal, levels)).tolist()
+        quantiles: list[float] = np.unique(np.quantile(signal[signal >= 0], levels)).tolist()
         return quantiles
 
     def halts(self, signal: NDArray[np.float64], parameter: float) -> Halts:
@@ -135,11 +140,13 @@ class Supervised:
             obs: Their standardised features (P, F).
         """
         question = np.unique(traces.question_id, return_inverse=True)[1][traces.trace_of_point]
-        folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, traces.correct, question)
+        sound = np.isfinite(obs).all(axis=1)
+        obs, right, question = obs[sound], traces.correct[sound], question[sound]
+        folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, right, question)
         model = CalibratedClassifierCV(
             _KINDS[self.name].estimator, method="isotonic", cv=list(folds), ensemble=False
         )
-        return model.fit(obs, traces.correct)
+        return model.fit(obs, right)
 
 
 def _folds_of(traces: Traces, fold: Mapping[str, int]) -> NDArray[np.int64]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from haltwise import InputError
+from command import warn
+from haltwise import Halting, InputError
 from lms.ask import questions
 from lms.questions import SPLITS
 from lms.scorers import needed
@@ -19,7 +20,7 @@ from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.shards import alone, recorded_ids, write_shards
 from recording.trace_row import SeededQuestion, trace_id
-from traces import import_json_lines
+from traces import import_json_lines, read_ids
 
 # The number of questions that the LM is tried with.
 _NUM_TRIED = 8
@@ -107,6 +108,9 @@ def collect(config: CollectConfig) -> None:
     if config.out and config.json_lines:
         num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
         print(f"{config.out}: {num_traces:,} traces")
+        _, recorder = read_ids(config.out)
+        if why_not := Halting.of_recorder(recorder).why_not_run():
+            warn(f"{why_not} (docs/TRACES.md says what the first line may tell)")
         return
     if not config.self_test:  # a split without questions is an error before anything is loaded
         list(questions(config, config.split, 1, config.seed))

@@ -17,6 +17,7 @@ import calibrate
 from calibrate import CalibrateConfig
 from evaluation.certify import fewest_questions
 from haltwise import HaltHead, InputError
+from haltwise.policy.head import NEVER_HALTS
 from runs import Learned, Run
 from traces import read_traces, write_shard
 
@@ -41,7 +42,9 @@ def config(run_head: HaltHead, make_row: Callable[..., Row], tmp_path: Path) -> 
     # All that the head learned from ends right, and is wrong where it is halted.
     wrong = [row(n, make_row, answer=["3"] * 3, correct=[False] * 3) for n in range(20)]
     write_shard(tmp_path / "traces.parquet", wrong + rows[20:], {})
-    return CalibrateConfig(tmp_path / "run", tmp_path / "traces.parquet", max_em_drop=0.05)
+    return CalibrateConfig(
+        tmp_path / "run", tmp_path / "traces.parquet", max_em_drop=0.05, apply=True
+    )
 
 
 def test_the_most_saving_price_without_too_much_loss_is_certified(config: CalibrateConfig) -> None:
@@ -57,6 +60,19 @@ def test_the_most_saving_price_without_too_much_loss_is_certified(config: Calibr
     head = HaltHead.load(config.head)
     assert head.config.certificate == certificate
     assert head.config.default_price == certificate.price
+
+
+def test_without_apply_nothing_is_written(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (config.head / "head.json").read_bytes()
+    certificate = calibrate.main(replace(config, apply=False))
+    assert certificate.price is not None
+    assert (config.head / "head.json").read_bytes() == before
+    told = capsys.readouterr().out
+    # At its own price, 1, the head halts at two equal answers.
+    assert "The head's own price, 1, saves 27.8% here and loses 0 points, uncertified." in told
+    assert f"--apply would make {certificate.price:.6g} the head's own price." in told
 
 
 def test_each_segment_has_its_own_certificate(config: CalibrateConfig) -> None:
@@ -84,7 +100,8 @@ def test_nothing_certifiable_is_to_never_halt(
     features = np.zeros((3, len(head.config.features)), dtype=np.float32)
     assert not head.halts(features).any()
     told = capsys.readouterr().out
-    assert "Never halt: the head's own price is 0 now." in told
+    assert "Certified: no price that saves anything." in told
+    assert f"{NEVER_HALTS}\n" in told
     assert "No drop would be certified with some saving." in told
     assert "45 without a single loss; if losses stay as observed, no number would do" in told
 

@@ -307,6 +307,8 @@ def test_outputs_are_checked_before_the_work(run_folder: Path, tmp_path: Path) -
     with pytest.raises(InputError, match="under the same name"):
         same = tmp_path / "x.html"
         evaluate.main(EvaluateConfig(head=run_folder, json=same, report=same))
+    with pytest.raises(InputError, match="--price is that of --explain"):
+        evaluate.main(EvaluateConfig(head=run_folder, price=0.5))
     with pytest.raises(InputError, match="--explain prints one trace"):
         evaluate.main(EvaluateConfig(head=run_folder, explain="t5", json=tmp_path / "x.json"))
 
@@ -378,7 +380,7 @@ def test_the_script_runs_from_another_folder(
         [*script, "--head", str(run_folder), "--traces", str(traces_path)],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0 and "hindsight" in done.stdout
+    assert done.returncode == 0 and "\nVerdict: " in done.stdout
     failed = subprocess.run(
         [*script, "--head", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

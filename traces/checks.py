@@ -8,7 +8,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise import InputError
-from traces.schema import SIGNALS
+from traces.schema import KNOWN_SPLITS, SIGNALS
+
+# A log probability is rounded, and may be this much above 0.
+_ROUNDING = 1e-3
+# No context window is longer, so that no thought or answer is.
+_MOST_TOKENS = 100_000_000
+# No answer is longer either: it is what follows the thought.
+_MOST_ANSWER_TOKENS = 1_000_000
+# The smallest and the largest value that each number of a point can have.
+_RANGES = {
+    "probe_tokens": (0, _MOST_ANSWER_TOKENS),
+    "confidence": (0.0, 1.0),
+    "answer_logprobs": (-np.inf, _ROUNDING),
+    "entropy": (-_ROUNDING, np.inf),
+    "max_entropy": (-_ROUNDING, np.inf),
+    "logprob": (-np.inf, _ROUNDING),
+    "min_logprob": (-np.inf, _ROUNDING),
+    "margin": (-_ROUNDING, 1 + _ROUNDING),
+    "end_think_logprob": (-np.inf, _ROUNDING),
+    "num_reflections": (0.0, np.inf),
+}
 
 
 def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], source: str) -> None:
@@ -27,18 +47,23 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
     rows = np.arange(len(lengths))
     row_of_point = np.repeat(rows, lengths)
     gold, num_tokens = columns["gold"], columns["num_tokens"]
-    position, confidence = columns["position"], columns["confidence"]
+    position = columns["position"]
     before = np.where(np.diff(row_of_point, prepend=-1) > 0, -1, np.roll(position, 1))
     for name, row, bad, expected in (
+        ("split", rows, ~np.isin(columns["split"], KNOWN_SPLITS), "train, dev, test or empty"),
         ("gold", rows, gold == "", "a reference answer"),
         ("num_tokens", rows, num_tokens < 1, "at least 1"),
+        ("num_tokens", rows, num_tokens > _MOST_TOKENS, f"at most {_MOST_TOKENS}"),
         ("position", row_of_point, position <= before, "strictly increasing from 0 or more"),
         ("position", row_of_point, position > num_tokens[row_of_point], "at most num_tokens"),
-        ("probe_tokens", row_of_point, columns["probe_tokens"] < 0, "at least 0"),
-        ("confidence", row_of_point, (confidence < 0) | (confidence > 1), "in [0, 1] or NaN"),
         *(
             (name, row_of_point, _has_inf(columns[name]), "finite or NaN")
             for name in SIGNALS
+            if name in columns
+        ),
+        *(
+            (name, row_of_point, (columns[name] < low) | (columns[name] > high), _range(low, high))
+            for name, (low, high) in _RANGES.items()
             if name in columns
         ),
     ):
@@ -48,6 +73,14 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
                 f"{source}: column {name!r}, row {row[worst]}: "
                 f"found {columns[name][worst]!s:.40}, expected {expected}"
             )
+
+
+def _range(low: float, high: float) -> str:
+    """Says what numbers are between two ends; the allowance for rounding is not told."""
+    lowest, highest = (0.0 + round(end, 2) for end in (low, high))
+    if np.isinf(highest):
+        return f"at least {lowest:g}, or NaN"
+    return f"at most {highest:g}, or NaN" if np.isinf(lowest) else f"in [{lowest:g}, {highest:g}]"
 
 
 def _has_inf(values: NDArray[Any]) -> NDArray[np.bool_]:

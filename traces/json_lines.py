@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,10 +11,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from haltwise import InputError
+from traces.schema import SCHEMA
 from traces.store import table_of, write_shard
 
 _RECORDER = "haltwise.recorder"
+# The columns with one number a point that may be unknown.
+_NUMBERS = {field.name for field in SCHEMA if field.type == pa.list_(pa.float32())}
 
 #: The number of a line, from 1, and the object that stands there.
 NumberedLine = tuple[int, dict[str, Any]]
@@ -24,8 +30,8 @@ def import_json_lines(source: Path, out: Path, shard_size: int) -> int:
 
     Args:
         source: A file with one JSON object a line, by column name, with the same columns in every
-            line; NaN is an unknown number. A first line {"haltwise.recorder": {...}} may tell how
-            the traces were recorded.
+            line; NaN or null is an unknown number. A first line {"haltwise.recorder": {...}} may
+            tell how the traces were recorded.
         out: A folder that is new or empty.
         shard_size: The number of traces in a shard.
 
@@ -96,24 +102,36 @@ def _lines(source: Path) -> Iterator[NumberedLine]:
                 raise InputError(f"{source}, line {number}: no JSON: {error}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{source}, line {number}: {row!r:.40} is not a JSON object")
-            yield number, row
+            yield number, {name: _with_nan(name, value) for name, value in row.items()}
+
+
+def _with_nan(name: str, value: Any) -> Any:
+    """Returns a column's value with NaN for each null in a list of numbers.
+
+    JSON has no NaN, so that null is how most programs write an unknown number.
+    """
+    if name not in _NUMBERS or not isinstance(value, list):
+        return value
+    return [math.nan if number is None else number for number in value]
 
 
 class _LineChecks:
-    """Checks that lines go together: in their columns, the size of hidden states, and their ids."""
+    """Checks that lines go together: columns, size of hidden states, ids, and each question."""
 
     def __init__(self, source: Path) -> None:
         self._source = source
         self._columns: tuple[int, set[str]] | None = None
         self._size: tuple[int, int] | None = None
         self._ids: dict[str, int] = {}
+        self._questions: dict[Any, tuple[int, Any]] = {}
 
     def check(self, number: int, row: dict[str, Any]) -> None:
         """Refuses a line that does not go together with those before.
 
         Raises:
-            InputError: If a column is missing or new, a hidden state has another size, or the trace
-                id is missing or was there before.
+            InputError: If a column is missing or new, a hidden state has another size, the trace
+                id is missing or was there before, or its question had another split or reference
+                answer before.
         """
         self._columns = self._columns or (number, set(row))
         first, columns = self._columns
@@ -132,6 +150,13 @@ class _LineChecks:
         first = self._ids.setdefault(str(row["trace_id"]), number)
         if first != number:
             raise self._error(number, "trace_id", f"{row['trace_id']!r} is in line {first} too")
+        question = str(row.get("question_id"))
+        stated = {name: row.get(name) for name in ("split", "gold")}
+        first, before = self._questions.setdefault(question, (number, stated))
+        for name, value in stated.items():
+            if None not in (value, before[name]) and value != before[name]:
+                told = f"{value!r:.40}, but {before[name]!r:.40} in line {first}"
+                raise self._error(number, name, f"question {question!r:.40} has {told}")
 
     def _error(self, number: int, name: str, text: str) -> InputError:
         return InputError(f"{self._source}, line {number}: column {name!r}: {text}")

@@ -13,6 +13,9 @@ VERSION = "1"
 #: recording, or in none; `haltwise.Signals` says what they mean.
 SIGNALS = signals_from(*MEASURED_FROM)
 
+#: What the column "split" may hold; empty is unknown.
+KNOWN_SPLITS = ("train", "dev", "test", "")
+
 #: The columns that a file may leave out. Readers ignore any further column.
 OPTIONAL = (*SIGNALS, "question", "text")
 

@@ -163,6 +163,22 @@ def read_columns(shard: Path, names: Sequence[str]) -> Iterator[list[list[str]]]
         yield [_column(table, name, _place(shard, row)).to_pylist() for name in names]
 
 
+def read_tables(shard: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Yields some columns in the schema's types, a piece of the rows at a time.
+
+    Args:
+        shard: The file.
+        names: The names of columns. "question" is left out where the file does not have it, and
+            empty where it is null.
+
+    Raises:
+        InputError: If the file is damaged, or a column is missing or not as the schema says.
+    """
+    for row, table in _tables(shard, names):
+        place = _place(shard, row)
+        yield pa.table({name: _column(table, name, place) for name in table.column_names})
+
+
 def row_groups(shard: Path) -> list[int]:
     """Reads the number of rows of each row group.
 
@@ -299,7 +315,8 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     answer = arrays.pop("answer").dictionary_encode()
     columns = {name: _to_numpy(array) for name, array in arrays.items()} | vectors
     columns["answer"] = _to_numpy(answer.dictionary)[_to_numpy(answer.indices)]
-    check_values(columns, lengths, source)
+    largest = _reduce(np.maximum, logprob, num_logprobs)
+    check_values(columns | {"answer_logprobs": largest}, lengths, source)
     del columns["gold"], columns["final_answer"]
     signals = {name: columns.pop(name) for name in SIGNALS if name in columns}
     # The texts of traces become fixed-width strings, which sort and compare fast. Forced answers
@@ -329,7 +346,7 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
     except pa.ArrowException:
         found = column.type
         raise InputError(f"{source}: column {name!r} is {found}, expected {expected}") from None
-    if name == "segment":
+    if name in ("segment", "question"):
         return array.fill_null("")
     if array.null_count:
         row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))

@@ -140,6 +140,23 @@ class Halting:
         """Decision points that a thought can have, or None if there is no limit."""
         return DecisionRule(self.decision_rule).max_points
 
+    def why_not_run(self) -> str:
+        """Says why a head can be replayed under these conditions, but not run; no text if it can.
+
+        Traces that another program has written need not tell what an LM is to be halted like.
+        """
+        missing = [name for name in ("decision_rule", "close_text") if not getattr(self, name)]
+        if missing:
+            return (
+                f"haltwise.recorder states no {' and no '.join(missing)}: a head that is trained "
+                "on these traces can be judged on recorded traces, but not run beside an LM"
+            )
+        try:
+            DecisionRule(self.decision_rule).check_runnable()
+        except InputError as error:
+            return str(error)
+        return ""
+
     def check_groups(self, groups: Sequence[str]) -> None:
         """Refuses features that cannot be seen under these conditions.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,9 @@ from haltwise.policy.signals import Float
 
 #: The form of the two files.
 FORMAT = 1
+
+#: What is told wherever a head is used at its own price, and that is 0.
+NEVER_HALTS = "The head's own price is 0: it halts no thought, unless a request names a price."
 
 #: Standardised features are clipped here, so that an outlier cannot saturate the network.
 CLIP = 5.0
@@ -84,7 +88,12 @@ class Observing:
         price_range: tuple[float, float],
         projection: Projection | None = None,
     ) -> Observing:
-        """Returns an observing that standardises by the mean and spread of features (P, F)."""
+        """Returns an observing that standardises by the mean and spread of features (P, F).
+
+        Points with a feature that is unknown do not count.
+        """
+        sound = np.isfinite(features).all(axis=1)
+        features = features if sound.all() else features[sound]
         mean, scale = features.mean(axis=0), features.std(axis=0)
         scale = np.where(scale > 1e-6, scale, 1.0)  # a constant column stays zero
         return cls(groups, tuple(mean.tolist()), tuple(scale.tolist()), price_range, projection)
@@ -264,6 +273,15 @@ class HaltHead:
         for name in sorted(tensors):
             content.update(name.encode() + tensors[name].tobytes())
         return content.hexdigest()
+
+    def price_or_own(self, price: Any) -> Any:
+        """Returns what somebody names as price or prices; the head's own price if that is None.
+
+        Whoever names none is warned if the own price is 0, since then nothing will be halted.
+        """
+        if price is None and self.config.default_price == 0:
+            warnings.warn(NEVER_HALTS, stacklevel=3)
+        return self.config.default_price if price is None else price
 
     def log_odds(self, features: Float, price: ArrayLike | None = None) -> Float:
         """Returns the log-odds of halting (B,); NaN features give NaN.

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
+from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
@@ -79,6 +80,8 @@ class Proxy:
                 "a thought from an answer"
             )
         self._terms = config.terms(head.config.default_price)
+        if self._terms.price == 0:
+            log.warning(json.dumps({"warning": NEVER_HALTS}))
         control, patience = control or load_control(config.control), config.read_timeout
         self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)

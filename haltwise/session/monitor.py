@@ -37,7 +37,7 @@ class HaltMonitor:
         observing = head.config.observing
         self._signals = signals_of(observing.groups)
         self._state = FeatureState(num_rows, observing.groups, observing.projection)
-        price = head.config.default_price if price is None else price
+        price = head.price_or_own(price)
         if np.shape(price) not in ((), (num_rows,)):
             raise InputError(
                 f"{np.size(price)} prices for {num_rows} rows, expected one, or one each"

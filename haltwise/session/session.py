@@ -213,7 +213,7 @@ def requests_of(
     Raises:
         InputError: If there are more or fewer than rows, or a value makes no sense.
     """
-    price = head.config.default_price if price is None else price
+    price = head.price_or_own(price)
     columns = []
     for name, value in (("price", price), ("min_tokens", min_tokens), ("max_tokens", max_tokens)):
         column = np.asarray(value, dtype=object)

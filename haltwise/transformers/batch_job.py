@@ -85,7 +85,7 @@ def generate_all(
         if count < 1:
             raise InputError(f"{name} is {count}, expected at least 1")
     check_tokenizer(head, tokenizer)
-    terms = Terms(head.config.default_price if price is None else price, min_tokens, max_tokens)
+    terms = Terms(head.price_or_own(price), min_tokens, max_tokens)
     measures = terms.price > 0 or control is not None
     decoder = Decoder(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,11 @@ from haltwise import Control, HaltHead, InputError, Terms
 from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import unshown_groups
+from haltwise.policy.head import NEVER_HALTS
 from haltwise.session.control import load_control
+
+# Under vLLM's own logger: it is the one that vLLM shows.
+_log = logging.getLogger("vllm.haltwise")
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ def read_settings(vllm_config: Any) -> Settings:
         default = Terms.read(terms, Terms(head.config.default_price))
     except InputError as error:
         raise InputError(f"haltwise in additional-config: {error}") from None
+    if default.price == 0:
+        _log.warning(NEVER_HALTS)
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
     if tokenizer is None:
         raise InputError("the engine has no tokenizer: expected one, without skip_tokenizer_init")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.replay import ReplayEnv, available_groups, point_features
+from envs.replay import ReplayEnv, availability, point_features
 from envs.reward import halt_costs, never_costs, reward, step_costs, step_ems
 from envs.trace_env import TraceEnv
 from haltwise import FEATURE_GROUPS, Halting, InputError, Observing
@@ -261,18 +261,42 @@ def test_features_are_causal(random_traces: Traces) -> None:
     assert same[before].all() and not same[last].all(axis=1).any()
 
 
-def test_an_unknown_confidence_is_refused(make_traces: Callable[..., Traces]) -> None:
+def test_a_missing_value_is_that_of_its_point_alone(make_traces: Callable[..., Traces]) -> None:
     traces = make_traces([{"confidence": [0.5, np.nan, 0.5]}])
-    with pytest.raises(InputError, match="column 'confidence'"):
-        point_features(traces, FEW)
-    assert np.isfinite(point_features(traces, ("pace", "agreement"))).all()
+    known = np.isfinite(point_features(traces, FEW)).all(axis=1)
+    assert known.tolist() == [True, False, True]
+    found = availability(traces, under("always", "any"))
+    assert found.groups == ("pace", "confidence", "tokens", "agreement")
+    assert found.gaps[0] == (
+        "column 'confidence' is unknown at 1 of 3 points, first at point 2 of trace 't0': there a "
+        "head that reads it goes on"
+    )
+    # Two of three are too many.
+    found = availability(make_traces([{"confidence": [0.5, np.nan, np.nan]}]), under("always"))
+    assert "confidence" not in found.groups
+    assert found.left_out["confidence"].startswith("column 'confidence' is unknown at 2 of 3")
+
+
+def test_where_a_signal_is_unknown_the_lm_goes_on(make_traces: Callable[..., Traces]) -> None:
+    traces = make_traces([{"confidence": [0.5, np.nan, 0.5]}])
+    observing = Observing(FEW, (0.0,) * 15, (1.0,) * 15, (0.1, 1.0))
+    one = TraceEnv(traces, observing, under("always"), price=1.0)
+    many = ReplayEnv(traces, observing, under("always"), 1, price=1.0)
+    one.reset(seed=0)
+    many.reset(seed=0)
+    for halts, cost in ((0, 110), (1, 162), (1, 161)):
+        obs, value, over, _, _ = one.step(np.int64(halts))
+        batch, values, all_over, _, _ = many.step(np.array([halts]))
+        assert np.isfinite(obs).all() and np.isfinite(batch).all()
+        assert over == all_over[0] == (cost == 161)
+        assert value == values[0] == pytest.approx((cost == 161) - cost / 1000)
 
 
 @pytest.mark.parametrize(
     ("group", "column"),
     [
         ("limit", "points_left"),
-        ("tokens", "worst_logprob"),
+        ("tokens", "answer_logprobs"),
         ("distribution", "entropy"),
         ("ending", "end_think_logprob"),
         ("reflection", "num_reflections"),
@@ -282,6 +306,7 @@ def test_an_unknown_confidence_is_refused(make_traces: Callable[..., Traces]) ->
 def test_a_column_that_a_group_needs_is_named(
     worked_example: Traces, group: str, column: str
 ) -> None:
+    worked_example.worst_logprob[:] = np.nan
     with pytest.raises(InputError, match=f"column '{column}'"):
         projection = PROJECTION if group == "hidden" else None
         point_features(worked_example, (group,), projection=projection)
@@ -301,13 +326,14 @@ def test_the_points_that_are_left_follow_from_the_rule(worked_example: Traces) -
 def test_groups_of_a_file_are_those_whose_signals_it_has(
     worked_example: Traces, random_traces: Traces, make_traces: Callable[..., Traces]
 ) -> None:
-    assert available_groups(random_traces, under("always")) == GROUPS
-    assert available_groups(worked_example, under("always", "any")) == FEW
-    assert available_groups(worked_example, under("always")) == ("pace", "limit", *FEW[1:])
+    assert availability(random_traces, under("always")).groups == GROUPS
+    seen = ("confidence", "tokens", "agreement")
+    assert availability(worked_example, under("always", "any")).groups == ("pace", *seen)
+    assert availability(worked_example, under("always")).groups == ("pace", "limit", *seen)
     at_halt = ("pace", "limit", "distribution", "ending", "reflection", "hidden")
-    assert available_groups(random_traces, under("at_halt")) == at_halt
+    assert availability(random_traces, under("at_halt")).groups == at_halt
     unsure = make_traces([{"confidence": [np.nan] * 3, "answer_logprobs": [[-1.0]] * 3}])
-    assert available_groups(unsure, under("always", "any")) == ("pace", "tokens", "agreement")
+    assert availability(unsure, under("always", "any")).groups == ("pace", "tokens", "agreement")
 
 
 def test_traces_without_points_are_refused(make_traces: Callable[..., Traces]) -> None:

@@ -14,16 +14,15 @@ from evaluation.figures import (
     compared_groups,
     draw,
     frontier,
-    gate_title,
     groups,
     plain,
-    policy_title,
     reliability,
     shown_groups,
     style,
     where,
 )
 from evaluation.svg import COLOR, PALETTE, svg
+from evaluation.wording import gate_title, policy_title
 from tests.evaluation.reports import (
     behaviour,
     frozen,

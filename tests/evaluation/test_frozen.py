@@ -289,8 +289,15 @@ def test_random_halts_as_often_as_the_head_whatever_it_saves(make_traces: MakeTr
     assert choice.gates == {0.0: {"head": None, "random": None}, 0.01: {"head": 1.0, "random": 0.4}}
 
 
-def row_of(policy: str, lead: float | None, gate: float = 0.0) -> FrozenRow | MissingPoint:
-    return made_frozen(frozen(gate, known(policy, None, 0.0, 0.0), lead))
+def row_of(
+    policy: str,
+    lead: float | None,
+    gate: float = 0.0,
+    parameter: float | None = 1.0,
+    saving: float = 0.0,
+    em_delta: float = 0.0,
+) -> FrozenRow | MissingPoint:
+    return made_frozen(frozen(gate, known(policy, parameter, em_delta, saving), lead))
 
 
 def test_the_strongest_baseline_is_the_one_that_the_head_leads_least() -> None:
@@ -300,11 +307,24 @@ def test_the_strongest_baseline_is_the_one_that_the_head_leads_least() -> None:
         row_of("confidence", -0.1),
         row_of("stability", None),
         row_of("never", None),
+        row_of("head", -0.5, gate=0.01),
         row_of("budget", -0.2, gate=0.01),
     ]
     assert strongest(rows, 0.0) == "confidence"
     assert strongest(rows, 0.01) == "budget"
     assert strongest(rows[:1], 0.0) is None
+
+
+def test_a_head_that_never_halts_is_compared_with_what_saves_most_at_its_own_point() -> None:
+    rows = [
+        row_of("head", None, parameter=None),
+        row_of("random", -0.71, parameter=None),  # on its frontier alone
+        row_of("budget", -0.2, saving=0.1),
+        row_of("confidence", -0.3, saving=0.3),
+        row_of("entropy", -0.1, saving=0.9, em_delta=-0.05),  # shown to lose
+    ]
+    assert strongest(rows, 0.0) == "confidence"
+    assert strongest(rows[:2], 0.0) is None
 
 
 def test_the_table_marks_the_strongest_baseline_and_keeps_what_is_not_available(

@@ -1,6 +1,7 @@
 """A new baseline is one class: the table, the page and the JSON have it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,8 @@ def test_a_new_baseline_is_in_the_table_the_page_and_the_json(
     run.save_learned(Learned(frozenset({"elsewhere"})))
     run.save_operating_points({0.01: {"head": 1.0, "toy": 0.0}})
     page, content = tmp_path / "out.html", tmp_path / "out.json"
-    evaluate.main(
-        EvaluateConfig(head=run.folder, traces=random_traces_path, json=content, report=page)
-    )
+    config = EvaluateConfig(head=run.folder, traces=random_traces_path, json=content, report=page)
+    evaluate.main(replace(config, verbose=True))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("toy")]
     assert line.split()[:3] == ["toy", "*", "0"]  # of the policies with a point, the strongest
     report = json.loads(content.read_text())

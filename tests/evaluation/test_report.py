@@ -299,8 +299,8 @@ def test_a_report_with_parts_missing_is_still_a_page() -> None:
         if row["policy"] == "head":
             row |= {"parameter": None, "saving_interval": None, "em_delta_interval": None}
     text = Page(render(found)).text
-    assert text.count("The head never halts at this gate") == 2
-    assert text.count("No baseline is available to compare it with.") == 2
+    assert text.count("so the head never halts here: it saves nothing and loses nothing.") == 2
+    assert text.count("\N{WHITE CIRCLE} never halts") == 2
     assert "None yet: run calibrate.py" in text
     assert "Inside the thought" not in text and "Where it saves" not in text
     assert text.count("Not available: entropy threshold. The traces lack") == 2

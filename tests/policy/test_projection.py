@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from agents.fit import FitConfig, _fit_fold, _Fold
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
-from envs.replay import available_groups, point_features, projection_of
+from envs.replay import availability, point_features, projection_of
 from haltwise import (
     FeatureState,
     HaltHead,
@@ -131,18 +131,23 @@ def test_the_group_and_the_projection_come_together() -> None:
 def test_small_states_are_no_feature_group(random_traces: Traces) -> None:
     small = random_traces.signals["hidden"][:, :15]
     traces = replace(random_traces, signals=random_traces.signals | {"hidden": small})
-    assert "hidden" not in available_groups(traces, HALTING)
+    assert "hidden" not in availability(traces, HALTING).groups
     with pytest.raises(InputError, match="15 values, expected at least 16"):
         projection_of(traces, GROUPS)
 
 
-def test_an_unknown_state_is_refused(random_traces: Traces) -> None:
+def test_a_projection_is_learned_from_the_states_that_are_known(random_traces: Traces) -> None:
     states = random_traces.signals["hidden"].copy()
     states[5, 7] = np.nan
     traces = replace(random_traces, signals=random_traces.signals | {"hidden": states})
-    assert "hidden" not in available_groups(traces, HALTING)
-    with pytest.raises(InputError, match="column 'hidden' is missing or has unknown values"):
-        point_features(traces, GROUPS, projection=some_projection(20))
+    known = Projection.fit(np.delete(states, 5, axis=0))
+    found = projection_of(traces, GROUPS)
+    assert found is not None and np.array_equal(found.directions, known.directions)
+    features = point_features(traces, GROUPS, projection=found)
+    assert np.flatnonzero(~np.isfinite(features).all(axis=1)).tolist() == [5]
+    nowhere = replace(traces, signals=traces.signals | {"hidden": np.full_like(states, np.nan)})
+    with pytest.raises(InputError, match="column 'hidden' is missing or unknown everywhere"):
+        point_features(nowhere, GROUPS, projection=some_projection(20))
 
 
 def test_the_projection_is_that_of_the_training_points(random_traces: Traces) -> None:

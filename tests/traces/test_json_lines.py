@@ -45,6 +45,50 @@ def test_lines_become_shards(tmp_path: Path, make_row: MakeRow) -> None:
     np.testing.assert_array_equal(traces.signals["entropy"][:3], [0.5, np.nan, 1])
 
 
+def test_null_is_an_unknown_number(tmp_path: Path, make_row: MakeRow) -> None:
+    source = write(tmp_path / "x.jsonl", make_row(confidence=[0.5, None, 1.0]))
+    import_json_lines(source, tmp_path / "out", 2)
+    np.testing.assert_array_equal(read_traces(tmp_path / "out").confidence, [0.5, np.nan, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "train"}, "column 'split': question 'q0' has 'train', but 'test' in line 1"),
+        ({"gold": "8"}, "column 'gold': question 'q0' has '8', but '7' in line 1"),
+    ],
+)
+def test_a_question_is_one_question(
+    tmp_path: Path, make_row: MakeRow, change: Row, message: str
+) -> None:
+    source = write(tmp_path / "x.jsonl", make_row(), make_row(trace_id="b") | change)
+    with pytest.raises(InputError, match=f"line 2: {message}"):
+        import_json_lines(source, tmp_path / "out", 1)
+    assert not (tmp_path / "out").exists()
+
+
+RUNNABLE = {"decision_rule": "every 16 tokens", "close_text": "</think>"}
+
+
+@pytest.mark.parametrize(
+    ("recorder", "told"),
+    [
+        ({}, "haltwise.recorder states no decision_rule and no close_text"),
+        (RUNNABLE | {"close_text": ""}, "haltwise.recorder states no close_text"),
+        (RUNNABLE | {"decision_rule": "by hand"}, "decision rule 'by hand' can be replayed"),
+        (RUNNABLE, ""),
+    ],
+)
+def test_an_import_says_whether_a_head_could_be_run(
+    tmp_path: Path, make_row: MakeRow, recorder: Row, told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = write(tmp_path / "x.jsonl", {"haltwise.recorder": recorder}, make_row())
+    main(CollectConfig(out=tmp_path / "out", json_lines=source))
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {told}") if told else not error
+
+
 def test_the_command_imports_too(tmp_path: Path, make_row: MakeRow) -> None:
     source = write(tmp_path / "x.jsonl", *rows(make_row, 3), [])
     arguments = ["--json-lines", str(source), "--out", str(tmp_path / "out")]

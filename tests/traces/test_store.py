@@ -21,7 +21,14 @@ MakeRow = Callable[..., Row]
 MakeTraces = Callable[..., Traces]
 
 NO_POINTS: Row = {name: [] for name in POINTWISE if name in REQUIRED}
-SIGNAL_ROW: Row = {name: [0.5, float("nan"), 2.0] for name in SIGNALS if name != "hidden"}
+
+
+def numbers_of(name: str, *values: float) -> list[float]:
+    """Values that a signal can have: log probabilities are negative, margins at most 1."""
+    return [-value if "logprob" in name else value / 4 for value in values]
+
+
+SIGNAL_ROW: Row = {name: numbers_of(name, 0.5, np.nan, 2.0) for name in SIGNALS if name != "hidden"}
 
 
 def write_raw(path: Path, row: Row, schema: pa.Schema = SCHEMA, version: str | None = "1") -> None:
@@ -142,13 +149,14 @@ def test_signals_are_read_as_flat_arrays(tmp_path: Path, make_row: MakeRow) -> N
     assert list(traces.signals) == list(SIGNALS)
     for name in SIGNAL_ROW:
         assert traces.signals[name].dtype == np.float32
-        np.testing.assert_array_equal(traces.signals[name], [0.5, np.nan, 2.0, 0.5, np.nan])
-    expected = np.array(hidden + hidden[:2], dtype=np.float16)
-    np.testing.assert_array_equal(traces.signals["hidden"], expected)
+        expected = SIGNAL_ROW[name] + SIGNAL_ROW[name][:2]
+        np.testing.assert_array_equal(traces.signals[name], np.float32(expected))
+    states = np.array(hidden + hidden[:2], dtype=np.float16)
+    np.testing.assert_array_equal(traces.signals["hidden"], states)
     assert traces.signals["hidden"].dtype == np.float16
     last = traces.select(np.array([2]))
-    np.testing.assert_array_equal(last.signals["hidden"], expected[3:])
-    np.testing.assert_array_equal(last.signals["margin"], [0.5, np.nan])
+    np.testing.assert_array_equal(last.signals["hidden"], states[3:])
+    np.testing.assert_array_equal(last.signals["margin"], [0.125, np.nan])
 
 
 def test_the_digest_sees_signals_and_stays_without_them(tmp_path: Path, make_row: MakeRow) -> None:
@@ -158,7 +166,9 @@ def test_the_digest_sees_signals_and_stays_without_them(tmp_path: Path, make_row
 
     # Heads in use name their traces by it.
     assert digest() == "1abd059a527604a5e4f33df8c3fdcd18e57cd8d82d0e99264f1e13a898db6743"
-    others = [digest(**{name: [1.0, 2.0, value]}) for name in SIGNAL_ROW for value in (3, 4)]
+    others = [
+        digest(**{name: numbers_of(name, 1, 2, value)}) for name in SIGNAL_ROW for value in (3, 4)
+    ]
     assert len({digest(), *others}) == 15
 
 
@@ -219,8 +229,18 @@ SCHEMA_TYPES = [
         ({"position": [100, 100, 400]}, r"'position', row 0: found 100, expected strictly"),
         ({"position": [-1, 100, 400]}, r"'position', row 0: found -1"),
         ({"position": [1, 2, 601]}, r"'position', row 0: found 601, expected at most num_tokens"),
-        ({"probe_tokens": [10, -2, 11]}, r"'probe_tokens', row 0: found -2, expected at least 0"),
+        ({"probe_tokens": [10, -2, 11]}, r"'probe_tokens', row 0: found -2, expected in"),
         ({"confidence": [0.5, 1.5, 0.5]}, r"'confidence', row 0: found 1.5, expected in \[0, 1\]"),
+        ({"split": "validation"}, r"'split', row 0: found validation, expected train, dev, test"),
+        ({"probe_tokens": [1, 2**31 - 1, 1]}, r"'probe_tokens', row 0: found 2147483647, expected"),
+        ({"num_tokens": 2**31 - 1}, r"'num_tokens', row 0: found 2147483647, expected at most"),
+        (
+            {"answer_logprobs": [[-1.0], [0.5], [-1.0]]},
+            r"'answer_logprobs', row 0: found 0.5, expected at most 0, or NaN",
+        ),
+        ({"logprob": [-1.0, 2.0, -1.0]}, r"'logprob', row 0: found 2.0, expected at most 0"),
+        ({"entropy": [0.1, -1.0, 0.1]}, r"'entropy', row 0: found -1.0, expected at least 0"),
+        ({"margin": [0.1, 1.5, 0.2]}, r"'margin', row 0: found 1.5, expected in \[0, 1\]"),
         ({"num_tokens": 0, **NO_POINTS}, r"'num_tokens', row 0: found 0, expected at least 1"),
         ({"gold": ""}, r"'gold', row 0: found , expected a reference answer"),
         ({"gold": None}, r"'gold', row 0: found null, expected string"),

@@ -1,0 +1,239 @@
+"""Says in words what a head came to: what it saves, what it loses, how it stands, and where.
+
+The same words are in the page and in the one sentence with which a command ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from evaluation.frozen import strongest
+from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint
+from evaluation.wording import (
+    between,
+    counted,
+    exact_match,
+    gate_title,
+    is_known,
+    kind_title,
+    lead,
+    number,
+    percent,
+    points,
+    policy_title,
+)
+from haltwise.policy.head import NEVER_HALTS
+from traces.soundness import LEAST_EM
+
+# Groups that are named one by one; of more, the number is told.
+_MOST_LOSSES = 10
+# Ends of an interval that differ by no more than this are equal.
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """What is said of the head at one gate."""
+
+    gate: float
+    head: FrozenRow
+    strongest: str | None
+    """The baseline that the head is compared with, see `evaluation.frozen.strongest`."""
+    badge: tuple[str, str]
+    """How the head stands: a key for the style, and a few words."""
+    sentences: list[str]
+    """What the head comes to, and how it compares with the strongest baseline."""
+    losses: str
+    """A sentence about the groups in which the head loses exact match."""
+
+
+def judge(
+    frozen: Sequence[FrozenRow | MissingPoint],
+    gate: float,
+    compared_with: str | None,
+    groups: Sequence[GroupRow],
+    num_questions: int,
+) -> GateVerdict:
+    """Judges the head at one gate.
+
+    Args:
+        frozen: Every policy at its operating points, "head" among them.
+        gate: The gate.
+        compared_with: The strongest baseline, see `evaluation.frozen.strongest`.
+        groups: The rows of groups; those of the head at this gate count.
+        num_questions: The number of questions that the rows are of.
+    """
+    known = {row.policy: row for row in frozen if isinstance(row, FrozenRow) and row.gate == gate}
+    head = known["head"]
+    badge, compared = _standing(head, None if compared_with is None else known.get(compared_with))
+    lost = _lost([row for row in groups if row.policy == "head" and row.gate == gate])
+    if lost:
+        worst = f"{kind_title(lost[0].by)} {lost[0].group}"
+        more = f" and {counted(len(lost) - 1, 'other group')}" if len(lost) > 1 else ""
+        badge = ("mixed", f"{badge[1]}, but loses in {worst}{more}")
+    sentences = [_head_words(head, gate, num_questions), *compared]
+    return GateVerdict(gate, head, compared_with, badge, sentences, _losses(lost))
+
+
+def conclusion(
+    frozen: Sequence[FrozenRow | MissingPoint],
+    groups: Sequence[GroupRow],
+    num_questions: int,
+    *,
+    evidence: bool,
+) -> str:
+    """Returns the one paragraph with which a command ends: what the head is worth, at a glance.
+
+    It is about the strictest gate, whose price is the head's own.
+
+    Args:
+        frozen: Every policy at its operating points, "head" and "never" among them.
+        groups: The rows of groups.
+        num_questions: The number of questions that the rows are of.
+        evidence: Whether no head decided on a question that it learned from.
+    """
+    if not evidence:
+        return "Verdict: none, since the head learned from these questions."
+    gates = sorted({row.gate for row in frozen})
+    never = next(row for row in frozen if isinstance(row, FrozenRow) and row.policy == "never")
+    if never.em < LEAST_EM:
+        return (
+            f"Verdict: none. Never halted, the LM is right on {percent(never.em)} % of these "
+            "traces. Where nothing can be lost, a saving says nothing: look at the answers and "
+            "at how they are scored."
+        )
+    verdicts = [
+        judge(frozen, gate, strongest(frozen, gate), groups, num_questions) for gate in gates
+    ]
+    halting = next((found for found in verdicts if found.head.parameter is not None), None)
+    if halting is None:
+        return f"Verdict: the head never halts. {' '.join(verdicts[0].sentences)}"
+    first = "" if halting is verdicts[0] else f"{NEVER_HALTS} "
+    price = f"At a price of {number(halting.head.parameter or 0.0)}"
+    told = " ".join(halting.sentences).removeprefix("The ")
+    return (
+        f"Verdict: {first or halting.badge[1] + '. '}{price}, chosen to lose "
+        f"{gate_title(halting.gate)}, the {told}"
+    )
+
+
+def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
+    """Says what the head saves and how EM changes, with intervals."""
+    if head.parameter is None:
+        return (
+            f"No price was found that was sure to lose {gate_title(gate)}, so the head never halts "
+            "here: it saves nothing and loses nothing."
+        )
+    saving = f"{percent(head.saving)} % of the tokens{_range(head, 'saving', percent)}"
+    change = f"{points(head.em_delta)} points{_range(head, 'em_delta', points)}"
+    meaning = _change_words(head, gate, num_questions)
+    return (
+        f"The head saves {saving}, the cost of its own probes taken off. Exact match changes by "
+        f"{change}{meaning}."
+    )
+
+
+def _range(row: FrozenRow, key: str, form: Callable[[float], str]) -> str:
+    """Returns the interval of a row's value in words; empty where there is none."""
+    found: Interval | None = getattr(row, f"{key}_interval")
+    return f" (95 % interval {form(found[0])} to {form(found[1])})" if is_known(found) else ""
+
+
+def _change_words(head: FrozenRow, gate: float, num_questions: int) -> str:
+    """Says what the head's EM change and its interval mean."""
+    interval, asked = head.em_delta_interval, counted(num_questions, "question")
+    if not is_known(interval):
+        if interval is None or abs(head.em_delta) > _ROUNDING:
+            return ", of unknown precision"
+        # Clopper and Pearson, 1934: if losses are more frequent than this bound, N questions
+        # without one have a chance of less than 5 %.
+        bound = 1 - 0.05 ** (1 / num_questions)
+        return (
+            f": no question's EM changed; {asked} exclude, at 95 %, only losses above "
+            f"{exact_match(bound)} points"
+        )
+    low, high = interval
+    if high < -gate:
+        return f": a loss, though it was chosen to lose {gate_title(gate)}"
+    if high < 0:
+        return ": a loss, not shown to be larger than what it was chosen to lose"
+    if low > 0:
+        return ": a gain"
+    loss = f", nor from a loss of {exact_match(-low)} points" if low < 0 else ""
+    return f", which {asked} cannot tell from no change{loss}"
+
+
+def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str], list[str]]:
+    """Says how the head stands against the strongest baseline.
+
+    Returns:
+        A key for the style with a few words; and sentences.
+    """
+    if head.parameter is None:
+        found = [] if other is None else [_own_point("The best of the simple rules", other)]
+        return ("never", "never halts"), found
+    if other is None:
+        return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
+    told = _own_point("The strongest baseline", other)
+    ahead, interval = other.head_lead_at_equal_em, other.head_lead_at_equal_em_interval
+    if ahead is None:
+        return ("unknown", "not compared"), [told, "They were not compared at equal EM."]
+    difference = _difference(other, ahead)
+    if interval is None:
+        return ("unknown", "no interval"), [told, f"{difference}, of unknown precision."]
+    if not is_known(interval):
+        alike = "Every resample says the same, which is no evidence: it cannot be told."
+        return ("unknown", "cannot be told"), [told, f"{difference}. {alike}"]
+    difference += f" (95 % interval {lead(interval[0])} to {lead(interval[1])})"
+    if interval[0] > 0:
+        return ("ahead", "ahead"), [told, f"{difference}: it is ahead."]
+    if interval[1] < 0:
+        return ("behind", "behind"), [told, f"{difference}: it loses."]
+    return ("tie", "tie"), [told, f"{difference}. The interval contains 0: a tie."]
+
+
+def _own_point(introduced: str, other: FrozenRow) -> str:
+    """Says what a baseline comes to at its own operating point."""
+    return (
+        f"{introduced}, {policy_title(other.policy)}, saves {percent(other.saving)} %"
+        f"{_range(other, 'saving', percent)}, with an EM change of {points(other.em_delta)} "
+        f"points{_range(other, 'em_delta', points)}."
+    )
+
+
+def _difference(other: FrozenRow, ahead: float) -> str:
+    """Says how much more the head saves than a baseline at equal EM."""
+    name = policy_title(other.policy)
+    if other.saving_at_head_em is None:
+        where = (
+            f"{name[:1].upper()}{name[1:]} never reaches the head's EM. Against what it saves at "
+            "its highest EM"
+        )
+    else:
+        where = f"At equal EM (there {name} saves {percent(other.saving_at_head_em)} %)"
+    return f"{where} the head saves {percent(abs(ahead))} points {'less' if ahead < 0 else 'more'}"
+
+
+def _lost(groups: Sequence[GroupRow]) -> list[GroupRow]:
+    """Returns the groups whose interval of the EM change lies below 0, the worst first."""
+    lost = [
+        row for row in groups if is_known(row.em_delta_interval) and row.em_delta_interval[1] < 0
+    ]
+    return sorted(lost, key=lambda row: row.em_delta)
+
+
+def _losses(lost: Sequence[GroupRow]) -> str:
+    """Names the groups whose interval of the head's EM change lies below 0."""
+    chance = "Of twenty groups, one interval misses by chance."
+    if not lost:
+        return f"In no group does the interval of the head's EM change lie below 0. {chance}"
+    named = "; ".join(
+        f"{kind_title(row.by)} {row.group} {points(row.em_delta)} "
+        f"{between(row.em_delta_interval, points)}"
+        for row in lost[:_MOST_LOSSES]
+    )
+    more = f" and {len(lost) - _MOST_LOSSES} more" if len(lost) > _MOST_LOSSES else ""
+    return (
+        f"Groups where the interval of the head's EM change lies below 0: {named}{more}. {chance}"
+    )
