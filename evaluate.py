@@ -113,12 +113,12 @@ def _explained(recorded: TraceFiles, trace_id: str, price: float | None, trained
     if not rows.any():
         ((first, *_),) = next(read_columns(recorded.shards[0], ("trace_id",)))
         raise InputError(f"no trace {trace_id!r} among these {len(rows)}, the first is {first!r}")
-    traces = recorded.read(rows)
+    traces, words = recorded.read(rows), recorded.words([trace_id])[trace_id]
     if price is None and trained.head.config.default_price == 0:
         raise InputError(f"{NEVER_HALTS} Expected --price with --explain.")
     price = trained.head.config.default_price if price is None else price
     question_id = str(traces.question_id[0])
-    told = decision_path(traces, trained.trainings[0].judge(question_id), price)
+    told = decision_path(traces, trained.trainings[0].judge(question_id), price, words)
     known = trained.learned.among(traces.question_id).any()
     if known and not any(question_id in fold for fold in trained.learned.folds.values()):
         told = f"The head learned from this question: what it does here is no evidence.\n{told}"

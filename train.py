@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
 
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
@@ -39,7 +40,7 @@ from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
 from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
-from evaluation.protocol import folds, own_price
+from evaluation.protocol import GATES, folds, own_price
 from evaluation.rows import to_json
 from evaluation.table import format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
@@ -426,9 +427,22 @@ def _try(
     decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds)
     weights = balance(np.array(prices), head.observing)
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
+    _log_trials(trials, config.fit.ppo.total_timesteps, opened)
     if config.verbose:
         print(format_trials(trials, CHECKPOINTS))
     return trials
+
+
+def _log_trials(trials: Trials, total: int, opened: Run) -> None:
+    """Writes TensorBoard's curve of the questions that were kept back from each training."""
+    with SummaryWriter(str(opened.tensorboard / "kept_back")) as writer:
+        for k, share in enumerate(CHECKPOINTS):
+            here = [trial for trial in trials.each if trial.checkpoint == k]
+            curves = {"return": [trial.balanced_return for trial in here]}
+            for gate in GATES:
+                curves[f"saving_{gate}"] = [trial.points[gate].saving for trial in here]
+            for name, values in curves.items():
+                writer.add_scalar(f"kept_back/{name}", np.mean(values), round(share * total))
 
 
 def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Learned:

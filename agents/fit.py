@@ -34,6 +34,10 @@ from traces import Chunks, Traces, chunks_of
 #: Shares of PPO's decisions after which an agent is tried out of fold. 0 is where PPO begins.
 CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
 
+# PPO decides no more often than this about each point: of a few traces there is nothing more to
+# learn after that, and they are soon through.
+_MOST_PASSES = 100
+
 # The most points that a head decides on in one pass.
 _AT_A_TIME = 1 << 16
 
@@ -101,10 +105,12 @@ def fit(
         _restore(ppo, checkpoint)
     elif config.pathwise.steps:
         net = log_odds_net(ppo)
-        start_from_traces(net, chunks, head.observing, head.halting, config.pathwise, seed)
+        start_from_traces(net, chunks, head.observing, head.halting, config.pathwise, seed, log_dir)
         set_log_odds(ppo, net)
-    del first
     total = config.ppo.total_timesteps
+    if len(chunks) == 1:
+        total = min(total, _MOST_PASSES * first.num_points)
+    del first
     callbacks: list[BaseCallback] = [_Checkpoints(total, share, reached)]
     if len(chunks) > 1:
         callbacks.append(_Streaming(env, one_pass, share * total / len(chunks)))

@@ -18,6 +18,7 @@ hundred questions this is what keeps them from learning the questions by heart.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -25,12 +26,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.utils.tensorboard import SummaryWriter
 
 from agents.balance import balance
 from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
 from traces import Chunks, Traces, chunks_of
+
+# The most prices, in the mean, that each trace has in one gradient step.
+_MOST_PRICES = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class PathwiseConfig:
     steps: int = 300
     """Gradient steps; 0 leaves PPO to start from its own initialisation."""
     batch_size: int = 1024
-    """Traces in a gradient step, each at a price of its own."""
+    """Traces in a gradient step, each at a price of its own; fewer if there are few traces."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule of the learning rate."""
     weight_decay: float = 3.0
@@ -69,6 +74,7 @@ def start_from_traces(
     halting: Halting,
     config: PathwiseConfig,
     seed: int,
+    log_dir: Path | None = None,
 ) -> None:
     """Trains a network in place to halt recorded traces well at every price of the range.
 
@@ -80,6 +86,8 @@ def start_from_traces(
         halting: The conditions of halting.
         config: The settings of the training.
         seed: The seed of the batches and prices.
+        log_dir: The folder that TensorBoard's files go to: the loss and the expected return of
+            every tenth step. None writes none.
 
     Raises:
         InputError: If no trace has a decision point.
@@ -96,17 +104,45 @@ def start_from_traces(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps * len(chunks)
     )
+    curve = _Curve(log_dir)
     for chunk in chunks:
         returns = _lay_out(chunk, observing, halting)
+        # Few traces are soon known; the rest of a batch would only be more prices for them.
+        size = min(config.batch_size, _MOST_PRICES * len(returns.em))
         for _ in range(steps):
-            rows = torch.from_numpy(rng.integers(len(returns.em), size=config.batch_size))
-            price = observing.draw_price(rng, config.batch_size)
+            rows = torch.from_numpy(rng.integers(len(returns.em), size=size))
+            price = observing.draw_price(rng, size)
             batch = _Batch.of(returns, rows, price, observing)
-            loss = _loss(policy_net, correct_net, batch, balance(price, observing), config)
+            loss, gained = _loss(policy_net, correct_net, batch, balance(price, observing), config)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            curve.add(loss, gained)
+    curve.close()
+
+
+class _Curve:
+    """TensorBoard's curve of the start; without a folder, nothing."""
+
+    _EVERY = 10
+
+    def __init__(self, log_dir: Path | None) -> None:
+        """Starts before the first step."""
+        self._writer = None if log_dir is None else SummaryWriter(str(log_dir / "start"))
+        self._num = 0
+
+    def add(self, loss: Tensor, gained: Tensor) -> None:
+        """Takes in the loss and the mean return of a step."""
+        if self._writer is not None and self._num % self._EVERY == 0:
+            self._writer.add_scalar("start/loss", loss.item(), self._num)
+            self._writer.add_scalar("start/return", gained.item(), self._num)
+        self._num += 1
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _loss(
@@ -115,11 +151,11 @@ def _loss(
     batch: _Batch,
     weight: NDArray[np.float64],
     config: PathwiseConfig,
-) -> Tensor:
-    """Returns the loss that a step goes down.
+) -> tuple[Tensor, Tensor]:
+    """Returns the loss that a step goes down, and the mean of the expected returns (B,).
 
-    It is the expected return, negative, in the mean of the traces times their weights (B,), and
-    the cross-entropy of the two predictions of correctness.
+    The loss is the expected return, negative, in the mean of the traces times their weights (B,),
+    and the cross-entropy of the two predictions of correctness.
     """
     hidden = policy_net[:-1](batch.obs)
     expected = _expected_return(policy_net[-1](hidden)[:, 0], batch)
@@ -127,7 +163,7 @@ def _loss(
     if config.correct_coef:
         predicted = correct_net(hidden)
         loss += config.correct_coef * binary_cross_entropy_with_logits(predicted, batch.correct)
-    return loss
+    return loss, expected.detach().mean()
 
 
 @dataclass(frozen=True)

@@ -144,17 +144,22 @@ def _layers(ppo: Agent) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     return cast(nn.Linear, first), cast(nn.Linear, second), cast(nn.Linear, ppo.policy.action_net)
 
 
+_THIRDS = ("low", "middle", "high")
+
+
 class HaltLog(BaseCallback):
     """Logs the episodes that finished in a rollout to TensorBoard, under halt/.
 
     Logged are the means of their EM (em), cost in tokens (tokens) and return (return), and the
-    share of them that was halted (rate).
+    share of them that was halted (rate): for the third of the episodes with the lowest prices, the
+    third in the middle and that with the highest ones, since a mean over all would hide what each
+    of them does.
     """
 
     def __init__(self) -> None:
         """Starts with no finished episode."""
         super().__init__()
-        self._finished: list[tuple[float, float, float, float]] = []
+        self._finished: list[tuple[float, float, float, float, float]] = []
 
     def _on_step(self) -> bool:
         """Notes the episodes that end in this step; returns True: the training goes on."""
@@ -162,14 +167,16 @@ class HaltLog(BaseCallback):
             if "halt" in info:
                 halt = info["halt"]
                 self._finished.append(
-                    (halt["em"], halt["cost"], info["episode"]["r"], halt["halted"])
+                    (halt["price"], halt["em"], halt["cost"], info["episode"]["r"], halt["halted"])
                 )
         return True
 
     def _on_rollout_end(self) -> None:
         """Logs the means of the episodes that were noted, and forgets them."""
-        if self._finished:
-            means = np.mean(self._finished, axis=0)
-            for name, value in zip(("em", "tokens", "return", "rate"), means, strict=True):
-                self.logger.record(f"halt/{name}", float(value))
-            self._finished.clear()
+        cheapest_first = np.array(sorted(self._finished)).reshape(-1, 5)
+        for which, episodes in zip(_THIRDS, np.array_split(cheapest_first, 3), strict=True):
+            if len(episodes):
+                means = episodes[:, 1:].mean(axis=0)
+                for name, value in zip(("em", "tokens", "return", "rate"), means, strict=True):
+                    self.logger.record(f"halt/{name}_{which}_price", float(value))
+        self._finished.clear()

@@ -100,7 +100,7 @@ def observations(
     for start in range(0, len(obs), _AT_A_TIME):
         some = slice(start, start + _AT_A_TIME)
         obs[some] = observing.observe(features[some], 1.0)
-    sound: NDArray[np.bool_] = np.isfinite(features).all(axis=1)
+    sound: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(features), axis=1)
     return np.nan_to_num(obs, copy=False), sound
 
 
@@ -194,8 +194,8 @@ def _column(traces: Traces, name: str, max_points: int | None) -> NDArray[Any]:
         check_size(column.shape[1])
     if column is None or (len(column) and _unknown(column).all()):
         raise InputError(
-            f"column {_recorded_as(name)!r} is missing or unknown everywhere, but the head needs "
-            "it: expected traces recorded with it, or a head without that feature group"
+            f"column {_recorded_as(name)!r} is missing or unknown everywhere: expected traces "
+            "recorded with it, or a head without the feature groups that need it"
         )
     return column
 

@@ -7,7 +7,7 @@ of them together, so that shares are means over trainings. Shapes: N traces, P p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from haltwise import HaltHead, HeadConfig, explain
 from haltwise.policy.halting import Probing
 from haltwise.policy.head import prob_of
 from haltwise.policy.signals import Float
-from traces import Traces
+from traces import Traces, Words
 
 Bools = NDArray[np.bool_]
 
@@ -127,6 +127,24 @@ class Case:
     """The price at which halting and going on weigh the same to the head; None if infinite."""
     trainings: float
     """The share of the trainings that make this error."""
+    question: str = ""
+    """The question; it and the rest are empty if they were not recorded."""
+    gold: str = ""
+    """The reference answer."""
+    final_answer: str = ""
+    """The answer of the LM when it is never halted."""
+    thought: str = ""
+    """The last words of the thought before the halt."""
+
+    def with_words(self, words: Words) -> Case:
+        """Returns the case with what a person needs in order to see for themselves."""
+        return replace(
+            self,
+            question=words.question,
+            gold=words.gold,
+            final_answer=words.final_answer,
+            thought=words.thought_before(self.position / self.num_tokens),
+        )
 
 
 @dataclass(frozen=True)

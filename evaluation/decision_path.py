@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from evaluation.outcome import halt_outcome, never_outcome
 from haltwise import Explanation, HaltHead, explain
 from haltwise.policy.features import features_of
 from haltwise.policy.signals import Float
-from traces import Traces
+from traces import Traces, Words
 
 _WIDTH = 110
 _ANSWER_WIDTH = 12
@@ -49,6 +50,8 @@ class _Path:
     """(P, F) what the head is fed at each point."""
     halts: NDArray[np.bool_]
     """(P,) whether the head would halt at each point."""
+    words: Words | None
+    """What was recorded of the trace for a person to read."""
 
     @property
     def num_seen(self) -> int:
@@ -69,19 +72,20 @@ class _Path:
         return self.features[known[-1]] if len(known) else self.average
 
 
-def decision_path(trace: Traces, head: HaltHead, price: float) -> str:
+def decision_path(trace: Traces, head: HaltHead, price: float, words: Words | None = None) -> str:
     """Tells what a head does on one trace, in lines of about 110 characters.
 
     Args:
         trace: Exactly one trace.
         head: The head that decides.
         price: The price at which it decides, in exact match per 1,000 tokens, above 0.
+        words: What was recorded of the trace for a person to read, if anything.
 
     Raises:
         InputError: If the trace lacks a signal that the head needs.
     """
     features = observed_features(trace, head.config.observing, head.config.halting)
-    path = _Path(trace, head, price, features, head.halts(features, price))
+    path = _Path(trace, head, price, features, head.halts(features, price), words)
     blocks = [_heading(path), _points(path), _after(path), _verdict(path)]
     if not trace.num_points:
         blocks[1:] = [["It has no decision point: there is nothing to decide."]]
@@ -98,9 +102,23 @@ def _heading(path: _Path) -> list[str]:
         f"Question {trace.question_id[0]} ({trace.task[0]}{segment}), answered by {trace.model[0]}",
         f"Never halted, the LM {end} after {trace.num_tokens[0]:,} tokens with a "
         f"{_right(trace.final_correct[0])} answer.",
+        *_in_words(path),
         f"The price is {path.price:.3g} exact match per 1,000 tokens: one right answer is worth "
         f"{1000 / path.price:,.0f} tokens.",
     ]
+
+
+def _in_words(path: _Path) -> list[str]:
+    """Returns the question, the answers, and where the thought was halted, as far as recorded."""
+    words, trace = path.words, path.trace
+    if words is None:
+        return []
+    lines = [f"It asks: {' '.join(words.question.split())}"] if words.question else []
+    lines.append(f"Expected is {words.gold!r}, and the LM ends with {words.final_answer!r}.")
+    if words.text and path.halts.any():
+        share = trace.position[path.num_seen - 1] / trace.num_tokens[0]
+        lines.append(f"It is halted about here: ... {words.thought_before(float(share))}")
+    return [line for text in lines for line in textwrap.wrap(text, _WIDTH)]
 
 
 def _points(path: _Path) -> list[str]:

@@ -118,6 +118,7 @@ def evaluate_run(
     if not traces.num_points:
         raise InputError(f"{path}: no decision point in these {len(traces)} traces, expected some")
     report = _report(traces, path, split, trained)
+    report = replace(report, behaviour=_in_words(report.behaviour, recorded))
     if len(traces) < rows.sum():
         sampled = f"A sample of {len(traces):,} of the {rows.sum():,} traces, by question."
         report = replace(report, judged=f"{sampled} {report.judged}")
@@ -221,6 +222,15 @@ def _behaviour(traces: Traces, judges: Sequence[HeadPolicy], gates: Gates) -> li
             first = judges[0]
             found.append(behaviour(gate, traces, log_odds, first.judge, price, first.head.config))
     return found
+
+
+def _in_words(found: Sequence[Behaviour], recorded: TraceFiles) -> list[Behaviour]:
+    """Adds to the cases of errors what is recorded of them for a person to read."""
+    words = recorded.words([case.trace_id for each in found for case in each.cases])
+    return [
+        replace(each, cases=[case.with_words(words[case.trace_id]) for case in each.cases])
+        for each in found
+    ]
 
 
 def _live(trained: Trained, traces: Traces) -> Comparison | None:

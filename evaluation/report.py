@@ -112,7 +112,8 @@ def log_to_tensorboard(report: Report, log_dir: Path) -> None:
         for row in report.frozen:
             for column in _SCALARS:
                 value = getattr(row, column, None)
-                if value is not None:
+                leads_itself = row.policy == "head" and column.startswith("head_")
+                if value is not None and not leads_itself:
                     writer.add_scalar(f"frozen_{row.gate}/{column}/{row.policy}", value)
 
 

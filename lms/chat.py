@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 
 #: The pairs of texts with which LMs open and close their thoughts.
 MARKERS = (
@@ -81,7 +82,7 @@ class Chat:
             return _render(self.tokenizer, messages, True, bool(self.think_start))
         except _REFUSALS as error:
             roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
-            reason = str(error).partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(f"the chat template refuses a {roles} message: {reason}") from None
 
     def describe(self) -> str:

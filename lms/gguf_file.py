@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 
 _NAME_LENGTH = 16
 # The packages with which transformers reads GGUF files.
@@ -85,7 +86,7 @@ def _convert(path: Path, folder: Path) -> None:
         )
     # Transformers raises errors of many kinds about a damaged file or an unknown architecture.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"cannot read the GGUF file {str(path)!r}: {reason}") from None
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from haltwise import InputError
 from haltwise.engine.fingerprint import tokenizer_fingerprint
+from haltwise.errors import reason_of
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
@@ -74,8 +75,10 @@ class LanguageModel:
         try:
             torch.empty(1, device=device).cpu()
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(f"cannot use device {device!r}: {reason}") from None
+        if not str(name).strip():
+            raise InputError("lm is empty, expected 'embedded', a folder or a name of the hub")
         disable_progress_bar()  # else it is shown for the smallest LM, amid an error's one line
         source = source_of(name)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
@@ -83,7 +86,7 @@ class LanguageModel:
             tokenizer = load_tokenizer(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
         except LOAD_ERRORS as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(f"cannot load an LM from {str(name)!r}: {reason}") from None
         if model.num_parameters() < _SMALL:
             torch.set_num_threads(1)

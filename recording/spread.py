@@ -29,6 +29,7 @@ from ray.exceptions import (
 from tqdm import tqdm
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.trace_row import SeededQuestion, TraceRow
@@ -204,7 +205,7 @@ class RayEngine:
         try:
             told: str = self._get(self._idle[-1].actor.self_test.remote(work, max_tokens))
         except _LOST as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(f"a worker died of the self-test: {reason}") from None
         return told
 
@@ -291,7 +292,7 @@ class RayEngine:
             InputError: If so many workers have died of the job, or as they loaded the LM, that
                 another one would die too.
         """
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         name = (
             f"worker {worker.loaded.pid} on {worker.loaded.host}"
             if worker.loaded
@@ -333,7 +334,7 @@ def _join(address: str) -> None:
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = reason_of(error)
             raise InputError(f"cannot use Ray at {address!r}: {reason}") from None
 
 

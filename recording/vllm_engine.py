@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from haltwise import InputError, Signals
 from haltwise.engine.decoder import end_tokens
 from haltwise.engine.token_rules import TokenRules
+from haltwise.errors import reason_of
 from haltwise.policy.signals import signals_from
 from haltwise.session.forced_answer import ForcedAnswer, Probe
 from haltwise.session.signal_collector import SignalCollector
@@ -292,7 +293,7 @@ def _check_device(device: str) -> None:
     try:
         asked = torch.device(device)
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"cannot use device {device!r}: {reason}") from None
     if asked.index is not None:
         raise InputError(
@@ -324,5 +325,5 @@ def _start(config: EngineConfig, dtype: str, max_length: int) -> Any:
             logprobs_mode="raw_logprobs",
         )
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"vLLM does not start with {config.lm!r}: {reason}") from None

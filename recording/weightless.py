@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 from lms.language_model import (
     LOAD_ERRORS,
     LanguageModel,
@@ -55,7 +56,7 @@ def load_weightless(config: LMConfig) -> WeightlessLM:
             lm_config = AutoConfig.from_pretrained(source)
             model = AutoModelForCausalLM.from_config(lm_config, dtype=dtype)
     except LOAD_ERRORS as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"cannot load an LM from {config.lm!r}: {reason}") from None
     with suppress(OSError):  # few LMs have none; then it follows from their config
         model.generation_config = GenerationConfig.from_pretrained(source)

@@ -4,7 +4,7 @@ from traces.arrays import Traces
 from traces.json_lines import import_json_lines
 from traces.schema import SCHEMA, SIGNALS
 from traces.store import read_ids, write_shard
-from traces.stream import MAX_TRACES, Chunks, TraceFiles, chunks_of, read_traces
+from traces.stream import MAX_TRACES, Chunks, TraceFiles, Words, chunks_of, read_traces
 
 __all__ = [
     "MAX_TRACES",
@@ -13,6 +13,7 @@ __all__ = [
     "Chunks",
     "TraceFiles",
     "Traces",
+    "Words",
     "chunks_of",
     "import_json_lines",
     "read_ids",

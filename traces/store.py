@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import entr
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 from traces.arrays import Traces
 from traces.checks import check_unique, check_values
 from traces.schema import POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
@@ -97,7 +98,7 @@ def _from_rows(rows: Sequence[dict[str, Any]], field: pa.Field, source: str) -> 
             raise TypeError(f"found {pa.array(values).type}")
         return pa.array(values, kind)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"{source}: column {name!r} does not fit {kind}: {reason}") from None
 
 
@@ -163,18 +164,21 @@ def read_columns(shard: Path, names: Sequence[str]) -> Iterator[list[list[str]]]
         yield [_column(table, name, _place(shard, row)).to_pylist() for name in names]
 
 
-def read_tables(shard: Path, names: Sequence[str]) -> Iterator[pa.Table]:
+def read_tables(
+    shard: Path, names: Sequence[str], row_group: int | None = None
+) -> Iterator[pa.Table]:
     """Yields some columns in the schema's types, a piece of the rows at a time.
 
     Args:
         shard: The file.
-        names: The names of columns. "question" is left out where the file does not have it, and
-            empty where it is null.
+        names: The names of columns. "question" and "text" are left out where the file does not
+            have them, and empty where they are null.
+        row_group: The row group to read; None reads all.
 
     Raises:
         InputError: If the file is damaged, or a column is missing or not as the schema says.
     """
-    for row, table in _tables(shard, names):
+    for row, table in _tables(shard, names, row_group):
         place = _place(shard, row)
         yield pa.table({name: _column(table, name, place) for name in table.column_names})
 
@@ -231,7 +235,7 @@ def _open(shard: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(shard) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"{shard}: damaged, or no Parquet file: {reason}") from None
 
 
@@ -346,7 +350,7 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
     except pa.ArrowException:
         found = column.type
         raise InputError(f"{source}: column {name!r} is {found}, expected {expected}") from None
-    if name in ("segment", "question"):
+    if name in ("segment", "question", "text"):
         return array.fill_null("")
     if array.null_count:
         row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from haltwise import InputError
@@ -20,6 +22,7 @@ from traces.store import (
     read_columns,
     read_parts,
     read_recorder,
+    read_tables,
     row_groups,
     shards_of,
 )
@@ -42,6 +45,28 @@ class Chunks(Protocol):
     def __iter__(self) -> Iterator[Traces]:
         """Begins a pass over all chunks."""
         ...
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a trace holds for a person to read."""
+
+    gold: str
+    """The reference answer."""
+    final_answer: str
+    """The answer of the LM when it is never halted."""
+    question: str = ""
+    """The question; empty if it was not recorded."""
+    text: str = ""
+    """All that the LM generated; empty if it was not recorded."""
+
+    def thought_before(self, share: float, length: int = 240) -> str:
+        """Returns the last words of the thought before some share of the whole text is reached.
+
+        Traces do not tell which token ends at which character, so that this is about the place.
+        """
+        place = round(share * len(self.text))
+        return " ".join(self.text[max(place - length, 0) : place].split())
 
 
 def read_traces(path: Path | str) -> Traces:
@@ -159,6 +184,21 @@ class TraceFiles:
         """
         parts = [part.select(at) for part, at in self.parts(rows)]
         return replace(concatenate(parts), recorder=self.recorder)
+
+    def words(self, trace_ids: Sequence[str]) -> dict[str, Words]:
+        """Reads what some traces hold for a person to read, by trace id."""
+        wanted = np.isin(self.trace, _keys(trace_ids))
+        starts = np.cumsum([0, *(num for _, _, num in self.groups)])
+        found: dict[str, Words] = {}
+        ids = pa.array(trace_ids, pa.string())
+        for (k, index, num), start in zip(self.groups, starts[:-1], strict=True):
+            if not wanted[start : start + num].any():
+                continue
+            names = ("trace_id", *(field.name for field in fields(Words)))
+            for table in read_tables(self.shards[k], names, index):
+                for row in table.filter(pc.is_in(table["trace_id"], ids)).to_pylist():
+                    found[row.pop("trace_id")] = Words(**row)
+        return found
 
     def chunks(self, rows: RowMask, max_traces: int, seed: int) -> Chunks:
         """Returns the traces in some rows a chunk at a time.

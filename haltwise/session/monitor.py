@@ -1,5 +1,7 @@
 """A head beside a running batch: which rows it would halt now."""
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,7 +63,10 @@ class HaltMonitor:
             signals: Those of the rows, in the same order.
             rows: (B,) each at most once.
         """
-        if any(getattr(signals, name) is None for name in self._signals):
+        missing = [name for name in self._signals if getattr(signals, name) is None]
+        if missing:
+            told = f"the head reads {', '.join(missing)}, which nobody measures: it halts nothing"
+            warnings.warn(told, stacklevel=2)
             self.num_bad_signals[rows] += 1
             return np.zeros(len(rows), dtype=np.bool_)
         features = self._state.update(signals, rows)

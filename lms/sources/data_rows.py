@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haltwise import InputError
+from haltwise.errors import reason_of
 from lms.scorers import needed
 
 DataRow = dict[str, Any]
@@ -110,7 +111,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
     except InputError as error:
         raise InputError(f"{path}, {error}") from None
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"cannot read {path}: {reason}") from None
 
 
@@ -161,7 +162,7 @@ def rows_of_hub(name: str) -> DataRows:
     try:
         loaded = load_dataset(path, config or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(
             f"cannot load {name!r} from the hub: {reason}: expected its name, or --data-file with "
             "its rows"
