@@ -16,9 +16,7 @@ from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
 from haltwise.session.monitor import Bools
 from haltwise.session.thought import LONGEST_OPENING, NEVER, Thought
-from haltwise.vllm.step import StepRows, on_device
-from haltwise.vllm.v1 import V1Slots
-from haltwise.vllm.v2 import V2Slots
+from haltwise.vllm.slots import StepRows, V1Slots, V2Slots, on_device
 
 # Under vLLM's own logger: it is the one that vLLM shows.
 _log = logging.getLogger("vllm.haltwise")

@@ -50,8 +50,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from haltwise import InputError, Terms, ThoughtRequest
 from haltwise.vllm.halting import SlotHalting
 from haltwise.vllm.settings import check_tokens_are_shown, is_first, read_settings
-from haltwise.vllm.v1 import V1Slots
-from haltwise.vllm.v2 import V2Slots
+from haltwise.vllm.slots import V1Slots, V2Slots
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor

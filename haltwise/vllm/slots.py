@@ -1,19 +1,50 @@
-"""The requests of vLLM's V1 model runner, whose rows change from step to step."""
+"""What vLLM's two model runners tell a logits processor, in one form: slots, and rows of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
 from haltwise.policy.signals import Index
-from haltwise.vllm.step import Span, StepRows, on_device
+from haltwise.session.monitor import Bools
 
 # V1 keeps so many requests in mind that have left the batch and may come back.
 _NUM_SPARE = 64
+
+# A slot, and which of its generated tokens: the first, and the first that is not.
+Span = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """B rows of logits whose next token counts."""
+
+    index: Index
+    """(B,) which rows."""
+    slots: Index
+    """(B,) whose they are."""
+    num_tokens: Index
+    """(B,) generated so far."""
+    known: Bools
+    """(B,) whether the newest token is known, or there is none."""
+    newest: Tensor
+    """(rows,) of every row, on the device; anything before the first, -1 if it is not known."""
+
+    def only(self, chosen: Bools) -> StepRows:
+        """Returns some of the rows (B,)."""
+        return StepRows(
+            self.index[chosen],
+            self.slots[chosen],
+            self.num_tokens[chosen],
+            self.known[chosen],
+            self.newest,
+        )
 
 
 class _Request(NamedTuple):
@@ -113,3 +144,52 @@ class V1Slots:
     def generated(self, spans: Sequence[Span]) -> list[list[int]]:
         """Generated tokens in each of some spans."""
         return [self._requests[slot].output[start:stop] for slot, start, stop in spans]
+
+
+class V2Slots:
+    """The slots that V2 itself gives to requests."""
+
+    def __init__(self, req_states: Any) -> None:
+        """Reads where requests are kept."""
+        self.num_slots: int = req_states.max_num_reqs
+        self.device: torch.device = req_states.device
+        self._states = req_states
+
+    def rows(self, ctx: Any) -> StepRows:
+        """The rows of this step."""
+        slots = ctx.idx_mapping_np.astype(np.int64)
+        length = ctx.seq_lens_upper_bound_np[: len(slots)].astype(np.int64)
+        prompt = self._states.prompt_len.np[slots]
+        # vLLM throws away what a prompt's earlier chunks give, and warms up without prompts.
+        counts = (length >= self._states.prefill_len.np[slots]) & (prompt > 0)
+        everyone = np.arange(len(slots))
+        rows = StepRows(everyone, slots, length - prompt, everyone >= 0, ctx.input_ids)
+        return rows.only(counts)
+
+    def prompt(self, slot: int) -> list[int]:
+        """A prompt's tokens."""
+        tokens: list[int] = self._tokens[slot, : self._states.prompt_len.np[slot]].tolist()
+        return tokens
+
+    def generated(self, spans: Sequence[Span]) -> list[list[int]]:
+        """Generated tokens in each of some spans: one copy."""
+        lengths = [stop - start for _, start, stop in spans]
+        slots = np.repeat([slot for slot, *_ in spans], lengths)
+        places = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
+        places += self._states.prompt_len.np[slots]
+        found = self._tokens[on_device(self.device, slots), on_device(self.device, places)].cpu()
+        return [part.tolist() for part in found.split(lengths)]
+
+    @property
+    def _tokens(self) -> Tensor:
+        """(slots, places) of prompts and what was generated."""
+        tokens: Tensor = self._states.all_token_ids.gpu
+        return tokens
+
+
+def on_device(device: torch.device, index: Index | Bools) -> Tensor:
+    """Copies to a device, without waiting for it."""
+    host = torch.from_numpy(index)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
