@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise.engine.host_copy import copy_to_host
-from haltwise.engine.signal_reducer import logprobs_of
+from haltwise.engine.signal_reducer import copy_to_host, logprobs_of
 from haltwise.policy.signals import Float, Index
 from haltwise.session.token_statistics import NUM_TOP
 
