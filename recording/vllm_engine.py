@@ -20,8 +20,7 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from haltwise import InputError, Signals
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.policy.signals import signals_from
 from haltwise.session.forced_answer import ForcedAnswer, Probe
 from haltwise.session.signal_collector import SignalCollector

@@ -14,13 +14,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Halting, InputError, Signals
 from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import SequenceSlots
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.policy.signals import Float, Index
 from haltwise.session.forced_answer import Probe
 from haltwise.session.thought import Thought
@@ -263,19 +263,3 @@ def sampling_uniforms(prompt: str, seed: int, num: int) -> Float:
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     key = np.array([seed % 2**64, int.from_bytes(digest, "big")], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(num, dtype=np.float32)
-
-
-def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> list[int]:
-    """Returns the tokens that end what an LM generates.
-
-    Args:
-        config: The LM's generation config.
-        eos: The end tokens of one call, if it names any.
-
-    Raises:
-        InputError: If there is none.
-    """
-    eos = config.eos_token_id if eos is None else eos
-    if eos is None:
-        raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
-    return list(eos) if isinstance(eos, list) else [eos]

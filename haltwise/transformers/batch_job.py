@@ -21,7 +21,7 @@ from haltwise import (
     ThoughtRequest,
 )
 from haltwise.engine.decoder import Decoder
-from haltwise.engine.fingerprint import check_tokenizer
+from haltwise.engine.token_rules import check_tokenizer
 from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
 from haltwise.session.forced_answer import Probe

@@ -25,12 +25,10 @@ from transformers import (
 )
 
 from haltwise import Control, HaltHead, InputError, ThoughtReport
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
 from haltwise.policy.features import signals_of
 from haltwise.session.forced_answer import Probe
 from haltwise.transformers.generated_rows import GeneratedRows

@@ -20,10 +20,8 @@ from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Control, HaltHead, InputError, ThoughtReport
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
 from haltwise.policy.features import signals_of
 from haltwise.transformers.generated_rows import GeneratedRows
 

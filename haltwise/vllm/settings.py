@@ -9,8 +9,7 @@ from typing import Any
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from haltwise import Control, HaltHead, InputError, Terms
-from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, check_tokenizer
 from haltwise.policy.features import unshown_groups
 from haltwise.session.control import load_control
 

@@ -9,7 +9,7 @@ import torch
 from transformers import dynamic_module_utils
 
 from haltwise import HaltHead, InputError
-from haltwise.engine.fingerprint import tokenizer_fingerprint
+from haltwise.engine.token_rules import tokenizer_fingerprint
 from haltwise.session.report import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, hub
 from tests.families import qwen3_like

@@ -26,9 +26,8 @@ from haltwise import (
     InputError,
     Observing,
 )
-from haltwise.engine.fingerprint import tokenizer_fingerprint
 from haltwise.engine.signal_reducer import SignalReducer
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, tokenizer_fingerprint
 from haltwise.policy.features import signals_of
 from haltwise.session.terms import Terms
 from haltwise.session.thought import Thought
