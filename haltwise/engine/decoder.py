@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Halting, InputError, Signals
@@ -21,7 +20,7 @@ from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import SequenceSlots
 from haltwise.engine.token_rules import TokenRules, end_tokens
-from haltwise.policy.signals import Float, Index
+from haltwise.policy.signals import Bools, Float, Index
 from haltwise.session.forced_answer import Probe
 from haltwise.session.thought import Thought
 
@@ -122,7 +121,7 @@ class Decoder:
         self._slots.rollback(slots, 0)
         self._slots.prefill(slots, tokens)
 
-    def advance(self, slots: Index) -> NDArray[np.bool_]:
+    def advance(self, slots: Index) -> Bools:
         """Lets slots (B,) think until each is at its next decision point or cap, or has ended.
 
         A slot without a point in reach pauses after some tokens too, so that the others need not
@@ -188,7 +187,7 @@ class Decoder:
         """Returns the thoughts in slots (B,)."""
         return [self.thoughts[slot] for slot in slots.tolist()]
 
-    def _are_going(self, slots: Index) -> NDArray[np.bool_]:
+    def _are_going(self, slots: Index) -> Bools:
         """Tells which of slots (B,) generate more tokens."""
         return np.array([not thought.ended for thought in self._thoughts_in(slots)], dtype=bool)
 

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save
 
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
-from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names
+from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names, signals_of
 from haltwise.policy.halting import Halting
 from haltwise.policy.projection import Projection, check_tensor
-from haltwise.policy.signals import Float
+from haltwise.policy.signals import Bools, Float
 
 #: The form of the two files.
 FORMAT = 1
@@ -93,6 +93,11 @@ class Observing:
     def size(self) -> int:
         """Length of an observation, which is the features and the log price."""
         return len(self.mean) + 1
+
+    @cached_property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the signals that the features are made from."""
+        return signals_of(self.groups)
 
     @cached_property
     def _constants(self) -> Float:
@@ -290,7 +295,7 @@ class HaltHead:
         """Returns the probability of halting (B,); the arguments are those of `log_odds`."""
         return prob_of(self.log_odds(features, price))
 
-    def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
+    def halts(self, features: Float, price: ArrayLike | None = None) -> Bools:
         """Tells which rows to halt (B,); a row with a NaN feature continues.
 
         The arguments are those of `log_odds`.

@@ -4,12 +4,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.policy.features import FeatureState, signals_of
+from haltwise.policy.features import FeatureState
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Bools, Index, Signals
 from haltwise.session.terms import Terms
-
-Bools = NDArray[np.bool_]
 
 
 class HaltMonitor:
@@ -35,7 +33,6 @@ class HaltMonitor:
         """Starts every row before its first point."""
         self.head = head
         observing = head.config.observing
-        self._signals = signals_of(observing.groups)
         self._state = FeatureState(num_rows, observing.groups, observing.projection)
         price = head.config.default_price if price is None else price
         if np.shape(price) not in ((), (num_rows,)):
@@ -61,7 +58,7 @@ class HaltMonitor:
             signals: Those of the rows, in the same order.
             rows: (B,) each at most once.
         """
-        if any(getattr(signals, name) is None for name in self._signals):
+        if any(getattr(signals, name) is None for name in self.head.config.observing.signals):
             self.num_bad_signals[rows] += 1
             return np.zeros(len(rows), dtype=np.bool_)
         features = self._state.update(signals, rows)

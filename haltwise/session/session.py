@@ -16,9 +16,9 @@ import numpy as np
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Bools, Index, Signals
 from haltwise.session.control import ConstantControl, Control, check_control
-from haltwise.session.monitor import Bools, HaltMonitor
+from haltwise.session.monitor import HaltMonitor
 from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
 from haltwise.session.terms import Terms
 from haltwise.session.thought import NEVER, Thought

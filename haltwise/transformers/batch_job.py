@@ -22,7 +22,6 @@ from haltwise import (
 )
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import check_tokenizer
-from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
 from haltwise.session.forced_answer import Probe
 from haltwise.session.thought import Thought
@@ -94,7 +93,7 @@ def generate_all(
         num_slots,
         max_new_tokens,
         temperature,
-        signals=signals_of(head.config.observing.groups) if measures else (),
+        signals=head.config.observing.signals if measures else (),
     )
     return _BatchJob(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
 

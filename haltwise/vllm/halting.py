@@ -12,9 +12,7 @@ from torch import Tensor
 from haltwise import Control, HaltHead, Session, Signals, ThoughtRequest
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
-from haltwise.policy.signals import Index
-from haltwise.session.monitor import Bools
+from haltwise.policy.signals import Bools, Index
 from haltwise.session.thought import LONGEST_OPENING, NEVER, Thought
 from haltwise.vllm.slots import StepRows, V1Slots, V2Slots, on_device
 
@@ -65,7 +63,7 @@ class SlotHalting:
         self._rules, self._device, self._tells = rules, device, tells
         self._markers = _single_tokens(rules)
         self._session = Session(head, num_slots, control)
-        signals = signals_of(head.config.observing.groups)
+        signals = head.config.observing.signals
         self._reducer = SignalReducer(rules, signals, num_slots, device)
         self._close = torch.tensor(rules.close_ids, device=device)
         self.counts = HaltCounts()

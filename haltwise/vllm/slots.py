@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor import MoveDirectionality
 
-from haltwise.policy.signals import Index
-from haltwise.session.monitor import Bools
+from haltwise.policy.signals import Bools, Index
 
 # V1 keeps so many requests in mind that have left the batch and may come back.
 _NUM_SPARE = 64
