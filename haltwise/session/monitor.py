@@ -7,7 +7,7 @@ from haltwise.errors import InputError
 from haltwise.policy.features import FeatureState
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Bools, Index, Signals
-from haltwise.session.terms import Terms
+from haltwise.session.request import Terms
 
 
 class HaltMonitor:

@@ -19,8 +19,7 @@ from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Bools, Index, Signals
 from haltwise.session.control import ConstantControl, Control, check_control
 from haltwise.session.monitor import HaltMonitor
-from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
-from haltwise.session.terms import Terms
+from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 from haltwise.session.thought import NEVER, Thought
 
 log = logging.getLogger("haltwise")

@@ -10,7 +10,7 @@ from haltwise.policy.features import unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
-from haltwise.session.report import ThoughtReport, ThoughtRequest
+from haltwise.session.request import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
 from haltwise.session.signal_collector import SignalCollector
 from haltwise.session.thought import PointRules, Thought

@@ -29,7 +29,7 @@ from haltwise import (
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules, tokenizer_fingerprint
 from haltwise.policy.features import signals_of
-from haltwise.session.terms import Terms
+from haltwise.session.request import Terms
 from haltwise.session.thought import Thought
 from tests.heads import random_head
 from tests.projections import some_projection
