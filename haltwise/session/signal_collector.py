@@ -5,7 +5,8 @@
 Shapes: R rows, B of them in a call, N tokens in a call.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,19 @@ from numpy.typing import NDArray
 
 from haltwise.policy.signals import Index, Signals, answer_keys
 from haltwise.session.forced_answer import Probe
-from haltwise.session.reflections import num_reflections
 from haltwise.session.thought import PointRules, Thought
 from haltwise.session.token_statistics import STEPWISE, TokenStatistics
+
+#: Words with which an LM takes back, doubts or checks what it has thought: whole words, in any
+#: case. The first and the last row are also the embedded LM's.
+REFLECTIONS = (
+    *("wait", "hmm", "but", "however", "alternatively", "maybe", "perhaps", "actually"),
+    *("check", "checking", "recheck", "verify", "verifying"),
+)
+
+_WORD = re.compile(rf"\b(?:{'|'.join(REFLECTIONS)})\b", re.IGNORECASE)
+# A word has at most so many tokens.
+_CONTEXT = 8
 
 
 class SignalCollector:
@@ -84,3 +95,27 @@ def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
         "worst_logprob": np.array([probe.worst_logprob for probe in probes], dtype=np.float32),
         "probe_tokens": np.array([probe.num_tokens for probe in probes], dtype=np.int64),
     }
+
+
+def num_reflections(
+    tokens: Sequence[int], num_new: int, decode: Callable[[Sequence[int]], str]
+) -> int:
+    """Reflection words in the newest tokens of a thought.
+
+    A word that is cut by the border counts once it is whole. A token is decoded beside the tokens
+    before it, since many tokenizers drop the blank at the start of a text.
+
+    Args:
+        tokens: The thought so far.
+        num_new: How many of them are new.
+        decode: Gives the text of tokens.
+    """
+    start = len(tokens) - num_new
+    recent = tokens[max(start - _CONTEXT, 0) :]
+    before = recent[: len(recent) - num_new]
+    # What was a whole word may have gone on to be another one ("but", "button").
+    return max(_count(decode(recent)) - _count(decode(before)), 0)
+
+
+def _count(text: str) -> int:
+    return len(_WORD.findall(text))
