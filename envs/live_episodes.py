@@ -18,7 +18,7 @@ from envs.series import ShuffledPasses, check_price
 from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Probe
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

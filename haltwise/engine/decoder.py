@@ -21,8 +21,7 @@ from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import SequenceSlots
 from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.policy.signals import Bools, Float, Index
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 
 # The most tokens that a slot advances at once where the decision rule names no number.
 _STRIDE = 32

@@ -10,8 +10,7 @@ from weakref import WeakKeyDictionary
 
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
 from haltwise.policy.answers import READERS
-from haltwise.session.forced_answer import ForcedAnswer, Probe
-from haltwise.session.thought import PointRules
+from haltwise.session.thought import ForcedAnswer, PointRules, Probe
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase

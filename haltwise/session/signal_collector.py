@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.policy.signals import Index, Signals, answer_keys
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import PointRules, Thought
+from haltwise.session.thought import PointRules, Probe, Thought
 from haltwise.session.token_statistics import STEPWISE, TokenStatistics
 
 #: Words with which an LM takes back, doubts or checks what it has thought: whole words, in any

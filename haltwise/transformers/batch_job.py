@@ -23,8 +23,7 @@ from haltwise import (
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import check_tokenizer
 from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 
 
 @dataclass(frozen=True)

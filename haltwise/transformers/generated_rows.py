@@ -15,9 +15,8 @@ from haltwise import Control, HaltHead, Session, Signals, ThoughtReport
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
 from haltwise.session.session import requests_of
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 
 
 class GeneratedRows:

@@ -29,7 +29,7 @@ from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
-from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Probe
 from haltwise.transformers.generated_rows import GeneratedRows
 
 

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from haltwise import MEAN_LOGPROB, Halting
-from haltwise.session.forced_answer import Probe
 from haltwise.session.signal_collector import REFLECTIONS, SignalCollector, num_reflections
-from haltwise.session.thought import PointRules, Thought
+from haltwise.session.thought import PointRules, Probe, Thought
 from lms.embedded import VOCABULARY
 
 RULES = PointRules(Halting("always", "every 2 tokens, at most 3", "</think>", MEAN_LOGPROB))
