@@ -10,19 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from haltwise import (
-    Control,
-    HaltHead,
-    InputError,
-    Session,
-    Signals,
-    Terms,
-    ThoughtReport,
-    ThoughtRequest,
-)
+from haltwise import Control, HaltHead, InputError, Session, Terms, ThoughtReport, ThoughtRequest
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import check_tokenizer
-from haltwise.policy.signals import Index
+from haltwise.policy.signals import Index, Signals
 from haltwise.session.thought import Probe, Thought
 
 
