@@ -343,8 +343,7 @@ class HaltHead:
 
 def prob_of(log_odds: NDArray[Any]) -> NDArray[Any]:
     """Returns the probabilities that some log-odds stand for."""
-    prob: NDArray[Any] = 0.5 * (1 + np.tanh(0.5 * log_odds))
-    return prob
+    return 0.5 * (1 + np.tanh(0.5 * log_odds))
 
 
 def _write(path: Path, content: bytes) -> None:

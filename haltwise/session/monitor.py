@@ -64,5 +64,4 @@ class HaltMonitor:
         features = self._state.update(signals, rows)
         sound = np.isfinite(features).all(axis=1)
         self.num_bad_signals[rows] += ~sound
-        halts: Bools = self.head.halts(features, self.price[rows]) & sound
-        return halts
+        return self.head.halts(features, self.price[rows]) & sound

@@ -104,8 +104,7 @@ class SlotHalting:
         """Returns which slots (B,) are watched or being closed."""
         halted_at = self._halted_at[slots]
         closing = (halted_at >= 0) & (self.num_tokens[slots] - halted_at < len(self._close))
-        active: Bools = self._session.open[slots] | closing
-        return active
+        return self._session.open[slots] | closing
 
     def _take_in(self, rows: StepRows) -> None:
         """Measures the newest tokens."""

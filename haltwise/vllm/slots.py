@@ -167,8 +167,7 @@ class V2Slots:
 
     def prompt(self, slot: int) -> list[int]:
         """A prompt's tokens."""
-        tokens: list[int] = self._tokens[slot, : self._states.prompt_len.np[slot]].tolist()
-        return tokens
+        return self._tokens[slot, : self._states.prompt_len.np[slot]].tolist()
 
     def generated(self, spans: Sequence[Span]) -> list[list[int]]:
         """Generated tokens in each of some spans: one copy."""
