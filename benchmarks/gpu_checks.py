@@ -22,7 +22,7 @@ from transformers import Qwen3Config
 from benchmarks.overhead import never_halting_head, random_lm
 from haltwise import HaltHead
 from haltwise.engine.decoder import Decoder
-from haltwise.session.token_statistics import STEPWISE
+from haltwise.session.signal_collector import STEPWISE
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

@@ -22,9 +22,8 @@ from vllm.platforms import current_platform
 from haltwise import InputError, Signals
 from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.policy.signals import signals_from
-from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import ForcedAnswer, Probe, Thought
-from haltwise.session.token_statistics import NUM_TOP
 from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat

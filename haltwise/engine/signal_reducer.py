@@ -18,9 +18,8 @@ from torch import Tensor
 from haltwise import Signals
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import MEASURED_FROM, Float, Index, signals_from
-from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.signal_collector import LOWEST_LOGPROB, NUM_TOP, SignalCollector
 from haltwise.session.thought import Probe, Thought
-from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP
 
 #: The signals that are measured only if they are asked for.
 MEASURED = signals_from(*MEASURED_FROM)

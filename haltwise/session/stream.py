@@ -12,9 +12,8 @@ from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
 from haltwise.session.request import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
-from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import PointRules, Thought
-from haltwise.session.token_statistics import NUM_TOP
 
 # Servers that name the likeliest tokens by their text lose some that share one.
 _FEWEST_TOP = 16
