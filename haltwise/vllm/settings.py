@@ -100,6 +100,5 @@ def check_tokens_are_shown(vllm_config: Any) -> None:
 
 def is_first(parallel_config: Any) -> bool:
     """Whether this process is the first of those that sample the same requests: it logs."""
-    if getattr(parallel_config, "enable_batch_sharded_sampling", False):
-        return True  # each process samples its own
-    return bool(parallel_config.rank % parallel_config.tensor_parallel_size == 0)
+    is_alone = getattr(parallel_config, "enable_batch_sharded_sampling", False)
+    return bool(is_alone or parallel_config.rank % parallel_config.tensor_parallel_size == 0)

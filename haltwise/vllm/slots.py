@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,15 +78,16 @@ class V1Slots:
         # In the order in which their requests have left.
         self._free: dict[int, None] = dict.fromkeys(range(self.num_slots))
 
-    def update(self, update: Any, num_seen: Index) -> list[tuple[int, Any]]:
+    def update(self, update: Any, num_seen: Index) -> Iterator[tuple[int, Any]]:
         """Follows a `BatchUpdate`: removed, then added, then moved.
 
         Args:
             update: What has changed.
             num_seen: (S,) generated tokens that have been seen of each slot's request.
 
-        Returns:
-            Slots that have new requests, and their sampling parameters.
+        Yields:
+            Slots that requests have left, and None; then those that new requests get, and their
+            sampling parameters. Each still has the tokens of the request before.
         """
         before = list(self._slots.values())
         for row in update.removed:
@@ -96,18 +97,18 @@ class V1Slots:
         for source, target, direction in update.moved:
             self._move(source, target, direction == MoveDirectionality.SWAP)
         after = set(self._slots.values())
-        self._free |= dict.fromkeys(slot for slot in before if slot not in after)
-        joined = []
+        left = dict.fromkeys(slot for slot in before if slot not in after)
+        yield from left.items()
+        self._free |= left
         for row, number in self._slots.items():
             if number < 0:
                 request = _Request(*update.added[~number][1:])
                 slot = self._slot_of(request, num_seen)
                 if slot is None:
                     slot = next(iter(self._free))
-                    joined.append((slot, request.params))
+                    yield slot, request.params
                 del self._free[slot]
                 self._slots[row], self._requests[slot] = slot, request
-        return joined
 
     def _move(self, source: int, target: int, swaps: bool) -> None:
         coming, going = self._slots.pop(source, None), self._slots.pop(target, None)
@@ -153,12 +154,14 @@ class V2Slots:
         self.num_slots: int = req_states.max_num_reqs
         self.device: torch.device = req_states.device
         self._states = req_states
+        # (S,) of the requests that have been seen: vLLM tells of a new one before its tokens come.
+        self._prompt_len: Index = np.zeros(self.num_slots, dtype=np.int64)
 
     def rows(self, ctx: Any) -> StepRows:
         """The rows of this step."""
         slots = ctx.idx_mapping_np.astype(np.int64)
         length = ctx.seq_lens_upper_bound_np[: len(slots)].astype(np.int64)
-        prompt = self._states.prompt_len.np[slots]
+        prompt = self._prompt_len[slots] = self._states.prompt_len.np[slots]
         # vLLM throws away what a prompt's earlier chunks give, and warms up without prompts.
         counts = (length >= self._states.prefill_len.np[slots]) & (prompt > 0)
         everyone = np.arange(len(slots))
@@ -167,22 +170,19 @@ class V2Slots:
 
     def prompt(self, slot: int) -> list[int]:
         """A prompt's tokens."""
-        return self._tokens[slot, : self._states.prompt_len.np[slot]].tolist()
+        all_tokens = self._states.all_token_ids.gpu
+        tokens: list[int] = all_tokens[slot, : self._prompt_len[slot]].tolist()
+        return tokens
 
     def generated(self, spans: Sequence[Span]) -> list[list[int]]:
         """Generated tokens in each of some spans: one copy."""
         lengths = [stop - start for _, start, stop in spans]
         slots = np.repeat([slot for slot, *_ in spans], lengths)
         places = np.concatenate([np.arange(start, stop) for _, start, stop in spans])
-        places += self._states.prompt_len.np[slots]
-        found = self._tokens[on_device(self.device, slots), on_device(self.device, places)].cpu()
+        places += self._prompt_len[slots]
+        where = on_device(self.device, slots), on_device(self.device, places)
+        found = self._states.all_token_ids.gpu[where].cpu()
         return [part.tolist() for part in found.split(lengths)]
-
-    @property
-    def _tokens(self) -> Tensor:
-        """(slots, places) of prompts and what was generated."""
-        tokens: Tensor = self._states.all_token_ids.gpu
-        return tokens
 
 
 def on_device(device: torch.device, index: Index | Bools) -> Tensor:
