@@ -32,7 +32,6 @@ from benchmarks.timing import BenchResult, TimedWork, rate, take_turns
 from command import run, write_json
 from haltwise import InputError
 from haltwise.engine.decoder import Decoder
-from haltwise.policy.features import signals_of
 from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
 from lms.language_model import LanguageModel
 
@@ -291,7 +290,7 @@ class LMContest:
             replace(head.halting, probing="always"),
             size,
             self._setup.num_tokens + 1,  # else the last point would be the end
-            signals=signals_of(head.observing.groups),
+            signals=head.observing.signals,
         )
         asked = some_questions(lm, size, _NUM_PROMPT)
 

@@ -22,8 +22,7 @@ from transformers import Qwen3Config
 from benchmarks.overhead import never_halting_head, random_lm
 from haltwise import HaltHead
 from haltwise.engine.decoder import Decoder
-from haltwise.policy.features import signals_of
-from haltwise.session.token_statistics import STEPWISE
+from haltwise.session.signal_collector import STEPWISE
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
@@ -174,7 +173,7 @@ def check_live(device: str) -> list[DeviceCheck]:
         4,
         _NUM_TOKENS,
         0.8,
-        signals=signals_of(observing.groups),
+        signals=observing.signals,
     )
     rows = record(lm, decoder, [(by_id[name], seed) for name, seed in played])
     with TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.timing import BenchResult
 from haltwise import HaltHead
-from haltwise.session.report import ThoughtReport
+from haltwise.session.request import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, generate_all
 from lms.embedded import EMBEDDED, prompt_of
 from lms.language_model import LanguageModel

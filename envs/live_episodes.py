@@ -17,9 +17,8 @@ from envs.reward import reward
 from envs.series import ShuffledPasses, check_price
 from haltwise import FeatureState, Halting, InputError, Observing
 from haltwise.engine.decoder import Decoder
-from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
+from haltwise.session.thought import Probe
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
@@ -159,7 +158,7 @@ class LiveEpisodes:
             num_slots,
             max_tokens,
             lm.temperature if temperature is None else temperature,
-            signals=signals_of(observing.groups),
+            signals=observing.signals,
         )
         self._observing = observing
         self._state = FeatureState(num_slots, observing.groups, observing.projection)

@@ -16,8 +16,8 @@ from evaluation.intervals import interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
 from evaluation.rows import Interval
 from haltwise import HaltHead, InputError
-from haltwise.engine.decoder import end_tokens
-from haltwise.session.report import ThoughtReport
+from haltwise.engine.token_rules import end_tokens
+from haltwise.session.request import ThoughtReport
 from haltwise.session.thought import Thought
 from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel

@@ -9,10 +9,8 @@ from haltwise.policy.head import HaltHead, HeadConfig, Observing
 from haltwise.policy.projection import Projection
 from haltwise.policy.signals import Signals, answer_keys
 from haltwise.session.control import Control
-from haltwise.session.monitor import HaltMonitor
-from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
-from haltwise.session.session import Session
-from haltwise.session.terms import Terms
+from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
+from haltwise.session.session import HaltMonitor, Session
 
 __all__ = [
     "FEATURE_GROUPS",

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from haltwise import InputError
-from haltwise.engine.fingerprint import tokenizer_fingerprint
+from haltwise.engine.token_rules import tokenizer_fingerprint
 from haltwise.errors import reason_of
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED

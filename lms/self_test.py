@@ -11,8 +11,7 @@ import numpy as np
 from haltwise import Halting, InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import TokenRules
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import LONGEST_OPENING, Thought
+from haltwise.session.thought import LONGEST_OPENING, Probe, Thought
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question

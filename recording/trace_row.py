@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from haltwise import Halting, InputError, Signals
 from haltwise.engine.token_rules import TokenRules
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 from lms.language_model import LanguageModel
 from lms.questions import Question
 

@@ -20,14 +20,11 @@ from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
 from haltwise import InputError, Signals
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.errors import reason_of
 from haltwise.policy.signals import signals_from
-from haltwise.session.forced_answer import ForcedAnswer, Probe
-from haltwise.session.signal_collector import SignalCollector
-from haltwise.session.thought import Thought
-from haltwise.session.token_statistics import NUM_TOP
+from haltwise.session.signal_collector import NUM_TOP, SignalCollector
+from haltwise.session.thought import ForcedAnswer, Probe, Thought
 from lms.language_model import source_of
 from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat

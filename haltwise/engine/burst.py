@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haltwise.engine.host_copy import copy_to_host
-from haltwise.engine.signal_reducer import logprobs_of
+from haltwise.engine.signal_reducer import copy_to_host, logprobs_of
 from haltwise.policy.signals import Float, Index
-from haltwise.session.token_statistics import NUM_TOP
+from haltwise.session.signal_collector import NUM_TOP
 
 Forward = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 """Feeds tokens (W, 1), at positions (W, 1) of their rows, stored in columns (W, 1) of the cache, of

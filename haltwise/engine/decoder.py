@@ -13,17 +13,15 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Halting, InputError, Signals
 from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slots import SequenceSlots
-from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.signals import Float, Index
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import Thought
+from haltwise.engine.token_rules import TokenRules, end_tokens
+from haltwise.policy.signals import Bools, Float, Index
+from haltwise.session.thought import Probe, Thought
 
 # The most tokens that a slot advances at once where the decision rule names no number.
 _STRIDE = 32
@@ -122,7 +120,7 @@ class Decoder:
         self._slots.rollback(slots, 0)
         self._slots.prefill(slots, tokens)
 
-    def advance(self, slots: Index) -> NDArray[np.bool_]:
+    def advance(self, slots: Index) -> Bools:
         """Lets slots (B,) think until each is at its next decision point or cap, or has ended.
 
         A slot without a point in reach pauses after some tokens too, so that the others need not
@@ -188,7 +186,7 @@ class Decoder:
         """Returns the thoughts in slots (B,)."""
         return [self.thoughts[slot] for slot in slots.tolist()]
 
-    def _are_going(self, slots: Index) -> NDArray[np.bool_]:
+    def _are_going(self, slots: Index) -> Bools:
         """Tells which of slots (B,) generate more tokens."""
         return np.array([not thought.ended for thought in self._thoughts_in(slots)], dtype=bool)
 
@@ -263,19 +261,3 @@ def sampling_uniforms(prompt: str, seed: int, num: int) -> Float:
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     key = np.array([seed % 2**64, int.from_bytes(digest, "big")], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(num, dtype=np.float32)
-
-
-def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> list[int]:
-    """Returns the tokens that end what an LM generates.
-
-    Args:
-        config: The LM's generation config.
-        eos: The end tokens of one call, if it names any.
-
-    Raises:
-        InputError: If there is none.
-    """
-    eos = config.eos_token_id if eos is None else eos
-    if eos is None:
-        raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
-    return list(eos) if isinstance(eos, list) else [eos]

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from haltwise.engine.host_copy import copy_to_host
+from haltwise.engine.signal_reducer import copy_to_host
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import Float, Index
-from haltwise.session.forced_answer import ForcedAnswer
+from haltwise.session.thought import ForcedAnswer
 
 NextTokens = Callable[[Index, Index | None, int], tuple[Index, Float]]
 """Generates the likeliest tokens of some rows of a batch.

@@ -14,13 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import (
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 
 from haltwise import InputError
 from haltwise.policy.signals import Index
@@ -129,12 +123,12 @@ def fork_cache(model: PreTrainedModel, cache: Cache, rows: LongTensor) -> Cache:
     shared = {id(held): held for layer in cache.layers for held in _rows_of(vars(layer))}
     fork.layers = copy.deepcopy(cache.layers, shared)
     fork.reorder_cache(rows)
-    if any(isinstance(layer, StaticLayer) for layer in fork.layers):
+    if any(isinstance(layer, cache_utils.StaticLayer) for layer in fork.layers):
         fresh: list[Any] = DynamicCache(config=model.config).layers
-        fork.layers = [
-            _as_dynamic(layer, fresh[i]) if isinstance(layer, StaticLayer) else layer
-            for i, layer in enumerate(fork.layers)
-        ]
+        for i, layer in enumerate(fork.layers):
+            if isinstance(layer, cache_utils.StaticLayer):
+                _fill(fresh[i], layer)
+                fork.layers[i] = fresh[i]
     return fork
 
 
@@ -151,21 +145,18 @@ def _rows_of(value: Any) -> Iterator[Tensor]:
             yield from _rows_of(item)
 
 
-def _as_dynamic(static: StaticLayer, dynamic: DynamicLayer) -> DynamicLayer:
-    """Returns a fresh dynamic layer after giving it what a static one holds."""
+def _fill(dynamic: cache_utils.DynamicLayer, static: cache_utils.StaticLayer) -> None:
+    """Gives a fresh dynamic layer what a static one holds."""
     assert static.keys is not None
     assert static.values is not None
     length = int(static.get_seq_length())
     held = min(length, static.max_cache_len)
     dynamic.update(static.keys[:, :, :held], static.values[:, :, :held])
-    if isinstance(dynamic, DynamicSlidingWindowLayer):
+    if isinstance(dynamic, cache_utils.DynamicSlidingWindowLayer):
         dynamic.cumulative_length = length
-    return dynamic
 
 
 def _is_mixed(layer: Any) -> bool:
     """Tells whether a layer is static and something else as well."""
-    return isinstance(layer, StaticLayer) and type(layer) not in (
-        StaticLayer,
-        StaticSlidingWindowLayer,
-    )
+    static = (cache_utils.StaticLayer, cache_utils.StaticSlidingWindowLayer)
+    return isinstance(layer, cache_utils.StaticLayer) and type(layer) not in static

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor
 
 from haltwise import Signals
-from haltwise.engine.host_copy import copy_to_host
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import MEASURED_FROM, Float, Index, signals_from
-from haltwise.session.forced_answer import Probe
-from haltwise.session.signal_collector import SignalCollector
-from haltwise.session.thought import Thought
-from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP
+from haltwise.session.signal_collector import LOWEST_LOGPROB, NUM_TOP, SignalCollector
+from haltwise.session.thought import Probe, Thought
 
 #: The signals that are measured only if they are asked for.
 MEASURED = signals_from(*MEASURED_FROM)
@@ -172,3 +169,13 @@ def logprobs_of(logits: Tensor, tokens: Tensor, num_top: int = NUM_TOP) -> Tenso
     if num < num_top:
         found = torch.nn.functional.pad(found, (0, num_top - num), value=-torch.inf)
     return found
+
+
+def copy_to_host(*tensors: Tensor) -> list[Float]:
+    """Returns tensors of one device as float32 arrays on the host, which waits for the device once.
+
+    A float32 number holds a token id exactly.
+    """
+    flat = torch.cat([tensor.flatten().float() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(t.shape).numpy() for part, t in zip(parts, tensors, strict=True)]

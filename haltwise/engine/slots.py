@@ -24,7 +24,7 @@ from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.signals import Float, Index
-from haltwise.session.forced_answer import ForcedAnswer
+from haltwise.session.thought import ForcedAnswer
 
 # Buffers of the cache have this many columns at least.
 _FEWEST_COLUMNS = 256

@@ -1,19 +1,24 @@
-"""How an LM's token ids are read: thoughts, and the answers that are forced from them."""
+"""How an LM's token ids are read: thoughts, forced answers, ends, and whose ids they are."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
 from haltwise.policy.answers import READERS
-from haltwise.session.forced_answer import ForcedAnswer, Probe
-from haltwise.session.thought import PointRules
+from haltwise.session.thought import ForcedAnswer, PointRules, Probe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _BOX = r"\boxed{"
+# The size and the fingerprint of each tokenizer in use: reading a large vocabulary takes a tenth of
+# a second, and every call of `generate` asks.
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
 
 
 class TokenRules(PointRules):
@@ -90,3 +95,43 @@ def _ends(answer: str, end: str) -> bool:
             return True
         depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
     return False
+
+
+def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> list[int]:
+    """Returns the tokens that end what an LM generates.
+
+    Args:
+        config: The LM's generation config.
+        eos: The end tokens of one call, if it names any.
+
+    Raises:
+        InputError: If there is none.
+    """
+    eos = config.eos_token_id if eos is None else eos
+    if eos is None:
+        raise InputError("the LM's generation config has no eos_token_id: nothing ends an answer")
+    return list(eos) if isinstance(eos, list) else [eos]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns 16 hex digits of a SHA-256 of a tokenizer's vocabulary.
+
+    They are equal for tokenizers that give every token the same id.
+    """
+    size, found = _known.get(tokenizer, (-1, ""))
+    if size != len(tokenizer):
+        vocabulary = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items())
+        found = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+        _known[tokenizer] = len(tokenizer), found
+    return found
+
+
+def check_tokenizer(head: HaltHead, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a tokenizer that a head was not trained with.
+
+    Raises:
+        InputError: If the head names another tokenizer.
+    """
+    expected = head.config.tokenizer
+    if expected and (found := tokenizer_fingerprint(tokenizer)) != expected:
+        raise InputError(f"tokenizer is {found}, but the head was trained with {expected}")

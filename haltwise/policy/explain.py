@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead, prob_of
+from haltwise.policy.signals import Bools
 
 Double = NDArray[np.float64]
 
@@ -170,10 +171,10 @@ def _indifference_price(head: HaltHead, point: Double, price: float) -> float:
     return float(np.exp(high[nearest]))
 
 
-def _halts_at(head: HaltHead, point: Double, log_prices: Double) -> NDArray[np.bool_]:
+def _halts_at(head: HaltHead, point: Double, log_prices: Double) -> Bools:
     """Tells at which of some log prices (T,) the head would halt at an observation (O,)."""
     obs = np.repeat(point[None], len(log_prices), axis=0)
     obs[:, -1] = head.config.observing.dial(np.exp(log_prices))
     threshold = head.config.threshold
-    halts: NDArray[np.bool_] = head.log_odds_of(obs) >= np.log(threshold) - np.log1p(-threshold)
+    halts: Bools = head.log_odds_of(obs) >= np.log(threshold) - np.log1p(-threshold)
     return halts

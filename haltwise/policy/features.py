@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from haltwise.errors import InputError
 from haltwise.policy.projection import NUM_DIRECTIONS, Projection
-from haltwise.policy.signals import SHOWN_BY, Float, Index, Signals, signals_from
+from haltwise.policy.signals import SHOWN_BY, Bools, Float, Index, Signals, signals_from
 
 # Log-odds of confidences. 12 is 1 - 6e-6; float32 lies no closer to 1 than 6e-8. Guesses below
 # 27 % are not told apart: there LMs differ most (docs/FEATURES.md has the figures).
@@ -135,10 +135,10 @@ class _AnswerHistory(_RowState):
         self._values[num, rows] = values
         self.num_points[rows] += 1
 
-    def same(self, rows: Index) -> NDArray[np.bool_]:
+    def same(self, rows: Index) -> Bools:
         """Tells which points so far had the newest answer (P, B); none if that is empty."""
         newest = self._keys[self.num_points[rows] - 1, rows]
-        same: NDArray[np.bool_] = (self._keys[:, rows] == newest) & (newest != 0)
+        same: Bools = (self._keys[:, rows] == newest) & (newest != 0)
         return same
 
     def smallest(self, rows: Index) -> Float:

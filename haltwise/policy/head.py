@@ -25,10 +25,10 @@ from safetensors.numpy import load_file, save
 
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
-from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names
+from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names, signals_of
 from haltwise.policy.halting import Halting
 from haltwise.policy.projection import Projection, check_tensor
-from haltwise.policy.signals import Float
+from haltwise.policy.signals import Bools, Float
 
 #: The form of the two files.
 FORMAT = 1
@@ -102,6 +102,11 @@ class Observing:
     def size(self) -> int:
         """Length of an observation, which is the features and the log price."""
         return len(self.mean) + 1
+
+    @cached_property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the signals that the features are made from."""
+        return signals_of(self.groups)
 
     @cached_property
     def _constants(self) -> Float:
@@ -308,7 +313,7 @@ class HaltHead:
         """Returns the probability of halting (B,); the arguments are those of `log_odds`."""
         return prob_of(self.log_odds(features, price))
 
-    def halts(self, features: Float, price: ArrayLike | None = None) -> NDArray[np.bool_]:
+    def halts(self, features: Float, price: ArrayLike | None = None) -> Bools:
         """Tells which rows to halt (B,); a row with a NaN feature continues.
 
         The arguments are those of `log_odds`.
@@ -356,8 +361,7 @@ class HaltHead:
 
 def prob_of(log_odds: NDArray[Any]) -> NDArray[Any]:
     """Returns the probabilities that some log-odds stand for."""
-    prob: NDArray[Any] = 0.5 * (1 + np.tanh(0.5 * log_odds))
-    return prob
+    return 0.5 * (1 + np.tanh(0.5 * log_odds))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+Bools = NDArray[np.bool_]
 Float = NDArray[np.float32]
 Index = NDArray[np.int64]
 

@@ -1,7 +1,6 @@
 """The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
 
 import json
-import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -24,21 +23,12 @@ from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
-from haltwise.proxy.metrics import Metrics, RequestRecord
+from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.upstream import Upstream, UpstreamLeg
-from haltwise.proxy.wire import (
-    Json,
-    RawHeaders,
-    StreamEvent,
-    UpstreamError,
-    error_body,
-    json_object,
-)
+from haltwise.proxy.wire import RawHeaders, StreamEvent, UpstreamError, json_object
 from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
-
-log = logging.getLogger("haltwise.proxy")
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # Headers that are about one connection.
@@ -104,31 +94,31 @@ class Proxy:
             await self._answer(client)
         except RefusedError as error:
             record.outcome = error.kind
-            await self._refuse(client, error.status, error.body, error.headers)
+            await self._refuse(client, error, error.headers)
         except UpstreamError as error:
             record.note_error(error)
-            await self._refuse(client, error.status, error.body, [])
+            await self._refuse(client, error, [])
         except ClientGoneError as error:
             record.outcome = str(error)
         except Exception:
             log.exception("a defect of the proxy")
             record.outcome = "defect"
-            await self._refuse(client, 500, error_body("the proxy failed", "defect"), [])
+            await self._refuse(client, RefusedError(500, "defect", "the proxy failed"), [])
         finally:
             record.close()
         with suppress(ClientGoneError):
             await client.finish()
 
     async def _refuse(
-        self, client: RequestingClient, status: int, body: Json, headers: RawHeaders
+        self, client: RequestingClient, error: RefusedError | UpstreamError, headers: RawHeaders
     ) -> None:
         """Answers with an error, or cuts an answer that has begun."""
-        client.record.status = status
+        client.record.status = error.status
         with suppress(ClientGoneError):
             if client.has_started:
                 await client.drop()
             else:
-                await client.answer(status, body, headers)
+                await client.answer(error.status, error.body, headers)
 
     async def _answer(self, client: RequestingClient) -> None:
         """Answers a request if the client may ask it and there is room for it."""

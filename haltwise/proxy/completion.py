@@ -12,14 +12,7 @@ from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import (
-    DONE,
-    Json,
-    StreamEvent,
-    UpstreamError,
-    WholeAnswer,
-    texts_of,
-)
+from haltwise.proxy.wire import DONE, Json, StreamEvent, UpstreamError, WholeAnswer, texts_of
 from haltwise.session.stream import StreamedThought
 
 

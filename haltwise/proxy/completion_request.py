@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from haltwise.proxy.wire import Json, RawHeaders
-from haltwise.session.token_statistics import NUM_TOP
+from haltwise.session.signal_collector import NUM_TOP
 
 _STRUCTURED = (
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),

@@ -8,8 +8,8 @@ import anyio
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.upstream import GeneratedSoFar, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.session.signal_collector import NUM_TOP
 from haltwise.session.thought import PointRules, Thought
-from haltwise.session.token_statistics import NUM_TOP
 
 # Answers to questions that hang on what clients send are kept for so many.
 _MOST_KEPT = 1000

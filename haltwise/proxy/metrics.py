@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from haltwise.proxy.wire import Json, UpstreamError
 
+#: Where the whole proxy logs.
 log = logging.getLogger("haltwise.proxy")
 
 _DECISIONS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)

@@ -6,17 +6,15 @@ No answer is lost: whatever fails on the way, the LM thinks on, and its client s
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AsyncExitStack, suppress
 
 import anyio
 
+from haltwise.proxy.metrics import log
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import REASONING_FIELDS, Json, StreamEvent, UpstreamError, texts_of
-
-log = logging.getLogger("haltwise.proxy")
 
 # Bytes of events that are held back; with more the upstream has to wait.
 _MOST_HELD = 2 * 2**20

@@ -1,16 +1,13 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
-import logging
 import time
 
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer
-from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.metrics import Metrics, log
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import REASONING_FIELDS, Json, ServedToken, texts_of, tokens_of
 from haltwise.session.stream import StreamedThought
-
-log = logging.getLogger("haltwise.proxy")
 
 # How vLLM begins the texts of tokens that it was told to name by their ids.
 _ID_TEXT = "token_id:"

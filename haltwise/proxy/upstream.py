@@ -14,21 +14,8 @@ from typing import Any
 import anyio
 import httpx2
 
+from haltwise.proxy import wire
 from haltwise.proxy.config import ServeConfig
-from haltwise.proxy.wire import (
-    DONE,
-    EVENT_STREAM,
-    EventReader,
-    Json,
-    RawHeaders,
-    ServedToken,
-    StreamEvent,
-    UpstreamError,
-    choice_of,
-    json_object,
-    texts_of,
-    tokens_of,
-)
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
@@ -42,13 +29,13 @@ def as_upstream_errors() -> Iterator[None]:
         yield
     except httpx2.ConnectTimeout:
         message = "upstream could not be reached in time, see --connect-timeout"
-        raise UpstreamError("connect timeout", message, 504) from None
+        raise wire.UpstreamError("connect timeout", message, 504) from None
     except httpx2.TimeoutException:
-        raise UpstreamError("timeout", "upstream did not answer in time", 504) from None
+        raise wire.UpstreamError("timeout", "upstream did not answer in time", 504) from None
     except httpx2.ConnectError:
-        raise UpstreamError("unreachable", "upstream cannot be reached") from None
+        raise wire.UpstreamError("unreachable", "upstream cannot be reached") from None
     except httpx2.TransportError:
-        raise UpstreamError("cut", "upstream broke off its answer") from None
+        raise wire.UpstreamError("cut", "upstream broke off its answer") from None
 
 
 class UpstreamLeg:
@@ -62,19 +49,19 @@ class UpstreamLeg:
         """Reads nothing of the body yet."""
         self.response = response
         self._events = self._read()
-        self._put_back: list[StreamEvent] = []
+        self._put_back: list[wire.StreamEvent] = []
 
     @property
     def is_stream(self) -> bool:
         """Whether the answer is a stream of events."""
         kind = self.response.headers.get("content-type", "")
-        return self.response.status_code == 200 and kind.startswith(EVENT_STREAM)
+        return self.response.status_code == 200 and kind.startswith(wire.EVENT_STREAM)
 
-    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+    def __aiter__(self) -> AsyncIterator[wire.StreamEvent]:
         """Returns the leg itself."""
         return self
 
-    async def __anext__(self) -> StreamEvent:
+    async def __anext__(self) -> wire.StreamEvent:
         """The next event.
 
         Raises:
@@ -82,12 +69,12 @@ class UpstreamLeg:
         """
         return self._put_back.pop() if self._put_back else await anext(self._events)
 
-    async def _read(self) -> AsyncGenerator[StreamEvent, None]:
-        reader = EventReader()
+    async def _read(self) -> AsyncGenerator[wire.StreamEvent, None]:
+        reader = wire.EventReader()
         async with aclosing(self.pieces()) as pieces:
             async for data in pieces:
                 for event in reader.feed(data):
-                    if event is not DONE:  # a completion ends with its last leg
+                    if event is not wire.DONE:  # a completion ends with its last leg
                         yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
@@ -109,7 +96,7 @@ class UpstreamLeg:
         async with aclosing(self.pieces()) as pieces:
             return b"".join([data async for data in pieces])
 
-    async def first_choice(self) -> Json | None:
+    async def first_choice(self) -> wire.Json | None:
         """The first choice with a text or an end; None without one.
 
         The events up to it are given by the iterator all the same.
@@ -121,7 +108,7 @@ class UpstreamLeg:
         async for event in self:
             passed.append(event)
             choice = event.choice
-            if choice and (any(texts_of(choice)) or choice.get("finish_reason")):
+            if choice and (any(wire.texts_of(choice)) or choice.get("finish_reason")):
                 self._put_back = passed[::-1]
                 return choice
         return None
@@ -146,17 +133,17 @@ class GeneratedSoFar:
     num_tokens: int = 0
     """Number of tokens."""
 
-    def add(self, chunk: Json, tokens: Sequence[ServedToken] | None = None) -> None:
+    def add(self, chunk: wire.Json, tokens: Sequence[wire.ServedToken] | None = None) -> None:
         """Takes in the next chunk.
 
         Args:
             chunk: The chunk.
             tokens: Its tokens, if the caller has read them already.
         """
-        choice = choice_of(chunk)
+        choice = wire.choice_of(chunk)
         if choice is None:
             return
-        tokens, text = tokens or tokens_of(choice), "".join(texts_of(choice))
+        tokens, text = tokens or wire.tokens_of(choice), "".join(wire.texts_of(choice))
         prompt_ids = chunk.get("prompt_token_ids") or choice.get("prompt_token_ids")
         self.prompt_ids = prompt_ids if isinstance(prompt_ids, list) else self.prompt_ids
         ids = choice.get("token_ids")
@@ -227,7 +214,7 @@ class Upstream:
             await pool.aclose()
 
     async def open(
-        self, method: str, target: bytes, headers: RawHeaders, content: bytes
+        self, method: str, target: bytes, headers: wire.RawHeaders, content: bytes
     ) -> UpstreamLeg:
         """Sends a request and waits for the headers of its answer.
 
@@ -249,7 +236,7 @@ class Upstream:
         with as_upstream_errors():
             return UpstreamLeg(await next(self._next_pool).handle_async_request(request))
 
-    async def stream(self, path: str, body: Json, headers: RawHeaders) -> UpstreamLeg:
+    async def stream(self, path: str, body: wire.Json, headers: wire.RawHeaders) -> UpstreamLeg:
         """Posts JSON; a stream of events is expected, but not checked.
 
         Raises:
@@ -259,7 +246,7 @@ class Upstream:
         headers += [(b"accept-encoding", b"identity"), (b"content-type", b"application/json")]
         return await self.open("POST", path.encode(), headers, json.dumps(body).encode())
 
-    async def call(self, path: str, body: Json | None, headers: RawHeaders) -> Json:
+    async def call(self, path: str, body: wire.Json | None, headers: wire.RawHeaders) -> wire.Json:
         """Asks the server a question of the proxy's own, and returns the JSON that it answers.
 
         Args:
@@ -277,11 +264,11 @@ class Upstream:
             else:
                 leg = await self.stream(path, body, own)
             try:
-                found = json_object(await leg.body())
+                found = wire.json_object(await leg.body())
             finally:
                 await leg.close()
             status = leg.response.status_code
             if status != 200 or found is None:
-                raise UpstreamError("status", f"upstream answered a call with {status}")
+                raise wire.UpstreamError("status", f"upstream answered a call with {status}")
             return found
-        raise UpstreamError("timeout", "upstream did not answer a call in time", 504)
+        raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)

@@ -4,8 +4,7 @@ from pkgutil import resolve_name
 from typing import Any, Protocol, cast
 
 from haltwise.errors import InputError
-from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
-from haltwise.session.terms import Terms
+from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 
 
 class Control(Protocol):

@@ -8,20 +8,21 @@ Shapes: R rows, B of them in a call.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from haltwise.errors import InputError
+from haltwise.policy.features import FeatureState
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Bools, Index, Signals
 from haltwise.session.control import ConstantControl, Control, check_control
-from haltwise.session.monitor import Bools, HaltMonitor
-from haltwise.session.report import RunningRequest, ThoughtReport, ThoughtRequest
-from haltwise.session.terms import Terms
-from haltwise.session.thought import NEVER, Thought
+from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
+from haltwise.session.thought import NEVER, Reason, Thought
 
 log = logging.getLogger("haltwise")
 
@@ -132,18 +133,21 @@ class Session:
             running = self.running[row]
             position, capped = running.thought.position, self.open[row] and running.thought.at_cap
             if capped or (row in halts and position >= running.terms.min_tokens):
-                running.report.decided = "capped" if capped else "halted"
-                running.report.decided_at = position
+                self.note_halted(row, "capped" if capped else "halted")
                 halted.append(row)
             self.look(row)
         return halted
 
+    def note_halted(self, row: int, reason: Reason) -> None:
+        """Notes that a row's thought is closed where it is; `decide` does it by itself."""
+        running = self.running[row]
+        running.report.decided, running.report.decided_at = reason, running.thought.position
+
     def _price(self, row: int) -> float:
         """Returns the price of a row at its decision point, 0 if the control fails."""
         running = self.running[row]
-        price = _guarded(0.0, lambda: Terms(self.control.price(running)).price)
-        running.report.price = price
-        return price
+        running.report.price = _guarded(0.0, lambda: Terms(self.control.price(running)).price)
+        return running.report.price
 
     def skip(self, row: int) -> None:
         """Passes a decision point of a row, since what was seen there makes no sense."""
@@ -196,6 +200,66 @@ class Session:
         self.next_look[row] = NEVER
         _guarded(None, self.control.finished, report)
         return report
+
+
+class HaltMonitor:
+    """What the head has seen of each row of a batch; the caller owns the loop.
+
+    Rows are independent. A row joins by `reset`; one that nobody looks at any more needs no
+    goodbye. A signal that is missing or not finite never halts a row, and it is counted. Caps,
+    least thoughts and what follows a decision are the caller's: `haltwise.Session` has them.
+
+    Args:
+        head: The policy.
+        num_rows: R, rows in the batch.
+        price: In exact match per 1,000 tokens: one, or one a row (R,); default the head's own. At
+            a price of 0 the head never halts a row.
+
+    Raises:
+        InputError: If a price is negative or not finite, or there are not as many as rows.
+    """
+
+    def __init__(
+        self, head: HaltHead, num_rows: int, price: float | NDArray[np.float64] | None = None
+    ) -> None:
+        """Starts every row before its first point."""
+        self.head = head
+        observing = head.config.observing
+        self._state = FeatureState(num_rows, observing.groups, observing.projection)
+        price = head.price_or_own(price)
+        if np.shape(price) not in ((), (num_rows,)):
+            raise InputError(
+                f"{np.size(price)} prices for {num_rows} rows, expected one, or one each"
+            )
+        #: (R,) in exact match per 1,000 tokens.
+        self.price = np.array(np.broadcast_to(price, num_rows), dtype=np.float64)
+        for value in self.price:
+            Terms(float(value))
+        #: (R,) decision points with a signal that was missing or not finite.
+        self.num_bad_signals: Index = np.zeros(num_rows, dtype=np.int64)
+
+    def reset(self, rows: Index) -> None:
+        """Gives rows (B,) to new questions, at the prices that they have."""
+        self._state.reset(rows)
+        self.num_bad_signals[rows] = 0
+
+    def observe(self, signals: Signals, rows: Index) -> Bools:
+        """Takes in a decision point of some rows; returns which of them the head halts (B,).
+
+        Args:
+            signals: Those of the rows, in the same order.
+            rows: (B,) each at most once.
+        """
+        read = self.head.config.observing.signals
+        if missing := [name for name in read if getattr(signals, name) is None]:
+            told = f"the head reads {', '.join(missing)}, which nobody measures: it halts nothing"
+            warnings.warn(told, stacklevel=2)
+            self.num_bad_signals[rows] += 1
+            return np.zeros(len(rows), dtype=np.bool_)
+        features = self._state.update(signals, rows)
+        sound = np.isfinite(features).all(axis=1)
+        self.num_bad_signals[rows] += ~sound
+        return self.head.halts(features, self.price[rows]) & sound
 
 
 def requests_of(

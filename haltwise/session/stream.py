@@ -6,15 +6,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.policy.features import signals_of, unshown_groups
+from haltwise.policy.features import unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
-from haltwise.session.report import ThoughtReport, ThoughtRequest
+from haltwise.session.request import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
-from haltwise.session.signal_collector import SignalCollector
+from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import PointRules, Thought
-from haltwise.session.token_statistics import NUM_TOP
 
 # Servers that name the likeliest tokens by their text lose some that share one.
 _FEWEST_TOP = 16
@@ -66,7 +65,7 @@ class StreamedThought:
         """How far it has come."""
         self._session = Session(head, 1, control)
         self._session.join(0, request, self.thought)
-        self._collector = SignalCollector(rules, signals_of(head.config.observing.groups), 1)
+        self._collector = SignalCollector(rules, head.config.observing.signals, 1)
         # Tokens that are not summed up yet: their log probabilities, and those of the likeliest.
         self._logprobs: list[float] = []
         self._top: list[Sequence[float]] = []

@@ -1,7 +1,10 @@
-"""A thought as its tokens come in: how it begins and ends, and where it can be halted."""
+"""A thought as its tokens come in, where it can be halted, and the answer that is forced then."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from haltwise.policy.halting import DecisionRule, Halting
 
@@ -174,3 +177,35 @@ class Thought:
         if self.closed or self.finished:
             return "closed by the LM"
         return "token budget" if self.ended else "cut off"
+
+
+@dataclass
+class ForcedAnswer:
+    """What an LM answers greedily when its thought is closed."""
+
+    tokens: list[int]
+    """Its tokens, without the one that ended it."""
+    logprobs: list[float]
+    """Natural log of the probability of each of `tokens`."""
+    num_tokens: int
+    """Tokens generated, the one that ended the answer included."""
+
+    @property
+    def confidence(self) -> float:
+        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
+        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
+
+    @property
+    def worst_logprob(self) -> float:
+        """The smallest of `logprobs`; NaN if there is none."""
+        return min(self.logprobs, default=float("nan"))
+
+
+@dataclass
+class Probe(ForcedAnswer):
+    """A forced answer that has been read."""
+
+    text: str
+    """The text that the answer was read from."""
+    answer: str
+    """The answer; empty if none could be read."""

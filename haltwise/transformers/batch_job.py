@@ -10,22 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from haltwise import (
-    Control,
-    HaltHead,
-    InputError,
-    Session,
-    Signals,
-    Terms,
-    ThoughtReport,
-    ThoughtRequest,
-)
+from haltwise import Control, HaltHead, InputError, Session, Terms, ThoughtReport, ThoughtRequest
 from haltwise.engine.decoder import Decoder
-from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.policy.features import signals_of
-from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
-from haltwise.session.thought import Thought
+from haltwise.engine.token_rules import check_tokenizer
+from haltwise.policy.signals import Index, Signals
+from haltwise.session.thought import Probe, Thought
 
 
 @dataclass(frozen=True)
@@ -94,7 +83,7 @@ def generate_all(
         num_slots,
         max_new_tokens,
         temperature,
-        signals=signals_of(head.config.observing.groups) if measures else (),
+        signals=head.config.observing.signals if measures else (),
     )
     return _BatchJob(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
 

@@ -14,11 +14,9 @@ from torch import LongTensor, Tensor
 from haltwise import Control, HaltHead, Session, Signals, ThoughtReport
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
 from haltwise.policy.signals import Index
-from haltwise.session.forced_answer import Probe
 from haltwise.session.session import requests_of
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 
 
 class GeneratedRows:
@@ -52,7 +50,7 @@ class GeneratedRows:
         self.thoughts = [Thought(rules, prompt) for prompt in prompts]
         for row, request in enumerate(requests_of(head, num_rows, *asked)):
             self.session.join(row, request, self.thoughts[row])
-        signals = signals_of(head.config.observing.groups)
+        signals = head.config.observing.signals
         self.reducer = SignalReducer(rules, signals, num_rows, input_ids.device)
         #: The tokens of each row that are known but not generated.
         self.pending: list[deque[int]] = [deque() for _ in prompts]

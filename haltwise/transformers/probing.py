@@ -25,14 +25,11 @@ from transformers import (
 )
 
 from haltwise import Control, HaltHead, InputError, ThoughtReport
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
-from haltwise.session.forced_answer import Probe
+from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
+from haltwise.session.thought import Probe
 from haltwise.transformers.generated_rows import GeneratedRows
 
 
@@ -142,7 +139,7 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
         """Begins the thoughts; the arguments are those of `ProbingGeneration.__call__`."""
         head = generation.head
         # These may refuse: before any request has joined.
-        sees_hidden = "hidden" in signals_of(head.config.observing.groups)
+        sees_hidden = "hidden" in head.config.observing.signals
         self.states = HiddenStateHook(model) if sees_hidden else None
         self.eos_ids = end_tokens(generation_config)
         super().__init__(head, generation.rules, input_ids, generation.asked, generation.control)

@@ -20,11 +20,8 @@ from torch import LongTensor, Tensor
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Control, HaltHead, InputError, ThoughtReport
-from haltwise.engine.decoder import end_tokens
-from haltwise.engine.fingerprint import check_tokenizer
 from haltwise.engine.hidden_states import HiddenStateHook
-from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
+from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
 from haltwise.transformers.generated_rows import GeneratedRows
 
 # Medians of next-token scores that differ by less than this are the same, nats.
@@ -87,8 +84,7 @@ class HaltProcessor(LogitsProcessor):
         # (R, T) what the thoughts have been told of those tokens.
         self._known: LongTensor
         self._num_prompt = 0
-        sees_hidden = "hidden" in signals_of(head.config.observing.groups)
-        self._passes = _PassWatcher(model, sees_hidden)
+        self._passes = _PassWatcher(model, "hidden" in head.config.observing.signals)
         # The rows, for when the processor is gone and nobody has read its report.
         self._unreported: list[GeneratedRows] = []
         weakref.finalize(self, _let_go, self._passes, self._unreported)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,13 @@ from torch import Tensor
 from haltwise import Control, HaltHead, Session, Signals, ThoughtRequest
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
-from haltwise.policy.features import signals_of
-from haltwise.policy.signals import Index
-from haltwise.session.monitor import Bools
+from haltwise.policy.signals import Bools, Index
+from haltwise.session.control import ConstantControl
 from haltwise.session.thought import LONGEST_OPENING, NEVER, Thought
-from haltwise.vllm.step import StepRows, on_device
-from haltwise.vllm.v1 import V1Slots
-from haltwise.vllm.v2 import V2Slots
+from haltwise.vllm.slots import StepRows, V1Slots, V2Slots, on_device
 
 # Under vLLM's own logger: it is the one that vLLM shows.
-_log = logging.getLogger("vllm.haltwise")
+log = logging.getLogger("vllm.haltwise")
 
 
 @dataclass
@@ -66,11 +64,14 @@ class SlotHalting:
         """Starts without a request."""
         self._rules, self._device, self._tells = rules, device, tells
         self._markers = _single_tokens(rules)
+        # The marker with which a thought begins, if it is one token.
+        self._start = next((t for t, s in self._markers.items() if s == rules.think_start), None)
         self._session = Session(head, num_slots, control)
-        signals = signals_of(head.config.observing.groups)
-        self._reducer = SignalReducer(rules, signals, num_slots, device)
+        self._reducer = SignalReducer(rules, head.config.observing.signals, num_slots, device)
         self._close = torch.tensor(rules.close_ids, device=device)
         self.counts = HaltCounts()
+        # vLLM's sampling parameters of the request in each slot: they say where it ends.
+        self._params: dict[int, Any] = {}
         #: (S,) tokens generated at the newest row of each slot; -1 before the first.
         self.num_tokens: Index = np.full(num_slots, -1)
         # (S,) tokens after which the close text begins, or -1.
@@ -85,8 +86,36 @@ class SlotHalting:
         width = vocab_size if self._reducer.needs_logits else 0
         self._logits = torch.zeros(num_slots, width, device=device)
 
-    def join(self, slot: int, request: ThoughtRequest) -> bool:
-        """Gives a slot to a new request; returns whether anything can halt that."""
+    def leave(self, slot: int, source: V1Slots | V2Slots) -> None:
+        """Tells how a request has ended that has left its slot; one that is not over may come back.
+
+        Args:
+            slot: There may have been none.
+            source: Still has its tokens.
+        """
+        num = int(self.num_tokens[slot])
+        if slot not in self._session.running or num < 0:
+            return
+        thought, is_armed = self._session.running[slot].thought, bool(self._armed[slot])
+        if is_armed or not isinstance(self._session.control, ConstantControl):
+            self._catch_up(np.array([slot]), np.array([num + 1]), source)
+        if is_armed and thought.at_cap and thought.num_tokens <= num:  # the device closed it there
+            self._session.note_halted(slot, "capped")
+            self._halt(slot)
+        elif not thought.ended and num + 1 >= (self._params[slot].max_tokens or NEVER):
+            thought.end(by_lm=False)
+        if thought.is_over or self._session.running[slot].report.decided:
+            self._session.finish(slot)
+
+    def join(self, slot: int, request: ThoughtRequest, params: Any) -> bool:
+        """Gives a slot to a new request; returns whether anything can halt that.
+
+        Args:
+            slot: Another request that is there is told of as broken off, if it is still running.
+            request: What is asked.
+            params: vLLM's sampling parameters.
+        """
+        self._params[slot] = params
         self._reducer.reset(np.array([slot]))
         self.num_tokens[slot] = self._halted_at[slot] = -1
         self._armed[slot], self._opened_at[slot], self._strays[slot] = False, NEVER, False
@@ -108,20 +137,21 @@ class SlotHalting:
         """Returns which slots (B,) are watched or being closed."""
         halted_at = self._halted_at[slots]
         closing = (halted_at >= 0) & (self.num_tokens[slots] - halted_at < len(self._close))
-        active: Bools = self._session.open[slots] | closing
-        return active
+        return self._session.open[slots] | closing
 
     def _take_in(self, rows: StepRows) -> None:
         """Measures the newest tokens."""
         before = self.num_tokens[rows.slots]
         grown = rows.num_tokens == before + 1
-        self._lose(rows.slots[~grown & (rows.num_tokens != before) | ~rows.known])
+        lost = rows.slots[~grown & (rows.num_tokens != before) | ~rows.known]
+        for slot in lost[self._session.open[lost]].tolist():  # left to the LMs and their caps
+            self.counts.num_lost += int(self._session.watched[slot])
+            self._session.lose(slot)
         for slot in rows.slots[~rows.known & self._session.open[rows.slots]].tolist():
             self._session.release(slot)
         self.num_tokens[rows.slots] = rows.num_tokens
         self.counts.num_requests += int((grown & (before < 0)).sum())
-        is_measured = grown & (before >= 0) & self._session.watched[rows.slots]
-        measured = np.flatnonzero(is_measured)
+        measured = np.flatnonzero(grown & (before >= 0) & self._session.watched[rows.slots])
         if len(measured):
             slots = rows.slots[measured]
             led = self._logits[self._on(slots)]
@@ -157,11 +187,17 @@ class SlotHalting:
                 thought.read_prompt(self._end_of_prompt(source.prompt(slot)))
         starts = [thought.num_tokens for thought in thoughts]
         spans = list(zip(slots.tolist(), starts, num_tokens.tolist(), strict=True))
-        armed, generated = self._armed[slots].tolist(), source.generated(spans)
-        for thought, tokens, is_armed in zip(thoughts, generated, armed, strict=True):
+        generated = source.generated(spans)
+        for slot, thought, tokens in zip(slots.tolist(), thoughts, generated, strict=True):
+            params = self._params[slot]
+            ends = params.stop_token_ids if params.ignore_eos else params.all_stop_token_ids
             for token in tokens:
-                if not (is_armed and thought.at_cap):  # the device closes it from there on
-                    thought.add(token)
+                closes = self._armed[slot] and thought.at_cap  # the device does, from there on
+                if closes or thought.ended or token < 0:  # a V1 request's last may not be shown
+                    break
+                thought.add(token)
+                if token in ends:
+                    thought.end(by_lm=True)
 
     def _end_of_prompt(self, prompt: list[int]) -> str:
         """Returns enough of a prompt's text to tell whether it ends in a thought."""
@@ -173,12 +209,12 @@ class SlotHalting:
 
     def _settle(self, slots: Index) -> None:
         """Notes which of some slots are armed, and finishes those with nothing more to decide."""
-        starts = [token for token, text in self._markers.items() if text == self._rules.think_start]
         for slot in slots.tolist():
             thought = self._session.running[slot].thought
             waits_to_open = thought.cap is not None and thought.num_tokens >= thought.cap
             is_open = bool(self._session.open[slot])
-            self._armed[slot] = bool(starts) and is_open and waits_to_open and not thought.begun
+            can_arm = self._start is not None and not thought.begun
+            self._armed[slot] = can_arm and is_open and waits_to_open
             if not is_open:
                 self._session.finish(slot)
 
@@ -190,7 +226,7 @@ class SlotHalting:
         self.counts.num_capped += capped
         self.counts.num_halted += not capped
         if self._tells:
-            _log.info(
+            log.info(
                 "haltwise %s a thought at %d tokens, decision point %d, price %g "
                 "(so far %d halted and %d capped, of %d requests)",
                 running.report.decided,
@@ -235,20 +271,13 @@ class SlotHalting:
     def _place_since_opened(self, rows: StepRows, chosen: Index, newest: Tensor) -> Tensor:
         """Returns tokens (B,) since armed thoughts have begun, negative before: no host copy."""
         armed = self._armed[rows.slots[chosen]]
-        start = next(t for t, text in self._markers.items() if text == self._rules.think_start)
         slots, num = self._on(rows.slots[chosen]), self._on(rows.num_tokens[chosen])
         early = rows.num_tokens[chosen] <= LONGEST_OPENING  # later the marker is only mentioned
-        opens = self._on(armed & early) & (newest == start)
+        opens = self._on(armed & early) & (newest == self._start)
         self._opened_at[slots] = torch.where(
             opens, torch.minimum(self._opened_at[slots], num), self._opened_at[slots]
         )
         return torch.where(self._on(armed), num - self._opened_at[slots], -1)
-
-    def _lose(self, slots: Index) -> None:
-        """Leaves the thoughts of some slots to the LM and their caps."""
-        for slot in slots[self._session.open[slots]].tolist():
-            self.counts.num_lost += int(self._session.watched[slot])
-            self._session.lose(slot)
 
     def _on(self, index: Index | Bools) -> Tensor:
         return on_device(self._device, index)

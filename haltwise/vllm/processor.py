@@ -25,10 +25,12 @@ What the head sees are the logits that vLLM gives to processors: before temperat
 has not. Each request's newest logits are kept until its next token: on the device, float32, for
 `max_num_seqs` requests (V1: 64 more), such as 160 MB for 256 requests and 152,000 tokens.
 
-The host waits for the device once a decision point. With the rule "after TEXT" every token may be
-one: V2 then waits at every token. (V1 tells the host every token anyway.) A thought that begins
-behind its cap is closed by the device itself where it begins; where the marker of a beginning is
-several tokens long, V2 waits at every token between the cap and the beginning, 64 at most.
+The host waits for the device once a decision point, and in V2, if there is a control, once more for
+each request that it is told of when the slot goes to another. With the rule "after TEXT" every
+token may be one: V2 then waits at every token. (V1 tells the host every token anyway.) A thought
+that begins behind its cap is closed by the device itself where it begins; where the marker of a
+beginning is several tokens long, V2 waits at every token between the cap and the beginning, 64 at
+most.
 
 - Requests in chunked prefill wait for their first token. Beam search sends a new request for every
   token and is never halted. LoRA adapters are not told apart from the LM that the head knows.
@@ -40,7 +42,6 @@ several tokens long, V2 waits at every token between the cap and the beginning, 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +49,9 @@ from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 
 from haltwise import InputError, Terms, ThoughtRequest
-from haltwise.vllm.halting import SlotHalting
+from haltwise.vllm.halting import SlotHalting, log
 from haltwise.vllm.settings import check_tokens_are_shown, is_first, read_settings
-from haltwise.vllm.v1 import V1Slots
-from haltwise.vllm.v2 import V2Slots
+from haltwise.vllm.slots import V1Slots, V2Slots
 
 try:
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as V2LogitsProcessor
@@ -59,9 +59,6 @@ except ImportError:  # a vLLM from before that runner's processors
     _INTERFACES: tuple[type, ...] = (V1LogitsProcessor,)
 else:
     _INTERFACES = (V2LogitsProcessor, V1LogitsProcessor)
-
-# Under vLLM's own logger: it is the one that vLLM shows.
-_log = logging.getLogger("vllm.haltwise")
 
 _PREFIX = "haltwise_"
 
@@ -116,7 +113,10 @@ class HaltProcessor(*_INTERFACES):  # type: ignore[misc]
         assert isinstance(self._slots, V1Slots)
         if batch_update is not None:
             for slot, params in self._slots.update(batch_update, self._halting.num_tokens):
-                self._join(slot, params)
+                if params is None:
+                    self._halting.leave(slot, self._slots)
+                else:
+                    self._join(slot, params)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: a request joins; whether anything can halt it."""
@@ -133,8 +133,10 @@ class HaltProcessor(*_INTERFACES):  # type: ignore[misc]
         except InputError as error:  # by themselves they are sound: they contradict the engine's
             terms = _terms_of(sampling_params, replace(self._terms, min_tokens=0), "min_tokens")
             terms = replace(terms, min_tokens=terms.max_tokens or 0)
-            _log.warning("a request's terms contradict the engine's, its cap holds: %s", error)
-        return self._halting.join(slot, ThoughtRequest(terms, sampling_params.extra_args or {}))
+            log.warning("a request's terms contradict the engine's, its cap holds: %s", error)
+        request = ThoughtRequest(terms, sampling_params.extra_args or {})
+        self._halting.leave(slot, self._slots)
+        return self._halting.join(slot, request, sampling_params)
 
 
 def _terms_of(sampling_params: Any, limits: Terms, *unheard: str) -> Terms:

@@ -10,8 +10,7 @@ from typing import Any
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from haltwise import Control, HaltHead, InputError, Terms
-from haltwise.engine.fingerprint import check_tokenizer
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, check_tokenizer
 from haltwise.policy.features import unshown_groups
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.session.control import load_control
@@ -108,6 +107,5 @@ def check_tokens_are_shown(vllm_config: Any) -> None:
 
 def is_first(parallel_config: Any) -> bool:
     """Whether this process is the first of those that sample the same requests: it logs."""
-    if getattr(parallel_config, "enable_batch_sharded_sampling", False):
-        return True  # each process samples its own
-    return bool(parallel_config.rank % parallel_config.tensor_parallel_size == 0)
+    is_alone = getattr(parallel_config, "enable_batch_sharded_sampling", False)
+    return bool(is_alone or parallel_config.rank % parallel_config.tensor_parallel_size == 0)

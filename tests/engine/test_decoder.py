@@ -11,8 +11,7 @@ import torch
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.burst import choose
 from haltwise.engine.decoder import Decoder, sampling_uniforms
-from haltwise.session.forced_answer import ForcedAnswer
-from haltwise.session.thought import Thought
+from haltwise.session.thought import ForcedAnswer, Thought
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

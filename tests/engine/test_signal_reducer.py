@@ -18,8 +18,7 @@ from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED, SignalReducer, logprobs_of
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import FEATURE_GROUPS, feature_names, signals_of
-from haltwise.session.forced_answer import ForcedAnswer
-from haltwise.session.thought import Thought
+from haltwise.session.thought import ForcedAnswer, Thought
 from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question

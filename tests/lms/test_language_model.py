@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from haltwise import InputError
-from haltwise.engine.decoder import end_tokens
+from haltwise.engine.token_rules import end_tokens
 from lms import gguf_file
 from lms.chat import ChatConfig
 from lms.embedded import EMBEDDED

@@ -1,7 +1,6 @@
 """No field of a request, whatever stands in it, makes the proxy itself fail."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -28,12 +27,6 @@ VALUES = [
     *("0", "-1", "2", "1.5", str(10**30), "Infinity", '""', r'"\ud800"', "{}", "[[]]", "[{}]"),
     *('[null, "text"]', '[{"role": "assistant", "content": [null]}]', *FEW),
 ]
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
-    with Pairs(tmp_path_factory.mktemp("heads")) as found:
-        yield found
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])

@@ -6,7 +6,6 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,6 @@ NEVER = {"X-Haltwise-Price": "0.1"}
 # The fake waits where it is halted. Of what a server sends while it is being halted a client may
 # see some, and the first leg's tokens would be counted by chance.
 WAITS: dict[str, Any] = {"trouble": "hangs", "at": 20, "legs": (1,)}
-
-
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
-    with Pairs(tmp_path_factory.mktemp("heads")) as found:
-        yield found
-
-
-@pytest.fixture
-def vllm(pairs: Pairs) -> Pair:
-    return pairs("vllm")
-
-
-@pytest.fixture
-def plan(request: pytest.FixtureRequest) -> Plan:
-    """28 thinking tokens, halted at 20 at a price of 1; no other test has its name."""
-    number = sum(ord(c) * 131**i for i, c in enumerate(request.node.nodeid)) % 10**9
-    return Plan(f"p{number}")
 
 
 def halted(plan: Plan, chat: bool, position: int = 20, close: str = CLOSE) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -39,17 +38,6 @@ NEVER = {"X-Haltwise-Price": "0.1"}
 OFF = {"X-Haltwise-Off": "1"}
 
 
-@pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
-    with Pairs(tmp_path_factory.mktemp("heads")) as found:
-        yield found
-
-
-@pytest.fixture
-def vllm(pairs: Pairs) -> Pair:
-    return pairs("vllm")
-
-
 @pytest.fixture
 def hasty(pairs: Pairs) -> Pair:
     """Gives an upstream up soon, which may be before a busy machine has said anything."""
@@ -79,13 +67,6 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(app, "RequestingClient", Hurried)
     return {"X-Hurried": "yes"}
-
-
-@pytest.fixture
-def plan(request: pytest.FixtureRequest) -> Plan:
-    """28 thinking tokens, halted at 20 at a price of 1; no other test has its name."""
-    number = sum(ord(c) * 131**i for i, c in enumerate(request.node.nodeid)) % 10**9
-    return Plan(f"q{number}")
 
 
 def is_unhalted(reply: Reply, plan: Plan, chat: bool) -> bool:

@@ -36,9 +36,9 @@ from haltwise.proxy.wire import (
     trim_logprobs,
 )
 from haltwise.session.control import ConstantControl
-from haltwise.session.report import ThoughtRequest
+from haltwise.session.request import ThoughtRequest
+from haltwise.session.signal_collector import NUM_TOP
 from haltwise.session.thought import PointRules
-from haltwise.session.token_statistics import NUM_TOP
 from tests.heads import sure_head
 
 HEAD = sure_head(rule="every 8 tokens")

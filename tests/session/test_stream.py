@@ -8,7 +8,7 @@ import pytest
 
 from haltwise import HaltMonitor, InputError, Terms
 from haltwise.policy.signals import Signals
-from haltwise.session.report import ThoughtRequest
+from haltwise.session.request import ThoughtRequest
 from haltwise.session.stream import StreamedThought, check_served
 from haltwise.session.thought import PointRules
 from tests.heads import random_head, sure_head

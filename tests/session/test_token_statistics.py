@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from haltwise.session.token_statistics import LOWEST_LOGPROB, NUM_TOP, STEPWISE, TokenStatistics
+from haltwise.session.signal_collector import LOWEST_LOGPROB, NUM_TOP, STEPWISE, TokenStatistics
 
 ONE = np.array([0])
 

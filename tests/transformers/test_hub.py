@@ -9,8 +9,8 @@ import torch
 from transformers import dynamic_module_utils
 
 from haltwise import HaltHead, InputError
-from haltwise.engine.fingerprint import tokenizer_fingerprint
-from haltwise.session.report import ThoughtReport
+from haltwise.engine.token_rules import tokenizer_fingerprint
+from haltwise.session.request import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, hub
 from tests.families import qwen3_like
 from tests.tiny_lm import tiny_lm

@@ -8,7 +8,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from haltwise import InputError
-from haltwise.engine.fingerprint import tokenizer_fingerprint
+from haltwise.engine.token_rules import tokenizer_fingerprint
 from haltwise.policy.answers import read_answer
 from haltwise.policy.halting import Probing
 from haltwise.transformers import ProbingGeneration

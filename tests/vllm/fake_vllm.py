@@ -108,6 +108,19 @@ def config(folder: str | None, tokenizer: Any, **changes: Any) -> Any:
     )
 
 
+def params(
+    asked: dict[str, Any] | None, max_tokens: int | None = None, ends: tuple[int, ...] = ()
+) -> Any:
+    """Sampling parameters, as far as processors read them."""
+    return SimpleNamespace(
+        extra_args=asked if asked is None else dict(asked),
+        max_tokens=max_tokens,
+        ignore_eos=False,
+        stop_token_ids=[],
+        all_stop_token_ids=set(ends),
+    )
+
+
 @dataclass
 class Request:
     """One request and what was generated for it."""
@@ -119,13 +132,15 @@ class Request:
     output: list[int] = field(default_factory=list)
     num_chunks: int = 1
     """Steps that prefill takes."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end it."""
 
     def __post_init__(self) -> None:
-        self.params = SimpleNamespace(extra_args=dict(self.asked))
+        self.params = params(self.asked, self.num_tokens, self.ends)
 
     @property
     def is_done(self) -> bool:
-        return len(self.output) >= self.num_tokens
+        return len(self.output) >= self.num_tokens or self.output[-1:] in [[t] for t in self.ends]
 
     def take(self, logits: Tensor) -> None:
         """Takes the likeliest token, or throws it away in prefill."""
@@ -212,6 +227,7 @@ class V2Engine:
         )
         self.processor = processor(self.states)
         self.slots: dict[int, Request] = {}
+        self.staged: dict[int, list[int]] = {}
 
     def run(self, requests: list[Request]) -> None:
         waiting = list(requests)
@@ -219,6 +235,9 @@ class V2Engine:
             self.slots = {s: r for s, r in self.slots.items() if not r.is_done}
             while waiting and len(self.slots) < 4 and self.order.random() < 0.7:
                 self.add(waiting.pop(0))
+            for slot, known in self.staged.items():
+                self.tokens[slot, : len(known)] = torch.tensor(known)
+            self.staged.clear()
             self.processor.apply_staged_writes()
             if self.slots:
                 self.step()
@@ -229,7 +248,7 @@ class V2Engine:
         known = [*request.prompt, *request.output]
         self.states.prompt_len.np[slot] = len(request.prompt)
         self.states.prefill_len.np[slot] = len(known)
-        self.tokens[slot, : len(known)] = torch.tensor(known)
+        self.staged[slot] = known
         request.num_chunks = min(self.order.choice([1, 1, 2]), len(request.prompt))
         self.processor.add_request(slot, request.params)
 

@@ -26,15 +26,15 @@ from haltwise import (
     InputError,
     Observing,
 )
-from haltwise.engine.fingerprint import tokenizer_fingerprint
 from haltwise.engine.signal_reducer import SignalReducer
-from haltwise.engine.token_rules import TokenRules
+from haltwise.engine.token_rules import TokenRules, tokenizer_fingerprint
 from haltwise.policy.features import signals_of
-from haltwise.session.terms import Terms
+from haltwise.session.request import Terms
 from haltwise.session.thought import Thought
 from tests.heads import random_head
 from tests.projections import some_projection
-from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_tokenizer
+from tests.tiny_lm import CLOSE, EOS, IDS, WORDS, tiny_tokenizer
+from tests.toy_control import RisingPrice
 from tests.vllm.fake_vllm import (
     PLACEHOLDER,
     BatchUpdate,
@@ -45,6 +45,7 @@ from tests.vllm.fake_vllm import (
     V2Processor,
     config,
     forget_plugin,
+    params,
     plugin,
 )
 
@@ -310,6 +311,59 @@ def test_a_late_mention_of_a_thought_is_no_thought_to_cap(
     assert request.output == wait * 66 + [IDS["<think>"]] + wait * 23
 
 
+# What an LM says at some places, "wait" elsewhere, to whom asks for 12 tokens, and how that ends.
+ENDINGS: dict[str, tuple[str, dict[int, str], dict[str, Any], int | None, tuple[Any, ...]]] = {
+    "the device closed it": ("3", {5: "<think>"}, {"max_tokens": 2}, 12, ("capped", 6)),
+    "it began too late to be closed": (
+        "3",
+        {11: "<think>"},
+        {"max_tokens": 2},
+        12,
+        ("token budget", 12),
+    ),
+    "the LM closed it": ("3 <think>", {3: "</think>"}, {}, 12, ("closed by the LM", 4)),
+    "the LM ended in it": ("3 <think>", {3: "<eos>"}, {}, 12, ("closed by the LM", 4)),
+    "it met its limit": ("3 <think>", {}, {}, 12, ("token budget", 12)),
+    "it never began": ("3", {3: "<eos>"}, {}, 12, ("no thought", 4)),
+    "nobody listens any more": ("3 <think>", {}, {}, None, ("cut off", 12)),
+}
+
+
+@pytest.mark.parametrize("engine", [v1_engine, v2_engine])
+@pytest.mark.parametrize(
+    ("prompt", "says", "asked", "limit", "expected"), ENDINGS.values(), ids=ENDINGS
+)
+def test_a_control_is_told_how_a_request_ended_after_its_latest_look(
+    vllm: Any,
+    tmp_path: Path,
+    engine: Any,
+    prompt: str,
+    says: dict[int, str],
+    asked: dict[str, Any],
+    limit: int | None,
+    expected: tuple[Any, ...],
+) -> None:
+    def lm(request: Request) -> Tensor:
+        logits = dull(request)
+        if request.name == 0 and len(request.output) in says:
+            logits[IDS[says[len(request.output)]]] = 9.0
+        return logits
+
+    RisingPrice.reports.clear()
+    made = engine(
+        vllm, head_of("every 100 tokens"), tmp_path, lm, control="tests.toy_control:RisingPrice"
+    )
+    ids = [IDS[word] for word in prompt.split()]
+    request = Request(0, ids, 12, asking(**asked) | {"mine": True}, ends=(EOS,))
+    request.params.max_tokens = limit
+    made.run([request])
+    if engine is v2_engine or expected[0] == "cut off":
+        made.run([Request(name, THINKS, 1) for name in range(1, 80)])  # the slot goes to another
+    told = [(r.reason, r.position) for r in RisingPrice.reports if "mine" in r.request.about]
+    assert told == [expected]
+    assert made.processor.counts.num_capped == (expected[0] == "capped")
+
+
 def test_a_control_that_moves_prices_is_refused_where_each_process_asks_its_own(
     vllm: Any, tmp_path: Path
 ) -> None:
@@ -402,7 +456,7 @@ def test_tokens_that_v1_does_not_show_yet_do_not_double_the_close_text(
     vllm: Any, tmp_path: Path
 ) -> None:
     output: list[int] = []
-    processor = joined(vllm, tmp_path, SimpleNamespace(extra_args=asking(price=ALWAYS)), output)
+    processor = joined(vllm, tmp_path, params(asking(price=ALWAYS)), output)
     taken = []
     for step in range(10):
         logits = dull(Request(0, THINKS, 9))[None]
@@ -416,7 +470,7 @@ def test_a_request_whose_tokens_v1_hides_is_left_alone_and_counted(
 ) -> None:
     output: list[int] = []
     terms = asking(price=ALWAYS, max_tokens=5)
-    processor = joined(vllm, tmp_path, SimpleNamespace(extra_args=terms), output)
+    processor = joined(vllm, tmp_path, params(terms), output)
     for step in range(10):
         logits = dull(Request(0, THINKS, 9))[None]
         assert processor.apply(logits).argmax() == IDS["wait"]
@@ -457,7 +511,7 @@ def test_v2_reads_tokens_on_the_host_at_decision_points_only(vllm: Any, tmp_path
 
 def test_v2_warms_up_without_requests(vllm: Any, tmp_path: Path) -> None:
     engine = v2_engine(vllm, head_of(), tmp_path)
-    assert engine.processor.add_request(0, SimpleNamespace(extra_args=None))
+    assert engine.processor.add_request(0, params(None))
     ctx = SimpleNamespace(
         idx_mapping_np=np.arange(2), seq_lens_upper_bound_np=np.ones(2), input_ids=torch.zeros(2)
     )
@@ -469,7 +523,7 @@ def test_v2_warms_up_without_requests(vllm: Any, tmp_path: Path) -> None:
 def test_what_cannot_be_halted_needs_no_processing(vllm: Any, tmp_path: Path) -> None:
     engine = v2_engine(vllm, head_of(), tmp_path)
     asks: list[dict[str, Any] | None] = [None, asking(price=0), asking(price=0, max_tokens=9)]
-    needs = [engine.processor.add_request(0, SimpleNamespace(extra_args=a)) for a in asks]
+    needs = [engine.processor.add_request(0, params(a)) for a in asks]
     assert needs == [True, False, True]
 
 
@@ -535,13 +589,13 @@ def test_of_processes_that_sample_the_same_requests_one_logs(
 )
 def test_bad_terms_are_the_request_s_error(vllm: Any, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
-        vllm.HaltProcessor.validate_params(SimpleNamespace(extra_args=asked))
+        vllm.HaltProcessor.validate_params(params(asked))
     assert str(error.value) == message
 
 
 @pytest.mark.parametrize("asked", [None, {}, {"other": "x"}, asking(price="0.5", off=0)])
 def test_sound_terms_pass(vllm: Any, asked: dict[str, Any] | None) -> None:
-    vllm.HaltProcessor.validate_params(SimpleNamespace(extra_args=asked))
+    vllm.HaltProcessor.validate_params(params(asked))
 
 
 def refusal(module: Any, stated: Any, *args: Any) -> str:
