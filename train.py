@@ -435,14 +435,14 @@ def _try(
 
 def _log_trials(trials: Trials, total: int, opened: Run) -> None:
     """Writes TensorBoard's curve of the questions that were kept back from each training."""
-    with SummaryWriter(str(opened.tensorboard / "kept_back")) as writer:
+    with SummaryWriter(str(opened.tensorboard / "folds")) as writer:
         for k, share in enumerate(CHECKPOINTS):
             here = [trial for trial in trials.each if trial.checkpoint == k]
             curves = {"return": [trial.balanced_return for trial in here]}
             for gate in GATES:
                 curves[f"saving_{gate}"] = [trial.points[gate].saving for trial in here]
             for name, values in curves.items():
-                writer.add_scalar(f"kept_back/{name}", np.mean(values), round(share * total))
+                writer.add_scalar(f"folds/{name}", np.mean(values), round(share * total))
 
 
 def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Learned:

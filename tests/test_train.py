@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
 import train
@@ -45,6 +46,13 @@ def run_dir(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     )
 
 
+def curves(run_dir: Path, name: str) -> set[str]:
+    """The names of TensorBoard's curves in a folder of a run."""
+    events = EventAccumulator(str(run_dir / "tensorboard" / name))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
 def test_a_run_folder_is_complete(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= {
         "config.json",
@@ -63,6 +71,9 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
     head, learned = HaltHead.load(run_dir), read_traces(written["traces"])
     assert head.config.traces == learned.of_split("train", "dev").digest
     assert list(run_dir.glob("tensorboard/replay*/events*"))
+    assert curves(run_dir, "start") == {"start/loss", "start/return"}
+    assert curves(run_dir, "folds") == {"folds/return", "folds/saving_0.0", "folds/saving_0.01"}
+    assert {"halt/em_low_price", "halt/rate_high_price"} <= curves(run_dir, "replay_0")
 
 
 def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:

@@ -66,7 +66,9 @@ class Words:
         Traces do not tell which token ends at which character, so that this is about the place.
         """
         place = round(share * len(self.text))
-        return " ".join(self.text[max(place - length, 0) : place].split())
+        start = max(place - length, 0)
+        words = self.text[start:place].split()
+        return " ".join(words[1:] if start else words)  # the first one may be cut
 
 
 def read_traces(path: Path | str) -> Traces:

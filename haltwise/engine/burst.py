@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from haltwise.engine.signal_reducer import copy_to_host, logprobs_of
+from haltwise.errors import reason_of
 from haltwise.policy.signals import Float, Index
 from haltwise.session.signal_collector import NUM_TOP
 
@@ -165,7 +166,7 @@ class Burst:
             raise
         except RuntimeError as error:
             self._captures = False
-            reason = str(error).strip().partition("\n")[0]
+            reason = reason_of(error)
             warnings.warn(
                 f"no CUDA graph of this LM, tokens take longer: {reason}", RuntimeWarning, 2
             )

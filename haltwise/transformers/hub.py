@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from haltwise import Control, HaltHead, HeadConfig, InputError, ThoughtReport
+from haltwise.errors import reason_of
 from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
@@ -89,7 +90,7 @@ def _load_from_hub(source: str, revision: str | None) -> HaltHead:
     try:
         folder = snapshot_download(source, revision=revision, allow_patterns=_FILES)
     except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = reason_of(error)
         raise InputError(f"{source!r} is no folder and no repository: {reason}") from None
     return HaltHead.load(folder)
 

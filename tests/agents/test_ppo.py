@@ -1,16 +1,19 @@
 """The agent learns, starts from traces, and is exported as it is."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.logger import Logger
 
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import Agent, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from agents.vec_env import BalancedVecEnv
 from envs.replay import ReplayEnv, point_features
 from envs.reward import halt_costs, never_costs
@@ -74,6 +77,32 @@ def test_it_learns_to_halt_when_the_answer_is_there(telling_traces: Traces) -> N
     full = float((never.em - 0.3 * never.cost / 1000).mean())
     reached = mean_return(telling_traces, halts, 0.3)
     assert reached - full > 0.9 * (best - full) > 0.05
+
+
+def test_few_traces_are_soon_learned(make_traces: Callable[..., Traces]) -> None:
+    traces = make_traces([{"trace_id": f"t{n}", "question_id": f"q{n}"} for n in range(4)])
+    config = FitConfig(NONE, replace(PPO, total_timesteps=10**6))
+    # 12 points, 100 times each, and whole rollouts.
+    rollout = PPO.n_steps * PPO.num_envs
+    assert fit(traces, head_of(traces), config, seed=0).num_timesteps < 1_200 + rollout
+
+
+def test_curves_do_not_mix_prices() -> None:
+    log = HaltLog()
+    log.model = SimpleNamespace(logger=Logger(None, []))  # type: ignore[assignment]
+    prices = (0.1, 0.2, 0.3, 10.0, 20.0, 30.0)
+    log.locals = {
+        "infos": [
+            {}, *({"halt": {"price": p, "em": p > 1, "cost": 100 / p, "halted": True},
+                   "episode": {"r": -p}} for p in prices)
+        ]
+    }  # fmt: skip
+    log._on_step()
+    log._on_rollout_end()
+    told = log.logger.name_to_value
+    assert [told[f"halt/em_{which}_price"] for which in ("low", "middle", "high")] == [0, 0.5, 1]
+    assert told["halt/tokens_low_price"] == pytest.approx((1000 + 500) / 2)
+    assert len(told) == 12
 
 
 def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:

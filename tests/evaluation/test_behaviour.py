@@ -143,6 +143,10 @@ def test_a_case_by_hand(make_traces: MakeTraces, run_head: HaltHead) -> None:
         "answer": "3",
         "right_again": 400,
         "trainings": 1.0,
+        "question": "",
+        "gold": "",
+        "final_answer": "",
+        "thought": "",
     }
 
 

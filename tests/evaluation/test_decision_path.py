@@ -7,7 +7,7 @@ from evaluation.decision_path import decision_path
 from haltwise import FEATURE_GROUPS, HaltHead
 from haltwise.policy.features import features_of
 from tests.heads import random_head
-from traces import Traces
+from traces import Traces, Words
 
 MakeTraces = Callable[..., Traces]
 
@@ -16,6 +16,27 @@ def test_every_feature_has_words() -> None:
     features = features_of(FEATURE_GROUPS)
     assert len({feature.name for feature in features}) == len(features)
     assert all(feature.higher != feature.lower for feature in features)
+
+
+def test_what_was_recorded_is_there_to_read(worked_example: Traces, run_head: HaltHead) -> None:
+    words = Words("7", "8", question="What is\n3 + 4?", text="seven " * 100)
+    heading = decision_path(worked_example, run_head, 0.5, words).split("\n\n")[0].splitlines()
+    assert heading[3:5] == ["It asks: What is 3 + 4?", "Expected is '7', and the LM ends with '8'."]
+    assert heading[5].startswith("It is halted about here: ... seven seven")
+    # 400 of 600 tokens, so two thirds of the text; of that the last 240 characters.
+    assert " ".join(heading[5:-1]).count("seven") == 39
+
+
+def test_at_a_point_with_an_unknown_signal_it_goes_on(
+    make_traces: MakeTraces,
+) -> None:
+    heads = (random_head(seed, ("confidence",)) for seed in range(100))
+    known = make_traces([{"confidence": [np.nan, 0.25, 0.5]}])
+    # Of many heads, one that goes on at the second point.
+    head = next(head for head in heads if "at point 3" in decision_path(known, head, 1.0))
+    lines = decision_path(known, head, 1.0).split("\n\n")[2].splitlines()[1:]
+    assert lines[0].endswith("?       ?       ?  a signal is unknown: it goes on")
+    assert len(lines) == 3 and all("?" not in line for line in lines[1:])
 
 
 def test_the_worked_example_in_words(worked_example: Traces, run_head: HaltHead) -> None:

@@ -153,6 +153,8 @@ def test_the_embedded_lm_goes_by_its_name() -> None:
 
 def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="lm is empty, expected 'embedded', a folder or a name"):
+        LanguageModel.load("", "cpu")
     with pytest.raises(InputError, match="cannot load an LM from"):
         LanguageModel.load(tmp_path)
     with pytest.raises(InputError, match="cannot use device 'abacus'"):

@@ -1,3 +1,6 @@
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +76,7 @@ def test_prices_that_are_none_are_refused(run_head: HaltHead, price: float) -> N
         HaltMonitor(run_head, 2, price)
 
 
+@pytest.mark.filterwarnings("ignore:the head reads")
 def test_a_missing_signal_halts_nothing_and_is_counted(run_head: HaltHead) -> None:
     monitor = HaltMonitor(run_head, 3, price=10.0)
     assert monitor.observe(Signals(np.array([10, 10])), np.array([2, 0])).tolist() == [False] * 2
@@ -110,6 +114,21 @@ def test_rows_that_join_and_leave_halt_as_if_each_were_alone(
             together.price[rows] = 10.0
             for row in rows.tolist():
                 alone[row] = HaltMonitor(head, 1, price=10.0)
+
+
+def test_a_missing_signal_is_named_once(run_head: HaltHead) -> None:
+    with pytest.warns(UserWarning, match="the head reads answer, which nobody measures"):
+        HaltMonitor(run_head, 1).observe(Signals(np.array([10])), np.array([0]))
+
+
+def test_a_head_without_a_price_of_its_own_says_that_it_halts_nothing(run_head: HaltHead) -> None:
+    head = HaltHead(replace(run_head.config, default_price=0.0), run_head.weights)
+    with pytest.warns(UserWarning, match="own price is 0: it halts no thought, unless"):
+        monitor = HaltMonitor(head, 1)
+    assert see(monitor, [0], ["a"]) == see(monitor, [0], ["a"]) == [False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert see(HaltMonitor(head, 1, 10.0), [0], ["a"]) == [True]
 
 
 def test_prices_are_one_or_one_each(run_head: HaltHead) -> None:
