@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+from dataclasses import replace
 
 _DECIMAL = re.compile(r"(?<![\d.])(\d{0,99})\.(\d{1,99})(?![\d.])")
 # Digits that two numbers must share to be equal: small numbers are not all zero.
@@ -29,9 +30,13 @@ def _exact(formula: str) -> str:
 
 
 def _are_equal(gold: str, answer: str) -> bool:
-    from math_verify import parse, verify
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    sides = [parse(f"${_exact(side)}$", parsing_timeout=None) for side in (gold, answer)]
+    latex = LatexExtractionConfig()
+    # A letter behind a number is a factor, and no unit that could be dropped.
+    with_letters = replace(latex.normalization_config, units=False)
+    configs = [replace(latex, normalization_config=with_letters)]
+    sides = [parse(f"${_exact(side)}$", configs, parsing_timeout=None) for side in (gold, answer)]
     return all(sides) and bool(
         verify(
             *sides,

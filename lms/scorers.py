@@ -29,12 +29,19 @@ _OPEN_BOX = r"The final answer is \boxed{"
 # Longer formulas are compared as they are spelled: they can take sympy minutes.
 _LONGEST_FORMULA = 200
 _TIMEOUT_S = 5
-_WORD = re.compile(r"^(?:[^\W\d_]{3,}|no|on)$|[^\W\d_A-Za-z]", re.IGNORECASE)
+# What math-verify would take for a product of letters: a word, also a short one; letters that it
+# does not know; and short words within a formula.
+_WORD = re.compile(
+    r"^(?:[^\W\d_]{3,}|a[dhmnst]|b[ey]|do|eh|go|h[aei]|i[dfnst]|la|m[aey]|no|o[fhknrx]|pa|so|to|"
+    r"u[ps]|we)$|[^\W\d_A-Za-z]",
+    re.IGNORECASE,
+)
 _RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]{1,20}\*?\}")
-_SHORT_WORDS = frozenset(
-    "no on yes not all any one two six ten odd am pm is it in of we he us by do go to up my me so "
-    "may jan feb mar apr jun jul aug sep oct nov dec mon tue wed thu fri sat sun".split()
+_SHORT_WORDS = re.compile(
+    "no|on|yes|not|all|any|one|two|six|ten|odd|am|pm|is|it|in|of|we|he|us|by|do|go|to|up|my|so|"
+    "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun",
+    re.IGNORECASE,
 )
 _TIME = re.compile(r"[0-9]:[0-5][0-9](?![0-9])")
 _HEXADECIMAL = re.compile(r"\b0x", re.IGNORECASE)
@@ -169,7 +176,7 @@ def latex(answer: str, gold: str) -> bool:
 def _words(formula: str) -> list[str]:
     """Returns the words of a formula: math-verify takes their letters for factors."""
     runs = _RUN.findall(_ENVIRONMENT.sub("", formula))
-    return sorted(run for run in runs if len(run) > 3 or run.casefold() in _SHORT_WORDS)
+    return sorted(run for run in runs if len(run) > 3 or _SHORT_WORDS.fullmatch(run))
 
 
 def _is_beyond(formula: str) -> bool:
@@ -215,7 +222,7 @@ class _Worker:
             text=True,
         )
         if process.stdout is None or process.stdout.readline() != "true\n":
-            raise InputError("math-verify could not be started: expected `import math_verify` to work")
+            raise InputError("math-verify does not start: expected `import math_verify` to work")
         return process
 
 

@@ -9,24 +9,24 @@ _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _BOX_OF_A_WORD = re.compile(r"\\boxed\s{1,9}([^\s{}$]{1,99})")
 _HOLLOW = re.compile(r"\\(?:text|math|[lc]?dots|q?quad|square)[a-z]{0,9}")
 
-_STYLES = r"text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|emph"
+_STYLES = (
+    r"text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|emph"
+)
 _STYLED = re.compile(
     rf"\\(?:{_STYLES}|mbox|hbox|underline|operatorname)\*?\s{{0,9}}\{{([^{{}}]*)\}}"
 )
-_STYLE = re.compile(
-    rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?"
-)
+_STYLE = re.compile(rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?")
 
 _BLANKS = r"[\s*_]{0,9}"
 # Here bold type may end, or begin; a single star or underscore may be a part of the answer.
 _BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
 
 # "The answer to the first question is", and "la respuesta correcta es".
-_TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|\s\w{1,15})?"
+_TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
 
 _MARK = re.compile(rf"{ANSWER}{_BLANKS}[:\uff1a]{_BOLD}", re.IGNORECASE)
 _CONCLUDED = re.compile(
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|{_BLANKS}[:\uff1a]){_BOLD}|"
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2014]\s){_BOLD}|"
     rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -97,7 +97,13 @@ def lines(text: str) -> list[str]:
 
 
 def own_part(text: str) -> str:
-    """Returns a text without the next question, if an LM has asked itself one after its answer."""
+    """Returns what is in <answer>...</answer>, or else a text up to the next question.
+
+    Some LMs ask themselves one after their answer.
+    """
+    tagged = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else ""
+    if tagged.strip():
+        return tagged
     asked = _NEXT_QUESTION.search(text)
     before = text[: asked.start()] if asked else ""
     is_answered = r"\boxed" in before or _CONCLUDED.search(before)

@@ -28,7 +28,7 @@ vastaus
 תשובה התשובה
 उत्तर
 """
-_ANSWER_UNSPACED = "答案 答え 解答 回答 정답 답변 คำตอบ"
+_ANSWER_UNSPACED = "答案 正解 答え 解答 回答 정답 답변 คำตอบ"
 
 _IS = """
 is are was equals becomes should_be must_be would_be will_be can_only_be has_to_be
@@ -75,6 +75,11 @@ _SCALES = {
 _SCALES_UNSPACED = {3: "千천", 4: "万萬만", 8: "亿億억"}
 
 
+def one_of(words: str) -> frozenset[str]:
+    """Returns the words of a text."""
+    return frozenset(words.split())
+
+
 def any_of(words: str) -> str:
     """Returns a pattern for any one of some words; an underscore in a word is a blank."""
     longest_first = sorted(words.split(), key=len, reverse=True)
@@ -87,7 +92,23 @@ IS = rf"(?:\s{{0,9}}(?:\b(?:{any_of(_IS)})(?!\w)|(?:应该?|應該)?(?:{any_of(_
 OR = rf"(?:\s(?:{any_of(_OR)})(?=[\s$(])|\s?(?:{any_of(_OR_UNSPACED)}))"
 
 #: The words of `OR`, one by one.
-OR_WORDS = frozenset(f"{_OR} {_OR_UNSPACED}".split())
+OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
+
+#: What may stand between "the answer is" and the letter of a choice.
+FILLERS = one_of("""
+therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
+actually rather the correct right best letter option options choice choices answer statement
+alternative i think believe guess would say it it's is must be
+donc la le el il a die réponse respuesta resposta risposta antwort
+opción opção opzione alternativa вариант
+选项 選項 選択肢 选 選
+( [ :
+""") | {"\n"}
+#: What may stand behind a letter that is also a word, and what denies that letter.
+GOES_ON = one_of(
+    "because since as is and or not with for by from due given which rather based so but"
+)
+DENIALS = one_of("wrong incorrect false not impossible out excluded")
 
 #: By how many zeros each word makes a number longer.
 SCALES = {
@@ -97,4 +118,7 @@ SCALES = {
     for word in split(words)
 }
 #: A pattern for one of them, right behind a number.
-SCALE = rf"(?:\s{{0,3}}(?:{any_of(' '.join(_SCALES.values()))})(?!\w)|\s?[{''.join(_SCALES_UNSPACED.values())}](?![米克瓦卡]))"
+SCALE = (
+    rf"(?:\s{{0,3}}(?:{any_of(' '.join(_SCALES.values()))})(?!\w)|"
+    rf"\s?[{''.join(_SCALES_UNSPACED.values())}](?![米克瓦卡]))"  # 5千米 is 5 km.
+)

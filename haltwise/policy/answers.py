@@ -44,7 +44,7 @@ _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?")
 _BEGINS_WITH_A_NUMBER = re.compile(r"(?:[^\s0-9]{0,20}\s{0,9}){0,3}[^\s0-9]{0,20}[0-9]")
 _EXCLAIMED = re.compile(r"!(?=\s|$)")
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_ARTICLES = re.compile(r"(?<!\S)(?:a|an|the)(?!\S)")
 _DASH_IN_A_WORD = re.compile(r"(?<=[^\W\d_])[-\u2014](?=\w)|(?<=\w)[-\u2014](?=[^\W\d_])")
 _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:,[0-9]{3})+)(?![0-9,])")
 # Marks that change what is said: between digits, before a number, and behind a word.
@@ -53,7 +53,9 @@ _TELLING = re.compile(
     r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)"
 )
 
+_BEGINS_WITH_A_FORMULA = re.compile(r"[\s*_]{0,9}\${1,2}([^$]+)\$")
 _FORMULA = re.compile(r"\$([^$]+)\$")
+_DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]")
 _GOES_ON = re.compile(
     r"[.!]\s|[\u3002\uff0c]|,?\s(?:because|since|as|which|so)\s|\s?\u2014", re.IGNORECASE
 )
@@ -69,7 +71,7 @@ def canonical(answer: str) -> str:
     """
     text = unstyled(plain_characters(answer))
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ",", text)
-    text = re.sub(r"\\([%$ ])", r"\1", text)
+    text = re.sub(r"\\([%$ ])", r"\1", re.sub(r"(?<=\w)~(?=\w)", " ", text))
     text = " ".join(caseless(text).split()).strip(" $.")
     if _GROUPED.fullmatch(text):
         text = re.sub("[ ,]", "", text)
@@ -145,7 +147,7 @@ def normal_text(answer: str) -> str:
     articles and runs of blanks are lost. Marks that change what is said are kept: a minus sign, a
     decimal point, 5:30, 1/2, C++ and C#. Words with a hyphen are several words.
     """
-    text, before = caseless(plain_characters(answer)), ""
+    text, before = caseless(unstyled(plain_characters(answer))), ""
     while text != before:  # what is lost may have parted what is kept
         text, before = _without_marks(text), text
     return text
@@ -153,6 +155,7 @@ def normal_text(answer: str) -> str:
 
 def _without_marks(text: str) -> str:
     text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    text = re.sub("(?<=[0-9])\u2014(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
     text = "".join(
@@ -221,7 +224,18 @@ def read_choice(text: str) -> str:
 
 
 def _choice_text(text: str) -> str:
-    return re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " ", unstyled(text))
+    """Returns a text without styles, tags such as <answer>, and LaTeX's blanks."""
+    return re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|</?[a-z]{1,9}>", " ", unstyled(text))
+
+
+def _told_formula(place: str) -> str:
+    """Returns the formula that follows "the answer is", or ""."""
+    first = _BEGINS_WITH_A_FORMULA.match(place)
+    if first:
+        return normal_latex(first[1])
+    line = (lines(place) or [""])[0]
+    formulas = _FORMULA.findall(line)
+    return normal_latex(formulas[-1] if formulas else _GOES_ON.split(line)[0].strip("*_. "))
 
 
 def read_latex(text: str) -> str:
@@ -239,12 +253,11 @@ def read_latex(text: str) -> str:
     content = boxed(text, may_be_open=True)
     if content is not None:
         return normal_latex(content)
+    text = _DISPLAY.sub("$", text)
     for place in conclusions(text):
-        for line in lines(place)[:1]:
-            formulas = _FORMULA.findall(line)
-            found = formulas[-1] if formulas else _GOES_ON.split(line)[0].strip("*_. ")
-            if normal_latex(found):
-                return normal_latex(found)
+        told = _told_formula(place)
+        if told:
+            return told
     formulas = _FORMULA.findall(text)
     if formulas:
         return normal_latex(formulas[-1])

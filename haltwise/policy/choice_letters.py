@@ -3,28 +3,15 @@
 import re
 
 from haltwise.policy.answer_places import conclusions, lines
-from haltwise.policy.answer_words import OR_WORDS
+from haltwise.policy.answer_words import DENIALS, FILLERS, GOES_ON, OR_WORDS
 from haltwise.policy.characters import NAME_LETTERS
 
 # A word or number, a word in a script without blanks, the end of a line, or a mark.
 _TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")
-_MARKUP = re.compile(r"\*\*|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]")
+_MARKUP = re.compile(r"(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]")
 
-# What may stand between "the answer is" and the letter.
-_FILLERS = frozenset(
-    "therefore thus hence clearly definitely certainly most likely probably indeed simply then still "
-    "also actually the correct right best letter option options choice choices answer statement "
-    "alternative i think believe guess would say it it's is must be donc la opci\u00f3n op\u00e7\u00e3o "
-    "opzione antwort \u0432\u0430\u0440\u0438\u0430\u043d\u0442 \u9009\u9879 \u9078\u9805 "
-    "\u9078\u629e\u80a2 \u9009 \u9078 ( [ : \n".split(" ")
-)
-# What may stand behind a letter that is also a word.
-_GOES_ON = frozenset(
-    "because since as is and or not with for by from due given which rather based so but it".split()
-)
-_DENIALS = frozenset("wrong incorrect false not impossible out excluded".split())
-_PUNCTUATION = frozenset([*").,:;!?]'-/&+|\\\u2014\u3002\u3001", "\n", ""])
-_FORMULA_SIGNS = frozenset("^=<>*_")
+_PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
+_FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|(?:not\s|n't\s)[^.\n]{1,40}?\bbut|"
@@ -37,7 +24,7 @@ _PICKED = re.compile(
 _CALLED_RIGHT = re.compile(
     r"(?<![\w'])\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
     r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
-    r"\s?(?:\u662f|\u9879|\u9805)?\u6b63\u786e)"
+    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba])"
 )
 _DENIED = re.compile(
     r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"
@@ -52,18 +39,18 @@ def _is_letter(tokens: list[str], i: int) -> bool:
     letter, behind = tokens[i], tokens[i + 1]
     if len(letter) != 1 or not (letter.isascii() and letter.isalpha()) or behind in _FORMULA_SIGNS:
         return False
-    if behind in ("isn't", "cannot") or (behind == "is" and tokens[i + 2] in _DENIALS):
+    if behind in ("isn't", "cannot") or (behind == "is" and tokens[i + 2] in DENIALS):
         return False
     if letter.isupper():
-        return letter not in "AI" or not behind.islower() or behind in _GOES_ON
-    return behind in _PUNCTUATION or (letter not in "aeiouy" and behind in _GOES_ON)
+        return letter not in "AI" or not behind.islower() or behind in GOES_ON
+    return behind in _PUNCTUATION or (letter not in "aeiouy" and behind in GOES_ON)
 
 
 def _letter_at(text: str) -> str | None:
     """Returns the letter that a text begins with; "" if it begins with several, None with none."""
     tokens = [*_TOKEN.findall(_MARKUP.sub("", text[:200])), "", "", ""]
     i = 0
-    while tokens[i].casefold() in _FILLERS and not _is_letter(tokens, i):
+    while tokens[i].casefold() in FILLERS and not _is_letter(tokens, i):
         i += 1
     if not _is_letter(tokens, i):
         return None
@@ -71,7 +58,7 @@ def _letter_at(text: str) -> str | None:
     i += 2 if tokens[i + 1] == ")" else 1
     joint = tokens[i]
     while not _is_letter(tokens, i) and (
-        tokens[i].casefold() in OR_WORDS | _FILLERS or tokens[i] in tuple(",/&+")
+        tokens[i].casefold() in OR_WORDS | FILLERS or tokens[i] in tuple(",/&+\u3001")
     ):
         i += 1
     is_list = joint.casefold() in OR_WORDS or tokens[i + 1] in _PUNCTUATION

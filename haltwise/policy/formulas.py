@@ -14,6 +14,11 @@ _SIGNS = str.maketrans(
         "\u2208": r"\in ", "\u00b0": r"^\circ ", "\u211d": r"\mathbb{R}", "\u2205": r"\emptyset ",
     }
 )  # fmt: skip
+_ROOT = re.compile("\u221a([0-9]{1,30}|[A-Za-z])")
+_JOINT = re.compile(
+    r"\s{0,9}\\(?:text|mathrm|mbox)\s?\{\s{0,9},?\s{0,9}(?:or|and)\s{0,9}\}\s{0,9}|"
+    r"(?<=[0-9)}])\s{1,9}(?:or|and)\s{1,9}(?=[-+0-9(\\])"
+)
 _ROW_END = re.compile(r"\\\\(?:\s?\[[0-9][^\]]{0,9}\])?")
 _LAST_ROW_END = re.compile(r"\\\\\s{0,9}(?=\\end)")
 _SPACING = re.compile(
@@ -34,8 +39,9 @@ _SAME_UNIT = {
     "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg",
     "liter": "l", "litre": "l", "hour": "h", "hr": "h", "minute": "min", "second": "s", "sec": "s",
     "foot": "ft", "feet": "ft", "inche": "inch", "mile": "mi", "pound": "lb", "lb": "lb",
-    "ounce": "oz", "degree": "", "percent": "", "mile per hour": "mph",
+    "ounce": "oz", "degree": "", "percent": "", "unit": "", "mile per hour": "mph",
 }  # fmt: skip
+_UNITS = frozenset([*_SAME_UNIT.values(), "inch", "day", "week", "year", "km/h"])
 
 
 def _unit(words: str, power: str | None) -> str:
@@ -70,13 +76,17 @@ def _normal_row(text: str) -> str:
     if number:
         return number
     found = _MEASURED.fullmatch(text.strip(" $"))
-    number = _number(unstyled(found[1])) if found else ""
-    if found and number:
-        return number + _unit(found[2] or found[3], found[4])
+    if found:
+        unit = _unit(found[2] or found[3], found[4])
+        number = _number(unstyled(found[1]))
+        if number:
+            return number + unit
+        if found[2] and (not unit or unit.removeprefix(r"\text{").partition("}")[0] in _UNITS):
+            return _normal_row(found[1]) + unit
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?|\\ )(?=[0-9]{3})", ",", unstyled(text))
     text = _KEPT_BLANK.sub(r"\1", _SPACING.sub(" ", text).strip()).rstrip(".")
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
-    return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on)", text) else text
+    return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on|yes|ok)", text) else text
 
 
 def normal_latex(answer: str) -> str:
@@ -86,5 +96,6 @@ def normal_latex(answer: str) -> str:
     not matter. Nothing is calculated but plain numbers. A number with words behind it keeps them,
     as in 36\text{cm}^2.
     """
-    text = plain_characters(answer.translate(_SIGNS))
+    text = plain_characters(_ROOT.sub(r"\\sqrt{\1}", answer.translate(_SIGNS)))
+    text = _JOINT.sub(", ", text)
     return r"\\".join(map(_normal_row, _ROW_END.split(_LAST_ROW_END.sub("", text))))

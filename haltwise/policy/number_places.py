@@ -1,4 +1,4 @@
-r"""Which of the numbers in a text is meant: there is one, or the text has no number for an answer."""
+"""Which number of a text is its answer: the only one that is told, or the last."""
 
 import re
 
@@ -8,17 +8,18 @@ from haltwise.policy.number_spellings import NUMBER, exact_value, plain_numbers
 # What stands before or behind a number that is a part of a formula, or only bounds the answer.
 _BEFORE = re.compile(
     r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div)(?:\[[0-9]\])?\s?|"
-    r"[<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
+    r"\\[dt]?frac\s?\{|\}\s?\{|(?<![A-Za-z])[A-Za-z]\(|[-+]\s?\(|"
+    r"[|<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
     r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?)[{(]?\s?$"
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
-    r"\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
     r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 to 7.
 _JOINED = re.compile(
-    rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}{OR}|\s(?:to|bis|a|\u00e0)(?=\s)|\s?[\u81f3\u5230~])"
+    rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}{OR}|\s(?:to|bis|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|\s?[\u81f3\u5230~])"
     r"\s?(?:either\s)?\\?[$\u20ac\u00a3(]{0,2}$",
     re.IGNORECASE,
 )

@@ -1,4 +1,4 @@
-r"""The many spellings of a number: 1,000 and 10^3 are one number, and so are 1/2, \frac12 and 0.5."""
+r"""The spellings of a number: 1,000 and 10^3 are one number, and so are 1/2, \frac12 and 0.5."""
 
 import re
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def _digits(found: _Found) -> str:
 def _as_fraction(found: _Found) -> str:
     whole, top, digit, bottom, last_digit = found.groups()
     numerator, divisor = int(top or digit), int(bottom or last_digit)
-    if whole and not 0 < numerator < divisor:
+    if whole and numerator >= divisor:
         return found[0]  # a product, or two numbers
     return f"{int(whole or 0) * divisor + numerator}/{divisor}"
 
@@ -109,11 +109,12 @@ _PLAIN = _compiled(
         # 1{,}000 and 1\,000; 1 000 and 1'000; other blanks; 5{:}30 and 5 : 30.
         (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
         (rf"{_OUTSIDE_NAMES}[0-9]{{1,3}}(?:(?:\\?[ ~']|\\[;:])[0-9]{{3}})+(?![0-9/])", _digits),
-        (r"\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\\[,;: ]|(?<=\S)~(?![0-9\s])|\\q?quad(?![A-Za-z])", " "),
         (r"(?<=[0-9])\s?(?:\{:\}|\s:\s)\s?(?=[0-9])", ":"),
         # -$3, and x = - 3.
         (r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])", r"\1"),
         (r"((?:^|[=({:])\s{0,9})-\s{1,9}(?=[.0-9])", r"\1-"),
+        (r"(?<![0-9])\.(?=[0-9]{0,30}\\(?:overline|bar|dot))", "0."),
         # 0.16 with a line above the 6; 0.1\dot{6}, 0.1\overline{6} and 0.1(6); 0.1666...
         ("([0-9]\\.[0-9]{0,30}?)((?:[0-9][\u0304\u0305\u0307]){1,30})", _as_bracket),
         (r"\\dot\s?\{?([0-9])\}?([0-9]{0,30})\\dot\s?\{?([0-9])\}?", r"(\1\2\3)"),
@@ -123,6 +124,8 @@ _PLAIN = _compiled(
             _as_repeating,
         ),
         (r"([0-9]{1,30})\.([0-9]{2,99})\s?(?:\.{3}|\u2026|\\[lc]?dots)", _as_and_so_on),
+        # 12th and 12^{th}.
+        (r"(?<=[0-9])\s?\^?\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),
         # 1.5 \times 10^3, and 10^3 by itself.
         (
             r"(?:(?<=[0-9])\s?(?:\\times|\\cdot|[\u00d7x*])\s?|(?<![\w.]))10\s?\^\s?"
@@ -134,7 +137,10 @@ _PLAIN = _compiled(
             rf"{_WHOLE}\s?)?\\[dt]?frac\s?(?:{_BRACED}|([0-9]))\s?(?:{_BRACED}|([0-9]))",
             _as_fraction,
         ),
-        (rf"{_WHOLE}\s{{1,3}}(?:and\s)?)([0-9]{{1,30}})()/([0-9]{{1,30}})()(?![0-9])", _as_fraction),
+        (
+            rf"{_WHOLE}\s{{1,3}}(?:and\s)?)([0-9]{{1,30}})()/([0-9]{{1,30}})()(?![0-9])",
+            _as_fraction,
+        ),
         (r"(?<![0-9:])([0-9]{1,2})(:[0-5][0-9])\s{0,3}([ap])\.?m\b\.?", _as_time_of_day),
         (rf"(?<![0-9,./e])((?>{_SIZE}))((?>/[0-9]+))?((?:{SCALE}){{1,3}})(?!\s?[0-9])", _as_scaled),
     ]
@@ -142,8 +148,7 @@ _PLAIN = _compiled(
 # The same, if it would mean something else in a formula.
 _PLAIN_OUTSIDE_FORMULAS = _compiled(
     [
-        # 12th, x_1, 1011_2.
-        (r"(?<=[0-9])\s?\^?\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),
+        # x_1, 1011_2.
         (r"(?<=[A-Za-z0-9)])_(?:\{[^{}]{0,20}\}|[0-9A-Za-z])", ""),
         # 1.000.000 and 1.234,5; 1,00,000; 3,5.
         (

@@ -1,5 +1,5 @@
-r"""What an LM writes, the gold answer, and whether it is right: by hand, a block a kind of spelling."""
-# ruff: noqa: RUF001
+"""What an LM writes, the gold answer, and whether it is right: by hand, a block a kind."""
+# ruff: noqa: E501, RUF001
 
 from __future__ import annotations
 

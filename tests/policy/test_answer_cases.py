@@ -81,7 +81,11 @@ def test_a_mixed_number_is_the_sum_of_its_parts(whole: int, top: int, bottom: in
         assert READERS["latex"](f"\\boxed{{{mixed}}}") == value
 
 
-@given(st.integers(0, 999), st.text("0123456789", max_size=5), st.text("0123456789", min_size=1, max_size=6))
+@given(
+    st.integers(0, 999),
+    st.text("0123456789", max_size=5),
+    st.text("0123456789", min_size=1, max_size=6),
+)
 def test_a_repeating_decimal_is_the_limit_of_its_digits(whole: int, first: str, block: str) -> None:
     value = Fraction(read_number(rf"\boxed{{{whole}.{first}\overline{{{block}}}}}"))
     close = Fraction(f"{whole}.{first}{block * 20}")
@@ -89,7 +93,9 @@ def test_a_repeating_decimal_is_the_limit_of_its_digits(whole: int, first: str, 
 
 
 @given(st.integers(0, 23), st.integers(0, 59), st.integers(0, 23), st.integers(0, 59))
-def test_times_are_equal_only_if_they_are_the_same(h: int, m: int, other_h: int, other_m: int) -> None:
+def test_times_are_equal_only_if_they_are_the_same(
+    h: int, m: int, other_h: int, other_m: int
+) -> None:
     for rule in ("number", "short", "latex"):
         read = READERS[rule](rf"\boxed{{{h}:{m:02}}}")
         assert READERS[rule](rf"\boxed{{{h:02}:{m:02}}}") == read
@@ -106,21 +112,23 @@ def test_two_letters_are_no_choice(one: str, other: str) -> None:
                 assert read_choice(text.format(one + joint + other)) == ""
 
 
-@given(st.text() | st.from_regex(r"(\\text\{|\}|[-$ .,0-9A-c\u0660\uff11\u00bd\u00b2]|\\[,% ]){0,9}"))
+@given(
+    st.text() | st.from_regex(r"(\\text\{|\}|[-$ .,0-9A-c\u0660\uff11\u00bd\u00b2]|\\[,% ]){0,9}")
+)
 def test_canonical_spelling_is_its_own(text: str) -> None:
     assert canonical(canonical(text)) == canonical(text)
 
 
 @pytest.mark.parametrize(
-    "hostile",
+    "nonsense",
     [
         "1,111", "0", "1 111", "\\boxed{", "\\text{", "answer is ", "answer to ", "a-.", "!", "\n",
         "Answer: 1 or ", "\\frac{1}", "^", "A or ", "$", "not x but ", "\u2070", "5 and ", "{", "0.",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rule", READERS)
-def test_a_long_text_without_sense_is_read(rule: str, hostile: str) -> None:
-    assert isinstance(READERS[rule](hostile * 20_000 + "x"), str)
+def test_a_long_text_without_sense_is_read(rule: str, nonsense: str) -> None:
+    assert isinstance(READERS[rule](nonsense * 20_000 + "x"), str)
 
 
 def test_no_formula_keeps_a_thread_busy(monkeypatch: pytest.MonkeyPatch) -> None:
