@@ -36,6 +36,7 @@ _THEREFORE = re.compile(
     re.IGNORECASE,
 )
 _ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\scorrect\W{0,9}$")
+_CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -99,8 +100,9 @@ def lines(text: str) -> list[str]:
 def own_part(text: str) -> str:
     """Returns what is in <answer>...</answer>, or else a text up to the next question.
 
-    Some LMs ask themselves one after their answer.
+    Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
     """
+    text = _CONFIDENCE.sub("", text)
     tagged = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else ""
     if tagged.strip():
         return tagged

@@ -17,10 +17,15 @@ _BEHIND = re.compile(
     r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
     r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
 )
-# The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 to 7.
+# The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
+_TO = (
+    r"\s(?:to|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
+    r"\s?[\u81f3\u5230~]"
+)
 _JOINED = re.compile(
-    rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}{OR}|\s(?:to|bis|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|\s?[\u81f3\u5230~])"
-    r"\s?(?:either\s)?\\?[$\u20ac\u00a3(]{0,2}$",
+    rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}(?:{OR}|\s\((?:or|and)(?=\s)|\s?&)|{_TO})"
+    r"\s?(?:(?:either|maybe|perhaps|possibly|probably|even)\s){0,2}(?:[A-Za-z]\s?=\s?)?"
+    r"\\?[$\u20ac\u00a3(]{0,2}$",
     re.IGNORECASE,
 )
 _RELATIONS = {
@@ -35,10 +40,12 @@ _GOES_ON = re.compile(
     r"[,\u3001](?!\s?(?:(?:and|or)\s)?[-$]{0,2}[0-9.,/]{1,20}\s?(?:$|[,.;]|(?:and|or)\s))(?!\s?[a-z]\s?=)"
     r"(?![0-9])|"
     r"\s(?:because|since|as|so|for|per|in|out|after|by|at|over|with|from|on|when|if|where|while|"
-    r"which|that|is|are|of|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
+    r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
     re.IGNORECASE,
 )
-_SEVERAL = re.compile(r"=[^=]{1,99},\s?(?:and\s)?[A-Za-z]\s?=")
+_SEVERAL = re.compile(
+    rf"=[^=]{{1,99}}(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=", re.IGNORECASE
+)
 
 
 def _prepared(text: str) -> str:

@@ -81,7 +81,8 @@ def _as_scaled(found: _Found) -> str:
     """Returns 1.5 million as 1.5e6."""
     words = _SCALE_WORD.findall(found[3])
     zeros = sum(SCALES[word.strip().casefold()] for word in words)
-    return f"{found[1]}e{zeros}{found[2] or ''}"
+    size = re.sub(r",(?=[0-9]{1,2}$)", ".", found[1])
+    return f"{size}e{zeros}{found[2] or ''}"
 
 
 def _as_power(found: _Found) -> str:
@@ -109,12 +110,17 @@ _PLAIN = _compiled(
         # 1{,}000 and 1\,000; 1 000 and 1'000; other blanks; 5{:}30 and 5 : 30.
         (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
         (rf"{_OUTSIDE_NAMES}[0-9]{{1,3}}(?:(?:\\?[ ~']|\\[;:])[0-9]{{3}})+(?![0-9/])", _digits),
-        (r"\\[,;: ]|(?<=\S)~(?![0-9\s])|\\q?quad(?![A-Za-z])", " "),
-        (r"(?<=[0-9])\s?(?:\{:\}|\s:\s)\s?(?=[0-9])", ":"),
+        (r"\\[,;: ]|(?<=\S)~(?![0-9\s])|~(?=[0-9]{1,9}/)|\\q?quad(?![A-Za-z])", " "),
+        (
+            r"(?<=[0-9])(?:\s?\{:\}\s?|\s:\s|\\[!,]:\\[!,]|\s?\\colon(?![a-z])\s?)(?=[0-9])",
+            ":",
+        ),
         # -$3, and x = - 3.
         (r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])", r"\1"),
         (r"((?:^|[=({:])\s{0,9})-\s{1,9}(?=[.0-9])", r"\1-"),
         (r"(?<![0-9])\.(?=[0-9]{0,30}\\(?:overline|bar|dot))", "0."),
+        (r"(?<![0-9.,])0,(?=[0-9]{2,99}\s?(?:\.{3}|\u2026|\\[lc]?dots))", "0."),
+        (r"([0-9]{1,30})\.()([0-9]{1,30})\s(?:recurring|repeating)(?!\w)", _as_repeating),
         # 0.16 with a line above the 6; 0.1\dot{6}, 0.1\overline{6} and 0.1(6); 0.1666...
         ("([0-9]\\.[0-9]{0,30}?)((?:[0-9][\u0304\u0305\u0307]){1,30})", _as_bracket),
         (r"\\dot\s?\{?([0-9])\}?([0-9]{0,30})\\dot\s?\{?([0-9])\}?", r"(\1\2\3)"),
@@ -142,7 +148,10 @@ _PLAIN = _compiled(
             _as_fraction,
         ),
         (r"(?<![0-9:])([0-9]{1,2})(:[0-5][0-9])\s{0,3}([ap])\.?m\b\.?", _as_time_of_day),
-        (rf"(?<![0-9,./e])((?>{_SIZE}))((?>/[0-9]+))?((?:{SCALE}){{1,3}})(?!\s?[0-9])", _as_scaled),
+        (
+            rf"(?<![0-9,./e])((?>[0-9]{{1,30}},[0-9]{{1,2}}(?![0-9])|{_SIZE}))((?>/[0-9]+))?((?:{SCALE}){{1,3}})(?!\s?[0-9])",
+            _as_scaled,
+        ),
     ]
 )
 # The same, if it would mean something else in a formula.

@@ -31,6 +31,11 @@ SCRIPTS_WITHOUT_BLANKS: list[Case] = [
     ("choice", "정답은 C입니다", "C", True),
     ("latex", "答案是42。", "42", True),
     ("text", "答案：北京", "北京", True),
+    ("number", "第3题的答案是12。", "12", True),
+    ("number", "他有5个苹果和7个梨，共12个", "12", True),
+    ("number", "결과는 총 1,234원입니다.", "1234", True),
+    ("choice", "C选项正确", "C", True),
+    ("choice", "答案：A、B", "A", False),
 ]
 
 ROWS_OF_A_MATRIX: list[Case] = [
@@ -74,6 +79,16 @@ UNITS_AND_WORDS: list[Case] = [
     ("number", r"\boxed{5 \text{ days}}", "5", True),
     ("number", r"The answer is $18 per day.", "18", True),
     ("number", "The answer is 18 dollars for 2 days.", "18", True),
+    ("latex", r"\boxed{3m}", "3", False),
+    ("latex", r"\boxed{5m}", "5g", False),
+    ("latex", r"\boxed{2+3m}", "5", False),
+    ("latex", r"\boxed{25\pi \text{ cm}^2}", r"25\pi", True),
+    ("latex", r"\boxed{25\pi \text{ cm}^2}", r"25\pi\text{ m}^2", False),
+    ("latex", r"\boxed{10\text{ meters}}", r"10\text{ m}", True),
+    ("latex", r"\boxed{7^{\text{th}}}", "7", True),
+    ("number", "1,5 Millionen", "1500000", True),
+    ("number", "5千米", "5", True),
+    ("number", r"\boxed{2 \text{ million } 500 \text{ thousand}}", "500000", False),
 ]
 
 STYLES_IN_SHORT_ANSWERS: list[Case] = [
@@ -118,6 +133,10 @@ MIXED_AND_SPACED: list[Case] = [
     ("number", "La respuesta es 3,5.", "3.5", True),
     ("latex", r"\boxed{1\ 000}", "1000", True),
     ("latex", r"\boxed{(3,5)}", "(3.5)", False),
+    ("number", r"\boxed{2\text{ }1/3}", "7/3", True),
+    ("number", r"\boxed{2~1/3}", "7/3", True),
+    ("number", r"\boxed{1\ 2\ 3}", "123", False),
+    ("latex", r"\boxed{2\frac12\text{ cups}}", "2.5", True),
 ]
 
 TIMES: list[Case] = [
@@ -144,6 +163,9 @@ TIMES: list[Case] = [
     ("latex", r"\boxed{5:30}", "6:30", False),
     ("latex", r"\boxed{05:30}", "5:30", True),
     ("latex", r"\boxed{5:00}", "6:00", False),
+    ("number", r"\boxed{3\!:\!4}", "3:4", True),
+    ("number", r"\boxed{3 \colon 4}", "4:3", False),
+    ("number", r"\boxed{1:30:00}", "1:30", False),
 ]
 
 TWO_NUMBERS: list[Case] = [
@@ -192,6 +214,26 @@ TWO_NUMBERS: list[Case] = [
     ("latex", r"\boxed{10^{-30}}", r"10^{-31}", False),
     ("latex", r"\boxed{0.3333333}", r"\frac13", False),
     ("latex", r"\boxed{0.5\pi}", r"\frac{\pi}{2}", True),
+    ("number", "5 (or 7)", "7", False),
+    ("number", "5 & 7", "7", False),
+    ("number", "5 or maybe 7", "7", False),
+    ("number", "5, 6 or 7", "7", False),
+    ("number", "from 5 through 7", "7", False),
+    ("number", "x = 5 or x = 7", "7", False),
+    ("number", "from 2024-05-06 on", "6", False),
+    ("number", "The answer is 5 feet 7 inches.", "7", False),
+    ("number", r"\boxed{\frac{x}{2}}", "2", False),
+    ("number", r"\boxed{-(-5)}", "-5", False),
+    ("number", r"\boxed{f(5)}", "5", False),
+    ("number", r"\boxed{P(3) = 7}", "7", True),
+    ("number", r"\boxed{2^{-3}}", "0.125", True),
+    ("number", "The answer is 42, which is 6 times 7.", "42", True),
+    ("number", "The answer is 42 but 41 is close.", "42", True),
+    ("number", "42\nConfidence: 95%", "42", True),
+    ("number", "<answer>42</answer> in 3 steps", "42", True),
+    ("latex", r"\boxed{x = 3 \text{ or } x = -1}", "-1,3", True),
+    ("latex", "The answer is $5$, not $6$.", "5", True),
+    ("latex", r"The answer is \[ \frac12 \]", "0.5", True),
 ]
 
 SHORT_WORDS: list[Case] = [
@@ -208,6 +250,8 @@ SHORT_WORDS: list[Case] = [
     ("text", "Answer: no", "on", False),
     ("choice", r"\boxed{BA}", "B", False),
     ("choice", "no", "N", False),
+    ("latex", r"\boxed{\text{if}}", r"\text{fi}", False),
+    ("latex", r"\boxed{\text{la}}", r"\text{al}", False),
 ]
 
 CHOICES: list[Case] = [
@@ -254,6 +298,19 @@ CHOICES: list[Case] = [
     ("choice", "The answer is A\u00a0because it is.", "A", True),
     ("choice", "The answer is I.", "I", True),
     ("choice", "Therefore, option C is correct.", "C", True),
+    ("choice", "The answer is not B but rather D.", "D", True),
+    ("choice", "The answer cannot be (B).", "B", False),
+    ("choice", "Not (A), not (B): it must be (C).", "C", True),
+    ("choice", "Both A and B are correct.", "B", False),
+    ("choice", "Answer: neither A nor B", "A", False),
+    ("choice", "The answer is D: both A and B.", "D", True),
+    ("choice", "Answer: A. A river", "A", True),
+    ("choice", "So, the answer is 'B'.", "B", True),
+    ("choice", "<answer>B</answer>", "B", True),
+    ("choice", r"\boxed{A \cup B}", "A", False),
+    ("choice", r"\boxed{\text{A river}}", "A", False),
+    ("choice", "A resposta correta é a alternativa C.", "C", True),
+    ("choice", "Jawaban yang benar adalah B", "B", True),
 ]
 
 LAST_BOX: list[Case] = [
@@ -296,6 +353,10 @@ REPEATING_DECIMALS: list[Case] = [
     ("latex", r"\boxed{0.\overline{3}}", r"\frac{1}{3}", True),
     ("latex", r"\boxed{0.333\ldots}", r"\frac{1}{3}", True),
     ("latex", r"\boxed{0.\overline{3}}", "0", False),
+    ("number", r"\boxed{.\overline{3}}", "1/3", True),
+    ("number", "0,333...", "1/3", True),
+    ("number", "0.6 recurring", "2/3", True),
+    ("number", "0.3636...", "4/11", True),
 ]
 
 CHARACTERS: list[Case] = [
@@ -352,6 +413,12 @@ WORDS_FOR_THE_ANSWER: list[Case] = [
     ("latex", "Final Answer: The final answer is $72$. I hope it is correct.", "72", True),
     ("short", "The answer is blue.", "blue", True),
     ("short", "The final answer is New York.", "new york", True),
+    ("number", "Réponse finale : 42. (2 fois)", "42", True),
+    ("number", "Правильный ответ — 42. Проверка 2", "42", True),
+    ("number", "Đáp án là 42. 2 lần", "42", True),
+    ("number", "คำตอบคือ 42 (2 ครั้ง)", "42", True),
+    ("text", "<answer>Paris</answer>", "Paris", True),
+    ("strict", "答案：巴黎", "巴黎", True),
 ]
 
 TEXTS: list[Case] = [
@@ -373,6 +440,12 @@ TEXTS: list[Case] = [
     ("text", "Answer: STRASSE", "Straße", True),
     ("text", "Answer: 1914–18", "1914-18", True),
     ("text", "Answer: 1914–18", "191418", False),
+    ("text", r"Answer: \text{Paris}", "Paris", True),
+    ("text", "Answer: H₂O", "H2O", True),
+    ("text", "Answer: 5²", "52", False),
+    ("text", "Answer: A+ grade", "B+ grade", False),
+    ("text", "Answer: 1914—1918", "1914-1918", True),
+    ("text", "Answer: pre- and post-war", "pre and postwar", False),
 ]
 
 FORMULAS: list[Case] = [
