@@ -15,7 +15,10 @@ _STYLES = (
 _STYLED = re.compile(
     rf"\\(?:{_STYLES}|mbox|hbox|underline|operatorname)\*?\s{{0,9}}\{{([^{{}}]*)\}}"
 )
-_STYLE = re.compile(rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?")
+_STYLE = re.compile(
+    r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}|"
+    rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?"
+)
 
 _BLANKS = r"[\s*_]{0,9}"
 # Here bold type may end, or begin; a single star or underscore may be a part of the answer.
@@ -26,7 +29,7 @@ _TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
 
 _MARK = re.compile(rf"{ANSWER}{_BLANKS}[:\uff1a]{_BOLD}", re.IGNORECASE)
 _CONCLUDED = re.compile(
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2014]\s){_BOLD}|"
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
     rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -99,6 +99,7 @@ OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
 #: What may stand between "the answer is" and the letter of a choice.
 FILLERS = one_of("""
 therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
+maybe perhaps possibly even
 actually rather the correct right best letter option options choice choices answer statement
 alternative i think believe guess would say it it's is must be
 donc la le el il a die réponse respuesta resposta risposta antwort

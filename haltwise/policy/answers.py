@@ -42,6 +42,7 @@ _SPELT_NUMBER = re.compile(
 )
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?")
 _BEGINS_WITH_A_NUMBER = re.compile(r"(?:[^\s0-9]{0,20}\s{0,9}){0,3}[^\s0-9]{0,20}[0-9]")
+_QUOTED = re.compile(r"\*\*([^*]+)\*\*|\{([^{}]+)\}|[\"`\u201c]([^\"`\u201c\u201d]+)[\"`\u201d]")
 _EXCLAIMED = re.compile(r"!(?=\s|$)")
 
 _ARTICLES = re.compile(r"(?<!\S)(?:a|an|the)(?!\S)")
@@ -50,7 +51,7 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:,[0-9]{3})+)(?![0-9,])")
 # Marks that change what is said: between digits, before a number, and behind a word.
 _TELLING = re.compile(
     r"(?<=[0-9])[-.,/:^](?=[0-9])|(?<![\w.])[-<>](?=\s?\.?[0-9])|(?<![\w.])\.(?=[0-9])|"
-    r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)"
+    r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)|(?<=\w)[+*=]{1,9}(?=\w)"
 )
 
 _BEGINS_WITH_A_FORMULA = re.compile(r"[\s*_]{0,9}\${1,2}([^$]+)\$")
@@ -71,8 +72,12 @@ def canonical(answer: str) -> str:
     """
     text = unstyled(plain_characters(answer))
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ",", text)
-    text = re.sub(r"\\([%$ ])", r"\1", re.sub(r"(?<=\w)~(?=\w)", " ", text))
+    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\(?=[%$ ])", "", text)
     text = " ".join(caseless(text).split()).strip(" $.")
+    while quoted := _QUOTED.fullmatch(text):
+        text = (quoted[1] or quoted[2] or quoted[3]).strip(" $.")
+    text = re.sub(r"^([-+]) (?=[.0-9])", r"\1", text)
     if _GROUPED.fullmatch(text):
         text = re.sub("[ ,]", "", text)
     number = re.fullmatch(r"([-+]?)([0-9]+)(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?", text)
@@ -115,10 +120,9 @@ def read_answer(text: str) -> str:
         told = _told_answer((lines(place) or [""])[0])
         if told is not None:
             return told
-    numbers = list(_SPELT_NUMBER.finditer(text))
-    if numbers:
-        return "" if is_joined(text, numbers[-1]) else canonical(numbers[-1][0].rstrip(","))
-    words = text.split()
+    numbers, words = list(_SPELT_NUMBER.finditer(text)), text.split()
+    if numbers and not is_joined(text, numbers[-1]):
+        return canonical(numbers[-1][0].rstrip(","))
     return canonical(words[0]) if len(words) == 1 else ""
 
 
@@ -155,7 +159,7 @@ def normal_text(answer: str) -> str:
 
 def _without_marks(text: str) -> str:
     text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
-    text = re.sub("(?<=[0-9])\u2014(?=[0-9])", "-", text)
+    text = re.sub("(?<=[0-9])(?:\u2014| - )(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
     text = "".join(

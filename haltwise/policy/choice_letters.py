@@ -14,11 +14,12 @@ _PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
 _FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
-    r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|(?:not\s|n't\s)[^.\n]{1,40}?\bbut|"
+    r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
     r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
-    r"(?:choice|option)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione)\s(?:\w{1,12}\s)?(?:es|\u00e9|\u00e8)"
-    r")(?!\w),?|[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
+    r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione)\s(?:\w{1,12}\s)?(?:es|\u00e9|\u00e8)"
+    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
+    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
     re.IGNORECASE,
 )
 _CALLED_RIGHT = re.compile(
@@ -29,7 +30,12 @@ _CALLED_RIGHT = re.compile(
 _DENIED = re.compile(
     r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"
 )
-_LETTERED = re.compile(r"\W{0,9}([A-Za-z])(?:\W*|[.):\]]\W*\s.*)")
+_LETTERED = re.compile(
+    r"\W{0,9}(?:(?i:option|choice)\W{1,9}[A-Za-z](?!\w).*|[A-Za-z](?:\W*|[.):\]]\W*\s.*)|"
+    r"[B-HJ-Z]\s?[-,\u2014]\s.*)"
+)
+# "Is it B? No, it is C."
+_ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
 _BARE = re.compile(r"\W*(?:(?:option|choice|letter)\W+)?([A-Za-z])\W*", re.IGNORECASE)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
@@ -58,11 +64,11 @@ def _letter_at(text: str) -> str | None:
     i += 2 if tokens[i + 1] == ")" else 1
     joint = tokens[i]
     while not _is_letter(tokens, i) and (
-        tokens[i].casefold() in OR_WORDS | FILLERS or tokens[i] in tuple(",/&+\u3001")
+        tokens[i].casefold() in OR_WORDS | FILLERS or tokens[i] in tuple(",/&+-\u3001")
     ):
         i += 1
     is_list = joint.casefold() in OR_WORDS or tokens[i + 1] in _PUNCTUATION
-    is_several = tokens[i] != joint and is_list and _is_letter(tokens, i)
+    is_several = (tokens[i] != joint or joint.isupper()) and is_list and _is_letter(tokens, i)
     return "" if is_several and tokens[i].upper() != letter else letter
 
 
@@ -94,7 +100,7 @@ def told_letter(text: str) -> str:
     """
     for place in conclusions(text):
         letter = _letter_at(place)
-        if letter is not None:
+        if letter is not None and not _ASKED.match(place):
             return letter
     last = (lines(text) or [""])[-1]
     bare = _BARE.fullmatch(last)
@@ -104,6 +110,8 @@ def told_letter(text: str) -> str:
     if picked:
         return picked
     # All choices said once more are no answer.
-    lettered = [found[1].upper() for found in map(_LETTERED.fullmatch, lines(text)) if found]
-    letters = {*lettered, *_IN_BRACKETS.findall(text)} - set(_DENIED.findall(text))
+    lettered = [
+        _letter_at(line.lstrip("#>*-= ")) for line in lines(text) if _LETTERED.fullmatch(line)
+    ]
+    letters = {*filter(None, lettered), *_IN_BRACKETS.findall(text)} - {*_DENIED.findall(text)}
     return letters.pop() if len(letters) == 1 else ""

@@ -16,7 +16,7 @@ _SIGNS = str.maketrans(
 )  # fmt: skip
 _ROOT = re.compile("\u221a([0-9]{1,30}|[A-Za-z])")
 _JOINT = re.compile(
-    r"\s{0,9}\\(?:text|mathrm|mbox)\s?\{\s{0,9},?\s{0,9}(?:or|and)\s{0,9}\}\s{0,9}|"
+    r",?\s{0,9}\\(?:text|mathrm|mbox)\s?\{\s{0,9},?\s{0,9}(?:or|and)\s{0,9}\}\s{0,9}|"
     r"(?<=[0-9)}])\s{1,9}(?:or|and)\s{1,9}(?=[-+0-9(\\])"
 )
 _ROW_END = re.compile(r"\\\\(?:\s?\[[0-9][^\]]{0,9}\])?")
@@ -25,6 +25,8 @@ _SPACING = re.compile(
     r"(?:\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[!,;: ]|\\?\$|[\s~]){1,99}"
 )
 _KEPT_BLANK = re.compile(r"(\\[A-Za-z]{1,20} (?=[A-Za-z]))| ")
+_SIGN_BEHIND = re.compile(r"\s?(?:\\?%|\^\s?\{?\s?\\circ\s?\}?\s?[CFK]?)$")
+_GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ )[0-9]{3})+(?![0-9])")
 _SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
 # A number and what it measures: any words in \text{...}; otherwise a unit, or words of 4 letters.
 _SHORT_UNITS = "cm|mm|km|kg|mg|ml|km/h|m/s|ft|mi|lbs?|oz|hrs?|mins?|sec|mph|usd|eur"
@@ -67,7 +69,7 @@ def measure(formula: str) -> tuple[str, str]:
 def _number(text: str) -> str:
     """Returns the value of a text that is a number, with or without a currency, or ""."""
     plain = _SPACING.sub(" ", plain_numbers(text, is_formula=True)).strip(" .")
-    number = NUMBER.fullmatch(re.sub(r"\s?\\?%$", "", plain))
+    number = NUMBER.fullmatch(_SIGN_BEHIND.sub("", plain))
     return exact_value(number[0]) if number else ""
 
 
@@ -75,7 +77,7 @@ def _normal_row(text: str) -> str:
     number = _number(unstyled(text))
     if number:
         return number
-    found = _MEASURED.fullmatch(text.strip(" $"))
+    found = _MEASURED.fullmatch(text.strip(" $")) or _MEASURED.fullmatch(unstyled(text))
     if found:
         unit = _unit(found[2] or found[3], found[4])
         number = _number(unstyled(found[1]))
@@ -83,7 +85,7 @@ def _normal_row(text: str) -> str:
             return number + unit
         if found[2] and (not unit or unit.removeprefix(r"\text{").partition("}")[0] in _UNITS):
             return _normal_row(found[1]) + unit
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?|\\ )(?=[0-9]{3})", ",", unstyled(text))
+    text = _GROUPED.sub(lambda digits: re.sub(r"[^0-9]", "", digits[0]), unstyled(text))
     text = _KEPT_BLANK.sub(r"\1", _SPACING.sub(" ", text).strip()).rstrip(".")
     text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
     return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on|yes|ok)", text) else text

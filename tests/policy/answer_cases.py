@@ -89,6 +89,8 @@ UNITS_AND_WORDS: list[Case] = [
     ("number", "1,5 Millionen", "1500000", True),
     ("number", "5千米", "5", True),
     ("number", r"\boxed{2 \text{ million } 500 \text{ thousand}}", "500000", False),
+    ("latex", r"\boxed{\text{12 apples}}", "12", True),
+    ("latex", r"\boxed{12^\circ\text{C}}", "12", True),
 ]
 
 STYLES_IN_SHORT_ANSWERS: list[Case] = [
@@ -106,6 +108,12 @@ STYLES_IN_SHORT_ANSWERS: list[Case] = [
     ("short", r"\boxed{\frac12}", "0.5", False),
     ("short", r"\boxed{-7}", "7", False),
     ("short", r"\boxed{７}", "7", True),
+    ("short", r"\boxed{50\,\%}", "50%", True),
+    ("short", r"\boxed{\left(1,2\right)}", "(1,2)", True),
+    ("short", r"\boxed{\textcolor{red}{7}}", "7", True),
+    ("short", r"\boxed{- 7}", "-7", True),
+    ("short", "**blue**", "blue", True),
+    ("short", "2024-05-06", "2024-05-06", True),
 ]
 
 MIXED_AND_SPACED: list[Case] = [
@@ -137,6 +145,9 @@ MIXED_AND_SPACED: list[Case] = [
     ("number", r"\boxed{2~1/3}", "7/3", True),
     ("number", r"\boxed{1\ 2\ 3}", "123", False),
     ("latex", r"\boxed{2\frac12\text{ cups}}", "2.5", True),
+    ("latex", r"\boxed{(12\ 000, 5)}", "(12000,5)", True),
+    ("latex", r"\boxed{x=1{,}000}", "1000", True),
+    ("latex", r"\boxed{(1, 000)}", "(1000)", False),
 ]
 
 TIMES: list[Case] = [
@@ -234,6 +245,7 @@ TWO_NUMBERS: list[Case] = [
     ("latex", r"\boxed{x = 3 \text{ or } x = -1}", "-1,3", True),
     ("latex", "The answer is $5$, not $6$.", "5", True),
     ("latex", r"The answer is \[ \frac12 \]", "0.5", True),
+    ("latex", r"\boxed{1, 2, \text{ and } 3}", "1,2,3", True),
 ]
 
 SHORT_WORDS: list[Case] = [
@@ -311,6 +323,17 @@ CHOICES: list[Case] = [
     ("choice", r"\boxed{\text{A river}}", "A", False),
     ("choice", "A resposta correta é a alternativa C.", "C", True),
     ("choice", "Jawaban yang benar adalah B", "B", True),
+    ("choice", "The answer is A or maybe B", "A", False),
+    ("choice", "A) or B)", "A", False),
+    ("choice", "Answer: A B", "A", False),
+    ("choice", "Answer: A-C", "A", False),
+    ("choice", "Option B because it fits.", "B", True),
+    ("choice", "Option A: Paris\nOption B: Rome", "B", False),
+    ("choice", "The correct choice isn't B but D.", "D", True),
+    ("choice", "The answer is B? No, it's C.", "C", True),
+    ("choice", "Answer B", "B", True),
+    ("choice", "B - because A is wrong.", "B", True),
+    ("choice", "Richtig ist B.", "B", True),
 ]
 
 LAST_BOX: list[Case] = [
@@ -446,6 +469,9 @@ TEXTS: list[Case] = [
     ("text", "Answer: A+ grade", "B+ grade", False),
     ("text", "Answer: 1914—1918", "1914-1918", True),
     ("text", "Answer: pre- and post-war", "pre and postwar", False),
+    ("text", "Answer: 4+4", "44", False),
+    ("text", "Answer: 12 - 15", "12-15", True),
+    ("text", "Answer – Paris", "Paris", True),
 ]
 
 FORMULAS: list[Case] = [

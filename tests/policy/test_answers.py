@@ -243,7 +243,7 @@ def test_words_follow_the_last_mark_or_stand_in_the_last_line(
         ("\\boxed{\\text{Ada}}", "ada"),
         ("\\boxed{11{,}111}", "11111"),
         ("\\boxed{\\$1,\\!000}", "1000"),
-        ("\\boxed{(3, 1,\\!000)}", "(3,1,000)"),
+        ("\\boxed{(3, 1,\\!000)}", "(3,1000)"),
         ("\\boxed{3 1/2}", "3.5"),
         ("\\boxed{10\\%}", "10"),
         ("\\boxed{\u2212x}", "-x"),
