@@ -6,15 +6,21 @@ Every answer rule of `haltwise.policy.answers.READERS` has a scorer. A rule need
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from haltwise import InputError
 from haltwise.policy.answers import READERS, canonical, normal_latex, normal_text
+from haltwise.policy.formulas import measure
 
 _IN_A_BOX = r"Reason step by step and put the final answer in \boxed{}."
 _AFTER_A_MARK = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'
@@ -23,6 +29,21 @@ _OPEN_BOX = r"The final answer is \boxed{"
 # Longer formulas are compared as they are spelled: they can take sympy minutes.
 _LONGEST_FORMULA = 200
 _TIMEOUT_S = 5
+# What math-verify would take for a product of letters: a word, also a short one; letters that it
+# does not know; and short words within a formula.
+_WORD = re.compile(
+    r"^(?:[^\W\d_]{3,}|a[dhmnst]|b[ey]|do|eh|go|h[aei]|i[dfnst]|la|m[aey]|no|o[fhknrx]|pa|so|to|"
+    r"u[ps]|we)$|[^\W\d_A-Za-z]",
+    re.IGNORECASE,
+)
+_RUN = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]{1,20}\*?\}")
+_SHORT_WORDS = re.compile(
+    "no|on|yes|not|all|any|one|two|six|ten|odd|am|pm|is|it|in|of|we|he|us|by|do|go|to|up|my|so|"
+    "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec|mon|tue|wed|thu|fri|sat|sun",
+    re.IGNORECASE,
+)
+_TIME = re.compile(r"[0-9]:[0-5][0-9](?![0-9])")
 _HEXADECIMAL = re.compile(r"\b0x", re.IGNORECASE)
 _HUGE = re.compile(r"[0-9]{3,}!|\^\{?[^}]{0,9}(?:\^|[0-9]{4,})")
 
@@ -95,7 +116,7 @@ def strict(answer: str, gold: str) -> bool:
     Raises:
         InputError: If there is no gold answer.
     """
-    return _any_line(answer, gold, str.strip)
+    return _any_line(answer, gold, lambda line: unicodedata.normalize("NFC", line).strip())
 
 
 def text(answer: str, gold: str) -> bool:
@@ -126,10 +147,11 @@ def _same_reading(rule: str, expected: str) -> Callable[[str, str], bool]:
 
 
 def latex(answer: str, gold: str) -> bool:
-    """Says whether an answer is a formula equal to the gold answer, as math-verify sees it.
+    r"""Says whether an answer is a formula equal to the gold answer, as math-verify sees it.
 
     Equal spellings are equal. Math-verify is asked about the others, but not about words, numbers
-    in base 16 and what could keep it busy.
+    in base 16, times of day and what could keep it busy. What a number measures may be left out,
+    but not be another: 5\text{cm} is 5, and not 5\text{m}.
 
     Args:
         answer: The formula that `read_latex` has read; "" is never right.
@@ -141,32 +163,89 @@ def latex(answer: str, gold: str) -> bool:
     wanted = _spelled(gold, normal_latex, "a formula")
     if not answer or answer == wanted:
         return answer == wanted
-    if any(_is_beyond(formula) for formula in (answer, wanted)):
+    (size, unit), (wanted_size, wanted_unit) = measure(answer), measure(wanted)
+    if unit and wanted_unit and unit != wanted_unit:
         return False
-    return _verify(answer, wanted)
+    if size == wanted_size:
+        return True
+    if any(map(_is_beyond, (size, wanted_size))) or _words(size) != _words(wanted_size):
+        return False
+    return _verify(size, wanted_size)
+
+
+def _words(formula: str) -> list[str]:
+    """Returns the words of a formula: math-verify takes their letters for factors."""
+    runs = _RUN.findall(_ENVIRONMENT.sub("", formula))
+    return sorted(run for run in runs if len(run) > 3 or _SHORT_WORDS.fullmatch(run))
 
 
 def _is_beyond(formula: str) -> bool:
     """Says whether math-verify should not be asked about a formula."""
-    return (
-        len(formula) > _LONGEST_FORMULA
-        or re.fullmatch(r"[A-Za-z]{3,}", formula) is not None
-        or _HEXADECIMAL.search(formula) is not None
-        or _HUGE.search(formula) is not None
+    return len(formula) > _LONGEST_FORMULA or any(
+        pattern.search(formula) for pattern in (_WORD, _HEXADECIMAL, _TIME, _HUGE)
     )
 
 
+class _Worker:
+    """The process that runs math-verify, started when it is first asked, and anew once it died."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def are_equal(self, gold: str, answer: str) -> bool:
+        """Says whether two formulas are equal; one that takes too long is not."""
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            stdin, stdout = self._process.stdin, self._process.stdout
+            assert stdin is not None and stdout is not None
+            try:
+                print(json.dumps([gold, answer]), file=stdin, flush=True)
+                result = stdout.readline()
+            except BrokenPipeError:  # It was killed while it waited.
+                result = ""
+            if not result:  # The time is over.
+                self._process.wait()
+                self._process.communicate()
+                self._process = None
+            return result == "true\n"
+
+    def _start(self) -> subprocess.Popen[str]:
+        worker = Path(__file__).with_name("formula_worker.py")
+        # -P: the modules beside the script are not to hide others.
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(worker), str(_TIMEOUT_S)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        if process.stdout is None or process.stdout.readline() != "true\n":
+            raise InputError("math-verify does not start: expected `import math_verify` to work")
+        return process
+
+
+_worker = _Worker()
+
+
+def _forget_worker() -> None:
+    global _worker
+    _worker = _Worker()
+
+
+# The child of a fork must not read its parent's answers.
+os.register_at_fork(after_in_child=_forget_worker)
+
+
 def _verify(answer: str, gold: str) -> bool:
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise InputError(needed("math-verify", "math")) from None
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    # Math-verify measures its time limit by a signal, which only the main thread can have.
-    is_main = threading.current_thread() is threading.main_thread()
-    seconds = _TIMEOUT_S if is_main else None
-    sides = [parse(f"${side}$", parsing_timeout=seconds) for side in (gold, answer)]
-    return bool(all(sides) and verify(*sides, timeout_seconds=seconds))
+    if not _has_math_verify():
+        raise InputError(needed("math-verify", "math"))
+    return _worker.are_equal(gold, answer)
+
+
+def _has_math_verify() -> bool:
+    return find_spec("math_verify") is not None
 
 
 def needed(package: str, extra: str) -> str:
@@ -182,7 +261,7 @@ def check_scorer(name: str) -> None:
     """
     if name not in READERS:
         raise InputError(f"scorer is {name!r}, expected one of {', '.join(READERS)}")
-    if name == "latex" and find_spec("math_verify") is None:
+    if name == "latex" and not _has_math_verify():
         raise InputError(needed("math-verify", "math"))
 
 

@@ -1,0 +1,149 @@
+"""Where an answer stands in what an LM has written: in a box, behind words, or in a line."""
+
+import re
+from itertools import pairwise
+
+from haltwise.policy.answer_words import ANSWER, IS
+
+_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
+_BOX_OF_A_WORD = re.compile(r"\\boxed\s{1,9}([^\s{}$]{1,99})")
+_HOLLOW = re.compile(r"\\(?:text|math|[lc]?dots|q?quad|square)[a-z]{0,9}")
+
+_STYLES = (
+    r"text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|emph"
+)
+_STYLED = re.compile(
+    rf"\\(?:{_STYLES}|mbox|hbox|underline|operatorname)\*?\s{{0,9}}\{{([^{{}}]*)\}}"
+)
+_STYLE = re.compile(
+    r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}|"
+    rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?"
+)
+
+_BLANKS = r"[\s*_]{0,9}"
+# Here bold type may end, or begin; a single star or underscore may be a part of the answer.
+_BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
+
+# "The answer to the first question is", and "la respuesta correcta es".
+_TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
+
+_MARK = re.compile(rf"{ANSWER}{_BLANKS}[:\uff1a]{_BOLD}", re.IGNORECASE)
+_CONCLUDED = re.compile(
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
+    rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_NOT = re.compile(r"\s{0,9}(?:not|never|nicht|pas|\u4e0d\u662f)(?!\w)", re.IGNORECASE)
+_THEREFORE = re.compile(
+    r"(?:therefore|thus|hence|consequently|so)\b[^.:=?\n]{0,80}?\b(?:is|are|was|were)\s{1,9}",
+    re.IGNORECASE,
+)
+_ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\scorrect\W{0,9}$")
+_CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(
+    r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
+)
+
+
+def _is_hollow(content: str) -> bool:
+    """Says whether a box has nothing but dots, question marks and the like."""
+    return not _HOLLOW.sub("", content).strip(" \t\r\n$.\u2026_?~,;:{}\\!")
+
+
+def boxed(text: str, may_be_open: bool = False) -> str | None:
+    """Returns what is in the last boxed{...} that is not empty, with balanced braces.
+
+    Args:
+        text: The decoded text, without special tokens.
+        may_be_open: If nothing closes that one, the rest of its line is what is in it; otherwise it
+            is no box.
+
+    Returns:
+        The content; "" if all boxes are empty, and None if there is none.
+    """
+    starts: list[int] = []
+    ends: dict[int, int] = {}
+    braces: list[int | None] = []  # the box that each open brace opens
+    for found in _BOX.finditer(text):
+        if found[0] == "}" and braces:
+            box = braces.pop()
+            if box is not None:
+                ends[box] = found.start()
+        elif found[0] == "{":
+            braces.append(None)
+        elif found[0][-1] == "{" and found[0] != r"\{":
+            starts.append(found.end())
+            braces.append(found.end())
+    for start, after in reversed(list(pairwise([*starts, len(text)]))):
+        content = text[start : ends.get(start, after)]
+        if start not in ends:
+            content = content.partition("\n")[0]
+        if not _is_hollow(content):
+            return content if may_be_open or start in ends else None
+    bare = None if starts else _BOX_OF_A_WORD.findall(text)
+    if bare:
+        return str(bare[-1]).rstrip(".,;:")
+    return "" if starts else None
+
+
+def unstyled(text: str) -> str:
+    r"""Returns a text without LaTeX's \text{...}, \mathbf{...} and the like around its parts."""
+    for _ in range(4):  # as deep as anyone nests them
+        text, count = _STYLED.subn(r"\1", text)
+        if not count:
+            break
+    return _STYLE.sub("", text)
+
+
+def lines(text: str) -> list[str]:
+    """Returns the lines that are not blank, stripped."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def own_part(text: str) -> str:
+    """Returns what is in <answer>...</answer>, or else a text up to the next question.
+
+    Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
+    """
+    text = _CONFIDENCE.sub("", text)
+    tagged = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else ""
+    if tagged.strip():
+        return tagged
+    asked = _NEXT_QUESTION.search(text)
+    before = text[: asked.start()] if asked else ""
+    is_answered = r"\boxed" in before or _CONCLUDED.search(before)
+    return before if is_answered else text
+
+
+def conclusions(text: str) -> list[str]:
+    """Returns what follows each "the answer is" up to the next one, the last of them first."""
+    found = list(_CONCLUDED.finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return [
+        text[match.end() : end]
+        for match, end in zip(found, ends, strict=False)
+        if match[0].rstrip(" *")[-1:] in (":", "\uff1a") or not _NOT.match(text, match.end())
+    ][::-1]
+
+
+def place_of_words(text: str) -> str:
+    """Returns what follows the last "Answer:", or else the last "answer is", or else the text."""
+    marks = list(_MARK.finditer(text))
+    return text[marks[-1].end() :] if marks else (conclusions(text) or [text])[0]
+
+
+def said(text: str) -> str:
+    """Returns the line that is the answer, if it is in words.
+
+    It is what follows the last "Answer:", or else the last "answer is", up to the end of its line.
+    If the text has neither, it is the last line, from "therefore ... is" on.
+    """
+    place = place_of_words(text)
+    if place == text:
+        last = (lines(text) or [""])[-1]
+        therefore = _THEREFORE.match(last)
+        return last[therefore.end() :] if therefore else last
+    line = (lines(place) or [""])[0].removesuffix("**")
+    # "Final answer: The final answer is ..."
+    line = (conclusions(line) or [line])[0].strip()
+    return _ASIDE.sub("", line)

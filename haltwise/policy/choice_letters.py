@@ -1,0 +1,117 @@
+"""The letter of a choice, in a box, behind the words that tell it, or in a line of its own."""
+
+import re
+
+from haltwise.policy.answer_places import conclusions, lines
+from haltwise.policy.answer_words import DENIALS, FILLERS, GOES_ON, OR_WORDS
+from haltwise.policy.characters import NAME_LETTERS
+
+# A word or number, a word in a script without blanks, the end of a line, or a mark.
+_TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")
+_MARKUP = re.compile(r"(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]")
+
+_PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
+_FORMULA_SIGNS = frozenset("^=<>*_\\")
+
+_PICKED = re.compile(
+    r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
+    r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
+    r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
+    r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione)\s(?:\w{1,12}\s)?(?:es|\u00e9|\u00e8)"
+    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
+    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
+    re.IGNORECASE,
+)
+_CALLED_RIGHT = re.compile(
+    r"(?<![\w'])\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
+    r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
+    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba])"
+)
+_DENIED = re.compile(
+    r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"
+)
+_LETTERED = re.compile(
+    r"\W{0,9}(?:(?i:option|choice)\W{1,9}[A-Za-z](?!\w).*|[A-Za-z](?:\W*|[.):\]]\W*\s.*)|"
+    r"[B-HJ-Z]\s?[-,\u2014]\s.*)"
+)
+# "Is it B? No, it is C."
+_ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
+_BARE = re.compile(r"\W*(?:(?:option|choice|letter)\W+)?([A-Za-z])\W*", re.IGNORECASE)
+_IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+
+
+def _is_letter(tokens: list[str], i: int) -> bool:
+    """Says whether a token is the letter of a choice, and no word or variable."""
+    letter, behind = tokens[i], tokens[i + 1]
+    if len(letter) != 1 or not (letter.isascii() and letter.isalpha()) or behind in _FORMULA_SIGNS:
+        return False
+    if behind in ("isn't", "cannot") or (behind == "is" and tokens[i + 2] in DENIALS):
+        return False
+    if letter.isupper():
+        return letter not in "AI" or not behind.islower() or behind in GOES_ON
+    return behind in _PUNCTUATION or (letter not in "aeiouy" and behind in GOES_ON)
+
+
+def _letter_at(text: str) -> str | None:
+    """Returns the letter that a text begins with; "" if it begins with several, None with none."""
+    tokens = [*_TOKEN.findall(_MARKUP.sub("", text[:200])), "", "", ""]
+    i = 0
+    while tokens[i].casefold() in FILLERS and not _is_letter(tokens, i):
+        i += 1
+    if not _is_letter(tokens, i):
+        return None
+    letter = tokens[i].upper()
+    i += 2 if tokens[i + 1] == ")" else 1
+    joint = tokens[i]
+    while not _is_letter(tokens, i) and (
+        tokens[i].casefold() in OR_WORDS | FILLERS or tokens[i] in tuple(",/&+-\u3001")
+    ):
+        i += 1
+    is_list = joint.casefold() in OR_WORDS or tokens[i + 1] in _PUNCTUATION
+    is_several = (tokens[i] != joint or joint.isupper()) and is_list and _is_letter(tokens, i)
+    return "" if is_several and tokens[i].upper() != letter else letter
+
+
+def boxed_letter(content: str) -> str:
+    """Returns the letter that a box holds, or "" if it holds something else.
+
+    Args:
+        content: A text in plain characters, without styles.
+    """
+    places = conclusions(content) or [content]
+    return _letter_at(places[0]) or ""
+
+
+def _picked_letter(text: str) -> str:
+    """Returns the capital that is picked, or called right, last."""
+    found = [(match.start(), match[1]) for match in _CALLED_RIGHT.finditer(text)]
+    for match in _PICKED.finditer(text):
+        letter = _letter_at(text[match.end() : match.end() + 60])
+        if letter and re.search(rf"{letter}|\({letter.lower()}\)", text[match.end() :][:60]):
+            found.append((match.start(), letter))
+    return max(found)[1] if found else ""
+
+
+def told_letter(text: str) -> str:
+    """Returns the letter that a text without a box tells, or "" if it tells none or several.
+
+    Args:
+        text: A text in plain characters, without styles.
+    """
+    for place in conclusions(text):
+        letter = _letter_at(place)
+        if letter is not None and not _ASKED.match(place):
+            return letter
+    last = (lines(text) or [""])[-1]
+    bare = _BARE.fullmatch(last)
+    if bare:
+        return bare[1].upper()
+    picked = _picked_letter(text)
+    if picked:
+        return picked
+    # All choices said once more are no answer.
+    lettered = [
+        _letter_at(line.lstrip("#>*-= ")) for line in lines(text) if _LETTERED.fullmatch(line)
+    ]
+    letters = {*filter(None, lettered), *_IN_BRACKETS.findall(text)} - {*_DENIED.findall(text)}
+    return letters.pop() if len(letters) == 1 else ""

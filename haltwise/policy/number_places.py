@@ -1,0 +1,124 @@
+"""Which number of a text is its answer: the only one that is told, or the last."""
+
+import re
+
+from haltwise.policy.answer_words import OR
+from haltwise.policy.number_spellings import NUMBER, exact_value, plain_numbers
+
+# What stands before or behind a number that is a part of a formula, or only bounds the answer.
+_BEFORE = re.compile(
+    r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div)(?:\[[0-9]\])?\s?|"
+    r"\\[dt]?frac\s?\{|\}\s?\{|(?<![A-Za-z])[A-Za-z]\(|[-+]\s?\(|"
+    r"[|<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
+    r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?)[{(]?\s?$"
+)
+_BEHIND = re.compile(
+    r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
+    r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
+)
+# The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
+_TO = (
+    r"\s(?:to|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
+    r"\s?[\u81f3\u5230~]"
+)
+_JOINED = re.compile(
+    rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}(?:{OR}|\s\((?:or|and)(?=\s)|\s?&)|{_TO})"
+    r"\s?(?:(?:either|maybe|perhaps|possibly|probably|even)\s){0,2}(?:[A-Za-z]\s?=\s?)?"
+    r"\\?[$\u20ac\u00a3(]{0,2}$",
+    re.IGNORECASE,
+)
+_RELATIONS = {
+    r"\\l(?:e|eq|t)(?![a-z])|<=": "<",
+    r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
+    r"\\neq?(?![a-z])|!=": "\u2260",
+    r"\\(?:approx|simeq|doteq)(?![a-z])": "\u2248",
+}
+# What a sentence goes on with behind its number: reasons, conditions and remarks.
+_GOES_ON = re.compile(
+    r"\n|[\u3002;\uff1b\u2014?]|\.(?=\s|$)|"
+    r"[,\u3001](?!\s?(?:(?:and|or)\s)?[-$]{0,2}[0-9.,/]{1,20}\s?(?:$|[,.;]|(?:and|or)\s))(?!\s?[a-z]\s?=)"
+    r"(?![0-9])|"
+    r"\s(?:because|since|as|so|for|per|in|out|after|by|at|over|with|from|on|when|if|where|while|"
+    r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
+    re.IGNORECASE,
+)
+_SEVERAL = re.compile(
+    rf"=[^=]{{1,99}}(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=", re.IGNORECASE
+)
+
+
+def _prepared(text: str) -> str:
+    text = plain_numbers(text)
+    for pattern, sign in _RELATIONS.items():
+        text = re.sub(pattern, sign, text)
+    return text.replace("**", "").replace("$", "")
+
+
+def _is_part(text: str, found: re.Match[str]) -> bool:
+    """Says whether a number is only a part of a formula or bounds the answer."""
+    before = text[max(0, found.start() - 30) : found.start()]
+    return bool(_BEFORE.search(before) or _BEHIND.match(text, found.end()))
+
+
+def _sole(text: str) -> str:
+    """Returns the value of all numbers of a text, if they have one, and are no parts of others."""
+    found = list(NUMBER.finditer(text))
+    values = {exact_value(number[0]) for number in found}
+    if len(values) != 1 or any(_is_part(text, number) for number in found):
+        return ""
+    return values.pop()
+
+
+def clause(content: str) -> str:
+    """Returns a text up to where it goes on behind its first number, with reasons or remarks."""
+    first = NUMBER.search(content)
+    end = _GOES_ON.search(content, first.end()) if first else None
+    return content[: end.start()] if end else content
+
+
+def only_number(content: str) -> str:
+    """Reads the number that a box holds, or a sentence that tells the answer.
+
+    It is the side of an equation that is a number, the last if there are several. What follows the
+    number for a reason or as a remark does not matter.
+
+    Args:
+        content: A text in plain characters, without styles.
+
+    Returns:
+        Its value; "" if there is none, or several that differ.
+    """
+    content = clause(_prepared(content))
+    if _SEVERAL.search(content):
+        return ""
+    exact, *rounded = content.split("\u2248")
+    values = [value for value in map(_sole, exact.split("=")) if value]
+    if values or not rounded:
+        return values[-1] if values else ""
+    return _sole(rounded[-1])
+
+
+def is_joined(text: str, number: re.Match[str]) -> bool:
+    """Says whether a number is one of two that are joined by "or" and the like, or a dash."""
+    before = text[max(0, number.start() - 80) : number.start()]
+    return bool(_JOINED.search(before) or re.search(r"[0-9]\s?-\s?$", before))
+
+
+def last_number(text: str) -> str:
+    """Reads the last number of a text.
+
+    Args:
+        text: A text in plain characters, without styles.
+
+    Returns:
+        Its value; "" if there is none, if it is a part of a formula, or one of two that are joined
+        by "or" and the like.
+    """
+    text = _prepared(text)
+    found = list(NUMBER.finditer(text))
+    if not found or _is_part(text, found[-1]):
+        return ""
+    if len(found) > 1 and is_joined(text, found[-1]):
+        return _sole(text[found[-2].start() : found[-1].end()])
+    return exact_value(found[-1][0])
