@@ -20,7 +20,7 @@ from pathlib import Path
 
 from haltwise import InputError
 from haltwise.policy.answers import READERS, canonical, normal_latex, normal_text
-from haltwise.policy.formulas import measure
+from haltwise.policy.answers.formulas import measure
 
 _IN_A_BOX = r"Reason step by step and put the final answer in \boxed{}."
 _AFTER_A_MARK = 'Reason step by step. End with "Answer:" and a short answer, on a line of its own.'

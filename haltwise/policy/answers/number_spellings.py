@@ -5,8 +5,8 @@ from collections.abc import Callable
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
-from haltwise.policy.answer_words import SCALE, SCALES
-from haltwise.policy.characters import NAME_LETTERS
+from haltwise.policy.answers.characters import NAME_LETTERS
+from haltwise.policy.answers.words import SCALE, SCALES
 
 _Found = re.Match[str]
 _Step = tuple[str, str | Callable[[_Found], str]]

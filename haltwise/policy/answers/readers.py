@@ -9,7 +9,11 @@ import string
 import unicodedata
 from collections.abc import Callable
 
-from haltwise.policy.answer_places import (
+from haltwise.policy.answers.characters import NAME_LETTERS, caseless, plain_characters
+from haltwise.policy.answers.choice_letters import boxed_letter, told_letter
+from haltwise.policy.answers.formulas import normal_latex
+from haltwise.policy.answers.number_places import clause, is_joined, last_number, only_number
+from haltwise.policy.answers.places import (
     boxed,
     conclusions,
     lines,
@@ -18,23 +22,6 @@ from haltwise.policy.answer_places import (
     said,
     unstyled,
 )
-from haltwise.policy.characters import NAME_LETTERS, caseless, plain_characters
-from haltwise.policy.choice_letters import boxed_letter, told_letter
-from haltwise.policy.formulas import normal_latex
-from haltwise.policy.number_places import clause, is_joined, last_number, only_number
-
-__all__ = [
-    "READERS",
-    "canonical",
-    "normal_latex",
-    "normal_text",
-    "read_answer",
-    "read_choice",
-    "read_latex",
-    "read_number",
-    "read_strict",
-    "read_text",
-]
 
 _SPELT_NUMBER = re.compile(
     rf"(?<![{NAME_LETTERS}0-9_.])(?:[0-9]{{1,9}}(?::[0-9]{{2}}){{1,2}}(?![0-9])|"

@@ -3,7 +3,7 @@
 import re
 from itertools import pairwise
 
-from haltwise.policy.answer_words import ANSWER, IS
+from haltwise.policy.answers.words import ANSWER, IS
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _BOX_OF_A_WORD = re.compile(r"\\boxed\s{1,9}([^\s{}$]{1,99})")

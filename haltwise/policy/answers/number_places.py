@@ -2,8 +2,8 @@
 
 import re
 
-from haltwise.policy.answer_words import OR
-from haltwise.policy.number_spellings import NUMBER, exact_value, plain_numbers
+from haltwise.policy.answers.number_spellings import NUMBER, exact_value, plain_numbers
+from haltwise.policy.answers.words import OR
 
 # What stands before or behind a number that is a part of a formula, or only bounds the answer.
 _BEFORE = re.compile(

@@ -2,9 +2,9 @@
 
 import re
 
-from haltwise.policy.answer_places import conclusions, lines
-from haltwise.policy.answer_words import DENIALS, FILLERS, GOES_ON, OR_WORDS
-from haltwise.policy.characters import NAME_LETTERS
+from haltwise.policy.answers.characters import NAME_LETTERS
+from haltwise.policy.answers.places import conclusions, lines
+from haltwise.policy.answers.words import DENIALS, FILLERS, GOES_ON, OR_WORDS
 
 # A word or number, a word in a script without blanks, the end of a line, or a mark.
 _TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")

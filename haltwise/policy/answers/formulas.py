@@ -2,9 +2,9 @@ r"""Formulas in LaTeX, in a spelling that most equal ones share."""
 
 import re
 
-from haltwise.policy.answer_places import unstyled
-from haltwise.policy.characters import plain_characters
-from haltwise.policy.number_spellings import NUMBER, exact_value, plain_numbers
+from haltwise.policy.answers.characters import plain_characters
+from haltwise.policy.answers.number_spellings import NUMBER, exact_value, plain_numbers
+from haltwise.policy.answers.places import unstyled
 
 _SIGNS = str.maketrans(
     {
