@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from haltwise import HaltHead, InputError, cli
+from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import ServeConfig, create_app
 from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
 from tests.proxy.proxies import (
@@ -97,6 +98,17 @@ def test_a_setting_out_of_its_range_is_refused(
     with pytest.raises(InputError, match=expected) as raised:
         create_app(ServeConfig(**{"head": head} | settings))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, [NEVER_HALTS]), (0.5, [])])
+def test_a_price_of_0_that_nobody_asked_for_is_told_at_start(
+    head: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    asked: float | None, told: list[str],
+) -> None:  # fmt: skip
+    halts = HaltHead.load(head)
+    HaltHead(replace(halts.config, default_price=0.0), halts.weights).save(tmp_path)
+    create_app(ServeConfig(head=tmp_path, price=asked))
+    assert [json.loads(record.getMessage())["warning"] for record in caplog.records] == told
 
 
 def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from haltwise import (
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules, tokenizer_fingerprint
 from haltwise.policy.features import signals_of
+from haltwise.policy.head import NEVER_HALTS
 from haltwise.session.request import Terms
 from haltwise.session.thought import Thought
 from tests.heads import random_head
@@ -543,6 +544,15 @@ def test_a_halted_request_has_one_line_in_the_log_without_content(
         "haltwise halted a thought at 4 tokens, decision point 1, price 10",
     ]
     assert engine.processor.counts == vllm.HaltCounts(2, num_halted=1, num_capped=1)
+
+
+def test_a_price_of_0_that_nobody_asked_for_is_told_at_start(
+    vllm: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = head_of()
+    never = HaltHead(replace(head.config, default_price=0.0), head.weights)
+    v1_engine(vllm, never, tmp_path, dull)
+    assert [record.getMessage() for record in caplog.records] == [NEVER_HALTS]
 
 
 @pytest.mark.parametrize(
