@@ -63,7 +63,7 @@ class Session:
         self.next_look: Index = np.full(num_rows, NEVER)
         #: Decision points so far with signals that were missing or not finite.
         self.num_bad_signals = 0
-        self._monitor = HaltMonitor(head, num_rows)
+        self._monitor = HaltMonitor(head, num_rows, price=0.0)  # each row has its own once it joins
 
     def join(self, row: int, request: ThoughtRequest, thought: Thought) -> bool:
         """Gives a row to a request; returns whether anything can halt it.
