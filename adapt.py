@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from command import run
+from command import run, whole_folder
 from envs.replay import point_features
 from evaluation.compare import compare
 from evaluation.intervals import interval, resample
@@ -84,15 +84,17 @@ def main(config: AdaptConfig) -> Path:
         probing = head.config.halting.probing
         if config.verbose:
             print(format_table(compare(traces, "labelled", policies, gates, probing).frozen))
-    known = _with_questions(learned, traces)
+    known = _with_questions(learned, traces, path)
     kept_back = {at: adapt(judge, traces) for at, judge in old.kept_back(known).items()}
-    adapted = Run(config.run_dir)
     settings = json.loads(json.dumps(asdict(config), default=str))
-    adapted.begin({"command": head.config.command, "config": settings, "traces": str(path)})
-    adapted.save_kept_back(kept_back)
-    adapted.save_learned(known)
-    adapted.save_operating_points(gates)
-    adapted.save_head(head)
+    beginning = {"command": head.config.command, "config": settings, "traces": str(path)}
+    with whole_folder(config.run_dir) as folder:
+        adapted = Run(folder)
+        adapted.begin(beginning)
+        adapted.save_kept_back(kept_back)
+        adapted.save_learned(known)
+        adapted.save_operating_points(gates)
+        adapted.save_head(head)
     print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
 
@@ -124,14 +126,21 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
     return HaltHead(adapted, head.weights)
 
 
-def _with_questions(learned: Learned, traces: Traces) -> Learned:
-    """Adds the questions of some traces to what a run learned from; no fold keeps those back."""
-    adapted_to = set(traces.question_id.tolist())
+def _with_questions(learned: Learned, traces: Traces, path: Path) -> Learned:
+    """Adds the questions of some traces to what a run learned from; no fold keeps those back.
+
+    Args:
+        learned: What the run learned from.
+        traces: The traces.
+        path: The files that they are from.
+    """
+    adapted_to, files = set(traces.question_id.tolist()), TraceFiles.open(path)
+    texts = files.texts(files.rows_of_questions(adapted_to))
     folds = {
         seed: {question: k for question, k in fold.items() if question not in adapted_to}
         for seed, fold in learned.folds.items()
     }
-    return Learned(learned.questions | adapted_to, folds)
+    return Learned(learned.questions | adapted_to, folds, learned.texts | texts)
 
 
 def _transferable(gates: Gates) -> Gates:

@@ -91,7 +91,7 @@ def main(config: CalibrateConfig) -> Certificate:
     certified = Run(config.head)
     head = certified.head()
     traces = _fresh(config, certified, head)
-    _warn_if_asked_before(config, head, traces)
+    _count_asking(config, certified, head, traces)
     policy = HeadPolicy(head)
     signal = policy.signal(traces)
     by_price = sweep(traces, decisions(policy, signal), head.config.halting.probing)
@@ -105,7 +105,7 @@ def main(config: CalibrateConfig) -> Certificate:
     # Whoever names no price gets what is certified: at a price of 0 the head never halts.
     price = certificate.price or 0.0
     if not config.apply:
-        print(f"Nothing was written: --apply would make {price:.6g} the head's own price.")
+        print(f"The head is as it was: --apply would make {price:.6g} its own price.")
         return certificate
     head_config = replace(head.config, certificate=certificate, default_price=price)
     certified.save_head(HaltHead(head_config, head.weights))
@@ -131,7 +131,7 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
     files = TraceFiles.open(config.traces)
     head.config.halting.check_recorded(files.recorder, str(config.traces))
     rows = files.rows(*([] if config.split == "all" else [config.split]))
-    known = rows & files.rows_of_questions(learned.questions)
+    known = rows & (files.rows_of_questions(learned.questions) | files.rows_of_texts(learned.texts))
     dropped = len(np.unique(files.question[known]))
     if (known == rows).all():
         raise InputError(
@@ -139,21 +139,23 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
         )
     if dropped:
         print(f"Left out {dropped} questions that the head learned from.")
-    return files.read(files.sample(rows & ~known, config.max_traces))
+    return files.one_id_a_text(files.read(files.sample(rows & ~known, config.max_traces)))
 
 
-def _warn_if_asked_before(config: CalibrateConfig, head: HaltHead, traces: Traces) -> None:
-    """Prints a warning if the head has another certificate, or one that rests on other traces."""
-    earlier = head.config.certificate
-    if earlier is None:
-        return
-    asked = (config.risk, config.max_em_drop, config.confidence, traces.digest)
-    before = (earlier.risk, earlier.max_em_drop, earlier.confidence, earlier.traces)
-    if asked != before:
+def _count_asking(config: CalibrateConfig, certified: Run, head: HaltHead, traces: Traces) -> None:
+    """Keeps what this head is asked for, and warns if it was asked otherwise before."""
+    what = (
+        f"{config.risk} of at most {config.max_em_drop:g} with confidence {config.confidence:g} "
+        f"on traces {traces.digest[:16]}, head {head.digest[:16]}"
+    )
+    asked = certified.asked()
+    others = sum(num for earlier, num in asked.items() if earlier != what)
+    certified.save_asked(asked | {what: asked.get(what, 0) + 1})
+    if others:
         print(
-            "This head has been certified before, otherwise or on other traces. Unless all of "
-            "these questions\nare fresh, the confidence is not what it says: whoever chooses "
-            "between certificates has neither one's."
+            f"Certificates have been asked of this run before, {others} times, otherwise or on "
+            "other traces.\nUnless all of these questions are fresh, the confidence is not what it "
+            "says: whoever chooses\nbetween certificates has neither one's."
         )
 
 

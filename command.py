@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,15 +40,59 @@ def warn(message: str) -> None:
 
 
 @contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes that write there out of a folder, which is made if there is none.
+
+    Raises:
+        InputError: If another one writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise InputError(
+            f"{folder}: another process writes there, expected one at a time"
+        ) from None
+    except OSError:
+        pass  # some network file systems lock no folder
+    try:
+        yield
+    finally:
+        os.close(held)
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to; it becomes the file only once all is written.
+
+    No other process takes the same path, and nothing is left of it after an error.
 
     Raises:
         OSError: If the file cannot be put in its place.
     """
-    temporary = path.with_name(f".{path.name}.part")
-    yield temporary
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yields the path of a folder to make; it becomes the folder only once all is written.
+
+    Raises:
+        OSError: If the folder cannot be put in its place.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@
 
 It writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
 questions that it learned from and the heads of its folds, the results out of fold (JSON, PNG) and
-on test questions (JSON, HTML, PNG), the agent (zip) and TensorBoard's files.
+on test questions (JSON, HTML, PNG), the agent (safetensors) and TensorBoard's files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
 from agents.ppo import Agent, PPOConfig, export
-from command import run, warn
+from command import alone, run, warn
 from envs.live import LiveEnv
 from envs.replay import availability
 from evaluation.compare import parameter_free, swept
@@ -131,23 +131,24 @@ def main(config: TrainConfig) -> Path:
         for seed in range(config.seed, config.seed + config.seeds)
     }
     opened = _open_run(config, path, recorded.digest(recorded.rows()))
-    if traces.num_more:
-        print(f"{traces.num_more:,} traces are not in the sample that points are chosen on.")
-    if config.live:
-        learning = _train_beside(config, opened, head, traces)
-    else:
-        learning = _train_from(config, opened, head, traces, fold)
-    choice = _choose(config, head, traces.learned_from, learning)
-    _finish(opened, export(learning.agent, head), choice, learning)
-    if config.verbose:
-        print(format_table(choice.frozen))
-    print(f"wrote {opened.folder}")
-    if "test" in recorded.split:
-        print("The exported head, loaded again, on the test questions:")
-        _evaluate(config, opened)
-    else:
-        print("Out of fold, on the questions that the price was chosen on:")
-        print(_conclusion(choice, learning))
+    with alone(opened.folder):
+        if traces.num_more:
+            print(f"{traces.num_more:,} traces are not in the sample that points are chosen on.")
+        if config.live:
+            learning = _train_beside(config, opened, head, traces)
+        else:
+            learning = _train_from(config, opened, head, traces, fold)
+        choice = _choose(config, head, traces.learned_from, learning)
+        _finish(opened, export(learning.agent, head), choice, learning)
+        if config.verbose:
+            print(format_table(choice.frozen))
+        print(f"wrote {opened.folder}")
+        if "test" in recorded.split:
+            print("The exported head, loaded again, on the test questions:")
+            _evaluate(config, opened)
+        else:
+            print("Out of fold, on the questions that the price was chosen on:")
+            print(_conclusion(choice, learning))
     return opened.folder
 
 
@@ -375,7 +376,10 @@ def _train_beside(
     agent = _train_live(config, opened, head, learned_from, None)
     judged_on = material.sample.of_split("dev")
     outcomes = swept(HeadPolicy(export(agent, head)), judged_on, head.halting.probing)
-    learned = Learned(frozenset(learned_from.question_id.tolist()))
+    learned = Learned(
+        frozenset(learned_from.question_id.tolist()),
+        texts=material.recorded.texts(material.rows),
+    )
     return _Learning(agent, learned, judged_on, outcomes or {}, None)
 
 
@@ -449,7 +453,8 @@ def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Lear
     """Returns which questions are learned from, and by seed which fold (N,) keeps each back."""
     question_id = material.sample.question_id.tolist()
     by_seed = {seed: dict(zip(question_id, of.tolist(), strict=True)) for seed, of in fold.items()}
-    return Learned(material.recorded.question_ids(material.rows), by_seed)
+    recorded, rows = material.recorded, material.rows
+    return Learned(recorded.question_ids(rows), by_seed, recorded.texts(rows))
 
 
 def _train_replay(

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -18,10 +20,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
+from agents.checkpoint import restore_agent, save_agent
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
 from envs.batched import BatchedEnv
@@ -102,7 +104,7 @@ def fit(
         log_dir=log_dir,
     )
     if checkpoint is not None and checkpoint.exists():
-        _restore(ppo, checkpoint)
+        restore_agent(ppo, checkpoint)
     elif config.pathwise.steps:
         net = log_odds_net(ppo)
         start_from_traces(net, chunks, head.observing, head.halting, config.pathwise, seed, log_dir)
@@ -146,7 +148,7 @@ def fit_live(
     """
     ppo = make_ppo(env, head.observing, config, mean_points=mean_points, seed=seed, log_dir=log_dir)
     if checkpoint.exists():
-        _restore(ppo, checkpoint)
+        restore_agent(ppo, checkpoint)
     elif start is not None:
         ppo.policy.load_state_dict(start.policy.state_dict())
     learn(ppo, config.total_timesteps, "live", checkpoint, progress_bar=True)
@@ -184,7 +186,7 @@ def learn(
             progress_bar=progress_bar,
         )
     if checkpoint is not None:
-        _save(ppo, checkpoint)
+        save_agent(ppo, checkpoint)
 
 
 class _Checkpoints(BaseCallback):
@@ -278,21 +280,8 @@ class _Saving(BaseCallback):
     def _on_rollout_start(self) -> None:
         """Saves the agent if ten more rollouts are done, their updates included."""
         if self._num_rollouts and self._num_rollouts % self._EVERY == 0:
-            _save(cast(Agent, self.model), self._path)
+            save_agent(cast(Agent, self.model), self._path)
         self._num_rollouts += 1
-
-
-def _save(ppo: Agent, path: Path) -> None:
-    """Writes the agent to a zip file, whole or not at all."""
-    temporary = path.with_name(f"{path.stem}.part.zip")
-    ppo.save(temporary)
-    os.replace(temporary, path)
-
-
-def _restore(ppo: Agent, checkpoint: Path) -> None:
-    """Puts an agent back to where it was when it was saved; its settings stay its own."""
-    ppo.set_parameters(str(checkpoint), device="cpu")
-    ppo.num_timesteps = PPO.load(checkpoint, device="cpu").num_timesteps
 
 
 @dataclass(frozen=True)
@@ -378,9 +367,25 @@ def _fit_all(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
     if workers < 2:
         yield from map(_fit_fold, jobs)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with _light_processes(), ProcessPoolExecutor(workers, spawn) as pool:
+    with _light_processes(), _pool(workers) as pool:
         yield from pool.map(_fit_fold, jobs)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Returns processes that end with this one, however it ends."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, spawn, _end_with, (os.getpid(),))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent has been killed, which cannot tell it so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -205,7 +205,7 @@ def _turns(path: Path | None) -> list[Any]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
         turns = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no JSON lines can be read from it: {error}") from None
     if not turns:
         raise InputError(f"{path} is empty, expected JSON lines of user and assistant")

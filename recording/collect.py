@@ -11,14 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from command import warn
+from command import alone, warn
 from haltwise import Halting, InputError
 from lms.ask import questions
 from lms.questions import SPLITS
 from lms.scorers import needed
 from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
-from recording.shards import alone, recorded_ids, write_shards
+from recording.shards import recorded_ids, write_shards
 from recording.trace_row import SeededQuestion, trace_id
 from traces import import_json_lines, read_ids
 

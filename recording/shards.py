@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from haltwise import InputError
 from recording.trace_row import TraceRow
 from traces import read_ids, write_shard
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Keeps other recordings out of a folder, which is made if there is none.
-
-    Raises:
-        InputError: If another recording writes there.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise InputError(f"{out}: another recording writes there, expected one at a time") from None
-    except OSError:
-        pass  # some network file systems lock no folder
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def recorded_ids(out: Path, recorder: dict[str, Any]) -> set[str]:

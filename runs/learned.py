@@ -19,6 +19,9 @@ class Learned:
     folds: dict[int, dict[str, int]] = field(default_factory=dict)
     """By seed and question id, the fold that kept the question back, if one did; empty without
     training by folds."""
+    texts: frozenset[str] = frozenset()
+    """Digests of the questions' texts, see `traces.TraceFiles.texts`, as far as they were recorded:
+    a question is the same under another id."""
 
     def among(self, question_id: NDArray[np.str_]) -> NDArray[np.bool_]:
         """Returns which of some questions (N,) the head learned from."""
@@ -35,7 +38,7 @@ class Learned:
         folds = {
             seed: [of.get(question) for question in questions] for seed, of in self.folds.items()
         }
-        return {"questions": questions, "folds": folds}
+        return {"questions": questions, "folds": folds, "texts": sorted(self.texts)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Learned:
@@ -54,4 +57,5 @@ class Learned:
             }
             for seed, of in content["folds"].items()
         }
-        return cls(frozenset(questions), folds)
+        texts = frozenset(str(text) for text in content.get("texts", ()))
+        return cls(frozenset(questions), folds, texts)

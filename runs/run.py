@@ -4,9 +4,10 @@ config.json                      what the run was begun with
 head.json, head.safetensors      the head; a folder with a head is a whole run
 operating_points.json            the frozen points of every policy
 questions.json                   what was learned from, and which fold kept what back
+asked.json                       for what certificates the head has been asked, and how often
 kept_back/SEED-FOLD/             heads that never saw a fold's questions
 folds/                           what the training by folds has finished, to go on from
-replay.zip, live.zip             the agents
+replay.safetensors, live.safetensors             the agents
 out_of_fold.json, .png           the results that the points were chosen on
 test.json, .html, .png           the results on test questions
 tensorboard/                     TensorBoard's files
@@ -32,8 +33,9 @@ Points = dict[str, float | None]
 Gates = dict[float, Points]
 
 _CONFIG, _POINTS, _QUESTIONS = "config.json", "operating_points.json", "questions.json"
+_ASKED = "asked.json"
 _WRITTEN_BY = "expected a folder written by train.py"
-_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError)
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Run:
     @property
     def replay_agent(self) -> Path:
         """The file of the agent, as PPO on replay left it."""
-        return self.folder / "replay.zip"
+        return self.folder / "replay.safetensors"
 
     @property
     def live_agent(self) -> Path:
         """The file of the agent, as PPO on the running LM left it; without that there is none."""
-        return self.folder / "live.zip"
+        return self.folder / "live.safetensors"
 
     @property
     def folds(self) -> Path:
@@ -149,6 +151,24 @@ class Run:
     def save_learned(self, learned: Learned) -> None:
         """Writes what the run learned from."""
         self._write(_QUESTIONS, json.dumps(learned.to_json()))
+
+    def asked(self) -> dict[str, int]:
+        """Reads for what certificates the head has been asked, each with how often.
+
+        Raises:
+            InputError: If the file is not readable.
+        """
+        path = self.folder / _ASKED
+        try:
+            return {str(what): int(num) for what, num in json.loads(path.read_text()).items()}
+        except FileNotFoundError:
+            return {}
+        except _UNREADABLE as error:
+            raise InputError(f"{path}: not readable ({error!r})") from None
+
+    def save_asked(self, asked: Mapping[str, int]) -> None:
+        """Writes for what certificates the head has been asked."""
+        write_json(self.folder / _ASKED, dict(asked))
 
     def operating_points(self) -> Gates:
         """Reads the frozen points of every gate.

@@ -19,7 +19,7 @@ from evaluation.certify import fewest_questions
 from haltwise import HaltHead, InputError
 from haltwise.policy.head import NEVER_HALTS
 from runs import Learned, Run
-from traces import read_traces, write_shard
+from traces import TraceFiles, read_traces, write_shard
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ def test_without_apply_nothing_is_written(
     told = capsys.readouterr().out
     # At its own price, 1, the head halts at two equal answers.
     assert "The head's own price, 1, saves 27.8% here and loses 0 points, uncertified." in told
-    assert f"--apply would make {certificate.price:.6g} the head's own price." in told
+    assert f"--apply would make {certificate.price:.6g} its own price." in told
 
 
 def test_each_segment_has_its_own_certificate(config: CalibrateConfig) -> None:
@@ -152,7 +152,29 @@ def test_asking_the_same_questions_again_is_pointed_out(
     calibrate.main(config)
     assert "before" not in capsys.readouterr().out
     calibrate.main(replace(config, max_em_drop=0.06))
-    assert "This head has been certified before" in capsys.readouterr().out
+    assert "asked of this run before, 2 times, otherwise" in capsys.readouterr().out
+    calibrate.main(replace(config, apply=False))  # to look is to ask, too
+    assert "asked of this run before, 1 times, otherwise" in capsys.readouterr().out
+    assert sorted(Run(config.head).asked().values()) == [1, 3]
+
+
+def test_a_question_is_the_same_under_another_id(
+    config: CalibrateConfig, make_row: Callable[..., Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        row(n, make_row, question_id=f"new{n}", question=f"What is  {n % 12}?") for n in range(360)
+    ]
+    write_shard(config.traces, rows, {})
+    assert calibrate.main(config).num_questions == 12
+    # The head has learned from four of them, under other ids and in another spelling.
+    write_shard(
+        config.head / "old.parquet",
+        [row(n, make_row, question=f"what is {n}?") for n in range(4)],
+        {},
+    )
+    old = TraceFiles.open(config.head / "old.parquet")
+    Run(config.head).save_learned(Learned(frozenset({"q0"}), texts=old.texts(old.rows())))
+    assert calibrate.main(config).num_questions == 8
 
 
 def test_what_cannot_be_used_is_refused_and_nothing_is_written(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from command import alone
 from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.answers import read_answer
@@ -26,7 +27,7 @@ from lms.tasks import questions
 from recording.collect import CollectConfig
 from recording.collect import collect as main
 from recording.hf_engine import record
-from recording.shards import alone, write_shards
+from recording.shards import write_shards
 from tests.recordings import assert_same, rows_of, save_tiny_lm, small_config
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
 from traces import SIGNALS, read_traces
@@ -220,7 +221,7 @@ def test_an_error_keeps_what_is_finished(config: CollectConfig) -> None:
 def test_two_recordings_cannot_share_a_folder(config: CollectConfig) -> None:
     assert config.out
     with alone(config.out):
-        with pytest.raises(InputError, match="another recording writes there, expected one"):
+        with pytest.raises(InputError, match="another process writes there, expected one"):
             main(config)
         assert not list(config.out.iterdir())
     main(config)

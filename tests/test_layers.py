@@ -108,7 +108,14 @@ def test_every_script_and_package_has_its_layer() -> None:
 
 def test_only_runs_knows_what_the_files_of_a_run_are_called() -> None:
     names = ["config.json", "operating_points.json", "questions.json", "out_of_fold.", "kept_back"]
-    names += ["replay.zip", "live.zip", "test.json", "test.html", "test.png", "tensorboard"]
+    names += [
+        "replay.safetensors",
+        "live.safetensors",
+        "test.json",
+        "test.html",
+        "test.png",
+        "tensorboard",
+    ]
     quoted = re.compile("|".join(rf"""["'/]{re.escape(name)}""" for name in names))
     knowing = {
         path.parts[0]

@@ -61,7 +61,7 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
         "operating_points.json",
         "out_of_fold.json",
         "out_of_fold.png",
-        "replay.zip",
+        "replay.safetensors",
         "tensorboard",
         "test.json",
         "test.png",
@@ -154,9 +154,9 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     config = TrainConfig(live=live, num_questions=10, folds=2, seeds=2, fit=SMALL, live_ppo=LIVE)
     run_dir = train.main(config)
     assert run_dir.parent == tmp_path
-    assert (run_dir / "live.zip").exists()
+    assert (run_dir / "live.safetensors").exists()
     assert list(run_dir.glob("tensorboard/live*/events*"))
-    assert (run_dir / "replay.zip").exists() != live
+    assert (run_dir / "replay.safetensors").exists() != live
     report = evaluate.main(evaluate.EvaluateConfig(head=run_dir))
     assert report is not None and report.traces.num == 10
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haltwise import InputError
-from traces.schema import KNOWN_SPLITS, SIGNALS
+from traces.schema import KNOWN_SPLITS, NAMES, SIGNALS
 
 # A log probability is rounded, and may be this much above 0.
 _ROUNDING = 1e-3
@@ -16,6 +16,8 @@ _ROUNDING = 1e-3
 _MOST_TOKENS = 100_000_000
 # No answer is longer either: it is what follows the thought.
 _MOST_ANSWER_TOKENS = 1_000_000
+# Characters of a name: names are held in columns that are as wide as the longest one.
+_LONGEST_NAME = 1000
 # The smallest and the largest value that each number of a point can have.
 _RANGES = {
     "probe_tokens": (0, _MOST_ANSWER_TOKENS),
@@ -50,6 +52,10 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
     position = columns["position"]
     before = np.where(np.diff(row_of_point, prepend=-1) > 0, -1, np.roll(position, 1))
     for name, row, bad, expected in (
+        *(
+            (name, rows, _is_long(columns[name]), f"at most {_LONGEST_NAME} characters")
+            for name in NAMES
+        ),
         ("split", rows, ~np.isin(columns["split"], KNOWN_SPLITS), "train, dev, test or empty"),
         ("gold", rows, gold == "", "a reference answer"),
         ("num_tokens", rows, num_tokens < 1, "at least 1"),
@@ -73,6 +79,11 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
                 f"{source}: column {name!r}, row {row[worst]}: "
                 f"found {columns[name][worst]!s:.40}, expected {expected}"
             )
+
+
+def _is_long(names: NDArray[Any]) -> NDArray[np.bool_]:
+    """Says (N,) which names are too long."""
+    return np.array([len(name) > _LONGEST_NAME for name in names.tolist()], dtype=bool)
 
 
 def _range(low: float, high: float) -> str:

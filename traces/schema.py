@@ -13,6 +13,9 @@ VERSION = "1"
 #: recording, or in none; `haltwise.Signals` says what they mean.
 SIGNALS = signals_from(*MEASURED_FROM)
 
+#: The columns with a name for each trace.
+NAMES = ("trace_id", "question_id", "task", "segment", "model")
+
 #: What the column "split" may hold; empty is unknown.
 KNOWN_SPLITS = ("train", "dev", "test", "")
 

@@ -107,6 +107,7 @@ class _Examined:
         """Reads the columns that tell questions, answers and verdicts, a piece at a time."""
         self._golds, self._splits, self._verdicts = _Relation(), _Relation(), _Relation()
         self._text_golds, self._text_splits = _Relation(), _Relation()
+        self._text_ids = _Relation()
         self._counts = _Counts()
         self._questions: set[str] = set()
         self._examples: dict[str, str] = {}
@@ -122,6 +123,7 @@ class _Examined:
         if self._has_text:
             self._text_golds.add(table.select(["question", "gold"]))
             self._text_splits.add(table.select(["question", "split"]))
+            self._text_ids.add(table.select(["question", "question_id"]))
         finals = table.select(["question_id", "final_answer", "final_correct"])
         points = _points(table)
         names = ["question_id", "answer", "correct"]
@@ -216,6 +218,7 @@ class _Examined:
         for relation, told in (
             (self._text_golds, "have several reference answers"),
             (self._text_splits, "are in several splits, under other ids"),
+            (self._text_ids, "have several ids, and count as several questions"),
         ):
             found = relation.contradictions()
             if found:

@@ -19,13 +19,13 @@ from haltwise import InputError
 from haltwise.errors import reason_of
 from traces.arrays import Traces
 from traces.checks import check_unique, check_values
-from traces.schema import POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
+from traces.schema import NAMES, POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
 #: The number of traces that are decoded at a time.
 _PIECE = 1024
-_TEXTS = ("trace_id", "question_id", "task", "segment", "model", "split")
+_TEXTS = (*NAMES, "split")
 
 
 def read_ids(path: Path | str) -> tuple[set[str], dict[str, Any]]:
@@ -114,7 +114,7 @@ def _replace(path: Path, table: pa.Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")  # no *.parquet: never read as a shard
     with temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -216,6 +216,9 @@ def _tables(
     """
     with _open(shard) as file:
         found = set(file.schema_arrow.names)
+        if len(found) < len(file.schema_arrow.names):
+            twice = sorted(name for name in found if file.schema_arrow.names.count(name) > 1)
+            raise InputError(f"{shard}: column {', '.join(twice)} is there twice, expected once")
         missing = sorted(set(names) & set(REQUIRED) - found)
         if missing:
             raise InputError(f"{shard}: column {', '.join(missing)} is missing")
@@ -232,7 +235,7 @@ def _tables(
 @contextmanager
 def _open(shard: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(shard) as file:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = reason_of(error)
@@ -288,7 +291,7 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: schema version is {version}, expected {VERSION}")
     try:
         recorder = json.loads(metadata.get(_RECORDER_KEY, b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         recorder = None
     if not isinstance(recorder, dict):
         raise InputError(f"{path}: haltwise.recorder is not a JSON object")

@@ -120,6 +120,8 @@ class TraceFiles:
                 trace.append(_keys(ids))
                 question.append(_keys(questions))
                 split.append(np.array(splits, dtype=str))
+        if len(trace) == 0 or sum(map(len, trace)) != sum(num for _, _, num in groups):
+            raise InputError(f"{path}: damaged, the rows are not as many as the files say")
         files = cls(
             tuple(shards),
             tuple(groups),
@@ -149,6 +151,26 @@ class TraceFiles:
         """Returns the rows of some questions."""
         rows: RowMask = np.isin(self.question, _keys(question_ids))
         return rows
+
+    def texts(self, rows: RowMask) -> frozenset[str]:
+        """Returns digests of the questions' texts in some rows; none of those not recorded."""
+        return frozenset(self._text[rows].tolist()) - {""}
+
+    def rows_of_texts(self, texts: Iterable[str]) -> RowMask:
+        """Returns the rows whose questions have some texts, by their digests."""
+        rows: RowMask = np.isin(self._text, list(texts)) & (self._text != "")
+        return rows
+
+    def one_id_a_text(self, traces: Traces) -> Traces:
+        """Returns traces in which questions with the same text have the same id, the first one."""
+        keys = _keys(traces.question_id.tolist())
+        text_of = dict(zip(self.question.tolist(), self._text.tolist(), strict=True))
+        first: dict[str, str] = {}
+        ids = [
+            first.setdefault(text_of[key] or name, name)
+            for key, name in zip(keys.tolist(), traces.question_id.tolist(), strict=True)
+        ]
+        return replace(traces, question_id=np.array(ids))
 
     def rows_of_trace(self, trace_id: str) -> RowMask:
         """Returns the row of a trace; no row if the trace is not there."""
@@ -185,6 +207,8 @@ class TraceFiles:
             InputError: If a value in any row of the files is not as the schema says.
         """
         parts = [part.select(at) for part, at in self.parts(rows)]
+        if not parts:
+            raise InputError(f"{self.shards[0]}: damaged, there are no rows in it")
         return replace(concatenate(parts), recorder=self.recorder)
 
     def words(self, trace_ids: Sequence[str]) -> dict[str, Words]:
@@ -231,6 +255,17 @@ class TraceFiles:
                 found.update(np.array(ids, dtype=object)[mask].tolist())
                 row += len(ids)
         return frozenset(found)
+
+    @cached_property
+    def _text(self) -> NDArray[np.str_]:
+        """(N,) a digest of the text of each question; empty where it was not recorded."""
+        found: list[str] = []
+        for shard in self.shards:
+            for table in read_tables(shard, ("question_id", "question")):
+                told = "question" in table.column_names
+                texts = table["question"].to_pylist() if told else [""] * len(table)
+                found += [_text_digest(text) for text in texts]
+        return np.array(found, dtype=str)
 
     @cached_property
     def _fingerprint(self) -> NDArray[np.uint64]:
@@ -310,6 +345,13 @@ class _FileChunks:
 def chunks_of(traces: Traces | Chunks) -> Chunks:
     """Returns chunks as they are, and traces in memory as one chunk."""
     return [traces] if isinstance(traces, Traces) else traces
+
+
+def _text_digest(text: str) -> str:
+    """Returns a digest of a text whose blanks and cases do not matter; none of an empty one."""
+    words = " ".join(text.casefold().split())
+    digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8)
+    return digest.hexdigest() if words else ""
 
 
 def _keys(texts: Iterable[str]) -> NDArray[np.uint64]:

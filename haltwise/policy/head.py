@@ -9,10 +9,14 @@ Shapes: B rows, F features, P points, H hidden units.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
@@ -40,6 +45,9 @@ NEVER_HALTS = "The head's own price is 0: it halts no thought, unless a request 
 CLIP = 5.0
 
 _WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
+# The key of head.json that names its weights: the SHA-256 of head.safetensors.
+_BOUND = "weights"
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 # What the names of the projection's tensors begin with.
 _PROJECTION = "projection."
 
@@ -323,39 +331,45 @@ class HaltHead:
     def save(self, folder: Path | str) -> None:
         """Writes head.safetensors and head.json into a folder, each whole or not at all.
 
-        The folder is made if it is not there.
+        The folder is made if it is not there. Whoever loads the head meanwhile waits, and whoever
+        saves another one there too.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # `save_file` would make a file that only its owner can read.
         projection = self.config.observing.projection
         tensors = {} if projection is None else vars(projection)
         beside = {_PROJECTION + name: tensor for name, tensor in tensors.items()}
-        _write(folder / "head.safetensors", save(self.weights | beside))
-        text = json.dumps(self.config.to_json(), indent=2) + "\n"
-        _write(folder / "head.json", text.encode())
+        content = save_tensors(self.weights | beside)
+        told = self.config.to_json() | {_BOUND: hashlib.sha256(content).hexdigest()}
+        with _locked(folder, alone=True):
+            _write(folder / "head.safetensors", content)
+            _write(folder / "head.json", (json.dumps(told, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> HaltHead:
         """Reads a head from a folder that `save` has written.
 
         Raises:
-            InputError: If a file is missing or damaged, or if this haltwise cannot serve the head.
+            InputError: If a file is missing or damaged, the two files are not of one head, or this
+                haltwise cannot serve the head.
         """
         folder = Path(folder)
         for name in ("head.json", "head.safetensors"):
             if not (folder / name).is_file():
                 raise InputError(f"no {name} in {folder}: expected a folder written by train.py")
         try:
-            weights = load_file(folder / "head.safetensors")
+            with _locked(folder, alone=False):
+                content = (folder / "head.safetensors").read_bytes()
+                data = json.loads((folder / "head.json").read_text())
+            _check_bound(data, content, folder)
+            weights = load_tensors(content)
             names = [name for name in weights if name.startswith(_PROJECTION)]
             beside = {name.removeprefix(_PROJECTION): weights.pop(name) for name in names}
             projection = Projection(**beside) if beside else None
-            data = json.loads((folder / "head.json").read_text())
             return cls(HeadConfig.from_json(data, projection), weights)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        except (*_UNREADABLE, SafetensorError) as error:
             raise InputError(f"{folder}: not a readable head ({error})") from None
 
 
@@ -364,7 +378,41 @@ def prob_of(log_odds: NDArray[Any]) -> NDArray[Any]:
     return 0.5 * (1 + np.tanh(0.5 * log_odds))
 
 
+def _check_bound(data: dict[str, Any], content: bytes, folder: Path) -> None:
+    """Refuses a head.json that is not that of the weights beside it, and takes out what binds them.
+
+    Raises:
+        InputError: If another head's file lies there, or half of one that was being written.
+    """
+    bound = data.pop(_BOUND, None)
+    if bound is None:
+        warnings.warn(f"{folder}: head.json does not name its weights, it is trusted", stacklevel=3)
+    elif bound != hashlib.sha256(content).hexdigest():
+        raise InputError("head.json and head.safetensors are not of one head")
+
+
+@contextmanager
+def _locked(folder: Path, alone: bool) -> Iterator[None]:
+    """Keeps the files of a head together: none is read while another process writes both.
+
+    Args:
+        folder: The folder of the head.
+        alone: Whether to keep out readers too, in order to write.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folder
+            fcntl.flock(held, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(held)
+
+
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    """Writes a file whole or not at all, through one whose name no other process takes."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

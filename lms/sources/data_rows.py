@@ -38,7 +38,7 @@ def _each_object(number: int, text: str) -> Iterator[tuple[str, Any]]:
     if text.strip():
         try:
             yield f"line {number}", json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"line {number}: {error}: expected a JSON object") from None
 
 
@@ -60,7 +60,7 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
         return
     try:
         found = json.load(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{error}: expected a list of JSON objects") from None
     yield from ((f"row {number}", row) for number, row in enumerate(found, 1))
 

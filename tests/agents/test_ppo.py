@@ -11,6 +11,7 @@ import torch
 from stable_baselines3.common.logger import Logger
 
 from agents.balance import balance
+from agents.checkpoint import restore_agent, save_agent
 from agents.fit import CHECKPOINTS, FitConfig, fit, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
@@ -19,7 +20,7 @@ from envs.replay import ReplayEnv, point_features
 from envs.reward import halt_costs, never_costs
 from evaluation.outcome import halt_outcome, never_outcome
 from evaluation.protocol import folds
-from haltwise import Halting, HeadConfig
+from haltwise import Halting, HeadConfig, InputError
 from policies.observing import observing_of
 from traces import Traces
 
@@ -189,7 +190,7 @@ def test_a_seed_repeats_the_training(random_traces: Traces) -> None:
 
 
 def test_an_interrupted_training_goes_on(random_traces: Traces, tmp_path: Path) -> None:
-    head_config, checkpoint = head_of(random_traces), tmp_path / "agent.zip"
+    head_config, checkpoint = head_of(random_traces), tmp_path / "agent.safetensors"
     half = FitConfig(NONE, replace(PPO, total_timesteps=2048))
     fit(random_traces, head_config, half, seed=0, checkpoint=checkpoint)
     whole = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0, checkpoint=checkpoint)
@@ -197,6 +198,28 @@ def test_an_interrupted_training_goes_on(random_traces: Traces, tmp_path: Path) 
     again = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0, checkpoint=checkpoint)
     same = zip(whole.policy.parameters(), again.policy.parameters(), strict=True)
     assert all(bool((a == b).all()) for a, b in same)
+
+
+def test_an_agent_is_restored_from_tensors_alone(random_traces: Traces, tmp_path: Path) -> None:
+    head_config, path = head_of(random_traces), tmp_path / "agent.safetensors"
+    trained = fit(random_traces, head_config, FitConfig(NONE, PPO), seed=0)
+    save_agent(trained, path)
+    env = ReplayEnv(random_traces, head_config.observing, HALTING, PPO.num_envs)
+    fresh = make_ppo(env, head_config.observing, PPO, mean_points=4, seed=1)
+    restore_agent(fresh, path)
+    assert fresh.num_timesteps == trained.num_timesteps
+    adam, expected = (agent.policy.optimizer.state_dict()["state"] for agent in (fresh, trained))
+    weights, known = fresh.policy.state_dict(), trained.policy.state_dict()
+    for mine, theirs in ((weights, known), *((adam[i], expected[i]) for i in expected)):
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    trained.save(tmp_path / "agent.zip")  # pickled in part
+    for damaged in (tmp_path / "agent.zip", tmp_path / "none"):
+        with pytest.raises(InputError, match="no agent to go on from"):
+            restore_agent(fresh, damaged)
+    other = make_ppo(env, head_config.observing, replace(PPO, net_width=8), mean_points=4, seed=1)
+    with pytest.raises(InputError, match="no agent to go on from: Error"):
+        restore_agent(other, path)
 
 
 def test_out_of_fold_decisions_come_from_the_other_folds(

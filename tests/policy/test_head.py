@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +103,9 @@ def not_finite(folder: Path) -> None:
         (lambda f: (f / "head.json").write_text("{"), "not a readable head"),
         (lambda f: (f / "head.json").unlink(), "no head.json"),
         (lambda f: (f / "head.safetensors").unlink(), "no head.safetensors"),
-        (truncate, "not a readable head"),
-        (other_shape, "tensors"),
+        (lambda f: (f / "head.json").write_text("[" * 100_000), "not a readable head"),
+        (truncate, "not of one head"),
+        (other_shape, "not of one head"),
         (not_finite, "not finite"),
     ],
 )
@@ -113,6 +116,47 @@ def test_damaged_heads_are_refused(
     damage(tmp_path)
     with pytest.raises(InputError, match=told):
         HaltHead.load(tmp_path)
+
+
+def test_files_of_two_heads_are_refused(run_head: HaltHead, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    run_head.save(one)
+    HaltHead(run_head.config, {k: w * 2 for k, w in run_head.weights.items()}).save(other)
+    shutil.copy(other / "head.safetensors", one)
+    with pytest.raises(InputError, match=r"head\.json and head\.safetensors are not of one head"):
+        HaltHead.load(one)
+
+
+def test_a_folder_that_does_not_say_whose_weights_it_has_is_trusted_aloud(
+    run_head: HaltHead, tmp_path: Path
+) -> None:
+    run_head.save(tmp_path)
+    data = json.loads((tmp_path / "head.json").read_text())
+    del data["weights"]
+    (tmp_path / "head.json").write_text(json.dumps(data))
+    with pytest.warns(UserWarning, match="does not name its weights"):
+        assert HaltHead.load(tmp_path).digest == run_head.digest
+
+
+def test_a_head_is_never_read_while_it_is_written(run_head: HaltHead, tmp_path: Path) -> None:
+    """Two processes save two heads; whatever a third reads is one of them."""
+    other = HaltHead(run_head.config, {k: w * 2 for k, w in run_head.weights.items()})
+    run_head.save(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=_save_often, args=(h, tmp_path)) for h in (run_head, other)]
+    for writer in writers:
+        writer.start()
+    seen = {HaltHead.load(tmp_path).digest for _ in range(200)}
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert seen <= {run_head.digest, other.digest}
+    assert {path.name for path in tmp_path.iterdir()} == {"head.json", "head.safetensors"}
+
+
+def _save_often(head: HaltHead, folder: Path) -> None:
+    for _ in range(50):
+        head.save(folder)
 
 
 def test_a_head_for_another_observation_is_refused(run_head: HaltHead) -> None:

@@ -149,4 +149,4 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, content: str) -> None:
 def test_folds_are_kept_beside_their_questions_once(tmp_path: Path) -> None:
     Run(tmp_path).save_learned(Learned(frozenset({"b", "a"}), {0: {"a": 1, "b": 0}}))
     content = json.loads((tmp_path / "questions.json").read_text())
-    assert content == {"questions": ["a", "b"], "folds": {"0": [1, 0]}}
+    assert content == {"questions": ["a", "b"], "folds": {"0": [1, 0]}, "texts": []}

@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ SCHEMA_TYPES = [
         ({"position": [1, 2, 601]}, r"'position', row 0: found 601, expected at most num_tokens"),
         ({"probe_tokens": [10, -2, 11]}, r"'probe_tokens', row 0: found -2, expected in"),
         ({"confidence": [0.5, 1.5, 0.5]}, r"'confidence', row 0: found 1.5, expected in \[0, 1\]"),
+        ({"trace_id": "x" * 100_000}, r"'trace_id', row 0: found x+, expected at most 1000"),
         ({"split": "validation"}, r"'split', row 0: found validation, expected train, dev, test"),
         ({"probe_tokens": [1, 2**31 - 1, 1]}, r"'probe_tokens', row 0: found 2147483647, expected"),
         ({"num_tokens": 2**31 - 1}, r"'num_tokens', row 0: found 2147483647, expected at most"),
@@ -263,6 +265,28 @@ def test_a_bad_value_is_told_by_file_column_and_row(
     with pytest.raises(InputError, match=message):
         write_shard(tmp_path / "new.parquet", [make_row(**change)], {})
     assert os.listdir(tmp_path) == ["bad.parquet"]
+
+
+def test_a_bit_that_has_flipped_is_seen(tmp_path: Path, make_row: MakeRow) -> None:
+    path = tmp_path / "x.parquet"
+    write_shard(
+        path, [make_row(trace_id=f"t{n}", confidence=[n / 100] * 3) for n in range(100)], {}
+    )
+    whole, before = path.read_bytes(), read_traces(path).digest
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole), 200, replace=False).tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        with suppress(InputError):
+            assert read_traces(path).digest == before
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, make_row: MakeRow) -> None:
+    write_shard(tmp_path / "x.parquet", [make_row()], {})
+    table = pq.read_table(tmp_path / "x.parquet")
+    table = table.append_column("seed", table["seed"])
+    pq.write_table(table, tmp_path / "y.parquet")
+    with pytest.raises(InputError, match=r"y\.parquet: column seed is there twice"):
+        read_traces(tmp_path / "y.parquet")
 
 
 def test_a_bad_value_in_a_later_row_is_found_there(tmp_path: Path, make_row: MakeRow) -> None:
