@@ -1,5 +1,6 @@
 """Whoever lacks the packages of an extra is told which, in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,18 @@ def test_a_defect_of_our_own_is_not_taken_for_a_missing_package() -> None:
     done = run_without("haltwise.proxy.app", "import haltwise.proxy")
     assert "pip install" not in done.stderr
     assert "haltwise.proxy.app" in done.stderr
+
+
+def test_nothing_says_to_install_haltwise_from_an_index() -> None:
+    """It is in none; what somebody else may put there under its name must not be installed."""
+    names = [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")),
+    ]
+    sources = [ROOT / name for name in names if name != "docs/LOG.md"]
+    for folder in ("haltwise", "lms", "recording", "envs", "evaluation", "examples"):
+        sources += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".in")]
+    from_index = r"""pip install(?: -\S+)* ['"]?haltwise|['"]haltwise\["""
+    told = [path for path in sources if re.search(from_index, path.read_text())]
+    assert told == []
