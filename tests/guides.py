@@ -55,20 +55,17 @@ def all_blocks(text: str) -> list[Block]:
     return [Block(*found) for found in re.findall(fence, text, re.DOTALL | re.MULTILINE)]
 
 
-def commands(text: str, folder: Path, variables: Mapping[str, str]) -> list[list[str]]:
+def commands(text: str, folder: Path) -> list[list[str]]:
     """The commands of a block, in order, as bash reads them in a folder: quotes, variables, all.
 
     Args:
         text: The block as it stands.
         folder: Where it is run.
-        variables: What is exported already.
     """
     told = folder / ".told"
     told.write_text("")
     environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "TOLD": str(told)}
-    subprocess.run(
-        ["bash", "-c", _STUBS + text], cwd=folder, env=environment | variables, check=True
-    )
+    subprocess.run(["bash", "-c", _STUBS + text], cwd=folder, env=environment, check=True)
     words = told.read_text().split("\0")[:-1]
     found: list[list[str]] = []
     while words:

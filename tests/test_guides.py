@@ -72,7 +72,7 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
     text = "".join(block.text for block in blocks(name, "sh"))
     for old, new in replaced.items():
         text = text.replace(old, new)
-    return commands(text, folder, {})
+    return commands(text, folder)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_every_block_of_a_page_runs_or_says_why_not(path: Path) -> None:
 def test_a_block_is_read_as_bash_reads_it(
     block: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
-    assert commands(block, tmp_path, {}) == expected
+    assert commands(block, tmp_path) == expected
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_proxy_runs_as_it_stands(
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     monkeypatch.chdir(tmp_path)
     (block,) = blocks("SERVING", "sh")
-    installed, (name, *arguments) = commands(block.text, tmp_path, {})
+    installed, (name, *arguments) = commands(block.text, tmp_path)
     assert name == "haltwise"
     run(installed, {}, monkeypatch)
     write_gguf(tmp_path / "embedded.gguf")
