@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
+DOCS_STAMP := .venv/installed-docs
 
-.PHONY: demo test test-all test-vllm bench format
+.PHONY: demo test test-all test-vllm bench docs format
 
 # Train on the embedded LM, run the head beside it, and compare it with fixed thresholds.
 # An earlier demo run is replaced.
@@ -36,6 +37,11 @@ bench: export OMP_NUM_THREADS := 1
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run
 
+# The guides and the reference of the packages as a site in site/; a warning is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build
+
 format: $(STAMP)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
@@ -45,4 +51,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch -c constraints.txt
 	$(BIN)/python -m pip install -e ".[dev]" -c constraints.txt
+	touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -e ".[docs]" -c constraints.txt
 	touch $@

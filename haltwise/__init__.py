@@ -1,5 +1,7 @@
 """haltwise: a small policy that decides when a language model has thought enough."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
 from haltwise.policy.explain import Explanation, explain
@@ -33,7 +35,13 @@ __all__ = [
     "Terms",
     "ThoughtReport",
     "ThoughtRequest",
+    "__version__",
     "answer_keys",
     "explain",
     "feature_names",
 ]
+
+try:
+    __version__ = version("haltwise")
+except PackageNotFoundError:
+    __version__ = "(not installed)"

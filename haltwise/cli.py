@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from haltwise import InputError
+from haltwise import InputError, __version__
+from haltwise.errors import needing
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig
 
 
 def main() -> None:
-    """Runs `haltwise serve`.
+    """Runs `haltwise serve`, or tells the version.
 
     What a person got wrong is told in one line on stderr, with status 2.
     """
-    try:
-        import tyro
-
-        from haltwise.proxy import ServeConfig
-    except ImportError as error:
-        _fail(f"no module {error.name}: expected pip install 'haltwise[proxy]'")
-    config = tyro.extras.subcommand_cli_from_dict({"serve": ServeConfig}, prog="haltwise")
+    # Only `serve` needs more packages than haltwise itself: help and version do without.
+    parser = argparse.ArgumentParser(prog="haltwise", description="Halts the thoughts of an LM.")
+    parser.add_argument("--version", action="version", version=f"haltwise {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    about = "halt thoughts between OpenAI clients and the server of an LM (serve --help: how)"
+    commands.add_parser("serve", help=about, add_help=False)
+    _, settings = parser.parse_known_args()
+    config = _serve_config(settings)
     try:
         serve(config)
     except (InputError, OSError) as error:
         _fail(str(error))
+
+
+def _serve_config(settings: Sequence[str]) -> ServeConfig:
+    """Returns the settings of `haltwise serve` from its command line."""
+    try:
+        with needing("haltwise serve", "-e '.[proxy]'"):
+            import tyro
+
+            from haltwise.proxy import ServeConfig
+    except ModuleNotFoundError as error:
+        _fail(str(error))
+    return tyro.cli(ServeConfig, prog="haltwise serve", args=settings)
 
 
 def serve(config: ServeConfig) -> None:

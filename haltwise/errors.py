@@ -1,4 +1,7 @@
-"""The one error that means the input is at fault, not haltwise."""
+"""Errors that mean the input or the installation is at fault, not haltwise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -19,3 +22,27 @@ def reason_of(error: BaseException) -> str:
     """
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON].rstrip()} ..."
+
+
+@contextmanager
+def needing(name: str, install: str) -> Iterator[None]:
+    """Makes one line of a missing package: who needs it, and the command that installs it.
+
+    Args:
+        name: What needs the packages that are imported inside.
+        install: What `pip install` is to be told in the clone; haltwise is in no package index.
+
+    Raises:
+        ModuleNotFoundError: If one of them is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing == "haltwise":
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs {missing}, which is not installed: "
+            f"run pip install {install} in the clone of haltwise",
+            name=missing,
+        ) from None

@@ -5,12 +5,16 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import haltwise
+
 ROOT = Path(__file__).parent.parent
+SHIPPED = ("embedded", "embedded-head", "embedded-blind-head")
 BUILD = (
     "import sys, setuptools.build_meta as build; out = sys.argv[1]; "
     "build.build_wheel(out); build.build_sdist(out)"
@@ -26,8 +30,12 @@ def project() -> dict[str, Any]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel and the sdist of a copy of the clone."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("dist")
-    kept = shutil.ignore_patterns(".*", "__pycache__", "build", "*.egg-info", "checkpoints")
+    kept = shutil.ignore_patterns(".*", "__pycache__", "build", "site", "*.egg-info", "checkpoints")
     shutil.copytree(ROOT, copy, ignore=kept, dirs_exist_ok=True)
+    # Of the checkpoints what ships: others are runs of whoever works here.
+    for name in SHIPPED:
+        shutil.copytree(ROOT / "checkpoints" / name, copy / "checkpoints" / name)
+    shutil.copy(ROOT / "checkpoints/README.md", copy / "checkpoints")
     subprocess.run(
         [sys.executable, "-c", BUILD, str(out)], cwd=copy, check=True, capture_output=True
     )
@@ -55,7 +63,7 @@ def test_the_wheel_imports_without_the_clone(built: Path, tmp_path: Path) -> Non
     assert done.stdout.split() == [str(tmp_path / "haltwise" / "__init__.py"), "[]"]
 
 
-def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
+def test_the_sdist_holds_what_tests_and_readers_need(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     folders = ["agents", "envs", "evaluation", "haltwise", "lms", "policies", "recording"]
@@ -65,7 +73,49 @@ def test_the_sdist_holds_what_the_tests_need(built: Path) -> None:
         for path in (*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py")))
     }
     assert sources <= names
-    assert {"Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md"} <= names
+    assert {"Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert {"mkdocs.yml", "checkpoints/README.md"} <= names
+    read = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.*")}
+    assert {path for path in read if "__pycache__" not in path} <= names
+    for name in SHIPPED:
+        weights = "model" if name == "embedded" else "head"
+        assert f"checkpoints/{name}/{weights}.safetensors" in names
+
+
+def test_the_version_is_that_of_the_package(project: dict[str, Any]) -> None:
+    stated = project["project"]["version"]
+    assert haltwise.__version__ == version("haltwise") == stated
+    assert f"\nversion: {stated}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_what_python_finds_from_the_folder_around_the_clone(editable: bool, tmp_path: Path) -> None:
+    """There an editable install loses against a clone that is called haltwise, as is told."""
+    clone, site = tmp_path / "haltwise", tmp_path / "site"
+    clone.mkdir()
+    shutil.copytree(ROOT / "haltwise", clone / "haltwise")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
+    kind = "editable" if editable else "wheel"
+    code = f"import setuptools.build_meta as build; build.build_{kind}({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=clone, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    # Without the haltwise that is installed here, and with the folder where Python is started.
+    code = (
+        "import site, sys; sys.path.insert(0, ''); "
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]; "
+        f"site.addsitedir({str(site)!r}); from haltwise import HaltHead; print('found')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if editable:
+        told = done.stderr.splitlines()[-1].removeprefix("ImportError: ")
+        assert f"**`{told}`**" in (ROOT / "docs/INSTALL.md").read_text()
+    else:
+        assert done.stdout == "found\n"
 
 
 def test_base_dependencies_are_two(project: dict[str, Any]) -> None:

@@ -1,107 +1,66 @@
-"""What the README says is true."""
+"""What the README says is true, and short."""
 
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from lms.gguf import write_gguf
-from tests.proxy.llama_server import llama_server
-from tests.proxy.proxies import spawned_proxy
+from tests.guides import ROOT, all_blocks, blocks, page
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = page("README")
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(re.findall(r"^!\[", README, re.MULTILINE)) == 1
+    assert {"make demo", "make test"} <= set(re.findall(r"^make \w+", README, re.MULTILINE))
 
 
-def snippet(imported: str) -> str:
-    """The one snippet that imports something."""
-    (found,) = (text for text in SNIPPETS if f"import {imported}\n" in text)
-    return str(found)
-
-
-def test_every_integration_takes_ten_lines_at_most() -> None:
-    assert max(len(text.splitlines()) for text in SNIPPETS) <= 10
-    wanted = {
-        "HaltProcessor",
-        "ProbingGeneration",
-        "generate_all",
-        "export",
-        "LLM, SamplingParams",
-        "OpenAI",
-    }
-    for name in (*wanted, "HaltHead, HaltMonitor, Signals"):
-        snippet(name)
-
-
-@pytest.mark.parametrize(
-    ("imported", "expected"),
-    [
-        ("HaltProcessor", "</think>.*reason='halted'"),
-        ("ProbingGeneration", "</think>.*reason='halted'"),
-        ("generate_all", "(?m)^8 halted .*</think>"),
-        ("export", "</think> "),
-        ("HaltHead, HaltMonitor, Signals", r"^\[False +True\]$"),
-    ],
-)
-def test_a_snippet_runs_as_it_stands(
-    imported: str,
-    expected: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_the_snippet_runs_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One after the other in this process, since each would load torch anew."""
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    exec(compile(snippet(imported), imported, "exec"), {})
-    assert re.search(expected, capsys.readouterr().out.strip())
+    (snippet,) = blocks("README", "python")
+    assert len(snippet.text.splitlines()) <= 10
+    monkeypatch.chdir(ROOT)
+    exec(compile(snippet.text, "README", "exec"), {})
+    _, told = capsys.readouterr().out.split("</think>")
+    assert re.match(r"[^<]* 18 <.*reason='halted'", told)
+    position = re.findall(r"closed after (\d+) tokens, the answer (\d+)", README)
+    assert position == [(re.findall(r"position=(\d+)", told)[0], "18")]
 
 
-def test_the_proxy_runs_as_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """But for the ports, which may be taken."""
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    (line,) = re.findall(r"^    haltwise (serve .*)$", README, re.MULTILINE)
-    write_gguf(tmp_path / "embedded.gguf")
-    with llama_server(tmp_path / "embedded.gguf") as server:
-        command = line.replace("http://127.0.0.1:8080", server.url).split()
-        assert server.url in command
-        with spawned_proxy(*command[1:]) as proxy:
-            client = snippet("OpenAI").replace("http://127.0.0.1:8700", proxy.url)
-            assert proxy.url in client
-            exec(compile(client, "client", "exec"), {})
-    printed = capsys.readouterr().out
-    assert re.match(r"18\b", printed.strip())
-    # On a busy machine the LM may be left to think on, or not be known yet.
-    assert "'halted': True" in printed or "fallback" in printed or "haltwise" not in printed
+def test_the_table_of_the_front_page_is_that_of_the_results() -> None:
+    numbers = r"-?[\d.]+ \[-?[\d.]+, [+-]?[\d.]+\]"
+    assert set(re.findall(numbers, README)) <= set(re.findall(numbers, page("RESULTS")))
 
 
 @pytest.mark.parametrize("script", ["train", "adapt", "evaluate", "calibrate", "collect"])
-def test_scripts_know_the_flags_that_the_readme_uses(
+def test_scripts_know_the_flags_that_the_pages_name(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
     told = capsys.readouterr().out
-    lines = [line for line in README.splitlines() if f"python {script}.py" in line]
+    pages = [README, *(page(name) for name in ("COMMANDS", "RESULTS", "CLUSTER"))]
+    lines = [
+        line
+        for text in pages
+        for block in all_blocks(text)
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if f"python {script}.py" in line
+    ]
     assert lines
-    for flag in re.findall(r"--[a-z-]+", " ".join(lines)):
+    for flag in re.findall(r"--[a-z][a-z-]*", " ".join(lines)):
         assert flag in told
 
 
 def test_the_file_tree_names_what_is_there() -> None:
-    tree = README.split("## Files")[1].split("```")[1]
-    for folder, names in re.findall(r"^(\w+)/ .*\n((?:  \S+\.py.*\n)*)", tree, re.MULTILINE):
-        assert (ROOT / folder).is_dir()
-        for name in re.findall(r"^  (\S+\.py)", names, re.MULTILINE):
-            assert (ROOT / folder / name).is_file()
+    tree = page("ARCHITECTURE").split("## Files")[1].split("```")[1]
+    folders = re.findall(r"^( *)([\w/]+)/ ", tree, re.MULTILINE)
+    assert len(folders) > 15
+    for indent, folder in folders:
+        assert (ROOT / ("haltwise" if indent else "") / folder).is_dir(), folder
+    for name in re.findall(r"\S+\.py", tree):
+        assert (ROOT / name).is_file()

@@ -1,7 +1,10 @@
 """A proxy that halts thoughts: between OpenAI clients and the server of an LM."""
 
-from haltwise.proxy.app import create_app
-from haltwise.proxy.config import ServeConfig
-from haltwise.proxy.server import create_server
+from haltwise.errors import needing
+
+with needing("haltwise.proxy", "-e '.[proxy]'"):
+    from haltwise.proxy.app import create_app
+    from haltwise.proxy.config import ServeConfig
+    from haltwise.proxy.server import create_server
 
 __all__ = ["ServeConfig", "create_app", "create_server"]

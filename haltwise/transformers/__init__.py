@@ -1,7 +1,10 @@
 """Halting inside transformers' `generate`, in batch jobs, and from a hub repository."""
 
-from haltwise.transformers.batch_job import BatchAnswer, generate_all
-from haltwise.transformers.probing import ProbingGeneration
-from haltwise.transformers.processor import HaltProcessor
+from haltwise.errors import needing
+
+with needing("haltwise.transformers", "-e '.[hf]'"):
+    from haltwise.transformers.batch_job import BatchAnswer, generate_all
+    from haltwise.transformers.probing import ProbingGeneration
+    from haltwise.transformers.processor import HaltProcessor
 
 __all__ = ["BatchAnswer", "HaltProcessor", "ProbingGeneration", "generate_all"]

@@ -167,8 +167,8 @@ def test_an_engine_does_not_start_with_a_head_that_does_not_fit(runner: str) -> 
     assert "InputError: head probes always: expected at_halt" in done.stdout + done.stderr
 
 
-def test_the_readme_snippet_runs_as_it_stands() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_guides_snippet_runs_as_it_stands() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/SERVING.md").read_text(), re.DOTALL)
     (snippet,) = (block for block in blocks if "from vllm import" in block)
     assert len(snippet.splitlines()) <= 10
     cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

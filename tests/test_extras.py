@@ -1,0 +1,79 @@
+"""Whoever lacks the packages of an extra is told which, in one line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import haltwise
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_without(missing: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a Python that has no module of some name."""
+    without = f"import sys; sys.modules[{missing!r}] = None; {code}"
+    return subprocess.run(
+        [sys.executable, "-c", without], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def command(*arguments: str) -> str:
+    return f"sys.argv = {['haltwise', *arguments]}; from haltwise.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("missing", "module", "install"),
+    [
+        ("transformers", "haltwise.transformers", "-e '.[hf]'"),
+        ("transformers", "haltwise.transformers.hub", "-e '.[hf]'"),
+        ("torch", "haltwise.transformers", "-e '.[hf]'"),
+        ("vllm", "haltwise.vllm", "vllm -e ."),
+        ("starlette", "haltwise.proxy", "-e '.[proxy]'"),
+        ("uvicorn", "haltwise.proxy", "-e '.[proxy]'"),
+    ],
+)
+def test_an_adapter_names_what_it_needs(missing: str, module: str, install: str) -> None:
+    done = run_without(missing, f"import {module}")
+    told = done.stderr.splitlines()[-1]
+    needs = f"{module.removesuffix('.hub')} needs {missing}, which is not installed"
+    assert told.startswith(f"ModuleNotFoundError: {needs}: run pip install {install} in the clone")
+
+
+@pytest.mark.parametrize("missing", ["tyro", "starlette"])
+def test_the_command_names_what_serving_needs(missing: str) -> None:
+    done = run_without(missing, command("serve"))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert missing in done.stderr and "pip install -e '.[proxy]'" in done.stderr
+
+
+def test_help_and_version_need_no_extra() -> None:
+    done = run_without("tyro", command("--help"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "serve" in done.stdout and "--version" in done.stdout
+    done = run_without("tyro", command("--version"))
+    assert done.stdout == f"haltwise {haltwise.__version__}\n"
+
+
+def test_a_defect_of_our_own_is_not_taken_for_a_missing_package() -> None:
+    done = run_without("haltwise.proxy.app", "import haltwise.proxy")
+    assert "pip install" not in done.stderr
+    assert "haltwise.proxy.app" in done.stderr
+
+
+def test_nothing_says_to_install_haltwise_from_an_index() -> None:
+    """It is in none; what somebody else may put there under its name must not be installed."""
+    names = [
+        "README.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md")),
+    ]
+    sources = [ROOT / name for name in names if name != "docs/LOG.md"]
+    for folder in ("haltwise", "lms", "recording", "envs", "evaluation", "examples"):
+        sources += [path for path in (ROOT / folder).rglob("*.*") if path.suffix in (".py", ".in")]
+    from_index = r"""pip install(?: -\S+)* ['"]?haltwise|['"]haltwise\["""
+    told = [path for path in sources if re.search(from_index, path.read_text())]
+    assert told == []
