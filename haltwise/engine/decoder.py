@@ -47,6 +47,8 @@ class Decoder:
         burst: The most tokens that are generated before the host looks at them; they are the same
             for any number. At 0 the host hands on every token, and none is generated in vain. The
             default is 0 on a CPU and 64 on a GPU.
+        keeps_on: Whether a slot that cannot go on only stands still, see `troubles`. Otherwise
+            that is an error, which ends the work of all slots.
 
     Raises:
         InputError: If the LM or the halting conditions cannot be run.
@@ -62,6 +64,7 @@ class Decoder:
         temperature: float = 0.0,
         signals: Collection[str] = (),
         burst: int | None = None,
+        keeps_on: bool = False,
     ) -> None:
         """Starts with every slot empty."""
         if max_tokens < 1:
@@ -80,6 +83,9 @@ class Decoder:
         self.rules = TokenRules(tokenizer, halting)
         #: What each started slot has generated.
         self.thoughts: dict[int, Thought] = {}
+        #: Why slots cannot go on: prompts that do not fit, logits that are not numbers.
+        self.troubles: dict[int, str] = {}
+        self._keeps_on = keeps_on
         # (num_slots, max_tokens) in [0, 1): what each token of each slot is sampled with.
         self._uniforms = np.zeros((num_slots, max_tokens), dtype=np.float32)
         self._reducer = SignalReducer(self.rules, signals, num_slots, model.device)
@@ -104,21 +110,25 @@ class Decoder:
         Raises:
             InputError: If a prompt is empty or too long for the LM.
         """
-        if not len(slots):
-            return
-        tokens = [self.rules.tokenizer.encode(p, add_special_tokens=False) for p in prompts]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if not 0 < len(ids) <= self.max_prompt:
-                raise InputError(
-                    f"prompt {prompt!r:.40} has {len(ids)} tokens, expected 1 to "
-                    f"{self.max_prompt}: the LM's context less max_tokens and a forced answer"
-                )
+        fitting: dict[int, list[int]] = {}
         for slot, prompt, seed in zip(slots.tolist(), prompts, seeds, strict=True):
+            ids = self.rules.tokenizer.encode(prompt, add_special_tokens=False)
             self.thoughts[slot] = Thought(self.rules, prompt)
             self._uniforms[slot] = sampling_uniforms(prompt, seed, self.max_tokens)
-        self._reducer.reset(slots)
-        self._slots.rollback(slots, 0)
-        self._slots.prefill(slots, tokens)
+            self.troubles.pop(slot, None)
+            if 0 < len(ids) <= self.max_prompt:
+                fitting[slot] = ids
+            else:
+                self._cannot_go_on(
+                    slot,
+                    f"prompt {prompt!r:.40} has {len(ids)} tokens, expected 1 to "
+                    f"{self.max_prompt}: the LM's context less max_tokens and a forced answer",
+                )
+        if fitting:
+            rows = np.array(list(fitting))
+            self._reducer.reset(rows)
+            self._slots.rollback(rows, 0)
+            self._slots.prefill(rows, list(fitting.values()))
 
     def advance(self, slots: Index) -> Bools:
         """Lets slots (B,) think until each is at its next decision point or cap, or has ended.
@@ -132,7 +142,7 @@ class Decoder:
         Raises:
             InputError: If the LM's logits are not numbers.
         """
-        moving, num_left = slots, self.rules.every or _STRIDE
+        moving, num_left = slots[self._are_going(slots)], self.rules.every or _STRIDE
         while num_left and len(moving):
             thoughts = self._thoughts_in(moving)
             if self._burst:
@@ -142,8 +152,10 @@ class Decoder:
                 num = 1
                 self._generate_one(moving)
             num_left -= num
-            moving = moving[[not (thought.ended or thought.waits) for thought in thoughts]]
-        return np.array([thought.at_point for thought in self._thoughts_in(slots)], dtype=bool)
+            waits = np.array([thought.waits for thought in thoughts], dtype=bool)
+            moving = moving[self._are_going(moving) & ~waits]
+        at_point = [thought.at_point for thought in self._thoughts_in(slots)]
+        return np.array(at_point, dtype=bool) & self._are_going(slots)
 
     def force(self, slots: Index) -> list[Probe]:
         """Forces the answers of slots (B,) in one batch; their thoughts go on as if it never was.
@@ -154,9 +166,9 @@ class Decoder:
         if not len(slots):
             return []
         answers = self._slots.force(slots, self.rules, self.eos_ids)
-        for thought, answer in zip(self._thoughts_in(slots), answers, strict=True):
+        for slot, answer in zip(slots.tolist(), answers, strict=True):
             if not np.isfinite(answer.logprobs).all():
-                raise _nan_logits(thought)
+                self._has_no_logits(slot)
         return [self.rules.read(answer) for answer in answers]
 
     def close(self, slots: Index) -> None:
@@ -188,7 +200,25 @@ class Decoder:
 
     def _are_going(self, slots: Index) -> Bools:
         """Tells which of slots (B,) generate more tokens."""
-        return np.array([not thought.ended for thought in self._thoughts_in(slots)], dtype=bool)
+        going = [
+            slot not in self.troubles and not self.thoughts[slot].ended for slot in slots.tolist()
+        ]
+        return np.array(going, dtype=bool)
+
+    def _cannot_go_on(self, slot: int, why: str) -> None:
+        """Leaves a slot as it is from here on, or gives up.
+
+        Raises:
+            InputError: If one slot's trouble is everybody's.
+        """
+        if not self._keeps_on:
+            raise InputError(why)
+        self.troubles[slot] = why
+
+    def _has_no_logits(self, slot: int) -> None:
+        """Leaves a slot as it is: the token after its thought cannot be chosen."""
+        position = self.thoughts[slot].num_tokens
+        self._cannot_go_on(slot, f"LM gave NaN logits at position {position}")
 
     def _num_ahead(self, thought: Thought) -> int:
         """Returns how many tokens a burst may have, as far as is known before it."""
@@ -233,15 +263,16 @@ class Decoder:
         Returns:
             How many tokens each thought has taken (B,).
 
-        Raises:
-            InputError: If a token is -1, which stands for logits that were not numbers.
+        A token of -1 stands for logits that were not numbers.
         """
         nums = []
-        for thought, column in zip(self._thoughts_in(slots), tokens.T.tolist(), strict=True):
+        for slot, column in zip(slots.tolist(), tokens.T.tolist(), strict=True):
+            thought = self.thoughts[slot]
             num_before = thought.num_tokens
             for token in column:
                 if token < 0:
-                    raise _nan_logits(thought)
+                    self._has_no_logits(slot)
+                    break
                 thought.add(token)
                 by_lm = token in self.eos_ids
                 if by_lm or thought.num_tokens == self.max_tokens:
@@ -249,11 +280,6 @@ class Decoder:
                     break
             nums.append(thought.num_tokens - num_before)
         return np.array(nums)
-
-
-def _nan_logits(thought: Thought) -> InputError:
-    """Returns what is raised when the token after a thought cannot be chosen."""
-    return InputError(f"LM gave NaN logits at position {thought.num_tokens}")
 
 
 def sampling_uniforms(prompt: str, seed: int, num: int) -> Float:

@@ -27,6 +27,9 @@ class BatchAnswer:
     """The ids of all tokens that follow the prompt, up to the end token."""
     report: ThoughtReport
     """What happened to its thought."""
+    trouble: str = ""
+    """Why there is no answer, if that is so: an empty prompt or one that is too long for the LM, or
+    logits that were not numbers. The other prompts of the job are not disturbed."""
 
 
 def generate_all(
@@ -67,8 +70,8 @@ def generate_all(
         An iterator that gives each answer as soon as it is known.
 
     Raises:
-        InputError: If a setting makes no sense, the LM or the head cannot be run, the tokenizer is
-            not the head's, or a prompt is empty or too long.
+        InputError: If a setting makes no sense, the LM or the head cannot be run, or the tokenizer
+            is not the head's.
     """
     for name, count in (("num_slots", num_slots), ("max_new_tokens", max_new_tokens)):
         if count < 1:
@@ -84,6 +87,7 @@ def generate_all(
         max_new_tokens,
         temperature,
         signals=head.config.observing.signals if measures else (),
+        keeps_on=True,
     )
     return _BatchJob(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
 
@@ -104,11 +108,13 @@ class _BatchJob:
                 self._refill(waiting, seed)
                 if not session.running:
                     return
-                slots = list(session.running)
-                self._decoder.advance(np.array(slots))
-                answers = self._halt(slots)
-                for slot in slots:
-                    if slot in answers or session.running[slot].thought.ended:
+                self._decoder.advance(np.array(list(session.running)))
+                troubles = self._decoder.troubles
+                answers = self._halt([slot for slot in session.running if slot not in troubles])
+                for slot in list(session.running):
+                    if slot in troubles:
+                        yield self._finish(slot, None)
+                    elif slot in answers or session.running[slot].thought.ended:
                         yield self._finish(slot, answers.get(slot))
         finally:  # whoever takes the answers may leave some
             for slot in list(session.running):
@@ -162,4 +168,5 @@ class _BatchJob:
             ids.extend([*decoder.rules.close_ids, *probe.tokens, decoder.eos_ids[0]])
         index = running.report.request.about["prompt"]
         report = self._session.finish(slot)
-        return BatchAnswer(index, ids[: decoder.max_tokens], report)
+        trouble = decoder.troubles.get(slot, "")
+        return BatchAnswer(index, ids[: decoder.max_tokens], report, trouble)

@@ -132,11 +132,25 @@ def test_sampled_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
     assert sum(a.ids != b.ids for a, b in zip(few, others, strict=True)) > 6
 
 
-def test_logits_that_are_not_numbers_are_an_error() -> None:
-    model = tiny_lm(seed=3)
-    model.lm_head.weight.data[:] = float("nan")
-    with pytest.raises(InputError, match="LM gave NaN logits at position 0"):
-        answers(model, head())
+@pytest.mark.parametrize("policy", [head(), blind_head()])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_the_trouble_of_a_prompt_is_its_own(policy: HaltHead, num_slots: int) -> None:
+    sound, ill = tiny_lm(seed=3), tiny_lm(seed=3)
+    ill.get_input_embeddings().weight.data[IDS["9"]] = float("nan")
+    prompts = ["", "9 <think>", "1 " * 10_000, *PROMPTS[:9]]
+    troubled = answers(ill, policy, num_slots, prompts=prompts, price=ALWAYS)
+    assert [answer.index for answer in troubled] == list(range(12))
+    told = {answer.index: answer.trouble for answer in troubled if answer.trouble}
+    assert told.pop(0).startswith("prompt '' has 0 tokens, expected 1 to")
+    assert told.pop(2).startswith("prompt '1 1 1")
+    assert set(told.values()) <= {f"LM gave NaN logits at position {n}" for n in range(40)}
+    assert told[1].endswith("position 0")
+    expected = answers(sound, policy, num_slots, prompts=prompts[3:], price=ALWAYS)
+    for answer, other in zip(troubled[3:], expected, strict=True):
+        if IDS["9"] not in other.ids:  # nor came upon it while it was looked at
+            assert answer.trouble or (answer.ids, answer.report) == (other.ids, other.report)
+    assert sum(not answer.trouble for answer in troubled) >= 6
+    assert {answer.report.reason for answer in troubled[:3]} == {"cut off"}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +162,6 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"num_slots": 0}, "num_slots is 0"),
-        ({"prompts": ["1 <think>", ""]}, "has 0 tokens"),
         ({"model": lm_with("sliding")}, "expected full attention in every layer"),
     ],
 )
