@@ -149,7 +149,7 @@ def test_the_trouble_of_a_prompt_is_its_own(policy: HaltHead, num_slots: int) ->
     for answer, other in zip(troubled[3:], expected, strict=True):
         if IDS["9"] not in other.ids:  # nor came upon it while it was looked at
             assert answer.trouble or (answer.ids, answer.report) == (other.ids, other.report)
-    assert sum(not answer.trouble for answer in troubled) >= 6
+    assert any(not answer.trouble for answer in troubled[3:])
     assert {answer.report.reason for answer in troubled[:3]} == {"cut off"}
 
 
