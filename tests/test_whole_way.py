@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,6 @@ SMALL = FitConfig(
     PathwiseConfig(steps=20, batch_size=32),
     PPOConfig(total_timesteps=256, num_envs=8, n_steps=16, batch_size=64, net_width=8),
 )
-
-
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folds are fitted in this process: each other one would load torch anew."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
 
 def go(
