@@ -6,6 +6,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from examples import small_lm
 from haltwise import HaltHead
 from haltwise.transformers import HaltProcessor, ProbingGeneration
 from lms.language_model import LanguageModel
+from lms.questions import Question
 from lms.sources import open_task
 from recording.collect import CollectConfig, collect
 from tests.families import FAMILIES
@@ -27,6 +29,12 @@ SMALL = FitConfig(
     PathwiseConfig(steps=20, batch_size=32),
     PPOConfig(total_timesteps=256, num_envs=8, n_steps=16, batch_size=64, net_width=8),
 )
+
+
+@pytest.fixture
+def luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all answers are right: an LM that is hardly ever right is not to be trained on."""
+    monkeypatch.setattr(Question, "is_right", lambda _, answer: crc32(answer.encode()) % 2 == 1)
 
 
 def go(
@@ -77,7 +85,7 @@ def beside(lm: LanguageModel, question: str, folder: Path) -> None:
     ("family", "looks"), [(name, i % 2 == 0) for i, name in enumerate(FAMILIES)]
 )
 def test_a_random_lm_of_every_family_goes_the_whole_way(
-    family: str, looks: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, looks: bool, luck: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     FAMILIES[family]().save(tmp_path / "lm")
     asked = {"lm": str(tmp_path / "lm"), "task": "sum", "num": 12, "every": 8, "max_tokens": 96}
