@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from envs.reward import reward
 from envs.series import ShuffledPasses, check_price
 from haltwise import FeatureState, Halting, InputError, Observing
-from haltwise.engine.decoder import Decoder
 from haltwise.policy.signals import Index
 from haltwise.session.thought import Probe
 from lms.language_model import LanguageModel
@@ -148,6 +147,8 @@ class LiveEpisodes:
         temperature: float | None,
     ) -> None:
         """Starts with every slot empty."""
+        from haltwise.engine.decoder import Decoder
+
         halting.check_groups(observing.groups)
         self._lm = lm
         self._probes = halting.probing == "always"

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
 from numpy.typing import NDArray
 
 from evaluation.outcome import Outcome, saving
@@ -146,6 +145,8 @@ def most_saving(p: Float, savings: Float, delta: float) -> int | None:
     Returns:
         The index of the price; None (never halt) if no certified price saves anything.
     """
+    from mapie.risk_control import FWERFixedSequenceTesting, control_fwer
+
     certified = control_fwer(p, delta, fwer_method=FWERFixedSequenceTesting(n_starts=1))
     paying: list[int] = [k for k in certified.tolist() if savings[k] > 0]
     return max(paying, key=lambda k: savings[k], default=None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from envs.replay import observed_features
@@ -19,10 +18,12 @@ from haltwise import HaltHead, InputError
 from haltwise.engine.token_rules import end_tokens
 from haltwise.session.request import ThoughtReport
 from haltwise.session.thought import Thought
-from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from traces import Traces
+
+if TYPE_CHECKING:
+    from haltwise.transformers import ProbingGeneration
 
 _BATCH_SIZE = 64
 
@@ -151,6 +152,10 @@ def answer(
     Raises:
         InputError: If head and LM do not fit each other.
     """
+    import torch
+
+    from haltwise.transformers import ProbingGeneration
+
     torch.manual_seed(sampling.seed)
     generation = ProbingGeneration(head, lm.tokenizer, price)
     lm.tokenizer.padding_side = "left"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch.utils.tensorboard import SummaryWriter
 
 from command import whole_file
 from evaluation.behaviour import Behaviour, ReliabilityBin
@@ -105,6 +104,8 @@ def render(report: Report) -> str:
 
 def log_to_tensorboard(report: Report, log_dir: Path) -> None:
     """Writes the page's figures, and every policy's frozen numbers, for TensorBoard."""
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(log_dir)) as writer:
         with style():
             for name, drawing in draw(report).items():

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from haltwise import InputError
 from haltwise.errors import reason_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: The pairs of texts with which LMs open and close their thoughts.
 MARKERS = (

@@ -9,10 +9,6 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
 from haltwise import InputError
 from haltwise.errors import reason_of
 
@@ -74,14 +70,17 @@ def _write(path: Path, folder: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
     where, name = path.parent, path.name
     # Recent releases of transformers keep the weights in their blocks unless they are told not
     # to, and blocks cannot be saved.
     unpack = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": unpack(dequantize=True)} if unpack else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, dtype=torch.float32, **options
         )
     # Transformers raises errors of many kinds about a damaged file or an unknown architecture.

@@ -6,16 +6,9 @@ import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils.logging import disable_progress_bar
 
 from haltwise import InputError
 from haltwise.engine.token_rules import tokenizer_fingerprint
@@ -23,6 +16,9 @@ from haltwise.errors import reason_of
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The errors that transformers raises when an LM cannot be loaded.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
@@ -72,6 +68,10 @@ class LanguageModel:
             InputError: If there is no such LM or device, the LM is damaged, its chat makes no
                 sense, or nothing ends what it says.
         """
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.logging import disable_progress_bar
+
         try:
             torch.empty(1, device=device).cpu()
         except (RuntimeError, AssertionError) as error:
@@ -148,6 +148,8 @@ class LanguageModel:
     @cached_property
     def revision(self) -> str:
         """The hub's commit of the LM, or the SHA-256 of its weights if it is from a folder."""
+        import torch
+
         commit = getattr(self.model.config, "_commit_hash", None)
         if commit:
             return str(commit)
@@ -175,6 +177,8 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: If there is none; transformers then makes up one that knows no text.
     """
+    from transformers import AutoTokenizer
+
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise InputError("found no tokenizer, expected its files beside the weights")

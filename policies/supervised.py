@@ -7,16 +7,12 @@ again from the traces that the run learned from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.calibration import CalibratedClassifierCV
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 
 from envs.replay import observed_features
 from haltwise import HeadConfig, Observing
@@ -24,6 +20,9 @@ from haltwise.policy.signals import Float
 from policies.observing import observing_of
 from policies.policy import Halts
 from traces import Traces
+
+if TYPE_CHECKING:
+    from sklearn.base import BaseEstimator, ClassifierMixin
 
 _CALIBRATION_FOLDS = 3
 # So many questions must have a right answer, and so many a wrong one. Then some of either are in
@@ -39,19 +38,31 @@ class _Kind:
 
     title: str
     sentence: str
-    estimator: BaseEstimator
+    estimator: Callable[[], BaseEstimator]
+
+
+def _logistic() -> BaseEstimator:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=0.1, max_iter=1000)
+
+
+def _boosted_trees() -> BaseEstimator:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(early_stopping=False, random_state=0)
 
 
 _KINDS = {
     "logistic": _Kind(
         "logistic regression",
         "A linear classifier of the head's features: halts where the answer is likely right.",
-        LogisticRegression(C=0.1, max_iter=1000),
+        _logistic,
     ),
     "boosted_trees": _Kind(
         "boosted trees",
         "A tree classifier of the head's features: halts where the answer is likely right.",
-        HistGradientBoostingClassifier(early_stopping=False, random_state=0),
+        _boosted_trees,
     ),
 }
 
@@ -139,12 +150,15 @@ class Supervised:
             traces: Labelled traces with P points.
             obs: Their standardised features (P, F).
         """
+        from sklearn.calibration import CalibratedClassifierCV
+        from sklearn.model_selection import StratifiedGroupKFold
+
         question = np.unique(traces.question_id, return_inverse=True)[1][traces.trace_of_point]
         sound = np.isfinite(obs).all(axis=1)
         obs, right, question = obs[sound], traces.correct[sound], question[sound]
         folds = StratifiedGroupKFold(_CALIBRATION_FOLDS).split(obs, right, question)
         model = CalibratedClassifierCV(
-            _KINDS[self.name].estimator, method="isotonic", cv=list(folds), ensemble=False
+            _KINDS[self.name].estimator(), method="isotonic", cv=list(folds), ensemble=False
         )
         return model.fit(obs, right)
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from haltwise import InputError
 from recording.config import EngineConfig, TaskFormat
-from recording.hf_engine import HfEngine
 from recording.trace_row import SeededQuestion, TraceRow
 
 
@@ -55,6 +54,8 @@ def open_engine(config: EngineConfig, task_format: TaskFormat) -> RecordingEngin
         InputError: If the engine is not installed, or the LM cannot be used.
     """
     if config.engine == "hf":
+        from recording.hf_engine import HfEngine
+
         return HfEngine(config, task_format)
     if find_spec("vllm") is None:
         raise InputError("vLLM is not installed: expected it for --engine vllm (pip install vllm)")

@@ -1,4 +1,5 @@
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ from traces import Traces, read_traces, write_shard
 # How long an example takes says nothing about whether it holds.
 settings.register_profile("haltwise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("haltwise")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_core() -> Iterator[None]:
+    """Folds are fitted in the process of the tests: each other one would load torch anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        yield
+
 
 Row = dict[str, Any]
 MakeTraces = Callable[..., Traces]

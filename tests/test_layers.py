@@ -134,9 +134,18 @@ def without_words(path: Path) -> str:
     return ast.unparse(tree)
 
 
-def test_importing_haltwise_loads_no_framework() -> None:
-    heavy = "{'torch', 'transformers', 'gymnasium', 'stable_baselines3', 'pyarrow'}"
-    code = f"import sys, haltwise; print(sorted({heavy} & set(sys.modules)))"
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("haltwise", {"torch", "transformers", "gymnasium", "stable_baselines3", "pyarrow"}),
+        ("collect, evaluate, adapt, calibrate", {"torch", "transformers", "sklearn", "mapie"}),
+        ("train", {"transformers", "sklearn"}),
+    ],
+)
+def test_what_takes_long_to_load_is_imported_where_it_is_used(
+    modules: str, heavy: set[str]
+) -> None:
+    code = f"import sys, {modules}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -151,7 +151,9 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "_CHECKPOINTS", tmp_path)
-    config = TrainConfig(live=live, num_questions=10, folds=2, seeds=2, fit=SMALL, live_ppo=LIVE)
+    config = TrainConfig(
+        live=live, num_questions=10, max_tokens=200, folds=2, seeds=1, fit=SMALL, live_ppo=LIVE
+    )
     run_dir = train.main(config)
     assert run_dir.parent == tmp_path
     assert (run_dir / "live.safetensors").exists()

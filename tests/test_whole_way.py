@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from examples import small_lm
 from haltwise import HaltHead
 from haltwise.transformers import HaltProcessor, ProbingGeneration
 from lms.language_model import LanguageModel
+from lms.questions import Question
 from lms.sources import open_task
 from recording.collect import CollectConfig, collect
 from tests.families import FAMILIES
@@ -30,10 +31,10 @@ SMALL = FitConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folds are fitted in this process: each other one would load torch anew."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+@pytest.fixture
+def luck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of all answers are right: an LM that is hardly ever right is not to be trained on."""
+    monkeypatch.setattr(Question, "is_right", lambda _, answer: crc32(answer.encode()) % 2 == 1)
 
 
 def go(
@@ -84,7 +85,7 @@ def beside(lm: LanguageModel, question: str, folder: Path) -> None:
     ("family", "looks"), [(name, i % 2 == 0) for i, name in enumerate(FAMILIES)]
 )
 def test_a_random_lm_of_every_family_goes_the_whole_way(
-    family: str, looks: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, looks: bool, luck: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     FAMILIES[family]().save(tmp_path / "lm")
     asked = {"lm": str(tmp_path / "lm"), "task": "sum", "num": 12, "every": 8, "max_tokens": 96}

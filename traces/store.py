@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from scipy.special import entr
 
 from haltwise import InputError
 from haltwise.errors import reason_of
@@ -424,6 +423,8 @@ def _known_entropy(logprob: NDArray[Any]) -> NDArray[np.float64]:
     h(p) = -p log p - (1-p) log(1-p): merging the other tokens into one cannot add entropy (Cover
     and Thomas, Elements of Information Theory, 2006, section 2.2).
     """
+    from scipy.special import entr
+
     known = np.minimum(logprob.astype(np.float64), 0.0)
     entropy: NDArray[np.float64] = entr(np.exp(known)) + entr(-np.expm1(known))
     return entropy

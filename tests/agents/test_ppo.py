@@ -1,5 +1,6 @@
 """The agent learns, starts from traces, and is exported as it is."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -223,8 +224,9 @@ def test_an_agent_is_restored_from_tensors_alone(random_traces: Traces, tmp_path
 
 
 def test_out_of_fold_decisions_come_from_the_other_folds(
-    random_traces: Traces, tmp_path: Path
+    random_traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # in processes, as on most machines
     head_config = head_of(random_traces)
     config = FitConfig(PathwiseConfig(5), replace(PPO, total_timesteps=1024))
     fold = {seed: folds(random_traces.question_id, 2, seed) for seed in (0, 1)}

@@ -96,7 +96,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 np.testing.assert_allclose(mine, value, atol=2e-3, rtol=1e-3, err_msg=name)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 50),
     temperature=st.sampled_from([0.0, 0.7, 1.3]),

@@ -29,8 +29,8 @@ from traces import Traces, read_traces, write_shard
 NUM, POINTS = 600, 4
 HALTING = Halting("always", "every 50 tokens", "</think>", "source")
 FIT = FitConfig(
-    PathwiseConfig(steps=400, batch_size=128, weight_decay=0.1),
-    PPOConfig(total_timesteps=4096, num_envs=64, n_steps=16, batch_size=256, net_width=16),
+    PathwiseConfig(steps=200, batch_size=128, weight_decay=0.1),
+    PPOConfig(total_timesteps=2048, num_envs=64, n_steps=16, batch_size=256, net_width=16),
 )
 
 Change = Callable[[dict[str, Any], np.random.Generator], None]
@@ -98,7 +98,8 @@ def head_outcomes(traces: Traces, cache: Path) -> dict[float, Outcome]:
 def supervised_outcomes(name: str, traces: Traces) -> dict[float, Outcome]:
     observing = observing_of(traces, ("confidence",), HALTING)
     config = HeadConfig(observing, HALTING, default_price=1.0)
-    fold = dict(zip(traces.question_id.tolist(), folds(traces.question_id).tolist(), strict=True))
+    of = folds(traces.question_id, 2)
+    fold = dict(zip(traces.question_id.tolist(), of.tolist(), strict=True))
     policy: Policy = Supervised(name, traces, fold, config)
     return sweep(traces, decisions(policy, policy.signal(traces)), "always")
 

@@ -1,20 +1,18 @@
 """A question is judged by what never saw it: every step that could leak without being noticed."""
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.calibration
 from numpy.typing import NDArray
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.metrics import roc_auc_score
 
-import agents.fit
 import evaluation.evaluate_run
-import policies.supervised
 import train
 from agents.fit import CHECKPOINTS, FitConfig, fold_folder, out_of_fold
 from agents.pathwise import PathwiseConfig
@@ -36,14 +34,6 @@ SEED, NUM_FOLDS, BEST = 3, 2, 1
 QUESTIONS, POINTS = 100, 4
 
 
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[None]:
-    """Folds are trained here, one after the other: starting processes takes longer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agents.fit, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-        yield
-
-
 @dataclass(frozen=True)
 class Run:
     """A run of train.py, which evaluates it too, and the supervised baselines that both made."""
@@ -55,9 +45,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory, in_process: None
-) -> Run:
+def finished(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Its best checkpoint is not the last one."""
     folder = tmp_path_factory.mktemp("leaks") / "run"
     run = Run(folder, read_traces(random_traces_path).of_split("train", "dev"), [], [])
@@ -120,7 +108,7 @@ def test_the_kept_heads_are_those_of_the_best_checkpoint(finished: Run) -> None:
 
 
 def test_a_fold_s_head_knows_nothing_of_the_questions_that_it_keeps_back(
-    random_traces: Traces, tmp_path: Path, in_process: None
+    random_traces: Traces, tmp_path: Path
 ) -> None:
     fold = folds(random_traces.question_id, 2)
     config = HeadConfig(observing_of(random_traces, ("confidence",), HALTING), HALTING, 1.0)
@@ -151,7 +139,7 @@ def test_probabilities_are_calibrated_on_other_questions(
         splits.extend(cv)
         return CalibratedClassifierCV(*args, cv=cv, **kwargs)
 
-    monkeypatch.setattr(policies.supervised, "CalibratedClassifierCV", recorded)
+    monkeypatch.setattr(sklearn.calibration, "CalibratedClassifierCV", recorded)
     config = HeadConfig(observing_of(random_traces, ("confidence",), HALTING), HALTING, 1.0)
     assert Supervised(name, random_traces, {}, config).signal(random_traces) is not None
     question = random_traces.question_id[random_traces.trace_of_point]

@@ -53,7 +53,7 @@ def test_with_one_hidden_unit_features_share_by_weight_times_change(run_head: Ha
 
 
 @given(st.integers(0, 10**6), st.floats(0.01, 100))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_contributions_sum_to_the_change_of_the_heads_own_log_odds(seed: int, price: float) -> None:
     head = random_head(seed)
     now, before = random_features(head, seed), random_features(head, seed + 1)

@@ -194,7 +194,7 @@ RULES = st.sampled_from([RULE, "every 3 tokens, at most 2", "after 1"])
 @given(
     made=requests(), rule=RULES, seed=st.integers(1, 9), order=st.randoms(), is_async=st.booleans()
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_v1_requests_go_as_each_does_alone(
     vllm: Any,
     tmp_path_factory: pytest.TempPathFactory,
@@ -211,7 +211,7 @@ def test_v1_requests_go_as_each_does_alone(
 
 
 @given(made=requests(), rule=RULES, seed=st.integers(1, 9), order=st.integers())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_v2_requests_go_as_each_does_alone(
     vllm: Any,
     tmp_path_factory: pytest.TempPathFactory,
