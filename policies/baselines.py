@@ -18,6 +18,10 @@ from traces import Traces
 _EAT_WEIGHT, _EAT_WARM_UP = 0.2, 4
 
 
+# Half of what float32 can tell from 0 beside 1.
+_LEAST = 2.0**-25
+
+
 class Budget:
     """Halts at the first point with at least `parameter` thinking tokens."""
 
@@ -189,6 +193,51 @@ class Stability:
         return halts
 
 
+class Evidence:
+    """Halts at the first answer that is sure enough, often enough in a row.
+
+    That is where logit(confidence) + 1.5 ln(times in a row) is above `parameter`: each repetition
+    counts as more evidence for an answer, the more so the surer the LM is of it. Weights from 1 to
+    2 do the same on the recordings that they were compared on.
+    """
+
+    name = "evidence"
+    title = "evidence threshold"
+    sentence = "Halts where confidence in the answer and its repetitions are together large enough."
+    probes = True
+
+    _WEIGHT = 1.5
+
+    def signal(self, traces: Traces) -> Signal | None:
+        """Returns the evidence for the forced answer (P,).
+
+        It is minus infinite where there is no answer or the confidence is unknown; None if no
+        confidence is known.
+        """
+        confidence = Confidence().signal(traces)
+        if confidence is None:
+            return None
+        known = (confidence >= 0) & (confidence < 1)
+        logit = np.full(len(confidence), -np.inf)
+        logit[known] = np.log(np.maximum(confidence[known], _LEAST)) - np.log1p(-confidence[known])
+        logit[confidence >= 1] = -np.log(_LEAST)  # float32 lies no closer to 1
+        times = Stability().signal(traces)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(np.isfinite(logit), logit + self._WEIGHT * np.log(times), -np.inf)
+
+    def grid(self, signal: Signal) -> list[float]:
+        """Returns up to 200 quantiles of the finite values, dense near the largest."""
+        known = signal[np.isfinite(signal)]
+        levels = np.concatenate([np.linspace(0, 1, 100), 1 - np.logspace(0, -4, 100)])
+        quantiles: list[float] = np.unique(np.quantile(known, levels)).tolist()
+        return quantiles
+
+    def halts(self, signal: Signal, parameter: float) -> Halts:
+        """Halts (P,) where the evidence is above `parameter`."""
+        halts: Halts = signal > parameter
+        return halts
+
+
 class Random:
     """Halts at each point with probability `parameter`; the control that looks at nothing."""
 
@@ -221,5 +270,6 @@ BASELINES: tuple[Policy, ...] = (
     Entropy(),
     EntropyVariance(),
     Stability(),
+    Evidence(),
     Random(),
 )

@@ -223,7 +223,8 @@ class TraceFiles:
             names = ("trace_id", *(field.name for field in fields(Words)))
             for table in read_tables(self.shards[k], names, index):
                 for row in table.filter(pc.is_in(table["trace_id"], ids)).to_pylist():
-                    found[row.pop("trace_id")] = Words(**row)
+                    trace_id = row.pop("trace_id")
+                    found[trace_id] = Words(**row)
         return found
 
     def chunks(self, rows: RowMask, max_traces: int, seed: int) -> Chunks:

@@ -13,6 +13,7 @@ from policies.baselines import (
     Confidence,
     Entropy,
     EntropyVariance,
+    Evidence,
     Random,
     Stability,
 )
@@ -141,6 +142,21 @@ def test_head_halts_as_the_rule_it_holds(run_head: HaltHead, random_traces: Trac
         expected = halts(Stability(), random_traces, times)
         assert halts(HeadPolicy(run_head), random_traces, price) == expected
     assert HeadPolicy(run_head).grid(np.empty(0)) == pytest.approx(np.logspace(-1, 1, 60))
+
+
+def test_evidence_is_confidence_and_repetition_together(make_traces: MakeTraces) -> None:
+    traces = with_answers(make_traces, ["3", "7", "7", "", "7"])
+    traces.confidence[:] = [0.5, 0.75, 0.75, 0.9, 1.0]
+    signal = Evidence().signal(traces)
+    assert signal is not None
+    # logit(1/2) = 0, logit(3/4) = ln 3, and 25 ln 2 stands for a confidence of 1.
+    expected = [0, np.log(3), np.log(3) + 1.5 * np.log(2), -np.inf, 25 * np.log(2)]
+    assert signal == pytest.approx(expected)
+    assert halts(Evidence(), traces, np.log(3)) == [False, False, True, False, True]
+    traces.confidence[2] = np.nan
+    assert Evidence().signal(traces)[2] == -np.inf  # type: ignore[index]
+    traces.confidence[:] = np.nan
+    assert Evidence().signal(traces) is None
 
 
 @pytest.mark.parametrize("policy", BASELINES, ids=lambda policy: policy.name)

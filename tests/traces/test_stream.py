@@ -26,7 +26,7 @@ from evaluate import EvaluateConfig
 from haltwise import HaltHead, HeadConfig, InputError
 from haltwise.policy.halting import Halting
 from policies.observing import observing_of
-from traces import TraceFiles, Traces, read_traces, write_shard
+from traces import TraceFiles, Traces, Words, read_traces, write_shard
 from train import TrainConfig
 
 MakeRow = Callable[..., dict[str, Any]]
@@ -236,6 +236,20 @@ def test_the_exact_gradient_goes_through_every_chunk(folder: Path) -> None:
     assert seen == list(chunks[:])  # fewer steps than chunks: one each
     assert any((a != b).any() for a, b in zip(before, net.parameters(), strict=True))
     assert all(torch.isfinite(weight).all() for weight in net.parameters())
+
+
+def test_words_are_read_of_the_traces_that_are_asked_for(
+    tmp_path: Path, make_row: Callable[..., dict[str, Any]]
+) -> None:
+    rows = [make_row(trace_id=f"t{n}", question=f"What is {n}?", text="a b c d") for n in range(5)]
+    write_shard(tmp_path / "0.parquet", rows[:3], {})
+    write_shard(tmp_path / "1.parquet", rows[3:], {})
+    found = TraceFiles.open(tmp_path).words(["t1", "t4"])
+    assert found == {f"t{n}": Words("7", "7", f"What is {n}?", "a b c d") for n in (1, 4)}
+    assert found["t1"].thought_before(0.75) == "a b c"
+    assert found["t1"].thought_before(1.0, length=4) == "d"
+    write_shard(tmp_path / "0.parquet", [make_row()], {})  # without a question and a text
+    assert TraceFiles.open(tmp_path).words(["q0-0", "t4"])["q0-0"] == Words("7", "7")
 
 
 def test_more_traces_than_may_be_in_memory_train_end_to_end(
