@@ -294,7 +294,7 @@ def _available(traces: Traces, halting: Halting) -> tuple[str, ...]:
     for gap in found.gaps:
         warn(gap)
     for group, reason in found.left_out.items():
-        print(f"The head does without feature group {group}: {reason}.")
+        print(f"No feature group {group}: {reason.partition(': expected')[0]}.")
     return found.groups
 
 
