@@ -58,7 +58,7 @@ class Report:
 
     @property
     def conclusion(self) -> str:
-        """What the head is worth, in a paragraph."""
+        """What the head is worth, in a sentence."""
         return conclusion(
             self.frozen, self.groups, self.traces.num_questions, evidence=self.evidence
         )

@@ -5,7 +5,7 @@ The same words are in the page and in the one sentence with which a command ends
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.frozen import strongest
@@ -23,7 +23,6 @@ from evaluation.wording import (
     points,
     policy_title,
 )
-from haltwise.policy.head import NEVER_HALTS
 from traces.soundness import LEAST_EM
 
 # Groups that are named one by one; of more, the number is told.
@@ -83,7 +82,7 @@ def conclusion(
     *,
     evidence: bool,
 ) -> str:
-    """Returns the one paragraph with which a command ends: what the head is worth, at a glance.
+    """Returns the one sentence with which a command ends: what the head is worth.
 
     It is about the strictest gate, whose price is the head's own.
 
@@ -93,28 +92,73 @@ def conclusion(
         num_questions: The number of questions that the rows are of.
         evidence: Whether no head decided on a question that it learned from.
     """
+    never = next(row for row in frozen if isinstance(row, FrozenRow) and row.policy == "never")
     if not evidence:
         return "Verdict: none, since the head learned from these questions."
-    gates = sorted({row.gate for row in frozen})
-    never = next(row for row in frozen if isinstance(row, FrozenRow) and row.policy == "never")
     if never.em < LEAST_EM:
         return (
-            f"Verdict: none. Never halted, the LM is right on {percent(never.em)} % of these "
-            "traces. Where nothing can be lost, a saving says nothing: look at the answers and "
-            "at how they are scored."
+            f"Verdict: none, since the LM, never halted, is right on {percent(never.em)} % of "
+            "these traces: where nothing can be lost, a saving says nothing, so look at the "
+            "answers and at how they are scored."
         )
-    verdicts = [
-        judge(frozen, gate, strongest(frozen, gate), groups, num_questions) for gate in gates
-    ]
-    halting = next((found for found in verdicts if found.head.parameter is not None), None)
-    if halting is None:
-        return f"Verdict: the head never halts. {' '.join(verdicts[0].sentences)}"
-    first = "" if halting is verdicts[0] else f"{NEVER_HALTS} "
-    price = f"At a price of {number(halting.head.parameter or 0.0)}"
-    told = " ".join(halting.sentences).removeprefix("The ")
+    known = {(row.gate, row.policy): row for row in frozen if isinstance(row, FrozenRow)}
+    gates = sorted(gate for gate, policy in known if policy == "head")
+    rivals = {gate: known.get((gate, strongest(frozen, gate) or "")) for gate in gates}
+    if known[gates[0], "head"].parameter is None:
+        return f"Verdict: {_of_never(gates, known, rivals[gates[0]])}."
+    head, rival = known[gates[0], "head"], rivals[gates[0]]
+    name = None if rival is None else rival.policy
+    verdict = judge(frozen, gates[0], name, groups, num_questions)
     return (
-        f"Verdict: {first or halting.badge[1] + '. '}{price}, chosen to lose "
-        f"{gate_title(halting.gate)}, the {told}"
+        f"Verdict: {verdict.badge[1]}: at a price of {number(head.parameter or 0.0)}, chosen to "
+        f"lose {gate_title(head.gate)}, the head {_came_to(head)}, on "
+        f"{counted(num_questions, 'question')}{_against(rival)}."
+    )
+
+
+def _of_never(
+    gates: Sequence[float],
+    known: Mapping[tuple[float, str], FrozenRow],
+    rival: FrozenRow | None,
+) -> str:
+    """Says what there is instead where the head's own price is never to halt."""
+    said = (
+        f"never halts: no price was found that was sure to lose {gate_title(gates[0])}, so that "
+        "the head's own price is 0 and no thought is halted unless a request names a price"
+    )
+    for gate in gates[1:]:
+        head = known[gate, "head"]
+        if head.parameter is not None:
+            price = number(head.parameter)
+            return (
+                f"{said}; a price of {price}, chosen to lose {gate_title(gate)}, {_came_to(head)}"
+            )
+    if rival is None:
+        return said
+    return f"{said}; the best of the simple rules, {policy_title(rival.policy)}, {_came_to(rival)}"
+
+
+def _came_to(row: FrozenRow) -> str:
+    """Says in a clause what a policy saves and how EM changes, with intervals."""
+    saved, change = row.saving_interval, row.em_delta_interval
+    meaning = ""
+    if is_known(change):
+        meaning = ", a loss" if change[1] < 0 else ", a gain" if change[0] > 0 else ""
+    return (
+        f"saves {percent(row.saving)} % of the tokens {between(saved, percent)} with a change of "
+        f"exact match of {points(row.em_delta)} points {between(change, points)}".rstrip()
+        + meaning
+    )
+
+
+def _against(rival: FrozenRow | None) -> str:
+    """Says in a clause how much more the head saves than the strongest baseline at equal EM."""
+    if rival is None or rival.head_lead_at_equal_em is None:
+        return ""
+    ahead, interval = rival.head_lead_at_equal_em, rival.head_lead_at_equal_em_interval
+    return (
+        f"; at equal exact match it saves {lead(ahead)} points {between(interval, lead)}".rstrip()
+        + f" against the strongest baseline, {policy_title(rival.policy)}"
     )
 
 

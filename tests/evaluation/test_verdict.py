@@ -1,4 +1,4 @@
-"""The one paragraph with which a command ends."""
+"""The one sentence with which a command ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from evaluation.verdict import conclusion, judge
 from tests.evaluation.reports import frozen, group, known, made_frozen, made_group
 
 Rows = list[FrozenRow | MissingPoint]
+MINUS = "\N{MINUS SIGN}"
 
 
 def rows(gate: float, price: float | None, **head: Any) -> Rows:
@@ -23,34 +24,35 @@ def rows(gate: float, price: float | None, **head: Any) -> Rows:
 
 
 def test_a_head_that_halts_is_told_with_price_saving_change_and_rival() -> None:
-    told = conclusion(rows(0.0, 0.25), [], 400, evidence=True)
-    assert told == (
-        "Verdict: ahead. At a price of 0.25, chosen to lose nothing, the head saves 40.0 % of the "
-        "tokens (95 % interval 37.0 to 43.0), the cost of its own probes taken off. Exact match "
-        "changes by \N{MINUS SIGN}0.10 points (95 % interval \N{MINUS SIGN}2.10 to +1.90), which "
-        "400 questions cannot tell from no change, nor from a loss of 2.10 points. The strongest "
-        "baseline, confidence threshold, saves 35.0 % (95 % interval 32.0 to 38.0), with an EM "
-        "change of \N{MINUS SIGN}0.20 points (95 % interval \N{MINUS SIGN}2.20 to +1.80). At equal "
-        "EM (there confidence threshold saves 45.0 %) the head saves 5.0 points more (95 % "
-        "interval +3.0 to +7.0): it is ahead."
+    assert conclusion(rows(0.0, 0.25), [], 400, evidence=True) == (
+        "Verdict: ahead: at a price of 0.25, chosen to lose nothing, the head saves 40.0 % of the "
+        f"tokens [37.0, 43.0] with a change of exact match of {MINUS}0.10 points [{MINUS}2.10, "
+        "+1.90], on 400 questions; at equal exact match it saves +5.0 points [+3.0, +7.0] against "
+        "the strongest baseline, confidence threshold."
     )
 
 
 def test_a_price_of_a_wider_gate_is_offered_and_not_taken() -> None:
-    told = conclusion(rows(0.0, None) + rows(0.01, 0.5), [], 400, evidence=True)
-    assert told.startswith(
-        "Verdict: The head's own price is 0: it halts no thought, unless a request names a price. "
-        "At a price of 0.5, chosen to lose at most 1 point, the head saves 40.0 %"
+    assert conclusion(rows(0.0, None) + rows(0.01, 0.5), [], 400, evidence=True) == (
+        "Verdict: never halts: no price was found that was sure to lose nothing, so that the "
+        "head's own price is 0 and no thought is halted unless a request names a price; a price of "
+        "0.5, chosen to lose at most 1 point, saves 40.0 % of the tokens [37.0, 43.0] with a "
+        f"change of exact match of {MINUS}0.10 points [{MINUS}2.10, +1.90]."
     )
 
 
 def test_a_head_without_a_price_says_what_a_rule_does() -> None:
     told = conclusion(rows(0.0, None), [], 400, evidence=True)
-    assert told == (
-        "Verdict: the head never halts. No price was found that was sure to lose nothing, so the "
-        "head never halts here: it saves nothing and loses nothing. The best of the simple "
-        "rules, confidence threshold, saves 35.0 % (95 % interval 32.0 to 38.0), with an EM "
-        "change of \N{MINUS SIGN}0.20 points (95 % interval \N{MINUS SIGN}2.20 to +1.80)."
+    assert told.endswith(
+        "; the best of the simple rules, confidence threshold, saves 35.0 % of the tokens [32.0, "
+        f"38.0] with a change of exact match of {MINUS}0.20 points [{MINUS}2.20, +1.80]."
+    )
+
+
+def test_a_loss_is_called_one() -> None:
+    lost = {"em_delta": -0.03, "em_delta_interval": [-0.05, -0.01]}
+    assert "points [\N{MINUS SIGN}5.00, \N{MINUS SIGN}1.00], a loss, on 400" in conclusion(
+        rows(0.0, 0.25, **lost), [], 400, evidence=True
     )
 
 
@@ -58,7 +60,7 @@ def test_where_nothing_can_be_lost_nothing_is_concluded() -> None:
     hopeless = rows(0.0, 0.25)[:2]
     never = made_frozen(frozen(0.0, known("never", None, 0.0, 0.0) | {"em": 0.07}))
     assert conclusion([*hopeless, never], [], 400, evidence=True).startswith(
-        "Verdict: none. Never halted, the LM is right on 7.0 % of these traces."
+        "Verdict: none, since the LM, never halted, is right on 7.0 % of these traces"
     )
     told = conclusion(rows(0.0, 0.25), [], 400, evidence=False)
     assert told == "Verdict: none, since the head learned from these questions."
@@ -68,6 +70,6 @@ def test_a_group_that_loses_stands_in_the_verdict() -> None:
     groups = [made_group(group("task", name, 0.0, "head")) for name in ("easy", "hard")]
     verdict = judge(rows(0.0, 0.25), 0.0, "confidence", groups, 400)
     assert verdict.badge == ("mixed", "ahead, but loses in task hard")
-    assert "Verdict: ahead, but loses in task hard. At" in conclusion(
+    assert "Verdict: ahead, but loses in task hard: at" in conclusion(
         rows(0.0, 0.25), groups, 400, evidence=True
     )
