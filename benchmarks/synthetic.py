@@ -57,7 +57,10 @@ def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> I
             "correct": correct.tolist(),
             "confidence": confidence.tolist(),
             "answer_logprobs": np.log(confidence)[:, None].repeat(3, axis=1).tolist(),
-            **{name: rng.random(length).tolist() for name in RECORDED},
+            **{
+                name: (rng.random(length) * (-1 if "logprob" in name else 1)).tolist()
+                for name in RECORDED
+            },
         }
 
 

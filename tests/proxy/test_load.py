@@ -100,10 +100,11 @@ async def everything(cases: list[Case], acting: str, shadow: str) -> list[Fetche
     return await asyncio.gather(*map(one, cases))
 
 
-def test_a_thousand_streams_lose_and_mix_up_nothing(tmp_path: Path) -> None:
-    cases = [Case(number) for number in range(NUM_STREAMS)]
+@pytest.mark.parametrize("num", [300, pytest.param(NUM_STREAMS, marks=pytest.mark.slow)])
+def test_many_streams_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
+    cases = [Case(number) for number in range(num)]
     head = str(saved_head(tmp_path / "head"))
-    with spawned_fake("--crowd", str(NUM_STREAMS)) as upstream:
+    with spawned_fake("--crowd", str(num)) as upstream:
         # On a busy machine a thousand connections take their time.
         flags = ["--head", head, "--upstream", upstream]
         for name in ("connect", "read", "send", "drain"):
@@ -118,11 +119,11 @@ def test_a_thousand_streams_lose_and_mix_up_nothing(tmp_path: Path) -> None:
             check_metrics(cases, reports, [acting, shadow])
             asked = httpx2.get(upstream + "/asked", timeout=PATIENCE).json()
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    assert sum(line.get("outcome") in ("ok", "relayed") for line in lines) == NUM_STREAMS
+    assert sum(line.get("outcome") in ("ok", "relayed") for line in lines) == num
     streams = [ended for path, ended in asked if path in PATHS.values()]
     num_halted = sum(report["halted"] for report in reports)
     num_given_up = sum("fallback" in report for report in reports)
-    assert NUM_STREAMS + num_halted <= len(streams) <= NUM_STREAMS + num_halted + num_given_up
+    assert num + num_halted <= len(streams) <= num + num_halted + num_given_up
     assert set(streams) <= {"done", "closed"}
 
 
