@@ -15,6 +15,7 @@ _FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
+    r"(?:which|that|this)\s(?:is|corresponds\sto|matches)|leav(?:es|ing)(?:\sonly)?|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
     r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
     r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione)\s(?:\w{1,12}\s)?(?:es|\u00e9|\u00e8)"

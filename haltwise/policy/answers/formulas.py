@@ -27,7 +27,21 @@ _SPACING = re.compile(
 _KEPT_BLANK = re.compile(r"(\\[A-Za-z]{1,20} (?=[A-Za-z]))| ")
 _SIGN_BEHIND = re.compile(r"\s?(?:\\?%|\^\s?\{?\s?\\circ\s?\}?\s?[CFK]?)$")
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ )[0-9]{3})+(?![0-9])")
-_SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
+# 60\frac{\text{km}}{\text{h}}
+_UNIT_FRACTION = re.compile(
+    r"(?<=[0-9\s}])\\[dt]?frac\s?\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}\s?"
+    r"\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}"
+)
+_SYNONYMS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
+        (r"([\^_])\{([0-9A-Za-z])\}(?![0-9A-Za-z])", r"\1\2"),
+        (r"\\log_(?:e(?![A-Za-z])|\{e\})", r"\\ln"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\\\}", r"\\emptyset"),
+    )
+]
 # A number and what it measures: any words in \text{...}; otherwise a unit, or words of 4 letters.
 _SHORT_UNITS = "cm|mm|km|kg|mg|ml|km/h|m/s|ft|mi|lbs?|oz|hrs?|mins?|sec|mph|usd|eur"
 _MEASURED = re.compile(
@@ -87,7 +101,8 @@ def _normal_row(text: str) -> str:
             return _normal_row(found[1]) + unit
     text = _GROUPED.sub(lambda digits: re.sub(r"[^0-9]", "", digits[0]), unstyled(text))
     text = _KEPT_BLANK.sub(r"\1", _SPACING.sub(" ", text).strip()).rstrip(".")
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
+    for pattern, plain in _SYNONYMS:
+        text = pattern.sub(plain, text)
     return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on|yes|ok)", text) else text
 
 
@@ -99,5 +114,5 @@ def normal_latex(answer: str) -> str:
     as in 36\text{cm}^2.
     """
     text = plain_characters(_ROOT.sub(r"\\sqrt{\1}", answer.translate(_SIGNS)))
-    text = _JOINT.sub(", ", text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _JOINT.sub(", ", text))
     return r"\\".join(map(_normal_row, _ROW_END.split(_LAST_ROW_END.sub("", text))))

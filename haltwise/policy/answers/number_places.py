@@ -14,7 +14,8 @@ _BEFORE = re.compile(
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
-    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
+    r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
     r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
@@ -33,6 +34,7 @@ _RELATIONS = {
     r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
     r"\\neq?(?![a-z])|!=": "\u2260",
     r"\\(?:approx|simeq|doteq)(?![a-z])": "\u2248",
+    r"[=-]>|[\u2192\u21d2\u27f9]|\\(?:Rightarrow|rightarrow|implies|to)(?![A-Za-z])": "=",
 }
 # What a sentence goes on with behind its number: reasons, conditions and remarks.
 _GOES_ON = re.compile(
@@ -43,6 +45,8 @@ _GOES_ON = re.compile(
     r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
     re.IGNORECASE,
 )
+# "5 times 3, which is 15"
+_THAT_IS = re.compile(r"\b(?:which|that)\s(?:is|equals|makes|gives)\s", re.IGNORECASE)
 _SEVERAL = re.compile(
     rf"=[^=]{{1,99}}(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=", re.IGNORECASE
 )
@@ -52,7 +56,7 @@ def _prepared(text: str) -> str:
     text = plain_numbers(text)
     for pattern, sign in _RELATIONS.items():
         text = re.sub(pattern, sign, text)
-    return text.replace("**", "").replace("$", "")
+    return re.sub(r"\*\*|\$|__+|(?<!\w)_(?=[-+.0-9])", "", text)
 
 
 def _is_part(text: str, found: re.Match[str]) -> bool:
@@ -89,7 +93,13 @@ def only_number(content: str) -> str:
     Returns:
         Its value; "" if there is none, or several that differ.
     """
-    content = clause(_prepared(content))
+    content = _prepared(content)
+    value = _clause_value(clause(content))
+    result = None if value else _THAT_IS.search(content)
+    return _clause_value(clause(content[result.end() :])) if result else value
+
+
+def _clause_value(content: str) -> str:
     if _SEVERAL.search(content):
         return ""
     exact, *rounded = content.split("\u2248")

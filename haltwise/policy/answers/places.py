@@ -27,9 +27,17 @@ _BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
 # "The answer to the first question is", and "la respuesta correcta es".
 _TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
 
-_MARK = re.compile(rf"{ANSWER}{_BLANKS}[:\uff1a]{_BOLD}", re.IGNORECASE)
+# "### Final Answer", with the answer below it.
+_HEADING = (
+    rf"^\s{{0,3}}(?:\#{{1,6}}|\*\*)[^\w\n]{{0,9}}(?:(?:the|my|final|correct)\s|\u6700[\u7ec8\u7d42]){{0,2}}{ANSWER}"
+    rf"(?:\sfinale?)?[*#\s]{{0,9}}$(?=\s*\S)"
+)
+_MARK = re.compile(
+    rf"{ANSWER}[\"']?{_BLANKS}[:\uff1a]{_BOLD}|{_HEADING}{_BOLD}", re.IGNORECASE | re.MULTILINE
+)
 _CONCLUDED = re.compile(
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
+    rf"{_HEADING}{_BOLD}|"
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
     rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
     re.IGNORECASE | re.MULTILINE,
 )

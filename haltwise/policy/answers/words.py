@@ -101,7 +101,7 @@ FILLERS = one_of("""
 therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
 maybe perhaps possibly even
 actually rather the correct right best letter option options choice choices answer statement
-alternative i think believe guess would say it it's is must be
+alternative i think believe guess would say it it's is must be to
 donc la le el il a die réponse respuesta resposta risposta antwort
 opción opção opzione alternativa вариант
 选项 選項 選択肢 选 選
