@@ -11,7 +11,7 @@ NAME_LETTERS = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u052f"
 _SAME = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2010\u2012\u2013\u02d7\u2796\u2043", "-"),
-        **dict.fromkeys("\u2018\u2019\u02bc\u2032", "'"),
+        **dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032", "'"),
         **dict.fromkeys("\u2044\u2215", "/"),
         **dict.fromkeys("\u066c\u060c", ","),
         "\u2236": ":",

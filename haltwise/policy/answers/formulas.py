@@ -32,13 +32,14 @@ _UNIT_FRACTION = re.compile(
     r"(?<=[0-9\s}])\\[dt]?frac\s?\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}\s?"
     r"\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}"
 )
+_NATURAL_LOG = re.compile(r"\\log_\s?(?:e(?![A-Za-z])|\{\s?e\s?\})")
 _SYNONYMS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\[dt]frac", r"\\frac"),
         (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
         (r"([\^_])\{([0-9A-Za-z])\}(?![0-9A-Za-z])", r"\1\2"),
-        (r"\\log_(?:e(?![A-Za-z])|\{e\})", r"\\ln"),
+        (r"\\(pmod|vec|hat|bar)\s?([0-9]+|[A-Za-z])", r"\\\1{\2}"),
         (r"\\varnothing(?![A-Za-z])|\\\{\\\}", r"\\emptyset"),
     )
 ]
@@ -54,8 +55,8 @@ _SAME_UNIT = {
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm",
     "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg",
     "liter": "l", "litre": "l", "hour": "h", "hr": "h", "minute": "min", "second": "s", "sec": "s",
-    "foot": "ft", "feet": "ft", "inche": "inch", "mile": "mi", "pound": "lb", "lb": "lb",
-    "ounce": "oz", "degree": "", "percent": "", "unit": "", "mile per hour": "mph",
+    "foot": "ft", "feet": "ft", "inche": "inch", "in": "inch", "mile": "mi", "pound": "lb", "lb": "lb",
+    "yard": "yd", "ounce": "oz", "degree": "", "percent": "", "unit": "", "mile per hour": "mph",
 }  # fmt: skip
 _UNITS = frozenset([*_SAME_UNIT.values(), "inch", "day", "week", "year", "km/h"])
 
@@ -82,7 +83,7 @@ def measure(formula: str) -> tuple[str, str]:
 
 def _number(text: str) -> str:
     """Returns the value of a text that is a number, with or without a currency, or ""."""
-    plain = _SPACING.sub(" ", plain_numbers(text, is_formula=True)).strip(" .")
+    plain = _SPACING.sub(" ", plain_numbers(text, is_formula=True)).strip().rstrip(" .")
     number = NUMBER.fullmatch(_SIGN_BEHIND.sub("", plain))
     return exact_value(number[0]) if number else ""
 
@@ -113,6 +114,7 @@ def normal_latex(answer: str) -> str:
     not matter. Nothing is calculated but plain numbers. A number with words behind it keeps them,
     as in 36\text{cm}^2.
     """
+    answer = _NATURAL_LOG.sub(r"\\ln ", answer)
     text = plain_characters(_ROOT.sub(r"\\sqrt{\1}", answer.translate(_SIGNS)))
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _JOINT.sub(", ", text))
     return r"\\".join(map(_normal_row, _ROW_END.split(_LAST_ROW_END.sub("", text))))

@@ -2,6 +2,7 @@
 
 import re
 
+from haltwise.policy.answers.characters import NAME_LETTERS
 from haltwise.policy.answers.number_spellings import NUMBER, exact_value, plain_numbers
 from haltwise.policy.answers.words import OR
 
@@ -16,7 +17,7 @@ _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
     r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
     r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
-    r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
+    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[ei](?![{NAME_LETTERS}']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (

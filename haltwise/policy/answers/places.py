@@ -33,11 +33,13 @@ _HEADING = (
     rf"(?:\sfinale?)?[*#\s]{{0,9}}$(?=\s*\S)"
 )
 _MARK = re.compile(
-    rf"{ANSWER}[\"']?{_BLANKS}[:\uff1a]{_BOLD}|{_HEADING}{_BOLD}", re.IGNORECASE | re.MULTILINE
+    rf"{_HEADING}{_BOLD}|"
+    rf"{ANSWER}[\"']?{_BLANKS}[:\uff1a\u3011]{_BOLD}",
+    re.IGNORECASE | re.MULTILINE,
 )
 _CONCLUDED = re.compile(
     rf"{_HEADING}{_BOLD}|"
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a\u3011]|\s[-=\u2013\u2014]\s){_BOLD}|"
     rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -48,6 +50,7 @@ _THEREFORE = re.compile(
 )
 _ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\scorrect\W{0,9}$")
 _CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
+_TAGGED = re.compile("<(?:final_?)?answer>")
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -114,7 +117,7 @@ def own_part(text: str) -> str:
     Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
     """
     text = _CONFIDENCE.sub("", text)
-    tagged = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else ""
+    tagged = _TAGGED.split(text)[-1].partition("</")[0] if _TAGGED.search(text) else ""
     if tagged.strip():
         return tagged
     asked = _NEXT_QUESTION.search(text)
@@ -130,7 +133,7 @@ def conclusions(text: str) -> list[str]:
     return [
         text[match.end() : end]
         for match, end in zip(found, ends, strict=False)
-        if match[0].rstrip(" *")[-1:] in (":", "\uff1a") or not _NOT.match(text, match.end())
+        if match[0].rstrip(" *")[-1:] in tuple(":\uff1a\u3011") or not _NOT.match(text, match.end())
     ][::-1]
 
 

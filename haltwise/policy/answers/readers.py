@@ -22,6 +22,7 @@ from haltwise.policy.answers.places import (
     said,
     unstyled,
 )
+from haltwise.policy.answers.words import POLITE_END
 
 _SPELT_NUMBER = re.compile(
     rf"(?<![{NAME_LETTERS}0-9_.])(?:[0-9]{{1,9}}(?::[0-9]{{2}}){{1,2}}(?![0-9])|"
@@ -34,8 +35,8 @@ _QUOTED = re.compile(
     r"[\"'`\u201c\u00ab\u300c]{1,2}([^\"'`\u201c\u201d\u00ab\u00bb\u300c\u300d]+)[\"'`\u201d\u00bb\u300d]{1,2}"
 )
 _BESIDE_A_SIGN = re.compile(r"(?<=[-,:;/=+*<>|()\[\]{}]) | (?=[-,:;/=+*<>|()\[\]{}])")
-_TAG = re.compile(r"</?[a-z]{1,9}>")
-_EXCLAIMED = re.compile(r"!(?=\s|$)")
+_TAG = re.compile(r"</?[a-z_]{1,12}>")
+_EXCLAIMED = re.compile(r"!{1,9}(?=\s(?!\s?[-+*/=\\])|$)")
 
 # An "a" that no word follows is a letter: vitamin A.
 _ARTICLES = re.compile(r"(?<!\S)(?:a(?=\s+\S)|(?:an|the)(?!\S))")
@@ -54,6 +55,7 @@ _TELLING = re.compile(
 _BEGINS_WITH_A_FORMULA = re.compile(r"[\s*_]{0,9}\${1,2}([^$]+)\$")
 _FORMULA = re.compile(r"\$([^$]+)\$")
 _DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]")
+_NEXT_FORMULA = re.compile(r"(?<!\$)\$(?:,|,?\s(?:and|or))\s\$(?!\$)")
 _GOES_ON = re.compile(
     r"[.!]\s|[\u3002\uff0c]|,?\s(?:because|since|as|which|so)\s|\s?\u2014", re.IGNORECASE
 )
@@ -76,9 +78,10 @@ def canonical(answer: str) -> str:
 def _canonical_once(answer: str) -> str:
     text = unstyled(plain_characters(answer))
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ",", text)
-    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\+(?=[%$ {}])", "", text)
+    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\?%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\+(?=[%$ {}_#&])", "", text)
     text = " ".join(caseless(text).split()).strip(" $.\u3002")
+    text = re.sub(POLITE_END, "", text)
     while quoted := _QUOTED.fullmatch(text):
         text = (quoted[1] or quoted[2] or quoted[3]).strip(" $.")
     text = re.sub(r"^([-+]) (?=[.0-9])", r"\1", text)
@@ -165,7 +168,8 @@ def normal_text(answer: str) -> str:
 
 def _without_marks(text: str) -> str:
     text = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
-    text = _INITIALS.sub("", text)
+    text = _INITIALS.sub("", re.sub(POLITE_END, "", text))
+    text = re.sub(r"(?<=\w) ([+=/]) (?=\w)", r"\1", text)
     text = re.sub("(?<=[0-9])(?:\u2014| - )(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
@@ -265,7 +269,7 @@ def read_latex(text: str) -> str:
     content = boxed(text, may_be_open=True)
     if content is not None:
         return normal_latex(content)
-    text = _DISPLAY.sub("$", text)
+    text = _NEXT_FORMULA.sub(", ", _DISPLAY.sub("$", text))
     for place in conclusions(text):
         told = _told_formula(place)
         if told:
