@@ -15,18 +15,20 @@ _FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
-    r"(?:which|that|this)\s(?:is|corresponds\sto|matches)|leav(?:es|ing)|only|guess|"
+    r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
     r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
     r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
-    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
-    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
+    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
+    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"
+    r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044\u306e\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
     re.IGNORECASE,
 )
 _CALLED_RIGHT = re.compile(
     r"(?<![\w'])\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
     r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
-    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba]|[\uac00\uc774]?\s?\uc815\ub2f5)"
+    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba]|"
+    r"\s?\u304c\u6b63(?:\u3057\u3044|\u89e3)|[\uac00\uc774]?\s?(?:\uc815\ub2f5|\ub9de))"
 )
 _DENIED = re.compile(
     r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"

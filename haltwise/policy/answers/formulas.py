@@ -32,7 +32,7 @@ _UNIT_FRACTION = re.compile(
     r"(?<=[0-9\s}])\\[dt]?frac\s?\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}\s?"
     r"\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}"
 )
-_NATURAL_LOG = re.compile(r"\\log_\s?(?:e(?![A-Za-z])|\{\s?e\s?\})")
+_NATURAL_LOG = re.compile(r"\\log_\s?(?:e|\{\s?e\s?\})")
 _SYNONYMS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
@@ -46,7 +46,7 @@ _SYNONYMS = [
 # A number and what it measures: any words in \text{...}; otherwise a unit, or words of 4 letters.
 _SHORT_UNITS = "cm|mm|km|kg|mg|ml|km/h|m/s|ft|mi|lbs?|oz|hrs?|mins?|sec|mph|usd|eur"
 _MEASURED = re.compile(
-    r"(.{1,99}?)(?:\\(?:text|mathrm|mbox)\s?\{\s{0,9}([A-Za-z][^{}0-9\\]{0,40}?)\s{0,9}\}|"
+    r"(.{1,99}?)(?:\\(?:text|mathrm|mbox)\s?\{[\s~]{0,9}([A-Za-z][^{}0-9\\]{0,40}?)\s{0,9}\}|"
     rf"(?<=[0-9\s}}])((?:{_SHORT_UNITS})|[A-Za-z]{{4,20}}(?:\s[A-Za-z]{{2,20}}){{0,3}}))"
     r"\s?(?:\^\s?\{?\s?([23])\s?\}?)?[\s.]*"
 )
@@ -55,10 +55,12 @@ _SAME_UNIT = {
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm",
     "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg",
     "liter": "l", "litre": "l", "hour": "h", "hr": "h", "minute": "min", "second": "s", "sec": "s",
-    "foot": "ft", "feet": "ft", "inche": "inch", "in": "inch", "mile": "mi", "pound": "lb", "lb": "lb",
-    "yard": "yd", "ounce": "oz", "degree": "", "percent": "", "unit": "", "mile per hour": "mph",
+    "foot": "ft", "feet": "ft", "inche": "inch", "in": "inch", "mile": "mi", "pound": "lb",
+    "lb": "lb", "yard": "yd", "ounce": "oz", "degree": "", "percent": "", "unit": "",
+    "radian": "rad", "mile per hour": "mph", "kilometer per hour": "km/h",
+    "meter per second": "m/s",
 }  # fmt: skip
-_UNITS = frozenset([*_SAME_UNIT.values(), "inch", "day", "week", "year", "km/h"])
+_UNITS = frozenset([*_SAME_UNIT.values(), "day", "week", "year", "dollar"])
 
 
 def _unit(words: str, power: str | None) -> str:
@@ -67,6 +69,7 @@ def _unit(words: str, power: str | None) -> str:
     for prefix, exponent in (("square ", "2"), ("sq ", "2"), ("cubic ", "3")):
         if words.startswith(prefix):
             words, power = words.removeprefix(prefix), exponent
+    words = words.replace("s per ", " per ")
     name = words.removesuffix("s") if len(words) > 2 else words
     name = _SAME_UNIT.get(name, name)
     return f"\\text{{{name}}}" + (f"^{power}" if power else "") if name else ""

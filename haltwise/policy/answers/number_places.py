@@ -22,7 +22,7 @@ _BEHIND = re.compile(
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (
     r"\s(?:to|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
-    r"\s?[\u81f3\u5230~]"
+    r"\s?[\u81f3\u5230~\u301c]"
 )
 _JOINED = re.compile(
     rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}(?:{OR}|\s\((?:or|and)(?=\s)|\s?&)|{_TO})"
@@ -46,8 +46,13 @@ _GOES_ON = re.compile(
     r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
     re.IGNORECASE,
 )
-# "5 times 3, which is 15"
-_THAT_IS = re.compile(r"\b(?:which|that)\s(?:is|equals|makes|gives)\s", re.IGNORECASE)
+# "5 times 3, which is 15", "20% of 50, or 10", but not "5 or 7": what it says is no number yet.
+_SHARE = re.compile(r"(?:[0-9]\s?\\?%|\b(?:half|third|quarter))\sof\b", re.IGNORECASE)
+_CALCULATION = re.compile(r"[\u00d7\u00f7*+]|\b(?:times|plus|minus|of)\b", re.IGNORECASE)
+_THAT_IS = re.compile(
+    r"\b(?:(?:which|that)\s(?:is|equals|makes|gives)|i\.e\.,?|or|giving)\s(?=[-$]{0,2}[0-9])",
+    re.IGNORECASE,
+)
 _SEVERAL = re.compile(
     rf"=[^=]{{1,99}}(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=", re.IGNORECASE
 )
@@ -96,8 +101,11 @@ def only_number(content: str) -> str:
     """
     content = _prepared(content)
     value = _clause_value(clause(content))
-    result = None if value else _THAT_IS.search(content)
-    return _clause_value(clause(content[result.end() :])) if result else value
+    result = _THAT_IS.search(content)
+    before = content[: result.start()] if result else ""
+    if result and _CALCULATION.search(before) and (not value or _SHARE.search(before)):
+        return _clause_value(clause(content[result.end() :])) or value
+    return value
 
 
 def _clause_value(content: str) -> str:

@@ -122,7 +122,10 @@ _PLAIN = _compiled(
             ":",
         ),
         # US$ 3, Rp 3; minus 3; -$3, and x = - 3.
-        (rf"(?<![{NAME_LETTERS}])(?:[A-Z]{{1,3}}\\?\$|(?-i:Rp|R[sM]|[A-Z]{{3}})\.?)(?=[0-9])", " "),
+        (
+            rf"(?<![{NAME_LETTERS}])(?:[A-Z]{{1,3}}\\?\$|(?-i:Rp|R[sM]|USD|EUR|GBP|CHF|INR)\.?)(?=[0-9])",
+            " ",
+        ),
         (
             r"(?<![0-9])(?<![0-9]\s)(?:\b(?:minus|negative)\s|\u96f6\u4e0b|[\u8d1f\u8ca0])(?=[0-9])",
             "-",

@@ -169,7 +169,7 @@ def normal_text(answer: str) -> str:
 def _without_marks(text: str) -> str:
     text = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
     text = _INITIALS.sub("", re.sub(POLITE_END, "", text))
-    text = re.sub(r"(?<=\w) ([+=/]) (?=\w)", r"\1", text)
+    text = re.sub(r"(?<=\w) ([+=/]) (?=\w)|^([-+]) (?=[.0-9])", r"\1\2", text)
     text = re.sub("(?<=[0-9])(?:\u2014| - )(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
