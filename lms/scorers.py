@@ -45,8 +45,10 @@ _SHORT_WORDS = re.compile(
 )
 _TIME = re.compile(r"[0-9]:[0-5][0-9](?![0-9])")
 _HEXADECIMAL = re.compile(r"\b0x", re.IGNORECASE)
+# Large factorials and exponents, and powers of powers of numbers.
 _HUGE = re.compile(
-    r"[0-9]{3,}!|\^\{?[^{}A-Za-z^]{0,9}[0-9]{4,}|\^\s?\{[^{}A-Za-z]{0,20}\^[^A-Za-z]{2}"
+    r"[0-9]{3,}!|\^(?:\{[^{}A-Za-z]{0,9})?[0-9]{4,}|"
+    r"\^(?:\{[^{}A-Za-z]{0,20}|[0-9]{1,9})\^(?!\{?[A-Za-z])"
 )
 _SET_SIGN = re.compile(r"\\(?:cup|cap)(?![A-Za-z])")
 

@@ -538,6 +538,7 @@ HEADINGS_AND_MARKUP: list[Case] = [
     ("number", "The answer is ___5___", "5", True),
     ("number", '{"final_answer": 12, "confidence": 0.9}', "12", True),
     ("number", "<final_answer>12</final_answer>", "12", True),
+    ("number", "<answer><b>12</b></answer> in 3 steps", "12", True),
     ("choice", '{"answer": "b"}', "B", True),
     ("text", '{"answer": "Paris"}', "Paris", True),
 ]
@@ -596,6 +597,7 @@ FORMULAS: list[Case] = [
     ("latex", "\\boxed{2516₈}", "2516_8", True),
     ("latex", r"\boxed{4x^3 + 3x^2}", "3x^2 + 4x^3", True),
     ("latex", r"\boxed{x^2+y^2}", "x^2-y^2", False),
+    ("latex", r"\boxed{x^2-2000}", "-2000+x^2", True),
     ("latex", r"\boxed{e^{-x^2/2}}", r"e^{-\frac{x^2}{2}}", True),
     ("latex", r"\boxed{10^{10^{10}}}", "10^{10^{11}}", False),
     ("latex", r"\boxed{x^{2}3}", "x^{23}", False),

@@ -17,7 +17,7 @@ _PICKED = re.compile(
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
     r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
-    r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
+    r"(?:choice|option|pick|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
     r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
     r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
     r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"

@@ -50,7 +50,8 @@ _THEREFORE = re.compile(
 )
 _ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\scorrect\W{0,9}$")
 _CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
-_TAGGED = re.compile("<(?:final_?)?answer>")
+_TAG = re.compile("<(?:final_?)?answer>")
+_END_TAG = re.compile("</(?:final_?)?answer>")
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -117,9 +118,10 @@ def own_part(text: str) -> str:
     Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
     """
     text = _CONFIDENCE.sub("", text)
-    tagged = _TAGGED.split(text)[-1].partition("</")[0] if _TAGGED.search(text) else ""
-    if tagged.strip():
-        return tagged
+    _, *tagged = _TAG.split(text)
+    inner = _END_TAG.split(tagged[-1])[0] if tagged else ""
+    if inner.strip():
+        return inner
     asked = _NEXT_QUESTION.search(text)
     before = text[: asked.start()] if asked else ""
     is_answered = r"\boxed" in before or _CONCLUDED.search(before)
