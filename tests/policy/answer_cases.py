@@ -398,6 +398,7 @@ CHOICES: list[Case] = [
     ("choice", "The sum is 12, which corresponds to option C.", "C", True),
     ("choice", "Options A and C are wrong, leaving B.", "B", True),
     ("choice", "The answer is likely to be B", "B", True),
+    ("choice", "The answer is B, i.e. 12.", "B", True),
     ("choice", "Only option D works.", "D", True),
     ("choice", "Only A and B are true", "A", False),
     ("choice", "Only C is wrong", "C", False),

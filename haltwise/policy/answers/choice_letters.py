@@ -8,7 +8,9 @@ from haltwise.policy.answers.words import DENIALS, FILLERS, GOES_ON, OR_WORDS
 
 # A word or number, a word in a script without blanks, the end of a line, or a mark.
 _TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")
-_MARKUP = re.compile(r"(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]")
+_MARKUP = re.compile(
+    r"\b(?:i\.e|e\.g)\.|(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]"
+)
 
 _PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
 _FORMULA_SIGNS = frozenset("^=<>*_\\")
