@@ -45,7 +45,12 @@ _SHORT_WORDS = re.compile(
 )
 _TIME = re.compile(r"[0-9]:[0-5][0-9](?![0-9])")
 _HEXADECIMAL = re.compile(r"\b0x", re.IGNORECASE)
-_HUGE = re.compile(r"[0-9]{3,}!|\^\{?[^}]{0,9}(?:\^|[0-9]{4,})")
+# Large factorials and exponents, and powers of powers of numbers.
+_HUGE = re.compile(
+    r"[0-9]{3,}!|\^(?:\{[^{}A-Za-z]{0,9})?[0-9]{4,}|"
+    r"\^(?:\{[^{}A-Za-z]{0,20}|[0-9]{1,9})\^(?!\{?[A-Za-z])"
+)
+_SET_SIGN = re.compile(r"\\(?:cup|cap)(?![A-Za-z])")
 
 
 @dataclass(frozen=True)
@@ -166,11 +171,22 @@ def latex(answer: str, gold: str) -> bool:
     (size, unit), (wanted_size, wanted_unit) = measure(answer), measure(wanted)
     if unit and wanted_unit and unit != wanted_unit:
         return False
-    if size == wanted_size:
+    if size == wanted_size or _parts(size) == _parts(wanted_size):
         return True
     if any(map(_is_beyond, (size, wanted_size))) or _words(size) != _words(wanted_size):
         return False
     return _verify(size, wanted_size)
+
+
+def _parts(formula: str) -> tuple[list[str], list[str]]:
+    """Returns the sets that a formula unites or intersects, and the signs between them.
+
+    The order of the sets does not matter if all signs are the same; math-verify knows that of
+    intervals, but not of letters.
+    """
+    parts, signs = _SET_SIGN.split(formula), _SET_SIGN.findall(formula)
+    is_flat = len(set(signs)) == 1 and not re.search(r"[()\\]", "".join(parts))
+    return (sorted(part.strip() for part in parts) if is_flat else parts), signs
 
 
 def _words(formula: str) -> list[str]:

@@ -36,6 +36,16 @@ SCRIPTS_WITHOUT_BLANKS: list[Case] = [
     ("number", "결과는 총 1,234원입니다.", "1234", True),
     ("choice", "C选项正确", "C", True),
     ("choice", "答案：A、B", "A", False),
+    ("number", "答案是零下5度", "5", False),
+    ("number", "答案是负5", "-5", True),
+    ("number", "5〜7人", "7", False),
+    ("choice", "【答案】C【解析】A项错误", "C", True),
+    ("choice", "答案不是A，是B", "B", True),
+    ("choice", "不选B", "B", False),
+    ("choice", "正しいのはCです", "C", True),
+    ("choice", "선택지 C가 정답입니다.", "C", True),
+    ("text", "答えは「東京」です。", "東京", True),
+    ("short", "答案是蓝色。", "蓝色", True),
 ]
 
 ROWS_OF_A_MATRIX: list[Case] = [
@@ -91,6 +101,23 @@ UNITS_AND_WORDS: list[Case] = [
     ("number", r"\boxed{2 \text{ million } 500 \text{ thousand}}", "500000", False),
     ("latex", r"\boxed{\text{12 apples}}", "12", True),
     ("latex", r"\boxed{12^\circ\text{C}}", "12", True),
+    ("number", r"\boxed{60\frac{\text{km}}{\text{h}}}", "60", True),
+    ("number", r"\boxed{12\text{ m}\cdot\text{s}^{-1}}", "12", True),
+    ("number", r"\boxed{x^{-1}}", "1", False),
+    ("number", "The answer is US$1,500.", "1500", True),
+    ("number", "Jawabannya adalah Rp1.200.000", "1200000", True),
+    ("number", "ABC123", "123", False),
+    ("number", "Odpowiedź: 12 zł", "12", True),
+    ("number", "The answer is 10k.", "10000", True),
+    ("number", "300 K", "300", True),
+    ("number", "The answer is minus 5 degrees.", "-5", True),
+    ("number", "The answer is negative 5.", "5", False),
+    ("number", "10 minus 3 is 7", "7", True),
+    ("latex", r"\boxed{60\frac{\text{km}}{\text{h}}}", r"60\text{ km/h}", True),
+    ("latex", r"\boxed{6\text{ in}}", r"6\text{ inches}", True),
+    ("latex", r"\boxed{6\text{ mph}}", r"6\text{ miles per hour}", True),
+    ("latex", r"\boxed{15\mathrm{~cm}}", r"15\text{ cm}", True),
+    ("latex", r"\boxed{\pi\text{ radians}}", r"\pi", True),
 ]
 
 STYLES_IN_SHORT_ANSWERS: list[Case] = [
@@ -114,6 +141,17 @@ STYLES_IN_SHORT_ANSWERS: list[Case] = [
     ("short", r"\boxed{- 7}", "-7", True),
     ("short", "**blue**", "blue", True),
     ("short", "2024-05-06", "2024-05-06", True),
+    ("short", r"\boxed{3 / 4}", "3/4", True),
+    ("short", "The answer is 3 / 4.", "3/4", True),
+    ("short", r"\boxed{[1, 2, 3]}", "[1,2,3]", True),
+    ("short", r"\boxed{1, 200}", "1,200", False),
+    ("short", r"\boxed{x=1}", "x = 1", True),
+    ("short", r"\boxed{a b}", "ab", False),
+    ("short", r"\boxed{``blue''}", "blue", True),
+    ("short", r"\boxed{\{1, 2\}}", "{1, 2}", True),
+    ("short", r"\boxed{\texttt{ab\_c}}", "ab_c", True),
+    ("short", r"\boxed{10\%}", "10 %", True),
+    ("short", "<b>blue</b>", "blue", True),
 ]
 
 MIXED_AND_SPACED: list[Case] = [
@@ -148,6 +186,18 @@ MIXED_AND_SPACED: list[Case] = [
     ("latex", r"\boxed{(12\ 000, 5)}", "(12000,5)", True),
     ("latex", r"\boxed{x=1{,}000}", "1000", True),
     ("latex", r"\boxed{(1, 000)}", "(1000)", False),
+    ("number", r"\boxed{1{\frac12}}", "1.5", True),
+    ("number", r"\boxed{1_000}", "1000", True),
+    ("number", r"\boxed{\frac{2,000}{3}}", "2000/3", True),
+    ("number", r"\boxed{\frac{1.5}{3}}", "0.5", True),
+    ("number", r"\boxed{\frac{1}{-2}}", "-0.5", True),
+    ("number", r"\boxed{-\left(\frac{2}{3}\right)}", "-2/3", True),
+    ("number", r"\boxed{-(2)^2}", "-2", False),
+    ("number", "4.0 x 10^(5)", "400000", True),
+    ("number", "4.0·10^5", "400000", True),
+    ("latex", r"\boxed{.5}", r"\frac12", True),
+    ("latex", r"\boxed{.25}", "25", False),
+    ("latex", r"\boxed{\frac{1,000}{3}}", r"\frac{1000}{3}", True),
 ]
 
 TIMES: list[Case] = [
@@ -246,6 +296,16 @@ TWO_NUMBERS: list[Case] = [
     ("latex", "The answer is $5$, not $6$.", "5", True),
     ("latex", r"The answer is \[ \frac12 \]", "0.5", True),
     ("latex", r"\boxed{1, 2, \text{ and } 3}", "1,2,3", True),
+    ("number", "The answer is 5 times 3, which is 15", "15", True),
+    ("number", "The answer is 5 times 3, which is 15", "5", False),
+    ("number", "The answer is 20% of 50, or 10.", "10", True),
+    ("number", "The answer is half of 30, which is 15.", "15", True),
+    ("number", "The answer is 7, which is 3 more than 4.", "7", True),
+    ("number", "The answer is 5 or 7, which is odd.", "7", False),
+    ("number", "The answer is $6! = 720$.", "720", True),
+    ("number", "The answer is 12!!", "12", True),
+    ("latex", "The answer is $1$, $2$ and $3$.", "1,2,3", True),
+    ("latex", "The answer is $1$ or $2$.", "1", False),
 ]
 
 SHORT_WORDS: list[Case] = [
@@ -334,6 +394,23 @@ CHOICES: list[Case] = [
     ("choice", "Answer B", "B", True),
     ("choice", "B - because A is wrong.", "B", True),
     ("choice", "Richtig ist B.", "B", True),
+    ("choice", r"The answer is \(\textbf{B}\).", "B", True),
+    ("choice", "The sum is 12, which corresponds to option C.", "C", True),
+    ("choice", "Options A and C are wrong, leaving B.", "B", True),
+    ("choice", "The answer is likely to be B", "B", True),
+    ("choice", "The answer is B, i.e. 12.", "B", True),
+    ("choice", "Only option D works.", "D", True),
+    ("choice", "Only A and B are true", "A", False),
+    ("choice", "Only C is wrong", "C", False),
+    ("choice", "If I had to guess, C.", "C", True),
+    ("choice", "Ans: D", "D", True),
+    ("choice", r"\boxed{12 \text{ (D)}}", "D", True),
+    ("choice", r"\boxed{P(A)}", "A", False),
+    ("choice", "La opción correcta es la b)", "B", True),
+    ("choice", "Resposta: letra C", "C", True),
+    ("choice", "L'option correcte est B.", "B", True),
+    ("choice", "Doğru cevap B.", "B", True),
+    ("choice", "सही उत्तर B है", "B", True),
 ]
 
 LAST_BOX: list[Case] = [
@@ -407,6 +484,9 @@ CHARACTERS: list[Case] = [
     ("latex", "\\boxed{x²+1}", "x^2+1", True),
     ("latex", "\\boxed{x ≥ 2}", r"x \ge 2", True),
     ("latex", "\\boxed{−x}", "-x", True),
+    ("text", "Answer: Hawai'i", "Hawaiʻi", True),
+    ("text", "Answer: Ⅳ", "IV", True),
+    ("text", "Answer: -5℃", "-5°C", True),
 ]
 
 WORDS_FOR_THE_ANSWER: list[Case] = [
@@ -444,6 +524,26 @@ WORDS_FOR_THE_ANSWER: list[Case] = [
     ("strict", "答案：巴黎", "巴黎", True),
 ]
 
+HEADINGS_AND_MARKUP: list[Case] = [
+    ("number", "**Final Answer**\n\n25\n\nThis follows from the 3 equations above.", "25", True),
+    ("number", "The answer is 42.\n\n### Verify the answer\n\n40 + 3 = 43, no.", "42", True),
+    ("number", "**最终答案**\n\n12\n\n共3步。", "12", True),
+    ("text", "## Final Answer\n\n**Paris**\n\nParis is the capital.", "Paris", True),
+    ("short", "### Final Answer\n\n**Yes**\n\nAll 3 hold.", "yes", True),
+    ("latex", "**Final Answer**\n\n$\\frac{3}{4}$\n\nSince $3 < 4$.", "\\frac34", True),
+    ("choice", "### Final Answer\n\n**C. The mitochondria**\n\nOption A is wrong.", "C", True),
+    ("number", "=> 42", "42", True),
+    ("number", "x >= 5", "5", False),
+    ("number", "Answer = 42, checked 2 times", "42", True),
+    ("number", "Answer: <b>12</b>", "12", True),
+    ("number", "The answer is ___5___", "5", True),
+    ("number", '{"final_answer": 12, "confidence": 0.9}', "12", True),
+    ("number", "<final_answer>12</final_answer>", "12", True),
+    ("number", "<answer><b>12</b></answer> in 3 steps", "12", True),
+    ("choice", '{"answer": "b"}', "B", True),
+    ("text", '{"answer": "Paris"}', "Paris", True),
+]
+
 TEXTS: list[Case] = [
     ("text", "Answer: 3.5", "3.5", True),
     ("text", "Answer: 3.5", "35", False),
@@ -472,6 +572,20 @@ TEXTS: list[Case] = [
     ("text", "Answer: 4+4", "44", False),
     ("text", "Answer: 12 - 15", "12-15", True),
     ("text", "Answer – Paris", "Paris", True),
+    ("text", "Answer: 20 000", "20,000", True),
+    ("text", "Answer: 1 000 people", "1,000 people", True),
+    ("text", "Answer: 555 123 4567", "5551234567", False),
+    ("text", "Answer: in 1999 100 men", "in 1999100 men", False),
+    ("text", "Answer: a", "A", True),
+    ("text", "Answer: B", "A", False),
+    ("text", "Answer: vitamin A", "vitamin", False),
+    ("text", "Answer: J. R. R. Tolkien", "J.R.R. Tolkien", True),
+    ("text", "Answer: U. S. A.", "USA", True),
+    ("text", "Answer: M*A*S*H", "MASH", True),
+    ("text", "Answer: 2*3", "23", False),
+    ("text", "Answer: 9 / 11", "9/11", True),
+    ("text", "Answer: 3 + 4", "3+4", True),
+    ("text", "Answer: - 5", "-5", True),
 ]
 
 FORMULAS: list[Case] = [
@@ -482,10 +596,23 @@ FORMULAS: list[Case] = [
     ("latex", r"\boxed{x<3}", r"(-\infty,3)", True),
     ("latex", r"\boxed{2516_8}", "25168", False),
     ("latex", "\\boxed{2516₈}", "2516_8", True),
+    ("latex", r"\boxed{4x^3 + 3x^2}", "3x^2 + 4x^3", True),
+    ("latex", r"\boxed{x^2+y^2}", "x^2-y^2", False),
+    ("latex", r"\boxed{x^2-2000}", "-2000+x^2", True),
+    ("latex", r"\boxed{e^{-x^2/2}}", r"e^{-\frac{x^2}{2}}", True),
+    ("latex", r"\boxed{10^{10^{10}}}", "10^{10^{11}}", False),
+    ("latex", r"\boxed{x^{2}3}", "x^{23}", False),
+    ("latex", r"\boxed{A \cup B}", r"B \cup A", True),
+    ("latex", r"\boxed{A\cup B\cap C}", r"A\cap B\cup C", False),
+    ("latex", r"\boxed{\ln x}", r"\log_e x", True),
+    ("latex", r"\boxed{\varnothing}", r"\emptyset", True),
+    ("latex", r"\boxed{x \equiv 3 \pmod 5}", r"x \equiv 3 \pmod{5}", True),
+    ("latex", r"\boxed{x \equiv 3 \pmod 5}", r"x \equiv 2 \pmod{5}", False),
 ]
 
 CASES = [
     *SCRIPTS_WITHOUT_BLANKS, *ROWS_OF_A_MATRIX, *UNITS_AND_WORDS, *STYLES_IN_SHORT_ANSWERS,
     *MIXED_AND_SPACED, *TIMES, *TWO_NUMBERS, *SHORT_WORDS, *CHOICES, *LAST_BOX,
-    *REPEATING_DECIMALS, *CHARACTERS, *WORDS_FOR_THE_ANSWER, *TEXTS, *FORMULAS,
+    *REPEATING_DECIMALS, *CHARACTERS, *WORDS_FOR_THE_ANSWER, *HEADINGS_AND_MARKUP, *TEXTS,
+    *FORMULAS,
 ]  # fmt: skip

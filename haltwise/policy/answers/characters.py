@@ -11,7 +11,7 @@ NAME_LETTERS = r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0370-\u052f"
 _SAME = str.maketrans(
     {
         **dict.fromkeys("\u2212\u2010\u2012\u2013\u02d7\u2796\u2043", "-"),
-        **dict.fromkeys("\u2018\u2019\u02bc\u2032", "'"),
+        **dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032", "'"),
         **dict.fromkeys("\u2044\u2215", "/"),
         **dict.fromkeys("\u066c\u060c", ","),
         "\u2236": ":",
@@ -23,7 +23,7 @@ _SAME = str.maketrans(
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f\u2071]+")
 _LOWERED = re.compile("[\u2080-\u2089\u208a\u208b]+")
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
-_SHAPES = {"<wide>", "<narrow>", "<small>", "<circle>", "<noBreak>", "<vertical>"}
+_SHAPES = {"<wide>", "<narrow>", "<small>", "<circle>", "<square>", "<noBreak>", "<vertical>"}
 
 
 @lru_cache(maxsize=4096)
@@ -36,7 +36,11 @@ def _plain(character: str) -> str:
         return "" if category == "Cf" else " "
     shape = unicodedata.decomposition(character).partition(" ")[0]
     # The letters of sets, such as that of the real numbers, are more than letters in a font.
-    is_shape = shape in _SHAPES or (shape == "<font>" and character >= "\U0001d400")
+    is_shape = (
+        shape in _SHAPES
+        or (shape == "<font>" and character >= "\U0001d400")
+        or (shape == "<compat>" and category != "Lo")  # those are letters of their own
+    )
     if shape == "<fraction>":
         return " " + unicodedata.normalize("NFKC", character).translate(_SAME)
     return unicodedata.normalize("NFKC", character) if is_shape else character

@@ -8,24 +8,29 @@ from haltwise.policy.answers.words import DENIALS, FILLERS, GOES_ON, OR_WORDS
 
 # A word or number, a word in a script without blanks, the end of a line, or a mark.
 _TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")
-_MARKUP = re.compile(r"(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]")
+_MARKUP = re.compile(
+    r"\b(?:i\.e|e\.g)\.|(?<!\w)'|'(?!\w)|[*_`$\"{}\u201c-\u201f\u300c-\u300f\u3010\u3011]"
+)
 
 _PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
 _FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
+    r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
-    r"(?:choice|option|pick|guess|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
-    r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione)\s(?:\w{1,12}\s)?(?:es|\u00e9|\u00e8)"
-    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
-    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
+    r"(?:choice|option|pick|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
+    r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
+    r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
+    r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"
+    r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044\u306e\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
     re.IGNORECASE,
 )
 _CALLED_RIGHT = re.compile(
     r"(?<![\w'])\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
     r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
-    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba])"
+    r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba]|"
+    r"\s?\u304c\u6b63(?:\u3057\u3044|\u89e3)|[\uac00\uc774]?\s?(?:\uc815\ub2f5|\ub9de))"
 )
 _DENIED = re.compile(
     r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"
@@ -37,6 +42,7 @@ _LETTERED = re.compile(
 # "Is it B? No, it is C."
 _ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
 _BARE = re.compile(r"\W*(?:(?:option|choice|letter)\W+)?([A-Za-z])\W*", re.IGNORECASE)
+_NAMED_BEHIND = re.compile(r"\s\(([A-Z])\)\W{0,9}$")  # 12 (D)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
 
@@ -79,7 +85,11 @@ def boxed_letter(content: str) -> str:
         content: A text in plain characters, without styles.
     """
     places = conclusions(content) or [content]
-    return _letter_at(places[0]) or ""
+    letter = _letter_at(places[0])
+    if letter is None:
+        named = _NAMED_BEHIND.search(content)
+        letter = named[1] if named else ""
+    return letter
 
 
 def _picked_letter(text: str) -> str:
@@ -87,7 +97,7 @@ def _picked_letter(text: str) -> str:
     found = [(match.start(), match[1]) for match in _CALLED_RIGHT.finditer(text)]
     for match in _PICKED.finditer(text):
         letter = _letter_at(text[match.end() : match.end() + 60])
-        if letter and re.search(rf"{letter}|\({letter.lower()}\)", text[match.end() :][:60]):
+        if letter and re.search(rf"{letter}|\b{letter.lower()}\)", text[match.end() :][:60]):
             found.append((match.start(), letter))
     return max(found)[1] if found else ""
 

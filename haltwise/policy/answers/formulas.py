@@ -27,11 +27,26 @@ _SPACING = re.compile(
 _KEPT_BLANK = re.compile(r"(\\[A-Za-z]{1,20} (?=[A-Za-z]))| ")
 _SIGN_BEHIND = re.compile(r"\s?(?:\\?%|\^\s?\{?\s?\\circ\s?\}?\s?[CFK]?)$")
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ )[0-9]{3})+(?![0-9])")
-_SHORT_FRACTION = re.compile(r"\\frac([0-9])([0-9])")
+# 60\frac{\text{km}}{\text{h}}
+_UNIT_FRACTION = re.compile(
+    r"(?<=[0-9\s}])\\[dt]?frac\s?\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}\s?"
+    r"\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}"
+)
+_NATURAL_LOG = re.compile(r"\\log_\s?(?:e|\{\s?e\s?\})")
+_SYNONYMS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"\\[dt]frac", r"\\frac"),
+        (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
+        (r"([\^_])\{([0-9A-Za-z])\}(?![0-9A-Za-z])", r"\1\2"),
+        (r"\\(pmod|vec|hat|bar)\s?([0-9]+|[A-Za-z])", r"\\\1{\2}"),
+        (r"\\varnothing(?![A-Za-z])|\\\{\\\}", r"\\emptyset"),
+    )
+]
 # A number and what it measures: any words in \text{...}; otherwise a unit, or words of 4 letters.
 _SHORT_UNITS = "cm|mm|km|kg|mg|ml|km/h|m/s|ft|mi|lbs?|oz|hrs?|mins?|sec|mph|usd|eur"
 _MEASURED = re.compile(
-    r"(.{1,99}?)(?:\\(?:text|mathrm|mbox)\s?\{\s{0,9}([A-Za-z][^{}0-9\\]{0,40}?)\s{0,9}\}|"
+    r"(.{1,99}?)(?:\\(?:text|mathrm|mbox)\s?\{[\s~]{0,9}([A-Za-z][^{}0-9\\]{0,40}?)\s{0,9}\}|"
     rf"(?<=[0-9\s}}])((?:{_SHORT_UNITS})|[A-Za-z]{{4,20}}(?:\s[A-Za-z]{{2,20}}){{0,3}}))"
     r"\s?(?:\^\s?\{?\s?([23])\s?\}?)?[\s.]*"
 )
@@ -40,10 +55,12 @@ _SAME_UNIT = {
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm",
     "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "gram": "g", "kilogram": "kg",
     "liter": "l", "litre": "l", "hour": "h", "hr": "h", "minute": "min", "second": "s", "sec": "s",
-    "foot": "ft", "feet": "ft", "inche": "inch", "mile": "mi", "pound": "lb", "lb": "lb",
-    "ounce": "oz", "degree": "", "percent": "", "unit": "", "mile per hour": "mph",
+    "foot": "ft", "feet": "ft", "inche": "inch", "in": "inch", "mile": "mi", "pound": "lb",
+    "lb": "lb", "yard": "yd", "ounce": "oz", "degree": "", "percent": "", "unit": "",
+    "radian": "rad", "mile per hour": "mph", "kilometer per hour": "km/h",
+    "meter per second": "m/s",
 }  # fmt: skip
-_UNITS = frozenset([*_SAME_UNIT.values(), "inch", "day", "week", "year", "km/h"])
+_UNITS = frozenset([*_SAME_UNIT.values(), "day", "week", "year", "dollar"])
 
 
 def _unit(words: str, power: str | None) -> str:
@@ -52,6 +69,7 @@ def _unit(words: str, power: str | None) -> str:
     for prefix, exponent in (("square ", "2"), ("sq ", "2"), ("cubic ", "3")):
         if words.startswith(prefix):
             words, power = words.removeprefix(prefix), exponent
+    words = words.replace("s per ", " per ")
     name = words.removesuffix("s") if len(words) > 2 else words
     name = _SAME_UNIT.get(name, name)
     return f"\\text{{{name}}}" + (f"^{power}" if power else "") if name else ""
@@ -68,7 +86,7 @@ def measure(formula: str) -> tuple[str, str]:
 
 def _number(text: str) -> str:
     """Returns the value of a text that is a number, with or without a currency, or ""."""
-    plain = _SPACING.sub(" ", plain_numbers(text, is_formula=True)).strip(" .")
+    plain = _SPACING.sub(" ", plain_numbers(text, is_formula=True)).strip().rstrip(" .")
     number = NUMBER.fullmatch(_SIGN_BEHIND.sub("", plain))
     return exact_value(number[0]) if number else ""
 
@@ -87,7 +105,8 @@ def _normal_row(text: str) -> str:
             return _normal_row(found[1]) + unit
     text = _GROUPED.sub(lambda digits: re.sub(r"[^0-9]", "", digits[0]), unstyled(text))
     text = _KEPT_BLANK.sub(r"\1", _SPACING.sub(" ", text).strip()).rstrip(".")
-    text = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
+    for pattern, plain in _SYNONYMS:
+        text = pattern.sub(plain, text)
     return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on|yes|ok)", text) else text
 
 
@@ -98,6 +117,7 @@ def normal_latex(answer: str) -> str:
     not matter. Nothing is calculated but plain numbers. A number with words behind it keeps them,
     as in 36\text{cm}^2.
     """
+    answer = _NATURAL_LOG.sub(r"\\ln ", answer)
     text = plain_characters(_ROOT.sub(r"\\sqrt{\1}", answer.translate(_SIGNS)))
-    text = _JOINT.sub(", ", text)
+    text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _JOINT.sub(", ", text))
     return r"\\".join(map(_normal_row, _ROW_END.split(_LAST_ROW_END.sub("", text))))

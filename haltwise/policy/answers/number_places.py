@@ -2,6 +2,7 @@
 
 import re
 
+from haltwise.policy.answers.characters import NAME_LETTERS
 from haltwise.policy.answers.number_spellings import NUMBER, exact_value, plain_numbers
 from haltwise.policy.answers.words import OR
 
@@ -14,13 +15,14 @@ _BEFORE = re.compile(
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
-    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|frac|log|ln|sin|cos|tan)(?![a-z])|"
-    r"[\u03c0\u221a]|[xyzn](?![A-Za-z'])|(?<=[0-9])[ei](?![A-Za-z']))"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
+    r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
+    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[ei](?![{NAME_LETTERS}']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (
     r"\s(?:to|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
-    r"\s?[\u81f3\u5230~]"
+    r"\s?[\u81f3\u5230~\u301c]"
 )
 _JOINED = re.compile(
     rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}(?:{OR}|\s\((?:or|and)(?=\s)|\s?&)|{_TO})"
@@ -33,6 +35,7 @@ _RELATIONS = {
     r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
     r"\\neq?(?![a-z])|!=": "\u2260",
     r"\\(?:approx|simeq|doteq)(?![a-z])": "\u2248",
+    r"[=-]>|[\u2192\u21d2\u27f9]|\\(?:Rightarrow|rightarrow|implies|to)(?![A-Za-z])": "=",
 }
 # What a sentence goes on with behind its number: reasons, conditions and remarks.
 _GOES_ON = re.compile(
@@ -41,6 +44,13 @@ _GOES_ON = re.compile(
     r"(?![0-9])|"
     r"\s(?:because|since|as|so|for|per|in|out|after|by|at|over|with|from|on|when|if|where|while|"
     r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
+    re.IGNORECASE,
+)
+# "5 times 3, which is 15", "20% of 50, or 10", but not "5 or 7": what it says is no number yet.
+_SHARE = re.compile(r"(?:[0-9]\s?\\?%|\b(?:half|third|quarter))\sof\b", re.IGNORECASE)
+_CALCULATION = re.compile(r"[\u00d7\u00f7*+]|\b(?:times|plus|minus|of)\b", re.IGNORECASE)
+_THAT_IS = re.compile(
+    r"\b(?:(?:which|that)\s(?:is|equals|makes|gives)|i\.e\.,?|or|giving)\s(?=[-$]{0,2}[0-9])",
     re.IGNORECASE,
 )
 _SEVERAL = re.compile(
@@ -52,7 +62,7 @@ def _prepared(text: str) -> str:
     text = plain_numbers(text)
     for pattern, sign in _RELATIONS.items():
         text = re.sub(pattern, sign, text)
-    return text.replace("**", "").replace("$", "")
+    return re.sub(r"\*\*|\$|__+|(?<!\w)_(?=[-+.0-9])", "", text)
 
 
 def _is_part(text: str, found: re.Match[str]) -> bool:
@@ -89,7 +99,16 @@ def only_number(content: str) -> str:
     Returns:
         Its value; "" if there is none, or several that differ.
     """
-    content = clause(_prepared(content))
+    content = _prepared(content)
+    value = _clause_value(clause(content))
+    result = _THAT_IS.search(content)
+    before = content[: result.start()] if result else ""
+    if result and _CALCULATION.search(before) and (not value or _SHARE.search(before)):
+        return _clause_value(clause(content[result.end() :])) or value
+    return value
+
+
+def _clause_value(content: str) -> str:
     if _SEVERAL.search(content):
         return ""
     exact, *rounded = content.split("\u2248")

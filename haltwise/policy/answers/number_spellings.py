@@ -19,7 +19,7 @@ _SIZE = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]
 #: A number in plain spelling. The base of a power is none by itself, but a number of degrees
 #: (90^\circ) is one. A time of day or a ratio (5:30) is one number, too.
 NUMBER = re.compile(
-    rf"{_OUTSIDE_NAMES}(?<!\^)(?<!\^\{{)"
+    rf"{_OUTSIDE_NAMES}(?<!\^)(?<!\^[-{{])(?<!\^\{{-)"
     r"(?>[0-9]{1,9}(?::[0-9]{1,9}){1,3}(?![0-9])|"
     rf"[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?)"
     r"(?!\s?\^(?!\s?\{?\\circ))"
@@ -31,12 +31,18 @@ def _digits(found: _Found) -> str:
     return re.sub(r"[^0-9]", "", found[0])
 
 
+def _ungrouped(number: str) -> str:
+    return number.replace(",", "")
+
+
 def _as_fraction(found: _Found) -> str:
     whole, top, digit, bottom, last_digit = found.groups()
-    numerator, divisor = int(top or digit), int(bottom or last_digit)
-    if whole and numerator >= divisor:
-        return found[0]  # a product, or two numbers
-    return f"{int(whole or 0) * divisor + numerator}/{divisor}"
+    numerator = Fraction(_ungrouped(top or digit))
+    divisor = Fraction(_ungrouped(bottom or last_digit))
+    if divisor == 0 or (whole and numerator >= divisor):
+        return found[0]  # no number; a product, or two numbers
+    value = int(whole or 0) + numerator / divisor
+    return f"{value.numerator}/{value.denominator}"
 
 
 def _as_power_of_ten(found: _Found) -> str:
@@ -101,7 +107,7 @@ def _compiled(steps: list[_Step]) -> list[tuple[re.Pattern[str], str | Callable[
 
 
 _WHOLE = rf"(?:{_OUTSIDE_NAMES}(?<!,)([0-9]{{1,30}})"
-_BRACED = r"\{\s?(-?[0-9]{1,30})\s?\}"
+_BRACED = r"\{\s?(-?[0-9]{1,30}(?:,[0-9]{3}){0,9}(?:\.[0-9]{1,30})?)\s?\}"
 _LINE = r"\\(?:overline|bar|dot)\s?"
 
 # How numbers are made plain, one step after another, if it means the same in a formula.
@@ -109,13 +115,21 @@ _PLAIN = _compiled(
     [
         # 1{,}000 and 1\,000; 1 000 and 1'000; other blanks; 5{:}30 and 5 : 30.
         (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
-        (rf"{_OUTSIDE_NAMES}[0-9]{{1,3}}(?:(?:\\?[ ~']|\\[;:])[0-9]{{3}})+(?![0-9/])", _digits),
+        (rf"{_OUTSIDE_NAMES}[0-9]{{1,3}}(?:(?:\\?[ ~'_]|\\[;:])[0-9]{{3}})+(?![0-9/])", _digits),
         (r"\\[,;: ]|(?<=\S)~(?![0-9\s])|~(?=[0-9]{1,9}/)|\\q?quad(?![A-Za-z])", " "),
         (
             r"(?<=[0-9])(?:\s?\{:\}\s?|\s:\s|\\[!,]:\\[!,]|\s?\\colon(?![a-z])\s?)(?=[0-9])",
             ":",
         ),
-        # -$3, and x = - 3.
+        # US$ 3, Rp 3; minus 3; -$3, and x = - 3.
+        (
+            rf"(?<![{NAME_LETTERS}])(?:[A-Z]{{1,3}}\\?\$|(?-i:Rp|R[sM]|USD|EUR|GBP|CHF|INR)\.?)(?=[0-9])",
+            " ",
+        ),
+        (
+            r"(?<![0-9])(?<![0-9]\s)(?:\b(?:minus|negative)\s|\u96f6\u4e0b|[\u8d1f\u8ca0])(?=[0-9])",
+            "-",
+        ),
         (r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])", r"\1"),
         (r"((?:^|[=({:])\s{0,9})-\s{1,9}(?=[.0-9])", r"\1-"),
         (r"(?<![0-9])\.(?=[0-9]{0,30}\\(?:overline|bar|dot))", "0."),
@@ -134,9 +148,14 @@ _PLAIN = _compiled(
         (r"(?<=[0-9])\s?\^?\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),
         # 1.5 \times 10^3, and 10^3 by itself.
         (
-            r"(?:(?<=[0-9])\s?(?:\\times|\\cdot|[\u00d7x*])\s?|(?<![\w.]))10\s?\^\s?"
-            r"(?:\{\s?([-+]?[0-9]{1,3})\s?\}|([-+]?[0-9]{1,3}))(?![0-9])",
+            r"(?:(?<=[0-9])\s?(?:\\times|\\cdot|[\u00d7\u00b7\u22c5x*])\s?|(?<![\w.]))10\s?\^\s?"
+            r"(?:[{(]\s?([-+]?[0-9]{1,3})\s?[})]|([-+]?[0-9]{1,3}))(?![0-9])",
             _as_power_of_ten,
+        ),
+        # 3{\frac12}
+        (
+            r"(?<=[0-9])\s?\{\s?(\\[dt]?frac\s?(?:\{[0-9\s]{1,30}\}|[0-9])\s?(?:\{[0-9\s]{1,30}\}|[0-9]))\s?\}",
+            r"\1",
         ),
         # \frac12 and 3\frac{1}{2}, 3 1/2, 5:30 pm, 1.5 million.
         (
@@ -147,6 +166,8 @@ _PLAIN = _compiled(
             rf"{_WHOLE}\s{{1,3}}(?:and\s)?)([0-9]{{1,30}})()/([0-9]{{1,30}})()(?![0-9])",
             _as_fraction,
         ),
+        # -(2/3).
+        (r"-\s?(?:\\left)?\(\s?([0-9./]{1,60})\s?(?:\\right)?\)(?!\s?\^)", r"-\1"),
         (r"(?<![0-9:])([0-9]{1,2})(:[0-5][0-9])\s{0,3}([ap])\.?m\b\.?", _as_time_of_day),
         (
             rf"(?<![0-9,./e])((?>[0-9]{{1,30}},[0-9]{{1,2}}(?![0-9])|{_SIZE}))((?>/[0-9]+))?((?:{SCALE}){{1,3}})(?!\s?[0-9])",
@@ -171,6 +192,8 @@ _PLAIN_OUTSIDE_FORMULAS = _compiled(
             r"(?![0-9,)\]}]|\.[0-9])",
             r"\1.\2",
         ),
+        # 10k, but 10 K are a temperature.
+        (rf"(?<![{NAME_LETTERS}0-9_.,/])({_SIZE})(?-i:k)(?![\w/'])", r"\1e3"),
         # 2^{10}.
         (
             rf"{_OUTSIDE_NAMES}(?<![\^)}}])([0-9]{{1,30}})\s?\^\s?"

@@ -27,9 +27,19 @@ _BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
 # "The answer to the first question is", and "la respuesta correcta es".
 _TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
 
-_MARK = re.compile(rf"{ANSWER}{_BLANKS}[:\uff1a]{_BOLD}", re.IGNORECASE)
+# "### Final Answer", with the answer below it.
+_HEADING = (
+    rf"^\s{{0,3}}(?:\#{{1,6}}|\*\*)[^\w\n]{{0,9}}(?:(?:the|my|final|correct)\s|\u6700[\u7ec8\u7d42]){{0,2}}{ANSWER}"
+    rf"(?:\sfinale?)?[*#\s]{{0,9}}$(?=\s*\S)"
+)
+_MARK = re.compile(
+    rf"{_HEADING}{_BOLD}|"
+    rf"{ANSWER}[\"']?{_BLANKS}[:\uff1a\u3011]{_BOLD}",
+    re.IGNORECASE | re.MULTILINE,
+)
 _CONCLUDED = re.compile(
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?{_BLANKS}[:\uff1a]|\s[-\u2013\u2014]\s){_BOLD}|"
+    rf"{_HEADING}{_BOLD}|"
+    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a\u3011]|\s[-=\u2013\u2014]\s){_BOLD}|"
     rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -40,6 +50,8 @@ _THEREFORE = re.compile(
 )
 _ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\scorrect\W{0,9}$")
 _CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
+_TAG = re.compile("<(?:final_?)?answer>")
+_END_TAG = re.compile("</(?:final_?)?answer>")
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -106,9 +118,10 @@ def own_part(text: str) -> str:
     Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
     """
     text = _CONFIDENCE.sub("", text)
-    tagged = text.rpartition("<answer>")[2].partition("</answer>")[0] if "<answer>" in text else ""
-    if tagged.strip():
-        return tagged
+    _, *tagged = _TAG.split(text)
+    inner = _END_TAG.split(tagged[-1])[0] if tagged else ""
+    if inner.strip():
+        return inner
     asked = _NEXT_QUESTION.search(text)
     before = text[: asked.start()] if asked else ""
     is_answered = r"\boxed" in before or _CONCLUDED.search(before)
@@ -122,7 +135,7 @@ def conclusions(text: str) -> list[str]:
     return [
         text[match.end() : end]
         for match, end in zip(found, ends, strict=False)
-        if match[0].rstrip(" *")[-1:] in (":", "\uff1a") or not _NOT.match(text, match.end())
+        if match[0].rstrip(" *")[-1:] in tuple(":\uff1a\u3011") or not _NOT.match(text, match.end())
     ][::-1]
 
 

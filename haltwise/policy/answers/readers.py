@@ -22,28 +22,40 @@ from haltwise.policy.answers.places import (
     said,
     unstyled,
 )
+from haltwise.policy.answers.words import POLITE_END
 
 _SPELT_NUMBER = re.compile(
     rf"(?<![{NAME_LETTERS}0-9_.])(?:[0-9]{{1,9}}(?::[0-9]{{2}}){{1,2}}(?![0-9])|"
-    r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?)"
+    r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:(?:/| / )[0-9]+)?)"
 )
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?")
 _BEGINS_WITH_A_NUMBER = re.compile(r"(?:[^\s0-9]{0,20}\s{0,9}){0,3}[^\s0-9]{0,20}[0-9]")
-_QUOTED = re.compile(r"\*\*([^*]+)\*\*|\{([^{}]+)\}|[\"`\u201c]([^\"`\u201c\u201d]+)[\"`\u201d]")
-_EXCLAIMED = re.compile(r"!(?=\s|$)")
+_QUOTED = re.compile(
+    r"\*\*([^*]+)\*\*|\{([^{}]+)\}|"
+    r"[\"'`\u201c\u00ab\u300c]{1,2}([^\"'`\u201c\u201d\u00ab\u00bb\u300c\u300d]+)[\"'`\u201d\u00bb\u300d]{1,2}"
+)
+_BESIDE_A_SIGN = re.compile(r"(?<=[-,:;/=+*<>|()\[\]{}]) | (?=[-,:;/=+*<>|()\[\]{}])")
+_TAG = re.compile(r"</?[a-z_]{1,12}>")
+_EXCLAIMED = re.compile(r"!{1,9}(?=\s(?!\s?[-+*/=\\])|$)")
 
-_ARTICLES = re.compile(r"(?<!\S)(?:a|an|the)(?!\S)")
+# An "a" that no word follows is a letter: vitamin A.
+_ARTICLES = re.compile(r"(?<!\S)(?:a(?=\s+\S)|(?:an|the)(?!\S))")
+_INITIALS = re.compile(r"(?<=\b[^\W\d_]\.) (?=[^\W\d_]\.)")
 _DASH_IN_A_WORD = re.compile(r"(?<=[^\W\d_])[-\u2014](?=\w)|(?<=\w)[-\u2014](?=[^\W\d_])")
-_THOUSANDS = re.compile(r"(?<![0-9.,])([0-9]{1,3})((?:,[0-9]{3})+)(?![0-9,])")
+_THOUSANDS = re.compile(
+    r"(?<![0-9.,])(?<![0-9.,] )[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?! ?[0-9]|,[0-9])"
+)
 # Marks that change what is said: between digits, before a number, and behind a word.
 _TELLING = re.compile(
     r"(?<=[0-9])[-.,/:^](?=[0-9])|(?<![\w.])[-<>](?=\s?\.?[0-9])|(?<![\w.])\.(?=[0-9])|"
-    r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)|(?<=\w)[+*=]{1,9}(?=\w)"
+    r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)|(?<=\w)[+=]{1,9}(?=\w)|"
+    r"(?<=[0-9])\*{1,9}(?=[0-9])"
 )
 
 _BEGINS_WITH_A_FORMULA = re.compile(r"[\s*_]{0,9}\${1,2}([^$]+)\$")
 _FORMULA = re.compile(r"\$([^$]+)\$")
 _DISPLAY = re.compile(r"(?<!\\)\\[\[\]()]")
+_NEXT_FORMULA = re.compile(r"(?<!\$)\$(?:,|,?\s(?:and|or))\s\$(?!\$)")
 _GOES_ON = re.compile(
     r"[.!]\s|[\u3002\uff0c]|,?\s(?:because|since|as|which|so)\s|\s?\u2014", re.IGNORECASE
 )
@@ -52,21 +64,31 @@ _GOES_ON = re.compile(
 def canonical(answer: str) -> str:
     r"""Returns the one spelling that equal answers share.
 
-    Case, styles such as \text{...}, outer blanks, dollar signs, a final full stop and runs of
-    blanks do not matter, nor do several ways to write one character. A number loses its thousands
-    separators, plus sign, leading zeros and decimals that are zero at its end. Nothing is
-    calculated: 1/2 and 0.5 stay different.
+    Case, styles such as \text{...}, outer blanks, quotes and dollar signs, a final full stop, runs
+    of blanks and those beside a sign do not matter, nor do several ways to write one character. A
+    number loses its thousands separators, plus sign, leading zeros and decimals that are zero at
+    its end. Nothing is calculated: 1/2 and 0.5 stay different.
     """
+    text, before = _canonical_once(answer), answer
+    while text != before:  # what is lost may have parted what is lost, too
+        text, before = _canonical_once(text), text
+    return text
+
+
+def _canonical_once(answer: str) -> str:
     text = unstyled(plain_characters(answer))
     text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ",", text)
-    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\(?=[%$ ])", "", text)
-    text = " ".join(caseless(text).split()).strip(" $.")
+    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\?%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\+(?=[%$ {}_#&])", "", text)
+    text = " ".join(caseless(text).split()).strip(" $.\u3002")
+    text = re.sub(POLITE_END, "", text)
     while quoted := _QUOTED.fullmatch(text):
         text = (quoted[1] or quoted[2] or quoted[3]).strip(" $.")
     text = re.sub(r"^([-+]) (?=[.0-9])", r"\1", text)
     if _GROUPED.fullmatch(text):
         text = re.sub("[ ,]", "", text)
+    close = _BESIDE_A_SIGN.sub("", text)
+    text = text if _GROUPED.fullmatch(close) else close  # 1, 200 is not 1,200.
     number = re.fullmatch(r"([-+]?)([0-9]+)(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?", text)
     if number is None:
         return text
@@ -102,7 +124,7 @@ def read_answer(text: str) -> str:
     content = boxed(text)
     if content is not None:
         return canonical(content)
-    text = _EXCLAIMED.sub(".", text)
+    text = _EXCLAIMED.sub(".", _TAG.sub("", text))
     for place in conclusions(text):
         told = _told_answer((lines(place) or [""])[0])
         if told is not None:
@@ -145,7 +167,9 @@ def normal_text(answer: str) -> str:
 
 
 def _without_marks(text: str) -> str:
-    text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    text = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
+    text = _INITIALS.sub("", re.sub(POLITE_END, "", text))
+    text = re.sub(r"(?<=\w) ([+=/]) (?=\w)|^([-+]) (?=[.0-9])", r"\1\2", text)
     text = re.sub("(?<=[0-9])(?:\u2014| - )(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
@@ -187,7 +211,7 @@ def read_number(text: str) -> str:
     content = boxed(text, may_be_open=True)
     if content is not None:
         return only_number(unstyled(content))
-    text = _EXCLAIMED.sub(".", unstyled(text))
+    text = _EXCLAIMED.sub(".", _TAG.sub("", unstyled(text)))
     for place in conclusions(text):
         line = (lines(place) or [""])[0]
         if _BEGINS_WITH_A_NUMBER.match(line):
@@ -215,8 +239,9 @@ def read_choice(text: str) -> str:
 
 
 def _choice_text(text: str) -> str:
-    """Returns a text without styles, tags such as <answer>, and LaTeX's blanks."""
-    return re.sub(r"\\[,;: ]|~|\\q?quad(?![A-Za-z])|</?[a-z]{1,9}>", " ", unstyled(text))
+    """Returns a text without styles, tags such as <answer>, and LaTeX's blanks and brackets."""
+    text = _TAG.sub(" ", unstyled(text))
+    return re.sub(r"\\[,;: ()\[\]]|~|\\q?quad(?![A-Za-z])", " ", text)
 
 
 def _told_formula(place: str) -> str:
@@ -244,7 +269,7 @@ def read_latex(text: str) -> str:
     content = boxed(text, may_be_open=True)
     if content is not None:
         return normal_latex(content)
-    text = _DISPLAY.sub("$", text)
+    text = _NEXT_FORMULA.sub(", ", _DISPLAY.sub("$", text))
     for place in conclusions(text):
         told = _told_formula(place)
         if told:

@@ -89,7 +89,10 @@ def any_of(words: str) -> str:
 
 
 #: Patterns for "answer", for "is", "must be" and the like behind it, and for "or" and "and".
-ANSWER = rf"(?:\b(?:{any_of(_ANSWER)})(?!\w)|{any_of(_ANSWER_UNSPACED)}|[答답](?=[:\s은]))"
+ANSWER = (
+    rf"(?:(?<![^\W_])(?:{any_of(_ANSWER)})(?!\w)|{any_of(_ANSWER_UNSPACED)}|[答답](?=[:\s은])|"
+    r"(?<![^\n*#])ans\.?(?=[\s*]{0,3}:))"
+)
 IS = rf"(?:\s{{0,9}}(?:\b(?:{any_of(_IS)})(?!\w)|(?:应该?|應該)?(?:{any_of(_IS_UNSPACED)}))|'s\b)"
 OR = rf"(?:\s(?:{any_of(_OR)})(?=[\s$(])|\s?(?:{any_of(_OR_UNSPACED)}))"
 
@@ -101,9 +104,9 @@ FILLERS = one_of("""
 therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
 maybe perhaps possibly even
 actually rather the correct right best letter option options choice choices answer statement
-alternative i think believe guess would say it it's is must be
+alternative i think believe guess would say it it's is must be to
 donc la le el il a die réponse respuesta resposta risposta antwort
-opción opção opzione alternativa вариант
+opción opção opzione alternativa вариант letra lettera lettre buchstabe
 选项 選項 選択肢 选 選
 ( [ :
 """) | {"\n"}
@@ -112,6 +115,9 @@ GOES_ON = one_of(
     "because since as is and or not with for by from due given which rather based so but"
 )
 DENIALS = one_of("wrong incorrect false not impossible out excluded")
+
+#: What makes a sentence of an answer, at its end: 答えは東京です.
+POLITE_END = r"(?<=.)(?:です|でした|である|입니다|이에요|예요)[.。]?$"
 
 #: By how many zeros each word makes a number longer.
 SCALES = {
