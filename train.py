@@ -131,7 +131,8 @@ def main(config: TrainConfig) -> Path:
         for seed in range(config.seed, config.seed + config.seeds)
     }
     opened = _open_run(config, path, recorded.digest(recorded.rows()))
-    with alone(opened.folder):
+    # Not the folder itself: the head that is saved there locks it, too.
+    with alone(opened.tensorboard):
         if traces.num_more:
             print(f"{traces.num_more:,} traces are not in the sample that points are chosen on.")
         if config.live:
