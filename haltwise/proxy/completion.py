@@ -70,7 +70,7 @@ class WatchedCompletion:
             UpstreamError: If no answer comes.
         """
         extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
-        return await self._closer.ask(self.request.watched_body(extra))
+        return await self._closer.ask(self.request.watched_body(extra), self.request.chat)
 
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""

@@ -37,13 +37,17 @@ class ThoughtCloser:
         self._headers = reader.request.headers
         self._running = AsyncExitStack()
 
-    async def ask(self, body: Json) -> UpstreamLeg:
+    async def ask(self, body: Json, chat: bool) -> UpstreamLeg:
         """Sends a request of this completion; `close` ends its leg.
+
+        Args:
+            body: Its body.
+            chat: Whether it goes to the endpoint of chats.
 
         Raises:
             UpstreamError: If no answer comes.
         """
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        path = "/v1/chat/completions" if chat else "/v1/completions"
         leg = await self._server.upstream.stream(path, body, self._headers)
         self._running.push_async_callback(leg.close)
         # Two requests must not have one name.
@@ -124,7 +128,7 @@ class ThoughtCloser:
 
             if held is not None:
                 held.enough.add_done_callback(hurry)
-            leg = await self.ask(body)
+            leg = await self.ask(body, chat="messages" in body)
             choice = await leg.first_choice() if leg.is_stream else None
             thought, text = ("", "") if choice is None else texts_of(choice)
             if choice is not None and not thought and (text or may_be_empty):
@@ -156,10 +160,11 @@ class ThoughtCloser:
         self._reader.usages.append(LegUsage())
         self._reader.is_thinking = False
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        leg = await self.ask(self._request.body | streaming)
+        leg = await self.ask(self._request.body | streaming, self._request.chat)
         if not leg.is_stream:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
-        shown = AlreadyShown("".join(self._reader.shown_texts), self._server.rules.think_end)
+        reader, think_end = self._reader, self._server.rules.think_end
+        shown = AlreadyShown("".join(reader.shown_texts), think_end, bool(reader.field))
         async for event in leg:
             choice = event.choice
             if event.chunk and (choice is None or shown.leave_out_of(choice)):
@@ -234,45 +239,55 @@ class HeldBackLeg:
 class AlreadyShown:
     """Leaves out of an answer that comes anew what the client has of it already.
 
-    If it is another answer this time, what follows its thought is left.
+    If it is another answer this time, what follows its thought is left, and all of it if it has
+    no thought.
 
     Args:
         shown: All text that the client has: it broke off inside of a thought.
         think_end: The marker that closes a thought.
+        has_field: Whether thoughts have a field of their own.
     """
 
-    def __init__(self, shown: str, think_end: str) -> None:
+    def __init__(self, shown: str, think_end: str, has_field: bool = False) -> None:
         """Starts before the first chunk."""
-        self._shown, self._think_end = shown, think_end
-        self._text, self._has_field, self._is_over = "", False, False
+        self._shown, self._think_end, self._has_field = shown, think_end, has_field
+        self._text, self._is_over = "", False
 
     def leave_out_of(self, choice: Json) -> bool:
         """Cuts the next choice to what is new; returns whether anything of it is."""
         if self._is_over:
             return True
-        thought, text = texts_of(choice)
-        self._text += thought + text
+        ends, (thought, text) = bool(choice.get("finish_reason")), texts_of(choice)
         self._has_field |= bool(thought)
-        num = self._num_new(text)
-        self._is_over = num > 0
-        new = self._text[len(self._text) - num :]
-        border = max(num - len(text), 0) if thought else 0
-        _replace_texts(choice, new[:border], new[border:])
-        return self._is_over or bool(choice.get("finish_reason"))
+        self._text += thought if self._has_field else text
+        new = self._new_text(ends)
+        thought, text = (new, text) if self._has_field else ("", new)
+        self._is_over = bool(thought or text) or _says_more(choice)
+        _replace_texts(choice, thought, text)
+        return self._is_over or ends
 
-    def _num_new(self, text: str) -> int:
-        """The number of characters at the end of all text that are new."""
+    def _new_text(self, ends: bool) -> str:
+        """What the client does not have of the text so far, which may be the whole one."""
         if self._shown.startswith(self._text):
-            return 0
+            return ""
         if self._text.startswith(self._shown):
-            return len(self._text) - len(self._shown)
+            return self._text[len(self._shown) :]
         if self._has_field:
-            return len(text)
+            return ""
         end = self._text.find(self._think_end)
-        return 0 if end < 0 else len(self._text) - end
+        if end < 0:
+            return self._text if ends else ""
+        return self._text[end:]
+
+
+def _says_more(choice: Json) -> bool:
+    """Whether a choice has something beside its texts, like a tool call."""
+    known = ("role", "content", *REASONING_FIELDS)
+    return any(value for name, value in choice.get("delta", {}).items() if name not in known)
 
 
 def _replace_texts(choice: Json, thought: str, text: str) -> None:
-    part = choice.get("delta", choice)
-    for names, value in ((REASONING_FIELDS, thought), (("content", "text"), text)):
-        part.update({name: value for name in names if part.get(name)})
+    part, own = (choice["delta"], "content") if "delta" in choice else (choice, "text")
+    part.update({name: thought for name in REASONING_FIELDS if part.get(name)})
+    if text or part.get(own):
+        part[own] = text

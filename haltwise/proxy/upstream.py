@@ -41,6 +41,8 @@ def as_upstream_errors() -> Iterator[None]:
 class UpstreamLeg:
     """One answer of the upstream; as an iterator it gives the events that are left.
 
+    What comes behind the mark of a stream's end is not waited for: the answer is whole.
+
     Args:
         response: The answer, whose headers have come.
     """
@@ -74,8 +76,9 @@ class UpstreamLeg:
         async with aclosing(self.pieces()) as pieces:
             async for data in pieces:
                 for event in reader.feed(data):
-                    if event is not wire.DONE:  # a completion ends with its last leg
-                        yield event
+                    if event is wire.DONE:
+                        return
+                    yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The body piece by piece, as it was sent, whatever its type.

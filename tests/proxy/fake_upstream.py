@@ -21,7 +21,7 @@ import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Self, get_args
 
@@ -67,13 +67,16 @@ class Plan:
     than 5 are asked for."""
     trouble: str = ""
     """"500" and the like, mute (no answer at all), hangs, crowds (waits for others), dies, ends,
-    endless, html, or a strange event before each other: malformed, says (an error), list, pings
-    (comments)."""
+    endless, html, goes on (behind the mark of its end, and hangs), or a strange event before each
+    other: malformed, says (an error), list, pings (comments)."""
     at: int = 0
     """Tokens before the trouble."""
     legs: tuple[int, ...] = (1, 2, 3)
     """Where it happens: in the thought (1), in an answer after a closed one (2), or in an answer
     that has begun in the prompt (3)."""
+    anew: str = ""
+    """What differs if the same is asked again: plain (it answers without a thought) or brief (it
+    thinks five tokens)."""
     token_bytes: int = 0
     """Tokens are filled up to this length."""
     tool: bool = False
@@ -223,6 +226,7 @@ class _Fake:
         self.kind, self.key, self.thoughts = kind, key, thoughts
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
+        self.plans: list[Plan] = []
         self.num_slots = num_slots
         self._slots = asyncio.Semaphore(num_slots or 1_000_000)
         self._ids: dict[str, int] = {}
@@ -282,9 +286,9 @@ class _Fake:
         self._running = {id: other for id, other in self._running.items() if other is not asked}
         asked.gone.set()
 
-    def prompt_of(self, body: Any) -> str:
+    def prompt_of(self, body: Any, chat: bool = True) -> str:
         """What the LM reads, from its own plan on."""
-        if "messages" not in body:
+        if not chat or "messages" not in body:
             prompt = body["prompt"]
             return prompt if isinstance(prompt, str) else self.decode(self.ids_of(prompt))
         messages = body["messages"]
@@ -305,7 +309,8 @@ class _Fake:
         """Both of chat and completions."""
         try:
             body = await request.json()
-            prompt = self.prompt_of(body)
+            chat = request.url.path.endswith("/chat/completions")
+            prompt = self.prompt_of(body, chat)
             plan = Plan.read(prompt)
             counts = ("n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs")
             numbers = {name: _count(body.get(name)) for name in counts}
@@ -313,6 +318,8 @@ class _Fake:
             (body.get("model") or "").encode()
         except (ValueError, TypeError, LookupError, AttributeError):
             return _refusal(self._ask(request, None), 400, "malformed request")
+        is_anew = leg_of(prompt) == 1 and any(one.name == plan.name for one in self.plans)
+        self.plans.append(plan)
         asked = self._ask(request, body)
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
@@ -327,6 +334,10 @@ class _Fake:
         if plan.trouble == "html" and happens:
             asked.gone.set()
             return Response(b"<html>not an API</html>", media_type="text/html")
+        if is_anew and plan.anew == "plain":
+            prompt += _CLOSE
+        elif is_anew and plan.anew == "brief":
+            plan = replace(plan, thinking=5)
         writer = _Writer(self, asked, plan, prompt, happens)
         if body.get("stream"):
             return _Stream(asked, writer.packets(), self)
@@ -422,7 +433,7 @@ class _Writer:
     def __init__(self, fake: _Fake, asked: Asked, plan: Plan, prompt: str, happens: bool) -> None:
         self.fake, self.asked, self.plan, self.happens = fake, asked, plan, happens
         self.body = asked.body
-        self.chat = "messages" in self.body
+        self.chat = asked.path.endswith("/chat/completions")
         self.prompt_ids = fake.ids_of(prompt if self.chat else self.body["prompt"])
         self.tokens = continuation(plan, prompt)
         self.thinks = leg_of(prompt) == 1
@@ -475,6 +486,9 @@ class _Writer:
             yield self._event([], usage=self.usage())
         if self.plan.trouble != "ends" or not self.happens:
             yield "[DONE]"
+        if self.plan.trouble == "goes on" and self.happens:
+            yield self._event([self._of(0, [Token(" behind the end", "answer")])])
+            await self.asked.freed.wait()
 
     async def troubled(self) -> bool:
         """Whether the next event is none; may not come back."""
@@ -705,7 +719,7 @@ class FakeUpstream:
             for asked in self.asked
             if isinstance(asked.body, dict)
             and ("messages" in asked.body or "prompt" in asked.body)
-            and name in self._fake.prompt_of(asked.body)
+            and name in self._fake.prompt_of(asked.body, "/chat/" in asked.path)
         ]
 
     def free(self, asked: Asked) -> None:

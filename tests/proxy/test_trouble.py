@@ -219,6 +219,30 @@ def test_the_official_client_sees_a_broken_stream_as_an_error(vllm: Pair, plan: 
 
 
 @BOTH
+@STREAMED
+@pytest.mark.parametrize("headers", [NEVER, {}], ids=["whole", "halted"])
+def test_what_comes_behind_the_end_of_a_stream_is_not_waited_for(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, headers: dict[str, str]
+) -> None:
+    plan = replace(plan, trouble="goes on")
+    reply = ask(vllm.client, plan, chat, stream, headers)
+    assert reply.text.endswith(plan.answer_text(20 if headers is not NEVER else 28))
+    assert not stream or reply.done
+
+
+@pytest.mark.parametrize("kind", ["vllm", "ollama"])
+@pytest.mark.parametrize("headers", [NEVER, {}, OFF], ids=["whole", "halted", "off"])
+def test_what_a_completion_has_of_a_chat_does_not_make_it_one(
+    pairs: Pairs, kind: Kind, plan: Plan, headers: dict[str, str]
+) -> None:
+    pair = pairs(kind)
+    stray = [{"role": "user", "content": Plan("stray").text()}]
+    reply = ask(pair.client, plan, chat=False, headers=headers, messages=stray)
+    assert "stray" not in reply.text and reply.text.startswith(plan.thought(20))
+    assert pair.upstream.of(plan)[0].path == PATHS[False]
+
+
+@BOTH
 def test_comments_keep_a_stream_alive_and_change_nothing(
     vllm: Pair, plan: Plan, chat: bool
 ) -> None:
@@ -326,6 +350,19 @@ def test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails(
     reply = ask(pair.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert pair.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+@ONE_STREAM
+@STREAMED
+@pytest.mark.parametrize("anew", ["plain", "brief"])
+def test_a_server_of_one_stream_that_answers_otherwise_when_asked_again_is_heard(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, anew: str
+) -> None:
+    plan = replace(plan, trouble="500", legs=(2, 3), anew=anew)
+    reply = ask(pairs(kind, fake={"num_slots": 1}).client, plan, chat, stream)
+    assert plan.thought(20) in reply.thought + reply.text
+    assert reply.text.endswith(plan.answer_text(0 if anew == "plain" else 5))
+    assert reply.text.count(".a0é") == 1 and reply.finish == "stop"
 
 
 @ONE_STREAM

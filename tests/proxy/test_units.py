@@ -372,6 +372,35 @@ def test_of_another_answer_what_follows_its_thought_is_left(size: int) -> None:
     assert [part for part in parts if skip.leave_out_of({"delta": part})] == [{"content": " 18"}]
 
 
+@pytest.mark.parametrize(
+    ("shown", "parts", "got"),
+    [
+        ("I think 18", [{"reasoning": "I think "}, {"content": "18"}], "18"),
+        ("I think", [{"content": "I"}, {"content": " think"}], "I think"),
+        ("I think", [{"content": ""}, {"tool_calls": [{"index": 0}]}], ""),
+        ("I think", [{"reasoning": "I think"}, {"content": "18"}], "18"),
+    ],
+    ids=["looks-like-the-thought", "is-the-thought", "tool", "answer"],
+)
+def test_an_answer_is_told_from_a_thought_that_the_client_has(
+    shown: str, parts: list[Json], got: str
+) -> None:
+    skip = AlreadyShown(shown, "</think>", has_field=True)
+    left = [part for part in parts if skip.leave_out_of({"delta": part})]
+    assert "".join(part.get("content") or "" for part in left) == got
+    assert left[-1:] == parts[-1:] and all("tool_calls" in part or got for part in left)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_another_answer_without_a_thought_is_left_whole(size: int) -> None:
+    skip, got, text = AlreadyShown("that time", "</think>"), "", "the answer is 18"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for piece, finish in [*((piece, None) for piece in pieces), ("", "stop")]:
+        choice: Json = {"text": piece, "finish_reason": finish}
+        got += choice["text"] if skip.leave_out_of(choice) else ""
+    assert got == text
+
+
 def test_what_was_seen_can_be_gone_on_from() -> None:
     seen = GeneratedSoFar()
     first = {"prompt_token_ids": [1, 2], "choices": [{"text": "a", "token_ids": [3]}]}
