@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.wire import Json, StreamEvent, chat_logprobs, texts_of, trim_logprobs
+from haltwise.proxy.wire import (
+    DONE,
+    Json,
+    StreamEvent,
+    UpstreamError,
+    chat_logprobs,
+    texts_of,
+    trim_logprobs,
+)
 
 # What the chunks of one answer have in common: their envelope.
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
@@ -26,6 +34,8 @@ class ClientAnswer:
         """What all chunks have in common, from the first leg's first one."""
         self.finish: str | None = None
         """Why the answer ended, once it has."""
+        self.is_whole = False
+        """Whether the server has marked the end of its stream."""
         self._reader, self._shadow = reader, shadow
         self._request, self._usages = reader.request, reader.usages
         self._num_top = reader.server.num_top_shown(reader.request)
@@ -51,6 +61,20 @@ class ClientAnswer:
             if self.finish is not None:
                 chunk["usage"], event.raw = self.usage(usage), b""
         return event
+
+    def passed(self, event: StreamEvent) -> StreamEvent | None:
+        """An event to show as it is; None for the end of a leg, which ends no completion."""
+        self.is_whole |= event is DONE
+        return None if event is DONE else event
+
+    def check_whole(self) -> None:
+        """Checks that the answer has an end.
+
+        Raises:
+            UpstreamError: If it has none.
+        """
+        if self.finish is None and not self.is_whole:
+            raise UpstreamError("cut", "upstream broke off its answer")
 
     def _strip(self, chunk: Json, choice: Json | None) -> bool:
         """Takes out what the client did not ask for; returns whether there could be anything."""
@@ -79,7 +103,7 @@ class ClientAnswer:
     def report(self) -> Json:
         """What the client and the log are told about the thought."""
         reader = self._reader
-        if self.finish is not None:
+        if self.finish is not None or self.is_whole:
             reader.thought.end(by_lm=self.finish != "length")
         found = reader.streamed.report()
         if found.decided and not reader.is_closed:

@@ -25,7 +25,13 @@ from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.upstream import Upstream, UpstreamLeg
-from haltwise.proxy.wire import RawHeaders, StreamEvent, UpstreamError, json_object
+from haltwise.proxy.wire import (
+    EVENT_STREAM,
+    RawHeaders,
+    StreamEvent,
+    UpstreamError,
+    json_object,
+)
 from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
@@ -40,6 +46,8 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
+# Statuses that do not hang on what is asked for beside: whose request it is, and how many there are.
+_OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
 # Headers of an answer that do not hold for one that is written anew.
@@ -205,21 +213,21 @@ class Proxy:
         """
         leg = await completion.open()
         status = leg.response.status_code
-        if status in (400, 422):
+        if not leg.response.is_success and status not in _OF_CLIENTS_OR_LOAD:
             completion.release("refused")  # perhaps for what was asked for beside
             return "refused"
-        if status != 200:
+        if not leg.response.is_success:
             await self._relay(client, leg, [])
             return None
-        if not leg.is_stream:
+        if not leg.is_readable:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
             if completion.request.streams:
-                headers.append((b"content-type", leg.response.headers["content-type"].encode()))
+                headers.append((b"content-type", _stream_type(leg).encode()))
                 async with aclosing(completion.events(leg)) as events:
                     pieces = (event.encode() async for event in events)
-                    await self._send(client, leg, pieces, headers)
+                    await self._send(client, 200, pieces, headers)
             else:
                 answer = await completion.whole(leg)
                 client.record.note_first()
@@ -252,12 +260,12 @@ class Proxy:
             self.metrics.upstream_errors.labels("status").inc()
         headers = [*_without(leg.response.headers.raw, set()), *more]
         async with aclosing(leg.pieces()) as pieces:
-            await self._send(client, leg, pieces, headers)
+            await self._send(client, leg.response.status_code, pieces, headers)
 
     async def _send(
         self,
         client: RequestingClient,
-        leg: UpstreamLeg,
+        status: int,
         pieces: AsyncIterator[bytes],
         headers: RawHeaders,
     ) -> None:
@@ -265,7 +273,7 @@ class Proxy:
 
         Args:
             client: Gets it.
-            leg: The answer of the upstream that it comes from.
+            status: Its status.
             pieces: Its body.
             headers: Its headers.
 
@@ -273,7 +281,7 @@ class Proxy:
             ClientGoneError: If the client has left, or does not read.
             UpstreamError: If it breaks off and is no stream.
         """
-        await client.start(leg.response.status_code, headers)
+        await client.start(status, headers)
         end = b""
         try:
             async for data in pieces:
@@ -281,7 +289,7 @@ class Proxy:
                 await client.send(data)
                 end = (end + data)[-2:]
         except UpstreamError as error:
-            if not leg.is_stream:
+            if not any(name == b"content-type" and _is_stream(kind) for name, kind in headers):
                 raise
             client.record.note_error(error)
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"
@@ -344,6 +352,16 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _is_stream(content_type: bytes) -> bool:
+    return content_type.strip().lower().startswith(EVENT_STREAM.encode())
+
+
+def _stream_type(leg: UpstreamLeg) -> str:
+    """The content type of a leg, if it is one of streams, as all that are watched become."""
+    own = str(leg.response.headers.get("content-type", ""))
+    return own if _is_stream(own.encode()) else f"{EVENT_STREAM}; charset=utf-8"
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:

@@ -115,30 +115,33 @@ class WatchedCompletion:
         except UpstreamError:
             if self._answer.finish is None:
                 raise
-        if self._answer.finish is None:
-            raise UpstreamError("cut", "upstream broke off its answer")
         yield DONE
 
     async def _events_of_all_legs(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         source: AsyncIterable[StreamEvent] = first
         second: UpstreamLeg | None = None
         while second is None:
-            async for event in source:
-                shown, halts = await self._take(event)
-                if shown is not None:
-                    yield shown
-                if halts:
-                    break
+            try:
+                async for event in source:
+                    shown, halts = await self._take(event)
+                    if shown is not None:
+                        yield shown
+                    if halts:
+                        break
+                else:
+                    self._answer.check_whole()
+                    return
+            except UpstreamError as error:
+                source = await self._closer.asked_plainly(first, self._answer.envelope, error)
             else:
-                return
-            second, source = await self._closer.continued(first, self._answer.envelope)
+                second, source = await self._closer.continued(first, self._answer.envelope)
         async for event in self._events_behind_thought(second):
             yield event
 
     async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
         """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
         if event.chunk is None:
-            return event, False
+            return self._answer.passed(event), False
         choice, halts = event.choice, False
         if choice is not None and self._reader.is_thinking:
             halts = await self._reader.read(event.chunk, choice)
@@ -183,7 +186,7 @@ class WatchedCompletion:
         usage = LegUsage()
         self._reader.usages.append(usage)
         async for event in leg:
-            shown: StreamEvent | None = event
+            shown = self._answer.passed(event)
             if event.chunk is not None:
                 said.add(event.chunk)
                 usage.completion_tokens = said.num_tokens
@@ -191,8 +194,7 @@ class WatchedCompletion:
                 shown = None if event.choice is None else self._answer.continued(event.choice)
             if shown is not None:
                 yield shown
-        if self._answer.finish is None:
-            raise UpstreamError("cut", "upstream broke off its answer")
+        self._answer.check_whole()
 
     def count(self) -> Json:
         """Adds the completion to the metrics, once it has ended; returns the report about it."""

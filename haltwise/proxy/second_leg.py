@@ -20,6 +20,8 @@ from haltwise.proxy.wire import REASONING_FIELDS, Json, StreamEvent, UpstreamErr
 _MOST_HELD = 2 * 2**20
 # Seconds that a second leg has at least, even if the first one's own answer is whole by then.
 _SOON = 2.0
+# Errors of a first leg that may come from what it is asked for beside the client's own fields.
+_ASKED_PLAINLY = ("said", "malformed", "cut")
 
 
 class ThoughtCloser:
@@ -128,8 +130,8 @@ class ThoughtCloser:
 
             if held is not None:
                 held.enough.add_done_callback(hurry)
-            leg = await self.ask(body, chat="messages" in body)
-            choice = await leg.first_choice() if leg.is_stream else None
+            leg = await self.ask(body, "messages" in body)
+            choice = await leg.first_choice() if leg.is_readable else None
             thought, text = ("", "") if choice is None else texts_of(choice)
             if choice is not None and not thought and (text or may_be_empty):
                 return leg
@@ -155,13 +157,36 @@ class ThoughtCloser:
         except UpstreamError:
             raise error from None
 
+    async def asked_plainly(
+        self, first: UpstreamLeg, envelope: Json, error: UpstreamError
+    ) -> AsyncIterator[StreamEvent]:
+        """The client's own request in place of a first leg that has failed before it said anything.
+
+        What the proxy asked for beside may have been too much for the server.
+
+        Args:
+            first: The leg.
+            envelope: What all chunks of the answer have in common.
+            error: How it failed.
+
+        Raises:
+            UpstreamError: That error, if it had said something or is none of this kind.
+        """
+        reader = self._reader
+        has_said = not reader.is_thinking or any(reader.shown_texts)
+        if has_said or error.kind not in _ASKED_PLAINLY:
+            raise error
+        await first.close()
+        reader.fall_back("refused")
+        return self._asked_anew(envelope)
+
     async def _asked_anew(self, envelope: Json) -> AsyncIterator[StreamEvent]:
         """The client's request from its beginning, without what the client has of it."""
         self._reader.usages.append(LegUsage())
         self._reader.is_thinking = False
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
         leg = await self.ask(self._request.body | streaming, self._request.chat)
-        if not leg.is_stream:
+        if not leg.is_readable:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
         reader, think_end = self._reader, self._server.rules.think_end
         shown = AlreadyShown("".join(reader.shown_texts), think_end, bool(reader.field))
@@ -169,6 +194,8 @@ class ThoughtCloser:
             choice = event.choice
             if event.chunk and (choice is None or shown.leave_out_of(choice)):
                 yield StreamEvent(chunk=event.chunk | envelope)
+            elif event.chunk is None:
+                yield event
 
 
 class HeldBackLeg:

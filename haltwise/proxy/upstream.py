@@ -36,6 +36,8 @@ def as_upstream_errors() -> Iterator[None]:
         raise wire.UpstreamError("unreachable", "upstream cannot be reached") from None
     except httpx2.TransportError:
         raise wire.UpstreamError("cut", "upstream broke off its answer") from None
+    except httpx2.DecodingError:
+        raise wire.UpstreamError("malformed", "upstream's answer cannot be unpacked") from None
 
 
 class UpstreamLeg:
@@ -54,10 +56,13 @@ class UpstreamLeg:
         self._put_back: list[wire.StreamEvent] = []
 
     @property
-    def is_stream(self) -> bool:
-        """Whether the answer is a stream of events."""
-        kind = self.response.headers.get("content-type", "")
-        return self.response.status_code == 200 and kind.startswith(wire.EVENT_STREAM)
+    def is_readable(self) -> bool:
+        """Whether the answer may be a stream of events, or a whole one in place of it.
+
+        Servers and those before them have all kinds of names for either.
+        """
+        kind = self.response.headers.get("content-type", "").lower()
+        return self.response.is_success and "html" not in kind
 
     def __aiter__(self) -> AsyncIterator[wire.StreamEvent]:
         """Returns the leg itself."""
@@ -73,12 +78,14 @@ class UpstreamLeg:
 
     async def _read(self) -> AsyncGenerator[wire.StreamEvent, None]:
         reader = wire.EventReader()
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self._decoded()) as pieces:
             async for data in pieces:
                 for event in reader.feed(data):
+                    yield event
                     if event is wire.DONE:
                         return
-                    yield event
+        for event in reader.end():
+            yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The body piece by piece, as it was sent, whatever its type.
@@ -90,13 +97,19 @@ class UpstreamLeg:
             async for data in self.response.aiter_raw():
                 yield data
 
+    async def _decoded(self) -> AsyncGenerator[bytes, None]:
+        """The body piece by piece, unpacked where a server packs what was to be left as it is."""
+        with as_upstream_errors():
+            async for data in self.response.aiter_bytes():
+                yield data
+
     async def body(self) -> bytes:
         """The whole body.
 
         Raises:
             UpstreamError: If the answer is cut or too late.
         """
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self._decoded()) as pieces:
             return b"".join([data async for data in pieces])
 
     async def first_choice(self) -> wire.Json | None:

@@ -14,6 +14,7 @@ EVENT_STREAM = "text/event-stream"
 
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAN = float("nan")
 
 
@@ -35,8 +36,8 @@ def error_body(message: str, kind: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def json_object(data: bytes) -> Json | None:
-    """The JSON object that some bytes are; None if they are something else."""
+def json_object(data: bytes | str) -> Json | None:
+    """The JSON object that some bytes or a text are; None if they are something else."""
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -74,12 +75,16 @@ DONE = StreamEvent(b"data: [DONE]\n\n")
 
 
 class EventReader:
-    """Cuts a stream of bytes, in pieces of any length, into its events."""
+    """Cuts a stream of bytes, in pieces of any length, into its events.
+
+    If the bytes are a whole answer in place of a stream, its events are those that say the same.
+    """
 
     def __init__(self) -> None:
         """Starts before the first byte."""
         self._rest: list[bytes] = []
         self._num_rest = 0
+        self._is_whole: bool | None = None  # nobody knows yet
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
         """Takes in the next piece of bytes; gives the events that it completes.
@@ -88,7 +93,9 @@ class EventReader:
             UpstreamError: If an event is no JSON object, does not end, or is an error.
         """
         self._keep(data)
-        if b"\n" not in data and b"\r" not in data:
+        if self._is_whole is None and (start := data.removeprefix(_BYTE_ORDER_MARK).lstrip()):
+            self._is_whole = start.startswith(b"{")
+        if self._is_whole or (b"\n" not in data and b"\r" not in data):
             return
         data = b"".join(self._rest)
         half = b"\r" if data.endswith(b"\r") else b""  # of an end of line, perhaps
@@ -97,7 +104,19 @@ class EventReader:
         *events, rest = data.split(b"\n\n")
         self._rest, self._num_rest = [], 0
         self._keep(rest + half)
-        yield from (_event(text) for text in events if text)
+        yield from (_event(text) for text in events if text.strip(b"\n"))
+
+    def end(self) -> Iterator[StreamEvent]:
+        """Gives what is left once all bytes have come: an event without its blank line.
+
+        Raises:
+            UpstreamError: As `feed`.
+        """
+        if self._is_whole:
+            data = b"".join(self._rest).removeprefix(_BYTE_ORDER_MARK)
+            yield from _events_of_whole(_said(data))
+        else:
+            yield from self.feed(b"\n\n")
 
     def _keep(self, data: bytes) -> None:
         self._rest.append(data)
@@ -107,23 +126,54 @@ class EventReader:
 
 
 def _event(text: bytes) -> StreamEvent:
+    text = text.removeprefix(_BYTE_ORDER_MARK)
     lines = [line[5:] for line in text.split(b"\n") if line.startswith(b"data:")]
     data, raw = b"\n".join(lines).strip(), text + b"\n\n"
     if not data:
         return StreamEvent(raw)
-    if data == b"[DONE]":
-        return DONE
-    chunk = json_object(data)
-    if chunk is None:
-        raise UpstreamError("malformed", "upstream sent an event that is no JSON object")
-    if error := chunk.get("error"):
+    return DONE if data == b"[DONE]" else StreamEvent(raw, _said(data))
+
+
+def _said(data: bytes) -> Json:
+    """The JSON object that an upstream says.
+
+    Bytes that are no UTF-8 are read as clients read them, and passed on as they are.
+
+    Raises:
+        UpstreamError: If it is none, or an error.
+    """
+    said = json_object(data.decode(errors="replace"))
+    if said is None:
+        raise UpstreamError("malformed", "upstream sent something that is no JSON object")
+    if error := said.get("error"):
         message = "upstream sent an error"
         body = error_body(message, "upstream_error")  # it has every field that clients expect
         body["error"] |= error if isinstance(error, dict) else {"message": str(error)}
         code = body["error"]["code"]
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
         raise UpstreamError("said", message, status, body)
-    return StreamEvent(raw, chunk)
+    return said
+
+
+def _events_of_whole(answer: Json) -> Iterator[StreamEvent]:
+    """The events of a stream that says what a whole answer does."""
+    usage, choices = answer.pop("usage", None), answer.pop("choices", None)
+    envelope = answer | {"object": "text_completion"}
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and isinstance(message := choice.pop("message", None), dict):
+            envelope["object"] = "chat.completion.chunk"
+            choice["delta"] = message | _numbered(message.get("tool_calls"))
+    yield StreamEvent(chunk=envelope | {"choices": choices})
+    if usage is not None:
+        yield StreamEvent(chunk=envelope | {"choices": [], "usage": usage})
+    yield DONE
+
+
+def _numbered(calls: Any) -> Json:
+    """The tool calls of a whole answer as a stream has them."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return {}
+    return {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
 
 
 # Chunks
@@ -139,6 +189,8 @@ def choice_of(chunk: Json) -> Json | None:
     if not choices:
         return None
     choice: Any = choices[0] if isinstance(choices, list) else None
+    if isinstance(choice, dict) and choice.get("delta", {}) is None:
+        choice["delta"] = {}  # nothing is added
     if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
         raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
     return choice

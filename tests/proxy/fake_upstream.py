@@ -20,6 +20,7 @@ import math
 import re
 import socket
 import threading
+import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -63,8 +64,12 @@ class Plan:
     split: int = 0
     """Bytes in a packet; at 0 each chunk is one."""
     top: str = "sound"
-    """What the log probabilities are: sound, none, few (5), nan, null, words, or refused if more
-    than 5 are asked for."""
+    """What the log probabilities are: sound, none, few (5), nan, null, words. If more than 5 are
+    asked for: a status, or what the stream begins with (says, malformed, list) or does (dies)."""
+    form: str = ""
+    """How the answer is sent: a content type, null (deltas without a text are null), unended (the
+    last event has no blank line, and no mark follows), endless (no reason why it ends), bytes (that are no UTF-8), whole
+    (no stream though one is asked for), or gzip."""
     trouble: str = ""
     """"500" and the like, mute (no answer at all), hangs, crowds (waits for others), dies, ends,
     endless, html, goes on (behind the mark of its end, and hangs), or a strange event before each
@@ -193,8 +198,11 @@ class Asked:
 class _Stream(StreamingResponse):
     """Notes how it ended."""
 
-    def __init__(self, asked: Asked, content: AsyncIterator[bytes], fake: _Fake) -> None:
-        super().__init__(content, media_type="text/event-stream")
+    def __init__(self, asked: Asked, content: AsyncIterator[bytes], fake: _Fake, form: str) -> None:
+        kind = form if "/" in form else "text/event-stream"
+        super().__init__(content, headers={"content-type": kind})
+        if form == "gzip":
+            self.headers["content-encoding"] = "gzip"
         self.asked, self.fake = asked, fake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -327,8 +335,10 @@ class _Fake:
         if plan.trouble == "mute" and happens:
             await asked.freed.wait()
         num_top = max(numbers["logprobs"], numbers["top_logprobs"])
-        if plan.top == "refused" and num_top > 5:
-            return _refusal(asked, 400, "at most 5 log probabilities")
+        if plan.top.isdigit() and num_top > 5:
+            return _refusal(asked, int(plan.top), "at most 5 log probabilities")
+        if plan.top in (*_STRANGE, "dies") and num_top > 5:
+            plan, happens = replace(plan, trouble=plan.top, at=0), True
         if plan.trouble.isdigit() and happens:
             return _refusal(asked, int(plan.trouble), f"trouble with {plan.name}")
         if plan.trouble == "html" and happens:
@@ -339,8 +349,8 @@ class _Fake:
         elif is_anew and plan.anew == "brief":
             plan = replace(plan, thinking=5)
         writer = _Writer(self, asked, plan, prompt, happens)
-        if body.get("stream"):
-            return _Stream(asked, writer.packets(), self)
+        if body.get("stream") and plan.form != "whole":
+            return _Stream(asked, writer.packets(), self, plan.form)
         async for _ in writer.packets():
             pass
         asked.ended = "done"
@@ -447,6 +457,7 @@ class _Writer:
             limit = 16  # theirs, but for chats
         self.limit = math.inf if limit is None else limit
         self.all: list[Token] = []
+        self.packed = zlib.compressobj(wbits=31)
 
     async def packets(self) -> AsyncIterator[bytes]:
         """The stream's bytes."""
@@ -455,12 +466,26 @@ class _Writer:
             self.fake.start(self.id, self.asked)
             async for event in self.events():
                 data = (event if event[:1] == ":" else f"data: {event}").encode() + b"\n\n"
+                data = self.formed(data)
                 for start in range(0, len(data), size or len(data)):
                     packet = data[start : start + size] if size else data
                     self.asked.num_sent += len(packet)
                     yield packet
                     await asyncio.sleep(0)
         self.asked.ended = "done"
+
+    def formed(self, data: bytes) -> bytes:
+        """An event's bytes in the plan's form."""
+        match self.plan.form:
+            case "unended" if self.finish:
+                return data.rstrip()
+            case "null":
+                return data.replace(b'"delta": {}', b'"delta": null')
+            case "bytes":
+                return data.replace("é".encode(), "é".encode("latin-1"))
+            case "gzip":
+                return self.packed.compress(data) + self.packed.flush(zlib.Z_SYNC_FLUSH)
+        return data
 
     async def events(self) -> AsyncIterator[str]:
         """The stream's events, each as text."""
@@ -478,6 +503,8 @@ class _Writer:
                 if choice != self._choice(i, {}, None) or self.finish or not llama:
                     yield self._event([choice], first=not self.chat and not self.all)
             self.all += chunk
+        if self.plan.form == "unended":
+            return
         if llama and not self.chat and self.num_choices == 1:
             # It tells how many tokens it took whether anybody asked or not.
             yield self._event([self._choice(0, "", None)], usage=self.usage())
@@ -576,7 +603,7 @@ class _Writer:
     def _choice(
         self, i: int, shown: Any, logprobs: Any, chunk: Sequence[Token] = ()
     ) -> dict[str, Any]:
-        finish = self.finish or None
+        finish = None if self.plan.form == "endless" else self.finish or None
         if self._is("llama-server") and not self.chat and chunk:
             finish = None  # it has a chunk of its own
         name = "delta" if self.chat else "text"

@@ -117,19 +117,58 @@ def test_errors_of_the_server_are_passed_on(
     assert reply.headers["content-type"] == expected.headers["content-type"]
     assert reply.headers["retry-after"] == "7"
     # What was refused may have been what the proxy asked for beside: then it is asked without.
-    assert len(vllm.upstream.of(plan)) == 2 + (status == 400)
+    assert len(vllm.upstream.of(plan)) == 2 + (status in (400, 500))
 
 
 @BOTH
 @STREAMED
+@pytest.mark.parametrize("status", ["400", "404", "413", "422", "500", "501"])
 def test_a_server_that_gives_few_log_probabilities_is_asked_again_without(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, status: str
 ) -> None:
-    plan = replace(plan, top="refused")
+    plan = replace(plan, top=status)
     reply = ask(vllm.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert json.loads(reply.headers["x-haltwise"])["reason"] == "refused"
     assert len(vllm.upstream.of(plan)) == 2
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("top", ["says", "malformed", "list", "dies"])
+def test_a_stream_that_fails_before_it_says_anything_is_asked_for_again_without(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, top: str
+) -> None:
+    plan = replace(plan, top=top)
+    reply = ask(vllm.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat) and (not stream or reply.done)
+    assert reply.haltwise["fallback"] == "refused"
+    assert len(vllm.upstream.of(plan)) == 2
+
+
+FORMS = (
+    *("null", "unended", "endless", "bytes", "whole", "gzip", "text/plain", "application/json"),
+    *("Text/Event-Stream; Charset=UTF-8", "application/octet-stream", "application/x-ndjson"),
+)
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("headers", [NEVER, {}], ids=["unhalted", "halted"])
+def test_an_answer_in_an_odd_form_is_an_answer(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, form: str, headers: dict[str, str]
+) -> None:
+    plan = replace(plan, form=form)
+    found = ask(vllm.client, plan, chat, stream, headers)
+    body = found.body.decode(errors="replace").replace("\ufffd", "é").replace("\\ufffd", "\\u00e9")
+    reply = replace(found, body=body.encode())
+    assert reply.status == 200 and reply.streamed == stream and (not stream or reply.done)
+    # Whoever answers without a stream cannot be halted.
+    is_halted = headers is not NEVER and form != "whole"
+    assert reply.text.endswith(plan.answer_text(20 if is_halted else 28))
+    assert plan.thought(20) in reply.thought + reply.text
+    assert reply.finish == (None if form == "endless" else "stop")
 
 
 @BOTH

@@ -97,6 +97,22 @@ def test_an_event_that_is_none_is_an_error(text: bytes, kind: str) -> None:
     assert kind == "malformed" or raised.value.body["error"]["message"] == "m"
 
 
+def test_a_whole_answer_is_read_as_the_stream_that_says_the_same() -> None:
+    calls = [{"id": "c0", "function": {"name": "f", "arguments": "{}"}}]
+    message = {"role": "assistant", "content": "18", "reasoning": "hm", "tool_calls": calls}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    answer = {"id": "7", "object": "chat.completion", "choices": [choice], "usage": {"x": 1}}
+    reader, whole = EventReader(), WholeAnswer()
+    data = b"\n" + json.dumps(answer, indent=2).encode()
+    assert [event for i in range(len(data)) for event in reader.feed(data[i : i + 1])] == []
+    events = list(reader.end())
+    assert events[-1] is DONE
+    for event in events[:-1]:
+        assert event.chunk and event.chunk["object"] == "chat.completion.chunk"
+        whole.add(event.chunk)
+    assert whole.answer(chat=True) == answer
+
+
 def test_an_event_that_does_not_end_is_not_kept_for_ever() -> None:
     reader = EventReader()
     with pytest.raises(UpstreamError, match="does not end"):
