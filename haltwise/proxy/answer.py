@@ -1,7 +1,6 @@
 """What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.wire import (
@@ -34,6 +33,7 @@ class ClientAnswer:
         """What all chunks have in common, from the first leg's first one."""
         self.finish: str | None = None
         """Why the answer ended, once it has."""
+        self._is_stopped = False  # by a text that the client named
         self.is_whole = False
         """Whether the server has marked the end of its stream."""
         self._reader, self._shadow = reader, shadow
@@ -51,6 +51,7 @@ class ClientAnswer:
         if choice is not None:
             self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
             self.finish = choice.get("finish_reason") or self.finish
+            self._is_stopped |= self._request.is_stopped(choice)
         if self._strip(chunk, choice):
             event.raw = b""
         usage = chunk.get("usage")
@@ -98,13 +99,27 @@ class ClientAnswer:
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        return usage | (own if len(self._usages) == 1 else {}) | {"haltwise": self.report()}
+        told = own if len(self._usages) == 1 else self._details()
+        return usage | told | {"haltwise": self.report()}
+
+    def _details(self) -> Json:
+        """The details that servers tell of usage, of all legs together."""
+        details: Json = {}
+        for told in (usage.told for usage in self._usages):
+            details = _sum(details, {n: v for n, v in told.items() if isinstance(v, dict)})
+        name = "completion_tokens_details"
+        num_thought = details.get(name, {}).get("reasoning_tokens")
+        if not self._usages[0].told and isinstance(num_thought, int):
+            # The first leg was left before it told them.
+            num_thought += self._reader.thought.position
+            details[name] = details[name] | {"reasoning_tokens": num_thought}
+        return details
 
     def report(self) -> Json:
         """What the client and the log are told about the thought."""
         reader = self._reader
         if self.finish is not None or self.is_whole:
-            reader.thought.end(by_lm=self.finish != "length")
+            reader.thought.end(by_lm=self.finish != "length" and not self._is_stopped)
         found = reader.streamed.report()
         if found.decided and not reader.is_closed:
             reader.streamed.release(reader.fallback)
@@ -114,8 +129,10 @@ class ClientAnswer:
             "reason": found.reason,
             "position": found.position,
             "price": found.price,
-            "legs": [asdict(usage) for usage in reader.usages],
+            "legs": [usage.counts() for usage in reader.usages],
         }
+        if reader.is_closed and reader.thought.position > found.position:
+            report["length"] = reader.thought.position
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:
@@ -159,3 +176,17 @@ class ClientAnswer:
         own["finish_reason"] = choice.get("finish_reason")
         own |= {name: value for name, value in choice.items() if name not in _OF_CHOICE}
         return StreamEvent(chunk=self.envelope | {"choices": [own]})
+
+
+def _sum(one: Json, other: Json) -> Json:
+    """Two objects in one, the numbers of both added up on every level."""
+    both = one | other
+    for name in one.keys() & other.keys():
+        first, second = one[name], other[name]
+        if isinstance(first, dict) and isinstance(second, dict):
+            both[name] = _sum(first, second)
+        elif isinstance(first, int | float) and isinstance(second, int | float):
+            both[name] = first + second
+        else:
+            both[name] = first if second is None else second
+    return both

@@ -46,7 +46,7 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
-# Statuses that do not hang on what is asked for beside: whose request it is, and how many there are.
+# Statuses that do not hang on what is asked for beside: who asks, and how many do.
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
@@ -151,7 +151,7 @@ class Proxy:
         parts = unquote(client.scope["path"]).split("/")
         if "." in parts or ".." in parts:
             raise RefusedError(404, "not_found", "no such path")
-        if self._keys is None:
+        if self._keys is None or _is_preflight(client):
             return self._terms
         terms = self._keys.terms_of(client.headers.get("authorization"))
         if terms is None:
@@ -362,6 +362,12 @@ def _stream_type(leg: UpstreamLeg) -> str:
     """The content type of a leg, if it is one of streams, as all that are watched become."""
     own = str(leg.response.headers.get("content-type", ""))
     return own if _is_stream(own.encode()) else f"{EVENT_STREAM}; charset=utf-8"
+
+
+def _is_preflight(client: RequestingClient) -> bool:
+    """Whether a browser asks what its page may ask for: it never shows a key then."""
+    asks = client.headers.get("access-control-request-method")
+    return client.scope["method"] == "OPTIONS" and asks is not None
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.lm_server import LMServer
+from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
@@ -55,9 +55,10 @@ class WatchedCompletion:
         """Asks nothing yet."""
         self.request = request
         self._server, self._settings = server, settings
-        prompt = "" if request.chat else request.prompt
+        begins = not request.chat and opened_in_text(request.prompt, server.rules)
+        opening = server.rules.think_start if begins else ""
         self._streamed = StreamedThought(
-            settings.head, server.rules, asked, prompt, settings.control
+            settings.head, server.rules, asked, opening, settings.control
         )
         self._reader = ThoughtReader(request, server, self._streamed, settings.metrics)
         self._closer = ThoughtCloser(self._reader, settings.patience)

@@ -115,6 +115,17 @@ class CompletionRequest:
             or not (_are_objects(messages) or (messages is None and not self.chat))
         )
 
+    def is_stopped(self, choice: Json) -> bool:
+        """Whether an answer ends with this choice because the client has named such an end.
+
+        Some servers tell it; of others it is believed.
+        """
+        if choice.get("finish_reason") != "stop":
+            return False
+        if "stop_reason" in choice:
+            return choice["stop_reason"] is not None
+        return any(self._stops) or bool(self.body.get("stop_token_ids"))
+
     @property
     def _stops(self) -> list[Any]:
         """The texts at which the answer is to end, as the client named them."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import anyio
 
@@ -9,10 +10,19 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.upstream import GeneratedSoFar, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
 from haltwise.session.signal_collector import NUM_TOP
-from haltwise.session.thought import PointRules, Thought
+from haltwise.session.thought import PointRules
 
 # Answers to questions that hang on what clients send are kept for so many.
 _MOST_KEPT = 1000
+# Fields of a chat that its prompt hangs on, beside its messages.
+_RENDERED = (
+    *("model", "tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
+    *("add_generation_prompt", "continue_final_message"),
+)
+# Marks, in a prompt that is only looked at, where the last message ends that the LM answers.
+_BORDER = "~haltwise~"
+# How templates begin the turn of another speaker.
+_TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_of_turn>")
 # Tokens of its context that SGLang may keep for itself.
 _RESERVED = 16
 
@@ -42,7 +52,6 @@ class LMServer:
         """What of the close text stands inside of the thought, and what stands behind it."""
         # Only white space stands behind the marker.
         self.ends_with_marker = bool(marker) and not after.strip()
-        self._opens: dict[bytes, bool] = {}
 
     async def learn(self, headers: RawHeaders) -> None:
         """Asks the server once for what has to be known of it; here that is nothing.
@@ -85,24 +94,26 @@ class LMServer:
             raise UpstreamError("no token ids", "upstream did not tell the ids of a chat's tokens")
         return request.continued_body(prompt=request.prompt + seen.text + tail)
 
-    async def opens_thought(self, request: CompletionRequest) -> bool:
-        """Whether the server's chat template ends inside of a thought; False if it does not tell.
+    async def opened(self, request: CompletionRequest) -> bool | None:
+        """Whether an answer begins inside of a thought.
 
-        The answer is kept: it is the same for all requests with the same model and template.
+        In a chat that hangs on the request's own messages: they may switch thoughts off, or have
+        begun one.
+
+        Returns:
+            True inside of a thought, False behind one that is closed already, None if there is
+            none yet or the server does not tell.
         """
-        names = ("model", "chat_template_kwargs", "reasoning_effort", "chat_template")
-        asks = request.fields_set(*names)
-        key = _digest(asks)
-        if key not in self._opens:
-            asks |= {"messages": [{"role": "user", "content": "?"}], "add_generation_prompt": True}
-            try:
-                rendered = await self.rendered(asks, request.headers)
-            except UpstreamError:
-                return False
-            if len(self._opens) >= _MOST_KEPT:
-                self._opens.clear()
-            self._opens[key] = Thought(self.rules, rendered).begun
-        return self._opens[key]
+        if not request.chat:
+            return opened_in_text(request.prompt, self.rules)
+        asks = request.fields_set(*_RENDERED)
+        asks["messages"] = _with_border(request.body["messages"])
+        asks.setdefault("add_generation_prompt", True)
+        try:
+            rendered = await self.rendered(asks, request.headers)
+        except UpstreamError:
+            return None
+        return _opened_in(rendered, self.rules)
 
     async def rendered(self, asks: Json, headers: RawHeaders) -> str:
         """The text that the server's chat template makes of messages.
@@ -300,14 +311,10 @@ class LlamaServer(LMServer):
         if why_not:
             raise UpstreamError(why_not, "upstream cannot continue such a request")
         prompt = await self.rendered(request.body, request.headers)
-        if not Thought(self.rules, prompt).begun:
+        if not await self.opened(request):
             # The LM's own marker has no chunk.
             prompt += self.rules.think_start + "\n"
         return request.continued_body(prompt=[prompt, *said, tail])
-
-    async def opens_thought(self, request: CompletionRequest) -> bool:
-        """Never has to be known: the server tells thoughts apart, or shows their marker."""
-        return False
 
     async def rendered(self, asks: Json, headers: RawHeaders) -> str:
         """The text that the template makes of messages; the server has an endpoint for it.
@@ -378,6 +385,43 @@ async def _models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
     """The models that a server lists."""
     models = (await upstream.call("/v1/models", None, headers)).get("data")
     return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def _with_border(messages: list[Json]) -> list[Json]:
+    """Messages with a border behind the last one that the assistant has not begun itself."""
+    num = len(messages) - (messages[-1:] != [] and messages[-1].get("role") == "assistant")
+    if num == 0:
+        return messages
+    asked, content = messages[num - 1], messages[num - 1].get("content")
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": _BORDER}]
+    else:
+        content = f"{content or ''} {_BORDER}"
+    return [*messages[: num - 1], asked | {"content": content}, *messages[num:]]
+
+
+def _opened_in(rendered: str, rules: PointRules) -> bool | None:
+    """As `LMServer.opened`, of a prompt with a border; what stands before that was not thought."""
+    _, border, opening = rendered.rpartition(_BORDER)
+    if not border:
+        return opening.rfind(rules.think_start) > opening.rfind(rules.think_end) or None
+    if rules.think_end in opening:
+        return False
+    return rules.think_start in opening or None
+
+
+def opened_in_text(prompt: str, rules: PointRules) -> bool | None:
+    """As `LMServer.opened`, of a prompt that is no chat.
+
+    A marker that stands amid a line, or with another turn behind it, is only mentioned.
+    """
+    before, marker, thought = prompt.rpartition(rules.think_start)
+    if prompt.rstrip().endswith(rules.think_end):
+        return False
+    if not marker or rules.think_end in thought:
+        return None
+    has_line = not before or before[-1] in "\n>]" or thought.startswith("\n")
+    return not thought.strip() or (has_line and not _TURN.search(thought)) or None
 
 
 def _digest(asks: Json) -> bytes:

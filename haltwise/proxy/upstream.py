@@ -190,9 +190,16 @@ class LegUsage:
     prompt_tokens: int | None = None
     """None if they are not known."""
     completion_tokens: int = 0
+    told: wire.Json = field(default_factory=dict)
+    """All that the server told of it."""
+
+    def counts(self) -> wire.Json:
+        """The numbers of its tokens, as a client is told them."""
+        return {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
 
     def take(self, usage: Any) -> None:
         """Believes the usage that the server tells, if it is one."""
+        self.told = usage if isinstance(usage, dict) else self.told
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 setattr(self, name, usage[name])

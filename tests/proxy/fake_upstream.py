@@ -35,14 +35,16 @@ from starlette.types import Receive, Scope, Send
 
 Kind = Literal["vllm", "llama-server", "sglang", "ollama", "plain"]
 """plain: nothing tells what it is."""
-Thoughts = Literal["field", "opened", "written"]
+Thoughts = Literal["field", "naive", "opened", "written"]
 """Where a chat's thoughts stand: in a field of their own, or in the content. Then <think> is in the
-prompt already (opened), or the LM writes it (written)."""
+prompt already (opened), or the LM writes it (written). A naive server shows an answer in the field
+if no thought was closed before it."""
 
 NUM_OTHERS = 20
 #: Tokens of prompt and answer together, where a server tells.
 CONTEXT = 100_000
 _OPEN, _CLOSE = "<think>", "</think>"
+_MENTION = "<think >"
 _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
 _EOS = "<eos>"
 
@@ -68,8 +70,8 @@ class Plan:
     asked for: a status, or what the stream begins with (says, malformed, list) or does (dies)."""
     form: str = ""
     """How the answer is sent: a content type, null (deltas without a text are null), unended (the
-    last event has no blank line, and no mark follows), endless (no reason why it ends), bytes (that are no UTF-8), whole
-    (no stream though one is asked for), or gzip."""
+    last event has no blank line, and no mark follows), endless (no reason why it ends), bytes (that
+    are no UTF-8), whole (no stream though one is asked for), or gzip."""
     trouble: str = ""
     """"500" and the like, mute (no answer at all), hangs, crowds (waits for others), dies, ends,
     endless, html, goes on (behind the mark of its end, and hangs), or a strange event before each
@@ -84,6 +86,10 @@ class Plan:
     thinks five tokens)."""
     token_bytes: int = 0
     """Tokens are filled up to this length."""
+    mention: str = ""
+    """What the answer begins with."""
+    details: bool = False
+    """Tells details of its usage: all tokens of its answer are of a thought, one was cached."""
     tool: bool = False
     """Calls a tool in place of an answer."""
 
@@ -148,6 +154,8 @@ def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
             seen += 1
         yield Token(_CLOSE, "marker")
     said = len(re.findall(rf" {plan.name}\.a\d+", answer))
+    if plan.mention and not said:
+        yield Token(plan.mention.replace(_MENTION, _OPEN), "answer")
     text = plan.answer_text(seen, start=said)
     for piece in re.findall(rf" {plan.name}\.[^ ]*", text):
         yield Token(piece, "answer")
@@ -294,8 +302,13 @@ class _Fake:
         self._running = {id: other for id, other in self._running.items() if other is not asked}
         asked.gone.set()
 
+    def rendered(self, body: Any) -> str:
+        """What the template makes of messages, whatever stands in them."""
+        others = [str(message.get("content")) for message in body["messages"][:-1]]
+        return "".join(others) + self.prompt_of(body).replace(_MENTION, _OPEN)
+
     def prompt_of(self, body: Any, chat: bool = True) -> str:
-        """What the LM reads, from its own plan on."""
+        """What the LM reads, from its own plan on; markers of users mean nothing to it."""
         if not chat or "messages" not in body:
             prompt = body["prompt"]
             return prompt if isinstance(prompt, str) else self.decode(self.ids_of(prompt))
@@ -304,7 +317,9 @@ class _Fake:
         content = messages[last]["content"]
         if not isinstance(content, str):
             content = "".join(part["text"] for part in content)
-        text = content + "\n<|assistant|>"
+        text = content.replace(_OPEN, _MENTION) + "\n<|assistant|>"
+        if len(messages) == last + 1 and "/no_think" in content:
+            return text + f"{_OPEN}\n\n{_CLOSE}\n\n"
         if len(messages) == last + 1:
             return text + ("" if self.thoughts == "written" else f"{_OPEN}\n")
         prefill = messages[-1]
@@ -326,14 +341,19 @@ class _Fake:
             (body.get("model") or "").encode()
         except (ValueError, TypeError, LookupError, AttributeError):
             return _refusal(self._ask(request, None), 400, "malformed request")
-        is_anew = leg_of(prompt) == 1 and any(one.name == plan.name for one in self.plans)
-        self.plans.append(plan)
         asked = self._ask(request, body)
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
-        happens = leg_of(prompt) in plan.legs
-        if plan.trouble == "mute" and happens:
+        if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
+        return await self._answer(asked, plan, prompt, numbers)
+
+    async def _answer(
+        self, asked: Asked, plan: Plan, prompt: str, numbers: dict[str, int]
+    ) -> Response:
+        is_anew = leg_of(prompt) == 1 and any(one.name == plan.name for one in self.plans)
+        self.plans.append(plan)
+        happens = leg_of(prompt) in plan.legs
         num_top = max(numbers["logprobs"], numbers["top_logprobs"])
         if plan.top.isdigit() and num_top > 5:
             return _refusal(asked, int(plan.top), "at most 5 log probabilities")
@@ -344,12 +364,11 @@ class _Fake:
         if plan.trouble == "html" and happens:
             asked.gone.set()
             return Response(b"<html>not an API</html>", media_type="text/html")
-        if is_anew and plan.anew == "plain":
-            prompt += _CLOSE
-        elif is_anew and plan.anew == "brief":
-            plan = replace(plan, thinking=5)
+        if is_anew:
+            plan = replace(plan, thinking={"brief": 5, "plain": 0}.get(plan.anew, plan.thinking))
+            prompt += _CLOSE if plan.anew == "plain" else ""
         writer = _Writer(self, asked, plan, prompt, happens)
-        if body.get("stream") and plan.form != "whole":
+        if asked.body.get("stream") and plan.form != "whole":
             return _Stream(asked, writer.packets(), self, plan.form)
         async for _ in writer.packets():
             pass
@@ -404,7 +423,7 @@ class _Fake:
         """Of text or of messages."""
         body = await request.json()
         if "messages" in body:
-            text = self.prompt_of(body)
+            text = self.rendered(body)
         else:
             text = body.get("prompt", body.get("content"))
         ids = self.encode(text)
@@ -417,7 +436,7 @@ class _Fake:
 
     async def apply_template(self, request: Request) -> Response:
         """The prompt of messages."""
-        return JSONResponse({"prompt": self.prompt_of(await request.json())})
+        return JSONResponse({"prompt": self.rendered(await request.json())})
 
     async def tell(self, request: Request) -> Response:
         """How the streams so far have ended, by path."""
@@ -457,6 +476,9 @@ class _Writer:
             limit = 16  # theirs, but for chats
         self.limit = math.inf if limit is None else limit
         self.all: list[Token] = []
+        stops = self.body.get("stop")
+        stops = stops if isinstance(stops, list) else [stops]
+        self.stops = [text for text in stops if isinstance(text, str) and text]
         self.packed = zlib.compressobj(wbits=31)
 
     async def packets(self) -> AsyncIterator[bytes]:
@@ -503,8 +525,13 @@ class _Writer:
                 if choice != self._choice(i, {}, None) or self.finish or not llama:
                     yield self._event([choice], first=not self.chat and not self.all)
             self.all += chunk
-        if self.plan.form == "unended":
-            return
+        if self.plan.form != "unended":
+            async for event in self.last_events():
+                yield event
+
+    async def last_events(self) -> AsyncIterator[str]:
+        """Those behind the last token's."""
+        llama = self._is("llama-server")
         if llama and not self.chat and self.num_choices == 1:
             # It tells how many tokens it took whether anybody asked or not.
             yield self._event([self._choice(0, "", None)], usage=self.usage())
@@ -541,6 +568,9 @@ class _Writer:
             self.num_tokens += 1
             if token.place == "end":
                 self.finish = "tool_calls" if self.plan.tool else "stop"
+            elif any(text in token.text for text in self.stops):
+                self.finish = "stop"
+                chunk[-1] = replace(token, text="")
             elif self.num_tokens >= self.limit:
                 self.finish = "length"
         return chunk
@@ -564,7 +594,7 @@ class _Writer:
         return self.fake.kind in kinds
 
     def _event(
-        self, choices: list[Any], usage: dict[str, int] | None = None, first: bool = False
+        self, choices: list[Any], usage: dict[str, Any] | None = None, first: bool = False
     ) -> str:
         event: dict[str, Any] = {
             "id": self.id,
@@ -581,10 +611,14 @@ class _Writer:
         # NaN is what a careless server writes.
         return json.dumps(event, ensure_ascii=False)
 
-    def usage(self) -> dict[str, int]:
-        """Both counts and their sum."""
+    def usage(self) -> dict[str, Any]:
+        """Both counts and their sum, and the details."""
         prompt, own = len(self.prompt_ids), self.num_tokens * self.num_choices
-        return {
+        details = {
+            "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": None},
+            "completion_tokens_details": {"reasoning_tokens": own},
+        }
+        return (details if self.plan.details else {}) | {
             "prompt_tokens": prompt,
             "completion_tokens": own,
             "total_tokens": prompt + own,
@@ -615,7 +649,9 @@ class _Writer:
         return choice
 
     def _delta(self, chunk: list[Token]) -> dict[str, Any]:
-        if self.fake.thoughts != "field":
+        if self.fake.thoughts == "naive" and all(token.text != _CLOSE for token in self.all):
+            return {"reasoning": "".join(t.text for t in chunk if t.place == "answer")}
+        if self.fake.thoughts in ("opened", "written"):
             text = "".join(token.text for token in chunk if token.place != "end")
             return {"content": text}
         # The marker and what a message puts before it.

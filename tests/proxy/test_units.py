@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import logging
 import math
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltwise import Terms, cli
+from haltwise import HaltHead, Terms, cli
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig
-from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server
-from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, opened_in_text
+from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
 from haltwise.proxy.upstream import GeneratedSoFar, UpstreamLeg
 from haltwise.proxy.wire import (
@@ -632,18 +634,99 @@ def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
     assert raised.value.kind == "status"
 
 
-def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def rendered(*_: Any) -> str:
-        return "<think>"
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("<|user|>q<|assistant|><think>\n", True),
+        ("7 + 8 = <think>", True),
+        ("<think>\nLet me", True),
+        ("q: <think>\nLet me", True),
+        ("What is <think>?\n<|assistant|><think>", True),
+        ("q", None),
+        ("What is <think>?", None),
+        ("What is <think>?\n<|assistant|>", None),
+        ("What is\n<think>\n<\uff5cAssistant\uff5c>", None),
+        ("[INST]<think>[/INST]", None),
+        ("<think>a</think> 15", None),
+        ("<think>\n\n</think>\n\n", False),
+        ("What is <think>?\n<|assistant|><think></think>", False),
+    ],
+)
+def test_a_marker_in_a_prompt_is_told_from_one_that_is_mentioned(
+    prompt: str, opened: bool | None
+) -> None:
+    assert opened_in_text(prompt, RULES) is opened
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "opened"),
+    [
+        ([{"role": "user", "content": "q"}], "{}<think>\n", True),
+        ([{"role": "user", "content": "q"}], "{}", None),
+        ([{"role": "user", "content": "<think>"}], "{}", None),
+        ([{"role": "user", "content": "</think>"}], "{}<think>", True),
+        ([{"role": "user", "content": None}], "<think>a</think>{}<think></think>", False),
+        ([{"role": "user", "content": [{"type": "text", "text": "q"}]}], "{}<think>", True),
+        ([{"role": "user"}, {"role": "assistant", "content": "<think>a"}], "{}<think>a", True),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "{}<think>a</think>x", False),
+        ([{"role": "user"}, {"role": "assistant"}], "{}</think> says <think>", False),
+        ([{"role": "assistant", "content": "x"}], "x<think>", True),
+        ([], "", None),
+    ],
+    ids=str,
+)
+def test_what_a_template_makes_of_messages_tells_whether_a_thought_is_open(
+    messages: list[Json], template: str, opened: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rendered(self: LMServer, asks: Json, headers: Any) -> str:
+        assert asks["tools"] == [{"a": 1}] and asks["add_generation_prompt"] is True
+        contents = (message.get("content") for message in asks["messages"][:1])
+        texts = (text[-1]["text"] if isinstance(text, list) else text for text in contents)
+        return template.replace("{}", "".join(map(str, texts)))
 
     monkeypatch.setattr(LMServer, "rendered", rendered)
     server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
-    asked = CompletionRequest(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
-    assert asyncio.run(server.opens_thought(asked))
-    assert all(len(key) <= 64 for key in server._opens)
+    asked = CompletionRequest(True, {"messages": messages, "tools": [{"a": 1}]})
+    assert asyncio.run(server.opened(asked)) is opened
+    assert asked.body == {"messages": messages, "tools": [{"a": 1}]}
+
+
+@pytest.mark.parametrize("marker", ["\u25c1think\u25b7", "<think>"])
+def test_markers_may_have_several_tokens_that_end_inside_of_characters(marker: str) -> None:
+    halting = replace(HEAD.config.halting, think_start=marker, think_end="/" + marker)
+    head = HaltHead(replace(HEAD.config, halting=halting), HEAD.weights)
+    server = LMServer(None, PointRules(halting), "/" + marker)  # type: ignore[arg-type]
+    asked = CompletionRequest(False, {"prompt": "q"})
+    settings = replace(settings_of(Metrics()), head=head)
+    completion = WatchedCompletion(asked, ASKED, server, settings)
+    leg: Any = OwnLeg([])
+    for text in ("\n", marker, "a", "b", "/" + marker, "18"):
+        for i in range(len(text)):
+            # The first of a character's two tokens has no text of its own.
+            pieces = [("", "\ufffd"), (text[i], "\ufffd")]
+            for shown, piece in pieces if ord(text[i]) > 127 else [(text[i], text[i])]:
+                choice = {"text": shown, "logprobs": {"tokens": [piece]}, "finish_reason": None}
+                leg.events.append(StreamEvent(chunk={"choices": [choice]}))
+    leg.events.append(DONE)
+    told = asyncio.run(completion.whole(leg))["usage"]["haltwise"]
+    num_marker = len(marker) + sum(ord(letter) > 127 for letter in marker)
+    assert (told["reason"], told["position"]) == ("closed by the LM", 2 * num_marker + 4)
 
 
 # Settings
+
+
+def test_every_line_of_the_log_is_a_json_object() -> None:
+    lines = JsonLines()
+    own = logging.makeLogRecord({"msg": '{"a": 1}', "name": "haltwise"})
+    assert lines.format(own) == '{"a": 1}'
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        about = {"msg": "it %s\nhere", "args": ("failed",), "exc_info": sys.exc_info()}
+    found = json.loads(lines.format(logging.makeLogRecord(about | {"name": "uvicorn.error"})))
+    assert (found["message"], found["logger"]) == ("it failed\nhere", "uvicorn.error")
+    assert found["traceback"].endswith("two\nlines")
 
 
 def test_the_upstream_is_named_as_clients_name_it() -> None:
