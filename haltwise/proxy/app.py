@@ -148,6 +148,8 @@ class Proxy:
         Raises:
             RefusedError: If the client may not ask at all, or not for this path.
         """
+        if client.scope["method"] == "CONNECT":
+            raise RefusedError(405, "method_not_allowed", "CONNECT is for proxies of another kind")
         parts = unquote(client.scope["path"]).split("/")
         if "." in parts or ".." in parts:
             raise RefusedError(404, "not_found", "no such path")

@@ -96,7 +96,8 @@ class WatchedCompletion:
             if event.chunk is not None:
                 whole.add(event.chunk)
         answer = whole.answer(self.request.chat)
-        return answer | {"usage": self._answer.usage(answer.get("usage") or {})}
+        own = answer.get("usage")
+        return answer | {"usage": self._answer.usage(own if isinstance(own, dict) else {})}
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.

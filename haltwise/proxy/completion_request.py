@@ -20,7 +20,7 @@ _OF_CHAT = (
 )
 # What changes how an answer tells of its tokens.
 _CHANGING = (
-    *("echo", "suffix", "post_sampling_probs"),
+    *("echo", "suffix", "post_sampling_probs", "n_probs"),
     *("return_token_ids", "return_tokens_as_token_ids"),
 )
 # Characters of a model's name; longer ones are no names.

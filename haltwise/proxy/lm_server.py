@@ -261,7 +261,13 @@ class LlamaServer(LMServer):
         return request.chat and self.ends_with_marker and not own
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
-        """A thought that the server ends by itself can always be halted: it has no second leg."""
+        """A thought that the server ends by itself can always be halted: it has no second leg.
+
+        What the client has begun itself is a part of a whole answer, but not of a stream.
+        """
+        messages = request.body.get("messages") or [{}]
+        if request.chat and not request.streams and messages[-1].get("role") == "assistant":
+            return "prefill"
         if self._controls(request):
             return None
         return request.why_not_continued(self.close_text)

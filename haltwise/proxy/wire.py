@@ -204,9 +204,16 @@ def texts_of(choice: Json) -> tuple[str, str]:
     """The text that a choice adds to the thought, if the server tells it apart, and to all else."""
     delta = choice.get("delta")
     if delta is None:
-        return "", str(choice.get("text") or "")
+        return "", _text_of(choice.get("text"))
     thought = next((delta[name] for name in REASONING_FIELDS if delta.get(name)), "")
-    return str(thought), str(delta.get("content") or "")
+    return _text_of(thought), _text_of(delta.get("content"))
+
+
+def _text_of(content: Any) -> str:
+    """The text of a content, which may have parts."""
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 @dataclass(slots=True)
@@ -266,7 +273,10 @@ def _entry(text: Any, logprob: Any) -> Json:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else _NAN
+    try:
+        return float(value) if isinstance(value, (int, float)) else _NAN
+    except OverflowError:  # of hundreds of digits
+        return _NAN
 
 
 def trim_logprobs(logprobs: Any, num_top: int) -> None:
@@ -286,7 +296,8 @@ def trim_logprobs(logprobs: Any, num_top: int) -> None:
 
 def _likeliest(top: Json, num: int, text: Any) -> Json:
     """The likeliest entries, and the token's own beside them."""
-    kept = sorted(top, key=lambda name: -_number(top[name]))[:num]
+    numbers = {name: _number(value) for name, value in top.items()}
+    kept = sorted(numbers, key=lambda name: (numbers[name] != numbers[name], -numbers[name]))[:num]
     return {name: top[name] for name in top if name in kept or name == text}
 
 
@@ -326,20 +337,27 @@ class WholeAnswer:
                 self._choice[name] = value
         for name, value in (choice.get("delta") or {"text": choice.get("text")}).items():
             self._add_text(name, value)
-        for name, values in (choice.get("logprobs") or {}).items():
+        logprobs = choice.get("logprobs")
+        for name, values in logprobs.items() if isinstance(logprobs, dict) else ():
             if isinstance(values, list):
                 self._logprobs.setdefault(name, []).extend(values)
 
     def _add_text(self, name: str, value: Any) -> None:
         if name == "tool_calls":
-            for call in value or ():
-                _add_call(self._calls.setdefault(call.get("index", 0), {}), call)
+            for call in value if isinstance(value, list) else (value,):
+                if isinstance(call, dict):
+                    _add_call(self._call_of(call), call)
         elif name == "role":
             self._texts[name] = value or self._texts.get(name, "assistant")
-        elif isinstance(value, str):
-            self._texts[name] = self._texts.get(name, "") + value
         elif value is not None:
-            self._texts[name] = value
+            self._texts[name] = _grown(self._texts.get(name), value)
+
+    def _call_of(self, part: Json) -> Json:
+        """The tool call that a part belongs to; without an index, one with an id is a new one."""
+        index = part.get("index")
+        if not isinstance(index, int):
+            index = max(self._calls, default=-1) + 1 if part.get("id") or not self._calls else None
+        return self._calls.setdefault(max(self._calls) if index is None else index, {})
 
     def answer(self, chat: bool) -> Json:
         """The whole answer."""
@@ -358,7 +376,15 @@ class WholeAnswer:
 
 def _add_call(call: Json, part: Json) -> None:
     """Adds a part to a tool call: the texts of its function grow, all else is told once."""
-    function = call.setdefault("function", {})
-    for name, value in (part.get("function") or {}).items():
-        function[name] = function.get(name, "") + (value or "")
+    function, more = call.setdefault("function", {}), part.get("function")
+    for name, value in more.items() if isinstance(more, dict) else ():
+        function[name] = _grown(function.get(name), "" if value is None else value)
     call |= {k: v for k, v in part.items() if k not in ("function", "index") and v}
+
+
+def _grown(one: Any, more: Any) -> Any:
+    """A value and what a stream adds to it: texts and lists grow, all else is told anew."""
+    grows = isinstance(one, str | list) and type(one) is type(more)
+    if grows or not more:
+        return one + more if grows else more if one is None else one
+    return more

@@ -380,6 +380,17 @@ def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, pl
     assert "reasoning_control" not in first.body and second.path == "/v1/completions"
 
 
+@pytest.mark.parametrize(("stream", "reason"), [(True, "halted"), (False, "prefill")])
+def test_what_a_client_has_begun_stays_in_a_whole_answer(
+    pairs: Pairs, plan: Plan, stream: bool, reason: str
+) -> None:
+    # llama-server's whole answers begin with it, its streams do not.
+    messages = [*plan.messages(), {"role": "assistant", "reasoning_content": ""}]
+    reply = ask(pairs("llama-server").client, plan, stream=stream, messages=messages)
+    told = reply.haltwise if stream else json.loads(reply.headers["x-haltwise"])
+    assert told["reason"] == reason
+
+
 def test_a_message_may_have_parts(vllm: Pair, plan: Plan) -> None:
     parts = [{"type": "text", "text": plan.text()}, {"type": "text", "text": " please"}]
     reply = ask(vllm.client, plan, messages=[{"role": "user", "content": parts}])

@@ -593,6 +593,14 @@ def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:
     assert len(vllm.upstream.asked) == num
 
 
+def test_the_proxy_is_no_tunnel(vllm: Pair) -> None:
+    for target in ("/v1/models", "example.com:443"):
+        with connected(vllm.proxy) as client:
+            client.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 404")
+    assert vllm.proxy.metric("haltwise_requests_total", outcome="defect") == 0
+
+
 def test_a_request_has_a_largest_size(pairs: Pairs, plan: Plan) -> None:
     pair = pairs("vllm", max_body_bytes=5 * 2**20)
     padding = "x" * 4 * 2**20

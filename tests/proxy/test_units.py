@@ -1,11 +1,13 @@
 """The proxy's pure parts: events, chunks, requests, legs and settings."""
 
 import asyncio
+import copy
 import json
 import logging
 import math
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -162,6 +164,7 @@ def test_log_probabilities_are_read_in_both_forms() -> None:
         {"content": [{"token": "a", "top_logprobs": 3}]},
         {"tokens": ["a"], "token_logprobs": [], "top_logprobs": None},
         {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [["a"]]},
+        {"tokens": ["a"], "token_logprobs": [10**400], "top_logprobs": [{"a": -(10**400)}]},
     ],
 )
 def test_malformed_log_probabilities_are_unknown(logprobs: Json) -> None:
@@ -183,6 +186,9 @@ def test_a_client_sees_as_many_likely_tokens_as_it_asked_for() -> None:
     legacy = {"tokens": ["own"], "top_logprobs": [dict(top)]}
     trim_logprobs(legacy, 2)
     assert legacy["top_logprobs"] == [{"a": -0.1, "b": -2.0, "own": -9.0}]
+    unknown = {"tokens": ["own"], "top_logprobs": [{"c": math.nan, "d": None, "a": -0.1}]}
+    trim_logprobs(unknown, 1)
+    assert unknown["top_logprobs"] == [{"a": -0.1}]
     chat = {"content": [{"top_logprobs": [{"token": name} for name in "abc"]}]}
     for num in (2, 0):
         trim_logprobs(chat, num)
@@ -253,6 +259,136 @@ def test_a_stream_of_a_completion_is_put_together() -> None:
     assert choice["logprobs"]["token_logprobs"] == [-0.1, -0.1]
 
 
+ODD_VALUES: list[Any] = [
+    *(None, True, 10**400, math.nan, "text", [], [None], ["text"], {}, {"a": None}),
+]
+CHAT_CHUNKS: list[Json] = [
+    {"id": "7", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+    {
+        "prompt_token_ids": [1],
+        "choices": [
+            {"delta": {"reasoning": "a", "content": None}, "logprobs": CHAT, "token_ids": [2]}
+        ],
+    },
+    {
+        "choices": [
+            {
+                "delta": {
+                    "content": "b",
+                    "tool_calls": [
+                        {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}
+                    ],
+                },
+                "finish_reason": None,
+                "stop_reason": None,
+            }
+        ]
+    },
+    {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}}]},
+    {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None},
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "x": {"y": 1}}},
+]
+TEXT_CHUNKS: list[Json] = [
+    {"choices": [{"text": "a", "logprobs": LEGACY, "finish_reason": None, "index": 0}]},
+    {"choices": [{"text": "b", "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}},
+]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values inside of a JSON value."""
+    keys = list(value if isinstance(value, dict) else range(len(value)) if is_list(value) else ())
+    inner = [found for key in keys for found in places(value[key], (*place, key))]
+    return [place, *inner] if place else inner
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def with_value(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
+    """A JSON value with another one in a place."""
+    found = copy.deepcopy(value)
+    inner = found
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = odd
+    return found
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_no_value_of_a_chunk_makes_the_proxy_itself_fail(chat: bool) -> None:
+    chunks = CHAT_CHUNKS if chat else TEXT_CHUNKS
+    body: Json = {"messages": []} if chat else {"prompt": "<think>"}
+    body |= {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
+
+    async def play(chunks: list[Json]) -> None:
+        for asked in (body, {name: body[name] for name in ("messages", "prompt") if name in body}):
+            server = LMServer(cast(Any, Unreachable()), RULES, "</think>")
+            settings = settings_of(Metrics())
+            completion = WatchedCompletion(CompletionRequest(chat, asked), ASKED, server, settings)
+            events = [StreamEvent(chunk=copy.deepcopy(chunk)) for chunk in chunks]
+            with suppress(UpstreamError):
+                json.dumps(await completion.whole(cast(Any, OwnLeg(events))))
+            held = AlreadyShown("a", "</think>")
+            for event in events:
+                with suppress(UpstreamError):
+                    held.leave_out_of(event.choice or {})
+
+    async def play_all() -> None:
+        for place in places(chunks):
+            for odd in ODD_VALUES if len(place) > 1 else ():
+                try:
+                    await play(with_value(chunks, place, odd))
+                except Exception as error:
+                    failed[str((*place, str(odd)[:20]))] = repr(error)
+
+    failed: dict[str, str] = {}
+    asyncio.run(play_all())
+    assert failed == {}
+
+
+class Unreachable:
+    """A server that answers nothing."""
+
+    async def call(self, *_: Any) -> Json:
+        raise UpstreamError("unreachable", "it is")
+
+    async def stream(self, *_: Any) -> UpstreamLeg:
+        raise UpstreamError("unreachable", "it is")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([{"arguments": {"a": 1}}], {"arguments": {"a": 1}}),
+        ([{"name": "f", "arguments": None}, {"arguments": "{}"}], {"name": "f", "arguments": "{}"}),
+        ([{"arguments": "{"}, {"arguments": "}"}, {"arguments": None}], {"arguments": "{}"}),
+        (["text", None, {"name": "f"}], {"name": "f"}),
+    ],
+    ids=str,
+)
+def test_a_tool_call_has_the_arguments_that_the_server_gave_it(
+    parts: list[Any], expected: Json
+) -> None:
+    whole = WholeAnswer()
+    for part in parts:
+        whole.add({"choices": [{"delta": {"tool_calls": [{"index": 0, "function": part}]}}]})
+    (call,) = whole.answer(chat=True)["choices"][0]["message"]["tool_calls"]
+    assert call == {"function": expected}
+
+
+def test_tool_calls_without_a_number_are_told_apart_by_their_ids() -> None:
+    whole = WholeAnswer()
+    for calls in (
+        [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "g"}}],
+        [{"function": {"arguments": "{}"}}],
+    ):
+        whole.add({"choices": [{"delta": {"tool_calls": calls}}]})
+    first, second = whole.answer(chat=True)["choices"][0]["message"]["tool_calls"]
+    assert (first["id"], second["id"]) == ("a", "b")
+    assert second["function"] == {"name": "g", "arguments": "{}"}
+
+
 # Requests
 
 
@@ -276,6 +412,7 @@ def test_a_stream_of_a_completion_is_put_together() -> None:
         (False, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
         (False, {"best_of": 3}, "best_of"),
         (False, {"echo": True}, "echo"),
+        (False, {"n_probs": 3}, "n_probs"),
         (False, {"suffix": "s"}, "suffix"),
         (False, {"prompt": ["one"]}, None),
         (False, {"prompt": ["one", "two"]}, "several prompts"),
@@ -455,6 +592,9 @@ class OwnLeg:
             yield event
         if self.failure:
             raise self.failure
+
+    async def close(self) -> None:
+        pass
 
 
 def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
