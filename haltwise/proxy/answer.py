@@ -33,6 +33,8 @@ class ClientAnswer:
         """What all chunks have in common, from the first leg's first one."""
         self.finish: str | None = None
         """Why the answer ended, once it has."""
+        # Of the answer behind a closed thought, until it is more than markers.
+        self._opening: str | None = ""
         self._is_stopped = False  # by a text that the client named
         self.is_whole = False
         """Whether the server has marked the end of its stream."""
@@ -158,10 +160,22 @@ class ClientAnswer:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""
         self.finish = choice.get("finish_reason") or self.finish
         self._strip({}, choice)
-        text = "".join(texts_of(choice))
+        text = self._without_marker("".join(texts_of(choice)), is_last=self.finish is not None)
         if text or choice.get("logprobs") or choice.get("finish_reason"):
             return self._made(choice, self._part(text))
         return None
+
+    def _without_marker(self, text: str, is_last: bool) -> str:
+        """The next text of an answer, less the markers that an LM writes once more before it."""
+        if self._opening is None:
+            return text
+        marker = self._reader.server.rules.think_end
+        text = said = self._opening + text
+        while said.lstrip().startswith(marker):
+            text = said = said.lstrip().removeprefix(marker).lstrip()
+        is_open = marker.startswith(said.lstrip()) and not is_last
+        self._opening = text if is_open else None
+        return "" if is_open else text
 
     def _part(self, text: str) -> Json:
         return {"content": text} if self._request.chat else {"text": text}

@@ -37,6 +37,7 @@ class ThoughtCloser:
         self._reader, self._patience = reader, patience
         self._request, self._server = reader.request, reader.server
         self._headers = reader.request.headers
+        self._tail = reader.server.close_text
         self._running = AsyncExitStack()
 
     async def ask(self, body: Json, chat: bool) -> UpstreamLeg:
@@ -86,11 +87,11 @@ class ThoughtCloser:
             self._running.push_async_callback(held.close)
         rest: AsyncIterable[StreamEvent] = held or first
         try:
-            body = await self._body_after(server.close_text)
+            body = await self._body_after(self._tail)
             if held is None:
                 await first.close()
                 rest = self._asked_anew(envelope)
-            second = await self.begun(body, bool(server.close_parts[1]), held)
+            second = await self._begun_to_answer(body, held)
         except UpstreamError as error:
             reader.fall_back(error.kind)
             return None, rest
@@ -100,6 +101,17 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
+
+    async def _begun_to_answer(self, body: Json, held: HeldBackLeg | None) -> UpstreamLeg:
+        """As `begun`, but a second thought is closed too: before it has begun, and once."""
+        may_be_empty = bool(self._server.close_parts[1])
+        try:
+            return await self.begun(body, may_be_empty, held)
+        except UpstreamError as error:
+            if error.kind != "second thought":
+                raise
+        self._tail += self._server.rules.think_start + self._server.close_text
+        return await self.begun(await self._body_after(self._tail), may_be_empty, held)
 
     async def _body_after(self, tail: str) -> Json:
         """The body of a request that goes on from the thought and a tail behind it."""
@@ -131,11 +143,15 @@ class ThoughtCloser:
             if held is not None:
                 held.enough.add_done_callback(hurry)
             leg = await self.ask(body, "messages" in body)
-            choice = await leg.first_choice() if leg.is_readable else None
-            thought, text = ("", "") if choice is None else texts_of(choice)
-            if choice is not None and not thought and (text or may_be_empty):
+            marker = self._server.rules.think_start
+            opening = await leg.opening(marker) if leg.is_readable else None
+            thought, text = opening or ("", "")
+            thinks = text.lstrip().startswith(marker)
+            if opening and not thought and not thinks and (text or may_be_empty):
                 return leg
             await leg.close()
+            if thinks:
+                raise UpstreamError("second thought", "upstream thought on where it was to answer")
             raise UpstreamError("no answer", "upstream did not answer where it was to")
         if held is not None and held.enough.done():
             raise UpstreamError("late", "upstream went on by itself for too long")
@@ -152,7 +168,7 @@ class ThoughtCloser:
             UpstreamError: What broke it off, if no leg goes on.
         """
         try:
-            body = await self._body_after(self._server.close_text + said)
+            body = await self._body_after(self._tail + said)
             return await self.begun(body, may_be_empty=True)
         except UpstreamError:
             raise error from None

@@ -1,5 +1,6 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -12,6 +13,12 @@ from haltwise.session.stream import StreamedThought
 
 # How vLLM begins the texts of tokens that it was told to name by their ids.
 _ID_TEXT = "token_id:"
+# A call that has begun and not ended: it can be written amid a thought.
+_TOOL_CALL = re.compile(
+    r"(<tool_call>|<function=|\[TOOL_CALLS\]|<\|tool_calls?_begin\|>|<\uff5ctool\u2581calls?\u2581begin\uff5c>)"
+    r"(?!.*(</tool_call>|</function>|<\|tool_calls?_end\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>))",
+    re.DOTALL,
+)
 # How some servers begin the texts of tokens that are no whole characters.
 _BYTES_TEXT = "bytes:\\x"
 
@@ -115,7 +122,10 @@ class ThoughtReader:
         self.is_thinking = self.thought.begun or (begins and opened is None)
 
     async def _is_thought(self) -> bool:
-        """Whether what the server takes for a thought is one, and no answer behind a closed one."""
+        """Whether what the server takes for a thought is one, and neither an answer nor a call."""
+        if _TOOL_CALL.search("".join(self.shown_texts)):
+            self.fall_back("tool call")  # the close text would stand in it
+            return False
         if self.field and await self.server.opened(self.request) is False:
             self.fall_back("no thought")
             return False

@@ -40,6 +40,11 @@ def as_upstream_errors() -> Iterator[None]:
         raise wire.UpstreamError("malformed", "upstream's answer cannot be unpacked") from None
 
 
+def begins(text: str, marker: str) -> bool:
+    """Whether a text is the beginning of a marker, but not the whole."""
+    return marker.startswith(text) and text != marker
+
+
 class UpstreamLeg:
     """One answer of the upstream; as an iterator it gives the events that are left.
 
@@ -112,21 +117,27 @@ class UpstreamLeg:
         async with aclosing(self._decoded()) as pieces:
             return b"".join([data async for data in pieces])
 
-    async def first_choice(self) -> wire.Json | None:
-        """The first choice with a text or an end; None without one.
+    async def opening(self, marker: str) -> tuple[str, str] | None:
+        """The first of the texts that it adds to a thought and to its answer; None without any end.
 
-        The events up to it are given by the iterator all the same.
+        The events up to there are given by the iterator all the same.
+
+        Args:
+            marker: Where the answer may begin with this, it is read until that is known.
 
         Raises:
             UpstreamError: If one is malformed or an error, or the answer is cut or too late.
         """
-        passed = []
+        passed, answer = [], ""
         async for event in self:
             passed.append(event)
             choice = event.choice
-            if choice and (any(wire.texts_of(choice)) or choice.get("finish_reason")):
+            thought, text = ("", "") if choice is None else wire.texts_of(choice)
+            answer += text
+            is_known = answer.strip() and not begins(answer.strip(), marker)
+            if thought or is_known or (choice and choice.get("finish_reason")):
                 self._put_back = passed[::-1]
-                return choice
+                return thought, answer
         return None
 
     async def close(self) -> None:

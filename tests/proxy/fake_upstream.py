@@ -86,6 +86,9 @@ class Plan:
     thinks five tokens)."""
     token_bytes: int = 0
     """Tokens are filled up to this length."""
+    closes: str = ""
+    """What it does behind a close text: repeats (the marker), thinks (three tokens more, unless it
+    was closed twice)."""
     mention: str = ""
     """What the answer begins with."""
     details: bool = False
@@ -154,12 +157,26 @@ def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
             seen += 1
         yield Token(_CLOSE, "marker")
     said = len(re.findall(rf" {plan.name}\.a\d+", answer))
+    if plan.closes and is_closed and not said:
+        yield from _unclosed(plan, seen, answer.count(_CLOSE))
     if plan.mention and not said:
         yield Token(plan.mention.replace(_MENTION, _OPEN), "answer")
     text = plan.answer_text(seen, start=said)
     for piece in re.findall(rf" {plan.name}\.[^ ]*", text):
         yield Token(piece, "answer")
     yield Token(_EOS, "end")
+
+
+def _unclosed(plan: Plan, seen: int, num_more: int) -> Iterator[Token]:
+    """What the LM says in place of an answer behind a thought that was closed for it."""
+    if plan.closes == "repeats":
+        yield Token("\n", "answer")
+        yield Token(_CLOSE[:3], "answer")
+        yield Token(_CLOSE[3:] + "\n\n", "answer")
+    elif not num_more:
+        yield Token(_OPEN, "answer")
+        yield Token(plan.thought(seen + 3, start=seen), "answer")
+        yield Token(_CLOSE, "answer")
 
 
 def leg_of(prompt: str) -> int:

@@ -371,6 +371,29 @@ def test_a_completion_that_mentions_a_marker_is_no_thought(
     assert reply.haltwise["reason"] == "no thought"
 
 
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("closes", ["repeats", "thinks"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "ollama"])
+def test_a_close_that_the_lm_does_not_heed_is_followed_through(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, closes: str
+) -> None:
+    plan = replace(plan, closes=closes, **WAITS)
+    reply = ask(pairs(kind).client, plan, chat, stream)
+    assert shown(reply) == halted(plan, chat)
+    assert reply.haltwise["halted"]
+    assert len(pairs(kind).upstream.of(plan)) == (2 if closes == "repeats" else 3)
+
+
+@BOTH
+def test_a_call_that_is_written_amid_a_thought_is_not_closed(
+    vllm: Pair, plan: Plan, chat: bool
+) -> None:
+    plan = replace(plan, name="x<tool_call>")
+    reply = ask(vllm.client, plan, chat)
+    assert shown(reply) == unhalted(plan, chat) and reply.haltwise["fallback"] == "tool call"
+
+
 def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, plan: Plan) -> None:
     pair, plan = pairs("llama-server"), replace(plan, **WAITS)
     reply = ask(pair.client, plan, reasoning_budget_message="mine")
