@@ -150,9 +150,10 @@ class Proxy:
         """
         if client.scope["method"] == "CONNECT":
             raise RefusedError(405, "method_not_allowed", "CONNECT is for proxies of another kind")
-        parts = unquote(client.scope["path"]).split("/")
+        parts = unquote(client.scope["path"]).replace("\\", "/").split("/")
         if "." in parts or ".." in parts:
             raise RefusedError(404, "not_found", "no such path")
+        self._check_page(client)
         if self._keys is None or _is_preflight(client):
             return self._terms
         terms = self._keys.terms_of(client.headers.get("authorization"))
@@ -160,6 +161,27 @@ class Proxy:
             bearer = [(b"www-authenticate", b"Bearer")]
             raise RefusedError(401, "unauthorized", "expected a known API key", bearer)
         return terms
+
+    def _check_page(self, client: RequestingClient) -> None:
+        """Refuses what any page can make a browser ask for without asking whether it may.
+
+        Raises:
+            RefusedError: If this may be such a request.
+        """
+        headers = client.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_foreign = origin is not None and origin.partition("//")[2] != host
+        # A browser asks first for any other type, and before it shows a key.
+        is_simple = kind != "application/json" and "authorization" not in headers
+        if is_foreign and is_simple and client.scope["method"] == "POST":
+            message = "expected application/json, or a key, from another site"
+            raise RefusedError(415, "unsupported_media_type", message)
+        is_page = any(name in headers for name in ("origin", "referer", "sec-fetch-site"))
+        is_page |= headers.get("user-agent", "").startswith("Mozilla/")
+        if is_page and not self.config.lets_browsers_in_by(host):
+            message = "browsers are let in by known names alone, see --allowed-hosts"
+            raise RefusedError(421, "unknown_host", message)
 
     # Completions
 

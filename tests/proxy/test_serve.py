@@ -47,8 +47,8 @@ def test_help_names_every_flag() -> None:
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("head", "upstream", "kind", "host", "port", "price", "min-thinking-tokens",
                  "max-thinking-tokens", "shadow", "keys", "upstream-key-env", "max-streams",
-                 "max-body-bytes", "connect-timeout", "read-timeout", "send-timeout",
-                 "drain-timeout"):  # fmt: skip
+                 "allowed-hosts", "max-body-bytes", "connect-timeout", "read-timeout",
+                 "send-timeout", "drain-timeout"):  # fmt: skip
         assert f"--{flag}" in done.stdout
 
 
@@ -130,6 +130,8 @@ def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_pat
         '{"sk-secret": {"price": "cheap"}}',
         '{"sk-secret": {"price": -1}}',
         '{"sk-secret": {"prize": 1}}',
+        '{"": {}, "sk-secret": {}}',
+        '{" \\n": {}}',
         '{"sk-secret": {"min_tokens": 5, "max_tokens": 4}}',
         None,
     ],

@@ -585,12 +585,65 @@ def test_an_odd_field_that_the_server_takes_is_no_trouble(
 
 def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:
     num = len(vllm.upstream.asked)
-    paths = ("/v1/../asked", "/v1/%2e%2e/asked", "/v1/x/..%2f..%2fasked", "//asked", "/v1/a#b")
+    paths = (
+        r"/v1/..\asked",
+        "/v1/x%5c..%5c..%5casked",
+        "/v1/%255c..%255c../asked",
+        "/v1/../asked",
+        "/v1/%2e%2e/asked",
+        "/v1/x/..%2f..%2fasked",
+        "//asked",
+        "/v1/a#b",
+    )
     for path in (*paths, "/v1/" + "x" * 2**16):
         with connected(vllm.proxy) as client:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode())
             assert b" 404 " in client.recv(100)
     assert len(vllm.upstream.asked) == num
+
+
+EVIL = "https://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": EVIL, "Content-Type": "text/plain"}, 415),
+        ({"Origin": EVIL, "Content-Type": "text/plain", "Host": "other.example"}, 415),
+        ({"Origin": EVIL, "Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Origin": EVIL, "Content-Type": "multipart/form-data; boundary=application/json"}, 415),
+        ({"Origin": EVIL, "Content-Type": ""}, 415),
+        ({"Origin": "null", "Content-Type": "text/plain"}, 415),
+        ({"Origin": EVIL, "Content-Type": "Application/JSON; charset=utf-8"}, 200),
+        ({"Origin": EVIL, "Content-Type": "text/plain", "Authorization": "Bearer x"}, 200),
+        ({"Content-Type": "text/plain"}, 200),
+        ({"Content-Type": "application/json", "Host": "evil.example"}, 200),
+        ({"Content-Type": "application/json", "Host": "evil.example:80", "Origin": EVIL}, 421),
+        ({"Content-Type": "application/json", "Host": "evil.example", "Referer": EVIL}, 421),
+        ({"Content-Type": "application/json", "Host": "x", "User-Agent": "Mozilla/5.0"}, 421),
+        ({"Content-Type": "application/json", "Host": "localhost:1", "Origin": EVIL}, 200),
+    ],
+    ids=str,
+)
+def test_no_page_asks_by_the_way_of_a_browser_that_does_not_ask_first(
+    vllm: Pair, plan: Plan, headers: dict[str, str], status: int
+) -> None:
+    body = json.dumps({"model": "m", "messages": plan.messages()}).encode()
+    for path in (PATHS[True], "/v1/echo"):
+        found = vllm.client.post(path, content=body, headers=headers).status_code
+        assert found == (203 if path == "/v1/echo" and status == 200 else status)
+    assert bool(vllm.upstream.of(plan)) == (status == 200)
+
+
+def test_pages_may_ask_by_the_names_that_are_allowed(pairs: Pairs) -> None:
+    client = pairs("vllm", allowed_hosts=("Models.example",)).client
+    for host, status in {
+        "models.example:8700": 200,
+        "127.0.0.1": 200,
+        "other.example": 421,
+    }.items():
+        headers = {"Host": host, "Origin": EVIL}
+        assert client.get("/v1/models", headers=headers).status_code == status
 
 
 def test_the_proxy_is_no_tunnel(vllm: Pair) -> None:

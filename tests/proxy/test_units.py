@@ -876,6 +876,21 @@ def test_the_upstream_is_named_as_clients_name_it() -> None:
     assert deep.upstream_url == "https://h/lm"
 
 
+@pytest.mark.parametrize(
+    ("host", "is_let_in"),
+    [
+        *(("localhost", True), ("LOCALHOST:8700", True), ("127.0.0.9:1", True), ("[::1]:1", True)),
+        *(("::1", True), ("own.example", True), ("own.example:", True)),
+        *(("", False), ("x", False), ("localhost.evil", False), ("evil:localhost", False)),
+        *(("127.0.0.1.evil", False), ("own.example@evil", False), ("[", False), ("::1:1]", False)),
+    ],
+)
+def test_browsers_come_in_by_known_names(host: str, is_let_in: bool) -> None:
+    config = ServeConfig(Path("head"), allowed_hosts=("own.example",))
+    assert config.lets_browsers_in_by(host) == is_let_in
+    assert ServeConfig(Path("head"), host="0.0.0.0").lets_browsers_in_by(host)
+
+
 def test_a_key_has_its_terms_and_is_kept_as_a_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
