@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from urllib.parse import unquote
 
 import anyio
@@ -18,19 +19,19 @@ from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.policy.head import NEVER_HALTS
+from haltwise.proxy import aside
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
-from haltwise.proxy.upstream import Upstream, UpstreamLeg
+from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
     RawHeaders,
     StreamEvent,
     UpstreamError,
-    json_object,
 )
 from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.stream import check_served
@@ -86,7 +87,7 @@ class Proxy:
         self.upstream = Upstream(config)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
-        self._finding = anyio.Lock()
+        self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
         self._room = anyio.CapacityLimiter(config.max_streams)
@@ -188,7 +189,7 @@ class Proxy:
     async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
         """Answers a request for a completion: watched if it can be halted, else passed on."""
         record, headers = client.record, _passed_headers(client)
-        asked = json_object(body)
+        asked = await aside.read_object(body)
         if asked is None:
             raise RefusedError(400, "invalid_request_error", "expected a JSON object")
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
@@ -196,10 +197,11 @@ class Proxy:
         record.about = {"model": request.model[:100], **asdict(terms)}
         is_asked_only = isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
-        why_not = "off" if off else request.why_not_halted()
+        is_large = aside.is_large(asked)
+        why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
-            why_not = server.why_not_halted(request)
+            why_not = await aside.run(is_large, server.why_not_halted, request)
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
@@ -218,16 +220,17 @@ class Proxy:
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
-        async with self._finding:
+        if self._server is self._unknown:
+            try:
+                found = await self._finding.answer(headers)
+            except UpstreamError as error:
+                if error.kind not in ("status", "timeout"):
+                    raise
+                return self._unknown  # it may tell others, or later
             if self._server is self._unknown:
-                try:
-                    self._server = await find_lm_server(self._unknown, self.config.kind, headers)
-                    log.info(json.dumps({"upstream": self._server.kind}))
-                except UpstreamError as error:
-                    if error.kind not in ("status", "timeout"):
-                        raise
-                    # It may tell others, or later.
-            return self._server
+                self._server = found
+                log.info(json.dumps({"upstream": found.kind}))
+        return self._server
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
         """Answers with a watched completion.

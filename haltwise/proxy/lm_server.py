@@ -3,11 +3,12 @@
 import hashlib
 import json
 import re
+from functools import partial
 
 import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.upstream import GeneratedSoFar, Upstream
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
 from haltwise.session.signal_collector import NUM_TOP
 from haltwise.session.thought import PointRules
@@ -25,6 +26,8 @@ _BORDER = "~haltwise~"
 _TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_of_turn>")
 # Tokens of its context that SGLang may keep for itself.
 _RESERVED = 16
+# Seconds for which a server that did not render a chat in time is not asked to render another.
+_SILENCE_LASTS = 10.0
 
 
 class LMServer:
@@ -50,6 +53,7 @@ class LMServer:
         before, marker, after = close_text.partition(rules.think_end)
         self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
         """What of the close text stands inside of the thought, and what stands behind it."""
+        self._silent_until = 0.0
         # Only white space stands behind the marker.
         self.ends_with_marker = bool(marker) and not after.strip()
 
@@ -109,9 +113,13 @@ class LMServer:
         asks = request.fields_set(*_RENDERED)
         asks["messages"] = _with_border(request.body["messages"])
         asks.setdefault("add_generation_prompt", True)
+        if anyio.current_time() < self._silent_until:
+            return None
         try:
             rendered = await self.rendered(asks, request.headers)
-        except UpstreamError:
+        except UpstreamError as error:
+            if error.kind == "timeout":
+                self._silent_until = anyio.current_time() + _SILENCE_LASTS
             return None
         return _opened_in(rendered, self.rules)
 
@@ -132,9 +140,8 @@ class VllmServer(LMServer):
     def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
         """Asks nothing yet; what is asked once is asked once, however many streams need it."""
         super().__init__(upstream, rules, close_text)
-        self._asking = anyio.Lock()
-        self._close_ids: dict[bytes, list[int]] = {}
-        self._context: int | None = None
+        self._close_ids: dict[bytes, SharedQuestion[list[int]]] = {}
+        self._context = SharedQuestion(self._ask_context_length)
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Chats can be halted as well as completions, since both can be continued."""
@@ -160,20 +167,17 @@ class VllmServer(LMServer):
         """The body that goes on from ids: what has no limit in a chat has 16 in completions."""
         body = request.continued_body(prompt=ids)
         if request.chat and request.max_tokens is None:
-            context = await self._context_length(request.headers)
+            context = await self._context.answer(request.headers)
             body["max_tokens"] = max(context - len(ids) - _RESERVED, 1)
         return body
 
-    async def _context_length(self, headers: RawHeaders) -> int:
+    async def _ask_context_length(self, headers: RawHeaders) -> int:
         """How many tokens prompt and answer can have together."""
-        async with self._asking:
-            if self._context is None:
-                models = await _models(self.upstream, headers)
-                lengths = [model.get("max_model_len") for model in models]
-                self._context = next((n for n in lengths if isinstance(n, int)), None)
-            if self._context is None:
-                raise UpstreamError("context length", "upstream does not tell its context length")
-            return self._context
+        lengths = [m.get("max_model_len") for m in await _models(self.upstream, headers)]
+        found = next((n for n in lengths if isinstance(n, int)), None)
+        if found is None:
+            raise UpstreamError("context length", "upstream does not tell its context length")
+        return found
 
     async def text_ids(self, request: CompletionRequest, text: str) -> list[int]:
         """The ids of a text's tokens; those of the close text are kept.
@@ -184,13 +188,12 @@ class VllmServer(LMServer):
         asks = request.fields_set("model") | {"prompt": text, "add_special_tokens": False}
         if text != self.close_text:
             return await self.ids_of(asks, request.headers)
-        async with self._asking:
-            key = _digest(asks)
-            if key not in self._close_ids:
-                if len(self._close_ids) >= _MOST_KEPT:
-                    self._close_ids.clear()
-                self._close_ids[key] = await self.ids_of(asks, request.headers)
-            return self._close_ids[key]
+        key = _digest(asks)
+        if key not in self._close_ids:
+            if len(self._close_ids) >= _MOST_KEPT:
+                self._close_ids.clear()
+            self._close_ids[key] = SharedQuestion(partial(self.ids_of, asks))
+        return await self._close_ids[key].answer(request.headers)
 
     async def ids_of(self, asks: Json, headers: RawHeaders) -> list[int]:
         """The ids that the server makes of a prompt or of messages.

@@ -4,22 +4,34 @@ An answer is a leg of a completion. One whose thought runs to its end has one le
 halted has a second, which goes on behind the closed thought, and sometimes a third.
 """
 
+import asyncio
 import itertools
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio
 import httpx2
 
 from haltwise.proxy import wire
+from haltwise.proxy.aside import encoded
 from haltwise.proxy.config import ServeConfig
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
 _CALL_TIMEOUT = 5.0
+# Seconds for which a server that did not answer such a question in time is not asked it again.
+_SILENCE_LASTS = 10.0
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -278,7 +290,7 @@ class Upstream:
         """
         headers = [pair for pair in headers if pair[0] not in (b"accept-encoding", b"content-type")]
         headers += [(b"accept-encoding", b"identity"), (b"content-type", b"application/json")]
-        return await self.open("POST", path.encode(), headers, json.dumps(body).encode())
+        return await self.open("POST", path.encode(), headers, await encoded(body))
 
     async def call(self, path: str, body: wire.Json | None, headers: wire.RawHeaders) -> wire.Json:
         """Asks the server a question of the proxy's own, and returns the JSON that it answers.
@@ -306,3 +318,52 @@ class Upstream:
                 raise wire.UpstreamError("status", f"upstream answered a call with {status}")
             return found
         raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+
+
+class SharedQuestion(Generic[T]):
+    """A question to the server whose answer is the same for all: it is asked once, and kept.
+
+    Who asks while it is being asked waits for the same answer, and so for the same time. A failure
+    is shared too: with those who ask with the same key, whose fault it may be, and with all for a
+    while if the server does not answer in time.
+
+    Args:
+        ask: Asks it with a client's headers.
+    """
+
+    def __init__(self, ask: Callable[[wire.RawHeaders], Awaitable[T]]) -> None:
+        """Asks nothing yet."""
+        self._ask = ask
+        self._answers: list[T] = []
+        self._running: dict[bytes, asyncio.Task[T]] = {}
+        self._silent_until = 0.0
+
+    async def answer(self, headers: wire.RawHeaders) -> T:
+        """The answer.
+
+        Raises:
+            UpstreamError: If it does not come, or in time.
+        """
+        if self._answers:
+            return self._answers[0]
+        if anyio.current_time() < self._silent_until:
+            raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+        key = next((value for name, value in headers if name == b"authorization"), b"")
+        if key not in self._running:
+            self._running[key] = asyncio.create_task(self._asked(headers))
+            self._running[key].add_done_callback(lambda task: self._end(key, task))
+        # It goes on for the others if this client leaves.
+        return await asyncio.shield(self._running[key])
+
+    async def _asked(self, headers: wire.RawHeaders) -> T:
+        with anyio.move_on_after(_CALL_TIMEOUT):
+            answer = await self._ask(headers)
+            self._answers = [answer]
+            return answer
+        raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+
+    def _end(self, key: bytes, task: asyncio.Task[T]) -> None:
+        del self._running[key]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, wire.UpstreamError) and error.kind == "timeout":
+            self._silent_until = asyncio.get_running_loop().time() + _SILENCE_LASTS

@@ -36,10 +36,12 @@ def error_body(message: str, kind: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def json_object(data: bytes | str) -> Json | None:
+def json_object(
+    data: bytes | str, decoder: type[json.JSONDecoder] = json.JSONDecoder
+) -> Json | None:
     """The JSON object that some bytes or a text are; None if they are something else."""
     try:
-        found = json.loads(data)
+        found = json.loads(data, cls=decoder)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haltwise import HaltHead, Terms, cli
+from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
@@ -25,7 +26,7 @@ from haltwise.proxy.config import APIKeys, ServeConfig
 from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, opened_in_text
 from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
-from haltwise.proxy.upstream import GeneratedSoFar, UpstreamLeg
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
     EventReader,
@@ -851,6 +852,119 @@ def test_markers_may_have_several_tokens_that_end_inside_of_characters(marker: s
     told = asyncio.run(completion.whole(leg))["usage"]["haltwise"]
     num_marker = len(marker) + sum(ord(letter) > 127 for letter in marker)
     assert (told["reason"], told["position"]) == ("closed by the LM", 2 * num_marker + 4)
+
+
+# Questions, and work that takes its time
+
+
+def headers_of(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", key.encode())]
+
+
+def test_a_question_is_asked_once_for_all_who_wait_and_its_answer_kept() -> None:
+    asked, told = [], asyncio.Event()
+
+    async def ask(headers: Any) -> int:
+        asked.append(headers)
+        await told.wait()
+        return 7
+
+    async def play() -> list[Any]:
+        question = SharedQuestion(ask)
+        waiting = [asyncio.create_task(question.answer(headers_of("a"))) for _ in range(100)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()  # who asked first leaves
+        told.set()
+        found = await asyncio.gather(*waiting[1:])
+        return [*found, await question.answer(headers_of("b"))]
+
+    assert asyncio.run(play()) == [7] * 100 and asked == [headers_of("a")]
+
+
+def test_a_server_that_is_silent_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_asked = 0
+
+    async def ask(headers: Any) -> int:
+        nonlocal num_asked
+        num_asked += 1
+        await asyncio.Event().wait()
+        return 7
+
+    async def play() -> None:
+        question = SharedQuestion(ask)
+        waiting = [question.answer(headers_of("a")) for _ in range(9)]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(UpstreamError):
+            await question.answer(headers_of("b"))
+        assert {getattr(error, "kind", None) for error in found} == {"timeout"}
+
+    monkeypatch.setattr(upstream, "_CALL_TIMEOUT", 0.01)
+    asyncio.run(play())
+    assert num_asked == 1
+
+
+def test_a_key_that_is_refused_refuses_nobody_else() -> None:
+    async def ask(headers: Any) -> int:
+        if headers != headers_of("good"):
+            raise UpstreamError("status", "upstream answered a call with 401")
+        return 7
+
+    async def play() -> int:
+        question = SharedQuestion(ask)
+        with pytest.raises(UpstreamError):
+            await question.answer(headers_of("bad"))
+        return await question.answer(headers_of("good"))
+
+    assert asyncio.run(play()) == 7
+
+
+def test_a_template_that_is_silent_is_waited_for_once() -> None:
+    class Silent(LMServer):
+        num_asked = 0
+
+        async def rendered(self, asks: Json, headers: Any) -> str:
+            self.num_asked += 1
+            raise UpstreamError("timeout", "nothing")
+
+    async def play() -> int:
+        server = Silent(None, RULES, "</think>")  # type: ignore[arg-type]
+        asked = CompletionRequest(True, {"messages": []})
+        assert [await server.opened(asked) for _ in range(5)] == [None] * 5
+        return server.num_asked
+
+    assert asyncio.run(play()) == 1
+
+
+def test_large_bodies_are_read_and_written_while_streams_go_on() -> None:
+    body = {"messages": [{"role": "user", "content": "é\ud800"}], "deep": [[]] * 300_000}
+    data = json.dumps(body).encode()
+
+    async def play() -> int:
+        num_ticks = 0
+
+        async def tick() -> None:
+            nonlocal num_ticks
+            while True:
+                await asyncio.sleep(0.001)
+                num_ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        assert await aside.read_object(data) == body
+        assert await aside.encoded(body) == data
+        for wrong in (b"[" * 10**6, b'{"a": ' + b"[" * 10**6, b"{}" + b" " * 10**6 + b"x"):
+            assert await aside.read_object(wrong) is None
+        ticking.cancel()
+        return num_ticks
+
+    assert aside.is_large(body) and not aside.is_large({"a": ["x"] * 1000})
+    assert asyncio.run(play()) > 3
+
+
+@given(st.dictionaries(st.text(max_size=3), st.text() | st.floats() | st.lists(st.none())))
+def test_large_bodies_are_read_as_small_ones_are(body: Json) -> None:
+    padded = json.dumps(body | {"pad": "x" * 300_000}).encode()
+    found = asyncio.run(aside.read_object(padded))
+    assert str(found) == str(json.loads(padded))
 
 
 # Settings
