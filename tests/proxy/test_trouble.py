@@ -3,7 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -526,6 +526,56 @@ def test_a_client_that_asks_for_nothing_is_let_go(
     monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
     with connected(pair.proxy) as client:
         assert client.recv(1) == b""
+
+
+def test_a_client_that_asks_for_half_of_something_is_let_go(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    with connected(pair.proxy) as first, connected(pair.proxy) as second:
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in first.recv(10_000)
+        monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
+        first.sendall(b"GET /health HTTP/1.1\r\n")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET")
+        assert b" 200 " in second.recv(10_000)
+        for client in (first, second):
+            with suppress(ConnectionResetError):
+                while client.recv(10_000):
+                    pass
+
+
+def test_clients_that_ask_for_nothing_make_room_for_others(
+    pairs: Pairs, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_server, "_OTHER_CONNECTIONS", 1)
+    pair = pairs("vllm", max_streams=3)  # 7 connections
+    held = replace(plan, trouble="hangs", at=5, legs=(1,))
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        reply = pool.submit(ask, pair.client, held, headers=NEVER)
+        wait_until(lambda: bool(pair.upstream.of(held)))
+        clients = [stack.enter_context(connected(pair.proxy)) for _ in range(20)]
+        with connected(pair.proxy) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in client.recv(10_000)
+        pair.upstream.free(pair.upstream.of(held)[0])
+        assert reply.result(PATIENCE).done
+        num_gone = 0
+        for client in clients:
+            client.settimeout(0.2)
+            with suppress(TimeoutError):
+                num_gone += client.recv(1) == b""
+        assert num_gone >= 20 - 7
+
+
+def test_a_lack_of_files_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    loop, complaints = asyncio.new_event_loop(), proxy_server.Complaints()
+    for _ in range(1000):
+        complaints(loop, {"message": "accept", "exception": OSError(24, "Too many open files")})
+    complaints(loop, {"message": "another", "exception": ValueError("x")})
+    loop.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "Too many open files" in told[0] and "another" in told[1]
 
 
 def test_a_slow_client_gets_everything(vllm: Pair, plan: Plan) -> None:
