@@ -38,6 +38,8 @@ from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+# Other endpoints whose LMs think.
+_UNWATCHED = ("/v1/responses", "/v1/messages", "/v1/chat/completions", "/v1/completions")
 # Headers that are about one connection.
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
@@ -139,7 +141,7 @@ class Proxy:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
-                    await self._pass_on(client, body, [])
+                    await self._pass_on(client, body, self._unwatched(client))
                 else:
                     await self._complete(client, body, default)
 
@@ -202,6 +204,9 @@ class Proxy:
         if why_not is None:
             server = await self._find_server(headers)
             why_not = await aside.run(is_large, server.why_not_halted, request)
+            is_blind = not server.shows_numbers(request)
+            if is_blind and (terms.max_tokens is None or request.num_top is not None):
+                why_not = why_not or "tools"
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
@@ -212,11 +217,7 @@ class Proxy:
             finally:
                 await completion.close()
         if why_not is not None:
-            record.outcome = "relayed"
-            record.about["reason"] = why_not
-            self.metrics.thoughts.labels(why_not).inc()
-            report = json.dumps({"halted": False, "reason": why_not}).encode()
-            await self._pass_on(client, body, [(b"x-haltwise", report)])
+            await self._pass_on(client, body, self._why_not(why_not, record))
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
@@ -230,7 +231,15 @@ class Proxy:
             if self._server is self._unknown:
                 self._server = found
                 log.info(json.dumps({"upstream": found.kind}))
+                self._check_lm(found)
         return self._server
+
+    def _check_lm(self, server: LMServer) -> None:
+        """Warns if the server's LM is another than the head's."""
+        lm = self._settings.head.config.lm
+        if not server.is_of(lm):
+            told = f"the head was trained for {lm}, the server has {', '.join(server.names)}"
+            log.warning(json.dumps({"warning": told[:1000]}))
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
         """Answers with a watched completion.
@@ -265,6 +274,21 @@ class Proxy:
         return None
 
     # Everything else
+
+    def _unwatched(self, client: RequestingClient) -> RawHeaders:
+        """Says of a request that may generate, or has terms, that nobody watches it."""
+        path = client.scope["path"].rstrip("/")
+        has_terms = any(name.startswith(_TERMS) for name in client.headers)
+        if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
+            return []
+        return self._why_not("endpoint", client.record)
+
+    def _why_not(self, reason: str, record: RequestRecord) -> RawHeaders:
+        """Notes why a completion cannot be halted; returns the header that says it."""
+        record.outcome = "relayed"
+        record.about["reason"] = reason
+        self.metrics.thoughts.labels(reason).inc()
+        return [(b"x-haltwise", json.dumps({"halted": False, "reason": reason}).encode())]
 
     async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
         """Passes a request on as it is, and the answer back with some headers more."""

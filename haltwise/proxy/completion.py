@@ -71,7 +71,8 @@ class WatchedCompletion:
             UpstreamError: If no answer comes.
         """
         extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
-        return await self._closer.ask(self.request.watched_body(extra), self.request.chat)
+        body = self.request.watched_body(extra, self._server.shows_numbers(self.request))
+        return await self._closer.ask(body, self.request.chat)
 
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""

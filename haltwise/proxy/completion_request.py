@@ -156,14 +156,15 @@ class CompletionRequest:
         """Those of some fields that the client set to something else than null."""
         return {name: self.body[name] for name in names if self.body.get(name) is not None}
 
-    def watched_body(self, extra: Json) -> Json:
+    def watched_body(self, extra: Json, has_numbers: bool = True) -> Json:
         """The body of a request whose thought can be watched.
 
         Args:
             extra: Fields that the kind of server needs beside.
+            has_numbers: Whether to ask for log probabilities.
         """
         options = self.body.get("stream_options")
-        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0))
+        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0)) if has_numbers else {}
         streaming = {"stream": True, "stream_options": {**(options or {}), "include_usage": True}}
         return self.body | numbers | streaming | extra
 

@@ -53,6 +53,8 @@ class LMServer:
         before, marker, after = close_text.partition(rules.think_end)
         self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
         """What of the close text stands inside of the thought, and what stands behind it."""
+        self.names: list[str] = []
+        """What it calls its models, as far as it was asked."""
         self._silent_until = 0.0
         # Only white space stands behind the marker.
         self.ends_with_marker = bool(marker) and not after.strip()
@@ -70,6 +72,20 @@ class LMServer:
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Why a request cannot be halted on this server; None if it can."""
         return "unknown server" if request.chat else request.why_not_continued(self.close_text)
+
+    def is_of(self, lm: str) -> bool:
+        """Whether one of its models may be an LM, by the names of both.
+
+        Args:
+            lm: The LM's names, with commas between them; an empty one may be anything.
+        """
+        own, others = [_bare(name) for name in self.names], [_bare(n) for n in lm.split(",")]
+        pairs = [(one, other) for one in own for other in others]
+        return not pairs or any(one in other or other in one for one, other in pairs)
+
+    def shows_numbers(self, request: CompletionRequest) -> bool:
+        """Whether the server tells log probabilities of such a request's stream."""
+        return True
 
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """How many of the likeliest tokens the client expects to see; None for no numbers."""
@@ -275,6 +291,10 @@ class LlamaServer(LMServer):
             return None
         return request.why_not_continued(self.close_text)
 
+    def shows_numbers(self, request: CompletionRequest) -> bool:
+        """It refuses to, where a chat has tools: only a cap can end such a thought."""
+        return not (request.chat and request.body.get("tools"))
+
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """In a chat it shows some even if no number is named; in completions none if it is 0."""
         if request.chat:
@@ -380,12 +400,14 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
         UpstreamError: If it has to be asked and does not answer.
     """
     found = next((known for known in _OWNERS.values() if known.kind == kind), None)
+    models: list[Json] = []
     if found is None:
         models = await _models(unknown.upstream, headers)
         if not models:
             raise UpstreamError("status", "upstream names no model yet")
         found = _OWNERS.get(str(models[0].get("owned_by")), LMServer)
     server = found(unknown.upstream, unknown.rules, unknown.close_text)
+    server.names = [str(m[name]) for m in models for name in ("id", "root") if m.get(name)]
     await server.learn(headers)
     return server
 
@@ -394,6 +416,12 @@ async def _models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
     """The models that a server lists."""
     models = (await upstream.call("/v1/models", None, headers)).get("data")
     return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def _bare(name: str) -> str:
+    """The name of a model without its owner or folder, its ending, and how it is written."""
+    last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    return re.sub(r"[\W_]+", "", last.lower().removesuffix(".gguf"))
 
 
 def _with_border(messages: list[Json]) -> list[Json]:

@@ -270,6 +270,7 @@ class _Fake:
     def _routes(self) -> Iterator[Route]:
         yield Route("/v1/chat/completions", self.generate, methods=["POST"])
         yield Route("/v1/completions", self.generate, methods=["POST"])
+        yield Route("/v1/responses", self.echo, methods=["POST"])
         yield Route("/v1/models", self.models)
         yield Route("/v1/echo", self.echo, methods=["GET", "POST"])
         yield Route("/asked", self.tell)
@@ -372,6 +373,8 @@ class _Fake:
         self.plans.append(plan)
         happens = leg_of(prompt) in plan.legs
         num_top = max(numbers["logprobs"], numbers["top_logprobs"])
+        if self.kind == "llama-server" and asked.body.get("tools") and num_top:
+            return _refusal(asked, 400, "no log probabilities with tools and a stream")
         if plan.top.isdigit() and num_top > 5:
             return _refusal(asked, int(plan.top), "at most 5 log probabilities")
         if plan.top in (*_STRANGE, "dies") and num_top > 5:

@@ -152,6 +152,40 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
     assert second.body == first.body
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "is_told"),
+    [
+        ("/v1/responses", {}, True),
+        ("/v1/echo", {"X-Haltwise-Price": "1"}, True),
+        ("/v1/echo", {}, False),
+    ],
+)
+def test_what_is_not_watched_is_told(
+    vllm: Pair, path: str, headers: dict[str, str], is_told: bool
+) -> None:
+    counted = vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint")
+    reply = vllm.client.post(path, content=b"any", headers=headers)
+    told = reply.headers.get("x-haltwise")
+    assert told == ('{"halted": false, "reason": "endpoint"}' if is_told else None)
+    assert vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint") == counted + is_told
+
+
+@STREAMED
+def test_tools_before_a_server_that_shows_no_numbers_with_them(
+    pairs: Pairs, plan: Plan, stream: bool
+) -> None:
+    pair, tools = pairs("llama-server"), [{"type": "function", "function": {"name": "call"}}]
+    reply = ask(pair.client, plan, stream=stream, tools=tools)
+    assert shown(reply) == unhalted(plan, chat=True)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "tools"
+    assert len(pair.upstream.of(plan)) == 1
+    plan = replace(plan, name=plan.name + "x", tool=True, trouble="hangs", at=7, legs=(1,))
+    capped = {"X-Haltwise-Max-Tokens": "7"}
+    reply = ask(pair.client, plan, stream=stream, headers=capped, tools=tools)
+    assert reply.thought == plan.thought(7) + "\n" and reply.finish == "tool_calls"
+    assert reply.haltwise["reason"] == "capped" and len(pair.upstream.of(plan)) == 1
+
+
 def test_prompts_of_ids_and_pictures_are_relayed(vllm: Pair, plan: Plan) -> None:
     ids = vllm.upstream.ids(plan.prompt())
     reply = ask(vllm.client, plan, chat=False, prompt=ids)

@@ -323,7 +323,8 @@ def test_no_value_of_a_chunk_makes_the_proxy_itself_fail(chat: bool) -> None:
     body |= {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
 
     async def play(chunks: list[Json]) -> None:
-        for asked in (body, {name: body[name] for name in ("messages", "prompt") if name in body}):
+        bare: Json = {name: body[name] for name in ("messages", "prompt") if name in body}
+        for asked in (body, bare):
             server = LMServer(cast(Any, Unreachable()), RULES, "</think>")
             settings = settings_of(Metrics())
             completion = WatchedCompletion(CompletionRequest(chat, asked), ASKED, server, settings)
@@ -852,6 +853,24 @@ def test_markers_may_have_several_tokens_that_end_inside_of_characters(marker: s
     told = asyncio.run(completion.whole(leg))["usage"]["haltwise"]
     num_marker = len(marker) + sum(ord(letter) > 127 for letter in marker)
     assert (told["reason"], told["position"]) == ("closed by the LM", 2 * num_marker + 4)
+
+
+@pytest.mark.parametrize(
+    ("lm", "names", "is_of"),
+    [
+        ("Qwen/Qwen3-8B", ["Qwen/Qwen3-8B"], True),
+        ("Qwen/Qwen3-8B", ["/models/qwen3-8b-Q4_K_M.gguf"], True),
+        ("Qwen/Qwen3-8B", ["alias", "/root/Qwen3-8B/"], True),
+        ("one, Qwen/Qwen3-8B", ["qwen3_8b"], True),
+        ("Qwen/Qwen3-8B", ["deepseek-r1"], False),
+        ("", ["deepseek-r1"], True),
+        ("Qwen/Qwen3-8B", [], True),
+    ],
+)
+def test_an_lm_is_known_by_its_name(lm: str, names: list[str], is_of: bool) -> None:
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    server.names = names
+    assert server.is_of(lm) == is_of
 
 
 # Questions, and work that takes its time
