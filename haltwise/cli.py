@@ -55,9 +55,12 @@ def serve(config: ServeConfig) -> None:
         InputError: If a setting, the head or the file of keys cannot be used.
         OSError: If the port cannot be had.
     """
-    from haltwise.proxy import create_server
+    from haltwise.proxy import JsonLines, create_server
 
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[lines])
+    logging.captureWarnings(True)
     logging.getLogger("haltwise").setLevel(logging.INFO)
     running = create_server(config)
     with _listener(config.host, config.port) as listener:

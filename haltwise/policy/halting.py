@@ -27,9 +27,9 @@ class DecisionRule:
     """Where decision points lie in a thought.
 
     A rule is written "every 16 tokens", or "after TEXT" for a point after every token whose text
-    contains TEXT. If ", at most 30" follows, there are no more points after the 30th. A recording
-    may state any other rule: its traces can be replayed, but no LM can be run under a rule that
-    is only a name.
+    contains TEXT or ends it. If ", at most 30" follows, there are no more points after the 30th. A
+    recording may state any other rule: its traces can be replayed, but no LM can be run under a
+    rule that is only a name.
     """
 
     text: str

@@ -5,6 +5,7 @@ from haltwise.errors import needing
 with needing("haltwise.proxy", "-e '.[proxy]'"):
     from haltwise.proxy.app import create_app
     from haltwise.proxy.config import ServeConfig
+    from haltwise.proxy.metrics import JsonLines
     from haltwise.proxy.server import create_server
 
-__all__ = ["ServeConfig", "create_app", "create_server"]
+__all__ = ["JsonLines", "ServeConfig", "create_app", "create_server"]

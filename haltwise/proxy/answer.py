@@ -1,10 +1,17 @@
 """What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.wire import Json, StreamEvent, chat_logprobs, texts_of, trim_logprobs
+from haltwise.proxy.wire import (
+    DONE,
+    Json,
+    StreamEvent,
+    UpstreamError,
+    chat_logprobs,
+    texts_of,
+    trim_logprobs,
+)
 
 # What the chunks of one answer have in common: their envelope.
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
@@ -26,6 +33,11 @@ class ClientAnswer:
         """What all chunks have in common, from the first leg's first one."""
         self.finish: str | None = None
         """Why the answer ended, once it has."""
+        # Of the answer behind a closed thought, until it is more than markers.
+        self._opening: str | None = ""
+        self._is_stopped = False  # by a text that the client named
+        self.is_whole = False
+        """Whether the server has marked the end of its stream."""
         self._reader, self._shadow = reader, shadow
         self._request, self._usages = reader.request, reader.usages
         self._num_top = reader.server.num_top_shown(reader.request)
@@ -41,6 +53,7 @@ class ClientAnswer:
         if choice is not None:
             self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
             self.finish = choice.get("finish_reason") or self.finish
+            self._is_stopped |= self._request.is_stopped(choice)
         if self._strip(chunk, choice):
             event.raw = b""
         usage = chunk.get("usage")
@@ -51,6 +64,20 @@ class ClientAnswer:
             if self.finish is not None:
                 chunk["usage"], event.raw = self.usage(usage), b""
         return event
+
+    def passed(self, event: StreamEvent) -> StreamEvent | None:
+        """An event to show as it is; None for the end of a leg, which ends no completion."""
+        self.is_whole |= event is DONE
+        return None if event is DONE else event
+
+    def check_whole(self) -> None:
+        """Checks that the answer has an end.
+
+        Raises:
+            UpstreamError: If it has none.
+        """
+        if self.finish is None and not self.is_whole:
+            raise UpstreamError("cut", "upstream broke off its answer")
 
     def _strip(self, chunk: Json, choice: Json | None) -> bool:
         """Takes out what the client did not ask for; returns whether there could be anything."""
@@ -74,13 +101,27 @@ class ClientAnswer:
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        return usage | (own if len(self._usages) == 1 else {}) | {"haltwise": self.report()}
+        told = own if len(self._usages) == 1 else self._details()
+        return usage | told | {"haltwise": self.report()}
+
+    def _details(self) -> Json:
+        """The details that servers tell of usage, of all legs together."""
+        details: Json = {}
+        for told in (usage.told for usage in self._usages):
+            details = _sum(details, {n: v for n, v in told.items() if isinstance(v, dict)})
+        name = "completion_tokens_details"
+        num_thought = details.get(name, {}).get("reasoning_tokens")
+        if not self._usages[0].told and isinstance(num_thought, int):
+            # The first leg was left before it told them.
+            num_thought += self._reader.thought.position
+            details[name] = details[name] | {"reasoning_tokens": num_thought}
+        return details
 
     def report(self) -> Json:
         """What the client and the log are told about the thought."""
         reader = self._reader
-        if self.finish is not None:
-            reader.thought.end(by_lm=self.finish != "length")
+        if self.finish is not None or self.is_whole:
+            reader.thought.end(by_lm=self.finish != "length" and not self._is_stopped)
         found = reader.streamed.report()
         if found.decided and not reader.is_closed:
             reader.streamed.release(reader.fallback)
@@ -90,8 +131,10 @@ class ClientAnswer:
             "reason": found.reason,
             "position": found.position,
             "price": found.price,
-            "legs": [asdict(usage) for usage in reader.usages],
+            "legs": [usage.counts() for usage in reader.usages],
         }
+        if reader.is_closed and reader.thought.position > found.position:
+            report["length"] = reader.thought.position
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:
@@ -117,10 +160,22 @@ class ClientAnswer:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""
         self.finish = choice.get("finish_reason") or self.finish
         self._strip({}, choice)
-        text = "".join(texts_of(choice))
+        text = self._without_marker("".join(texts_of(choice)), is_last=self.finish is not None)
         if text or choice.get("logprobs") or choice.get("finish_reason"):
             return self._made(choice, self._part(text))
         return None
+
+    def _without_marker(self, text: str, is_last: bool) -> str:
+        """The next text of an answer, less the markers that an LM writes once more before it."""
+        if self._opening is None:
+            return text
+        marker = self._reader.server.rules.think_end
+        text = said = self._opening + text
+        while said.lstrip().startswith(marker):
+            text = said = said.lstrip().removeprefix(marker).lstrip()
+        is_open = marker.startswith(said.lstrip()) and not is_last
+        self._opening = text if is_open else None
+        return "" if is_open else text
 
     def _part(self, text: str) -> Json:
         return {"content": text} if self._request.chat else {"text": text}
@@ -135,3 +190,17 @@ class ClientAnswer:
         own["finish_reason"] = choice.get("finish_reason")
         own |= {name: value for name, value in choice.items() if name not in _OF_CHOICE}
         return StreamEvent(chunk=self.envelope | {"choices": [own]})
+
+
+def _sum(one: Json, other: Json) -> Json:
+    """Two objects in one, the numbers of both added up on every level."""
+    both = one | other
+    for name in one.keys() & other.keys():
+        first, second = one[name], other[name]
+        if isinstance(first, dict) and isinstance(second, dict):
+            both[name] = _sum(first, second)
+        elif isinstance(first, int | float) and isinstance(second, int | float):
+            both[name] = first + second
+        else:
+            both[name] = first if second is None else second
+    return both

@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from urllib.parse import unquote
 
 import anyio
@@ -18,19 +19,27 @@ from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.policy.head import NEVER_HALTS
+from haltwise.proxy import aside
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
-from haltwise.proxy.upstream import Upstream, UpstreamLeg
-from haltwise.proxy.wire import RawHeaders, StreamEvent, UpstreamError, json_object
+from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
+from haltwise.proxy.wire import (
+    EVENT_STREAM,
+    RawHeaders,
+    StreamEvent,
+    UpstreamError,
+)
 from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+# Other endpoints whose LMs think.
+_UNWATCHED = ("/v1/responses", "/v1/messages", "/v1/chat/completions", "/v1/completions")
 # Headers that are about one connection.
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
@@ -40,6 +49,8 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
+# Statuses that do not hang on what is asked for beside: who asks, and how many do.
+_OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
 # Headers of an answer that do not hold for one that is written anew.
@@ -78,7 +89,7 @@ class Proxy:
         self.upstream = Upstream(config)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
-        self._finding = anyio.Lock()
+        self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
         self._room = anyio.CapacityLimiter(config.max_streams)
@@ -130,7 +141,7 @@ class Proxy:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
-                    await self._pass_on(client, body, [])
+                    await self._pass_on(client, body, self._unwatched(client))
                 else:
                     await self._complete(client, body, default)
 
@@ -140,10 +151,13 @@ class Proxy:
         Raises:
             RefusedError: If the client may not ask at all, or not for this path.
         """
-        parts = unquote(client.scope["path"]).split("/")
+        if client.scope["method"] == "CONNECT":
+            raise RefusedError(405, "method_not_allowed", "CONNECT is for proxies of another kind")
+        parts = unquote(client.scope["path"]).replace("\\", "/").split("/")
         if "." in parts or ".." in parts:
             raise RefusedError(404, "not_found", "no such path")
-        if self._keys is None:
+        self._check_page(client)
+        if self._keys is None or _is_preflight(client):
             return self._terms
         terms = self._keys.terms_of(client.headers.get("authorization"))
         if terms is None:
@@ -151,12 +165,33 @@ class Proxy:
             raise RefusedError(401, "unauthorized", "expected a known API key", bearer)
         return terms
 
+    def _check_page(self, client: RequestingClient) -> None:
+        """Refuses what any page can make a browser ask for without asking whether it may.
+
+        Raises:
+            RefusedError: If this may be such a request.
+        """
+        headers = client.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_foreign = origin is not None and origin.partition("//")[2] != host
+        # A browser asks first for any other type, and before it shows a key.
+        is_simple = kind != "application/json" and "authorization" not in headers
+        if is_foreign and is_simple and client.scope["method"] == "POST":
+            message = "expected application/json, or a key, from another site"
+            raise RefusedError(415, "unsupported_media_type", message)
+        is_page = any(name in headers for name in ("origin", "referer", "sec-fetch-site"))
+        is_page |= headers.get("user-agent", "").startswith("Mozilla/")
+        if is_page and not self.config.lets_browsers_in_by(host):
+            message = "browsers are let in by known names alone, see --allowed-hosts"
+            raise RefusedError(421, "unknown_host", message)
+
     # Completions
 
     async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
         """Answers a request for a completion: watched if it can be halted, else passed on."""
         record, headers = client.record, _passed_headers(client)
-        asked = json_object(body)
+        asked = await aside.read_object(body)
         if asked is None:
             raise RefusedError(400, "invalid_request_error", "expected a JSON object")
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
@@ -164,10 +199,14 @@ class Proxy:
         record.about = {"model": request.model[:100], **asdict(terms)}
         is_asked_only = isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
-        why_not = "off" if off else request.why_not_halted()
+        is_large = aside.is_large(asked)
+        why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
-            why_not = server.why_not_halted(request)
+            why_not = await aside.run(is_large, server.why_not_halted, request)
+            is_blind = not server.shows_numbers(request)
+            if is_blind and (terms.max_tokens is None or request.num_top is not None):
+                why_not = why_not or "tools"
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
@@ -178,24 +217,29 @@ class Proxy:
             finally:
                 await completion.close()
         if why_not is not None:
-            record.outcome = "relayed"
-            record.about["reason"] = why_not
-            self.metrics.thoughts.labels(why_not).inc()
-            report = json.dumps({"halted": False, "reason": why_not}).encode()
-            await self._pass_on(client, body, [(b"x-haltwise", report)])
+            await self._pass_on(client, body, self._why_not(why_not, record))
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
-        async with self._finding:
+        if self._server is self._unknown:
+            try:
+                found = await self._finding.answer(headers)
+            except UpstreamError as error:
+                if error.kind not in ("status", "timeout"):
+                    raise
+                return self._unknown  # it may tell others, or later
             if self._server is self._unknown:
-                try:
-                    self._server = await find_lm_server(self._unknown, self.config.kind, headers)
-                    log.info(json.dumps({"upstream": self._server.kind}))
-                except UpstreamError as error:
-                    if error.kind not in ("status", "timeout"):
-                        raise
-                    # It may tell others, or later.
-            return self._server
+                self._server = found
+                log.info(json.dumps({"upstream": found.kind}))
+                self._check_lm(found)
+        return self._server
+
+    def _check_lm(self, server: LMServer) -> None:
+        """Warns if the server's LM is another than the head's."""
+        lm = self._settings.head.config.lm
+        if not server.is_of(lm):
+            told = f"the head was trained for {lm}, the server has {', '.join(server.names)}"
+            log.warning(json.dumps({"warning": told[:1000]}))
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
         """Answers with a watched completion.
@@ -205,21 +249,21 @@ class Proxy:
         """
         leg = await completion.open()
         status = leg.response.status_code
-        if status in (400, 422):
+        if not leg.response.is_success and status not in _OF_CLIENTS_OR_LOAD:
             completion.release("refused")  # perhaps for what was asked for beside
             return "refused"
-        if status != 200:
+        if not leg.response.is_success:
             await self._relay(client, leg, [])
             return None
-        if not leg.is_stream:
+        if not leg.is_readable:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
         try:
             if completion.request.streams:
-                headers.append((b"content-type", leg.response.headers["content-type"].encode()))
+                headers.append((b"content-type", _stream_type(leg).encode()))
                 async with aclosing(completion.events(leg)) as events:
                     pieces = (event.encode() async for event in events)
-                    await self._send(client, leg, pieces, headers)
+                    await self._send(client, 200, pieces, headers)
             else:
                 answer = await completion.whole(leg)
                 client.record.note_first()
@@ -230,6 +274,21 @@ class Proxy:
         return None
 
     # Everything else
+
+    def _unwatched(self, client: RequestingClient) -> RawHeaders:
+        """Says of a request that may generate, or has terms, that nobody watches it."""
+        path = client.scope["path"].rstrip("/")
+        has_terms = any(name.startswith(_TERMS) for name in client.headers)
+        if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
+            return []
+        return self._why_not("endpoint", client.record)
+
+    def _why_not(self, reason: str, record: RequestRecord) -> RawHeaders:
+        """Notes why a completion cannot be halted; returns the header that says it."""
+        record.outcome = "relayed"
+        record.about["reason"] = reason
+        self.metrics.thoughts.labels(reason).inc()
+        return [(b"x-haltwise", json.dumps({"halted": False, "reason": reason}).encode())]
 
     async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
         """Passes a request on as it is, and the answer back with some headers more."""
@@ -252,12 +311,12 @@ class Proxy:
             self.metrics.upstream_errors.labels("status").inc()
         headers = [*_without(leg.response.headers.raw, set()), *more]
         async with aclosing(leg.pieces()) as pieces:
-            await self._send(client, leg, pieces, headers)
+            await self._send(client, leg.response.status_code, pieces, headers)
 
     async def _send(
         self,
         client: RequestingClient,
-        leg: UpstreamLeg,
+        status: int,
         pieces: AsyncIterator[bytes],
         headers: RawHeaders,
     ) -> None:
@@ -265,7 +324,7 @@ class Proxy:
 
         Args:
             client: Gets it.
-            leg: The answer of the upstream that it comes from.
+            status: Its status.
             pieces: Its body.
             headers: Its headers.
 
@@ -273,7 +332,7 @@ class Proxy:
             ClientGoneError: If the client has left, or does not read.
             UpstreamError: If it breaks off and is no stream.
         """
-        await client.start(leg.response.status_code, headers)
+        await client.start(status, headers)
         end = b""
         try:
             async for data in pieces:
@@ -281,7 +340,7 @@ class Proxy:
                 await client.send(data)
                 end = (end + data)[-2:]
         except UpstreamError as error:
-            if not leg.is_stream:
+            if not any(name == b"content-type" and _is_stream(kind) for name, kind in headers):
                 raise
             client.record.note_error(error)
             gap = b"" if end in (b"", b"\n\n") else b"\n\n"
@@ -344,6 +403,22 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
+
+
+def _is_stream(content_type: bytes) -> bool:
+    return content_type.strip().lower().startswith(EVENT_STREAM.encode())
+
+
+def _stream_type(leg: UpstreamLeg) -> str:
+    """The content type of a leg, if it is one of streams, as all that are watched become."""
+    own = str(leg.response.headers.get("content-type", ""))
+    return own if _is_stream(own.encode()) else f"{EVENT_STREAM}; charset=utf-8"
+
+
+def _is_preflight(client: RequestingClient) -> bool:
+    """Whether a browser asks what its page may ask for: it never shows a key then."""
+    asks = client.headers.get("access-control-request-method")
+    return client.scope["method"] == "OPTIONS" and asks is not None
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:

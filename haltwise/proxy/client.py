@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from haltwise.proxy.metrics import RequestRecord
 from haltwise.proxy.wire import Json, RawHeaders, error_body
 
+# Seconds within which a server sees that a client has gone.
+_SEEN_GONE = 5.0
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
 
 
@@ -144,11 +146,19 @@ class RequestingClient:
     async def finish(self) -> None:
         """Sends what is left: a client that has its whole answer is through with the proxy.
 
+        One that has gone is let go.
+
         Raises:
             ClientGoneError: If the client has left, or does not read.
         """
         if not self.is_gone:
             await self._deliver({"type": "http.response.body", "body": self._last})
+            return
+        self._abort()
+        # The server takes an answer without an end for a defect until it has seen this.
+        with anyio.move_on_after(_SEEN_GONE):
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
 
     async def drop(self) -> None:
         """Cuts the connection; a server that cannot does so when the answer gets no end."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.lm_server import LMServer
+from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
@@ -55,9 +55,10 @@ class WatchedCompletion:
         """Asks nothing yet."""
         self.request = request
         self._server, self._settings = server, settings
-        prompt = "" if request.chat else request.prompt
+        begins = not request.chat and opened_in_text(request.prompt, server.rules)
+        opening = server.rules.think_start if begins else ""
         self._streamed = StreamedThought(
-            settings.head, server.rules, asked, prompt, settings.control
+            settings.head, server.rules, asked, opening, settings.control
         )
         self._reader = ThoughtReader(request, server, self._streamed, settings.metrics)
         self._closer = ThoughtCloser(self._reader, settings.patience)
@@ -70,7 +71,8 @@ class WatchedCompletion:
             UpstreamError: If no answer comes.
         """
         extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
-        return await self._closer.ask(self.request.watched_body(extra))
+        body = self.request.watched_body(extra, self._server.shows_numbers(self.request))
+        return await self._closer.ask(body, self.request.chat)
 
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""
@@ -95,7 +97,8 @@ class WatchedCompletion:
             if event.chunk is not None:
                 whole.add(event.chunk)
         answer = whole.answer(self.request.chat)
-        return answer | {"usage": self._answer.usage(answer.get("usage") or {})}
+        own = answer.get("usage")
+        return answer | {"usage": self._answer.usage(own if isinstance(own, dict) else {})}
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.
@@ -115,30 +118,33 @@ class WatchedCompletion:
         except UpstreamError:
             if self._answer.finish is None:
                 raise
-        if self._answer.finish is None:
-            raise UpstreamError("cut", "upstream broke off its answer")
         yield DONE
 
     async def _events_of_all_legs(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         source: AsyncIterable[StreamEvent] = first
         second: UpstreamLeg | None = None
         while second is None:
-            async for event in source:
-                shown, halts = await self._take(event)
-                if shown is not None:
-                    yield shown
-                if halts:
-                    break
+            try:
+                async for event in source:
+                    shown, halts = await self._take(event)
+                    if shown is not None:
+                        yield shown
+                    if halts:
+                        break
+                else:
+                    self._answer.check_whole()
+                    return
+            except UpstreamError as error:
+                source = await self._closer.asked_plainly(first, self._answer.envelope, error)
             else:
-                return
-            second, source = await self._closer.continued(first, self._answer.envelope)
+                second, source = await self._closer.continued(first, self._answer.envelope)
         async for event in self._events_behind_thought(second):
             yield event
 
     async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
         """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
         if event.chunk is None:
-            return event, False
+            return self._answer.passed(event), False
         choice, halts = event.choice, False
         if choice is not None and self._reader.is_thinking:
             halts = await self._reader.read(event.chunk, choice)
@@ -183,7 +189,7 @@ class WatchedCompletion:
         usage = LegUsage()
         self._reader.usages.append(usage)
         async for event in leg:
-            shown: StreamEvent | None = event
+            shown = self._answer.passed(event)
             if event.chunk is not None:
                 said.add(event.chunk)
                 usage.completion_tokens = said.num_tokens
@@ -191,8 +197,7 @@ class WatchedCompletion:
                 shown = None if event.choice is None else self._answer.continued(event.choice)
             if shown is not None:
                 yield shown
-        if self._answer.finish is None:
-            raise UpstreamError("cut", "upstream broke off its answer")
+        self._answer.check_whole()
 
     def count(self) -> Json:
         """Adds the completion to the metrics, once it has ended; returns the report about it."""

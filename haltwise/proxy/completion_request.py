@@ -20,7 +20,7 @@ _OF_CHAT = (
 )
 # What changes how an answer tells of its tokens.
 _CHANGING = (
-    *("echo", "suffix", "post_sampling_probs"),
+    *("echo", "suffix", "post_sampling_probs", "n_probs"),
     *("return_token_ids", "return_tokens_as_token_ids"),
 )
 # Characters of a model's name; longer ones are no names.
@@ -115,6 +115,17 @@ class CompletionRequest:
             or not (_are_objects(messages) or (messages is None and not self.chat))
         )
 
+    def is_stopped(self, choice: Json) -> bool:
+        """Whether an answer ends with this choice because the client has named such an end.
+
+        Some servers tell it; of others it is believed.
+        """
+        if choice.get("finish_reason") != "stop":
+            return False
+        if "stop_reason" in choice:
+            return choice["stop_reason"] is not None
+        return any(self._stops) or bool(self.body.get("stop_token_ids"))
+
     @property
     def _stops(self) -> list[Any]:
         """The texts at which the answer is to end, as the client named them."""
@@ -145,14 +156,15 @@ class CompletionRequest:
         """Those of some fields that the client set to something else than null."""
         return {name: self.body[name] for name in names if self.body.get(name) is not None}
 
-    def watched_body(self, extra: Json) -> Json:
+    def watched_body(self, extra: Json, has_numbers: bool = True) -> Json:
         """The body of a request whose thought can be watched.
 
         Args:
             extra: Fields that the kind of server needs beside.
+            has_numbers: Whether to ask for log probabilities.
         """
         options = self.body.get("stream_options")
-        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0))
+        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0)) if has_numbers else {}
         streaming = {"stream": True, "stream_options": {**(options or {}), "include_usage": True}}
         return self.body | numbers | streaming | extra
 

@@ -1,15 +1,20 @@
 """What `haltwise serve` is told: its settings, and the file of API keys."""
 
 import hashlib
+import ipaddress
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from haltwise import InputError, Terms
+
+# The end of a Host header that names a port.
+_PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 
@@ -26,6 +31,8 @@ class ServeConfig:
     """Kind of that server; auto asks it."""
     host: str = "127.0.0.1"
     """Address to listen at; another one than loopback is open to the network."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names beside those of loopback by which browsers may ask a proxy that listens there."""
     port: int = 8700
     """Port to listen at; 0 takes any free one."""
     price: float | None = None
@@ -83,6 +90,18 @@ class ServeConfig:
             raise InputError(f"upstream is {self.upstream!r}, expected like http://127.0.0.1:8080")
         return self.upstream.rstrip("/").removesuffix("/v1")
 
+    def lets_browsers_in_by(self, host: str) -> bool:
+        """Whether pages may ask by this name, which a hostile one may have lent to the proxy.
+
+        Args:
+            host: The Host header.
+        """
+        if not (self.allowed_hosts or _is_loopback(self.host)):
+            return True
+        name = host.strip().rpartition(":")[0] if _PORT.search(host) else host.strip()
+        name = name.strip("[]").lower()
+        return _is_loopback(name) or name in (self.host, *map(str.lower, self.allowed_hosts))
+
     @property
     def upstream_key(self) -> str | None:
         """The API key that the upstream gets from the proxy.
@@ -129,6 +148,8 @@ class APIKeys:
             raise InputError(f"keys {path}: not readable ({type(error).__name__})") from None
         if not isinstance(entries, dict) or not entries:
             raise InputError(f'keys {path}: expected {{"API KEY": {{"price": 0.5}}, ...}}')
+        if not all(key.strip() for key in entries):
+            raise InputError(f"keys {path}: expected no empty key")
         self._terms = {
             _digest(key.strip().encode()): _entry_terms(entry, default, f"keys {path}, entry {i}")
             for i, (key, entry) in enumerate(entries.items(), start=1)
@@ -149,6 +170,13 @@ def tenant_of(authorization: str | None) -> str:
     """A short digest of the API key in an Authorization header; empty if there is none."""
     key = (authorization or "").partition(" ")[2].strip()
     return _digest(key.encode("latin-1", "replace")).hex()[:16] if key else ""
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _digest(key: bytes) -> bytes:

@@ -2,19 +2,32 @@
 
 import hashlib
 import json
+import re
+from functools import partial
 
 import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.upstream import GeneratedSoFar, Upstream
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
 from haltwise.session.signal_collector import NUM_TOP
-from haltwise.session.thought import PointRules, Thought
+from haltwise.session.thought import PointRules
 
 # Answers to questions that hang on what clients send are kept for so many.
 _MOST_KEPT = 1000
+# Fields of a chat that its prompt hangs on, beside its messages.
+_RENDERED = (
+    *("model", "tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
+    *("add_generation_prompt", "continue_final_message"),
+)
+# Marks, in a prompt that is only looked at, where the last message ends that the LM answers.
+_BORDER = "~haltwise~"
+# How templates begin the turn of another speaker.
+_TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_of_turn>")
 # Tokens of its context that SGLang may keep for itself.
 _RESERVED = 16
+# Seconds for which a server that did not render a chat in time is not asked to render another.
+_SILENCE_LASTS = 10.0
 
 
 class LMServer:
@@ -40,9 +53,11 @@ class LMServer:
         before, marker, after = close_text.partition(rules.think_end)
         self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
         """What of the close text stands inside of the thought, and what stands behind it."""
+        self.names: list[str] = []
+        """What it calls its models, as far as it was asked."""
+        self._silent_until = 0.0
         # Only white space stands behind the marker.
         self.ends_with_marker = bool(marker) and not after.strip()
-        self._opens: dict[bytes, bool] = {}
 
     async def learn(self, headers: RawHeaders) -> None:
         """Asks the server once for what has to be known of it; here that is nothing.
@@ -57,6 +72,20 @@ class LMServer:
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Why a request cannot be halted on this server; None if it can."""
         return "unknown server" if request.chat else request.why_not_continued(self.close_text)
+
+    def is_of(self, lm: str) -> bool:
+        """Whether one of its models may be an LM, by the names of both.
+
+        Args:
+            lm: The LM's names, with commas between them; an empty one may be anything.
+        """
+        own, others = [_bare(name) for name in self.names], [_bare(n) for n in lm.split(",")]
+        pairs = [(one, other) for one in own for other in others]
+        return not pairs or any(one in other or other in one for one, other in pairs)
+
+    def shows_numbers(self, request: CompletionRequest) -> bool:
+        """Whether the server tells log probabilities of such a request's stream."""
+        return True
 
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """How many of the likeliest tokens the client expects to see; None for no numbers."""
@@ -85,24 +114,30 @@ class LMServer:
             raise UpstreamError("no token ids", "upstream did not tell the ids of a chat's tokens")
         return request.continued_body(prompt=request.prompt + seen.text + tail)
 
-    async def opens_thought(self, request: CompletionRequest) -> bool:
-        """Whether the server's chat template ends inside of a thought; False if it does not tell.
+    async def opened(self, request: CompletionRequest) -> bool | None:
+        """Whether an answer begins inside of a thought.
 
-        The answer is kept: it is the same for all requests with the same model and template.
+        In a chat that hangs on the request's own messages: they may switch thoughts off, or have
+        begun one.
+
+        Returns:
+            True inside of a thought, False behind one that is closed already, None if there is
+            none yet or the server does not tell.
         """
-        names = ("model", "chat_template_kwargs", "reasoning_effort", "chat_template")
-        asks = request.fields_set(*names)
-        key = _digest(asks)
-        if key not in self._opens:
-            asks |= {"messages": [{"role": "user", "content": "?"}], "add_generation_prompt": True}
-            try:
-                rendered = await self.rendered(asks, request.headers)
-            except UpstreamError:
-                return False
-            if len(self._opens) >= _MOST_KEPT:
-                self._opens.clear()
-            self._opens[key] = Thought(self.rules, rendered).begun
-        return self._opens[key]
+        if not request.chat:
+            return opened_in_text(request.prompt, self.rules)
+        asks = request.fields_set(*_RENDERED)
+        asks["messages"] = _with_border(request.body["messages"])
+        asks.setdefault("add_generation_prompt", True)
+        if anyio.current_time() < self._silent_until:
+            return None
+        try:
+            rendered = await self.rendered(asks, request.headers)
+        except UpstreamError as error:
+            if error.kind == "timeout":
+                self._silent_until = anyio.current_time() + _SILENCE_LASTS
+            return None
+        return _opened_in(rendered, self.rules)
 
     async def rendered(self, asks: Json, headers: RawHeaders) -> str:
         """The text that the server's chat template makes of messages.
@@ -121,9 +156,8 @@ class VllmServer(LMServer):
     def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
         """Asks nothing yet; what is asked once is asked once, however many streams need it."""
         super().__init__(upstream, rules, close_text)
-        self._asking = anyio.Lock()
-        self._close_ids: dict[bytes, list[int]] = {}
-        self._context: int | None = None
+        self._close_ids: dict[bytes, SharedQuestion[list[int]]] = {}
+        self._context = SharedQuestion(self._ask_context_length)
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Chats can be halted as well as completions, since both can be continued."""
@@ -149,20 +183,17 @@ class VllmServer(LMServer):
         """The body that goes on from ids: what has no limit in a chat has 16 in completions."""
         body = request.continued_body(prompt=ids)
         if request.chat and request.max_tokens is None:
-            context = await self._context_length(request.headers)
+            context = await self._context.answer(request.headers)
             body["max_tokens"] = max(context - len(ids) - _RESERVED, 1)
         return body
 
-    async def _context_length(self, headers: RawHeaders) -> int:
+    async def _ask_context_length(self, headers: RawHeaders) -> int:
         """How many tokens prompt and answer can have together."""
-        async with self._asking:
-            if self._context is None:
-                models = await _models(self.upstream, headers)
-                lengths = [model.get("max_model_len") for model in models]
-                self._context = next((n for n in lengths if isinstance(n, int)), None)
-            if self._context is None:
-                raise UpstreamError("context length", "upstream does not tell its context length")
-            return self._context
+        lengths = [m.get("max_model_len") for m in await _models(self.upstream, headers)]
+        found = next((n for n in lengths if isinstance(n, int)), None)
+        if found is None:
+            raise UpstreamError("context length", "upstream does not tell its context length")
+        return found
 
     async def text_ids(self, request: CompletionRequest, text: str) -> list[int]:
         """The ids of a text's tokens; those of the close text are kept.
@@ -173,13 +204,12 @@ class VllmServer(LMServer):
         asks = request.fields_set("model") | {"prompt": text, "add_special_tokens": False}
         if text != self.close_text:
             return await self.ids_of(asks, request.headers)
-        async with self._asking:
-            key = _digest(asks)
-            if key not in self._close_ids:
-                if len(self._close_ids) >= _MOST_KEPT:
-                    self._close_ids.clear()
-                self._close_ids[key] = await self.ids_of(asks, request.headers)
-            return self._close_ids[key]
+        key = _digest(asks)
+        if key not in self._close_ids:
+            if len(self._close_ids) >= _MOST_KEPT:
+                self._close_ids.clear()
+            self._close_ids[key] = SharedQuestion(partial(self.ids_of, asks))
+        return await self._close_ids[key].answer(request.headers)
 
     async def ids_of(self, asks: Json, headers: RawHeaders) -> list[int]:
         """The ids that the server makes of a prompt or of messages.
@@ -250,10 +280,20 @@ class LlamaServer(LMServer):
         return request.chat and self.ends_with_marker and not own
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
-        """A thought that the server ends by itself can always be halted: it has no second leg."""
+        """A thought that the server ends by itself can always be halted: it has no second leg.
+
+        What the client has begun itself is a part of a whole answer, but not of a stream.
+        """
+        messages = request.body.get("messages") or [{}]
+        if request.chat and not request.streams and messages[-1].get("role") == "assistant":
+            return "prefill"
         if self._controls(request):
             return None
         return request.why_not_continued(self.close_text)
+
+    def shows_numbers(self, request: CompletionRequest) -> bool:
+        """It refuses to, where a chat has tools: only a cap can end such a thought."""
+        return not (request.chat and request.body.get("tools"))
 
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """In a chat it shows some even if no number is named; in completions none if it is 0."""
@@ -300,14 +340,10 @@ class LlamaServer(LMServer):
         if why_not:
             raise UpstreamError(why_not, "upstream cannot continue such a request")
         prompt = await self.rendered(request.body, request.headers)
-        if not Thought(self.rules, prompt).begun:
+        if not await self.opened(request):
             # The LM's own marker has no chunk.
             prompt += self.rules.think_start + "\n"
         return request.continued_body(prompt=[prompt, *said, tail])
-
-    async def opens_thought(self, request: CompletionRequest) -> bool:
-        """Never has to be known: the server tells thoughts apart, or shows their marker."""
-        return False
 
     async def rendered(self, asks: Json, headers: RawHeaders) -> str:
         """The text that the template makes of messages; the server has an endpoint for it.
@@ -364,12 +400,14 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
         UpstreamError: If it has to be asked and does not answer.
     """
     found = next((known for known in _OWNERS.values() if known.kind == kind), None)
+    models: list[Json] = []
     if found is None:
         models = await _models(unknown.upstream, headers)
         if not models:
             raise UpstreamError("status", "upstream names no model yet")
         found = _OWNERS.get(str(models[0].get("owned_by")), LMServer)
     server = found(unknown.upstream, unknown.rules, unknown.close_text)
+    server.names = [str(m[name]) for m in models for name in ("id", "root") if m.get(name)]
     await server.learn(headers)
     return server
 
@@ -378,6 +416,49 @@ async def _models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
     """The models that a server lists."""
     models = (await upstream.call("/v1/models", None, headers)).get("data")
     return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+
+
+def _bare(name: str) -> str:
+    """The name of a model without its owner or folder, its ending, and how it is written."""
+    last = re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1]
+    return re.sub(r"[\W_]+", "", last.lower().removesuffix(".gguf"))
+
+
+def _with_border(messages: list[Json]) -> list[Json]:
+    """Messages with a border behind the last one that the assistant has not begun itself."""
+    num = len(messages) - (messages[-1:] != [] and messages[-1].get("role") == "assistant")
+    if num == 0:
+        return messages
+    asked, content = messages[num - 1], messages[num - 1].get("content")
+    if isinstance(content, list):
+        content = [*content, {"type": "text", "text": _BORDER}]
+    else:
+        content = f"{content or ''} {_BORDER}"
+    return [*messages[: num - 1], asked | {"content": content}, *messages[num:]]
+
+
+def _opened_in(rendered: str, rules: PointRules) -> bool | None:
+    """As `LMServer.opened`, of a prompt with a border; what stands before that was not thought."""
+    _, border, opening = rendered.rpartition(_BORDER)
+    if not border:
+        return opening.rfind(rules.think_start) > opening.rfind(rules.think_end) or None
+    if rules.think_end in opening:
+        return False
+    return rules.think_start in opening or None
+
+
+def opened_in_text(prompt: str, rules: PointRules) -> bool | None:
+    """As `LMServer.opened`, of a prompt that is no chat.
+
+    A marker that stands amid a line, or with another turn behind it, is only mentioned.
+    """
+    before, marker, thought = prompt.rpartition(rules.think_start)
+    if prompt.rstrip().endswith(rules.think_end):
+        return False
+    if not marker or rules.think_end in thought:
+        return None
+    has_line = not before or before[-1] in "\n>]" or thought.startswith("\n")
+    return not thought.strip() or (has_line and not _TURN.search(thought)) or None
 
 
 def _digest(asks: Json) -> bytes:

@@ -8,10 +8,25 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from haltwise.proxy.wire import Json, UpstreamError
+from haltwise.proxy.wire import Json, UpstreamError, json_object
 
 #: Where the whole proxy logs.
 log = logging.getLogger("haltwise.proxy")
+
+
+class JsonLines(logging.Formatter):
+    """Makes every record a line that is a JSON object, whoever has logged it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line: the message itself if it is one already."""
+        message = record.getMessage()
+        if json_object(message) is not None and "\n" not in message:
+            return message
+        line = {"level": record.levelname.lower(), "logger": record.name, "message": message}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
 
 _DECISIONS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 _WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -20,6 +20,8 @@ from haltwise.proxy.wire import REASONING_FIELDS, Json, StreamEvent, UpstreamErr
 _MOST_HELD = 2 * 2**20
 # Seconds that a second leg has at least, even if the first one's own answer is whole by then.
 _SOON = 2.0
+# Errors of a first leg that may come from what it is asked for beside the client's own fields.
+_ASKED_PLAINLY = ("said", "malformed", "cut")
 
 
 class ThoughtCloser:
@@ -35,15 +37,20 @@ class ThoughtCloser:
         self._reader, self._patience = reader, patience
         self._request, self._server = reader.request, reader.server
         self._headers = reader.request.headers
+        self._tail = reader.server.close_text
         self._running = AsyncExitStack()
 
-    async def ask(self, body: Json) -> UpstreamLeg:
+    async def ask(self, body: Json, chat: bool) -> UpstreamLeg:
         """Sends a request of this completion; `close` ends its leg.
+
+        Args:
+            body: Its body.
+            chat: Whether it goes to the endpoint of chats.
 
         Raises:
             UpstreamError: If no answer comes.
         """
-        path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+        path = "/v1/chat/completions" if chat else "/v1/completions"
         leg = await self._server.upstream.stream(path, body, self._headers)
         self._running.push_async_callback(leg.close)
         # Two requests must not have one name.
@@ -80,11 +87,11 @@ class ThoughtCloser:
             self._running.push_async_callback(held.close)
         rest: AsyncIterable[StreamEvent] = held or first
         try:
-            body = await self._body_after(server.close_text)
+            body = await self._body_after(self._tail)
             if held is None:
                 await first.close()
                 rest = self._asked_anew(envelope)
-            second = await self.begun(body, bool(server.close_parts[1]), held)
+            second = await self._begun_to_answer(body, held)
         except UpstreamError as error:
             reader.fall_back(error.kind)
             return None, rest
@@ -94,6 +101,17 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
+
+    async def _begun_to_answer(self, body: Json, held: HeldBackLeg | None) -> UpstreamLeg:
+        """As `begun`, but a second thought is closed too: before it has begun, and once."""
+        may_be_empty = bool(self._server.close_parts[1])
+        try:
+            return await self.begun(body, may_be_empty, held)
+        except UpstreamError as error:
+            if error.kind != "second thought":
+                raise
+        self._tail += self._server.rules.think_start + self._server.close_text
+        return await self.begun(await self._body_after(self._tail), may_be_empty, held)
 
     async def _body_after(self, tail: str) -> Json:
         """The body of a request that goes on from the thought and a tail behind it."""
@@ -124,12 +142,16 @@ class ThoughtCloser:
 
             if held is not None:
                 held.enough.add_done_callback(hurry)
-            leg = await self.ask(body)
-            choice = await leg.first_choice() if leg.is_stream else None
-            thought, text = ("", "") if choice is None else texts_of(choice)
-            if choice is not None and not thought and (text or may_be_empty):
+            leg = await self.ask(body, "messages" in body)
+            marker = self._server.rules.think_start
+            opening = await leg.opening(marker) if leg.is_readable else None
+            thought, text = opening or ("", "")
+            thinks = text.lstrip().startswith(marker)
+            if opening and not thought and not thinks and (text or may_be_empty):
                 return leg
             await leg.close()
+            if thinks:
+                raise UpstreamError("second thought", "upstream thought on where it was to answer")
             raise UpstreamError("no answer", "upstream did not answer where it was to")
         if held is not None and held.enough.done():
             raise UpstreamError("late", "upstream went on by itself for too long")
@@ -146,24 +168,50 @@ class ThoughtCloser:
             UpstreamError: What broke it off, if no leg goes on.
         """
         try:
-            body = await self._body_after(self._server.close_text + said)
+            body = await self._body_after(self._tail + said)
             return await self.begun(body, may_be_empty=True)
         except UpstreamError:
             raise error from None
+
+    async def asked_plainly(
+        self, first: UpstreamLeg, envelope: Json, error: UpstreamError
+    ) -> AsyncIterator[StreamEvent]:
+        """The client's own request in place of a first leg that has failed before it said anything.
+
+        What the proxy asked for beside may have been too much for the server.
+
+        Args:
+            first: The leg.
+            envelope: What all chunks of the answer have in common.
+            error: How it failed.
+
+        Raises:
+            UpstreamError: That error, if it had said something or is none of this kind.
+        """
+        reader = self._reader
+        has_said = not reader.is_thinking or any(reader.shown_texts)
+        if has_said or error.kind not in _ASKED_PLAINLY:
+            raise error
+        await first.close()
+        reader.fall_back("refused")
+        return self._asked_anew(envelope)
 
     async def _asked_anew(self, envelope: Json) -> AsyncIterator[StreamEvent]:
         """The client's request from its beginning, without what the client has of it."""
         self._reader.usages.append(LegUsage())
         self._reader.is_thinking = False
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        leg = await self.ask(self._request.body | streaming)
-        if not leg.is_stream:
+        leg = await self.ask(self._request.body | streaming, self._request.chat)
+        if not leg.is_readable:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
-        shown = AlreadyShown("".join(self._reader.shown_texts), self._server.rules.think_end)
+        reader, think_end = self._reader, self._server.rules.think_end
+        shown = AlreadyShown("".join(reader.shown_texts), think_end, bool(reader.field))
         async for event in leg:
             choice = event.choice
             if event.chunk and (choice is None or shown.leave_out_of(choice)):
                 yield StreamEvent(chunk=event.chunk | envelope)
+            elif event.chunk is None:
+                yield event
 
 
 class HeldBackLeg:
@@ -234,45 +282,55 @@ class HeldBackLeg:
 class AlreadyShown:
     """Leaves out of an answer that comes anew what the client has of it already.
 
-    If it is another answer this time, what follows its thought is left.
+    If it is another answer this time, what follows its thought is left, and all of it if it has
+    no thought.
 
     Args:
         shown: All text that the client has: it broke off inside of a thought.
         think_end: The marker that closes a thought.
+        has_field: Whether thoughts have a field of their own.
     """
 
-    def __init__(self, shown: str, think_end: str) -> None:
+    def __init__(self, shown: str, think_end: str, has_field: bool = False) -> None:
         """Starts before the first chunk."""
-        self._shown, self._think_end = shown, think_end
-        self._text, self._has_field, self._is_over = "", False, False
+        self._shown, self._think_end, self._has_field = shown, think_end, has_field
+        self._text, self._is_over = "", False
 
     def leave_out_of(self, choice: Json) -> bool:
         """Cuts the next choice to what is new; returns whether anything of it is."""
         if self._is_over:
             return True
-        thought, text = texts_of(choice)
-        self._text += thought + text
+        ends, (thought, text) = bool(choice.get("finish_reason")), texts_of(choice)
         self._has_field |= bool(thought)
-        num = self._num_new(text)
-        self._is_over = num > 0
-        new = self._text[len(self._text) - num :]
-        border = max(num - len(text), 0) if thought else 0
-        _replace_texts(choice, new[:border], new[border:])
-        return self._is_over or bool(choice.get("finish_reason"))
+        self._text += thought if self._has_field else text
+        new = self._new_text(ends)
+        thought, text = (new, text) if self._has_field else ("", new)
+        self._is_over = bool(thought or text) or _says_more(choice)
+        _replace_texts(choice, thought, text)
+        return self._is_over or ends
 
-    def _num_new(self, text: str) -> int:
-        """The number of characters at the end of all text that are new."""
+    def _new_text(self, ends: bool) -> str:
+        """What the client does not have of the text so far, which may be the whole one."""
         if self._shown.startswith(self._text):
-            return 0
+            return ""
         if self._text.startswith(self._shown):
-            return len(self._text) - len(self._shown)
+            return self._text[len(self._shown) :]
         if self._has_field:
-            return len(text)
+            return ""
         end = self._text.find(self._think_end)
-        return 0 if end < 0 else len(self._text) - end
+        if end < 0:
+            return self._text if ends else ""
+        return self._text[end:]
+
+
+def _says_more(choice: Json) -> bool:
+    """Whether a choice has something beside its texts, like a tool call."""
+    known = ("role", "content", *REASONING_FIELDS)
+    return any(value for name, value in choice.get("delta", {}).items() if name not in known)
 
 
 def _replace_texts(choice: Json, thought: str, text: str) -> None:
-    part = choice.get("delta", choice)
-    for names, value in ((REASONING_FIELDS, thought), (("content", "text"), text)):
-        part.update({name: value for name in names if part.get(name)})
+    part, own = (choice["delta"], "content") if "delta" in choice else (choice, "text")
+    part.update({name: thought for name in REASONING_FIELDS if part.get(name)})
+    if text or part.get(own):
+        part[own] = text

@@ -1,6 +1,8 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
+import re
 import time
+from dataclasses import replace
 
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer
@@ -11,6 +13,30 @@ from haltwise.session.stream import StreamedThought
 
 # How vLLM begins the texts of tokens that it was told to name by their ids.
 _ID_TEXT = "token_id:"
+# A call that has begun and not ended: it can be written amid a thought.
+_TOOL_CALL = re.compile(
+    r"(<tool_call>|<function=|\[TOOL_CALLS\]|<\|tool_calls?_begin\|>|<\uff5ctool\u2581calls?\u2581begin\uff5c>)"
+    r"(?!.*(</tool_call>|</function>|<\|tool_calls?_end\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>))",
+    re.DOTALL,
+)
+# How some servers begin the texts of tokens that are no whole characters.
+_BYTES_TEXT = "bytes:\\x"
+
+
+def _whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
+    """Tokens whose texts are that of their chunk, where their own are only parts of characters.
+
+    Args:
+        tokens: Those of a chunk; without any, its text counts as one.
+        text: That of the chunk.
+    """
+    own = "".join(token.text for token in tokens)
+    is_whole = len(own) >= len(text) and "\ufffd" not in own and _BYTES_TEXT not in own
+    if is_whole:
+        return tokens
+    if not tokens:
+        return [ServedToken(text)]
+    return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
 
 
 class ThoughtReader:
@@ -50,7 +76,7 @@ class ThoughtReader:
         self.shown_texts: list[str] = []
         """What the client has of the thought."""
         self._metrics = metrics
-        self._knows_opening = not request.chat
+        self._opening = ""
 
     async def read(self, chunk: Json, choice: Json) -> bool:
         """Reads the next chunk, which has this choice; returns whether to halt behind it."""
@@ -64,24 +90,46 @@ class ThoughtReader:
         self.shown_texts.append(thought + text)
         if thought and not self.field:
             self.field = next(name for name in REASONING_FIELDS if choice["delta"].get(name))
-            self._knows_opening = True
             self.thought.begun = True
-        elif not self._knows_opening and (tokens or text):
-            self._knows_opening = True
-            opening = text + "".join(token.text for token in tokens)
-            is_marked = self.server.rules.think_start in opening
-            self.thought.begun |= is_marked or await self.server.opens_thought(self.request)
         if any(token.text.startswith(_ID_TEXT) for token in tokens):
             self.is_thinking = False  # its markers cannot be seen
             self.fall_back("token texts")
             return False
-        if not tokens and thought + text:
-            tokens = [ServedToken(thought + text)]
+        tokens = _whole_texts(tokens, thought + text)
+        if not self.thought.begun:
+            await self._find_opening("".join(token.text for token in tokens))
+            if not self.is_thinking:
+                return False
         halts = self._show_head(tokens)
         self.is_thinking &= not self.thought.is_over
         budget = self.request.max_tokens
         is_within = budget is None or self.generated.num_tokens < budget
-        return halts and self.may_halt and is_within
+        return halts and self.may_halt and is_within and await self._is_thought()
+
+    async def _find_opening(self, text: str) -> None:
+        """Finds out whether an answer begins with a thought, from its next text.
+
+        The LM writes the marker first if the prompt does not end with it; later it is mentioned.
+        """
+        is_first = not self._opening
+        self._opening = (self._opening + text).lstrip()
+        if not self._opening:
+            return
+        opened = await self.server.opened(self.request) if is_first else None
+        marker = self.server.rules.think_start
+        begins = self._opening.startswith(marker) or marker.startswith(self._opening)
+        self.thought.begun = opened is True
+        self.is_thinking = self.thought.begun or (begins and opened is None)
+
+    async def _is_thought(self) -> bool:
+        """Whether what the server takes for a thought is one, and neither an answer nor a call."""
+        if _TOOL_CALL.search("".join(self.shown_texts)):
+            self.fall_back("tool call")  # the close text would stand in it
+            return False
+        if self.field and await self.server.opened(self.request) is False:
+            self.fall_back("no thought")
+            return False
+        return True
 
     def note_prompt(self) -> None:
         """Counts the prompt's tokens, once the server has told their ids."""

@@ -4,22 +4,34 @@ An answer is a leg of a completion. One whose thought runs to its end has one le
 halted has a second, which goes on behind the closed thought, and sometimes a third.
 """
 
+import asyncio
 import itertools
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import anyio
 import httpx2
 
 from haltwise.proxy import wire
+from haltwise.proxy.aside import encoded
 from haltwise.proxy.config import ServeConfig
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
 _CALL_TIMEOUT = 5.0
+# Seconds for which a server that did not answer such a question in time is not asked it again.
+_SILENCE_LASTS = 10.0
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -36,10 +48,19 @@ def as_upstream_errors() -> Iterator[None]:
         raise wire.UpstreamError("unreachable", "upstream cannot be reached") from None
     except httpx2.TransportError:
         raise wire.UpstreamError("cut", "upstream broke off its answer") from None
+    except httpx2.DecodingError:
+        raise wire.UpstreamError("malformed", "upstream's answer cannot be unpacked") from None
+
+
+def begins(text: str, marker: str) -> bool:
+    """Whether a text is the beginning of a marker, but not the whole."""
+    return marker.startswith(text) and text != marker
 
 
 class UpstreamLeg:
     """One answer of the upstream; as an iterator it gives the events that are left.
+
+    What comes behind the mark of a stream's end is not waited for: the answer is whole.
 
     Args:
         response: The answer, whose headers have come.
@@ -52,10 +73,13 @@ class UpstreamLeg:
         self._put_back: list[wire.StreamEvent] = []
 
     @property
-    def is_stream(self) -> bool:
-        """Whether the answer is a stream of events."""
-        kind = self.response.headers.get("content-type", "")
-        return self.response.status_code == 200 and kind.startswith(wire.EVENT_STREAM)
+    def is_readable(self) -> bool:
+        """Whether the answer may be a stream of events, or a whole one in place of it.
+
+        Servers and those before them have all kinds of names for either.
+        """
+        kind = self.response.headers.get("content-type", "").lower()
+        return self.response.is_success and "html" not in kind
 
     def __aiter__(self) -> AsyncIterator[wire.StreamEvent]:
         """Returns the leg itself."""
@@ -71,11 +95,14 @@ class UpstreamLeg:
 
     async def _read(self) -> AsyncGenerator[wire.StreamEvent, None]:
         reader = wire.EventReader()
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self._decoded()) as pieces:
             async for data in pieces:
                 for event in reader.feed(data):
-                    if event is not wire.DONE:  # a completion ends with its last leg
-                        yield event
+                    yield event
+                    if event is wire.DONE:
+                        return
+        for event in reader.end():
+            yield event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """The body piece by piece, as it was sent, whatever its type.
@@ -87,30 +114,42 @@ class UpstreamLeg:
             async for data in self.response.aiter_raw():
                 yield data
 
+    async def _decoded(self) -> AsyncGenerator[bytes, None]:
+        """The body piece by piece, unpacked where a server packs what was to be left as it is."""
+        with as_upstream_errors():
+            async for data in self.response.aiter_bytes():
+                yield data
+
     async def body(self) -> bytes:
         """The whole body.
 
         Raises:
             UpstreamError: If the answer is cut or too late.
         """
-        async with aclosing(self.pieces()) as pieces:
+        async with aclosing(self._decoded()) as pieces:
             return b"".join([data async for data in pieces])
 
-    async def first_choice(self) -> wire.Json | None:
-        """The first choice with a text or an end; None without one.
+    async def opening(self, marker: str) -> tuple[str, str] | None:
+        """The first of the texts that it adds to a thought and to its answer; None without any end.
 
-        The events up to it are given by the iterator all the same.
+        The events up to there are given by the iterator all the same.
+
+        Args:
+            marker: Where the answer may begin with this, it is read until that is known.
 
         Raises:
             UpstreamError: If one is malformed or an error, or the answer is cut or too late.
         """
-        passed = []
+        passed, answer = [], ""
         async for event in self:
             passed.append(event)
             choice = event.choice
-            if choice and (any(wire.texts_of(choice)) or choice.get("finish_reason")):
+            thought, text = ("", "") if choice is None else wire.texts_of(choice)
+            answer += text
+            is_known = answer.strip() and not begins(answer.strip(), marker)
+            if thought or is_known or (choice and choice.get("finish_reason")):
                 self._put_back = passed[::-1]
-                return choice
+                return thought, answer
         return None
 
     async def close(self) -> None:
@@ -174,9 +213,16 @@ class LegUsage:
     prompt_tokens: int | None = None
     """None if they are not known."""
     completion_tokens: int = 0
+    told: wire.Json = field(default_factory=dict)
+    """All that the server told of it."""
+
+    def counts(self) -> wire.Json:
+        """The numbers of its tokens, as a client is told them."""
+        return {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
 
     def take(self, usage: Any) -> None:
         """Believes the usage that the server tells, if it is one."""
+        self.told = usage if isinstance(usage, dict) else self.told
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 setattr(self, name, usage[name])
@@ -244,7 +290,7 @@ class Upstream:
         """
         headers = [pair for pair in headers if pair[0] not in (b"accept-encoding", b"content-type")]
         headers += [(b"accept-encoding", b"identity"), (b"content-type", b"application/json")]
-        return await self.open("POST", path.encode(), headers, json.dumps(body).encode())
+        return await self.open("POST", path.encode(), headers, await encoded(body))
 
     async def call(self, path: str, body: wire.Json | None, headers: wire.RawHeaders) -> wire.Json:
         """Asks the server a question of the proxy's own, and returns the JSON that it answers.
@@ -272,3 +318,52 @@ class Upstream:
                 raise wire.UpstreamError("status", f"upstream answered a call with {status}")
             return found
         raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+
+
+class SharedQuestion(Generic[T]):
+    """A question to the server whose answer is the same for all: it is asked once, and kept.
+
+    Who asks while it is being asked waits for the same answer, and so for the same time. A failure
+    is shared too: with those who ask with the same key, whose fault it may be, and with all for a
+    while if the server does not answer in time.
+
+    Args:
+        ask: Asks it with a client's headers.
+    """
+
+    def __init__(self, ask: Callable[[wire.RawHeaders], Awaitable[T]]) -> None:
+        """Asks nothing yet."""
+        self._ask = ask
+        self._answers: list[T] = []
+        self._running: dict[bytes, asyncio.Task[T]] = {}
+        self._silent_until = 0.0
+
+    async def answer(self, headers: wire.RawHeaders) -> T:
+        """The answer.
+
+        Raises:
+            UpstreamError: If it does not come, or in time.
+        """
+        if self._answers:
+            return self._answers[0]
+        if anyio.current_time() < self._silent_until:
+            raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+        key = next((value for name, value in headers if name == b"authorization"), b"")
+        if key not in self._running:
+            self._running[key] = asyncio.create_task(self._asked(headers))
+            self._running[key].add_done_callback(lambda task: self._end(key, task))
+        # It goes on for the others if this client leaves.
+        return await asyncio.shield(self._running[key])
+
+    async def _asked(self, headers: wire.RawHeaders) -> T:
+        with anyio.move_on_after(_CALL_TIMEOUT):
+            answer = await self._ask(headers)
+            self._answers = [answer]
+            return answer
+        raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
+
+    def _end(self, key: bytes, task: asyncio.Task[T]) -> None:
+        del self._running[key]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, wire.UpstreamError) and error.kind == "timeout":
+            self._silent_until = asyncio.get_running_loop().time() + _SILENCE_LASTS

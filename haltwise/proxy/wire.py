@@ -14,6 +14,7 @@ EVENT_STREAM = "text/event-stream"
 
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAN = float("nan")
 
 
@@ -35,10 +36,12 @@ def error_body(message: str, kind: str) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
-def json_object(data: bytes) -> Json | None:
-    """The JSON object that some bytes are; None if they are something else."""
+def json_object(
+    data: bytes | str, decoder: type[json.JSONDecoder] = json.JSONDecoder
+) -> Json | None:
+    """The JSON object that some bytes or a text are; None if they are something else."""
     try:
-        found = json.loads(data)
+        found = json.loads(data, cls=decoder)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -74,12 +77,16 @@ DONE = StreamEvent(b"data: [DONE]\n\n")
 
 
 class EventReader:
-    """Cuts a stream of bytes, in pieces of any length, into its events."""
+    """Cuts a stream of bytes, in pieces of any length, into its events.
+
+    If the bytes are a whole answer in place of a stream, its events are those that say the same.
+    """
 
     def __init__(self) -> None:
         """Starts before the first byte."""
         self._rest: list[bytes] = []
         self._num_rest = 0
+        self._is_whole: bool | None = None  # nobody knows yet
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
         """Takes in the next piece of bytes; gives the events that it completes.
@@ -88,7 +95,9 @@ class EventReader:
             UpstreamError: If an event is no JSON object, does not end, or is an error.
         """
         self._keep(data)
-        if b"\n" not in data and b"\r" not in data:
+        if self._is_whole is None and (start := data.removeprefix(_BYTE_ORDER_MARK).lstrip()):
+            self._is_whole = start.startswith(b"{")
+        if self._is_whole or (b"\n" not in data and b"\r" not in data):
             return
         data = b"".join(self._rest)
         half = b"\r" if data.endswith(b"\r") else b""  # of an end of line, perhaps
@@ -97,7 +106,19 @@ class EventReader:
         *events, rest = data.split(b"\n\n")
         self._rest, self._num_rest = [], 0
         self._keep(rest + half)
-        yield from (_event(text) for text in events if text)
+        yield from (_event(text) for text in events if text.strip(b"\n"))
+
+    def end(self) -> Iterator[StreamEvent]:
+        """Gives what is left once all bytes have come: an event without its blank line.
+
+        Raises:
+            UpstreamError: As `feed`.
+        """
+        if self._is_whole:
+            data = b"".join(self._rest).removeprefix(_BYTE_ORDER_MARK)
+            yield from _events_of_whole(_said(data))
+        else:
+            yield from self.feed(b"\n\n")
 
     def _keep(self, data: bytes) -> None:
         self._rest.append(data)
@@ -107,23 +128,54 @@ class EventReader:
 
 
 def _event(text: bytes) -> StreamEvent:
+    text = text.removeprefix(_BYTE_ORDER_MARK)
     lines = [line[5:] for line in text.split(b"\n") if line.startswith(b"data:")]
     data, raw = b"\n".join(lines).strip(), text + b"\n\n"
     if not data:
         return StreamEvent(raw)
-    if data == b"[DONE]":
-        return DONE
-    chunk = json_object(data)
-    if chunk is None:
-        raise UpstreamError("malformed", "upstream sent an event that is no JSON object")
-    if error := chunk.get("error"):
+    return DONE if data == b"[DONE]" else StreamEvent(raw, _said(data))
+
+
+def _said(data: bytes) -> Json:
+    """The JSON object that an upstream says.
+
+    Bytes that are no UTF-8 are read as clients read them, and passed on as they are.
+
+    Raises:
+        UpstreamError: If it is none, or an error.
+    """
+    said = json_object(data.decode(errors="replace"))
+    if said is None:
+        raise UpstreamError("malformed", "upstream sent something that is no JSON object")
+    if error := said.get("error"):
         message = "upstream sent an error"
         body = error_body(message, "upstream_error")  # it has every field that clients expect
         body["error"] |= error if isinstance(error, dict) else {"message": str(error)}
         code = body["error"]["code"]
         status = code if isinstance(code, int) and 400 <= code < 600 else 502
         raise UpstreamError("said", message, status, body)
-    return StreamEvent(raw, chunk)
+    return said
+
+
+def _events_of_whole(answer: Json) -> Iterator[StreamEvent]:
+    """The events of a stream that says what a whole answer does."""
+    usage, choices = answer.pop("usage", None), answer.pop("choices", None)
+    envelope = answer | {"object": "text_completion"}
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and isinstance(message := choice.pop("message", None), dict):
+            envelope["object"] = "chat.completion.chunk"
+            choice["delta"] = message | _numbered(message.get("tool_calls"))
+    yield StreamEvent(chunk=envelope | {"choices": choices})
+    if usage is not None:
+        yield StreamEvent(chunk=envelope | {"choices": [], "usage": usage})
+    yield DONE
+
+
+def _numbered(calls: Any) -> Json:
+    """The tool calls of a whole answer as a stream has them."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return {}
+    return {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]}
 
 
 # Chunks
@@ -139,6 +191,8 @@ def choice_of(chunk: Json) -> Json | None:
     if not choices:
         return None
     choice: Any = choices[0] if isinstance(choices, list) else None
+    if isinstance(choice, dict) and choice.get("delta", {}) is None:
+        choice["delta"] = {}  # nothing is added
     if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
         raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
     return choice
@@ -152,9 +206,16 @@ def texts_of(choice: Json) -> tuple[str, str]:
     """The text that a choice adds to the thought, if the server tells it apart, and to all else."""
     delta = choice.get("delta")
     if delta is None:
-        return "", str(choice.get("text") or "")
+        return "", _text_of(choice.get("text"))
     thought = next((delta[name] for name in REASONING_FIELDS if delta.get(name)), "")
-    return str(thought), str(delta.get("content") or "")
+    return _text_of(thought), _text_of(delta.get("content"))
+
+
+def _text_of(content: Any) -> str:
+    """The text of a content, which may have parts."""
+    parts = content if isinstance(content, list) else [content]
+    texts = (part.get("text") if isinstance(part, dict) else part for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 @dataclass(slots=True)
@@ -214,7 +275,10 @@ def _entry(text: Any, logprob: Any) -> Json:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else _NAN
+    try:
+        return float(value) if isinstance(value, (int, float)) else _NAN
+    except OverflowError:  # of hundreds of digits
+        return _NAN
 
 
 def trim_logprobs(logprobs: Any, num_top: int) -> None:
@@ -234,7 +298,8 @@ def trim_logprobs(logprobs: Any, num_top: int) -> None:
 
 def _likeliest(top: Json, num: int, text: Any) -> Json:
     """The likeliest entries, and the token's own beside them."""
-    kept = sorted(top, key=lambda name: -_number(top[name]))[:num]
+    numbers = {name: _number(value) for name, value in top.items()}
+    kept = sorted(numbers, key=lambda name: (numbers[name] != numbers[name], -numbers[name]))[:num]
     return {name: top[name] for name in top if name in kept or name == text}
 
 
@@ -274,20 +339,27 @@ class WholeAnswer:
                 self._choice[name] = value
         for name, value in (choice.get("delta") or {"text": choice.get("text")}).items():
             self._add_text(name, value)
-        for name, values in (choice.get("logprobs") or {}).items():
+        logprobs = choice.get("logprobs")
+        for name, values in logprobs.items() if isinstance(logprobs, dict) else ():
             if isinstance(values, list):
                 self._logprobs.setdefault(name, []).extend(values)
 
     def _add_text(self, name: str, value: Any) -> None:
         if name == "tool_calls":
-            for call in value or ():
-                _add_call(self._calls.setdefault(call.get("index", 0), {}), call)
+            for call in value if isinstance(value, list) else (value,):
+                if isinstance(call, dict):
+                    _add_call(self._call_of(call), call)
         elif name == "role":
             self._texts[name] = value or self._texts.get(name, "assistant")
-        elif isinstance(value, str):
-            self._texts[name] = self._texts.get(name, "") + value
         elif value is not None:
-            self._texts[name] = value
+            self._texts[name] = _grown(self._texts.get(name), value)
+
+    def _call_of(self, part: Json) -> Json:
+        """The tool call that a part belongs to; without an index, one with an id is a new one."""
+        index = part.get("index")
+        if not isinstance(index, int):
+            index = max(self._calls, default=-1) + 1 if part.get("id") or not self._calls else None
+        return self._calls.setdefault(max(self._calls) if index is None else index, {})
 
     def answer(self, chat: bool) -> Json:
         """The whole answer."""
@@ -306,7 +378,15 @@ class WholeAnswer:
 
 def _add_call(call: Json, part: Json) -> None:
     """Adds a part to a tool call: the texts of its function grow, all else is told once."""
-    function = call.setdefault("function", {})
-    for name, value in (part.get("function") or {}).items():
-        function[name] = function.get(name, "") + (value or "")
+    function, more = call.setdefault("function", {}), part.get("function")
+    for name, value in more.items() if isinstance(more, dict) else ():
+        function[name] = _grown(function.get(name), "" if value is None else value)
     call |= {k: v for k, v in part.items() if k not in ("function", "index") and v}
+
+
+def _grown(one: Any, more: Any) -> Any:
+    """A value and what a stream adds to it: texts and lists grow, all else is told anew."""
+    grows = isinstance(one, str | list) and type(one) is type(more)
+    if grows or not more:
+        return one + more if grows else more if one is None else one
+    return more

@@ -1,5 +1,6 @@
 """One thought that a server streams: a token in, whether to close the thought out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -118,7 +119,7 @@ def _table(top: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """Returns (N, NUM_TOP), the likeliest first, and NaN where too few are known."""
     table = np.full((len(top), NUM_TOP), -np.inf)
     for row, values in zip(table, top, strict=True):
-        if len(values) < _FEWEST_TOP:
+        if len(values) < _FEWEST_TOP or any(map(math.isnan, values)):
             row[:] = np.nan
         else:
             row[: len(values)] = sorted(values, reverse=True)[:NUM_TOP]

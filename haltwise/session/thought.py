@@ -43,10 +43,20 @@ class PointRules:
         self.think_start, self.think_end = halting.think_start, halting.think_end
 
     def is_point(self, position: int, text: str) -> bool:
-        """Whether a decision point follows the token with this text at this position."""
+        """Whether a decision point follows the token at this position.
+
+        Args:
+            position: Tokens so far.
+            text: The token's text, and before it as much as the rule looks back.
+        """
         if self.every:
             return position % self.every == 0
         return self._after in text
+
+    @property
+    def num_looked_back(self) -> int:
+        """Characters before a token in which a text may begin that a decision point follows."""
+        return max(len(self._after) - 1, 0)
 
     def token_text(self, token: Any) -> str:
         """Returns the text of one token."""
@@ -71,7 +81,7 @@ class Thought:
     def __init__(self, rules: PointRules, prompt: str = "") -> None:
         """Stands before the first token."""
         self._rules = rules
-        self._tail = ""
+        self._tail, self._before = "", ""
         self.cap: int | None = None
         """Thinking tokens at which it is to be closed, if there is such a cap."""
         self.tokens: list[Any] = []
@@ -149,8 +159,10 @@ class Thought:
         self._tail = seen[-len(marker) :] if marker and not found else ""
         if self.begun and not found:
             within = rules.max_points is None or self.num_points < rules.max_points
-            self.at_point = within and rules.is_point(self.num_tokens, text)
+            self.at_point = within and rules.is_point(self.num_tokens, self._before + text)
             self.num_points += self.at_point
+            if rules.num_looked_back:
+                self._before = (self._before + text)[-rules.num_looked_back :]
         self.position = self.num_tokens
         self.closed = self.begun and found
         self.begun = self.begun or found

@@ -20,8 +20,9 @@ import math
 import re
 import socket
 import threading
+import zlib
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, Self, get_args
 
@@ -34,14 +35,16 @@ from starlette.types import Receive, Scope, Send
 
 Kind = Literal["vllm", "llama-server", "sglang", "ollama", "plain"]
 """plain: nothing tells what it is."""
-Thoughts = Literal["field", "opened", "written"]
+Thoughts = Literal["field", "naive", "opened", "written"]
 """Where a chat's thoughts stand: in a field of their own, or in the content. Then <think> is in the
-prompt already (opened), or the LM writes it (written)."""
+prompt already (opened), or the LM writes it (written). A naive server shows an answer in the field
+if no thought was closed before it."""
 
 NUM_OTHERS = 20
 #: Tokens of prompt and answer together, where a server tells.
 CONTEXT = 100_000
 _OPEN, _CLOSE = "<think>", "</think>"
+_MENTION = "<think >"
 _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
 _EOS = "<eos>"
 
@@ -63,19 +66,33 @@ class Plan:
     split: int = 0
     """Bytes in a packet; at 0 each chunk is one."""
     top: str = "sound"
-    """What the log probabilities are: sound, none, few (5), nan, null, words, or refused if more
-    than 5 are asked for."""
+    """What the log probabilities are: sound, none, few (5), nan, null, words. If more than 5 are
+    asked for: a status, or what the stream begins with (says, malformed, list) or does (dies)."""
+    form: str = ""
+    """How the answer is sent: a content type, null (deltas without a text are null), unended (the
+    last event has no blank line, and no mark follows), endless (no reason why it ends), bytes (that
+    are no UTF-8), whole (no stream though one is asked for), or gzip."""
     trouble: str = ""
     """"500" and the like, mute (no answer at all), hangs, crowds (waits for others), dies, ends,
-    endless, html, or a strange event before each other: malformed, says (an error), list, pings
-    (comments)."""
+    endless, html, goes on (behind the mark of its end, and hangs), or a strange event before each
+    other: malformed, says (an error), list, pings (comments)."""
     at: int = 0
     """Tokens before the trouble."""
     legs: tuple[int, ...] = (1, 2, 3)
     """Where it happens: in the thought (1), in an answer after a closed one (2), or in an answer
     that has begun in the prompt (3)."""
+    anew: str = ""
+    """What differs if the same is asked again: plain (it answers without a thought) or brief (it
+    thinks five tokens)."""
     token_bytes: int = 0
     """Tokens are filled up to this length."""
+    closes: str = ""
+    """What it does behind a close text: repeats (the marker), thinks (three tokens more, unless it
+    was closed twice)."""
+    mention: str = ""
+    """What the answer begins with."""
+    details: bool = False
+    """Tells details of its usage: all tokens of its answer are of a thought, one was cached."""
     tool: bool = False
     """Calls a tool in place of an answer."""
 
@@ -140,10 +157,26 @@ def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
             seen += 1
         yield Token(_CLOSE, "marker")
     said = len(re.findall(rf" {plan.name}\.a\d+", answer))
+    if plan.closes and is_closed and not said:
+        yield from _unclosed(plan, seen, answer.count(_CLOSE))
+    if plan.mention and not said:
+        yield Token(plan.mention.replace(_MENTION, _OPEN), "answer")
     text = plan.answer_text(seen, start=said)
     for piece in re.findall(rf" {plan.name}\.[^ ]*", text):
         yield Token(piece, "answer")
     yield Token(_EOS, "end")
+
+
+def _unclosed(plan: Plan, seen: int, num_more: int) -> Iterator[Token]:
+    """What the LM says in place of an answer behind a thought that was closed for it."""
+    if plan.closes == "repeats":
+        yield Token("\n", "answer")
+        yield Token(_CLOSE[:3], "answer")
+        yield Token(_CLOSE[3:] + "\n\n", "answer")
+    elif not num_more:
+        yield Token(_OPEN, "answer")
+        yield Token(plan.thought(seen + 3, start=seen), "answer")
+        yield Token(_CLOSE, "answer")
 
 
 def leg_of(prompt: str) -> int:
@@ -190,8 +223,11 @@ class Asked:
 class _Stream(StreamingResponse):
     """Notes how it ended."""
 
-    def __init__(self, asked: Asked, content: AsyncIterator[bytes], fake: _Fake) -> None:
-        super().__init__(content, media_type="text/event-stream")
+    def __init__(self, asked: Asked, content: AsyncIterator[bytes], fake: _Fake, form: str) -> None:
+        kind = form if "/" in form else "text/event-stream"
+        super().__init__(content, headers={"content-type": kind})
+        if form == "gzip":
+            self.headers["content-encoding"] = "gzip"
         self.asked, self.fake = asked, fake
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -223,6 +259,7 @@ class _Fake:
         self.kind, self.key, self.thoughts = kind, key, thoughts
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
+        self.plans: list[Plan] = []
         self.num_slots = num_slots
         self._slots = asyncio.Semaphore(num_slots or 1_000_000)
         self._ids: dict[str, int] = {}
@@ -233,6 +270,7 @@ class _Fake:
     def _routes(self) -> Iterator[Route]:
         yield Route("/v1/chat/completions", self.generate, methods=["POST"])
         yield Route("/v1/completions", self.generate, methods=["POST"])
+        yield Route("/v1/responses", self.echo, methods=["POST"])
         yield Route("/v1/models", self.models)
         yield Route("/v1/echo", self.echo, methods=["GET", "POST"])
         yield Route("/asked", self.tell)
@@ -282,9 +320,14 @@ class _Fake:
         self._running = {id: other for id, other in self._running.items() if other is not asked}
         asked.gone.set()
 
-    def prompt_of(self, body: Any) -> str:
-        """What the LM reads, from its own plan on."""
-        if "messages" not in body:
+    def rendered(self, body: Any) -> str:
+        """What the template makes of messages, whatever stands in them."""
+        others = [str(message.get("content")) for message in body["messages"][:-1]]
+        return "".join(others) + self.prompt_of(body).replace(_MENTION, _OPEN)
+
+    def prompt_of(self, body: Any, chat: bool = True) -> str:
+        """What the LM reads, from its own plan on; markers of users mean nothing to it."""
+        if not chat or "messages" not in body:
             prompt = body["prompt"]
             return prompt if isinstance(prompt, str) else self.decode(self.ids_of(prompt))
         messages = body["messages"]
@@ -292,7 +335,9 @@ class _Fake:
         content = messages[last]["content"]
         if not isinstance(content, str):
             content = "".join(part["text"] for part in content)
-        text = content + "\n<|assistant|>"
+        text = content.replace(_OPEN, _MENTION) + "\n<|assistant|>"
+        if len(messages) == last + 1 and "/no_think" in content:
+            return text + f"{_OPEN}\n\n{_CLOSE}\n\n"
         if len(messages) == last + 1:
             return text + ("" if self.thoughts == "written" else f"{_OPEN}\n")
         prefill = messages[-1]
@@ -305,7 +350,8 @@ class _Fake:
         """Both of chat and completions."""
         try:
             body = await request.json()
-            prompt = self.prompt_of(body)
+            chat = request.url.path.endswith("/chat/completions")
+            prompt = self.prompt_of(body, chat)
             plan = Plan.read(prompt)
             counts = ("n", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs")
             numbers = {name: _count(body.get(name)) for name in counts}
@@ -316,20 +362,34 @@ class _Fake:
         asked = self._ask(request, body)
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
-        happens = leg_of(prompt) in plan.legs
-        if plan.trouble == "mute" and happens:
+        if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
+        return await self._answer(asked, plan, prompt, numbers)
+
+    async def _answer(
+        self, asked: Asked, plan: Plan, prompt: str, numbers: dict[str, int]
+    ) -> Response:
+        is_anew = leg_of(prompt) == 1 and any(one.name == plan.name for one in self.plans)
+        self.plans.append(plan)
+        happens = leg_of(prompt) in plan.legs
         num_top = max(numbers["logprobs"], numbers["top_logprobs"])
-        if plan.top == "refused" and num_top > 5:
-            return _refusal(asked, 400, "at most 5 log probabilities")
+        if self.kind == "llama-server" and asked.body.get("tools") and num_top:
+            return _refusal(asked, 400, "no log probabilities with tools and a stream")
+        if plan.top.isdigit() and num_top > 5:
+            return _refusal(asked, int(plan.top), "at most 5 log probabilities")
+        if plan.top in (*_STRANGE, "dies") and num_top > 5:
+            plan, happens = replace(plan, trouble=plan.top, at=0), True
         if plan.trouble.isdigit() and happens:
             return _refusal(asked, int(plan.trouble), f"trouble with {plan.name}")
         if plan.trouble == "html" and happens:
             asked.gone.set()
             return Response(b"<html>not an API</html>", media_type="text/html")
+        if is_anew:
+            plan = replace(plan, thinking={"brief": 5, "plain": 0}.get(plan.anew, plan.thinking))
+            prompt += _CLOSE if plan.anew == "plain" else ""
         writer = _Writer(self, asked, plan, prompt, happens)
-        if body.get("stream"):
-            return _Stream(asked, writer.packets(), self)
+        if asked.body.get("stream") and plan.form != "whole":
+            return _Stream(asked, writer.packets(), self, plan.form)
         async for _ in writer.packets():
             pass
         asked.ended = "done"
@@ -383,7 +443,7 @@ class _Fake:
         """Of text or of messages."""
         body = await request.json()
         if "messages" in body:
-            text = self.prompt_of(body)
+            text = self.rendered(body)
         else:
             text = body.get("prompt", body.get("content"))
         ids = self.encode(text)
@@ -396,7 +456,7 @@ class _Fake:
 
     async def apply_template(self, request: Request) -> Response:
         """The prompt of messages."""
-        return JSONResponse({"prompt": self.prompt_of(await request.json())})
+        return JSONResponse({"prompt": self.rendered(await request.json())})
 
     async def tell(self, request: Request) -> Response:
         """How the streams so far have ended, by path."""
@@ -422,7 +482,7 @@ class _Writer:
     def __init__(self, fake: _Fake, asked: Asked, plan: Plan, prompt: str, happens: bool) -> None:
         self.fake, self.asked, self.plan, self.happens = fake, asked, plan, happens
         self.body = asked.body
-        self.chat = "messages" in self.body
+        self.chat = asked.path.endswith("/chat/completions")
         self.prompt_ids = fake.ids_of(prompt if self.chat else self.body["prompt"])
         self.tokens = continuation(plan, prompt)
         self.thinks = leg_of(prompt) == 1
@@ -436,6 +496,10 @@ class _Writer:
             limit = 16  # theirs, but for chats
         self.limit = math.inf if limit is None else limit
         self.all: list[Token] = []
+        stops = self.body.get("stop")
+        stops = stops if isinstance(stops, list) else [stops]
+        self.stops = [text for text in stops if isinstance(text, str) and text]
+        self.packed = zlib.compressobj(wbits=31)
 
     async def packets(self) -> AsyncIterator[bytes]:
         """The stream's bytes."""
@@ -444,12 +508,26 @@ class _Writer:
             self.fake.start(self.id, self.asked)
             async for event in self.events():
                 data = (event if event[:1] == ":" else f"data: {event}").encode() + b"\n\n"
+                data = self.formed(data)
                 for start in range(0, len(data), size or len(data)):
                     packet = data[start : start + size] if size else data
                     self.asked.num_sent += len(packet)
                     yield packet
                     await asyncio.sleep(0)
         self.asked.ended = "done"
+
+    def formed(self, data: bytes) -> bytes:
+        """An event's bytes in the plan's form."""
+        match self.plan.form:
+            case "unended" if self.finish:
+                return data.rstrip()
+            case "null":
+                return data.replace(b'"delta": {}', b'"delta": null')
+            case "bytes":
+                return data.replace("é".encode(), "é".encode("latin-1"))
+            case "gzip":
+                return self.packed.compress(data) + self.packed.flush(zlib.Z_SYNC_FLUSH)
+        return data
 
     async def events(self) -> AsyncIterator[str]:
         """The stream's events, each as text."""
@@ -467,6 +545,13 @@ class _Writer:
                 if choice != self._choice(i, {}, None) or self.finish or not llama:
                     yield self._event([choice], first=not self.chat and not self.all)
             self.all += chunk
+        if self.plan.form != "unended":
+            async for event in self.last_events():
+                yield event
+
+    async def last_events(self) -> AsyncIterator[str]:
+        """Those behind the last token's."""
+        llama = self._is("llama-server")
         if llama and not self.chat and self.num_choices == 1:
             # It tells how many tokens it took whether anybody asked or not.
             yield self._event([self._choice(0, "", None)], usage=self.usage())
@@ -475,6 +560,9 @@ class _Writer:
             yield self._event([], usage=self.usage())
         if self.plan.trouble != "ends" or not self.happens:
             yield "[DONE]"
+        if self.plan.trouble == "goes on" and self.happens:
+            yield self._event([self._of(0, [Token(" behind the end", "answer")])])
+            await self.asked.freed.wait()
 
     async def troubled(self) -> bool:
         """Whether the next event is none; may not come back."""
@@ -500,6 +588,9 @@ class _Writer:
             self.num_tokens += 1
             if token.place == "end":
                 self.finish = "tool_calls" if self.plan.tool else "stop"
+            elif any(text in token.text for text in self.stops):
+                self.finish = "stop"
+                chunk[-1] = replace(token, text="")
             elif self.num_tokens >= self.limit:
                 self.finish = "length"
         return chunk
@@ -523,7 +614,7 @@ class _Writer:
         return self.fake.kind in kinds
 
     def _event(
-        self, choices: list[Any], usage: dict[str, int] | None = None, first: bool = False
+        self, choices: list[Any], usage: dict[str, Any] | None = None, first: bool = False
     ) -> str:
         event: dict[str, Any] = {
             "id": self.id,
@@ -540,10 +631,14 @@ class _Writer:
         # NaN is what a careless server writes.
         return json.dumps(event, ensure_ascii=False)
 
-    def usage(self) -> dict[str, int]:
-        """Both counts and their sum."""
+    def usage(self) -> dict[str, Any]:
+        """Both counts and their sum, and the details."""
         prompt, own = len(self.prompt_ids), self.num_tokens * self.num_choices
-        return {
+        details = {
+            "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": None},
+            "completion_tokens_details": {"reasoning_tokens": own},
+        }
+        return (details if self.plan.details else {}) | {
             "prompt_tokens": prompt,
             "completion_tokens": own,
             "total_tokens": prompt + own,
@@ -562,7 +657,7 @@ class _Writer:
     def _choice(
         self, i: int, shown: Any, logprobs: Any, chunk: Sequence[Token] = ()
     ) -> dict[str, Any]:
-        finish = self.finish or None
+        finish = None if self.plan.form == "endless" else self.finish or None
         if self._is("llama-server") and not self.chat and chunk:
             finish = None  # it has a chunk of its own
         name = "delta" if self.chat else "text"
@@ -574,7 +669,9 @@ class _Writer:
         return choice
 
     def _delta(self, chunk: list[Token]) -> dict[str, Any]:
-        if self.fake.thoughts != "field":
+        if self.fake.thoughts == "naive" and all(token.text != _CLOSE for token in self.all):
+            return {"reasoning": "".join(t.text for t in chunk if t.place == "answer")}
+        if self.fake.thoughts in ("opened", "written"):
             text = "".join(token.text for token in chunk if token.place != "end")
             return {"content": text}
         # The marker and what a message puts before it.
@@ -705,7 +802,7 @@ class FakeUpstream:
             for asked in self.asked
             if isinstance(asked.body, dict)
             and ("messages" in asked.body or "prompt" in asked.body)
-            and name in self._fake.prompt_of(asked.body)
+            and name in self._fake.prompt_of(asked.body, "/chat/" in asked.path)
         ]
 
     def free(self, asked: Asked) -> None:

@@ -227,7 +227,7 @@ def ask(
     if stream:
         body["stream_options"] = {"include_usage": True}
     found = client.post(PATHS[chat], json=body | more, headers=headers)
-    streamed = found.headers["content-type"].startswith("text/event-stream")
+    streamed = found.headers["content-type"].lower().startswith("text/event-stream")
     return Reply(found.status_code, dict(found.headers), found.content, streamed)
 
 

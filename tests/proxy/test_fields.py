@@ -18,7 +18,14 @@ FORMED = (
 )
 LOOKED_FOR = (
     *("stream", "best_of", "echo", "suffix", "post_sampling_probs", "return_token_ids"),
-    *("return_tokens_as_token_ids", "tools", "functions", "structured_outputs", "guided_json"),
+    *(
+        "n_probs",
+        "return_tokens_as_token_ids",
+        "tools",
+        "functions",
+        "structured_outputs",
+        "guided_json",
+    ),
     *("format", "include_reasoning", "chat_template", "chat_template_kwargs", "request_id"),
     *("reasoning_effort", "reasoning_budget_message", "continue_final_message"),
 )

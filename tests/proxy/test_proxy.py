@@ -152,6 +152,40 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
     assert second.body == first.body
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "is_told"),
+    [
+        ("/v1/responses", {}, True),
+        ("/v1/echo", {"X-Haltwise-Price": "1"}, True),
+        ("/v1/echo", {}, False),
+    ],
+)
+def test_what_is_not_watched_is_told(
+    vllm: Pair, path: str, headers: dict[str, str], is_told: bool
+) -> None:
+    counted = vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint")
+    reply = vllm.client.post(path, content=b"any", headers=headers)
+    told = reply.headers.get("x-haltwise")
+    assert told == ('{"halted": false, "reason": "endpoint"}' if is_told else None)
+    assert vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint") == counted + is_told
+
+
+@STREAMED
+def test_tools_before_a_server_that_shows_no_numbers_with_them(
+    pairs: Pairs, plan: Plan, stream: bool
+) -> None:
+    pair, tools = pairs("llama-server"), [{"type": "function", "function": {"name": "call"}}]
+    reply = ask(pair.client, plan, stream=stream, tools=tools)
+    assert shown(reply) == unhalted(plan, chat=True)
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "tools"
+    assert len(pair.upstream.of(plan)) == 1
+    plan = replace(plan, name=plan.name + "x", tool=True, trouble="hangs", at=7, legs=(1,))
+    capped = {"X-Haltwise-Max-Tokens": "7"}
+    reply = ask(pair.client, plan, stream=stream, headers=capped, tools=tools)
+    assert reply.thought == plan.thought(7) + "\n" and reply.finish == "tool_calls"
+    assert reply.haltwise["reason"] == "capped" and len(pair.upstream.of(plan)) == 1
+
+
 def test_prompts_of_ids_and_pictures_are_relayed(vllm: Pair, plan: Plan) -> None:
     ids = vllm.upstream.ids(plan.prompt())
     reply = ask(vllm.client, plan, chat=False, prompt=ids)
@@ -312,6 +346,88 @@ def test_a_chat_s_thought_may_stand_in_its_content(
     assert reply.haltwise["position"] == 20
 
 
+CAPPED = {"X-Haltwise-Max-Tokens": "3"}
+CLOSED = {"role": "assistant", "content": "<think>\nhm\n</think>\n\n"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "thoughts"),
+    [
+        *(("vllm", thoughts) for thoughts in ("naive", "opened", "written")),
+        ("sglang", "opened"),
+        ("llama-server", "written"),
+    ],
+)
+@pytest.mark.parametrize("asked", ["switch", "prefill"])
+@pytest.mark.parametrize("mention", ["", "<think>", "a <think> is"])
+def test_an_answer_behind_a_closed_thought_is_no_thought(
+    pairs: Pairs, kind: Kind, plan: Plan, thoughts: Thoughts, asked: str, mention: str
+) -> None:
+    pair = pairs(kind, fake={"thoughts": thoughts})
+    # Another one that thinks comes first: what is true of it is not believed of all.
+    ask(pair.client, replace(plan, name=plan.name + "x"))
+    plan = replace(plan, answer=9, mention=mention)
+    content = plan.text() + (" /no_think" if asked == "switch" else "")
+    messages = [{"role": "user", "content": content}]
+    more: dict[str, Any] = {}
+    if asked == "prefill":
+        messages.append(CLOSED)
+        more = {"continue_final_message": True, "add_generation_prompt": False}
+    reply = ask(pair.client, plan, headers=CAPPED, messages=messages, **more)
+    assert "".join(shown(reply)) == mention + plan.answer_text(0)
+    assert not reply.haltwise["halted"] and len(pair.upstream.of(plan)) == 1
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("marker", ["<think>", "</think>"])
+def test_a_marker_in_what_a_user_says_means_nothing(
+    pairs: Pairs, plan: Plan, place: int, marker: str
+) -> None:
+    pair = pairs("vllm", fake={"thoughts": "opened"})
+    said = ["", plan.text()]
+    said[place] += f" what is {marker}?" if place == 0 or marker == "<think>" else ""
+    messages = [{"role": "user", "content": text} for text in said]
+    reply = ask(pair.client, plan, messages=messages)
+    assert reply.text.startswith(plan.thought(20)) and reply.haltwise["position"] == 20
+    messages[1]["content"] += " /no_think"
+    reply = ask(pair.client, replace(plan, answer=9), headers=CAPPED, messages=messages)
+    assert not reply.haltwise["halted"]
+
+
+@pytest.mark.parametrize("mention", ["<think>", "a <think> is"])
+def test_a_completion_that_mentions_a_marker_is_no_thought(
+    vllm: Pair, plan: Plan, mention: str
+) -> None:
+    plan = replace(plan, answer=9, mention=mention)
+    prompt = plan.text() + "\n<think>\n\n</think>\n\n"
+    reply = ask(vllm.client, plan, chat=False, headers=CAPPED, prompt=prompt)
+    assert reply.text == mention + plan.answer_text(0)
+    assert reply.haltwise["reason"] == "no thought"
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("closes", ["repeats", "thinks"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "ollama"])
+def test_a_close_that_the_lm_does_not_heed_is_followed_through(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, closes: str
+) -> None:
+    plan = replace(plan, closes=closes, **WAITS)
+    reply = ask(pairs(kind).client, plan, chat, stream)
+    assert shown(reply) == halted(plan, chat)
+    assert reply.haltwise["halted"]
+    assert len(pairs(kind).upstream.of(plan)) == (2 if closes == "repeats" else 3)
+
+
+@BOTH
+def test_a_call_that_is_written_amid_a_thought_is_not_closed(
+    vllm: Pair, plan: Plan, chat: bool
+) -> None:
+    plan = replace(plan, name="x<tool_call>")
+    reply = ask(vllm.client, plan, chat)
+    assert shown(reply) == unhalted(plan, chat) and reply.haltwise["fallback"] == "tool call"
+
+
 def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, plan: Plan) -> None:
     pair, plan = pairs("llama-server"), replace(plan, **WAITS)
     reply = ask(pair.client, plan, reasoning_budget_message="mine")
@@ -319,6 +435,17 @@ def test_a_client_s_own_message_at_the_end_of_a_thought_is_kept(pairs: Pairs, pl
     first, second = pair.upstream.of(plan)
     assert first.body["reasoning_budget_message"] == "mine"
     assert "reasoning_control" not in first.body and second.path == "/v1/completions"
+
+
+@pytest.mark.parametrize(("stream", "reason"), [(True, "halted"), (False, "prefill")])
+def test_what_a_client_has_begun_stays_in_a_whole_answer(
+    pairs: Pairs, plan: Plan, stream: bool, reason: str
+) -> None:
+    # llama-server's whole answers begin with it, its streams do not.
+    messages = [*plan.messages(), {"role": "assistant", "reasoning_content": ""}]
+    reply = ask(pairs("llama-server").client, plan, stream=stream, messages=messages)
+    told = reply.haltwise if stream else json.loads(reply.headers["x-haltwise"])
+    assert told["reason"] == reason
 
 
 def test_a_message_may_have_parts(vllm: Pair, plan: Plan) -> None:
@@ -346,6 +473,35 @@ def test_usage_is_that_of_both_legs(
         "completion_tokens": 25,
         "total_tokens": 2 * num_prompt + 45 + num_close,
     }
+
+
+@BOTH
+@STREAMED
+def test_details_of_the_usage_of_both_legs_are_kept(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    plan = replace(plan, details=True, **WAITS)
+    usage = ask(vllm.client, plan, chat, stream).usage
+    # The first leg was left before it told anything; the second took five tokens.
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 1
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 20 + 5}
+
+
+def test_a_thought_that_goes_on_behind_its_halt_has_two_lengths(pairs: Pairs, plan: Plan) -> None:
+    told = ask(pairs("llama-server").client, replace(plan, **WAITS)).haltwise
+    # The token that closes it is the server's own.
+    assert (told["position"], told["length"]) == (20, 21)
+    assert "length" not in ask(pairs("vllm").client, plan).haltwise
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize(("stop", "reason"), [(".t9", "token budget"), ("x", "closed by the LM")])
+def test_a_client_s_own_end_is_not_the_lm_s(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, stop: str, reason: str
+) -> None:
+    reply = ask(vllm.client, plan, chat, stream, NEVER, stop=[stop])
+    assert (reply.finish, reply.haltwise["reason"]) == ("stop", reason)
 
 
 @BOTH
@@ -598,6 +754,15 @@ def test_an_unknown_key_is_refused_everywhere_and_no_key_is_told(
     wait_until(lambda: caplog.text.count('"outcome"') == 17)
     seen += [caplog.text, *capfd.readouterr()]
     assert not any("sk-" in text for text in seen)
+
+
+def test_a_browser_asks_without_a_key_what_it_may_ask_for(guarded: Pair) -> None:
+    asks = {"Origin": "https://chat", "Access-Control-Request-Method": "POST"}
+    for path in ("/v1/chat/completions", "/v1/models"):
+        found = guarded.client.options(path, headers=asks)
+        assert found.status_code == guarded.direct.options(path, headers=asks).status_code
+        assert guarded.client.options(path).status_code == 401
+        assert guarded.client.get(path, headers=asks).status_code == 401
 
 
 def test_a_key_that_the_server_refuses_is_refused_as_the_server_does(

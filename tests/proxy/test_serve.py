@@ -26,6 +26,7 @@ from tests.proxy.proxies import (
     ask,
     connected,
     listens,
+    proxied,
     request_bytes,
     saved_head,
     spawned_proxy,
@@ -47,8 +48,8 @@ def test_help_names_every_flag() -> None:
     assert done.returncode == 0 and done.stderr == ""
     for flag in ("head", "upstream", "kind", "host", "port", "price", "min-thinking-tokens",
                  "max-thinking-tokens", "shadow", "keys", "upstream-key-env", "max-streams",
-                 "max-body-bytes", "connect-timeout", "read-timeout", "send-timeout",
-                 "drain-timeout"):  # fmt: skip
+                 "allowed-hosts", "max-body-bytes", "connect-timeout", "read-timeout",
+                 "send-timeout", "drain-timeout"):  # fmt: skip
         assert f"--{flag}" in done.stdout
 
 
@@ -111,6 +112,23 @@ def test_a_price_of_0_that_nobody_asked_for_is_told_at_start(
     assert [json.loads(record.getMessage())["warning"] for record in caplog.records] == told
 
 
+@pytest.mark.parametrize("lm", ["another", "fake"])
+def test_a_head_of_another_lm_is_told_once(
+    head: Path, tmp_path: Path, lm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = HaltHead.load(head)
+    HaltHead(replace(own.config, lm=lm), own.weights).save(tmp_path)
+    with (
+        FakeUpstream("vllm") as upstream,
+        proxied(ServeConfig(head=tmp_path, upstream=upstream.url)) as proxy,
+    ):
+        for n in range(2):
+            assert ask(proxy.client, Plan(f"told{n}", thinking=3)).done
+    told = [record.getMessage() for record in caplog.records if "warning" in record.getMessage()]
+    assert len(told) == (lm == "another")
+    assert all("another" in line and "fake" in line for line in told)
+
+
 def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:
     of_markers = HaltHead.load(head)
     halting = replace(of_markers.config.halting, think_start="", think_end="")
@@ -130,6 +148,8 @@ def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_pat
         '{"sk-secret": {"price": "cheap"}}',
         '{"sk-secret": {"price": -1}}',
         '{"sk-secret": {"prize": 1}}',
+        '{"": {}, "sk-secret": {}}',
+        '{" \\n": {}}',
         '{"sk-secret": {"min_tokens": 5, "max_tokens": 4}}',
         None,
     ],

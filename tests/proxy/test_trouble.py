@@ -3,7 +3,7 @@
 import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -117,19 +117,58 @@ def test_errors_of_the_server_are_passed_on(
     assert reply.headers["content-type"] == expected.headers["content-type"]
     assert reply.headers["retry-after"] == "7"
     # What was refused may have been what the proxy asked for beside: then it is asked without.
-    assert len(vllm.upstream.of(plan)) == 2 + (status == 400)
+    assert len(vllm.upstream.of(plan)) == 2 + (status in (400, 500))
 
 
 @BOTH
 @STREAMED
+@pytest.mark.parametrize("status", ["400", "404", "413", "422", "500", "501"])
 def test_a_server_that_gives_few_log_probabilities_is_asked_again_without(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, status: str
 ) -> None:
-    plan = replace(plan, top="refused")
+    plan = replace(plan, top=status)
     reply = ask(vllm.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert json.loads(reply.headers["x-haltwise"])["reason"] == "refused"
     assert len(vllm.upstream.of(plan)) == 2
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("top", ["says", "malformed", "list", "dies"])
+def test_a_stream_that_fails_before_it_says_anything_is_asked_for_again_without(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, top: str
+) -> None:
+    plan = replace(plan, top=top)
+    reply = ask(vllm.client, plan, chat, stream)
+    assert is_unhalted(reply, plan, chat) and (not stream or reply.done)
+    assert reply.haltwise["fallback"] == "refused"
+    assert len(vllm.upstream.of(plan)) == 2
+
+
+FORMS = (
+    *("null", "unended", "endless", "bytes", "whole", "gzip", "text/plain", "application/json"),
+    *("Text/Event-Stream; Charset=UTF-8", "application/octet-stream", "application/x-ndjson"),
+)
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("headers", [NEVER, {}], ids=["unhalted", "halted"])
+def test_an_answer_in_an_odd_form_is_an_answer(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, form: str, headers: dict[str, str]
+) -> None:
+    plan = replace(plan, form=form)
+    found = ask(vllm.client, plan, chat, stream, headers)
+    body = found.body.decode(errors="replace").replace("\ufffd", "é").replace("\\ufffd", "\\u00e9")
+    reply = replace(found, body=body.encode())
+    assert reply.status == 200 and reply.streamed == stream and (not stream or reply.done)
+    # Whoever answers without a stream cannot be halted.
+    is_halted = headers is not NEVER and form != "whole"
+    assert reply.text.endswith(plan.answer_text(20 if is_halted else 28))
+    assert plan.thought(20) in reply.thought + reply.text
+    assert reply.finish == (None if form == "endless" else "stop")
 
 
 @BOTH
@@ -216,6 +255,30 @@ def test_the_official_client_sees_a_broken_stream_as_an_error(vllm: Pair, plan: 
     with pytest.raises(openai.APIStatusError) as raised:
         client.completions.create(model="m", prompt=plan.prompt())
     assert raised.value.status_code == 502
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("headers", [NEVER, {}], ids=["whole", "halted"])
+def test_what_comes_behind_the_end_of_a_stream_is_not_waited_for(
+    vllm: Pair, plan: Plan, chat: bool, stream: bool, headers: dict[str, str]
+) -> None:
+    plan = replace(plan, trouble="goes on")
+    reply = ask(vllm.client, plan, chat, stream, headers)
+    assert reply.text.endswith(plan.answer_text(20 if headers is not NEVER else 28))
+    assert not stream or reply.done
+
+
+@pytest.mark.parametrize("kind", ["vllm", "ollama"])
+@pytest.mark.parametrize("headers", [NEVER, {}, OFF], ids=["whole", "halted", "off"])
+def test_what_a_completion_has_of_a_chat_does_not_make_it_one(
+    pairs: Pairs, kind: Kind, plan: Plan, headers: dict[str, str]
+) -> None:
+    pair = pairs(kind)
+    stray = [{"role": "user", "content": Plan("stray").text()}]
+    reply = ask(pair.client, plan, chat=False, headers=headers, messages=stray)
+    assert "stray" not in reply.text and reply.text.startswith(plan.thought(20))
+    assert pair.upstream.of(plan)[0].path == PATHS[False]
 
 
 @BOTH
@@ -326,6 +389,19 @@ def test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails(
     reply = ask(pair.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert pair.proxy.metric("haltwise_fallbacks_total") == counted + 1
+
+
+@ONE_STREAM
+@STREAMED
+@pytest.mark.parametrize("anew", ["plain", "brief"])
+def test_a_server_of_one_stream_that_answers_otherwise_when_asked_again_is_heard(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, anew: str
+) -> None:
+    plan = replace(plan, trouble="500", legs=(2, 3), anew=anew)
+    reply = ask(pairs(kind, fake={"num_slots": 1}).client, plan, chat, stream)
+    assert plan.thought(20) in reply.thought + reply.text
+    assert reply.text.endswith(plan.answer_text(0 if anew == "plain" else 5))
+    assert reply.text.count(".a0é") == 1 and reply.finish == "stop"
 
 
 @ONE_STREAM
@@ -452,6 +528,56 @@ def test_a_client_that_asks_for_nothing_is_let_go(
         assert client.recv(1) == b""
 
 
+def test_a_client_that_asks_for_half_of_something_is_let_go(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pairs("vllm")
+    with connected(pair.proxy) as first, connected(pair.proxy) as second:
+        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in first.recv(10_000)
+        monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
+        first.sendall(b"GET /health HTTP/1.1\r\n")
+        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET")
+        assert b" 200 " in second.recv(10_000)
+        for client in (first, second):
+            with suppress(ConnectionResetError):
+                while client.recv(10_000):
+                    pass
+
+
+def test_clients_that_ask_for_nothing_make_room_for_others(
+    pairs: Pairs, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proxy_server, "_OTHER_CONNECTIONS", 1)
+    pair = pairs("vllm", max_streams=3)  # 7 connections
+    held = replace(plan, trouble="hangs", at=5, legs=(1,))
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        reply = pool.submit(ask, pair.client, held, headers=NEVER)
+        wait_until(lambda: bool(pair.upstream.of(held)))
+        clients = [stack.enter_context(connected(pair.proxy)) for _ in range(20)]
+        with connected(pair.proxy) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b" 200 " in client.recv(10_000)
+        pair.upstream.free(pair.upstream.of(held)[0])
+        assert reply.result(PATIENCE).done
+        num_gone = 0
+        for client in clients:
+            client.settimeout(0.2)
+            with suppress(TimeoutError):
+                num_gone += client.recv(1) == b""
+        assert num_gone >= 20 - 7
+
+
+def test_a_lack_of_files_is_told_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    loop, complaints = asyncio.new_event_loop(), proxy_server.Complaints()
+    for _ in range(1000):
+        complaints(loop, {"message": "accept", "exception": OSError(24, "Too many open files")})
+    complaints(loop, {"message": "another", "exception": ValueError("x")})
+    loop.close()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "Too many open files" in told[0] and "another" in told[1]
+
+
 def test_a_slow_client_gets_everything(vllm: Pair, plan: Plan) -> None:
     plan = replace(plan, thinking=20, token_bytes=200_000)
     body = {"model": "m", "stream": True, "prompt": plan.prompt(), "max_tokens": 99}
@@ -509,12 +635,73 @@ def test_an_odd_field_that_the_server_takes_is_no_trouble(
 
 def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:
     num = len(vllm.upstream.asked)
-    paths = ("/v1/../asked", "/v1/%2e%2e/asked", "/v1/x/..%2f..%2fasked", "//asked", "/v1/a#b")
+    paths = (
+        r"/v1/..\asked",
+        "/v1/x%5c..%5c..%5casked",
+        "/v1/%255c..%255c../asked",
+        "/v1/../asked",
+        "/v1/%2e%2e/asked",
+        "/v1/x/..%2f..%2fasked",
+        "//asked",
+        "/v1/a#b",
+    )
     for path in (*paths, "/v1/" + "x" * 2**16):
         with connected(vllm.proxy) as client:
             client.sendall(f"GET {path} HTTP/1.1\r\nHost: proxy\r\n\r\n".encode())
             assert b" 404 " in client.recv(100)
     assert len(vllm.upstream.asked) == num
+
+
+EVIL = "https://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": EVIL, "Content-Type": "text/plain"}, 415),
+        ({"Origin": EVIL, "Content-Type": "text/plain", "Host": "other.example"}, 415),
+        ({"Origin": EVIL, "Content-Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Origin": EVIL, "Content-Type": "multipart/form-data; boundary=application/json"}, 415),
+        ({"Origin": EVIL, "Content-Type": ""}, 415),
+        ({"Origin": "null", "Content-Type": "text/plain"}, 415),
+        ({"Origin": EVIL, "Content-Type": "Application/JSON; charset=utf-8"}, 200),
+        ({"Origin": EVIL, "Content-Type": "text/plain", "Authorization": "Bearer x"}, 200),
+        ({"Content-Type": "text/plain"}, 200),
+        ({"Content-Type": "application/json", "Host": "evil.example"}, 200),
+        ({"Content-Type": "application/json", "Host": "evil.example:80", "Origin": EVIL}, 421),
+        ({"Content-Type": "application/json", "Host": "evil.example", "Referer": EVIL}, 421),
+        ({"Content-Type": "application/json", "Host": "x", "User-Agent": "Mozilla/5.0"}, 421),
+        ({"Content-Type": "application/json", "Host": "localhost:1", "Origin": EVIL}, 200),
+    ],
+    ids=str,
+)
+def test_no_page_asks_by_the_way_of_a_browser_that_does_not_ask_first(
+    vllm: Pair, plan: Plan, headers: dict[str, str], status: int
+) -> None:
+    body = json.dumps({"model": "m", "messages": plan.messages()}).encode()
+    for path in (PATHS[True], "/v1/echo"):
+        found = vllm.client.post(path, content=body, headers=headers).status_code
+        assert found == (203 if path == "/v1/echo" and status == 200 else status)
+    assert bool(vllm.upstream.of(plan)) == (status == 200)
+
+
+def test_pages_may_ask_by_the_names_that_are_allowed(pairs: Pairs) -> None:
+    client = pairs("vllm", allowed_hosts=("Models.example",)).client
+    for host, status in {
+        "models.example:8700": 200,
+        "127.0.0.1": 200,
+        "other.example": 421,
+    }.items():
+        headers = {"Host": host, "Origin": EVIL}
+        assert client.get("/v1/models", headers=headers).status_code == status
+
+
+def test_the_proxy_is_no_tunnel(vllm: Pair) -> None:
+    for target in ("/v1/models", "example.com:443"):
+        with connected(vllm.proxy) as client:
+            client.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert client.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 404")
+    assert vllm.proxy.metric("haltwise_requests_total", outcome="defect") == 0
 
 
 def test_a_request_has_a_largest_size(pairs: Pairs, plan: Plan) -> None:

@@ -1,10 +1,14 @@
 """The proxy's pure parts: events, chunks, requests, legs and settings."""
 
 import asyncio
+import copy
 import json
+import logging
 import math
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,15 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltwise import Terms, cli
+from haltwise import HaltHead, Terms, cli
+from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig
-from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server
-from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, opened_in_text
+from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
-from haltwise.proxy.upstream import GeneratedSoFar, UpstreamLeg
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
     EventReader,
@@ -97,6 +102,22 @@ def test_an_event_that_is_none_is_an_error(text: bytes, kind: str) -> None:
     assert kind == "malformed" or raised.value.body["error"]["message"] == "m"
 
 
+def test_a_whole_answer_is_read_as_the_stream_that_says_the_same() -> None:
+    calls = [{"id": "c0", "function": {"name": "f", "arguments": "{}"}}]
+    message = {"role": "assistant", "content": "18", "reasoning": "hm", "tool_calls": calls}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    answer = {"id": "7", "object": "chat.completion", "choices": [choice], "usage": {"x": 1}}
+    reader, whole = EventReader(), WholeAnswer()
+    data = b"\n" + json.dumps(answer, indent=2).encode()
+    assert [event for i in range(len(data)) for event in reader.feed(data[i : i + 1])] == []
+    events = list(reader.end())
+    assert events[-1] is DONE
+    for event in events[:-1]:
+        assert event.chunk and event.chunk["object"] == "chat.completion.chunk"
+        whole.add(event.chunk)
+    assert whole.answer(chat=True) == answer
+
+
 def test_an_event_that_does_not_end_is_not_kept_for_ever() -> None:
     reader = EventReader()
     with pytest.raises(UpstreamError, match="does not end"):
@@ -144,6 +165,7 @@ def test_log_probabilities_are_read_in_both_forms() -> None:
         {"content": [{"token": "a", "top_logprobs": 3}]},
         {"tokens": ["a"], "token_logprobs": [], "top_logprobs": None},
         {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [["a"]]},
+        {"tokens": ["a"], "token_logprobs": [10**400], "top_logprobs": [{"a": -(10**400)}]},
     ],
 )
 def test_malformed_log_probabilities_are_unknown(logprobs: Json) -> None:
@@ -165,6 +187,9 @@ def test_a_client_sees_as_many_likely_tokens_as_it_asked_for() -> None:
     legacy = {"tokens": ["own"], "top_logprobs": [dict(top)]}
     trim_logprobs(legacy, 2)
     assert legacy["top_logprobs"] == [{"a": -0.1, "b": -2.0, "own": -9.0}]
+    unknown = {"tokens": ["own"], "top_logprobs": [{"c": math.nan, "d": None, "a": -0.1}]}
+    trim_logprobs(unknown, 1)
+    assert unknown["top_logprobs"] == [{"a": -0.1}]
     chat = {"content": [{"top_logprobs": [{"token": name} for name in "abc"]}]}
     for num in (2, 0):
         trim_logprobs(chat, num)
@@ -235,6 +260,137 @@ def test_a_stream_of_a_completion_is_put_together() -> None:
     assert choice["logprobs"]["token_logprobs"] == [-0.1, -0.1]
 
 
+ODD_VALUES: list[Any] = [
+    *(None, True, 10**400, math.nan, "text", [], [None], ["text"], {}, {"a": None}),
+]
+CHAT_CHUNKS: list[Json] = [
+    {"id": "7", "choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
+    {
+        "prompt_token_ids": [1],
+        "choices": [
+            {"delta": {"reasoning": "a", "content": None}, "logprobs": CHAT, "token_ids": [2]}
+        ],
+    },
+    {
+        "choices": [
+            {
+                "delta": {
+                    "content": "b",
+                    "tool_calls": [
+                        {"index": 0, "id": "c", "function": {"name": "f", "arguments": "{"}}
+                    ],
+                },
+                "finish_reason": None,
+                "stop_reason": None,
+            }
+        ]
+    },
+    {"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "}"}}]}}]},
+    {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": None},
+    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "x": {"y": 1}}},
+]
+TEXT_CHUNKS: list[Json] = [
+    {"choices": [{"text": "a", "logprobs": LEGACY, "finish_reason": None, "index": 0}]},
+    {"choices": [{"text": "b", "finish_reason": "stop"}], "usage": {"prompt_tokens": 3}},
+]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values inside of a JSON value."""
+    keys = list(value if isinstance(value, dict) else range(len(value)) if is_list(value) else ())
+    inner = [found for key in keys for found in places(value[key], (*place, key))]
+    return [place, *inner] if place else inner
+
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def with_value(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
+    """A JSON value with another one in a place."""
+    found = copy.deepcopy(value)
+    inner = found
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = odd
+    return found
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_no_value_of_a_chunk_makes_the_proxy_itself_fail(chat: bool) -> None:
+    chunks = CHAT_CHUNKS if chat else TEXT_CHUNKS
+    body: Json = {"messages": []} if chat else {"prompt": "<think>"}
+    body |= {"logprobs": True, "top_logprobs": 1} if chat else {"logprobs": 1}
+
+    async def play(chunks: list[Json]) -> None:
+        bare: Json = {name: body[name] for name in ("messages", "prompt") if name in body}
+        for asked in (body, bare):
+            server = LMServer(cast(Any, Unreachable()), RULES, "</think>")
+            settings = settings_of(Metrics())
+            completion = WatchedCompletion(CompletionRequest(chat, asked), ASKED, server, settings)
+            events = [StreamEvent(chunk=copy.deepcopy(chunk)) for chunk in chunks]
+            with suppress(UpstreamError):
+                json.dumps(await completion.whole(cast(Any, OwnLeg(events))))
+            held = AlreadyShown("a", "</think>")
+            for event in events:
+                with suppress(UpstreamError):
+                    held.leave_out_of(event.choice or {})
+
+    async def play_all() -> None:
+        for place in places(chunks):
+            for odd in ODD_VALUES if len(place) > 1 else ():
+                try:
+                    await play(with_value(chunks, place, odd))
+                except Exception as error:
+                    failed[str((*place, str(odd)[:20]))] = repr(error)
+
+    failed: dict[str, str] = {}
+    asyncio.run(play_all())
+    assert failed == {}
+
+
+class Unreachable:
+    """A server that answers nothing."""
+
+    async def call(self, *_: Any) -> Json:
+        raise UpstreamError("unreachable", "it is")
+
+    async def stream(self, *_: Any) -> UpstreamLeg:
+        raise UpstreamError("unreachable", "it is")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([{"arguments": {"a": 1}}], {"arguments": {"a": 1}}),
+        ([{"name": "f", "arguments": None}, {"arguments": "{}"}], {"name": "f", "arguments": "{}"}),
+        ([{"arguments": "{"}, {"arguments": "}"}, {"arguments": None}], {"arguments": "{}"}),
+        (["text", None, {"name": "f"}], {"name": "f"}),
+    ],
+    ids=str,
+)
+def test_a_tool_call_has_the_arguments_that_the_server_gave_it(
+    parts: list[Any], expected: Json
+) -> None:
+    whole = WholeAnswer()
+    for part in parts:
+        whole.add({"choices": [{"delta": {"tool_calls": [{"index": 0, "function": part}]}}]})
+    (call,) = whole.answer(chat=True)["choices"][0]["message"]["tool_calls"]
+    assert call == {"function": expected}
+
+
+def test_tool_calls_without_a_number_are_told_apart_by_their_ids() -> None:
+    whole = WholeAnswer()
+    for calls in (
+        [{"id": "a", "function": {"name": "f"}}, {"id": "b", "function": {"name": "g"}}],
+        [{"function": {"arguments": "{}"}}],
+    ):
+        whole.add({"choices": [{"delta": {"tool_calls": calls}}]})
+    first, second = whole.answer(chat=True)["choices"][0]["message"]["tool_calls"]
+    assert (first["id"], second["id"]) == ("a", "b")
+    assert second["function"] == {"name": "g", "arguments": "{}"}
+
+
 # Requests
 
 
@@ -258,6 +414,7 @@ def test_a_stream_of_a_completion_is_put_together() -> None:
         (False, {"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
         (False, {"best_of": 3}, "best_of"),
         (False, {"echo": True}, "echo"),
+        (False, {"n_probs": 3}, "n_probs"),
         (False, {"suffix": "s"}, "suffix"),
         (False, {"prompt": ["one"]}, None),
         (False, {"prompt": ["one", "two"]}, "several prompts"),
@@ -372,6 +529,35 @@ def test_of_another_answer_what_follows_its_thought_is_left(size: int) -> None:
     assert [part for part in parts if skip.leave_out_of({"delta": part})] == [{"content": " 18"}]
 
 
+@pytest.mark.parametrize(
+    ("shown", "parts", "got"),
+    [
+        ("I think 18", [{"reasoning": "I think "}, {"content": "18"}], "18"),
+        ("I think", [{"content": "I"}, {"content": " think"}], "I think"),
+        ("I think", [{"content": ""}, {"tool_calls": [{"index": 0}]}], ""),
+        ("I think", [{"reasoning": "I think"}, {"content": "18"}], "18"),
+    ],
+    ids=["looks-like-the-thought", "is-the-thought", "tool", "answer"],
+)
+def test_an_answer_is_told_from_a_thought_that_the_client_has(
+    shown: str, parts: list[Json], got: str
+) -> None:
+    skip = AlreadyShown(shown, "</think>", has_field=True)
+    left = [part for part in parts if skip.leave_out_of({"delta": part})]
+    assert "".join(part.get("content") or "" for part in left) == got
+    assert left[-1:] == parts[-1:] and all("tool_calls" in part or got for part in left)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_another_answer_without_a_thought_is_left_whole(size: int) -> None:
+    skip, got, text = AlreadyShown("that time", "</think>"), "", "the answer is 18"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    for piece, finish in [*((piece, None) for piece in pieces), ("", "stop")]:
+        choice: Json = {"text": piece, "finish_reason": finish}
+        got += choice["text"] if skip.leave_out_of(choice) else ""
+    assert got == text
+
+
 def test_what_was_seen_can_be_gone_on_from() -> None:
     seen = GeneratedSoFar()
     first = {"prompt_token_ids": [1, 2], "choices": [{"text": "a", "token_ids": [3]}]}
@@ -408,6 +594,9 @@ class OwnLeg:
             yield event
         if self.failure:
             raise self.failure
+
+    async def close(self) -> None:
+        pass
 
 
 def test_a_leg_that_is_held_forgets_nothing_and_has_a_limit() -> None:
@@ -587,18 +776,230 @@ def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
     assert raised.value.kind == "status"
 
 
-def test_what_is_kept_of_a_client_s_words_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def rendered(*_: Any) -> str:
-        return "<think>"
+@pytest.mark.parametrize(
+    ("prompt", "opened"),
+    [
+        ("<|user|>q<|assistant|><think>\n", True),
+        ("7 + 8 = <think>", True),
+        ("<think>\nLet me", True),
+        ("q: <think>\nLet me", True),
+        ("What is <think>?\n<|assistant|><think>", True),
+        ("q", None),
+        ("What is <think>?", None),
+        ("What is <think>?\n<|assistant|>", None),
+        ("What is\n<think>\n<\uff5cAssistant\uff5c>", None),
+        ("[INST]<think>[/INST]", None),
+        ("<think>a</think> 15", None),
+        ("<think>\n\n</think>\n\n", False),
+        ("What is <think>?\n<|assistant|><think></think>", False),
+    ],
+)
+def test_a_marker_in_a_prompt_is_told_from_one_that_is_mentioned(
+    prompt: str, opened: bool | None
+) -> None:
+    assert opened_in_text(prompt, RULES) is opened
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "opened"),
+    [
+        ([{"role": "user", "content": "q"}], "{}<think>\n", True),
+        ([{"role": "user", "content": "q"}], "{}", None),
+        ([{"role": "user", "content": "<think>"}], "{}", None),
+        ([{"role": "user", "content": "</think>"}], "{}<think>", True),
+        ([{"role": "user", "content": None}], "<think>a</think>{}<think></think>", False),
+        ([{"role": "user", "content": [{"type": "text", "text": "q"}]}], "{}<think>", True),
+        ([{"role": "user"}, {"role": "assistant", "content": "<think>a"}], "{}<think>a", True),
+        ([{"role": "user"}, {"role": "assistant", "content": "x"}], "{}<think>a</think>x", False),
+        ([{"role": "user"}, {"role": "assistant"}], "{}</think> says <think>", False),
+        ([{"role": "assistant", "content": "x"}], "x<think>", True),
+        ([], "", None),
+    ],
+    ids=str,
+)
+def test_what_a_template_makes_of_messages_tells_whether_a_thought_is_open(
+    messages: list[Json], template: str, opened: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def rendered(self: LMServer, asks: Json, headers: Any) -> str:
+        assert asks["tools"] == [{"a": 1}] and asks["add_generation_prompt"] is True
+        contents = (message.get("content") for message in asks["messages"][:1])
+        texts = (text[-1]["text"] if isinstance(text, list) else text for text in contents)
+        return template.replace("{}", "".join(map(str, texts)))
 
     monkeypatch.setattr(LMServer, "rendered", rendered)
     server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
-    asked = CompletionRequest(True, {"chat_template_kwargs": {"x": "y" * 10**6}})
-    assert asyncio.run(server.opens_thought(asked))
-    assert all(len(key) <= 64 for key in server._opens)
+    asked = CompletionRequest(True, {"messages": messages, "tools": [{"a": 1}]})
+    assert asyncio.run(server.opened(asked)) is opened
+    assert asked.body == {"messages": messages, "tools": [{"a": 1}]}
+
+
+@pytest.mark.parametrize("marker", ["\u25c1think\u25b7", "<think>"])
+def test_markers_may_have_several_tokens_that_end_inside_of_characters(marker: str) -> None:
+    halting = replace(HEAD.config.halting, think_start=marker, think_end="/" + marker)
+    head = HaltHead(replace(HEAD.config, halting=halting), HEAD.weights)
+    server = LMServer(None, PointRules(halting), "/" + marker)  # type: ignore[arg-type]
+    asked = CompletionRequest(False, {"prompt": "q"})
+    settings = replace(settings_of(Metrics()), head=head)
+    completion = WatchedCompletion(asked, ASKED, server, settings)
+    leg: Any = OwnLeg([])
+    for text in ("\n", marker, "a", "b", "/" + marker, "18"):
+        for i in range(len(text)):
+            # The first of a character's two tokens has no text of its own.
+            pieces = [("", "\ufffd"), (text[i], "\ufffd")]
+            for shown, piece in pieces if ord(text[i]) > 127 else [(text[i], text[i])]:
+                choice = {"text": shown, "logprobs": {"tokens": [piece]}, "finish_reason": None}
+                leg.events.append(StreamEvent(chunk={"choices": [choice]}))
+    leg.events.append(DONE)
+    told = asyncio.run(completion.whole(leg))["usage"]["haltwise"]
+    num_marker = len(marker) + sum(ord(letter) > 127 for letter in marker)
+    assert (told["reason"], told["position"]) == ("closed by the LM", 2 * num_marker + 4)
+
+
+@pytest.mark.parametrize(
+    ("lm", "names", "is_of"),
+    [
+        ("Qwen/Qwen3-8B", ["Qwen/Qwen3-8B"], True),
+        ("Qwen/Qwen3-8B", ["/models/qwen3-8b-Q4_K_M.gguf"], True),
+        ("Qwen/Qwen3-8B", ["alias", "/root/Qwen3-8B/"], True),
+        ("one, Qwen/Qwen3-8B", ["qwen3_8b"], True),
+        ("Qwen/Qwen3-8B", ["deepseek-r1"], False),
+        ("", ["deepseek-r1"], True),
+        ("Qwen/Qwen3-8B", [], True),
+    ],
+)
+def test_an_lm_is_known_by_its_name(lm: str, names: list[str], is_of: bool) -> None:
+    server = LMServer(None, RULES, "</think>")  # type: ignore[arg-type]
+    server.names = names
+    assert server.is_of(lm) == is_of
+
+
+# Questions, and work that takes its time
+
+
+def headers_of(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", key.encode())]
+
+
+def test_a_question_is_asked_once_for_all_who_wait_and_its_answer_kept() -> None:
+    asked, told = [], asyncio.Event()
+
+    async def ask(headers: Any) -> int:
+        asked.append(headers)
+        await told.wait()
+        return 7
+
+    async def play() -> list[Any]:
+        question = SharedQuestion(ask)
+        waiting = [asyncio.create_task(question.answer(headers_of("a"))) for _ in range(100)]
+        await asyncio.sleep(0)
+        waiting[0].cancel()  # who asked first leaves
+        told.set()
+        found = await asyncio.gather(*waiting[1:])
+        return [*found, await question.answer(headers_of("b"))]
+
+    assert asyncio.run(play()) == [7] * 100 and asked == [headers_of("a")]
+
+
+def test_a_server_that_is_silent_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_asked = 0
+
+    async def ask(headers: Any) -> int:
+        nonlocal num_asked
+        num_asked += 1
+        await asyncio.Event().wait()
+        return 7
+
+    async def play() -> None:
+        question = SharedQuestion(ask)
+        waiting = [question.answer(headers_of("a")) for _ in range(9)]
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+        with pytest.raises(UpstreamError):
+            await question.answer(headers_of("b"))
+        assert {getattr(error, "kind", None) for error in found} == {"timeout"}
+
+    monkeypatch.setattr(upstream, "_CALL_TIMEOUT", 0.01)
+    asyncio.run(play())
+    assert num_asked == 1
+
+
+def test_a_key_that_is_refused_refuses_nobody_else() -> None:
+    async def ask(headers: Any) -> int:
+        if headers != headers_of("good"):
+            raise UpstreamError("status", "upstream answered a call with 401")
+        return 7
+
+    async def play() -> int:
+        question = SharedQuestion(ask)
+        with pytest.raises(UpstreamError):
+            await question.answer(headers_of("bad"))
+        return await question.answer(headers_of("good"))
+
+    assert asyncio.run(play()) == 7
+
+
+def test_a_template_that_is_silent_is_waited_for_once() -> None:
+    class Silent(LMServer):
+        num_asked = 0
+
+        async def rendered(self, asks: Json, headers: Any) -> str:
+            self.num_asked += 1
+            raise UpstreamError("timeout", "nothing")
+
+    async def play() -> int:
+        server = Silent(None, RULES, "</think>")  # type: ignore[arg-type]
+        asked = CompletionRequest(True, {"messages": []})
+        assert [await server.opened(asked) for _ in range(5)] == [None] * 5
+        return server.num_asked
+
+    assert asyncio.run(play()) == 1
+
+
+def test_large_bodies_are_read_and_written_while_streams_go_on() -> None:
+    body = {"messages": [{"role": "user", "content": "é\ud800"}], "deep": [[]] * 300_000}
+    data = json.dumps(body).encode()
+
+    async def play() -> int:
+        num_ticks = 0
+
+        async def tick() -> None:
+            nonlocal num_ticks
+            while True:
+                await asyncio.sleep(0.001)
+                num_ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        assert await aside.read_object(data) == body
+        assert await aside.encoded(body) == data
+        for wrong in (b"[" * 10**6, b'{"a": ' + b"[" * 10**6, b"{}" + b" " * 10**6 + b"x"):
+            assert await aside.read_object(wrong) is None
+        ticking.cancel()
+        return num_ticks
+
+    assert aside.is_large(body) and not aside.is_large({"a": ["x"] * 1000})
+    assert asyncio.run(play()) > 3
+
+
+@given(st.dictionaries(st.text(max_size=3), st.text() | st.floats() | st.lists(st.none())))
+def test_large_bodies_are_read_as_small_ones_are(body: Json) -> None:
+    padded = json.dumps(body | {"pad": "x" * 300_000}).encode()
+    found = asyncio.run(aside.read_object(padded))
+    assert str(found) == str(json.loads(padded))
 
 
 # Settings
+
+
+def test_every_line_of_the_log_is_a_json_object() -> None:
+    lines = JsonLines()
+    own = logging.makeLogRecord({"msg": '{"a": 1}', "name": "haltwise"})
+    assert lines.format(own) == '{"a": 1}'
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        about = {"msg": "it %s\nhere", "args": ("failed",), "exc_info": sys.exc_info()}
+    found = json.loads(lines.format(logging.makeLogRecord(about | {"name": "uvicorn.error"})))
+    assert (found["message"], found["logger"]) == ("it failed\nhere", "uvicorn.error")
+    assert found["traceback"].endswith("two\nlines")
 
 
 def test_the_upstream_is_named_as_clients_name_it() -> None:
@@ -606,6 +1007,21 @@ def test_the_upstream_is_named_as_clients_name_it() -> None:
         assert ServeConfig(Path("head"), upstream=text).upstream_url == "http://h:1"
     deep = ServeConfig(Path("head"), upstream="https://h/lm/v1")
     assert deep.upstream_url == "https://h/lm"
+
+
+@pytest.mark.parametrize(
+    ("host", "is_let_in"),
+    [
+        *(("localhost", True), ("LOCALHOST:8700", True), ("127.0.0.9:1", True), ("[::1]:1", True)),
+        *(("::1", True), ("own.example", True), ("own.example:", True)),
+        *(("", False), ("x", False), ("localhost.evil", False), ("evil:localhost", False)),
+        *(("127.0.0.1.evil", False), ("own.example@evil", False), ("[", False), ("::1:1]", False)),
+    ],
+)
+def test_browsers_come_in_by_known_names(host: str, is_let_in: bool) -> None:
+    config = ServeConfig(Path("head"), allowed_hosts=("own.example",))
+    assert config.lets_browsers_in_by(host) == is_let_in
+    assert ServeConfig(Path("head"), host="0.0.0.0").lets_browsers_in_by(host)
 
 
 def test_a_key_has_its_terms_and_is_kept_as_a_digest(

@@ -88,8 +88,9 @@ def test_a_thought_is_halted_once_and_only_inside_of_itself() -> None:
         (-0.1, ()),
         (-0.1, top(-0.1)[:15]),
         (-0.1, [math.nan, *top(-0.1)[1:]]),
+        (-0.1, [*top(-0.1), *top(-0.1)[1:], math.nan]),
     ],
-    ids=["no number", "none beside", "too few", "one not a number"],
+    ids=["no number", "none beside", "too few", "one not a number", "one of many"],
 )
 def test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does(numbers: Any) -> None:
     watcher = streamed(TERMS, "<think>")
