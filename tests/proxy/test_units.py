@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from haltwise import HaltHead, Terms, cli
+from haltwise import HaltHead, Terms
 from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
@@ -1046,14 +1046,3 @@ def test_headers_of_one_connection_go_no_further() -> None:
     headers = [(b"Connection", b"close, X-Own"), (b"x-own", b"1"), (b"TE", b"trailers")]
     headers += [(b"Host", b"h"), (b"Accept", b"a"), (b"accept", b"b")]
     assert _without(headers, {b"host"}) == [(b"accept", b"a"), (b"accept", b"b")]
-
-
-def test_a_missing_package_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "haltwise.proxy", None)
-    with pytest.raises(SystemExit) as raised:
-        cli.main()
-    assert raised.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "haltwise[proxy]" in line
