@@ -1,5 +1,6 @@
 """The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator
@@ -40,6 +41,8 @@ from haltwise.session.thought import PointRules
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 # Other endpoints whose LMs think.
 _UNWATCHED = ("/v1/responses", "/v1/messages", "/v1/chat/completions", "/v1/completions")
+# What the clients are told whose answers are not whole when the proxy has to end.
+_ENDING = RefusedError(503, "ending", "the proxy is told to end")
 # Headers that are about one connection.
 _HOP_BY_HOP = {
     *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
@@ -111,6 +114,13 @@ class Proxy:
             await self._refuse(client, error, [])
         except ClientGoneError as error:
             record.outcome = str(error)
+        except asyncio.CancelledError:  # the server is told to end, and has waited long enough
+            record.outcome = "cut off"
+            if not client.has_started:
+                await self._refuse(client, _ENDING, [])
+            with suppress(ClientGoneError):
+                await client.finish()
+            raise
         except Exception:
             log.exception("a defect of the proxy")
             record.outcome = "defect"
@@ -339,11 +349,16 @@ class Proxy:
                 client.record.note_first()
                 await client.send(data)
                 end = (end + data)[-2:]
-        except UpstreamError as error:
-            if not any(name == b"content-type" and _is_stream(kind) for name, kind in headers):
+        except (UpstreamError, asyncio.CancelledError) as error:
+            is_stream = any(name == b"content-type" and _is_stream(kind) for name, kind in headers)
+            gap = b"" if end in (b"", b"\n\n") else b"\n\n"
+            if isinstance(error, asyncio.CancelledError):
+                if is_stream and not client.is_gone:
+                    await client.send(gap + StreamEvent(chunk=_ENDING.body).encode())
+                raise
+            if not is_stream:
                 raise
             client.record.note_error(error)
-            gap = b"" if end in (b"", b"\n\n") else b"\n\n"
             await client.send(gap + StreamEvent(chunk=error.body).encode())
 
     # About the proxy itself

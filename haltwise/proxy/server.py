@@ -24,6 +24,8 @@ _FEWEST_OTHER_FILES = 64
 # Clients may be connected for each request that may run, and some beside.
 _CONNECTIONS_A_STREAM = 2
 _OTHER_CONNECTIONS = 64
+# Seconds in which requests that are cut off may tell their clients.
+_LAST_WORDS = 1.0
 # Seconds that a client may be connected without asking, or take to say what it asks.
 _SILENCE = 60.0
 # Seconds between two complaints that no more files can be opened.
@@ -120,6 +122,19 @@ class Complaints:
         elif loop.time() >= self._next:
             self._next = loop.time() + _BETWEEN_COMPLAINTS
             log.warning(json.dumps({"warning": f"clients have to wait: {error.strerror}"}))
+
+
+class _Server(uvicorn.Server):
+    """Tells requests that still run when it has to end, also if it is told so twice."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once the process is told to end."""
+        await super().shutdown(sockets)
+        running = list(self.server_state.tasks)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=_LAST_WORDS)
 
 
 def create_server(config: ServeConfig) -> uvicorn.Server:

@@ -213,13 +213,25 @@ def test_requests_that_run_are_finished_before_it_ends(head: Path, tmp_path: Pat
     assert "Traceback" not in log.read_text()
 
 
-def test_a_request_that_never_ends_does_not_hold_it_up(head: Path) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_request_that_never_ends_does_not_hold_it_up(
+    head: Path, tmp_path: Path, twice: bool
+) -> None:
+    """The drain expires, or a second signal ends it: the client is told, and so is the log."""
     plan = Plan("endless", thinking=28, trouble="hangs", at=5, legs=(1,))
-    with told_to_end_amid_a_thought(head, plan, "--drain-timeout", "0.5") as (upstream, proxy, got):
+    log = tmp_path / "log"
+    flags = ("--drain-timeout", str(PATIENCE) if twice else "0.5")
+    with told_to_end_amid_a_thought(head, plan, *flags, log=log) as (upstream, proxy, got):
+        if twice:
+            wait_until(lambda: not listens(int(proxy.url.rpartition(":")[2])))
+            process_of(proxy).send_signal(signal.SIGINT)
         assert process_of(proxy).wait(PATIENCE) is not None
         reply = got()
-        assert reply is None or not reply.done
+        assert reply is not None and not reply.done
+        assert reply.events[-1]["error"]["type"] == "ending"
         assert upstream.of(plan)[0].gone.wait(PATIENCE)
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+    assert [line["outcome"] for line in lines if "outcome" in line] == ["cut off"]
 
 
 def test_clients_that_leave_do_not_fill_the_log(head: Path, tmp_path: Path) -> None:
