@@ -96,12 +96,21 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Complains seldom about connections that it cannot take."""
+    """Complains seldom about connections that it cannot take, and has last words for requests."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
         asyncio.get_running_loop().set_exception_handler(Complaints())
         await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends: requests that still run after the wait, or that nobody waits for, are told."""
+        await super().shutdown(sockets)
+        running = list(self.server_state.tasks)
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=_LAST_WORDS)
 
 
 class Complaints:
@@ -122,19 +131,6 @@ class Complaints:
         elif loop.time() >= self._next:
             self._next = loop.time() + _BETWEEN_COMPLAINTS
             log.warning(json.dumps({"warning": f"clients have to wait: {error.strerror}"}))
-
-
-class _Server(uvicorn.Server):
-    """Tells requests that still run when it has to end, also if it is told so twice."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called once the process is told to end."""
-        await super().shutdown(sockets)
-        running = list(self.server_state.tasks)
-        for task in running:
-            task.cancel()
-        if running:
-            await asyncio.wait(running, timeout=_LAST_WORDS)
 
 
 def create_server(config: ServeConfig) -> uvicorn.Server:
