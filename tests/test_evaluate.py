@@ -53,6 +53,7 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
     loose: Points = {
         "head": 10.0,
         "stability": 1.0,
+        "evidence": 0.0,
         "confidence": 0.5,
         "answer_entropy": 0.6,
         "entropy": 0.5,

@@ -215,7 +215,8 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(InputError, match=r"^cannot load 'a/b:c' from the hub: no route: expected"):
+    told = r"^cannot load 'a/b:c' from the hub: no route to the hub: expected"
+    with pytest.raises(InputError, match=told):
         open_task(DataConfig(task="a/b:c"))
 
 

@@ -1,5 +1,7 @@
 """Hidden states: the projection by hand, learned from points, and in a head."""
 
+import hashlib
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +237,10 @@ def test_a_head_without_its_projection_is_refused(
     ):
         head.save(tmp_path)
         save_file(head.weights | tensors, tmp_path / "head.safetensors")
+        told_of = json.loads((tmp_path / "head.json").read_text())
+        content = (tmp_path / "head.safetensors").read_bytes()
+        told_of["weights"] = hashlib.sha256(content).hexdigest()
+        (tmp_path / "head.json").write_text(json.dumps(told_of))
         with pytest.raises(InputError, match=told):
             HaltHead.load(tmp_path)
 
