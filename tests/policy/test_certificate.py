@@ -347,9 +347,7 @@ def test_a_certificate_of_another_or_changed_head_is_refused(
     (tmp_path / "other" / "head.json").write_bytes(
         (tmp_path / "certified" / "head.json").read_bytes()
     )
-    with pytest.raises(
-        InputError, match="other: head.json and head.safetensors are not of one head"
-    ):
+    with pytest.raises(InputError, match=r"other: head\.json and .* are not of one head"):
         HaltHead.load(tmp_path / "other")
 
 
