@@ -35,6 +35,15 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert broken(path) == []
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/api/*.md")), ids=lambda path: path.stem)
+def test_the_modules_of_the_reference_are_there(path: Path) -> None:
+    names = re.findall(r"^::: (\S+)$", path.read_text(), re.MULTILINE)
+    for name in names:
+        module = ROOT / name.replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__init__.py").is_file(), name
+    assert names
+
+
 def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_text("# Two words, and `code`\n")
     links = ["b.md", "b.md#two-words-and-code", "b.md#none", "c.md", "#one", "https://c.d/e#f"]
