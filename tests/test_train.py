@@ -17,7 +17,9 @@ import train
 from agents.fit import FitConfig
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
+from command import alone
 from haltwise import HaltHead, InputError
+from runs import Run
 from traces import read_traces
 from train import TrainConfig
 
@@ -115,6 +117,11 @@ def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
         (run_dir / name).unlink()
     train.main(replace(config, run_dir=run_dir, resume=True))
     assert [(run_dir / name).read_bytes() for name in names] == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config: TrainConfig, run_dir: Path) -> None:
+    with alone(Run(run_dir).tensorboard), pytest.raises(InputError, match="another process writes"):
+        train.main(replace(config, run_dir=run_dir, resume=True))
 
 
 def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
