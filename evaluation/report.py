@@ -42,8 +42,6 @@ from policies.rules import RULE_NAMES
 _TEMPLATE = "report.html.jinja"
 _SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
 _MOST_LOSSES = 10
-# Ends of an interval that differ by no more than this are equal.
-_ROUNDING = 1e-9
 
 
 def write_report(report: Report, path: Path) -> None:

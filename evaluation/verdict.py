@@ -27,7 +27,7 @@ from traces.soundness import LEAST_EM
 
 # Groups that are named one by one; of more, the number is told.
 _MOST_LOSSES = 10
-# Ends of an interval that differ by no more than this are equal.
+# Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
 

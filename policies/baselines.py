@@ -18,7 +18,7 @@ from traces import Traces
 _EAT_WEIGHT, _EAT_WARM_UP = 0.2, 4
 
 
-# Half of what float32 can tell from 0 beside 1.
+# Probabilities of being wrong are told apart down to this: half of what float32 sees beside 1.
 _LEAST = 2.0**-25
 
 

@@ -860,7 +860,7 @@ def test_markers_may_have_several_tokens_that_end_inside_of_characters(marker: s
     [
         ("Qwen/Qwen3-8B", ["Qwen/Qwen3-8B"], True),
         ("Qwen/Qwen3-8B", ["/models/qwen3-8b-Q4_K_M.gguf"], True),
-        ("Qwen/Qwen3-8B", ["alias", "/root/Qwen3-8B/"], True),
+        ("Qwen/Qwen3-8B", ["alias", "/models/Qwen3-8B/"], True),
         ("one, Qwen/Qwen3-8B", ["qwen3_8b"], True),
         ("Qwen/Qwen3-8B", ["deepseek-r1"], False),
         ("", ["deepseek-r1"], True),
