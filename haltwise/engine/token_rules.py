@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 _BOX = r"\boxed{"
+# What stands for bytes that are no character, or not yet; and how many bytes a character has.
+_HALF = "\ufffd"
+_MOST_BYTES = 4
 # The size and the fingerprint of each tokenizer in use: reading a large vocabulary takes a tenth of
 # a second, and every call of `generate` asks.
 _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, str]] = WeakKeyDictionary()
@@ -57,13 +60,37 @@ class TokenRules(PointRules):
         # "... the answer is \boxed{" leaves only the rest of the box to the LM.
         self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
         self._texts: dict[int, str] = {}
+        self._word: list[int] = tokenizer.encode("a", add_special_tokens=False)
 
-    def token_text(self, token: int) -> str:
-        """Returns the text of one token id, also if the token is special."""
+    def text_added(self, half: list[int], token: int) -> str:
+        """Returns the text that the next token id adds, also if the token is special.
+
+        A character whose bytes are several tokens is added by the last of them.
+
+        Args:
+            half: The ids before it whose last character has not ended; it is kept up to date.
+            token: The id.
+        """
         text = self._texts.get(token)
         if text is None:
-            text = self._texts[token] = self.decode([token], skip_special_tokens=False)
-        return text
+            text = self._texts[token] = self._decode_amid([token])
+        if not half and not text.endswith(_HALF):
+            return text
+        before = self._decode_amid(half).rstrip(_HALF)
+        half.append(token)
+        found = self._decode_amid(half)
+        settled = found.rstrip(_HALF)
+        if settled == found or len(half) >= _MOST_BYTES:
+            half.clear()
+        return settled.removeprefix(before)
+
+    def _decode_amid(self, tokens: list[int]) -> str:
+        """Returns what some ids add to a text; many tokenizers drop the blank at its start."""
+        before = self.decode(self._word, skip_special_tokens=False)
+        text = self.decode([*self._word, *tokens], skip_special_tokens=False)
+        if text.startswith(before):
+            return text.removeprefix(before)
+        return self.decode(tokens, skip_special_tokens=False)
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Returns the text of some token ids."""

@@ -58,8 +58,13 @@ class PointRules:
         """Characters before a token in which a text may begin that a decision point follows."""
         return max(len(self._after) - 1, 0)
 
-    def token_text(self, token: Any) -> str:
-        """Returns the text of one token."""
+    def text_added(self, half: list[Any], token: Any) -> str:
+        """Returns the text that the next token adds.
+
+        Args:
+            half: The tokens before it whose last character has not ended; it is kept up to date.
+            token: The token.
+        """
         return str(token)
 
     def decode(self, tokens: Sequence[Any], skip_special_tokens: bool = True) -> str:
@@ -82,6 +87,7 @@ class Thought:
         """Stands before the first token."""
         self._rules = rules
         self._tail, self._before = "", ""
+        self._half: list[Any] = []  # the newest tokens, if they end inside of a character
         self.cap: int | None = None
         """Thinking tokens at which it is to be closed, if there is such a cap."""
         self.tokens: list[Any] = []
@@ -152,7 +158,7 @@ class Thought:
         self.at_point = False
         if self.closed or (not self.begun and self.num_tokens > LONGEST_OPENING):
             return
-        rules, text = self._rules, self._rules.token_text(token)
+        rules, text = self._rules, self._rules.text_added(self._half, token)
         marker = rules.think_end if self.begun else rules.think_start
         seen = self._tail + text
         found = bool(marker) and marker in seen
