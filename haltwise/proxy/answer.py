@@ -9,8 +9,12 @@ from haltwise.proxy.wire import (
     StreamEvent,
     UpstreamError,
     chat_logprobs,
+    may_become,
+    replace_texts,
+    says_more,
     texts_of,
     trim_logprobs,
+    without_markers,
 )
 
 # What the chunks of one answer have in common: their envelope.
@@ -57,6 +61,10 @@ class ClientAnswer:
         if self._strip(chunk, choice):
             event.raw = b""
         usage = chunk.get("usage")
+        if choice is not None and self._reader.is_close_shown:
+            has_rest = self._leave_out_marker(event, choice)
+            if not (has_rest or isinstance(usage, dict)):
+                return None
         if isinstance(usage, dict):
             self._usages[-1].take(usage)
             if choice is None and not self._request.wants_usage:
@@ -123,7 +131,7 @@ class ClientAnswer:
         if self.finish is not None or self.is_whole:
             reader.thought.end(by_lm=self.finish != "length" and not self._is_stopped)
         found = reader.streamed.report()
-        if found.decided and not reader.is_closed:
+        if reader.fallback or (found.decided and not reader.is_closed):
             reader.streamed.release(reader.fallback)
             found = reader.streamed.report()
         report: Json = {
@@ -150,10 +158,13 @@ class ClientAnswer:
     def close_events(self) -> Iterator[StreamEvent]:
         """The events that show the close text, in the thought's field and behind it."""
         server, field = self._reader.server, self._reader.field
+        if self._reader.is_close_shown:
+            return
         before, after = server.close_parts
+        before = self._reader.call_end + before
         if field and before:
             yield self._made({}, {field: before})
-        if text := after if field else server.close_text:
+        if text := after if field else self._reader.call_end + server.close_text:
             yield self._made({}, self._part(text))
 
     def continued(self, choice: Json) -> StreamEvent | None:
@@ -165,15 +176,24 @@ class ClientAnswer:
             return self._made(choice, self._part(text))
         return None
 
+    def _leave_out_marker(self, event: StreamEvent, choice: Json) -> bool:
+        """Leaves a repeated marker out of a choice; returns whether it has anything to show."""
+        thought, text = texts_of(choice)
+        left = self._without_marker(text, is_last=self.finish is not None)
+        if left == text:
+            return True
+        replace_texts(choice, thought, left)
+        event.raw = b""
+        told = (left, thought, choice.get("logprobs"), choice.get("finish_reason"))
+        return any(told) or says_more(choice)
+
     def _without_marker(self, text: str, is_last: bool) -> str:
         """The next text of an answer, less the markers that an LM writes once more before it."""
         if self._opening is None:
             return text
         marker = self._reader.server.rules.think_end
-        text = said = self._opening + text
-        while said.lstrip().startswith(marker):
-            text = said = said.lstrip().removeprefix(marker).lstrip()
-        is_open = marker.startswith(said.lstrip()) and not is_last
+        text = without_markers(self._opening + text, marker)
+        is_open = may_become(text, marker) and not is_last
         self._opening = text if is_open else None
         return "" if is_open else text
 

@@ -125,13 +125,14 @@ class WatchedCompletion:
         second: UpstreamLeg | None = None
         while second is None:
             try:
+                halts = False
                 async for event in source:
                     shown, halts = await self._take(event)
                     if shown is not None:
                         yield shown
                     if halts:
                         break
-                else:
+                if not (halts or self._reader.thinks_on):
                     self._answer.check_whole()
                     return
             except UpstreamError as error:
@@ -203,6 +204,8 @@ class WatchedCompletion:
         """Adds the completion to the metrics, once it has ended; returns the report about it."""
         report, metrics = self._answer.report(), self._settings.metrics
         metrics.thoughts.labels(report["reason"]).inc()
+        if "fallback" in report:
+            metrics.fallbacks.labels(report["fallback"]).inc()
         metrics.thinking_tokens.inc(self._reader.thought.position)
         metrics.bad_signals.inc(self._streamed.report().num_bad_signals)
         metrics.shadow_saved_tokens.inc(report.get("shadow", {}).get("saved_tokens", 0))

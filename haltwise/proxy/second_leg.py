@@ -14,7 +14,14 @@ import anyio
 from haltwise.proxy.metrics import log
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import REASONING_FIELDS, Json, StreamEvent, UpstreamError, texts_of
+from haltwise.proxy.wire import (
+    Json,
+    StreamEvent,
+    UpstreamError,
+    replace_texts,
+    says_more,
+    texts_of,
+)
 
 # Bytes of events that are held back; with more the upstream has to wait.
 _MOST_HELD = 2 * 2**20
@@ -22,6 +29,8 @@ _MOST_HELD = 2 * 2**20
 _SOON = 2.0
 # Errors of a first leg that may come from what it is asked for beside the client's own fields.
 _ASKED_PLAINLY = ("said", "malformed", "cut")
+# Tokens that may come of a thought whose server has been told to end it: they were on their way.
+_ON_THEIR_WAY = 256
 
 
 class ThoughtCloser:
@@ -76,11 +85,12 @@ class ThoughtCloser:
         """
         reader, server = self._reader, self._server
         reader.may_halt = False
-        with suppress(UpstreamError):
-            completion_id = str(envelope.get("id", ""))
-            reader.is_closed = await server.end_thought(self._request, completion_id)
-        if reader.is_closed:
-            return None, first
+        if not reader.thinks_on and await self._server_ends_thought(envelope):
+            reader.is_closed = True
+            return None, self._told_to_end(first)
+        reader.is_closed = reader.thinks_on = False
+        if not reader.is_close_shown:
+            self._tail = reader.call_end + self._tail
         held: HeldBackLeg | None = None
         if not server.one_at_a_time:
             held = HeldBackLeg(first)
@@ -93,7 +103,8 @@ class ThoughtCloser:
                 rest = self._asked_anew(envelope)
             second = await self._begun_to_answer(body, held)
         except UpstreamError as error:
-            reader.fall_back(error.kind)
+            reader.fall_back("second thought" if reader.is_close_shown else error.kind)
+            reader.is_close_shown = False
             return None, rest
         reader.is_closed = True
         if held is not None:
@@ -101,6 +112,42 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
+
+    async def _server_ends_thought(self, envelope: Json) -> bool:
+        with suppress(UpstreamError):
+            completion_id = str(envelope.get("id", ""))
+            return await self._server.end_thought(self._request, completion_id)
+        return False
+
+    async def _told_to_end(self, first: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+        """The rest of a leg whose server was told to end the thought.
+
+        It breaks off where the LM does not heed that, for a second leg to go on: at a second
+        thought, which nobody sees, or where the first one does not end soon.
+        """
+        reader, rules = self._reader, self._server.rules
+        last = reader.generated.num_tokens + _ON_THEIR_WAY
+        async for event in first:
+            choice = event.choice
+            if not reader.is_close_shown and choice is not None:
+                reader.thinks_on = reader.is_thinking and reader.generated.num_tokens > last
+                reader.is_close_shown = not reader.is_thinking or reader.begins_answer(choice)
+                if reader.thinks_on or reader.is_close_shown:
+                    first.put_back(event)
+                if reader.is_close_shown and await first.thinks(rules.think_start, rules.think_end):
+                    reader.thinks_on = True
+                    self._tail = self._rest_of_close() + rules.think_start + self._tail
+                if reader.thinks_on:
+                    return
+                if reader.is_close_shown:
+                    continue
+            yield event
+
+    def _rest_of_close(self) -> str:
+        """What of the close text the server has written without showing it."""
+        before, marker = self._server.close_parts[0], self._server.rules.think_end
+        rest = self._tail[len(before) :]
+        return rest.removeprefix(marker) if marker in self._reader.generated.text else rest
 
     async def _begun_to_answer(self, body: Json, held: HeldBackLeg | None) -> UpstreamLeg:
         """As `begun`, but a second thought is closed too: before it has begun, and once."""
@@ -143,10 +190,11 @@ class ThoughtCloser:
             if held is not None:
                 held.enough.add_done_callback(hurry)
             leg = await self.ask(body, "messages" in body)
-            marker = self._server.rules.think_start
-            opening = await leg.opening(marker) if leg.is_readable else None
+            rules = self._server.rules
+            markers = (rules.think_start, rules.think_end)
+            opening = await leg.opening(*markers) if leg.is_readable else None
             thought, text = opening or ("", "")
-            thinks = text.lstrip().startswith(marker)
+            thinks = text.lstrip().startswith(rules.think_start)
             if opening and not thought and not thinks and (text or may_be_empty):
                 return leg
             await leg.close()
@@ -305,8 +353,8 @@ class AlreadyShown:
         self._text += thought if self._has_field else text
         new = self._new_text(ends)
         thought, text = (new, text) if self._has_field else ("", new)
-        self._is_over = bool(thought or text) or _says_more(choice)
-        _replace_texts(choice, thought, text)
+        self._is_over = bool(thought or text) or says_more(choice)
+        replace_texts(choice, thought, text)
         return self._is_over or ends
 
     def _new_text(self, ends: bool) -> str:
@@ -321,16 +369,3 @@ class AlreadyShown:
         if end < 0:
             return self._text if ends else ""
         return self._text[end:]
-
-
-def _says_more(choice: Json) -> bool:
-    """Whether a choice has something beside its texts, like a tool call."""
-    known = ("role", "content", *REASONING_FIELDS)
-    return any(value for name, value in choice.get("delta", {}).items() if name not in known)
-
-
-def _replace_texts(choice: Json, thought: str, text: str) -> None:
-    part, own = (choice["delta"], "content") if "delta" in choice else (choice, "text")
-    part.update({name: thought for name in REASONING_FIELDS if part.get(name)})
-    if text or part.get(own):
-        part[own] = text

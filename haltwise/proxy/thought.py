@@ -1,6 +1,5 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
-import re
 import time
 from dataclasses import replace
 
@@ -13,12 +12,18 @@ from haltwise.session.stream import StreamedThought
 
 # How vLLM begins the texts of tokens that it was told to name by their ids.
 _ID_TEXT = "token_id:"
-# A call that has begun and not ended: it can be written amid a thought.
-_TOOL_CALL = re.compile(
-    r"(<tool_call>|<function=|\[TOOL_CALLS\]|<\|tool_calls?_begin\|>|<\uff5ctool\u2581calls?\u2581begin\uff5c>)"
-    r"(?!.*(</tool_call>|</function>|<\|tool_calls?_end\|>|<\uff5ctool\u2581calls?\u2581end\uff5c>))",
-    re.DOTALL,
+# How LMs begin and end a tool call, which can be written amid a thought; the outer one first.
+_CALLS = (
+    ("<|tool_calls_begin|>", "<|tool_calls_end|>"),
+    ("<|tool_call_begin|>", "<|tool_call_end|>"),
+    ("<\uff5ctool\u2581calls\u2581begin\uff5c>", "<\uff5ctool\u2581calls\u2581end\uff5c>"),
+    ("<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>"),
+    ("<tool_call>", "</tool_call>"),
+    ("<function=", "</function>"),
+    ("[TOOL_CALLS]", ""),
 )
+# Tokens that a call may take to end before the thought is closed all the same.
+_LONGEST_CALL = 256
 # How some servers begin the texts of tokens that are no whole characters.
 _BYTES_TEXT = "bytes:\\x"
 
@@ -37,6 +42,13 @@ def _whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
     if not tokens:
         return [ServedToken(text)]
     return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
+
+
+def _open_calls(text: str) -> list[str]:
+    """What ends each tool call that has begun in a text and not ended, the inner ones first."""
+    begun = [(text.rfind(start), end) for start, end in _CALLS if start in text]
+    begun.sort(reverse=True)
+    return [end for place, end in begun if not end or place > text.rfind(end)]
 
 
 class ThoughtReader:
@@ -69,24 +81,32 @@ class ThoughtReader:
         """Whether halting has not been tried yet."""
         self.is_closed = False
         """Whether the proxy closed the thought."""
+        self.is_close_shown = False
+        """Whether the client has the end of the thought, which the server was told to write."""
+        self.thinks_on = False
+        """Whether the LM thinks on in spite of that, or again."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
+        self.call_end = ""
+        """What ends the tool calls that the thought is closed amid of, if it is."""
         self.field = ""
         """The field in which the server puts the thought; empty if it stands in the text."""
         self.shown_texts: list[str] = []
         """What the client has of the thought."""
         self._metrics = metrics
         self._opening = ""
+        self._call_since: int | None = None  # tokens before a call that halting waits for
 
     async def read(self, chunk: Json, choice: Json) -> bool:
         """Reads the next chunk, which has this choice; returns whether to halt behind it."""
         tokens, (thought, text) = tokens_of(choice), texts_of(choice)
+        if self.begins_answer(choice):
+            self.is_thinking, self.thought.closed = False, True  # the server tells them apart
+            self.usages[0].completion_tokens += len(tokens) or 1
+            return False
         self.generated.add(chunk, tokens)
         self.usages[0].completion_tokens = self.generated.num_tokens
         self.note_prompt()
-        if choice.get("delta", {}).get("tool_calls") or (text and self.field):
-            self.is_thinking, self.thought.closed = False, True  # the server tells them apart
-            return False
         self.shown_texts.append(thought + text)
         if thought and not self.field:
             self.field = next(name for name in REASONING_FIELDS if choice["delta"].get(name))
@@ -106,6 +126,11 @@ class ThoughtReader:
         is_within = budget is None or self.generated.num_tokens < budget
         return halts and self.may_halt and is_within and await self._is_thought()
 
+    def begins_answer(self, choice: Json) -> bool:
+        """Whether the server says that this choice is of the answer, and no longer of a thought."""
+        text = texts_of(choice)[1]
+        return bool(choice.get("delta", {}).get("tool_calls") or (text and self.field))
+
     async def _find_opening(self, text: str) -> None:
         """Finds out whether an answer begins with a thought, from its next text.
 
@@ -123,13 +148,26 @@ class ThoughtReader:
 
     async def _is_thought(self) -> bool:
         """Whether what the server takes for a thought is one, and neither an answer nor a call."""
-        if _TOOL_CALL.search("".join(self.shown_texts)):
-            self.fall_back("tool call")  # the close text would stand in it
+        if self._waits_for_call():
             return False
         if self.field and await self.server.opened(self.request) is False:
             self.fall_back("no thought")
             return False
         return True
+
+    def _waits_for_call(self) -> bool:
+        """Whether halting waits for a tool call to end, in which the close text would stand.
+
+        It is tried again where it would be next: at each token behind the cap.
+        """
+        ends, num = _open_calls("".join(self.shown_texts)), self.generated.num_tokens
+        self._call_since = (self._call_since or num) if ends else None
+        self.call_end = "".join(ends)
+        waits = self._call_since is not None and num - self._call_since < _LONGEST_CALL
+        self.fallback = "tool call" if waits else ""
+        if waits:
+            self.streamed.undo()
+        return waits
 
     def note_prompt(self) -> None:
         """Counts the prompt's tokens, once the server has told their ids."""
@@ -155,4 +193,3 @@ class ThoughtReader:
         """Lets the LM think on, and counts why."""
         self.may_halt, self.fallback = False, reason
         self.streamed.release(reason)
-        self._metrics.fallbacks.labels(reason).inc()

@@ -14,7 +14,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -52,11 +52,6 @@ def as_upstream_errors() -> Iterator[None]:
         raise wire.UpstreamError("malformed", "upstream's answer cannot be unpacked") from None
 
 
-def begins(text: str, marker: str) -> bool:
-    """Whether a text is the beginning of a marker, but not the whole."""
-    return marker.startswith(text) and text != marker
-
-
 class UpstreamLeg:
     """One answer of the upstream; as an iterator it gives the events that are left.
 
@@ -70,7 +65,7 @@ class UpstreamLeg:
         """Reads nothing of the body yet."""
         self.response = response
         self._events = self._read()
-        self._put_back: list[wire.StreamEvent] = []
+        self._put_back: list[wire.StreamEvent | wire.UpstreamError] = []
 
     @property
     def is_readable(self) -> bool:
@@ -91,7 +86,14 @@ class UpstreamLeg:
         Raises:
             UpstreamError: If it is malformed or an error, or the answer is cut or too late.
         """
-        return self._put_back.pop() if self._put_back else await anext(self._events)
+        event = self._put_back.pop() if self._put_back else await anext(self._events)
+        if isinstance(event, wire.UpstreamError):
+            raise event
+        return event
+
+    def put_back(self, event: wire.StreamEvent) -> None:
+        """Makes an event that the leg has given its next one again."""
+        self._put_back.append(event)
 
     async def _read(self) -> AsyncGenerator[wire.StreamEvent, None]:
         reader = wire.EventReader()
@@ -129,28 +131,43 @@ class UpstreamLeg:
         async with aclosing(self._decoded()) as pieces:
             return b"".join([data async for data in pieces])
 
-    async def opening(self, marker: str) -> tuple[str, str] | None:
+    async def opening(self, start: str, end: str) -> tuple[str, str] | None:
         """The first of the texts that it adds to a thought and to its answer; None without any end.
 
-        The events up to there are given by the iterator all the same.
+        The events up to there are given by the iterator all the same, and so is an error.
 
         Args:
-            marker: Where the answer may begin with this, it is read until that is known.
+            start: Where the answer may begin with this marker, it is read until that is known.
+            end: This marker is left out of the beginning.
 
         Raises:
             UpstreamError: If one is malformed or an error, or the answer is cut or too late.
         """
-        passed, answer = [], ""
-        async for event in self:
-            passed.append(event)
-            choice = event.choice
-            thought, text = ("", "") if choice is None else wire.texts_of(choice)
-            answer += text
-            is_known = answer.strip() and not begins(answer.strip(), marker)
-            if thought or is_known or (choice and choice.get("finish_reason")):
-                self._put_back = passed[::-1]
-                return thought, answer
+        passed: list[wire.StreamEvent | wire.UpstreamError] = []
+        answer = ""
+        try:
+            async for event in self:
+                passed.append(event)
+                choice = event.choice
+                thought, text = ("", "") if choice is None else wire.texts_of(choice)
+                answer = wire.without_markers(answer + text, end)
+                is_known = answer.strip() and not wire.may_become(answer, start, end)
+                is_over = choice and (choice.get("finish_reason") or wire.says_more(choice))
+                if thought or is_known or is_over:
+                    return thought, answer
+        except wire.UpstreamError as error:
+            passed.append(error)
+            raise
+        finally:
+            self._put_back += passed[::-1]
         return None
+
+    async def thinks(self, start: str, end: str) -> bool:
+        """Whether it thinks where it is to answer; the arguments are those of `opening`."""
+        with suppress(wire.UpstreamError):  # which comes again in its place
+            thought, answer = await self.opening(start, end) or ("", "")
+            return bool(thought) or answer.lstrip().startswith(start)
+        return False
 
     async def close(self) -> None:
         """Ends the leg: the upstream need not go on with it."""

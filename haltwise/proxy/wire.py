@@ -211,6 +211,32 @@ def texts_of(choice: Json) -> tuple[str, str]:
     return _text_of(thought), _text_of(delta.get("content"))
 
 
+def says_more(choice: Json) -> bool:
+    """Whether a choice has something beside its texts, like a tool call."""
+    known = ("role", "content", *REASONING_FIELDS)
+    return any(value for name, value in (choice.get("delta") or {}).items() if name not in known)
+
+
+def replace_texts(choice: Json, thought: str, text: str) -> None:
+    """Gives a choice other texts than those that `texts_of` finds."""
+    part, own = (choice["delta"], "content") if "delta" in choice else (choice, "text")
+    part.update({name: thought for name in REASONING_FIELDS if part.get(name)})
+    if text or part.get(own):
+        part[own] = text
+
+
+def without_markers(text: str, marker: str) -> str:
+    """An answer's text less the markers before it, which an LM writes where one was forced."""
+    while text.lstrip().startswith(marker):
+        text = text.lstrip().removeprefix(marker).lstrip()
+    return text
+
+
+def may_become(text: str, *markers: str) -> bool:
+    """Whether a text may be the beginning of a marker, or of the blanks before it."""
+    return any(marker.startswith(text.strip()) and text.strip() != marker for marker in markers)
+
+
 def _text_of(content: Any) -> str:
     """The text of a content, which may have parts."""
     parts = content if isinstance(content, list) else [content]

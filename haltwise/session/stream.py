@@ -92,6 +92,10 @@ class StreamedThought:
             return False
         return bool(session.decide([0], self._read))
 
+    def undo(self) -> None:
+        """Takes back that the thought is to be closed; see `Session.undo`."""
+        self._session.undo(0)
+
     def release(self, fallback: str = "") -> None:
         """Leaves the thought to its LM; see `Session.release`."""
         self._session.release(0, fallback)

@@ -88,7 +88,9 @@ class Plan:
     """Tokens are filled up to this length."""
     closes: str = ""
     """What it does behind a close text: repeats (the marker), thinks (three tokens more, unless it
-    was closed twice)."""
+    was closed twice) or both. A deaf one says that it will close a thought, and does not."""
+    call: tuple[int, ...] = ()
+    """In which of the thought's tokens a tool call begins, and in which it ends."""
     mention: str = ""
     """What the answer begins with."""
     details: bool = False
@@ -114,12 +116,14 @@ class Plan:
         """The plan at the start of a text."""
         found, _ = json.JSONDecoder().raw_decode(text)
         found["logprobs"] = tuple(map(tuple, found.get("logprobs", cls.logprobs)))
-        return cls(**found | {"legs": tuple(found.get("legs", cls.legs))})
+        places = {name: tuple(found.get(name, getattr(cls, name))) for name in ("legs", "call")}
+        return cls(**found | places)
 
     def thought(self, num: int | None = None, start: int = 0) -> str:
         """Some of the thought, all of it by default."""
         num = self.thinking if num is None else num
-        return "".join(self._token(f"t{i}") for i in range(start, num))
+        calls = dict(zip(self.call, ("<tool_call>", "</tool_call>"), strict=False))
+        return "".join(self._token(f"t{i}") + calls.get(i, "") for i in range(start, num))
 
     def answer_text(self, seen: int | None = None, start: int = 0) -> str:
         """The answer after a thought of some length, the whole one by default."""
@@ -169,11 +173,11 @@ def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
 
 def _unclosed(plan: Plan, seen: int, num_more: int) -> Iterator[Token]:
     """What the LM says in place of an answer behind a thought that was closed for it."""
-    if plan.closes == "repeats":
+    if plan.closes in ("repeats", "both"):
         yield Token("\n", "answer")
         yield Token(_CLOSE[:3], "answer")
         yield Token(_CLOSE[3:] + "\n\n", "answer")
-    elif not num_more:
+    if plan.closes in ("thinks", "both") and not num_more:
         yield Token(_OPEN, "answer")
         yield Token(plan.thought(seen + 3, start=seen), "answer")
         yield Token(_CLOSE, "answer")
@@ -597,7 +601,7 @@ class _Writer:
 
     def next(self) -> Token:
         """The next token; the control call leads to another one."""
-        if self.asked.told and self.thinks:
+        if self.asked.told and self.thinks and self.plan.closes != "deaf":
             self.thinks = False
             seen = sum(token.place == "thought" for token in self.all)
             message = str(self.body.get("reasoning_budget_message") or "")

@@ -347,6 +347,7 @@ def test_a_chat_s_thought_may_stand_in_its_content(
 
 
 CAPPED = {"X-Haltwise-Max-Tokens": "3"}
+CAPPED_AT_7 = {"X-Haltwise-Max-Tokens": "7", "X-Haltwise-Price": "0"}
 CLOSED = {"role": "assistant", "content": "<think>\nhm\n</think>\n\n"}
 
 
@@ -407,8 +408,8 @@ def test_a_completion_that_mentions_a_marker_is_no_thought(
 
 @BOTH
 @STREAMED
-@pytest.mark.parametrize("closes", ["repeats", "thinks"])
-@pytest.mark.parametrize("kind", ["vllm", "sglang", "ollama"])
+@pytest.mark.parametrize("closes", ["repeats", "thinks", "both"])
+@ALL_KINDS
 def test_a_close_that_the_lm_does_not_heed_is_followed_through(
     pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, closes: str
 ) -> None:
@@ -416,7 +417,73 @@ def test_a_close_that_the_lm_does_not_heed_is_followed_through(
     reply = ask(pairs(kind).client, plan, chat, stream)
     assert shown(reply) == halted(plan, chat)
     assert reply.haltwise["halted"]
-    assert len(pairs(kind).upstream.of(plan)) == (2 if closes == "repeats" else 3)
+    by_itself = kind == "llama-server" and chat
+    assert len(pairs(kind).upstream.of(plan)) == 3 - (closes == "repeats") - by_itself
+
+
+@STREAMED
+@pytest.mark.parametrize("closes", ["", "repeats", "thinks", "both", "deaf"])
+@pytest.mark.parametrize("thoughts", ["field", "written"])
+@pytest.mark.parametrize("close", ["\n</think>\n\n", "\nEnough.\n</think>\n\n"])
+@pytest.mark.parametrize("num_slots", [1, 9])
+def test_a_close_that_the_server_writes_itself_is_followed_through(
+    pairs: Pairs,
+    plan: Plan,
+    thoughts: Thoughts,
+    closes: str,
+    stream: bool,
+    close: str,
+    num_slots: int,
+) -> None:
+    pair = pairs("llama-server", close, {"thoughts": thoughts, "num_slots": num_slots})
+    plan = replace(plan, closes=closes, **WAITS)
+    if closes == "deaf":
+        plan = replace(plan, thinking=1000)
+    reply = ask(pair.client, plan, stream=stream)
+    assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
+    assert reply.text.count("</think>") == (thoughts == "written") and reply.finish == "stop"
+    assert reply.text.count("<think>") == (thoughts == "written")
+    seen = reply.haltwise["length"] - (thoughts == "written") if closes == "deaf" else 20
+    assert 20 <= seen < 300
+    assert (reply.thought + reply.text).count("Enough.") == close.count("Enough.")
+    seen -= thoughts == "written" and closes != "deaf"  # the LM's own marker is a token too
+    assert reply.text.endswith(plan.answer_text(seen))
+    assert plan.thought(seen) in reply.thought + reply.text
+    assert plan.thought(seen + 1) not in reply.thought + reply.text
+    assert len(pair.upstream.of(plan)) == (1 if closes in ("", "repeats") else 2)
+
+
+@STREAMED
+def test_a_second_thought_that_cannot_be_closed_is_the_lm_s(
+    pairs: Pairs, plan: Plan, stream: bool
+) -> None:
+    plan = replace(plan, closes="both", **WAITS)
+    form = {"type": "json_object"}
+    reply = ask(pairs("llama-server").client, plan, stream=stream, response_format=form)
+    assert reply.text.strip().startswith("</think>\n\n<think>")
+    assert reply.text.endswith(plan.answer_text(20)) and reply.finish == "stop"
+    assert reply.haltwise["fallback"] == "second thought" and not reply.haltwise["halted"]
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["vllm", "ollama"])
+@pytest.mark.parametrize(
+    ("call", "end", "position"),
+    [
+        ((3, 9), "", 10),
+        ((6, 8), "", 9),
+        ((7, 8), "", 7),
+        ((3, 999), "</tool_call>", 263),
+    ],
+)
+def test_a_cap_waits_for_the_end_of_a_call_and_not_for_ever(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, call: tuple[int, int], end: str, position: int
+) -> None:
+    plan = replace(plan, thinking=400, call=call)
+    reply = ask(pairs(kind).client, plan, chat, headers=CAPPED_AT_7)
+    assert reply.haltwise["reason"] == "capped" and reply.haltwise["position"] == position
+    assert "fallback" not in reply.haltwise
+    assert shown(reply) == halted(plan, chat, position, end + CLOSE)
 
 
 @BOTH
