@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from traces.schema import NAMES, POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
+# SHA-256 of the recorder's bytes: Parquet itself has no checksum of its metadata.
+_DIGEST_KEY = b"haltwise.recorder.sha256"
 #: The number of traces that are decoded at a time.
 _PIECE = 1024
 _TEXTS = (*NAMES, "split")
@@ -55,7 +58,8 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
         InputError: If a row is not as the schema says; then nothing is written.
     """
     path = Path(path)
-    metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: json.dumps(recorder)}
+    text = json.dumps(recorder).encode()
+    metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: text, _DIGEST_KEY: _digest(text)}
     _replace(path, table_of(rows, str(path)).replace_schema_metadata(metadata))
 
 
@@ -288,13 +292,20 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
     version = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
     if version.partition(".")[0] != VERSION:
         raise InputError(f"{path}: schema version is {version}, expected {VERSION}")
+    text = metadata.get(_RECORDER_KEY, b"{}")
+    if metadata.get(_DIGEST_KEY, _digest(text)) != _digest(text):
+        raise InputError(f"{path}: damaged: haltwise.recorder is not what was written")
     try:
-        recorder = json.loads(metadata.get(_RECORDER_KEY, b"{}"))
+        recorder = json.loads(text)
     except (ValueError, RecursionError):
         recorder = None
     if not isinstance(recorder, dict):
         raise InputError(f"{path}: haltwise.recorder is not a JSON object")
     return recorder
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:

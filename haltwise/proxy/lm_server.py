@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from contextlib import suppress
 from functools import partial
 
 import anyio
@@ -28,6 +29,8 @@ _TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_
 _RESERVED = 16
 # Seconds for which a server that did not render a chat in time is not asked to render another.
 _SILENCE_LASTS = 10.0
+# Seconds that a server whose kind is known has to tell the names of its LMs.
+_NAMES_TIMEOUT = 1.0
 
 
 class LMServer:
@@ -401,7 +404,10 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
     """
     found = next((known for known in _OWNERS.values() if known.kind == kind), None)
     models: list[Json] = []
-    if found is None:
+    if found is not None:
+        with anyio.move_on_after(_NAMES_TIMEOUT), suppress(UpstreamError):
+            models = await _models(unknown.upstream, headers)
+    else:
         models = await _models(unknown.upstream, headers)
         if not models:
             raise UpstreamError("status", "upstream names no model yet")

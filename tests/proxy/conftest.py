@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from haltwise.proxy import app, second_leg, upstream
+from haltwise.proxy import app, lm_server, second_leg, upstream
 from tests.proxy.fake_upstream import Plan
 from tests.proxy.proxies import PATIENCE, Pair, Pairs
 
@@ -17,6 +17,7 @@ def patient() -> Iterator[None]:
     """A busy machine makes no proxy of this process give up what comes for sure."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(upstream, "_CALL_TIMEOUT", PATIENCE)
+        patch.setattr(lm_server, "_NAMES_TIMEOUT", PATIENCE)
         patch.setattr(second_leg, "_SOON", PATIENCE)
         patch.setattr(app, "_CHECK_LASTS", PATIENCE)
         yield

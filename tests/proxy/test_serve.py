@@ -16,6 +16,7 @@ import pytest
 from haltwise import HaltHead, InputError, cli
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy.config import ServerKind
 from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
 from tests.proxy.proxies import (
     PATIENCE,
@@ -112,15 +113,16 @@ def test_a_price_of_0_that_nobody_asked_for_is_told_at_start(
     assert [json.loads(record.getMessage())["warning"] for record in caplog.records] == told
 
 
+@pytest.mark.parametrize("kind", ["auto", "vllm"])
 @pytest.mark.parametrize("lm", ["another", "fake"])
 def test_a_head_of_another_lm_is_told_once(
-    head: Path, tmp_path: Path, lm: str, caplog: pytest.LogCaptureFixture
+    head: Path, tmp_path: Path, lm: str, kind: ServerKind, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = HaltHead.load(head)
     HaltHead(replace(own.config, lm=lm), own.weights).save(tmp_path)
     with (
         FakeUpstream("vllm") as upstream,
-        proxied(ServeConfig(head=tmp_path, upstream=upstream.url)) as proxy,
+        proxied(ServeConfig(head=tmp_path, upstream=upstream.url, kind=kind)) as proxy,
     ):
         for n in range(2):
             assert ask(proxy.client, Plan(f"told{n}", thinking=3)).done

@@ -378,6 +378,23 @@ def test_a_recorder_that_is_no_json_object_is_refused(tmp_path: Path, make_row: 
             read_traces(tmp_path / "x.parquet")
 
 
+def test_a_recorder_that_was_damaged_is_refused_wherever_a_bit_has_flipped(
+    tmp_path: Path, make_row: MakeRow
+) -> None:
+    path, recorder = tmp_path / "x.parquet", {"LM": "x", "close_text": "</think>", "seed": 10}
+    write_shard(path, [make_row()], recorder)
+    data = path.read_bytes()
+    (size,) = np.frombuffer(data[-8:-4], dtype="<u4")
+    num_refused = 0
+    for place in range(len(data) - 8 - int(size), len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            assert read_ids(path)[1] == recorder
+        except InputError as error:
+            num_refused += "damaged" in str(error) and "\n" not in str(error)
+    assert num_refused > len(json.dumps(recorder))
+
+
 def test_writing_is_atomic_and_replaces(
     tmp_path: Path, make_row: MakeRow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
