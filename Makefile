@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 
-.PHONY: demo test test-all test-vllm bench docs format
+.PHONY: demo test test-all test-vllm bench docs hashes format
 
 # Train on the embedded LM, run the head beside it, and compare it with fixed thresholds.
 # An earlier demo run is replaced.
@@ -41,6 +41,18 @@ bench: $(STAMP)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS_STAMP)
 	$(BIN)/mkdocs build
+
+# The hashes of what the extras of the runtime need, on every platform, less torch, whose build people
+# choose. UV_INDEX_URL names an index other than uv's own; none is written down.
+hashes:
+	test -x .venv-hashes/bin/uv || $(PYTHON) -m venv .venv-hashes
+	.venv-hashes/bin/python -m pip install uv==0.13.9
+	for extra in hf proxy; do \
+		echo "torch ; python_version < '3'" | .venv-hashes/bin/uv pip compile pyproject.toml \
+			--extra $$extra -c constraints.txt --override - --universal --python-version 3.11 \
+			--generate-hashes --no-emit-package httpx2-jsfetch --no-header --no-annotate \
+			--quiet --output-file hashes/$$extra.txt || exit 1; \
+	done
 
 format: $(STAMP)
 	$(BIN)/ruff format

@@ -74,7 +74,7 @@ def test_the_sdist_holds_what_tests_and_readers_need(built: Path) -> None:
     }
     assert sources <= names
     assert {"Makefile", "constraints.txt", "LICENSE", "CHANGELOG.md", "CITATION.cff"} <= names
-    assert {"mkdocs.yml", "checkpoints/README.md"} <= names
+    assert {"mkdocs.yml", "checkpoints/README.md", "hashes/hf.txt", "hashes/proxy.txt"} <= names
     read = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.*")}
     assert {path for path in read if "__pycache__" not in path} <= names
     for name in SHIPPED:
@@ -134,6 +134,22 @@ def test_every_dependency_has_a_tested_version(project: dict[str, Any]) -> None:
     } - {"haltwise[gguf,proxy,train]"}
     assert wanted <= set(pins)
     assert pins["torch"] == "2.13.0"
+
+
+@pytest.mark.parametrize("extra", ["hf", "proxy"])
+def test_hashes_are_those_of_the_tested_versions(project: dict[str, Any], extra: str) -> None:
+    """`make hashes` writes them anew; the index that they came from is nobody's business."""
+    text = (ROOT / "hashes" / f"{extra}.txt").read_text()
+    found = re.findall(
+        r"^(\S+==\S+)( ; [^\n]*)? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.M
+    )
+    assert "".join(f"{pin}{marker} \\\n{hashes}" for pin, marker, hashes in found) == text
+    pins = {pin for pin, _, _ in found}
+    assert pins <= set((ROOT / "constraints.txt").read_text().splitlines())
+    wanted = [*project["project"]["dependencies"]]
+    wanted += project["project"]["optional-dependencies"][extra]
+    names = {re.split(r"[<>=]", line)[0] for line in wanted} - {"torch"}
+    assert names <= {pin.partition("==")[0] for pin in pins}
 
 
 @pytest.mark.parametrize("module", ["gymnasium", "stable_baselines3", "envs.reward", "traces"])
