@@ -1,7 +1,6 @@
 """The client's end of a request: what it sends, what it gets, and whether it is still there."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from haltwise.proxy.metrics import RequestRecord
-from haltwise.proxy.wire import Json, RawHeaders, error_body
+from haltwise.proxy.wire import Json, RawHeaders, error_body, json_bytes
 
 # Seconds within which a server sees that a client has gone.
 _SEEN_GONE = 5.0
@@ -139,7 +138,7 @@ class RequestingClient:
         Raises:
             ClientGoneError: If the client has left, or does not read.
         """
-        self._last = json.dumps(content).encode()
+        self._last = json_bytes(content)
         length = (b"content-length", str(len(self._last)).encode())
         await self.start(status, [*headers, *_JSON, length])
 

@@ -1,6 +1,8 @@
 """What goes over the wire: server-sent events, and the chunks of a completion inside of them."""
 
 import json
+import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,9 @@ EVENT_STREAM = "text/event-stream"
 _LONGEST_EVENT = 16 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _NAN = float("nan")
+_MOST_DIGITS = 1000
+# Log probabilities are none above 0, but for rounding.
+_LARGEST_LOGPROB = 1e-3
 
 
 class UpstreamError(Exception):
@@ -41,10 +46,38 @@ def json_object(
 ) -> Json | None:
     """The JSON object that some bytes or a text are; None if they are something else."""
     try:
-        found = json.loads(data, cls=decoder)
+        try:
+            found = json.loads(data, cls=decoder)
+        except json.JSONDecodeError:
+            return None
+        except ValueError:  # a number of thousands of digits, which others read
+            found = json.loads(data, parse_int=_number_of_any_length)
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _number_of_any_length(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _MOST_DIGITS else float(digits)
+
+
+def json_bytes(value: Json, separators: tuple[str, str] = (", ", ": ")) -> bytes:
+    """The bytes of a JSON object: numbers that JSON does not have are the nearest that it has."""
+    try:
+        return json.dumps(value, separators=separators, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(value), separators=separators).encode()
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value whose numbers are finite; what is not a number is null."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else math.copysign(sys.float_info.max, value)
 
 
 @dataclass(slots=True)
@@ -69,7 +102,7 @@ class StreamEvent:
         """The bytes that are sent to the client."""
         if self.raw:
             return self.raw
-        return b"data: %b\n\n" % json.dumps(self.chunk, separators=(",", ":")).encode()
+        return b"data: %b\n\n" % json_bytes(self.chunk or {}, (",", ":"))
 
 
 #: What a stream that is whole ends with.
@@ -274,8 +307,8 @@ def _token(entry: Json) -> ServedToken:
     others = top if isinstance(top, list) else ()
     return ServedToken(
         str(entry.get("token", "")),
-        _number(entry.get("logprob")),
-        [_number(other.get("logprob")) for other in others if isinstance(other, dict)],
+        _logprob(entry.get("logprob")),
+        [_logprob(other.get("logprob")) for other in others if isinstance(other, dict)],
         token_id if isinstance(token_id, int) else None,
     )
 
@@ -298,6 +331,11 @@ def _chat_entries(logprobs: Json) -> list[Json]:
 
 def _entry(text: Any, logprob: Any) -> Json:
     return {"token": text, "logprob": logprob, "bytes": None}
+
+
+def _logprob(value: Any) -> float:
+    number = _number(value)
+    return number if number <= _LARGEST_LOGPROB else _NAN
 
 
 def _number(value: Any) -> float:

@@ -102,6 +102,15 @@ def test_an_event_that_is_none_is_an_error(text: bytes, kind: str) -> None:
     assert kind == "malformed" or raised.value.body["error"]["message"] == "m"
 
 
+def test_numbers_that_python_cannot_keep_are_no_reason_to_lose_an_answer() -> None:
+    text = '{"a": %s, "b": [1e999, -1e999, NaN, 0.5], "c": 7}' % ("9" * 5000)
+    (event,) = EventReader().feed(f"data: {text}\n\n".encode())
+    event.raw = b""
+    largest = sys.float_info.max
+    found = json.loads(event.encode().removeprefix(b"data: "), parse_constant=pytest.fail)
+    assert found == {"a": largest, "b": [largest, -largest, None, 0.5], "c": 7}
+
+
 def test_a_whole_answer_is_read_as_the_stream_that_says_the_same() -> None:
     calls = [{"id": "c0", "function": {"name": "f", "arguments": "{}"}}]
     message = {"role": "assistant", "content": "18", "reasoning": "hm", "tool_calls": calls}
@@ -166,6 +175,7 @@ def test_log_probabilities_are_read_in_both_forms() -> None:
         {"tokens": ["a"], "token_logprobs": [], "top_logprobs": None},
         {"tokens": ["a"], "token_logprobs": [None], "top_logprobs": [["a"]]},
         {"tokens": ["a"], "token_logprobs": [10**400], "top_logprobs": [{"a": -(10**400)}]},
+        {"tokens": ["a"], "token_logprobs": [5.0], "top_logprobs": [{"a": 1e300}]},
     ],
 )
 def test_malformed_log_probabilities_are_unknown(logprobs: Json) -> None:
