@@ -141,6 +141,13 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, resume=True, run_dir=None))
     with pytest.raises(InputError, match="folds is 1, max_traces is 0: expected at least 2, 1"):
         train.main(replace(config, folds=1, max_traces=0))
+    for change, told in (
+        ({"batch_size": 1}, "batch_size is 1, expected at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected positive"),
+        ({"gae_lambda": 1.5}, "gae_lambda is 1.5, expected between 0 and 1"),
+    ):
+        with pytest.raises(InputError, match=told):
+            train.main(replace(config, fit=replace(SMALL, ppo=replace(SMALL.ppo, **change))))
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):

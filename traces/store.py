@@ -238,7 +238,10 @@ def _open(shard: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = reason_of(error)
-        raise InputError(f"{shard}: damaged, or no Parquet file: {reason}") from None
+        raise InputError(
+            f"{shard}: damaged, or no Parquet file, expected traces that collect.py has recorded "
+            f"or imported: {reason}"
+        ) from None
 
 
 def _place(shard: Path, row: int) -> str:
@@ -287,7 +290,10 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
     """
     version = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
     if version.partition(".")[0] != VERSION:
-        raise InputError(f"{path}: schema version is {version}, expected {VERSION}")
+        raise InputError(
+            f"{path}: schema version is {version}, expected {VERSION}, of traces that collect.py "
+            "has recorded or imported"
+        )
     try:
         recorder = json.loads(metadata.get(_RECORDER_KEY, b"{}"))
     except (ValueError, RecursionError):
