@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -157,6 +158,18 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="expected at least 50"):
         train.main(replace(config, folds=50))
     assert config.run_dir is not None and not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(1.0, ""), (0.25, "The folds did best after 25% of PPO's decisions: PPO ends there.\n")],
+)
+def test_a_training_that_ends_early_says_so(
+    share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "fit", MagicMock())
+    train._train_replay(TrainConfig(), MagicMock(), MagicMock(), MagicMock(), share)
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize("live", [False, True])
