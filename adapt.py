@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import installed  # noqa: F401, tells what is missing
+
 import numpy as np
 
 from command import run, whole_folder

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import installed  # noqa: F401, tells what is missing
+
 import numpy as np
 
 from command import run
@@ -115,6 +117,8 @@ def main(config: CalibrateConfig) -> Certificate:
 
 def _came_to(price: float, policy: HeadPolicy, signal: Signal, traces: Traces) -> str:
     """Says what a price comes to on some traces, which certifies nothing."""
+    if not price:  # nothing is looked at either, so that nothing is paid for it
+        return "halts nothing: it saves nothing and loses nothing"
     halts = policy.halts(signal, price)
     outcome = halt_outcome(traces, halts, policy.head.config.halting.probing)
     lost = -em_delta(traces, outcome) + 0.0  # no negative zero

@@ -13,6 +13,8 @@ name of the trace schema, the same columns in every line. A first line {"haltwis
 may tell how they were recorded.
 """
 
+import installed  # noqa: F401, tells what is missing
+
 from command import run
 from recording.collect import CollectConfig, collect
 

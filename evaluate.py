@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import installed  # noqa: F401, tells what is missing
+
 from command import run
 from evaluation.decision_path import decision_path
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run

@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401, tells what is missing
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -194,6 +196,8 @@ def _check(config: TrainConfig) -> None:
     if small:
         found = ", ".join(f"{name} is {getattr(config, name)}" for name in small)
         raise InputError(f"{found}: expected at least {', '.join(str(least[n]) for n in small)}")
+    config.fit.ppo.check()
+    config.live_ppo.check()
     goes_on_live = config.traces is None and not config.live
     if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
         raise InputError(
@@ -295,7 +299,7 @@ def _available(traces: Traces, halting: Halting) -> tuple[str, ...]:
     for gap in found.gaps:
         warn(gap)
     for group, reason in found.left_out.items():
-        print(f"No feature group {group}: {reason.partition(': expected')[0]}.")
+        print(f"Left out feature group {group}: {reason.partition(': expected')[0]}.")
     return found.groups
 
 
@@ -462,6 +466,8 @@ def _train_replay(
     config: TrainConfig, opened: Run, head: HeadConfig, material: _Material, share: float
 ) -> Agent:
     """Trains on recorded traces, up to a share of PPO's decisions."""
+    if share < 1:  # else the progress bar looks like that of a training that broke off
+        print(f"The folds did best after {share:.0%} of PPO's decisions: PPO ends there.")
     return fit(
         material.chunks(config.seed),
         head,

@@ -164,11 +164,26 @@ def source_of(name: str | Path) -> str:
     """Returns the hub name or folder that an LM of some name is loaded from.
 
     Raises:
-        InputError: If the name is that of a GGUF file that cannot be read.
+        InputError: If the name is that of a GGUF file that cannot be read, or of a folder that is
+            missing or a head's.
     """
     if str(name) == "embedded":
         return str(EMBEDDED)
-    return str(folder_of(Path(name)) if is_gguf(name) else name)
+    if is_gguf(name):
+        return str(folder_of(Path(name)))
+    folder = Path(name)
+    if (folder / "head.json").exists():
+        raise InputError(
+            f"cannot load an LM from {str(name)!r}: it holds a head, expected the folder of an LM"
+        )
+    # A name of the hub has one slash, and neither begins nor ends with it.
+    is_path = str(name).startswith((".", "/", "~")) or len(folder.parts) > 2
+    if is_path and not folder.is_dir():
+        raise InputError(
+            f"cannot load an LM from {str(name)!r}: expected a folder there, a GGUF file, or "
+            "OWNER/NAME of the hub"
+        )
+    return str(name)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

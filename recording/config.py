@@ -57,6 +57,8 @@ class EngineConfig(AskConfig):
         for name in ("batch_size", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.every is not None and self.every < 1:
+            raise InputError(f"every is {self.every}, expected at least 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InputError(f"max_tokens is {self.max_tokens}, expected at least 1")
         if self.temperature is not None and not 0 <= self.temperature < np.inf:

@@ -75,6 +75,16 @@ def test_without_apply_nothing_is_written(
     assert f"--apply would make {certificate.price:.6g} its own price." in told
 
 
+def test_an_own_price_of_zero_costs_nothing(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HaltHead.load(config.head)
+    HaltHead(replace(head.config, default_price=0.0), head.weights).save(config.head)
+    calibrate.main(replace(config, apply=False))
+    told = capsys.readouterr().out
+    assert "own price, 0, halts nothing: it saves nothing and loses nothing." in told
+
+
 def test_each_segment_has_its_own_certificate(config: CalibrateConfig) -> None:
     easy, toy = calibrate.main(config).segments
     assert (easy.segment, easy.num_questions) == ("easy", 70)

@@ -320,7 +320,7 @@ def test_bad_settings_are_refused(
         with monkeypatch.context() as patch, pytest.raises(InputError, match="is not installed"):
             patch.setitem(sys.modules, package, None)
             main(replace(config, **change))
-    with pytest.raises(InputError, match="every 0 tokens"):
+    with pytest.raises(InputError, match="every is 0, expected at least 1"):
         main(replace(config, every=0))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
         main(replace(config, device="abacus"))

@@ -3,7 +3,10 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+import installed
 
 import pytest
 
@@ -48,6 +51,25 @@ def test_the_command_names_what_serving_needs(missing: str) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert missing in done.stderr and "pip install -e '.[proxy]'" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "calibrate", "adapt", "collect"])
+@pytest.mark.parametrize("missing", ["numpy", "tyro", "torch", "pyarrow"])
+def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> None:
+    run = f"import runpy; sys.argv[0] = '{script}.py'; runpy.run_path('{script}.py')"
+    done = run_without(missing, run)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {script}.py needs {missing}, not installed: "
+        "run pip install -e '.[train]' in the clone of haltwise\n"
+    )
+
+
+def test_scripts_look_for_each_package_of_the_extra() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    names = {re.split("[<>=]", one)[0].replace("-", "_") for one in stated}
+    assert names - {"scikit_learn"} | {"sklearn"} == set(installed.MODULES)
 
 
 def test_help_and_version_need_no_extra() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow as pa
@@ -141,6 +142,13 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, resume=True, run_dir=None))
     with pytest.raises(InputError, match="folds is 1, max_traces is 0: expected at least 2, 1"):
         train.main(replace(config, folds=1, max_traces=0))
+    for change, told in (
+        ({"batch_size": 1}, "batch_size is 1, expected at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected positive"),
+        ({"gae_lambda": 1.5}, "gae_lambda is 1.5, expected between 0 and 1"),
+    ):
+        with pytest.raises(InputError, match=told):
+            train.main(replace(config, fit=replace(SMALL, ppo=replace(SMALL.ppo, **change))))
     with pytest.raises(InputError, match="net_width"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
@@ -150,6 +158,18 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="expected at least 50"):
         train.main(replace(config, folds=50))
     assert config.run_dir is not None and not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(1.0, ""), (0.25, "The folds did best after 25% of PPO's decisions: PPO ends there.\n")],
+)
+def test_a_training_that_ends_early_says_so(
+    share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "fit", MagicMock())
+    train._train_replay(TrainConfig(), MagicMock(), MagicMock(), MagicMock(), share)
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize("live", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from haltwise import InputError
+from haltwise import Halting, InputError
 from traces.schema import SCHEMA
 from traces.store import table_of, write_shard
 
@@ -82,6 +82,10 @@ def _recorder(source: Path) -> tuple[dict[str, Any], Iterator[NumberedLine]]:
             recorder = row.pop(_RECORDER)
             if row or not isinstance(recorder, dict):
                 raise InputError(f"{source}, line {number}: expected {_RECORDER} alone, an object")
+            try:
+                Halting.of_recorder(recorder)
+            except InputError as error:
+                raise InputError(f"{source}, line {number}: {_RECORDER}: {error}") from None
             return recorder, lines
     return {}, chain(first, lines)
 
@@ -129,10 +133,12 @@ class _LineChecks:
         """Refuses a line that does not go together with those before.
 
         Raises:
-            InputError: If a column is missing or new, a hidden state has another size, the trace
-                id is missing or was there before, or its question had another split or reference
-                answer before.
+            InputError: If it tells of the recorder, a column is missing or new, a hidden state has
+                another size, the trace id is missing or was there before, or its question had
+                another split or reference answer before.
         """
+        if _RECORDER in row:
+            raise InputError(f"{self._source}, line {number}: expected {_RECORDER} in line 1 alone")
         self._columns = self._columns or (number, set(row))
         first, columns = self._columns
         for name in sorted(columns ^ set(row)):

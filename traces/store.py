@@ -242,7 +242,10 @@ def _open(shard: Path) -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = reason_of(error)
-        raise InputError(f"{shard}: damaged, or no Parquet file: {reason}") from None
+        raise InputError(
+            f"{shard}: damaged, or no Parquet file, expected traces that collect.py has recorded "
+            f"or imported: {reason}"
+        ) from None
 
 
 def _place(shard: Path, row: int) -> str:
@@ -291,7 +294,10 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
     """
     version = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
     if version.partition(".")[0] != VERSION:
-        raise InputError(f"{path}: schema version is {version}, expected {VERSION}")
+        raise InputError(
+            f"{path}: schema version is {version}, expected {VERSION}, of traces that collect.py "
+            "has recorded or imported"
+        )
     text = metadata.get(_RECORDER_KEY, b"{}")
     if metadata.get(_DIGEST_KEY, _digest(text)) != _digest(text):
         raise InputError(f"{path}: damaged: haltwise.recorder is not what was written")

@@ -374,7 +374,8 @@ def features_of(groups: Iterable[str]) -> tuple[Feature, ...]:
     groups = tuple(groups)
     unknown = sorted(set(groups) - set(FEATURE_GROUPS))
     if unknown or not groups:
-        raise InputError(f"feature groups {unknown or 'empty'}: expected {list(FEATURE_GROUPS)}")
+        found, known = ", ".join(unknown) or "none", ", ".join(FEATURE_GROUPS)
+        raise InputError(f"feature groups: found {found}, expected some of {known}")
     return tuple(feature for group in groups for feature in FEATURE_GROUPS[group].features)
 
 

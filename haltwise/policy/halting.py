@@ -167,12 +167,14 @@ class Halting:
         of_answers = set(signals_from("forced_answer"))
         unseen = [group for group in groups if of_answers.intersection(signals_of([group]))]
         if unseen and self.probing == "at_halt":
-            raise InputError(f"features {unseen} need a forced answer, but probing is at_halt")
+            raise InputError(
+                f"feature groups {', '.join(unseen)} need a forced answer, but probing is at_halt"
+            )
         counting = [group for group in groups if "points_left" in signals_of([group])]
         if counting and self.max_points is None:
             raise InputError(
-                f"features {counting} need points_left: expected a decision rule with "
-                f"', at most N', found {self.decision_rule!r}"
+                f"feature groups {', '.join(counting)} count the points left: expected a decision "
+                f"rule with ', at most N', found {self.decision_rule!r}"
             )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:

@@ -51,11 +51,13 @@ def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> No
             folder is run where it is.
 
     Raises:
-        InputError: If the repository's name makes no sense.
+        InputError: If the repository's name makes no sense, or the folder is a file.
     """
     folder = Path(folder)
     if repo_id is not None and [bool(part) for part in repo_id.split("/")] != [True, True]:
         raise InputError(f"repository is {repo_id!r}, expected OWNER/NAME")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file, expected a folder to write")
     source = repo_id or str(folder.resolve())
     head.save(folder)
     code = folder / "custom_generate"
@@ -189,10 +191,12 @@ def _card(config: HeadConfig, source: str) -> str:
 
 
 def main() -> None:
-    """Exports a head from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m haltwise.transformers.hub", description=export.__doc__
-    )
+    """Exports a head from the command line.
+
+    It reads its flags with argparse, since the extra `hf` brings no tyro.
+    """
+    about = str(export.__doc__).partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m haltwise.transformers.hub", description=about)
     parser.add_argument("--head", required=True, help="folder of the head")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--repo", help="the hub repository that it will be, OWNER/NAME")

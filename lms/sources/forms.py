@@ -126,6 +126,11 @@ class NamedColumns:
             InputError: If a column is missing, or a cell cannot be used.
         """
         config = self.config
+        for flag in ("question_column", "answer_column"):
+            if (name := getattr(config, flag)) not in row:
+                found = ", ".join(map(str, row))
+                named = f"--{flag.replace('_', '-')} COLUMN"
+                raise InputError(f"no column {name!r}, found {found}: expected {named}")
         text = words(row, config.question_column)
         if config.context_column:
             text = f"{words(row, config.context_column)}\n\n{text}"

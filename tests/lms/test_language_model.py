@@ -157,6 +157,10 @@ def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
         LanguageModel.load("", "cpu")
     with pytest.raises(InputError, match="cannot load an LM from"):
         LanguageModel.load(tmp_path)
+    with pytest.raises(InputError, match=r"from '\./nothing': expected a folder there, a GGUF"):
+        LanguageModel.load("./nothing")
+    with pytest.raises(InputError, match="it holds a head, expected the folder of an LM"):
+        LanguageModel.load(EMBEDDED.with_name("embedded-head"))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
         LanguageModel.load("embedded", "abacus")
     with pytest.raises(InputError, match="cannot use device 'meta'"):

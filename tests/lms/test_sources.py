@@ -235,7 +235,11 @@ def test_rows_of_a_hub_name_may_lie_in_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"question_column": "q"}, "no column 'q', found question, answer, part, list, none"),
+        (
+            {"question_column": "q"},
+            "no column 'q', found question, answer, .*: expected --question-column COLUMN",
+        ),
+        ({"answer_column": "a"}, "no column 'a', found .*: expected --answer-column COLUMN"),
         ({"answer_column": "list"}, r"list is \['a', 'b'\], expected one answer, or --scorer text"),
         ({"answer_column": "none"}, "none is None, expected a text or a number"),
         ({"answer_column": "blank"}, "gold answer '' is empty"),

@@ -134,6 +134,14 @@ def test_a_bad_line_is_told_and_leaves_nothing(
         ('{"haltwise.recorder": {}}\n', "no traces"),
         ('{"haltwise.recorder": 1}\n', "line 1: expected haltwise.recorder alone, an object"),
         ('{"haltwise.recorder": {}, "seed": 0}\n', "line 1: expected haltwise.recorder alone"),
+        (
+            '{"haltwise.recorder": {"answer_rule": "numbers"}}\n',
+            "line 1: haltwise.recorder: answer_rule is 'numbers'",
+        ),
+        (
+            '{"trace_id": "t"}\n{"haltwise.recorder": {}}\n',
+            "line 2: expected haltwise.recorder in line 1 alone",
+        ),
         ('\n{"seed": 0\n}', "line 2: no JSON: Expecting"),
         ("[" * 100_000, "line 1: no JSON: maximum recursion depth"),
         ('{"seed": 0}\n{"seed": 0}\n', "line 1: column 'trace_id': missing"),

@@ -146,3 +146,7 @@ def test_the_command_exports(
     with pytest.raises(SystemExit, match="2"):
         hub.main()
     assert capsys.readouterr().err.startswith("error: no head.json in")
+    monkeypatch.setattr(sys, "argv", ["hub", "--head", str(tmp_path / "run"), "--out", __file__])
+    with pytest.raises(SystemExit, match="2"):
+        hub.main()
+    assert "is a file, expected a folder to write" in capsys.readouterr().err
