@@ -217,7 +217,7 @@ def test_bad_input_is_refused() -> None:
         ({"questions": []}, "no questions"),
         ({"questions": empty_gold}, "question q9: gold answer ' ' is empty"),
         ({"price": 0.0}, "price is 0.0"),
-        ({"halting": halting("at_halt")}, r"features \['confidence', 'tokens', 'agreement'\] need"),
+        ({"halting": halting("at_halt")}, "groups confidence, tokens, agreement need"),
     ):
         with pytest.raises(InputError, match=message):
             HaltEnv(**arguments(**changes))
