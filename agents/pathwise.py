@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.balance import balance
+from agents.network import LogOdds
 from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
@@ -48,9 +48,9 @@ class PathwiseConfig:
     """Traces in a gradient step, each at a price of its own; fewer if there are few traces."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule of the learning rate."""
-    weight_decay: float = 3.0
+    weight_decay: float = 1.0
     """AdamW's weight decay: this times the learning rate is the share that a step takes off every
-    weight."""
+    weight but those of the straight path."""
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
@@ -68,7 +68,7 @@ class _Returns:
 
 
 def start_from_traces(
-    policy_net: nn.Sequential,
+    policy_net: LogOdds,
     traces: Traces | Chunks,
     observing: Observing,
     halting: Halting,
@@ -79,7 +79,7 @@ def start_from_traces(
     """Trains a network in place to halt recorded traces well at every price of the range.
 
     Args:
-        policy_net: Maps observations (.., F + 1) to log-odds of halting (.., 1).
+        policy_net: The network to train.
         traces: The traces to learn from. Chunks get the same number of steps each, one chunk after
             the other.
         observing: How features become observations; prices are drawn from its range.
@@ -95,9 +95,14 @@ def start_from_traces(
     chunks = chunks_of(traces)
     steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
-    correct_net = nn.Linear(cast(nn.Linear, policy_net[-1]).in_features, 2)
+    correct_net = nn.Linear(policy_net.out.in_features, 2)
+    learned = (policy_net.first, policy_net.second, policy_net.out, correct_net)
     optimizer = torch.optim.AdamW(
-        [*policy_net.parameters(), *correct_net.parameters()],
+        [
+            {"params": [tensor for layer in learned for tensor in layer.parameters()]},
+            # It starts from what is known: it is not to be forgotten.
+            {"params": [policy_net.straight.weight], "weight_decay": 0.0},
+        ],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
     )
@@ -146,7 +151,7 @@ class _Curve:
 
 
 def _loss(
-    policy_net: nn.Sequential,
+    policy_net: LogOdds,
     correct_net: nn.Linear,
     batch: _Batch,
     weight: NDArray[np.float64],
@@ -157,8 +162,8 @@ def _loss(
     The loss is the expected return, negative, in the mean of the traces times their weights (B,),
     and the cross-entropy of the two predictions of correctness.
     """
-    hidden = policy_net[:-1](batch.obs)
-    expected = _expected_return(policy_net[-1](hidden)[:, 0], batch)
+    hidden = policy_net.hidden(batch.obs)
+    expected = _expected_return(policy_net.of(hidden, batch.obs)[:, 0], batch)
     loss = -(expected * torch.from_numpy(weight).float()).mean()
     if config.correct_coef:
         predicted = correct_net(hidden)

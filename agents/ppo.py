@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
+from agents.network import HaltingPolicy, LogOdds, evidence_of
 from agents.vec_env import BalancedVecEnv
 from envs.batched import BatchedEnv
 from haltwise import HaltHead, HeadConfig, InputError, Observing
@@ -77,7 +78,7 @@ def make_ppo(
     seed: int,
     log_dir: Path | None = None,
 ) -> Agent:
-    """Returns an untrained agent whose policy starts out halting about once a trace.
+    """Returns an untrained agent that starts from the evidence, halting about once a trace.
 
     From the default initialisation the probability of halting is a half at every point: a long
     episode is never seen past its first points, and training collapses to halting at once. A
@@ -92,7 +93,7 @@ def make_ppo(
         log_dir: The folder that TensorBoard's files go to; None writes none.
     """
     ppo = PPO(
-        "MlpPolicy",
+        HaltingPolicy,
         BalancedVecEnv(env, observing, seed=seed),
         learning_rate=LinearSchedule(config.learning_rate, 0.1 * config.learning_rate, 1.0),
         n_steps=config.n_steps,
@@ -110,35 +111,42 @@ def make_ppo(
         # A network this small is slower on a GPU than on a CPU.
         device="cpu",
     )
+    net = log_odds_net(ppo)
     with torch.no_grad():
-        bias = torch.tensor([0.0, -math.log(max(mean_points, 2.0))])
-        _layers(ppo)[2].bias.copy_(bias)
+        net.out.bias.fill_(-math.log(max(mean_points, 2.0)))
+        net.straight.weight.copy_(evidence_of(observing)[None])
+    set_log_odds(ppo, net)
     return ppo
 
 
-def log_odds_net(ppo: Agent) -> nn.Sequential:
+def log_odds_net(ppo: Agent) -> LogOdds:
     """Returns the policy as one network from observations (.., F + 1) to log-odds of halting.
 
-    It shares its hidden layers with the agent. Its output layer (.., 1) is a new one: the
+    It shares its hidden layers with the agent. Its output layers (.., 1) are new ones: the
     difference of the two action logits.
     """
     first, second, action = _layers(ppo)
-    out = nn.Linear(action.in_features, 1)
+    num_hidden = second.out_features
+    out = nn.Linear(num_hidden, 1)
+    straight = nn.Linear(action.in_features - num_hidden, 1, bias=False)
     with torch.no_grad():
-        out.weight.copy_(action.weight[1:] - action.weight[:1])
+        weight = action.weight[1:] - action.weight[:1]
+        out.weight.copy_(weight[:, :num_hidden])
+        straight.weight.copy_(weight[:, num_hidden:])
         out.bias.copy_(action.bias[1:] - action.bias[:1])
-    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), out)
+    return LogOdds(first, second, out, straight)
 
 
-def set_log_odds(ppo: Agent, net: nn.Sequential) -> None:
-    """Puts the output layer of a network from `log_odds_net` back into the policy.
+def set_log_odds(ppo: Agent, net: LogOdds) -> None:
+    """Puts the output layers of a network from `log_odds_net` back into the policy.
 
     The two action logits become (0, log-odds).
     """
-    action, out = _layers(ppo)[2], cast(nn.Linear, net[-1])
+    action = _layers(ppo)[2]
     with torch.no_grad():
-        action.weight.copy_(torch.cat([torch.zeros_like(out.weight), out.weight]))
-        action.bias.copy_(torch.cat([torch.zeros_like(out.bias), out.bias]))
+        weight = torch.cat([net.out.weight, net.straight.weight], dim=1)
+        action.weight.copy_(torch.cat([torch.zeros_like(weight), weight]))
+        action.bias.copy_(torch.cat([torch.zeros_like(net.out.bias), net.out.bias]))
 
 
 def export(ppo: Agent, config: HeadConfig) -> HaltHead:
@@ -146,11 +154,17 @@ def export(ppo: Agent, config: HeadConfig) -> HaltHead:
 
     Its forward pass in numpy equals stable-baselines3's own to 1e-5.
     """
-    linear = [layer for layer in log_odds_net(ppo) if isinstance(layer, nn.Linear)]
-    weights = {}
-    for i, layer in enumerate(linear):
-        weights[f"w{i}"] = layer.weight.detach().cpu().numpy().copy()
-        weights[f"b{i}"] = layer.bias.detach().cpu().numpy().copy()
+    net = log_odds_net(ppo)
+    last = torch.cat([net.out.weight, net.straight.weight], dim=1)
+    tensors = {
+        "w0": net.first.weight,
+        "b0": net.first.bias,
+        "w1": net.second.weight,
+        "b1": net.second.bias,
+        "w2": last,
+        "b2": net.out.bias,
+    }
+    weights = {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
     return HaltHead(config, weights)
 
 

@@ -8,7 +8,7 @@ from traces import Traces
 
 # The price range, times the mean length of a training trace in thousands of tokens: what the
 # whole of such a trace costs at either end, in exact match.
-_PRICES = (0.01, 2.0)
+_PRICES = (0.0005, 4.0)
 
 
 def observing_of(traces: Traces, groups: tuple[str, ...], halting: Halting) -> Observing:

@@ -123,10 +123,12 @@ def _slopes(head: HaltHead, obs: Double) -> Double:
     w = head.weights
     first = np.tanh(obs @ w["w0"].T + w["b0"])
     second = np.tanh(first @ w["w1"].T + w["b1"])
-    back = (1 - second**2) * w["w2"]
+    last = w["w2"][0]
+    back = (1 - second**2) * last[: second.shape[1]]
     back = (1 - first**2) * (back @ w["w1"])
     slopes: Double = back @ w["w0"]
-    return slopes
+    straight = last[second.shape[1] :]
+    return slopes + straight if straight.size else slopes
 
 
 def _integrated_gradients(head: HaltHead, origin: Double, point: Double, change: float) -> Double:

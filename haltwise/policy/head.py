@@ -241,13 +241,14 @@ def _check_features(data: dict[str, Any]) -> None:
 
 
 class HaltHead:
-    """A halting policy: two hidden layers of H tanh units, then the log-odds of halting.
+    """A halting policy: the log-odds of halting, from two hidden layers of H tanh units.
 
-        h0 = tanh(w0 x + b0);  h1 = tanh(w1 h0 + b1);  log_odds = w2 h1 + b2
+        h0 = tanh(w0 x + b0);  h1 = tanh(w1 h0 + b1);  log_odds = w2 [h1, x] + b2
 
     Args:
         config: The conditions that the weights are valid for.
-        weights: w0 (H, F + 1), b0 (H,), w1 (H, H), b1 (H,), w2 (1, H), b2 (1,), float32.
+        weights: w0 (H, F + 1), b0 (H,), w1 (H, H), b1 (H,), w2 (1, H + F + 1), b2 (1,), float32.
+            In a head that does not look at x past its hidden layers, w2 is (1, H).
 
     Raises:
         InputError: If the weights do not fit the config or are not finite, or if the config's
@@ -260,7 +261,8 @@ class HaltHead:
             raise InputError(f"head has tensors {sorted(weights)}, expected {sorted(_WEIGHTS)}")
         hidden = weights["b0"].size
         size = config.observing.size
-        shapes = [(hidden, size), (hidden,), (hidden, hidden), (hidden,), (1, hidden), (1,)]
+        last = hidden if weights["w2"].shape == (1, hidden) else hidden + size
+        shapes = [(hidden, size), (hidden,), (hidden, hidden), (hidden,), (1, last), (1,)]
         for name, shape in zip(_WEIGHTS, shapes, strict=True):
             check_tensor(f"head tensor {name}", weights[name], shape)
         self.config = config
@@ -314,8 +316,10 @@ class HaltHead:
         w = self.weights
         hidden = np.tanh(obs @ w["w0"].T + w["b0"])
         hidden = np.tanh(hidden @ w["w1"].T + w["b1"])
-        log_odds: NDArray[Any] = (hidden @ w["w2"].T + w["b2"])[:, 0]
-        return log_odds
+        last = w["w2"][0]
+        log_odds: NDArray[Any] = hidden @ last[: hidden.shape[1]] + w["b2"]
+        straight = last[hidden.shape[1] :]
+        return log_odds + obs @ straight if straight.size else log_odds
 
     def prob_halt(self, features: Float, price: ArrayLike | None = None) -> Float:
         """Returns the probability of halting (B,); the arguments are those of `log_odds`."""

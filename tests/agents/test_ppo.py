@@ -161,7 +161,8 @@ def test_a_fresh_agent_halts_about_once_a_trace(random_traces: Traces) -> None:
     env = ReplayEnv(random_traces, head_config.observing, HALTING, 4)
     for mean_points in (4, 64):
         ppo = make_ppo(env, head_config.observing, PPO, mean_points=mean_points, seed=0)
-        obs = head_config.observing.observe(point_features(random_traces, GROUPS), 1.0)
+        middle = np.sqrt(np.prod(head_config.observing.price_range))
+        obs = head_config.observing.observe(point_features(random_traces, GROUPS), middle)
         odds = np.exp(export(ppo, head_config).log_odds_of(obs).mean())
         assert odds == pytest.approx(1 / mean_points, rel=0.3)
 
@@ -173,7 +174,7 @@ def test_rewards_are_weighed_by_price_and_reported_as_they_are(worked_example: T
     env.step(np.array([0]))
     _, rewards, _, infos = env.step(np.array([1]))
     weight = balance(np.array([0.5]), observing)[0]
-    assert weight == pytest.approx(1 / (0.1 + 2 * 0.5 / (2 / 0.6)))
+    assert weight == pytest.approx(1 / (0.1 + 2 * 0.5 / (4 / 0.6)))
     assert rewards[0] == pytest.approx(weight * (1 - 0.081))
     assert infos[0]["episode"]["r"] == pytest.approx(0.864) and infos[0]["episode"]["l"] == 2
     assert infos[0]["halt"]["cost"] == 272
