@@ -89,7 +89,7 @@ class Proxy:
         control, patience = control or load_control(config.control), config.read_timeout
         self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
-        self.upstream = Upstream(config)
+        self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))

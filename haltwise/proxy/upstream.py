@@ -23,7 +23,7 @@ import httpx2
 
 from haltwise.proxy import wire
 from haltwise.proxy.aside import encoded
-from haltwise.proxy.config import ServeConfig
+from haltwise.proxy.config import UpstreamConfig
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
@@ -255,10 +255,10 @@ class Upstream:
         InputError: If the address or the key's environment variable cannot be used.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: UpstreamConfig) -> None:
         """Prepares the pools; no connection is opened yet."""
-        self._url = httpx2.URL(config.upstream_url)
-        key = config.upstream_key
+        self._url = httpx2.URL(config.url)
+        key = config.key
         self._key = None if key is None else f"Bearer {key}".encode()
         # No connection is used twice: one that the server closes just then would lose an answer.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Json = dict[str, Any]
@@ -17,6 +17,8 @@ EVENT_STREAM = "text/event-stream"
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How some servers begin the texts of tokens that are no whole characters.
+_BYTES_TEXT = "bytes:\\x"
 _NAN = float("nan")
 _MOST_DIGITS = 1000
 # Log probabilities are none above 0, but for rounding.
@@ -300,6 +302,22 @@ def tokens_of(choice: Json) -> list[ServedToken]:
     content = logprobs.get("content")
     entries = content if isinstance(content, list) else _chat_entries(logprobs)
     return [_token(entry) for entry in entries if isinstance(entry, dict)]
+
+
+def whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
+    """Tokens whose texts are that of their chunk, where their own are only parts of characters.
+
+    Args:
+        tokens: Those of a chunk; without any, its text counts as one.
+        text: That of the chunk.
+    """
+    own = "".join(token.text for token in tokens)
+    is_whole = len(own) >= len(text) and "\ufffd" not in own and _BYTES_TEXT not in own
+    if is_whole:
+        return tokens
+    if not tokens:
+        return [ServedToken(text)]
+    return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
 
 
 def _token(entry: Json) -> ServedToken:

@@ -1014,9 +1014,9 @@ def test_every_line_of_the_log_is_a_json_object() -> None:
 
 def test_the_upstream_is_named_as_clients_name_it() -> None:
     for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
-        assert ServeConfig(Path("head"), upstream=text).upstream_url == "http://h:1"
+        assert ServeConfig(Path("head"), upstream=text).connections.url == "http://h:1"
     deep = ServeConfig(Path("head"), upstream="https://h/lm/v1")
-    assert deep.upstream_url == "https://h/lm"
+    assert deep.connections.url == "https://h/lm"
 
 
 @pytest.mark.parametrize(
@@ -1043,7 +1043,7 @@ def test_a_key_has_its_terms_and_is_kept_as_a_digest(
     assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
     assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
     monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
-    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").upstream_key == "sk-inner"
+    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").connections.key == "sk-inner"
     # HTTP headers are bytes, shown as Latin-1.
     found = keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1"))
     assert found == Terms(0.0, max_tokens=9)  # off lifts no cap
