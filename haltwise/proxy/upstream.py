@@ -332,7 +332,8 @@ class Upstream:
                 await leg.close()
             status = leg.response.status_code
             if status != 200 or found is None:
-                raise wire.UpstreamError("status", f"upstream answered a call with {status}")
+                told = f"upstream answered {path} with {status}" + ", no JSON" * (status == 200)
+                raise wire.UpstreamError("status", told, answered=status)
             return found
         raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
 

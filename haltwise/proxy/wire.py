@@ -29,12 +29,18 @@ class UpstreamError(Exception):
     """The upstream did not answer, or not as it should; `kind` says what happened, in a word."""
 
     def __init__(
-        self, kind: str, message: str, status: int = 502, body: Json | None = None
+        self,
+        kind: str,
+        message: str,
+        status: int = 502,
+        body: Json | None = None,
+        answered: int | None = None,
     ) -> None:
-        """Takes what happened, and the status and the body that the client gets."""
+        """Takes what happened, the status and the body that the client gets, and the upstream's."""
         super().__init__(message)
         self.kind = kind
         self.status = status
+        self.answered = answered
         self.body = body or error_body(message, "upstream_error")
 
 
@@ -318,6 +324,17 @@ def whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
     if not tokens:
         return [ServedToken(text)]
     return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
+
+
+def served_tokens(choice: Json) -> list[ServedToken]:
+    """The tokens of a choice with all that any server tells of them: whole texts, and their ids.
+
+    A choice without log probabilities has one token, of which its text is known.
+    """
+    tokens, ids = whole_texts(tokens_of(choice), "".join(texts_of(choice))), choice.get("token_ids")
+    if not isinstance(ids, list) or len(ids) != len(tokens):
+        return tokens
+    return [replace(token, id=i) for token, i in zip(tokens, ids, strict=True)]
 
 
 def _token(entry: Json) -> ServedToken:
