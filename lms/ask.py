@@ -36,7 +36,7 @@ class AskConfig(LMConfig, DataConfig):
     """The token budget of a question, its answer included. Default: 4096, or half of the LM's
     context if that is less; for the embedded LM 768."""
     temperature: float | None = None
-    """The temperature of sampling; 0 is greedy. Default: the LM's own."""
+    """The temperature of sampling; 0 is greedy. Default: the LM's own, or 0 behind a server."""
 
     @property
     def is_embedded(self) -> bool:

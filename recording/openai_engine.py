@@ -41,7 +41,7 @@ _AskedQuestion = tuple[SeededQuestion, ServedPrompt]
 # Of these the numbers of the likeliest tokens are a part.
 _OF_TOP = ("entropy", "max_entropy", "margin")
 # What any LM goes on from, and for how many tokens, to see what its server shows.
-_LOOKED_AT, _NUM_LOOKED_AT = "1 2 3 4", 4
+ANY_PROMPT, _NUM_LOOKED_AT = "1 2 3 4", 4
 # Nats by which numbers of one token may differ from request to request.
 _SAME_NUMBER = 0.1
 _NOTHING = ServedPrompt("", [])
@@ -162,7 +162,7 @@ class OpenAIEngine:
         return signals, notes
 
     async def _looked_at(self, temperature: float) -> list[ServedToken]:
-        prompt = await self._lm.tokenized(_LOOKED_AT)
+        prompt = await self._lm.tokenized(ANY_PROMPT)
         said = await self._lm.goes_on(
             prompt, ServedGeneration(), _NOTHING, _NUM_LOOKED_AT, temperature=temperature
         )
@@ -228,6 +228,7 @@ class OpenAIEngine:
         probes = [await self._force(prompt, said, signals, slot) for signals in reversed(seen)]
         for signals, probe in zip(seen, reversed(probes), strict=True):
             recording.see(probe, signals, 0)
+        await self._lm.patiently(self._lm.check_same)
         return recording.row(self._lm.name, self._rules, thought)
 
     def _pinned(self, slot: int) -> int | None:

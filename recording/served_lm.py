@@ -36,6 +36,9 @@ from recording.config import EngineConfig
 
 T = TypeVar("T")
 
+#: Where a server goes on from prompts as they stand.
+COMPLETIONS = "/v1/completions"
+
 # Seconds before a question is asked again: the first time, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 # What happens to a question while its server is gone, and the statuses of one that is busy.
@@ -133,7 +136,7 @@ class ServedLM:
         while True:
             try:
                 if since is not None and self._has_answered:
-                    await self._check_same()
+                    await self.check_same()
                 answer = await question()
             except UpstreamError as error:
                 since = since or loop.time()
@@ -156,7 +159,7 @@ class ServedLM:
             tqdm.write(f"{self._url}: {error}; asked again for up to {self._patience:,.0f} seconds")
         self._is_gone = True
 
-    async def _check_same(self) -> None:
+    async def check_same(self) -> None:
         """Refuses a server that is not the one that it was.
 
         Raises:
@@ -187,7 +190,13 @@ class ServedLM:
         if names and self.name not in names:
             shown = ", ".join(dict.fromkeys(names[:_MOST_NAMED]))
             raise InputError(f"{self._url} has no model {self.name!r}: expected --lm {shown}")
-        return dialect_of(kind, models)(self._upstream)
+        dialect = dialect_of(kind, models)(self._upstream)
+        if not dialect.completes_text:
+            raise InputError(
+                f"{self._url} is a server of kind {dialect.kind}, which puts every prompt into a "
+                "template: expected llama-server (it reads the same GGUF files), vLLM or SGLang"
+            )
+        return dialect
 
     # What the LM says
 
@@ -261,7 +270,7 @@ class ServedLM:
     async def _generated(
         self, body: Json, is_complete: Callable[[list[ServedToken]], bool]
     ) -> ServedGeneration:
-        leg = await self._upstream.stream("/v1/completions", body, [])
+        leg = await self._upstream.stream(COMPLETIONS, body, [])
         try:
             if not leg.is_readable:
                 raise await _refusal(leg)
@@ -302,16 +311,17 @@ class ServedTemplate:
 async def _refusal(leg: UpstreamLeg) -> UpstreamError:
     """Returns what a server says that does not answer with a stream."""
     status, data = leg.response.status_code, await leg.body()
+    if status in NO_SUCH_PATH:
+        told = f"{COMPLETIONS} was answered with {status}: expected a server that goes on from a "
+        return UpstreamError("status", told + "prompt, and not of chats alone", answered=status)
     found = json_object(data)
     if found is None:
         text = data.decode(errors="replace")
-        told = f"/v1/completions was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
+        told = f"{COMPLETIONS} was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
         return UpstreamError("malformed", told, answered=status)
     error = found.get("error", found)
     said = str(error.get("message", error) if isinstance(error, dict) else error)
-    told = f"/v1/completions was answered with {status}: {said:.{_LONGEST_SAID}}"
-    if status in NO_SUCH_PATH:
-        told += "; a server of chats alone cannot go on from a closed thought"
+    told = f"{COMPLETIONS} was answered with {status}: {said:.{_LONGEST_SAID}}"
     return UpstreamError("status", told, answered=status)
 
 
