@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from haltwise import MEAN_LOGPROB, Halting
+from haltwise import MEAN_LOGPROB, Halting, InputError
 from lms.chat import Chat
 from lms.language_model import LMConfig
 from lms.questions import Question
@@ -87,6 +87,19 @@ class AskConfig(LMConfig, DataConfig):
             answer_end=task.answer_end if self.answer_end is None else self.answer_end,
             think_start=chat.think_start,
             think_end=chat.think_end,
+        )
+
+
+def check_closes(halting: Halting) -> None:
+    """Refuses a close text that leaves a thought open.
+
+    Raises:
+        InputError: If the text that closes the LM's thoughts is not in it.
+    """
+    if halting.think_end not in halting.close_text:
+        raise InputError(
+            f"close text {halting.close_text!r} does not close a thought: expected "
+            f"{halting.think_end!r} in it; set --close-text, or other think markers"
         )
 
 

@@ -22,8 +22,8 @@ from haltwise.proxy.dialect import ServedPrompt
 from haltwise.proxy.wire import ServedToken
 from haltwise.session.stream import FEWEST_TOP, StreamedSignals
 from haltwise.session.thought import ForcedAnswer, PointRules, Probe, Thought
+from lms.ask import check_closes
 from lms.chat import chat_of
-from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat
 from recording.served_lm import ServedGeneration, ServedLM
 from recording.trace_row import (

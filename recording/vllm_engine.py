@@ -24,8 +24,8 @@ from haltwise.errors import reason_of
 from haltwise.policy.signals import signals_from
 from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import ForcedAnswer, Probe, Thought
+from lms.ask import check_closes
 from lms.language_model import source_of
-from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import (
     PromptedQuestion,
