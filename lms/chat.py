@@ -38,10 +38,13 @@ Message = dict[str, str]
 class ChatTemplate(Protocol):
     """What makes one text of the messages of a chat."""
 
-    text: str
-    """The template itself, or what it makes of a question; empty if there is none."""
-    bos: str
-    """The text that has to stand first where there is no template; it may be empty."""
+    @property
+    def text(self) -> str:
+        """The template itself, or what it makes of a question; empty if there is none."""
+
+    @property
+    def bos(self) -> str:
+        """The text that has to stand first where there is no template; it may be empty."""
 
     def render(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
         """Returns the text of messages.
@@ -94,7 +97,7 @@ class TokenizerTemplate:
         return tokens[0] if tokens and tokens[0] in self.tokenizer.added_tokens_decoder else None
 
 
-def thinking_switch(thinking: bool) -> dict[str, bool]:
+def thinking_switch(thinking: bool) -> dict[str, Any]:
     """Returns the names by which templates let an LM think, or not; others look at neither."""
     return {"enable_thinking": thinking, "thinking": thinking}
 

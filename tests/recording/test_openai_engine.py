@@ -286,9 +286,9 @@ def test_a_setting_that_cannot_be_used_is_told(settings: dict[str, Any], message
 def test_settings_that_contradict_each_other_are_refused(
     settings: dict[str, Any], message: str
 ) -> None:
-    wanted = {"engine": "openai", "base_url": "http://127.0.0.1:9", "out": ROOT / "new"}
+    config = CollectConfig(engine="openai", base_url="http://127.0.0.1:9", out=ROOT / "new")
     with pytest.raises(InputError, match=message):
-        CollectConfig(**wanted | settings).check()
+        replace(config, **settings).check()
 
 
 def test_servers_that_show_too_little_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
