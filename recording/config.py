@@ -39,7 +39,7 @@ class EngineConfig(AskConfig):
     base_url: str | None = None
     """The address of the server, such as http://127.0.0.1:8080, for --engine openai; --lm is the
     name that the server has for the LM."""
-    server_kind: Literal["auto", "llama-server", "vllm", "sglang"] = "auto"
+    server_kind: Literal["auto", "llama-server", "vllm", "sglang", "ollama"] = "auto"
     """What kind of server it is; auto asks it."""
     api_key_env: str | None = None
     """The environment variable with the server's API key, if it wants one."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from asyncio import Task
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from tqdm import tqdm
@@ -222,7 +223,7 @@ class OpenAIEngine:
             slot=self._pinned(slot),
         )
         thought = Thought(self._rules, prompt.text)
-        seen = self._seen(thought, said.tokens)
+        seen = self._seen(thought, said)
         thought.end(said.ended_by_lm)
         recording = UnfinishedTrace(*job, signals={name: [] for name in self._signals})
         probes = [await self._force(prompt, said, signals, slot) for signals in reversed(seen)]
@@ -235,13 +236,25 @@ class OpenAIEngine:
         """Returns the server's slot in which a question stays, if it has slots."""
         return None if self._lm.num_slots is None else slot
 
-    def _seen(self, thought: Thought, tokens: Sequence[ServedToken]) -> list[Signals]:
-        """Gives a thought its tokens, and returns the signals at each point before the end."""
+    def _seen(self, thought: Thought, said: ServedGeneration) -> list[Signals]:
+        """Gives a thought its tokens, and returns the signals at each point before the end.
+
+        Raises:
+            InputError: If the server tells a thought apart of an LM that is said to have none.
+        """
+        if said.num_apart and not self._rules.think_end:
+            raise InputError(
+                f"the server tells {self._lm.name!r}'s thoughts apart: expected --think-start and "
+                "--think-end, by which its thoughts are to be closed"
+            )
+        thought.begun |= said.num_apart > 0
         streamed, seen = StreamedSignals(self._rules, self._signals), []
-        for num, token in enumerate(tokens, start=1):
+        for num, token in enumerate(said.tokens, start=1):
+            if said.num_apart and num > said.num_apart and token.text != self._rules.think_end:
+                thought.closed = True  # by a marker that the server does not show
             thought.add(token.text)
             streamed.add(token.logprob, token.top)
-            if thought.at_point and num < len(tokens):
+            if thought.at_point and num < len(said.tokens):
                 seen.append(streamed.collect(thought))
         return seen
 
@@ -250,6 +263,9 @@ class OpenAIEngine:
     ) -> Probe:
         """Returns the answer that the LM gives greedily when its thought is closed at a point."""
         position = int(signals.position[0])
+        if prompt.messages and said.num_apart:  # the server shows no marker of its own
+            opening = {"role": "assistant", "content": f"{self._rules.think_start}\n"}
+            prompt = replace(prompt, messages=[*prompt.messages, opening])
         answer = await self._lm.goes_on(
             prompt,
             ServedGeneration(said.tokens[:position], num_hidden=said.num_hidden),

@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 #: Where a server goes on from prompts as they stand.
 COMPLETIONS = "/v1/completions"
+_CHATS = "/v1/chat/completions"
 
 # Seconds before a question is asked again: the first time, and at most.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
@@ -58,6 +59,8 @@ class ServedGeneration:
     """Its tokens, in order; one that ends what the LM says has no text."""
     ended_by_lm: bool = False
     """Whether the LM has ended it, and not a limit."""
+    num_apart: int = 0
+    """Tokens that the server has told apart as a thought; they come first."""
     num_hidden: int = 0
     """Tokens that the server has counted and not shown, such as parts of a character."""
 
@@ -190,13 +193,7 @@ class ServedLM:
         if names and self.name not in names:
             shown = ", ".join(dict.fromkeys(names[:_MOST_NAMED]))
             raise InputError(f"{self._url} has no model {self.name!r}: expected --lm {shown}")
-        dialect = dialect_of(kind, models)(self._upstream)
-        if not dialect.completes_text:
-            raise InputError(
-                f"{self._url} is a server of kind {dialect.kind}, which puts every prompt into a "
-                "template: expected llama-server (it reads the same GGUF files), vLLM or SGLang"
-            )
-        return dialect
+        return dialect_of(kind, models)(self._upstream)
 
     # What the LM says
 
@@ -255,13 +252,14 @@ class ServedLM:
         Raises:
             InputError: If the server refuses, or ends what the LM says before it has to.
         """
+        goes_on = self._dialect.continued(prompt, said.tokens, not said.num_hidden, tail)
         body: Json = {
             "model": self.name,
-            "prompt": self._dialect.continued(prompt, said.tokens, not said.num_hidden, tail),
             "max_tokens": max_tokens,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **numbers_asked(False, num_top),
+            **goes_on,
+            **numbers_asked("messages" in goes_on, num_top),
             **self._dialect.sampled(temperature, seed),
             **self._dialect.told_fields(slot),
         }
@@ -270,10 +268,11 @@ class ServedLM:
     async def _generated(
         self, body: Json, is_complete: Callable[[list[ServedToken]], bool]
     ) -> ServedGeneration:
-        leg = await self._upstream.stream(COMPLETIONS, body, [])
+        path = _CHATS if "messages" in body else COMPLETIONS
+        leg = await self._upstream.stream(path, body, [])
         try:
             if not leg.is_readable:
-                raise await _refusal(leg)
+                raise await _refusal(path, leg)
             return await _read(leg, body["max_tokens"], is_complete)
         finally:
             await leg.close()
@@ -308,20 +307,20 @@ class ServedTemplate:
         return ids[0] if ids and len(ids) == 1 else None
 
 
-async def _refusal(leg: UpstreamLeg) -> UpstreamError:
+async def _refusal(path: str, leg: UpstreamLeg) -> UpstreamError:
     """Returns what a server says that does not answer with a stream."""
     status, data = leg.response.status_code, await leg.body()
     if status in NO_SUCH_PATH:
-        told = f"{COMPLETIONS} was answered with {status}: expected a server that goes on from a "
+        told = f"{path} was answered with {status}: expected a server that goes on from a "
         return UpstreamError("status", told + "prompt, and not of chats alone", answered=status)
     found = json_object(data)
     if found is None:
         text = data.decode(errors="replace")
-        told = f"{COMPLETIONS} was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
+        told = f"{path} was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
         return UpstreamError("malformed", told, answered=status)
     error = found.get("error", found)
     said = str(error.get("message", error) if isinstance(error, dict) else error)
-    told = f"{COMPLETIONS} was answered with {status}: {said:.{_LONGEST_SAID}}"
+    told = f"{path} was answered with {status}: {said:.{_LONGEST_SAID}}"
     return UpstreamError("status", told, answered=status)
 
 
@@ -335,7 +334,7 @@ async def _read(
         UpstreamError: If it breaks off, or is malformed.
     """
     tokens: list[ServedToken] = []
-    finish, num_told, last_text, is_over = "", 0, "", False
+    finish, num_told, num_apart, last_text, is_over = "", 0, 0, "", False
     async for event in leg:
         is_over |= event is DONE
         usage, choice = (event.chunk or {}).get("usage"), event.choice
@@ -343,16 +342,18 @@ async def _read(
             num_told = usage["completion_tokens"]
         if choice is None:
             continue
-        new = served_tokens(choice)
+        new, texts = served_tokens(choice), texts_of(choice)
         if new:
-            last_text = "".join(texts_of(choice))
+            last_text = "".join(texts)
         tokens += new
+        num_apart = len(tokens) if texts[0] else num_apart
         finish = choice.get("finish_reason") or finish
         if is_complete(tokens):
             return ServedGeneration(tokens)
     if not (finish or is_over):
         raise UpstreamError("cut", "upstream broke off its answer")
-    return _whole(tokens, finish, max(num_told, len(tokens)), last_text, max_tokens)
+    whole = _whole(tokens, finish, max(num_told, len(tokens)), last_text, max_tokens)
+    return replace(whole, num_apart=num_apart)
 
 
 def _whole(
@@ -381,7 +382,7 @@ def _whole(
         tokens[-1] = replace(tokens[-1], text="")  # shown, but no part of the text
     elif num > len(tokens):
         tokens.append(ServedToken(""))
-    return ServedGeneration(tokens, True, num - len(tokens))
+    return ServedGeneration(tokens, True, num_hidden=num - len(tokens))
 
 
 async def _first_ended(tasks: Iterable[asyncio.Task[T]]) -> set[asyncio.Task[T]]:

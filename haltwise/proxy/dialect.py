@@ -24,6 +24,8 @@ class ServedPrompt:
     """The text."""
     ids: list[int] | None = None
     """The ids of its tokens; None if they are unknown."""
+    messages: list[Json] | None = None
+    """The messages that it stands for, where a server takes no texts; None where it does."""
 
 
 class ServerDialect:
@@ -36,8 +38,6 @@ class ServerDialect:
     kind = "unknown"
     owner = ""
     """What its list of models names as the owner."""
-    completes_text = True
-    """Whether `/v1/completions` goes on from a prompt as it stands."""
 
     def __init__(self, upstream: Upstream) -> None:
         """Asks nothing yet."""
@@ -50,6 +50,15 @@ class ServerDialect:
             UpstreamError: If it does not answer.
         """
         return {"kind": self.kind}
+
+    async def _told(self, path: str, headers: RawHeaders) -> Json:
+        """What the server tells at a path; nothing if it has no such path."""
+        try:
+            return await self.upstream.call(path, None, headers)
+        except UpstreamError as error:
+            if error.answered not in NO_SUCH_PATH:
+                raise
+            return {}
 
     async def num_slots(self, headers: RawHeaders) -> int | None:
         """How many requests it runs at once; None if it does not tell."""
@@ -101,16 +110,16 @@ class ServerDialect:
 
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt
-    ) -> list[int] | list[int | str] | str:
-        """The prompt that goes on from a prompt, tokens of its answer, and a tail behind them.
+    ) -> Json:
+        """Fields of a request that goes on from a prompt, tokens of its answer, and a tail.
 
         Args:
             prompt: The prompt.
             said: The tokens.
             is_all: Whether every token between the first and the last was shown.
-            tail: The tail.
+            tail: What stands behind them.
         """
-        return prompt.text + "".join(token.text for token in said) + tail.text
+        return {"prompt": prompt.text + text_of(said) + tail.text}
 
 
 class VllmDialect(ServerDialect):
@@ -128,15 +137,6 @@ class VllmDialect(ServerDialect):
         found: Json = {"kind": self.kind, "model": [str(m.get("root")) for m in models]}
         found["build"] = (await self._told("/version", headers)).get("version")
         return found | {"template": digest_of(await self.template(headers))}
-
-    async def _told(self, path: str, headers: RawHeaders) -> Json:
-        """What the server tells at a path; nothing if it has no such path."""
-        try:
-            return await self.upstream.call(path, None, headers)
-        except UpstreamError as error:
-            if error.answered not in NO_SUCH_PATH:
-                raise
-            return {}
 
     async def context(self, headers: RawHeaders) -> int | None:
         """As its list of models tells it.
@@ -206,12 +206,12 @@ class VllmDialect(ServerDialect):
 
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt
-    ) -> list[int] | list[int | str] | str:
+    ) -> Json:
         """Goes on from ids if all of them are known, else from text."""
         ids = ids_in(said) if is_all else None
         if prompt.ids is None or ids is None or tail.ids is None:
             return super().continued(prompt, said, is_all, tail)
-        return [*prompt.ids, *ids, *tail.ids]
+        return {"prompt": [*prompt.ids, *ids, *tail.ids]}
 
 
 class SglangDialect(VllmDialect):
@@ -325,21 +325,56 @@ class LlamaDialect(ServerDialect):
 
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt
-    ) -> list[int] | list[int | str] | str:
+    ) -> Json:
         """Goes on from ids, but from text where a character's parts were not shown."""
         if prompt.ids is None or tail.ids is None:
             return super().continued(prompt, said, is_all, tail)
         ids = ids_in(said) if is_all else None
-        middle = ["".join(token.text for token in said)] if ids is None else ids
-        return [*prompt.ids, *middle, *tail.ids]
+        middle = [text_of(said)] if ids is None else ids
+        return {"prompt": [*prompt.ids, *middle, *tail.ids]}
 
 
 class OllamaDialect(ServerDialect):
-    """Ollama: wraps every prompt in a template that it does not show."""
+    """Ollama: puts every prompt into a template, and goes on with the assistant's last message."""
 
     kind = "ollama"
     owner = "library"
-    completes_text = False
+
+    async def facts(self, headers: RawHeaders) -> Json:
+        """The version, and the digest of each model, which holds weights, template and settings.
+
+        Raises:
+            UpstreamError: If it does not answer.
+        """
+        build = (await self._told("/api/version", headers)).get("version")
+        models = (await self._told("/api/tags", headers)).get("models")
+        found = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+        digests = {str(m.get("name")): str(m.get("digest", ""))[:16] for m in found}
+        return {"kind": self.kind, "build": build, "models": digests}
+
+    async def template(self, headers: RawHeaders) -> str:
+        """It has one, which nobody else can apply."""
+        return "its own"
+
+    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
+        """The texts of the messages, in place of what its template makes of them."""
+        return "".join(f"{message['content']}\n" for message in asks["messages"])
+
+    async def prompt(self, asks: Json, headers: RawHeaders) -> ServedPrompt:
+        """The messages as they are."""
+        return ServedPrompt(await self.rendered(asks, headers), messages=asks["messages"])
+
+    def continued(
+        self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt
+    ) -> Json:
+        """Goes on with a message that the assistant has begun."""
+        *before, last = prompt.messages or [{"role": "user", "content": prompt.text}]
+        text = text_of(said) + tail.text
+        if last["role"] == "assistant":
+            last = last | {"content": last["content"] + text}
+        elif text:
+            before, last = [*before, last], {"role": "assistant", "content": text}
+        return {"messages": [*before, last]}
 
 
 _DIALECTS: list[type[ServerDialect]] = [VllmDialect, SglangDialect, OllamaDialect, LlamaDialect]
@@ -370,6 +405,11 @@ async def listed_models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
 def owner_of(models: list[Json]) -> str:
     """Whom a server names as the owner of its models; empty if it names none."""
     return str(models[0].get("owned_by", "")) if models else ""
+
+
+def text_of(said: Sequence[ServedToken]) -> str:
+    """The text of tokens."""
+    return "".join(token.text for token in said)
 
 
 def ids_in(said: Sequence[ServedToken]) -> list[int] | None:

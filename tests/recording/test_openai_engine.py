@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from haltwise import InputError
+from haltwise.proxy.wire import ServedToken
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
@@ -24,6 +25,7 @@ from recording.collect import CollectConfig, collect, seeded_questions
 from recording.config import TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
+from recording.openai_engine import OpenAIEngine
 from recording.trace_row import TraceRow
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 from tests.proxy.llama_server import llama_server
@@ -185,12 +187,12 @@ def recorded(url: str, *plans: Plan, **settings: Any) -> list[TraceRow]:
         return list(engine.record((asked(plan), 0) for plan in plans))
 
 
-@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server", "plain"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server", "ollama", "plain"])
 def test_every_kind_of_server_goes_on_from_where_the_thought_is_closed(kind: Kind) -> None:
     plans = [Plan(f"p{i}", thinking=20 + i) for i in range(6)]
     with FakeUpstream(kind, num_slots=4) as fake:
         rows = recorded(fake.url, *plans)
-        forced = [one for one in fake.of(plans[0]) if one.body["logprobs"] == 1]
+        forced = [one.body for one in fake.of(plans[0]) if one.body["max_tokens"] == 16]
     assert {row["question_id"] for row in rows} == {plan.name for plan in plans}
     for row in rows:
         plan = next(plan for plan in plans if plan.name == row["question_id"])
@@ -203,8 +205,8 @@ def test_every_kind_of_server_goes_on_from_where_the_thought_is_closed(kind: Kin
         assert row["finished"] and row["final_answer"].endswith(f"seen{plan.thinking}é")
         assert row["probe_tokens"] == [plan.answer + 1] * len(row["position"])
         assert all(len(logprobs) == plan.answer for logprobs in row["answer_logprobs"])
-    by_ids = all(isinstance(one.body["prompt"], list) for one in forced)
-    assert forced and by_ids == (kind != "plain")
+    kinds = {type(body["messages"][-1] if kind == "ollama" else body["prompt"]) for body in forced}
+    assert kinds == {{"plain": str, "ollama": dict}.get(kind, list)}
 
 
 def test_no_more_is_asked_at_once_than_the_server_takes() -> None:
@@ -224,6 +226,23 @@ def test_what_the_server_does_not_show_is_missing(monkeypatch: pytest.MonkeyPatc
     assert "entropy, max_entropy, margin: 5 of the likeliest tokens are told" in told
     assert {"logprob", "min_logprob", "num_reflections"} <= row.keys()
     assert not {"entropy", "max_entropy", "margin"} & row.keys()
+
+
+@pytest.mark.parametrize(("warmer", "told"), [(0.01, False), (1.0, True)])
+def test_numbers_that_hang_on_the_temperature_are_told(
+    warmer: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = OpenAIEngine._looked_at
+
+    async def warmed(engine: OpenAIEngine, temperature: float) -> list[ServedToken]:
+        first, *others = await looked_at(engine, temperature)
+        shift = warmer * (temperature == 0.5)
+        return [replace(first, top=[value - shift for value in first.top]), *others]
+
+    monkeypatch.setattr(OpenAIEngine, "_looked_at", warmed)
+    with FakeUpstream("vllm") as fake, opened(fake.url, temperature=0.5) as engine:
+        report = engine.self_test([(asked(Plan("p")), 0)], None)
+    assert ("hang on the temperature" in report) == told
 
 
 @pytest.mark.parametrize(
@@ -292,8 +311,9 @@ def test_settings_that_contradict_each_other_are_refused(
 
 
 def test_servers_that_show_too_little_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with FakeUpstream("ollama") as fake, pytest.raises(InputError, match="kind ollama"):
-        recorded(fake.url, Plan("p"))
+    in_the_open = {"think_start": "", "think_end": "", "close_text": "so"}
+    with FakeUpstream("ollama") as fake, pytest.raises(InputError, match="thoughts apart"):
+        recorded(fake.url, Plan("p"), **in_the_open)
     with FakeUpstream("vllm", key="secret") as fake:
         with pytest.raises(InputError, match="401"):
             recorded(fake.url, Plan("p"))
