@@ -253,7 +253,8 @@ class OpenAIEngine:
             if said.num_apart and num > said.num_apart and token.text != self._rules.think_end:
                 thought.closed = True  # by a marker that the server does not show
             thought.add(token.text)
-            streamed.add(token.logprob, token.top)
+            if token.is_shown:
+                streamed.add(token.logprob, token.top)
             if thought.at_point and num < len(said.tokens):
                 seen.append(streamed.collect(thought))
         return seen

@@ -27,6 +27,7 @@ from haltwise.proxy.wire import (
     ServedToken,
     UpstreamError,
     json_object,
+    num_generated,
     served_tokens,
     texts_of,
 )
@@ -56,13 +57,14 @@ class ServedGeneration:
     """What the LM has said to one request."""
 
     tokens: list[ServedToken] = field(default_factory=list)
-    """Its tokens, in order; one that ends what the LM says has no text."""
+    """Its tokens, in order. One that ends what the LM says has no text, and neither has one that
+    the server has only counted, such as a part of a character."""
     ended_by_lm: bool = False
     """Whether the LM has ended it, and not a limit."""
     num_apart: int = 0
     """Tokens that the server has told apart as a thought; they come first."""
     num_hidden: int = 0
-    """Tokens that the server has counted and not shown, such as parts of a character."""
+    """Tokens of these that stand at the end, though nobody knows where they were."""
 
 
 class ServedLM:
@@ -337,14 +339,14 @@ async def _read(
     finish, num_told, num_apart, last_text, is_over = "", 0, 0, "", False
     async for event in leg:
         is_over |= event is DONE
-        usage, choice = (event.chunk or {}).get("usage"), event.choice
-        if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
-            num_told = usage["completion_tokens"]
+        num_told = max(num_told, num_generated(event.chunk or {}))
+        choice = event.choice
         if choice is None:
             continue
         new, texts = served_tokens(choice), texts_of(choice)
         if new:
             last_text = "".join(texts)
+            tokens += [ServedToken("")] * (num_told - len(tokens) - len(new))
         tokens += new
         num_apart = len(tokens) if texts[0] else num_apart
         finish = choice.get("finish_reason") or finish
@@ -371,18 +373,18 @@ def _whole(
     Raises:
         InputError: If neither the LM nor the limit has ended it.
     """
-    if finish != "stop":
-        if num < max_tokens:
-            raise InputError(
-                f"the server gave {num} tokens without an end ({finish!r}), expected {max_tokens}, "
-                "or the LM's end before: its context may be too small for --max-tokens"
-            )
-        return ServedGeneration(tokens, num_hidden=num - len(tokens))
-    if tokens and (not last_text or not last_text.endswith(tokens[-1].text)):
+    if finish != "stop" and num < max_tokens:
+        raise InputError(
+            f"the server gave {num} tokens without an end ({finish!r}), expected {max_tokens}, "
+            "or the LM's end before: its context may be too small for --max-tokens"
+        )
+    by_lm, num_hidden = finish == "stop", num - len(tokens)
+    counted = [ServedToken("")] * num_hidden
+    if by_lm and tokens and (not last_text or not last_text.endswith(tokens[-1].text)):
         tokens[-1] = replace(tokens[-1], text="")  # shown, but no part of the text
-    elif num > len(tokens):
-        tokens.append(ServedToken(""))
-    return ServedGeneration(tokens, True, num_hidden=num - len(tokens))
+    elif by_lm and num_hidden:
+        num_hidden -= 1  # the end itself
+    return ServedGeneration([*tokens, *counted], by_lm, num_hidden=num_hidden)
 
 
 async def _first_ended(tasks: Iterable[asyncio.Task[T]]) -> set[asyncio.Task[T]]:

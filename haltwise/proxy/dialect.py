@@ -320,8 +320,11 @@ class LlamaDialect(ServerDialect):
         return {"temperature": temperature, "seed": seed, "samplers": ["temperature"]}
 
     def told_fields(self, slot: int | None) -> Json:
-        """Names the slot, whose cache then holds what the next request goes on from."""
-        return {} if slot is None else {"id_slot": slot}
+        """Names the slot, whose cache then holds what the next request goes on from.
+
+        Parts of characters have no chunk of their own: the tokens so far are told with each.
+        """
+        return {"timings_per_token": True} | ({} if slot is None else {"id_slot": slot})
 
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt

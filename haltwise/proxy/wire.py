@@ -19,6 +19,8 @@ _LONGEST_EVENT = 16 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How some servers begin the texts of tokens that are no whole characters.
 _BYTES_TEXT = "bytes:\\x"
+# How llama-server calls the tokens that it has generated so far.
+_DONE = "predicted_n"
 _NAN = float("nan")
 _MOST_DIGITS = 1000
 # Log probabilities are none above 0, but for rounding.
@@ -296,6 +298,11 @@ class ServedToken:
     """Log probabilities of the likeliest tokens in its place, in nats; empty if unknown."""
     id: int | None = None
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the server has shown it, and not only counted it."""
+        return bool(self.text) or self.id is not None or not math.isnan(self.logprob)
+
 
 def tokens_of(choice: Json) -> list[ServedToken]:
     """The tokens of a choice, read from its log probabilities in either of their two forms.
@@ -335,6 +342,16 @@ def served_tokens(choice: Json) -> list[ServedToken]:
     if not isinstance(ids, list) or len(ids) != len(tokens):
         return tokens
     return [replace(token, id=i) for token, i in zip(tokens, ids, strict=True)]
+
+
+def num_generated(chunk: Json) -> int:
+    """How many tokens have been generated up to a chunk, as far as it tells; 0 if it does not."""
+    told = [
+        part.get(name)
+        for part, name in ((chunk.get("usage"), "completion_tokens"), (chunk.get("timings"), _DONE))
+        if isinstance(part, dict)
+    ]
+    return max((number for number in told if isinstance(number, int)), default=0)
 
 
 def _token(entry: Json) -> ServedToken:

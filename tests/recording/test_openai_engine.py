@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from haltwise import InputError
-from haltwise.proxy.wire import ServedToken
+from haltwise.proxy.wire import ServedToken, StreamEvent
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
@@ -26,6 +27,7 @@ from recording.config import TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
 from recording.openai_engine import OpenAIEngine
+from recording.served_lm import _read
 from recording.trace_row import TraceRow
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 from tests.proxy.llama_server import llama_server
@@ -226,6 +228,24 @@ def test_what_the_server_does_not_show_is_missing(monkeypatch: pytest.MonkeyPatc
     assert "entropy, max_entropy, margin: 5 of the likeliest tokens are told" in told
     assert {"logprob", "min_logprob", "num_reflections"} <= row.keys()
     assert not {"entropy", "max_entropy", "margin"} & row.keys()
+
+
+def test_tokens_that_are_only_counted_have_their_place() -> None:
+    def chunk(text: str, num: int, finish: str | None = None) -> StreamEvent:
+        logprobs = {"content": [{"token": text, "logprob": -1.0, "id": 7}]} if text else None
+        choice = {"text": text, "logprobs": logprobs, "finish_reason": finish}
+        return StreamEvent(chunk={"choices": [choice], "timings": {"predicted_n": num}})
+
+    async def stream() -> AsyncIterator[StreamEvent]:
+        # The globe has four bytes, each in a token of its own.
+        for event in (chunk(" a", 1), chunk("\U0001f30d", 5), chunk(" b", 6), chunk("", 7, "stop")):
+            yield event
+
+    leg: Any = stream()
+    said = asyncio.run(_read(leg, 9, lambda _: False))
+    assert [token.text for token in said.tokens] == [" a", "", "", "", "\U0001f30d", " b", ""]
+    assert [token.is_shown for token in said.tokens] == [True, *[False] * 3, True, True, False]
+    assert (said.ended_by_lm, said.num_hidden) == (True, 0)
 
 
 @pytest.mark.parametrize(("warmer", "told"), [(0.01, False), (1.0, True)])
