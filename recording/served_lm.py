@@ -45,7 +45,11 @@ _CHATS = "/v1/chat/completions"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 # What happens to a question while its server is gone, and the statuses of one that is busy.
 _GONE = ("unreachable", "connect timeout", "timeout", "cut")
-_BUSY = (408, 425, 429, 500, 502, 503, 504, 529)
+_SERVER_ERROR = 500
+_BUSY = (408, 425, 429, _SERVER_ERROR, 502, 503, 504, 529)
+# How servers call the end of an answer that the LM has ended, and of one that they break off.
+_ENDED_BY_LM = ("stop", "eos", "eos_token")
+_BROKEN_OFF = ("abort", "error", "cancelled")
 # Characters of a server's own message that fit into a line.
 _LONGEST_SAID = 200
 # Names of models in a message.
@@ -206,7 +210,7 @@ class ServedLM:
             InputError: If the template refuses them.
         """
         asks = self._asked_of_template(messages, True, thinking)
-        return await self.patiently(lambda: self._dialect.prompt(asks, []))
+        return await self._by_template(lambda: self._dialect.prompt(asks, []))
 
     async def tokenized(self, text: str) -> ServedPrompt:
         """Returns a text with its tokens, if the server tells them."""
@@ -215,7 +219,20 @@ class ServedLM:
     async def rendered(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
         """Returns the text of messages; see `lms.chat.ChatTemplate.render`."""
         asks = self._asked_of_template(messages, is_open, thinking)
-        return await self.patiently(lambda: self._dialect.rendered(asks, []))
+        return await self._by_template(lambda: self._dialect.rendered(asks, []))
+
+    async def _by_template(self, question: Callable[[], Awaitable[T]]) -> T:
+        """As `patiently`; servers answer with 500 if it is the template that refuses messages."""
+
+        async def asked() -> T:
+            try:
+                return await question()
+            except UpstreamError as error:
+                if error.answered != _SERVER_ERROR:
+                    raise
+                raise InputError(f"{self._url}: {error}") from None
+
+        return await self.patiently(asked)
 
     def _asked_of_template(self, messages: list[Message], is_open: bool, thinking: bool) -> Json:
         return {
@@ -352,7 +369,7 @@ async def _read(
         finish = choice.get("finish_reason") or finish
         if is_complete(tokens):
             return ServedGeneration(tokens)
-    if not (finish or is_over):
+    if not (finish or is_over) or finish in _BROKEN_OFF:
         raise UpstreamError("cut", "upstream broke off its answer")
     whole = _whole(tokens, finish, max(num_told, len(tokens)), last_text, max_tokens)
     return replace(whole, num_apart=num_apart)
@@ -365,7 +382,7 @@ def _whole(
 
     Args:
         tokens: Those that were shown.
-        finish: Why it has ended, in the server's word.
+        finish: Why it has ended, in the server's word; empty if it tells none.
         num: The number of tokens that were generated.
         last_text: The text of the last chunk that had tokens.
         max_tokens: The most tokens that it may have.
@@ -373,12 +390,13 @@ def _whole(
     Raises:
         InputError: If neither the LM nor the limit has ended it.
     """
-    if finish != "stop" and num < max_tokens:
+    by_lm = finish in _ENDED_BY_LM or (not finish and num < max_tokens)
+    if not by_lm and num < max_tokens:
         raise InputError(
             f"the server gave {num} tokens without an end ({finish!r}), expected {max_tokens}, "
             "or the LM's end before: its context may be too small for --max-tokens"
         )
-    by_lm, num_hidden = finish == "stop", num - len(tokens)
+    num_hidden = num - len(tokens)
     counted = [ServedToken("")] * num_hidden
     if by_lm and tokens and (not last_text or not last_text.endswith(tokens[-1].text)):
         tokens[-1] = replace(tokens[-1], text="")  # shown, but no part of the text

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from haltwise import InputError
-from haltwise.proxy.wire import ServedToken, StreamEvent
+from haltwise.proxy.dialect import VllmDialect
+from haltwise.proxy.wire import ServedToken, StreamEvent, UpstreamError
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
@@ -27,7 +28,7 @@ from recording.config import TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
 from recording.openai_engine import OpenAIEngine
-from recording.served_lm import _read
+from recording.served_lm import _read, _whole
 from recording.trace_row import TraceRow
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 from tests.proxy.llama_server import llama_server
@@ -246,6 +247,36 @@ def test_tokens_that_are_only_counted_have_their_place() -> None:
     assert [token.text for token in said.tokens] == [" a", "", "", "", "\U0001f30d", " b", ""]
     assert [token.is_shown for token in said.tokens] == [True, *[False] * 3, True, True, False]
     assert (said.ended_by_lm, said.num_hidden) == (True, 0)
+
+
+def test_a_template_that_refuses_a_question_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with FakeUpstream("vllm") as fake, opened(fake.url, patience=600.0) as engine:
+        monkeypatch.setattr(VllmDialect, "prompt", refuse)
+        with pytest.raises(InputError, match="/apply-template with 500"):
+            list(engine.record([(asked(Plan("p")), 0)]))
+
+
+async def refuse(*_: Any) -> None:
+    raise UpstreamError("status", "upstream answered /apply-template with 500", answered=500)
+
+
+@pytest.mark.parametrize(
+    ("finish", "num", "ended"),
+    [
+        ("stop", 3, True),
+        ("eos_token", 3, True),
+        ("", 3, True),
+        ("", 9, False),
+        ("length", 9, False),
+    ],
+)
+def test_servers_have_their_own_words_for_an_end(finish: str, num: int, ended: bool) -> None:
+    said = _whole([ServedToken(" a", -1.0)] * num, finish, num, " a", 9)
+    assert (said.ended_by_lm, len(said.tokens), said.num_hidden) == (ended, num, 0)
+    with pytest.raises(InputError, match=r"gave 8 tokens without an end \('length'\), expected 9"):
+        _whole([ServedToken(" a", -1.0)] * 8, "length", 8, " a", 9)
 
 
 @pytest.mark.parametrize(("warmer", "told"), [(0.01, False), (1.0, True)])
