@@ -121,6 +121,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         observing=Observing.fit(groups, features, head.config.observing.price_range),
         lm=str(traces.model[0]),
         tokenizer=traces.recorder.get("tokenizer", ""),
+        server=traces.recorder.get("server", {}),
         traces=traces.digest,
         command=shlex.join(sys.argv),
         certificate=None,

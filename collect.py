@@ -3,6 +3,7 @@
     python collect.py --task all --num 1000 --out checkpoints/traces
     python collect.py --lm NAME_OR_PATH --self-test
     python collect.py --lm NAME_OR_PATH --engine vllm --device cuda --ray auto --out FOLDER
+    python collect.py --engine openai --base-url http://127.0.0.1:8080 --lm MODEL --out FOLDER
     python collect.py --json-lines FILE --out checkpoints/traces
 
 A killed recording goes on where it stopped: run the same command again. docs/CLUSTER.md tells how

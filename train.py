@@ -288,6 +288,7 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
         default_price=0.0,  # until one is chosen
         lm=", ".join(np.unique(traces.model).tolist()),
         tokenizer=recorder.get("tokenizer", ""),
+        server=recorder.get("server", {}),
         traces=material.recorded.digest(material.rows),
         command=shlex.join(sys.argv),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from haltwise import MEAN_LOGPROB, Halting
+from haltwise import MEAN_LOGPROB, Halting, InputError
 from lms.chat import Chat
 from lms.language_model import LMConfig
 from lms.questions import Question
@@ -36,7 +36,7 @@ class AskConfig(LMConfig, DataConfig):
     """The token budget of a question, its answer included. Default: 4096, or half of the LM's
     context if that is less; for the embedded LM 768."""
     temperature: float | None = None
-    """The temperature of sampling; 0 is greedy. Default: the LM's own."""
+    """The temperature of sampling; 0 is greedy. Default: the LM's own, or 0 behind a server."""
 
     @property
     def is_embedded(self) -> bool:
@@ -87,6 +87,19 @@ class AskConfig(LMConfig, DataConfig):
             answer_end=task.answer_end if self.answer_end is None else self.answer_end,
             think_start=chat.think_start,
             think_end=chat.think_end,
+        )
+
+
+def check_closes(halting: Halting) -> None:
+    """Refuses a close text that leaves a thought open.
+
+    Raises:
+        InputError: If the text that closes the LM's thoughts is not in it.
+    """
+    if halting.think_end not in halting.close_text:
+        raise InputError(
+            f"close text {halting.close_text!r} does not close a thought: expected "
+            f"{halting.think_end!r} in it; set --close-text, or other think markers"
         )
 
 

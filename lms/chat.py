@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jinja2 import TemplateError
 
@@ -34,6 +35,73 @@ _THOUGHT, _ANSWER = "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
 Message = dict[str, str]
 
 
+class ChatTemplate(Protocol):
+    """What makes one text of the messages of a chat."""
+
+    @property
+    def text(self) -> str:
+        """The template itself, or what it makes of a question; empty if there is none."""
+
+    @property
+    def bos(self) -> str:
+        """The text that has to stand first where there is no template; it may be empty."""
+
+    def render(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
+        """Returns the text of messages.
+
+        Args:
+            messages: The messages.
+            is_open: Whether the LM's own turn is to follow.
+            thinking: Whether the LM is to think in it, where the template lets one choose.
+
+        Raises:
+            ValueError: If the template refuses them, or one of the other `REFUSALS`.
+        """
+
+    def own_token(self, text: str) -> int | None:
+        """Returns the token that a text begins with, if it is one that no plain text contains."""
+
+
+@dataclass(frozen=True)
+class TokenizerTemplate:
+    """The `ChatTemplate` that a tokenizer has."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The tokenizer."""
+
+    @property
+    def text(self) -> str:
+        """The template itself; empty if there is none."""
+        template = self.tokenizer.chat_template
+        with suppress(ValueError):  # several, of which none is the usual one: none can be rendered
+            template = template and self.tokenizer.get_chat_template()
+        return str(template or "")
+
+    @property
+    def bos(self) -> str:
+        """The text of the token that the tokenizer itself puts first; empty if it puts none."""
+        first = self.tokenizer.encode("")[:1]
+        is_added = first == [self.tokenizer.bos_token_id]
+        return str(self.tokenizer.bos_token) if is_added else ""
+
+    def render(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
+        """Returns the text of messages; see `ChatTemplate.render`."""
+        rendered = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=is_open, **thinking_switch(thinking)
+        )
+        return str(rendered)
+
+    def own_token(self, text: str) -> int | None:
+        """Returns the token that a text begins with, if it is an added one."""
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        return tokens[0] if tokens and tokens[0] in self.tokenizer.added_tokens_decoder else None
+
+
+def thinking_switch(thinking: bool) -> dict[str, Any]:
+    """Returns the names by which templates let an LM think, or not; others look at neither."""
+    return {"enable_thinking": thinking, "thinking": thinking}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """What a person may say about an LM's chat; the rest is detected."""
@@ -55,7 +123,8 @@ class ChatConfig:
 class Chat:
     """How an LM is asked, and how it thinks and answers."""
 
-    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    """What makes one text of messages."""
     think_start: str
     """The text after which a thought begins; empty if the LM reasons in the open."""
     think_end: str
@@ -76,16 +145,20 @@ class Chat:
         Raises:
             InputError: If the template refuses the messages.
         """
-        if not self.tokenizer.chat_template:
-            return f"{_bos(self.tokenizer)}{text}\n"
-        messages = [*self.before, {"role": "user", "content": text}]
+        if not self.template.text:
+            return f"{self.template.bos}{text}\n"
+        messages = self.messages(text)
         try:
             # An LM that is said to reason in the open is not asked to think.
-            return _render(self.tokenizer, messages, True, bool(self.think_start))
+            return self.template.render(messages, True, bool(self.think_start))
         except _REFUSALS as error:
             roles = " and a ".join(dict.fromkeys(message["role"] for message in messages))
             reason = reason_of(error)
             raise InputError(f"the chat template refuses a {roles} message: {reason}") from None
+
+    def messages(self, text: str) -> list[Message]:
+        """Returns the messages in which the LM is asked what a user asks."""
+        return [*self.before, {"role": "user", "content": text}]
 
     def describe(self) -> str:
         """Returns three lines for a person.
@@ -93,7 +166,7 @@ class Chat:
         They tell how the LM is asked, where its thoughts begin and end, and what closes them.
         """
         prompt = self.prompt("?")
-        how = "chat template" if self.tokenizer.chat_template else "no chat template"
+        how = "chat template" if self.template.text else "no chat template"
         if not self.think_start:
             thought = "in the open, from the prompt's end; the LM has no think markers"
         elif prompt.rstrip().endswith(self.think_start):
@@ -128,7 +201,16 @@ class _RenderedChat:
 
 
 def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
-    """Detects an LM's chat from its tokenizer; what the config states is taken as it is.
+    """Detects an LM's chat from its tokenizer, as `chat_of` does from a template.
+
+    Raises:
+        InputError: As `chat_of`.
+    """
+    return chat_of(TokenizerTemplate(tokenizer), config)
+
+
+def chat_of(template: ChatTemplate, config: ChatConfig) -> Chat:
+    """Detects an LM's chat from its template; what the config states is taken as it is.
 
     A pair of `MARKERS` is the LM's if its template ends the prompt with the first, tells of both
     in the prompt, puts a thought between them, or strips the second where both have tokens of
@@ -145,17 +227,18 @@ def detect_chat(tokenizer: PreTrainedTokenizerBase, config: ChatConfig) -> Chat:
             f"--think-start is {stated[0]!r} and --think-end {stated[1]!r}, "
             "expected both, both empty, or none"
         )
-    sample = _rendered_chat(tokenizer)
+    sample = _rendered_chat(template)
     start, end = stated
     if start is None or end is None:
-        start, end = _markers(tokenizer, sample)
+        start, end = _markers(template, sample)
+    after = sample.after.strip()
     chat = Chat(
-        tokenizer,
+        template,
         start,
         end,
         _close_mark(sample, start, end),
         _before(config),
-        _added_token(tokenizer, sample.after.strip()),
+        template.own_token(after) if after else None,
     )
     _check_before(chat)
     return chat
@@ -167,7 +250,7 @@ def _check_before(chat: Chat) -> None:
     Raises:
         InputError: If there is no template, or it does not show one of them as it is.
     """
-    if chat.before and not chat.tokenizer.chat_template:
+    if chat.before and not chat.template.text:
         raise InputError("no chat template: no place for --system or --examples")
     prompt = chat.prompt("?")
     for message in chat.before:
@@ -214,15 +297,14 @@ def _turns(path: Path | None) -> list[Any]:
     return turns
 
 
-def _markers(tokenizer: PreTrainedTokenizerBase, sample: _RenderedChat) -> tuple[str, str]:
+def _markers(template: ChatTemplate, sample: _RenderedChat) -> tuple[str, str]:
     """Returns the pair of `MARKERS` that is the LM's, by the rules of `detect_chat`; else ""."""
     prompt = sample.prompt.rstrip()
     for start, end in MARKERS:
         opened = prompt.endswith(start)
         told = start in prompt and end in prompt
         rendered = _is_rendered(sample, start, end)
-        tokens = [_added_token(tokenizer, marker) for marker in (start, end)]
-        stripped = end in sample.template and None not in tokens
+        stripped = end in sample.template and None not in map(template.own_token, (start, end))
         closed = prompt.endswith(end)  # the thought is empty: the LM is kept from thinking
         if (opened or told or rendered or stripped) and not closed:
             return start, end
@@ -239,18 +321,18 @@ def _is_rendered(sample: _RenderedChat, start: str, end: str) -> bool:
     return sample.before.rstrip().endswith(start) and end in sample.between
 
 
-def _rendered_chat(tokenizer: PreTrainedTokenizerBase) -> _RenderedChat:
+def _rendered_chat(chat_template: ChatTemplate) -> _RenderedChat:
     """Renders a question, and its answer with a thought under every name that thoughts go by."""
-    if not tokenizer.chat_template:
+    if not chat_template.text:
         return _RenderedChat()
     question: Message = {"role": "user", "content": "?"}
     thought = dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT)
     answer: Message = {"role": "assistant", "content": _ANSWER} | thought
     template = prompt = turn = ""
     try:
-        template = str(tokenizer.get_chat_template())
-        prompt = _render(tokenizer, [question], True, True)
-        turn = _render(tokenizer, [question, answer], False, True)
+        template = chat_template.text
+        prompt = chat_template.render([question], True, True)
+        turn = chat_template.render([question, answer], False, True)
     except _REFUSALS:
         pass  # a question that is refused is an error once it is asked
     before, is_shown, rest = turn.partition(_THOUGHT)
@@ -258,30 +340,3 @@ def _rendered_chat(tokenizer: PreTrainedTokenizerBase) -> _RenderedChat:
         return _RenderedChat(template, prompt, after=turn.partition(_ANSWER)[2])
     between, _, after = rest.partition(_ANSWER)
     return _RenderedChat(template, prompt, before, between, after)
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], is_open: bool, thinking: bool
-) -> str:
-    rendered = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=is_open,
-        # Templates let an LM think, or not, by one of these two names; others look at neither.
-        enable_thinking=thinking,
-        thinking=thinking,
-    )
-    return str(rendered)
-
-
-def _added_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """Returns the token that a text begins with, if it is one that no plain text contains."""
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    return tokens[0] if tokens and tokens[0] in tokenizer.added_tokens_decoder else None
-
-
-def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the text of the token that the tokenizer itself puts first; "" if it puts none."""
-    first = tokenizer.encode("")[:1]
-    is_added = first == [tokenizer.bos_token_id]
-    return str(tokenizer.bos_token) if is_added else ""

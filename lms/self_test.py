@@ -12,6 +12,7 @@ from haltwise import Halting, InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import TokenRules
 from haltwise.session.thought import LONGEST_OPENING, Probe, Thought
+from lms.ask import check_closes
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question
@@ -129,19 +130,6 @@ def self_test(
         *_warn_of_markers(answered, halting),
     ]
     return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
-
-
-def check_closes(halting: Halting) -> None:
-    """Refuses a close text that leaves a thought open.
-
-    Raises:
-        InputError: If the text that closes the LM's thoughts is not in it.
-    """
-    if halting.think_end not in halting.close_text:
-        raise InputError(
-            f"close text {halting.close_text!r} does not close a thought: expected "
-            f"{halting.think_end!r} in it; set --close-text, or other think markers"
-        )
 
 
 def _answer(lm: LanguageModel, decoder: Decoder, asked: Sequence[Question]) -> list[TriedQuestion]:

@@ -74,6 +74,8 @@ class CollectConfig(EngineConfig):
         for name in ("num", "num_seeds", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.ray is not None and self.engine == "openai":
+            raise InputError("a server runs the LM itself: expected no --ray with --engine openai")
         if not self.split:
             raise InputError("no split to record: expected one of train, dev, test or more")
         self._check_place()
@@ -134,7 +136,9 @@ def _open(config: CollectConfig) -> RecordingEngine:
     print(task.describe())
     task_format = TaskFormat(task.scorer, task.cue, task.answer_end, task.instruction)
     settings = {field.name: getattr(config, field.name) for field in fields(EngineConfig)}
-    if not config.is_embedded and Path(config.lm).exists():  # workers have other working folders
+    if (
+        config.engine != "openai" and not config.is_embedded and Path(config.lm).exists()
+    ):  # workers have other working folders
         settings["lm"] = str(Path(config.lm).resolve())
     if config.examples:
         settings["examples"] = config.examples.resolve()

@@ -32,14 +32,24 @@ class TaskFormat:
 class EngineConfig(AskConfig):
     """What runs the LM, and what it is asked for."""
 
-    engine: Literal["hf", "vllm"] = "hf"
-    """What runs the LM: hf is transformers; vllm is faster on a GPU, but sees neither the
-    probability of the end-of-thinking token nor hidden states."""
+    engine: Literal["hf", "vllm", "openai"] = "hf"
+    """What runs the LM: hf is transformers; vllm is faster on a GPU; openai is a server that runs
+    already, at --base-url. The last two see neither the probability of the end-of-thinking token
+    nor hidden states."""
+    base_url: str | None = None
+    """The address of the server, such as http://127.0.0.1:8080, for --engine openai; --lm is the
+    name that the server has for the LM."""
+    server_kind: Literal["auto", "llama-server", "vllm", "sglang", "ollama"] = "auto"
+    """What kind of server it is; auto asks it."""
+    api_key_env: str | None = None
+    """The environment variable with the server's API key, if it wants one."""
+    patience: float = 600.0
+    """The seconds for which a server that is gone, or too busy, is asked again."""
     tensor_parallel: int = 1
     """The number of GPUs that share one LM; for vLLM only."""
     batch_size: int = 64
     """The number of questions at once. vLLM starts the next ones when all have ended: give it
-    many."""
+    many. A server is asked no more at once than it tells that it takes."""
     hidden: bool = False
     """Record the states of the LM's last layer too: two bytes times the LM's width at every
     decision point."""
@@ -63,9 +73,19 @@ class EngineConfig(AskConfig):
             raise InputError(f"max_tokens is {self.max_tokens}, expected at least 1")
         if self.temperature is not None and not 0 <= self.temperature < np.inf:
             raise InputError(f"temperature is {self.temperature}, expected 0 or more")
-        if self.engine == "hf" and self.tensor_parallel > 1:
+        if self.engine != "vllm" and self.tensor_parallel > 1:
             raise InputError(
                 f"tensor_parallel is {self.tensor_parallel}: expected 1, or --engine vllm"
             )
-        if self.engine == "vllm" and self.hidden:
-            raise InputError("vLLM shows no hidden states: expected --engine hf, or no --hidden")
+        if self.engine != "hf" and self.hidden:
+            whose = "vLLM" if self.engine == "vllm" else "a server"
+            raise InputError(
+                f"{whose} shows no hidden states: expected --engine hf, or no --hidden"
+            )
+        if (self.engine == "openai") != (self.base_url is not None):
+            raise InputError(
+                f"engine is {self.engine!r} and base_url {self.base_url!r}: expected --engine "
+                "openai and --base-url, or neither"
+            )
+        if not 0 <= self.patience < np.inf:
+            raise InputError(f"patience is {self.patience}, expected seconds, 0 or more")

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from haltwise import InputError
+from lms.scorers import needed
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import SeededQuestion, TraceRow
 
@@ -57,6 +58,12 @@ def open_engine(config: EngineConfig, task_format: TaskFormat) -> RecordingEngin
         from recording.hf_engine import HfEngine
 
         return HfEngine(config, task_format)
+    if config.engine == "openai":
+        if find_spec("httpx2") is None:
+            raise InputError(needed("--engine openai", "proxy"))
+        from recording.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(config, task_format)
     if find_spec("vllm") is None:
         raise InputError("vLLM is not installed: expected it for --engine vllm (pip install vllm)")
     from recording.vllm_engine import VllmEngine

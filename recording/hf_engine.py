@@ -15,6 +15,7 @@ from recording.trace_row import (
     TraceRow,
     UnfinishedTrace,
     fitting_prompts,
+    known_lm,
     recorder_metadata,
     with_prompts,
 )
@@ -49,9 +50,9 @@ class HfEngine:
         )
         self.recorder = recorder_metadata(
             "hf",
-            lm,
+            known_lm(lm),
             self._halting,
-            self._decoder.rules,
+            len(self._decoder.rules.close_ids),
             self._max_tokens,
             self._temperature,
             self._decoder.measured,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from haltwise import Halting, InputError, Signals
-from haltwise.engine.token_rules import TokenRules
-from haltwise.session.thought import Probe, Thought
+from haltwise.session.thought import PointRules, Probe, Thought
 from lms.language_model import LanguageModel
 from lms.questions import Question
 
@@ -51,7 +51,7 @@ class UnfinishedTrace:
             # A vector is copied, lest it keep those of the whole batch in memory.
             values.append(value.astype(np.float16) if name == "hidden" else value)
 
-    def row(self, model: str, rules: TokenRules, thought: Thought) -> TraceRow:
+    def row(self, model: str, rules: PointRules, thought: Thought) -> TraceRow:
         """Returns the finished trace.
 
         Args:
@@ -141,11 +141,65 @@ def trace_id(model: str, question: Question, seed: int) -> str:
     return f"{model}/{question.question_id}/{seed}"
 
 
+def sampling_seed(prompt: str, seed: int) -> int:
+    """Returns the seed of a server's draws: the question and its sampling seed alone decide on it.
+
+    Args:
+        prompt: The LM's whole input.
+        seed: The sampling seed of the answer.
+    """
+    digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def judged_trial(rows: Sequence[TraceRow], description: str, halting: Halting) -> str:
+    """Returns what the first traces of an engine tell, for a person.
+
+    Args:
+        rows: The traces.
+        description: How the LM is asked and how it thinks.
+        halting: How it is halted.
+
+    Raises:
+        InputError: If no thought has a decision point, or no forced answer can be read.
+    """
+    answers = [answer for row in rows for answer in row["answer"]]
+    shown = f"such as {rows[0]['text']!r:.160}"
+    if not answers:
+        raise InputError(
+            f"no thought comes to a decision point ({halting.decision_rule!r}, thoughts "
+            f"begin with {halting.think_start!r}), {shown}: see --think-start, --every "
+            "and --max-tokens"
+        )
+    if not any(answers):
+        raise InputError(
+            f"none of {len(answers)} forced answers can be read by the rule "
+            f"{halting.answer_rule!r}, {shown}: set --close-text to what leads the LM to "
+            "its answer, or raise --max-answer-tokens"
+        )
+    num_read = sum(map(bool, answers))
+    return (
+        f"{description}\n{len(rows)} questions, {num_read} of {len(answers)} forced "
+        f"answers could be read, {shown}"
+    )
+
+
+def known_lm(lm: LanguageModel) -> dict[str, Any]:
+    """Returns what is told beside traces of an LM that is loaded here."""
+    return {
+        "lm": lm.name,
+        "revision": lm.revision,
+        "tokenizer": lm.fingerprint,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "messages": list(lm.chat.before),
+    }
+
+
 def recorder_metadata(
     engine: str,
-    lm: LanguageModel,
+    lm: dict[str, Any],
     halting: Halting,
-    rules: TokenRules,
+    close_tokens: int | None,
     max_tokens: int,
     temperature: float,
     signals: Sequence[str],
@@ -155,9 +209,9 @@ def recorder_metadata(
 
     Args:
         engine: The name of what runs the LM.
-        lm: The LM.
+        lm: What is known of the LM, and how it is asked.
         halting: How the LM is halted.
-        rules: The same in the tokens of this LM.
+        close_tokens: The number of tokens of the close text; None if nobody tells.
         max_tokens: The token budget of a question.
         temperature: The temperature of sampling.
         signals: The names of the signals that are measured.
@@ -166,18 +220,14 @@ def recorder_metadata(
     project = tomllib.loads(_PROJECT.read_text())["project"]
     return {
         "engine": engine,
-        "lm": lm.name,
-        "revision": lm.revision,
-        "tokenizer": lm.fingerprint,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
-        "messages": list(lm.chat.before),
+        **lm,
         "instruction": instruction,
         "temperature": temperature,
         "max_tokens": max_tokens,
         "probing": halting.probing,
         "decision_rule": halting.decision_rule,
         "close_text": halting.close_text,
-        "close_tokens": len(rules.close_ids),
+        **({} if close_tokens is None else {"close_tokens": close_tokens}),
         "max_answer_tokens": halting.max_answer_tokens,
         "answer_rule": halting.answer_rule,
         "answer_end": halting.answer_end,

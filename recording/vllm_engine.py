@@ -7,7 +7,6 @@ the point and close text. vLLM still has most of its keys and values in the pref
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,8 +24,8 @@ from haltwise.errors import reason_of
 from haltwise.policy.signals import signals_from
 from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import ForcedAnswer, Probe, Thought
+from lms.ask import check_closes
 from lms.language_model import source_of
-from lms.self_test import check_closes
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import (
     PromptedQuestion,
@@ -34,7 +33,10 @@ from recording.trace_row import (
     TraceRow,
     UnfinishedTrace,
     fitting_prompts,
+    judged_trial,
+    known_lm,
     recorder_metadata,
+    sampling_seed,
     with_prompts,
 )
 from recording.weightless import load_weightless
@@ -89,9 +91,9 @@ class VllmEngine:
         self._llm = _start(config, str(lm.model.dtype).removeprefix("torch."), max_length)
         self.recorder = recorder_metadata(
             "vllm",
-            lm,
+            known_lm(lm),
             halting,
-            self._rules,
+            len(self._rules.close_ids),
             self._max_tokens,
             self._temperature,
             _SIGNALS,
@@ -120,25 +122,7 @@ class VllmEngine:
         check_closes(self._halting)
         budget = min(self._max_tokens, max_tokens or self._max_tokens)
         rows = list(self._answer(fitting_prompts(self._lm, work, self._max_prompt), budget))
-        answers = [answer for row in rows for answer in row["answer"]]
-        shown = f"such as {rows[0]['text']!r:.160}"
-        if not answers:
-            raise InputError(
-                f"no thought comes to a decision point ({self._halting.decision_rule!r}, thoughts "
-                f"begin with {self._halting.think_start!r}), {shown}: see --think-start, --every "
-                "and --max-tokens"
-            )
-        if not any(answers):
-            raise InputError(
-                f"none of {len(answers)} forced answers can be read by the rule "
-                f"{self._halting.answer_rule!r}, {shown}: set --close-text to what leads the LM to "
-                "its answer, or raise --max-answer-tokens"
-            )
-        num_read = sum(map(bool, answers))
-        return (
-            f"{self.description}\n{len(rows)} questions, {num_read} of {len(answers)} forced "
-            f"answers could be read, {shown}"
-        )
+        return judged_trial(rows, self.description, self._halting)
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -162,7 +146,7 @@ class VllmEngine:
                 max_tokens,
                 self._num_top,
                 temperature=self._temperature,
-                seed=_seed(text, seed),
+                seed=sampling_seed(text, seed),
             )
             for (_, seed), text in batch
         ]
@@ -278,12 +262,6 @@ class VllmEngine:
                 collector.add(rows, logprobs[since, 0], top[since])
                 seen.append(collector.collect(rows[:1], [thought]))
         return seen
-
-
-def _seed(prompt: str, seed: int) -> int:
-    """Returns the seed of vLLM's draws: the question and its sampling seed alone decide on it."""
-    digest = hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _check_device(device: str) -> None:

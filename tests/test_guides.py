@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 
 from examples import small_lm
 from haltwise import HaltHead, InputError
+from lms import gguf
 from lms.gguf_file import folder_of
 from lms.questions import Question
 from tests import guides
 from tests.families import instruct_like, write_gguf
-from tests.guides import PAGES, ROOT, all_blocks, blocks, commands, run
+from tests.guides import PAGES, ROOT, all_blocks, blocks, commands, page, run
 from tests.heads import sure_head
+from tests.proxy.llama_server import llama_server
 
 # Said behind each command, so that it takes seconds.
 QUICK = {
@@ -33,6 +36,7 @@ QUICK = {
 }
 # What a page names and we have not, and what stands for it.
 HERE = {"Qwen/Qwen3-0.6B": "embedded", "gsm8k  ": "all", "DEVICE=cuda": "DEVICE=cpu"}
+SERVER = "http://127.0.0.1:8080"
 ASKED = {"What is 6 times 7?": "sum : 9 + 3 + 6 + 7 - 2 - 5"}
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Pages whose blocks other tests run: how they have to be run is their own.
@@ -71,6 +75,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[str]:
+    """The address of a server with the embedded LM."""
+    gguf.write_gguf(folder / "embedded.gguf")
+    with llama_server(folder / "embedded.gguf") as found:
+        yield found.url
+
+
 def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[list[str]]:
     """The commands of a page, in order; its blocks share their variables."""
     text = "".join(block.text for block in blocks(name, "sh"))
@@ -93,12 +105,13 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
     ],
 )
 def test_every_command_of_a_page_runs(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if name == "CLUSTER":
         pytest.importorskip("ray")
     monkeypatch.chdir(folder)
-    found = found_commands(name, folder, HERE)
+    here = HERE | {SERVER: request.getfixturevalue("server")} if SERVER in page(name) else HERE
+    found = found_commands(name, folder, here)
     if name == "PRICE" and not (folder / "checkpoints/mine").exists():
         found = [*found_commands("YOUR_LM", folder, HERE)[1:3], *found]
     for command in found:

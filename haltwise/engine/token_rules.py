@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
-from haltwise.policy.answers import READERS
-from haltwise.session.thought import ForcedAnswer, PointRules, Probe
+from haltwise.session.thought import PointRules
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-_BOX = r"\boxed{"
 # What stands for bytes that are no character, or not yet; and how many bytes a character has.
 _HALF = "\ufffd"
 _MOST_BYTES = 4
@@ -52,13 +50,6 @@ class TokenRules(PointRules):
             )
         #: The token with which the LM itself begins to close a thought.
         self.end_id = self._encode(self.think_end or tokenizer.eos_token or "")[0]
-        #: The function that reads an answer from a text.
-        self.read_answer = READERS[halting.answer_rule]
-        #: A forced answer is cut after this many tokens.
-        self.max_answer_tokens = halting.max_answer_tokens
-        self._answer_end = halting.answer_end
-        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
-        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
         self._texts: dict[int, str] = {}
         self._word: list[int] = tokenizer.encode("a", add_special_tokens=False)
 
@@ -96,32 +87,12 @@ class TokenRules(PointRules):
         """Returns the text of some token ids."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
-    def read(self, answer: ForcedAnswer) -> Probe:
-        """Reads a forced answer from its tokens, in the box that the close text opens."""
-        text = self.decode(answer.tokens)
-        text = self._opening + text if text.strip() else ""
-        return Probe(**vars(answer), text=text, answer=self.read_answer(text))
-
-    def is_complete(self, tokens: Sequence[int]) -> bool:
-        """Tells whether a forced answer with some tokens has come to the text that ends it."""
-        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
-
     def _encode(self, text: str) -> list[int]:
         """Returns the token ids of a text that closes a thought."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         if not tokens:
             raise InputError(f"close text {text!r} has no tokens: nothing to close")
         return tokens
-
-
-def _ends(answer: str, end: str) -> bool:
-    """Tells whether an end text is in an answer, outside of the braces that the answer opens."""
-    depth, text = 0, answer.lstrip()
-    for i, letter in enumerate(text):
-        if not depth and text.startswith(end, i):
-            return True
-        depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
-    return False
 
 
 def end_tokens(config: GenerationConfig, eos: int | list[int] | None = None) -> list[int]:

@@ -17,7 +17,7 @@ import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,9 @@ class HeadConfig:
     """The command that trained this head."""
     certificate: Certificate | None = None
     """What was certified about the head, if anything."""
+    server: dict[str, Any] = field(default_factory=dict)
+    """What the server told of itself that the training traces were recorded from; empty if they
+    were recorded otherwise."""
 
     def __post_init__(self) -> None:
         """Checks that the parts fit each other.
@@ -192,6 +195,8 @@ class HeadConfig:
         """Returns what head.json holds: this config, and the features that the weights are for."""
         data = asdict(self)
         del data["observing"]["projection"]
+        if not data["server"]:  # as in heads that are older than this
+            del data["server"]
         versions = {group: FEATURE_GROUPS[group].version for group in self.observing.groups}
         return data | {"format": FORMAT, "features_version": versions, "features": self.features}
 
@@ -205,6 +210,7 @@ class HeadConfig:
         """
         own = {f.name for f in fields(cls)}
         known = own | {"format", "features_version", "features"}
+        data = {"server": {}} | data
         if set(data) != known:
             raise InputError(
                 f"head.json: missing keys {sorted(known - set(data))}, "

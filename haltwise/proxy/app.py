@@ -89,7 +89,7 @@ class Proxy:
         control, patience = control or load_control(config.control), config.read_timeout
         self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
-        self.upstream = Upstream(config)
+        self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
@@ -241,15 +241,23 @@ class Proxy:
             if self._server is self._unknown:
                 self._server = found
                 log.info(json.dumps({"upstream": found.kind}))
-                self._check_lm(found)
+                await self._check_lm(found, headers)
         return self._server
 
-    def _check_lm(self, server: LMServer) -> None:
-        """Warns if the server's LM is another than the head's."""
-        lm = self._settings.head.config.lm
-        if not server.is_of(lm):
-            told = f"the head was trained for {lm}, the server has {', '.join(server.names)}"
+    async def _check_lm(self, server: LMServer, headers: RawHeaders) -> None:
+        """Warns if the server's LM is another than the head's, or is served otherwise."""
+        config = self._settings.head.config
+        if not server.is_of(config.lm):
+            told = f"the head was trained for {config.lm}, the server has {', '.join(server.names)}"
             log.warning(json.dumps({"warning": told[:1000]}))
+        if config.server:
+            with suppress(UpstreamError):
+                facts = await server.facts(headers)
+                for name in config.server.keys() & facts.keys():
+                    was, now = config.server[name], facts[name]
+                    if was != now:
+                        told = f"recorded from a server with {name} {was!r}, this one has {now!r}"
+                        log.warning(json.dumps({"warning": f"the head was {told}"[:1000]}))
 
     async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
         """Answers with a watched completion.

@@ -164,7 +164,7 @@ class CompletionRequest:
             has_numbers: Whether to ask for log probabilities.
         """
         options = self.body.get("stream_options")
-        numbers = _numbers(self.chat, max(NUM_TOP, self.num_top or 0)) if has_numbers else {}
+        numbers = numbers_asked(self.chat, max(NUM_TOP, self.num_top or 0)) if has_numbers else {}
         streaming = {"stream": True, "stream_options": {**(options or {}), "include_usage": True}}
         return self.body | numbers | streaming | extra
 
@@ -179,7 +179,7 @@ class CompletionRequest:
         body = {name: value for name, value in self.body.items() if name not in dropped}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         if self.num_top is not None:
-            body |= _numbers(chat, self.num_top)
+            body |= numbers_asked(chat, self.num_top)
         return body | changes
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
@@ -192,7 +192,7 @@ class CompletionRequest:
         return body
 
 
-def _numbers(chat: bool, num_top: int) -> Json:
+def numbers_asked(chat: bool, num_top: int) -> Json:
     """The fields that ask for so many of the likeliest tokens."""
     return {"logprobs": True, "top_logprobs": num_top} if chat else {"logprobs": num_top}
 

@@ -20,6 +20,52 @@ ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 
 
 @dataclass(frozen=True)
+class UpstreamConfig:
+    """Where the LM's own server is, and how it is asked."""
+
+    address: str
+    """Its address."""
+    key_env: str | None = None
+    """Environment variable with its API key; None if it wants none, or each client's own."""
+    max_streams: int = 1000
+    """Most requests at a time."""
+    connect_timeout: float = 15.0
+    """Seconds to reach it."""
+    read_timeout: float = 300.0
+    """Seconds that it may be silent."""
+
+    @property
+    def url(self) -> str:
+        """Its address without the "/v1" that OpenAI clients have at the end of theirs.
+
+        Raises:
+            InputError: If it is no HTTP address.
+        """
+        try:
+            parts = urlsplit(self.address)
+            is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            is_http = False
+        if not is_http or parts.query:
+            raise InputError(f"server is {self.address!r}, expected like http://127.0.0.1:8080")
+        return self.address.rstrip("/").removesuffix("/v1")
+
+    @property
+    def key(self) -> str | None:
+        """The API key that it gets in place of clients' own.
+
+        Raises:
+            InputError: If its environment variable is not set.
+        """
+        if self.key_env is None:
+            return None
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise InputError(f"environment variable {self.key_env} is not set or empty")
+        return key
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """Stands between OpenAI clients and the server of an LM, and halts the LM's thoughts."""
 
@@ -79,16 +125,15 @@ class ServeConfig:
             raise InputError(f"port is {self.port}, expected 0 to 65535")
 
     @property
-    def upstream_url(self) -> str:
-        """The upstream's address without the "/v1" that OpenAI clients have at the end of theirs.
-
-        Raises:
-            InputError: If it is no HTTP address.
-        """
-        parts = urlsplit(self.upstream)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-            raise InputError(f"upstream is {self.upstream!r}, expected like http://127.0.0.1:8080")
-        return self.upstream.rstrip("/").removesuffix("/v1")
+    def connections(self) -> "UpstreamConfig":
+        """Where the upstream is, and how it is asked."""
+        return UpstreamConfig(
+            self.upstream,
+            self.upstream_key_env,
+            self.max_streams,
+            self.connect_timeout,
+            self.read_timeout,
+        )
 
     def lets_browsers_in_by(self, host: str) -> bool:
         """Whether pages may ask by this name, which a hostile one may have lent to the proxy.
@@ -101,20 +146,6 @@ class ServeConfig:
         name = host.strip().rpartition(":")[0] if _PORT.search(host) else host.strip()
         name = name.strip("[]").lower()
         return _is_loopback(name) or name in (self.host, *map(str.lower, self.allowed_hosts))
-
-    @property
-    def upstream_key(self) -> str | None:
-        """The API key that the upstream gets from the proxy.
-
-        Raises:
-            InputError: If its environment variable is not set.
-        """
-        if self.upstream_key_env is None:
-            return None
-        key = os.environ.get(self.upstream_key_env, "").strip()
-        if not key:
-            raise InputError(f"upstream_key_env: {self.upstream_key_env} is not set or empty")
-        return key
 
     def terms(self, default_price: float) -> Terms:
         """The terms of requests that ask for no others.

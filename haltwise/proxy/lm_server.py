@@ -9,6 +9,15 @@ from functools import partial
 import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.dialect import (
+    LlamaDialect,
+    OllamaDialect,
+    ServerDialect,
+    SglangDialect,
+    VllmDialect,
+    listed_models,
+    owner_of,
+)
 from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
 from haltwise.session.signal_collector import NUM_TOP
@@ -33,7 +42,7 @@ _SILENCE_LASTS = 10.0
 _NAMES_TIMEOUT = 1.0
 
 
-class LMServer:
+class LMServer(ServerDialect):
     """The LM's server, of a kind that nobody knows: completions can be continued as text.
 
     Args:
@@ -42,7 +51,6 @@ class LMServer:
         close_text: What closes a thought.
     """
 
-    kind = "unknown"
     one_at_a_time = False
     """Whether a second request waits for the first to end."""
     num_close_tokens = 0
@@ -50,7 +58,7 @@ class LMServer:
 
     def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
         """Asks nothing yet."""
-        self.upstream = upstream
+        super().__init__(upstream)
         self.rules = rules
         self.close_text = close_text
         before, marker, after = close_text.partition(rules.think_end)
@@ -142,19 +150,9 @@ class LMServer:
             return None
         return _opened_in(rendered, self.rules)
 
-    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
-        """The text that the server's chat template makes of messages.
 
-        Raises:
-            UpstreamError: If the server does not tell.
-        """
-        raise UpstreamError("status", "this kind of server does not tell")
-
-
-class VllmServer(LMServer):
+class VllmServer(VllmDialect, LMServer):
     """vLLM: tells the ids of the prompt and of every token, and takes ids as a prompt."""
-
-    kind = "vllm"
 
     def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
         """Asks nothing yet; what is asked once is asked once, however many streams need it."""
@@ -192,8 +190,7 @@ class VllmServer(LMServer):
 
     async def _ask_context_length(self, headers: RawHeaders) -> int:
         """How many tokens prompt and answer can have together."""
-        lengths = [m.get("max_model_len") for m in await _models(self.upstream, headers)]
-        found = next((n for n in lengths if isinstance(n, int)), None)
+        found = await self.context(headers)
         if found is None:
             raise UpstreamError("context length", "upstream does not tell its context length")
         return found
@@ -214,33 +211,9 @@ class VllmServer(LMServer):
             self._close_ids[key] = SharedQuestion(partial(self.ids_of, asks))
         return await self._close_ids[key].answer(request.headers)
 
-    async def ids_of(self, asks: Json, headers: RawHeaders) -> list[int]:
-        """The ids that the server makes of a prompt or of messages.
 
-        Raises:
-            UpstreamError: If the server does not tell.
-        """
-        found = (await self.upstream.call("/tokenize", asks, headers)).get("tokens")
-        if not isinstance(found, list) or not all(isinstance(i, int) for i in found):
-            raise UpstreamError("malformed", "upstream's /tokenize gave no ids")
-        return found
-
-    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
-        """The text that the template makes of messages, by way of its ids.
-
-        Raises:
-            UpstreamError: If the server does not tell.
-        """
-        model = {"model": asks["model"]} if "model" in asks else {}
-        ids = await self.ids_of(asks, headers)
-        found = await self.upstream.call("/detokenize", model | {"tokens": ids}, headers)
-        return str(found.get("prompt") or found.get("text") or "")
-
-
-class SglangServer(VllmServer):
+class SglangServer(SglangDialect, VllmServer):
     """SGLang: as vLLM, but its streams of chats have no ids."""
-
-    kind = "sglang"
 
     def extra_fields(self, request: CompletionRequest) -> Json:
         """Asks for ids in completions alone: a stream of a chat would be refused with it."""
@@ -261,10 +234,8 @@ class SglangServer(VllmServer):
         return await self._from_ids(request, [*seen.prompt_ids, *ids])
 
 
-class LlamaServer(LMServer):
+class LlamaServer(LlamaDialect, LMServer):
     """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed."""
-
-    kind = "llama-server"
 
     async def learn(self, headers: RawHeaders) -> None:
         """Asks whether there is a single slot, and how long the close text is.
@@ -348,19 +319,10 @@ class LlamaServer(LMServer):
             prompt += self.rules.think_start + "\n"
         return request.continued_body(prompt=[prompt, *said, tail])
 
-    async def rendered(self, asks: Json, headers: RawHeaders) -> str:
-        """The text that the template makes of messages; the server has an endpoint for it.
 
-        Raises:
-            UpstreamError: If the server does not answer.
-        """
-        return str((await self.upstream.call("/apply-template", asks, headers)).get("prompt") or "")
-
-
-class OllamaServer(LMServer):
+class OllamaServer(OllamaDialect, LMServer):
     """Ollama: wraps every prompt in its template; goes on with a last message of the assistant."""
 
-    kind = "ollama"
     one_at_a_time = True
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
@@ -382,13 +344,7 @@ class OllamaServer(LMServer):
         return request.continued_body(messages=[*messages, said])
 
 
-# What their lists of models name as the owner.
-_OWNERS: dict[str, type[LMServer]] = {
-    "vllm": VllmServer,
-    "sglang": SglangServer,
-    "library": OllamaServer,
-    "llamacpp": LlamaServer,
-}
+_SERVERS: list[type[LMServer]] = [VllmServer, SglangServer, OllamaServer, LlamaServer]
 
 
 async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> LMServer:
@@ -402,26 +358,21 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
     Raises:
         UpstreamError: If it has to be asked and does not answer.
     """
-    found = next((known for known in _OWNERS.values() if known.kind == kind), None)
+    found = next((known for known in _SERVERS if known.kind == kind), None)
     models: list[Json] = []
     if found is not None:
         with anyio.move_on_after(_NAMES_TIMEOUT), suppress(UpstreamError):
-            models = await _models(unknown.upstream, headers)
+            models = await listed_models(unknown.upstream, headers)
     else:
-        models = await _models(unknown.upstream, headers)
+        models = await listed_models(unknown.upstream, headers)
         if not models:
             raise UpstreamError("status", "upstream names no model yet")
-        found = _OWNERS.get(str(models[0].get("owned_by")), LMServer)
+        owner = owner_of(models)
+        found = next((known for known in _SERVERS if known.owner == owner), LMServer)
     server = found(unknown.upstream, unknown.rules, unknown.close_text)
     server.names = [str(m[name]) for m in models for name in ("id", "root") if m.get(name)]
     await server.learn(headers)
     return server
-
-
-async def _models(upstream: Upstream, headers: RawHeaders) -> list[Json]:
-    """The models that a server lists."""
-    models = (await upstream.call("/v1/models", None, headers)).get("data")
-    return [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
 
 
 def _bare(name: str) -> str:

@@ -1,13 +1,19 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
 import time
-from dataclasses import replace
 
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics, log
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
-from haltwise.proxy.wire import REASONING_FIELDS, Json, ServedToken, texts_of, tokens_of
+from haltwise.proxy.wire import (
+    REASONING_FIELDS,
+    Json,
+    ServedToken,
+    texts_of,
+    tokens_of,
+    whole_texts,
+)
 from haltwise.session.stream import StreamedThought
 
 # How vLLM begins the texts of tokens that it was told to name by their ids.
@@ -24,24 +30,6 @@ _CALLS = (
 )
 # Tokens that a call may take to end before the thought is closed all the same.
 _LONGEST_CALL = 256
-# How some servers begin the texts of tokens that are no whole characters.
-_BYTES_TEXT = "bytes:\\x"
-
-
-def _whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
-    """Tokens whose texts are that of their chunk, where their own are only parts of characters.
-
-    Args:
-        tokens: Those of a chunk; without any, its text counts as one.
-        text: That of the chunk.
-    """
-    own = "".join(token.text for token in tokens)
-    is_whole = len(own) >= len(text) and "\ufffd" not in own and _BYTES_TEXT not in own
-    if is_whole:
-        return tokens
-    if not tokens:
-        return [ServedToken(text)]
-    return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
 
 
 def _open_calls(text: str) -> list[str]:
@@ -115,7 +103,7 @@ class ThoughtReader:
             self.is_thinking = False  # its markers cannot be seen
             self.fall_back("token texts")
             return False
-        tokens = _whole_texts(tokens, thought + text)
+        tokens = whole_texts(tokens, thought + text)
         if not self.thought.begun:
             await self._find_opening("".join(token.text for token in tokens))
             if not self.is_thinking:

@@ -23,7 +23,7 @@ import httpx2
 
 from haltwise.proxy import wire
 from haltwise.proxy.aside import encoded
-from haltwise.proxy.config import ServeConfig
+from haltwise.proxy.config import UpstreamConfig
 
 _STREAMS_A_POOL = 16
 # Seconds that the answer to a question of the proxy's own may take: a client waits for it.
@@ -255,10 +255,10 @@ class Upstream:
         InputError: If the address or the key's environment variable cannot be used.
     """
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: UpstreamConfig) -> None:
         """Prepares the pools; no connection is opened yet."""
-        self._url = httpx2.URL(config.upstream_url)
-        key = config.upstream_key
+        self._url = httpx2.URL(config.url)
+        key = config.key
         self._key = None if key is None else f"Bearer {key}".encode()
         # No connection is used twice: one that the server closes just then would lose an answer.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
@@ -332,7 +332,8 @@ class Upstream:
                 await leg.close()
             status = leg.response.status_code
             if status != 200 or found is None:
-                raise wire.UpstreamError("status", f"upstream answered a call with {status}")
+                told = f"upstream answered {path} with {status}" + ", no JSON" * (status == 200)
+                raise wire.UpstreamError("status", told, answered=status)
             return found
         raise wire.UpstreamError("timeout", "upstream did not answer a call in time", 504)
 

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Json = dict[str, Any]
@@ -17,6 +17,10 @@ EVENT_STREAM = "text/event-stream"
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How some servers begin the texts of tokens that are no whole characters.
+_BYTES_TEXT = "bytes:\\x"
+# How llama-server calls the tokens that it has generated so far.
+_DONE = "predicted_n"
 _NAN = float("nan")
 _MOST_DIGITS = 1000
 # Log probabilities are none above 0, but for rounding.
@@ -27,12 +31,18 @@ class UpstreamError(Exception):
     """The upstream did not answer, or not as it should; `kind` says what happened, in a word."""
 
     def __init__(
-        self, kind: str, message: str, status: int = 502, body: Json | None = None
+        self,
+        kind: str,
+        message: str,
+        status: int = 502,
+        body: Json | None = None,
+        answered: int | None = None,
     ) -> None:
-        """Takes what happened, and the status and the body that the client gets."""
+        """Takes what happened, the status and the body that the client gets, and the upstream's."""
         super().__init__(message)
         self.kind = kind
         self.status = status
+        self.answered = answered
         self.body = body or error_body(message, "upstream_error")
 
 
@@ -288,6 +298,11 @@ class ServedToken:
     """Log probabilities of the likeliest tokens in its place, in nats; empty if unknown."""
     id: int | None = None
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the server has shown it, and not only counted it."""
+        return bool(self.text) or self.id is not None or not math.isnan(self.logprob)
+
 
 def tokens_of(choice: Json) -> list[ServedToken]:
     """The tokens of a choice, read from its log probabilities in either of their two forms.
@@ -300,6 +315,43 @@ def tokens_of(choice: Json) -> list[ServedToken]:
     content = logprobs.get("content")
     entries = content if isinstance(content, list) else _chat_entries(logprobs)
     return [_token(entry) for entry in entries if isinstance(entry, dict)]
+
+
+def whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
+    """Tokens whose texts are that of their chunk, where their own are only parts of characters.
+
+    Args:
+        tokens: Those of a chunk; without any, its text counts as one.
+        text: That of the chunk.
+    """
+    own = "".join(token.text for token in tokens)
+    is_whole = len(own) >= len(text) and "\ufffd" not in own and _BYTES_TEXT not in own
+    if is_whole:
+        return tokens
+    if not tokens:
+        return [ServedToken(text)]
+    return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
+
+
+def served_tokens(choice: Json) -> list[ServedToken]:
+    """The tokens of a choice with all that any server tells of them: whole texts, and their ids.
+
+    A choice without log probabilities has one token, of which its text is known.
+    """
+    tokens, ids = whole_texts(tokens_of(choice), "".join(texts_of(choice))), choice.get("token_ids")
+    if not isinstance(ids, list) or len(ids) != len(tokens):
+        return tokens
+    return [replace(token, id=i) for token, i in zip(tokens, ids, strict=True)]
+
+
+def num_generated(chunk: Json) -> int:
+    """How many tokens have been generated up to a chunk, as far as it tells; 0 if it does not."""
+    told = [
+        part.get(name)
+        for part, name in ((chunk.get("usage"), "completion_tokens"), (chunk.get("timings"), _DONE))
+        if isinstance(part, dict)
+    ]
+    return max((number for number in told if isinstance(number, int)), default=0)
 
 
 def _token(entry: Json) -> ServedToken:

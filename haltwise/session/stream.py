@@ -1,7 +1,7 @@
 """One thought that a server streams: a token in, whether to close the thought out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,8 @@ from haltwise.session.session import Session
 from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import PointRules, Thought
 
-# Servers that name the likeliest tokens by their text lose some that share one.
-_FEWEST_TOP = 16
+#: Servers that name the likeliest tokens by their text lose some that share one.
+FEWEST_TOP = 16
 # Tokens that wait to be summed up at most.
 _MOST_WAITING = 256
 
@@ -66,10 +66,7 @@ class StreamedThought:
         """How far it has come."""
         self._session = Session(head, 1, control)
         self._session.join(0, request, self.thought)
-        self._collector = SignalCollector(rules, head.config.observing.signals, 1)
-        # Tokens that are not summed up yet: their log probabilities, and those of the likeliest.
-        self._logprobs: list[float] = []
-        self._top: list[Sequence[float]] = []
+        self._signals = StreamedSignals(rules, head.config.observing.signals)
 
     def add(self, text: str, logprob: float, top: Sequence[float]) -> bool:
         """Takes in the next token; returns whether to close the thought now, True once.
@@ -84,10 +81,7 @@ class StreamedThought:
         if not session.open[0] or thought.is_over:
             return False
         if session.watched[0]:
-            self._logprobs.append(logprob)
-            self._top.append(top)
-            if len(self._top) == _MOST_WAITING:
-                self._sum_up()
+            self._signals.add(logprob, top)
         if not thought.waits:
             return False
         return bool(session.decide([0], self._read))
@@ -109,8 +103,35 @@ class StreamedThought:
         return self._session.finish(0)
 
     def _read(self, rows: Index, thoughts: list[Thought]) -> Signals:
+        return self._signals.collect(thoughts[0])
+
+
+class StreamedSignals:
+    """Collects the signals of one thought from what a server tells of its tokens.
+
+    Args:
+        rules: Those of the thought.
+        signals: Names of the wanted signals.
+    """
+
+    def __init__(self, rules: PointRules, signals: Collection[str]) -> None:
+        """Starts without a token."""
+        self._collector = SignalCollector(rules, signals, 1)
+        # Tokens that are not summed up yet: their log probabilities, and those of the likeliest.
+        self._logprobs: list[float] = []
+        self._top: list[Sequence[float]] = []
+
+    def add(self, logprob: float, top: Sequence[float]) -> None:
+        """Takes in the next token; the arguments are those of `StreamedThought.add`."""
+        self._logprobs.append(logprob)
+        self._top.append(top)
+        if len(self._top) == _MOST_WAITING:
+            self._sum_up()
+
+    def collect(self, thought: Thought) -> Signals:
+        """Returns the signals (1,) of the thought, which stands at a decision point."""
         self._sum_up()
-        return self._collector.collect(rows, thoughts)
+        return self._collector.collect(np.zeros(1, dtype=np.int64), [thought])
 
     def _sum_up(self) -> None:
         rows = np.zeros(len(self._top), dtype=np.int64)
@@ -123,7 +144,7 @@ def _table(top: Sequence[Sequence[float]]) -> NDArray[np.float64]:
     """Returns (N, NUM_TOP), the likeliest first, and NaN where too few are known."""
     table = np.full((len(top), NUM_TOP), -np.inf)
     for row, values in zip(table, top, strict=True):
-        if len(values) < _FEWEST_TOP or any(map(math.isnan, values)):
+        if len(values) < FEWEST_TOP or any(map(math.isnan, values)):
             row[:] = np.nan
         else:
             row[: len(values)] = sorted(values, reverse=True)[:NUM_TOP]

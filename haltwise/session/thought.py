@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from haltwise.policy.answers import READERS
 from haltwise.policy.halting import DecisionRule, Halting
 
 #: A thought begins within so many tokens; later its marker is only mentioned.
@@ -14,6 +15,8 @@ LONGEST_OPENING = 64
 #: More tokens than any thought has.
 NEVER = 2**62
 
+_BOX = r"\boxed{"
+
 #: Why a thought ended. "halted" is the head's doing and "capped" that of its cap; "token budget"
 #: stands for any other limit of the LM; "no thought" is an LM that answered without one, and
 #: "cut off" a request that was broken off.
@@ -21,13 +24,13 @@ Reason = Literal["halted", "capped", "closed by the LM", "token budget", "no tho
 
 
 class PointRules:
-    """The rules by which thoughts begin, end and have decision points.
+    """The rules by which thoughts begin, end and have decision points, and answers are read.
 
     A token is a text here, as servers tell it; `haltwise.engine.token_rules.TokenRules` reads
     token ids.
 
     Args:
-        halting: Has the decision rule and the markers of a thought.
+        halting: Has the decision rule, the markers of a thought, and how answers end and are read.
 
     Raises:
         InputError: If the decision rule cannot be run.
@@ -41,6 +44,13 @@ class PointRules:
         #: Decision points that a thought can have, or None if there is no limit.
         self.max_points = rule.max_points
         self.think_start, self.think_end = halting.think_start, halting.think_end
+        #: The function that reads an answer from a text.
+        self.read_answer = READERS[halting.answer_rule]
+        #: A forced answer is cut after this many tokens.
+        self.max_answer_tokens = halting.max_answer_tokens
+        self._answer_end = halting.answer_end
+        # "... the answer is \boxed{" leaves only the rest of the box to the LM.
+        self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
 
     def is_point(self, position: int, text: str) -> bool:
         """Whether a decision point follows the token at this position.
@@ -70,6 +80,26 @@ class PointRules:
     def decode(self, tokens: Sequence[Any], skip_special_tokens: bool = True) -> str:
         """Returns the text of some tokens."""
         return "".join(tokens)
+
+    def read(self, answer: "ForcedAnswer") -> "Probe":
+        """Reads a forced answer from its tokens, in the box that the close text opens."""
+        text = self.decode(answer.tokens)
+        text = self._opening + text if text.strip() else ""
+        return Probe(**vars(answer), text=text, answer=self.read_answer(text))
+
+    def is_complete(self, tokens: Sequence[Any]) -> bool:
+        """Tells whether a forced answer with some tokens has come to the text that ends it."""
+        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
+
+
+def _ends(answer: str, end: str) -> bool:
+    """Tells whether an end text is in an answer, outside of the braces that the answer opens."""
+    depth, text = 0, answer.lstrip()
+    for i, letter in enumerate(text):
+        if not depth and text.startswith(end, i):
+            return True
+        depth = max(0, depth + {"{": 1, "}": -1}.get(letter, 0))
+    return False
 
 
 class Thought:
@@ -201,17 +231,22 @@ class Thought:
 class ForcedAnswer:
     """What an LM answers greedily when its thought is closed."""
 
-    tokens: list[int]
-    """Its tokens, without the one that ended it."""
+    tokens: list[Any]
+    """Its tokens, ids or texts, without the one that ended it."""
     logprobs: list[float]
-    """Natural log of the probability of each of `tokens`."""
+    """Natural log of the probability of each of `tokens`; empty if unknown."""
     num_tokens: int
     """Tokens generated, the one that ended the answer included."""
 
     @property
     def confidence(self) -> float:
-        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer."""
-        return float(np.exp(np.mean(self.logprobs))) if self.logprobs else 0.0
+        """Exp of the mean of `logprobs`; 0 if the LM ended without a token of an answer.
+
+        NaN if there are tokens of unknown probability.
+        """
+        if self.logprobs:
+            return float(np.exp(np.mean(self.logprobs)))
+        return float("nan") if self.tokens else 0.0
 
     @property
     def worst_logprob(self) -> float:

@@ -32,11 +32,12 @@ def markers_of(chat: Chat) -> tuple[str, str]:
 
 
 def test_qwen3s_form_shows_its_own_close_mark_and_the_lm_opens_the_thought() -> None:
-    chat = detect_chat(qwen3_like().tokenizer, ChatConfig())
+    tokenizer = qwen3_like().tokenizer
+    chat = detect_chat(tokenizer, ChatConfig())
     assert markers_of(chat) == THINK
     assert chat.close_mark == "\n</think>\n\n"
     assert chat.prompt("hi") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert chat.turn_end == chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.turn_end == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert "the LM opens it with '<think>' and closes it with '</think>'" in chat.describe()
 
 
@@ -49,11 +50,12 @@ def test_an_lm_that_is_said_to_reason_in_the_open_is_not_asked_to_think() -> Non
 
 @pytest.mark.parametrize("opening", ["<think>\n", ""])
 def test_r1s_form_drops_thoughts_and_its_prompt_may_open_one(opening: str) -> None:
-    chat = detect_chat(r1_like(opening).tokenizer, ChatConfig())
+    tokenizer = r1_like(opening).tokenizer
+    chat = detect_chat(tokenizer, ChatConfig())
     assert markers_of(chat) == THINK
     assert chat.close_mark == "\n</think>\n\n"
     assert chat.prompt("hi") == f"<|begin|><|User|>hi<|Assistant|>{opening}"
-    assert chat.turn_end == chat.tokenizer.eos_token_id
+    assert chat.turn_end == tokenizer.eos_token_id
     assert ("opened by the prompt" in chat.describe()) == bool(opening)
 
 

@@ -285,7 +285,7 @@ class _Fake:
         if self.kind == "llama-server":
             yield Route("/v1/chat/completions/control", self.control, methods=["POST"])
             yield Route("/apply-template", self.apply_template, methods=["POST"])
-            props = {"total_slots": self.num_slots or 1_000}
+            props = {"total_slots": self.num_slots or 1_000, "chat_template": "not shown"}
             yield Route("/props", lambda _: JSONResponse(props))
 
     # Tokens

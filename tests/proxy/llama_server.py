@@ -46,10 +46,16 @@ class LlamaServer:
 
 
 @contextmanager
-def llama_server(model: Path) -> Iterator[LlamaServer]:
-    """Serves a GGUF file on a free port of the loopback interface until the block is left."""
+def llama_server(model: Path, num_slots: int = NUM_SLOTS, port: int = 0) -> Iterator[LlamaServer]:
+    """Serves a GGUF file on the loopback interface until the block is left.
+
+    Args:
+        model: The file.
+        num_slots: Requests at once.
+        port: 0 for a free one.
+    """
     with subprocess.Popen(
-        [sys.executable, __file__, str(model)],
+        [sys.executable, __file__, str(model), str(num_slots), str(port)],
         stdin=subprocess.PIPE,  # ends with this process, and the server with it
         stdout=subprocess.PIPE,
         text=True,
@@ -63,14 +69,14 @@ def llama_server(model: Path) -> Iterator[LlamaServer]:
             server.kill()
 
 
-def serve(model: str) -> None:
+def serve(model: str, num_slots: int, port: int) -> None:
     """Prints the address once requests are taken; ends with stdin."""
     params = xllamacpp.CommonParams()
     params.model.path = model
     params.model_alias = {NAME}
-    params.port = 0
-    params.n_parallel = NUM_SLOTS
-    params.n_ctx = NUM_SLOTS * SLOT_TOKENS
+    params.port = port
+    params.n_parallel = num_slots
+    params.n_ctx = num_slots * SLOT_TOKENS
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     # Half precision, that of flash attention too, moves log probabilities by 0.01 and more.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -83,4 +89,4 @@ def serve(model: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

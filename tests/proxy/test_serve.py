@@ -131,6 +131,22 @@ def test_a_head_of_another_lm_is_told_once(
     assert all("another" in line and "fake" in line for line in told)
 
 
+def test_a_head_that_was_recorded_from_another_server_is_told(
+    head: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = HaltHead.load(head)
+    recorded = {"kind": "llama-server", "model": "a.gguf", "quantisation": None}
+    HaltHead(replace(own.config, lm="fake", server=recorded), own.weights).save(tmp_path)
+    assert HaltHead.load(tmp_path).config.server == recorded
+    with (
+        FakeUpstream("llama-server") as upstream,
+        proxied(ServeConfig(head=tmp_path, upstream=upstream.url)) as proxy,
+    ):
+        assert ask(proxy.client, Plan("p", thinking=3)).done
+    (told,) = (line for record in caplog.records if "warning" in (line := record.getMessage()))
+    assert "recorded from a server with model 'a.gguf', this one has ''" in told
+
+
 def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:
     of_markers = HaltHead.load(head)
     halting = replace(of_markers.config.halting, think_start="", think_end="")

@@ -23,6 +23,13 @@ from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig
+from haltwise.proxy.dialect import (
+    LlamaDialect,
+    OllamaDialect,
+    ServedPrompt,
+    ServerDialect,
+    VllmDialect,
+)
 from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, opened_in_text
 from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
@@ -31,6 +38,7 @@ from haltwise.proxy.wire import (
     DONE,
     EventReader,
     Json,
+    ServedToken,
     StreamEvent,
     UpstreamError,
     WholeAnswer,
@@ -1014,9 +1022,9 @@ def test_every_line_of_the_log_is_a_json_object() -> None:
 
 def test_the_upstream_is_named_as_clients_name_it() -> None:
     for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
-        assert ServeConfig(Path("head"), upstream=text).upstream_url == "http://h:1"
+        assert ServeConfig(Path("head"), upstream=text).connections.url == "http://h:1"
     deep = ServeConfig(Path("head"), upstream="https://h/lm/v1")
-    assert deep.upstream_url == "https://h/lm"
+    assert deep.connections.url == "https://h/lm"
 
 
 @pytest.mark.parametrize(
@@ -1043,7 +1051,7 @@ def test_a_key_has_its_terms_and_is_kept_as_a_digest(
     assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
     assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
     monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
-    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").upstream_key == "sk-inner"
+    assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").connections.key == "sk-inner"
     # HTTP headers are bytes, shown as Latin-1.
     found = keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1"))
     assert found == Terms(0.0, max_tokens=9)  # off lifts no cap
@@ -1056,3 +1064,39 @@ def test_headers_of_one_connection_go_no_further() -> None:
     headers = [(b"Connection", b"close, X-Own"), (b"x-own", b"1"), (b"TE", b"trailers")]
     headers += [(b"Host", b"h"), (b"Accept", b"a"), (b"accept", b"b")]
     assert _without(headers, {b"host"}) == [(b"accept", b"a"), (b"accept", b"b")]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "is_all", "expected"),
+    [
+        (ServerDialect, True, {"prompt": "q<think> a b</think>"}),
+        (VllmDialect, True, {"prompt": [1, 2, 5, 6, 9]}),
+        (VllmDialect, False, {"prompt": "q<think> a b</think>"}),
+        (LlamaDialect, True, {"prompt": [1, 2, 5, 6, 9]}),
+        (LlamaDialect, False, {"prompt": [1, 2, " a b", 9]}),
+    ],
+)
+def test_a_prompt_goes_on_from_ids_as_far_as_all_are_known(
+    dialect: type[ServerDialect], is_all: bool, expected: Json
+) -> None:
+    upstream: Any = None
+    said = [ServedToken(" a", id=5), ServedToken(" b", id=6)]
+    prompt, tail = ServedPrompt("q<think>", [1, 2]), ServedPrompt("</think>", [9])
+    assert dialect(upstream).continued(prompt, said, is_all, tail) == expected
+    unknown = dialect(upstream).continued(ServedPrompt("q<think>"), said, is_all, tail)
+    assert unknown == {"prompt": "q<think> a b</think>"}
+
+
+def test_a_message_that_the_assistant_has_begun_goes_on() -> None:
+    upstream: Any = None
+    ollama, said = OllamaDialect(upstream), [ServedToken(" a"), ServedToken(" b")]
+    asked: list[Json] = [{"role": "user", "content": "q"}]
+    begun = [*asked, {"role": "assistant", "content": "<think>"}]
+    for messages, before in ((asked, ""), (begun, "<think>")):
+        found = ollama.continued(
+            ServedPrompt("q", messages=messages), said, True, ServedPrompt("!")
+        )
+        expected = {"role": "assistant", "content": before + " a b!"}
+        assert found == {"messages": [*asked, expected]}
+    nothing = ServedPrompt("", [])
+    assert ollama.continued(ServedPrompt("q"), [], True, nothing) == {"messages": asked}
