@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,13 +97,12 @@ def start_from_traces(
     steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
     correct_net = nn.Linear(policy_net.out.in_features, 2)
-    learned = (policy_net.first, policy_net.second, policy_net.out, correct_net)
+    layers = nn.ModuleList([policy_net.first, policy_net.second, policy_net.out, correct_net])
+    decayed: dict[str, Any] = {"params": list(layers.parameters())}
+    # The straight path starts from what is known, which is not to be forgotten.
+    kept: dict[str, Any] = {"params": [policy_net.straight.weight], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [tensor for layer in learned for tensor in layer.parameters()]},
-            # It starts from what is known: it is not to be forgotten.
-            {"params": [policy_net.straight.weight], "weight_decay": 0.0},
-        ],
+        [decayed, kept],
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
     )

@@ -18,6 +18,7 @@ import traces.store
 import traces.stream
 import train
 from agents.fit import FitConfig, _light_processes, fit
+from agents.network import LogOdds
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import PPOConfig, export
 from benchmarks import memory
@@ -228,9 +229,8 @@ def test_the_exact_gradient_goes_through_every_chunk(folder: Path) -> None:
                 yield chunk
 
     chunks = Watched([whole.of_split(name) for name in ("train", "dev", "test")])
-    net = torch.nn.Sequential(
-        torch.nn.Linear(config.observing.size, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
-    )
+    size, linear = config.observing.size, torch.nn.Linear
+    net = LogOdds(linear(size, 4), linear(4, 4), linear(4, 1), linear(size, 1, bias=False))
     before = [weight.clone() for weight in net.parameters()]
     start_from_traces(net, chunks, config.observing, HALTING, PathwiseConfig(2, 8), seed=0)
     assert seen == list(chunks[:])  # fewer steps than chunks: one each
