@@ -40,11 +40,12 @@ from envs.replay import availability
 from evaluation.compare import parameter_free, swept
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
+from evaluation.honest import promise
 from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
 from evaluation.rows import to_json
-from evaluation.table import format_table
+from evaluation.table import format_honest, format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from evaluation.verdict import conclusion
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
@@ -145,6 +146,9 @@ def main(config: TrainConfig) -> Path:
         _finish(opened, export(learning.agent, head), choice, learning)
         if config.verbose:
             print(format_table(choice.frozen))
+            print(format_honest(choice.honest))
+        if choice.honest:
+            print(promise(choice.honest, learning.judged_on))
         print(f"wrote {opened.folder}")
         if "test" in recorded.split:
             print("The exported head, loaded again, on the test questions:")
@@ -523,6 +527,7 @@ def _train_live(
 def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) -> None:
     """Writes the results of the run; the head last, since a folder with a head is a whole run."""
     content = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
+    content["honest"] = to_json(choice.honest)
     if learning.trials is not None:
         content["trials"] = [trial.to_json() for trial in learning.trials.each]
     opened.save_learned(learning.learned)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from evaluation.frontier import AREA_FLOOR, frontier_area, frontier_savings, saving_at_em
+from evaluation.honest import honest_rows
 from evaluation.intervals import Resampled, Resamples, interval, intervals
 from evaluation.outcome import Outcome, outcome_row
 from evaluation.protocol import GATES, RATE_MATCHED, operating_point, same_rate
 from evaluation.rows import (
     FrozenRow,
+    HonestRow,
     Interval,
     MissingPoint,
     MissingSweep,
@@ -45,6 +47,8 @@ class Choice:
     """Every policy over its grid."""
     frozen: list[FrozenRow | MissingPoint]
     """Every policy at its points, on the traces that they were chosen on."""
+    honest: list[HonestRow]
+    """Every policy where it is sure to keep a gate on new questions too."""
 
 
 def choose_points(
@@ -69,7 +73,9 @@ def choose_points(
         }
         for gate, points in gates.items()
     }
-    return Choice(gates, *report_rows(traces, OUT_OF_FOLD, outcomes, at_points, rules))
+    rows, frozen = report_rows(traces, OUT_OF_FOLD, outcomes, at_points, rules)
+    honest = honest_rows(traces, OUT_OF_FOLD, outcomes, rules["never"])
+    return Choice(gates, rows, frozen, honest)
 
 
 def _points(traces: Traces, sweeps: Mapping[str, Mapping[float, Outcome]], gate: float) -> Points:

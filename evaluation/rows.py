@@ -83,6 +83,15 @@ class FrozenRow(SweepRow):
 
 
 @dataclass(frozen=True)
+class HonestRow(SweepRow):
+    """What a policy comes to where it is sure to keep its gate on new questions."""
+
+    gate: float
+    confidence: float
+    """How sure that is; see `evaluation.honest`."""
+
+
+@dataclass(frozen=True)
 class MissingPoint:
     """A policy without an operating point at a gate, or one that is not available at all."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evaluation.behaviour import Behaviour, Case
 from evaluation.figures import plain
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, MissingPoint
+from evaluation.rows import FrozenRow, HonestRow, MissingPoint
 
 _TITLES = (
     "policy",
@@ -24,6 +24,7 @@ _TITLES = (
     "hopeless",
     "head saves more at equal EM [95 %]",
 )
+_HONEST_TITLES = ("policy", "parameter", "EM change [95 %]", "saving % [95 %]")
 _CASE_TITLES = ("trace", "tokens", "of", "answer", "P(halt) %", "right again at", "driven by")
 _NUM_CASES, _LONGEST_ANSWER = 5, 20
 _NOTES = "* strongest baseline, > it never has the head's EM"
@@ -94,6 +95,35 @@ def _with_interval(value: float, interval: Sequence[float] | None, form: str) ->
         return f"{100 * value:{form}}"
     low, high = interval
     return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+
+
+def format_honest(rows: Sequence[HonestRow]) -> str:
+    """Returns one table for each gate, of the points that are sure to keep it."""
+    return "\n\n".join(
+        _honest_table([row for row in rows if row.gate == gate])
+        for gate in sorted({row.gate for row in rows})
+    )
+
+
+def _honest_table(rows: Sequence[HonestRow]) -> str:
+    """Returns the table of one gate, its title first."""
+    lines = [_HONEST_TITLES, *map(_honest_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = (
+        f"Points that lose at most {rows[0].gate:.1%} of exact match on new questions too, with "
+        f"{rows[0].confidence:.0%} confidence; traces: {rows[0].split}"
+    )
+    return "\n".join([title, *(_line(line, widths) for line in lines)])
+
+
+def _honest_cells(row: HonestRow) -> tuple[str, ...]:
+    """Returns the cells of a row."""
+    return (
+        row.policy,
+        "-" if row.parameter is None else f"{row.parameter:.6g}",
+        _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
+        _with_interval(row.saving, row.saving_interval, ".1f"),
+    )
 
 
 def format_cases(behaviour: Behaviour) -> str:

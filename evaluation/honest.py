@@ -1,0 +1,101 @@
+"""Operating points that keep what they promise on new questions too, as surely as they say.
+
+The point that saves most among those that lost little enough on the questions at hand has been
+lucky on them: on new questions of the same kind it loses more than it promised about as often as
+not. An honest point is chosen by a test instead, which is passed only if the loss in the mean of
+all such questions is small enough with a stated confidence, see `evaluation.certify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from evaluation.certify import certify, fewest_questions, measure
+from evaluation.intervals import Resamples, intervals
+from evaluation.outcome import Outcome, outcome_row, saving
+from evaluation.protocol import GATES, RATE_MATCHED
+from evaluation.rows import HonestRow
+from evaluation.wording import counted, gate_title, number, percent
+from traces import Traces
+
+#: The share of draws of the questions in which a point keeps its promise, at least.
+CONFIDENCE = 0.9
+
+# No number of questions shows that nothing at all is lost.
+_GATES = [gate for gate in GATES if gate > 0]
+
+
+def honest_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> float | None:
+    """Chooses the parameter with the largest saving that is sure to keep the gate.
+
+    Parameters are tested from the strictest on, until the first that does not pass.
+
+    Args:
+        traces: N traces to choose on, of questions that are drawn independently.
+        outcomes: By parameter, the outcomes on those traces; parameters are in the order of their
+            grid, so that the policy halts ever earlier, or ever later.
+        gate: How much mean EM may be lost, in (0, 1).
+
+    Returns:
+        The parameter; None (never halt) if none that passes saves anything.
+    """
+    parameters = sorted(outcomes)
+    savings = [saving(traces, outcomes[at]) for at in (parameters[0], parameters[-1])]
+    if savings[0] > savings[1]:
+        parameters.reverse()
+    measured = measure(traces, [outcomes[at] for at in parameters], "net-em-loss")
+    chosen = certify(measured, gate, 1 - CONFIDENCE)
+    return None if chosen is None else parameters[chosen]
+
+
+def honest_rows(
+    traces: Traces, split: str, sweeps: Mapping[str, Mapping[float, Outcome] | None], never: Outcome
+) -> list[HonestRow]:
+    """Chooses the honest points of all policies but the control, at every gate above 0.
+
+    Args:
+        traces: N traces to choose on.
+        split: The name of the split that they are of.
+        sweeps: By policy, the outcomes over its grid; None for one that is not available.
+        never: The outcome of never halting.
+    """
+    resamples = Resamples.draw(traces.question_id)
+    rows = []
+    for gate in _GATES:
+        for name, swept in sweeps.items():
+            if not swept or name == RATE_MATCHED:
+                continue
+            at = honest_point(traces, swept, gate)
+            outcome = never if at is None else swept[at]
+            found = resamples.of(traces, [outcome])
+            ends = (intervals(found.em_delta)[0], intervals(found.saving)[0])
+            row = outcome_row(traces, outcome, name, at, split, *ends)
+            rows.append(HonestRow(**vars(row), gate=gate, confidence=CONFIDENCE))
+    return rows
+
+
+def promise(rows: Sequence[HonestRow], traces: Traces) -> str:
+    """Says what the head saves where its promise is to hold on new questions too.
+
+    Args:
+        rows: The rows of `honest_rows`.
+        traces: The traces that they were chosen on.
+    """
+    num = len(np.unique(traces.question_id))
+    return "\n".join(_promise(row, num) for row in rows if row.policy == "head")
+
+
+def _promise(row: HonestRow, num_questions: int) -> str:
+    """Says so of one gate."""
+    said = (
+        f"To lose {gate_title(row.gate)} on new questions of this kind too, with a confidence of "
+        f"{row.confidence:.0%}"
+    )
+    if row.parameter is not None:
+        return f"{said}: a price of {number(row.parameter)}, which saves {percent(row.saving)} %."
+    fewest = fewest_questions(row.gate, 1 - row.confidence)
+    if num_questions < fewest:
+        return f"{said}: {fewest} questions are needed at least, here are {num_questions:,}."
+    return f"{said}: no price, of {counted(num_questions, 'question')}."

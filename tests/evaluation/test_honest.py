@@ -1,0 +1,81 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.honest import CONFIDENCE, honest_point, honest_rows, promise
+from evaluation.outcome import Outcome, never_outcome
+from evaluation.protocol import operating_point
+from evaluation.table import format_honest
+from traces import Traces
+
+MakeTraces = Callable[..., Traces]
+
+NUM = 400
+# How often halting at each of four prices turns a right answer wrong, and a wrong one right. Nine
+# of ten answers are right, so that the losses of EM are 0.1, 0.6, 1.1 and 3.3 points.
+PRICES = (0.1, 0.2, 0.4, 0.8)
+LOSES, WINS = np.array([0.002, 0.01, 0.02, 0.05]), np.array([0.008, 0.03, 0.07, 0.12])
+TRUE_LOSS = 0.9 * LOSES - 0.1 * WINS
+
+
+@pytest.fixture
+def asked(make_traces: MakeTraces) -> Traces:
+    return make_traces([{"trace_id": f"t{n}", "question_id": f"q{n}"} for n in range(NUM)])
+
+
+def drawn(traces: Traces, rng: np.random.Generator) -> tuple[Traces, dict[float, Outcome]]:
+    """Draws answers of the population above, and what every price makes of them."""
+    right, luck = rng.random(len(traces)) < 0.9, rng.random(len(traces))
+    outcomes = {}
+    for k, price in enumerate(PRICES):
+        em = np.where(right, luck >= LOSES[k], luck < WINS[k])
+        cost = traces.num_tokens * (0.9 - 0.2 * k)
+        outcomes[price] = Outcome(em, cost, np.ones(len(traces), dtype=bool))
+    return replace(traces, final_correct=right), outcomes
+
+
+@pytest.mark.parametrize("num_draws", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+def test_what_is_promised_is_kept_as_often_as_is_said(asked: Traces, num_draws: int) -> None:
+    rng, broken = np.random.default_rng(0), np.zeros(2)
+    loss_at = dict(zip(PRICES, TRUE_LOSS, strict=True)) | {None: 0.0}
+    found = []
+    for _ in range(num_draws):
+        traces, outcomes = drawn(asked, rng)
+        chosen = [choose(traces, outcomes, 0.01) for choose in (honest_point, operating_point)]
+        broken += [loss_at[at] > 0.01 for at in chosen]
+        found.append(chosen[0])
+    share = broken / num_draws
+    assert share[0] <= 1 - CONFIDENCE + 3 * np.sqrt(0.09 / num_draws)
+    assert share[1] > 0.3  # the point estimate promises what it does not keep
+    assert sum(at is not None for at in found) > 0.5 * num_draws  # and yet it saves something
+
+
+def test_strict_parameters_are_tested_first_whichever_end_they_are_at(asked: Traces) -> None:
+    traces, outcomes = drawn(asked, np.random.default_rng(1))
+    turned = {-at: outcome for at, outcome in outcomes.items()}
+    found = honest_point(traces, outcomes, 0.03)
+    assert found == 0.4
+    assert honest_point(traces, turned, 0.03) == -found
+
+
+def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTraces) -> None:
+    traces, outcomes = drawn(asked, np.random.default_rng(1))
+    sweeps = {"head": outcomes, "entropy": None, "confidence": outcomes, "random": outcomes}
+    rows = honest_rows(traces, "dev", sweeps, never_outcome(traces))
+    assert [(row.policy, row.gate, row.confidence) for row in rows] == [
+        ("head", 0.01, 0.9),
+        ("confidence", 0.01, 0.9),
+    ]
+    assert rows[0].saving == pytest.approx(0.1) and rows[0].parameter == 0.1
+    assert promise(rows, traces) == (
+        "To lose at most 1 point on new questions of this kind too, with a confidence of 90%: a "
+        "price of 0.1, which saves 10.0 %."
+    )
+    assert format_honest(rows).splitlines()[2].split()[:2] == ["head", "0.1"]
+    few = make_traces([{}] * 20)
+    halted = {0.1: Outcome(few.final_correct, few.num_tokens * 0.5, np.ones(20, dtype=bool))}
+    rows = honest_rows(few, "dev", {"head": halted}, never_outcome(few))
+    assert rows[0].parameter is None and rows[0].saving == 0
+    assert promise(rows, few).endswith(": 230 questions are needed at least, here are 20.")
