@@ -13,7 +13,7 @@ up to d audits drawn that have not told what they lost,
 since the reach is clamped at the top alone: a clamp at the bottom would forgive what was lost. A
 detector (Shin, Ramdas and Rinaldo, 2023, arXiv 2203.03532) raises the share of audits if it smells
 smoke, and opens the breaker at fire: then nothing is halted, every request is an audit, and a new
-epoch has to certify anew.
+epoch has to certify anew, at a smaller level. So does one that halts nothing and has lost its bets.
 
 Shapes: leading places (...) are anybody's: () in service, draws in simulations. K prices, counted
 from the strictest; step k stands for the k-th of them, step 0 for never halting.
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from haltwise.control.betting import Float
+from haltwise.control.betting import Float, log_mean_exp
 from haltwise.control.ceiling import Evidence, fewest_audits, level_of
 from haltwise.errors import InputError
 
@@ -37,7 +37,10 @@ Int = NDArray[np.int64]
 FOREVER = 2**62
 
 # Bets of the detector that losses are above the target; their capitals are averaged.
-_BETS: Float = np.array([0.35, 0.7, 0.95])
+_BETS: Float = np.array([0.5, 1.0, 2.0])
+# Log capital of the strictest price at which an epoch that halts nothing is given up: what was lost
+# while something was wrong would hold up the certificate for long after.
+_RUIN = -3.0
 # Steps that the reach may be above the ceiling, so that a loss or two at it change nothing.
 _SLACK = 0.5
 # Reaches are sums of many terms; a step is not missed by their rounding.
@@ -60,7 +63,7 @@ class Promise:
     """Share that is audited while the detector smells smoke, or nobody vouches for the ceiling."""
     gain: float = 0.02
     """How far a loss moves the reach, as a share of all prices."""
-    smoke: float = 5.0
+    smoke: float = 3.0
     """Capital of the detector at which more is audited."""
     fire: float = 2_000.0
     """Capital at which the breaker opens; false alarms are so many audits apart in the mean."""
@@ -105,7 +108,7 @@ class GroupState:
     ceiling: Int
     """(...) the largest step that it may be served; 0 while the breaker is open."""
     epoch: Int
-    """(...) how often the breaker has opened."""
+    """(...) how often it was begun to certify anew."""
     num_audits: Int
     """(...) audits of this epoch."""
     alarm: Float
@@ -202,7 +205,7 @@ def audits_due(state: GroupState, promise: Promise) -> Int:
     """Returns how many audits (...) at least are due before anything is halted; 0 if none is."""
     level = level_of(state.level, state.epoch)
     fewest = np.vectorize(lambda one: fewest_audits(promise.target, float(one)))(level)
-    needed = np.maximum(fewest, np.where(state.epoch > 0, _cooling(state, promise), 0))
+    needed = np.maximum(fewest, _cooling(state, promise))
     missing = np.maximum(np.ceil(needed - state.num_audits), 1)
     return np.where(state.ceiling > 0, 0, missing).astype(np.int64)
 
@@ -255,20 +258,24 @@ def complained(state: GroupState, weight: float, promise: Promise) -> GroupState
 
 def opened(state: GroupState, where: ArrayLike = True) -> GroupState:
     """Returns the state with the breaker opened: the certificate is void, and an epoch begins."""
-    opens = np.asarray(where) & (state.ceiling > 0)
-    each = opens[..., None]
+    return _next_epoch(state, np.asarray(where) & (state.ceiling > 0))
+
+
+def _next_epoch(state: GroupState, begins: ArrayLike) -> GroupState:
+    """Returns the state with nothing certified, where an epoch begins (...)."""
+    each = np.asarray(begins)[..., None]
     evidence = Evidence(
         np.where(each[..., None], 0.0, state.evidence.log_capital),
         np.where(each, False, state.evidence.passed),
     )
     return replace(
         state,
-        first=np.where(opens, 0, state.first),
-        trial=np.where(opens, 0, state.trial),
-        reach=np.where(opens, np.minimum(state.reach, 0.0), state.reach),
-        ceiling=np.where(opens, 0, state.ceiling),
-        epoch=state.epoch + opens,
-        num_audits=np.where(opens, 0, state.num_audits),
+        first=np.where(begins, 0, state.first),
+        trial=np.where(begins, 0, state.trial),
+        reach=np.where(begins, np.minimum(state.reach, 0.0), state.reach),
+        ceiling=np.where(begins, 0, state.ceiling),
+        epoch=state.epoch + np.asarray(begins),
+        num_audits=np.where(begins, 0, state.num_audits),
         alarm=np.where(each, 1.0, state.alarm),
         evidence=evidence,
     )
@@ -279,13 +286,14 @@ def _certified(state: GroupState, promise: Promise) -> GroupState:
     certified = state.evidence.certified(state.first)
     on_trial = state.num_audits < state.trial
     allowed = np.where(on_trial, np.maximum(state.ceiling, certified), certified)
-    waits = (state.epoch > 0) & (state.num_audits < _cooling(state, promise))
-    moved = replace(state, ceiling=np.where(waits, state.ceiling, allowed))
+    cooled = state.num_audits >= _cooling(state, promise)
+    moved = replace(state, ceiling=np.where(cooled, allowed, state.ceiling))
     rise = np.maximum(moved.top - state.top, 0)
-    return replace(moved, reach=np.minimum(state.reach + rise, moved.top))
+    moved = replace(moved, reach=np.minimum(state.reach + rise, moved.top))
+    ruined = log_mean_exp(moved.evidence.log_capital[..., 0, :]) < _RUIN
+    return _next_epoch(moved, (moved.ceiling == 0) & cooled & ruined)
 
 
 def _cooling(state: GroupState, promise: Promise) -> Float:
     """Returns the audits (...) that an epoch waits for before anything is halted again."""
-    waits: Float = promise.cooling * 2.0 ** np.minimum(state.epoch - 1, 60)
-    return waits
+    return np.where(state.epoch > 0, promise.cooling * 2.0 ** np.minimum(state.epoch - 1, 50), 0.0)

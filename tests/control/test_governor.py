@@ -1,4 +1,4 @@
-"""The governor keeps its bound for every sequence, its level where requests stay alike, and wakes."""
+"""The governor keeps its bound for every sequence, and its level where requests stay alike."""
 
 import json
 import math
@@ -28,13 +28,17 @@ from haltwise.control.governor import (
 from tests.control.test_ceiling import NUM_WITHIN, RISKS
 
 PROMISE = Promise(audit=0.1, rest=0.1, cooling=30)
+# Its breaker never opens, so that the reach alone has to keep the bound.
+NO_BREAKER = replace(PROMISE, fire=1e300)
 K = 6
 #: What a request does: the groups that it is in, its loss where it is halted, how many requests
 #: come before it tells, the probability of its audit, and whether the other prices lose as well.
 Request = tuple[tuple[int, ...], float, int, float, bool]
 
 
-def excess_over_bound(requests: Iterator[Request], num_groups: int, longest: int) -> float:
+def excess_over_bound(
+    requests: Iterator[Request], longest: int, promise: Promise, num_groups: int = 3
+) -> float:
     """How far any group is ever above the bound that every sequence keeps."""
     groups = [
         GroupState.begin(K, 0.1, certified=2 + g, ceiling=K, trial=50) for g in range(num_groups)
@@ -49,16 +53,16 @@ def excess_over_bound(requests: Iterator[Request], num_groups: int, longest: int
         told = np.full(K, loss if others_lose else 0.0)
         for g in members:
             before = float(groups[g].top)
-            groups[g] = counted(groups[g], told, PROMISE)
+            groups[g] = counted(groups[g], told, promise)
             allowed[g] += max(float(groups[g].top) - before, 0)
         under_way.append((now + min(delay, longest), members, loss, probability))
         done = [one for one in under_way if one[0] <= now]
         under_way = [one for one in under_way if one[0] > now]
         for _, of, said, drawn in done:
             for g in of:
-                groups[g] = felt(groups[g], said, drawn, PROMISE)
-                lost[g] += PROMISE.rest / drawn * (said - PROMISE.target)
-                bound = allowed[g] / PROMISE.gain + (longest + 1) * (1 - PROMISE.target)
+                groups[g] = felt(groups[g], said, drawn, promise)
+                lost[g] += promise.rest / drawn * (said - promise.target)
+                bound = allowed[g] / promise.gain + (longest + 1) * (1 - promise.target)
                 worst = max(worst, lost[g] - bound)
     return worst
 
@@ -75,7 +79,8 @@ requests = st.tuples(
 @settings(deadline=None, max_examples=60)
 @given(st.lists(requests, max_size=120), st.integers(0, 20))
 def test_no_sequence_loses_more_than_the_bound(sequence: list[Request], longest: int) -> None:
-    assert excess_over_bound(iter(sequence), 3, longest) <= 1e-9
+    for promise in (PROMISE, NO_BREAKER):
+        assert excess_over_bound(iter(sequence), longest, promise) <= 1e-9
 
 
 def greedy(num: int, delay: int) -> Iterator[Request]:
@@ -99,14 +104,15 @@ def of_one_group(num: int, delay: int) -> Iterator[Request]:
 
 @pytest.mark.parametrize("adversary", [greedy, in_turns, of_one_group])
 @pytest.mark.parametrize("delay", [0, 7, 60])
+@pytest.mark.parametrize("promise", [PROMISE, NO_BREAKER], ids=["breaker", "no breaker"])
 def test_no_adversary_loses_more_than_the_bound(
-    adversary: Callable[[int, int], Iterator[Request]], delay: int
+    adversary: Callable[[int, int], Iterator[Request]], delay: int, promise: Promise
 ) -> None:
-    assert excess_over_bound(adversary(1500, delay), 3, delay) <= 1e-9
+    assert excess_over_bound(adversary(1000, delay), delay, promise) <= 1e-9
 
 
 def test_the_bound_is_nearly_reached() -> None:
-    assert excess_over_bound(greedy(1500, 7), 3, 7) > -8
+    assert excess_over_bound(greedy(1500, 7), 7, NO_BREAKER) > -8
 
 
 def losses(rng: np.random.Generator, draws: int, more: float = 0.0) -> np.ndarray:
@@ -134,28 +140,26 @@ def play(
 def test_level_and_power(draws: int) -> None:
     """A price over the target is seldom served, and what is served is not far from the best."""
     over = np.zeros(draws, dtype=bool)
-    for state, step in play(GroupState.begin(12, np.full(draws, 0.1)), Promise(), 2000, 0):
+    for _state, step in play(GroupState.begin(12, np.full(draws, 0.1)), Promise(), 2000, 0):
         over |= step > NUM_WITHIN
     assert 0 < over.mean() <= 0.1 + 3 * math.sqrt(0.09 / draws)
-    assert state.step.mean() > 4.5 and (state.epoch == 0).all()
+    assert step.mean() > 4.5
 
 
 def test_a_sudden_loss_opens_the_breaker_and_a_calm_does_not() -> None:
     promise = Promise()
     rested = GroupState.begin(12, np.full(200, 0.1), certified=6)
-    for calm, _ in play(rested, promise, 1000, 1):
-        pass
+    *_, (calm, _) = play(rested, promise, 1000, 1)
     assert calm.epoch.mean() <= 0.01
     shares, opens = [], np.full(200, np.inf)
-    for n, (state, _) in enumerate(play(calm, promise, 300, 2, more=0.08)):
+    for n, (state, _) in enumerate(play(calm, promise, 400, 2, more=0.08)):
         shares.append(audit_rate(state, promise))
         opens = np.minimum(opens, np.where(state.epoch > calm.epoch, n, np.inf))
-    assert np.median(opens) < 150
+    assert np.median(opens) < 200
     first = shares[int(np.median(opens)) // 2]
     assert (first >= promise.alert).mean() > 0.5  # it looks closer before it is sure
     # What is behind an open breaker is certified anew once it is as it was.
-    for back, _ in play(opened(state), promise, 1500, 3):
-        pass
+    *_, (back, _) = play(state, promise, 1500, 3)
     assert (back.step > 0).mean() > 0.8
 
 
@@ -250,7 +254,7 @@ def test_a_state_comes_back_from_json() -> None:
         dict(rest=0.2),
         dict(alert=2.0),
         dict(smoke=0.5),
-        dict(fire=4.0),
+        dict(fire=2.0),
         dict(target=math.nan),
         dict(cooling=0),
     ],
