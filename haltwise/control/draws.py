@@ -2,9 +2,9 @@
 
 A draw is a number in [0, 1) that follows from a secret key and the request's id, which the server
 gives. So it is the same wherever and whenever it is made, and clients can neither choose nor tell
-it before. A group counts a request as its audit if the number is below the group's own rate. Of groups
-that a request is in, one that smells smoke then looks closer at its own requests, and the audits of
-the others are drawn as if it did not.
+it before. A group counts a request as its audit if the number is below the group's own rate. So one
+that smells smoke looks closer at its own requests, while the audits of the other groups that they
+are in are drawn as if it did not.
 """
 
 from __future__ import annotations

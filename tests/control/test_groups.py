@@ -1,4 +1,4 @@
-"""The state of all groups is a fold of events; every group is kept apart, and nonsense is counted."""
+"""The state of all groups is a fold of events; groups are kept apart, and nonsense is counted."""
 
 import json
 import math
