@@ -17,7 +17,7 @@ Float = NDArray[np.float64]
 
 #: (S,) shares of the largest bet that cannot lose everything. Losses of a few percent under a
 #: target of a few percent are told best by these; more of them dilute the capital.
-STAKES: Float = np.array([0.15, 0.25, 0.45])
+STAKES: Float = np.array([0.2, 0.45])
 # Bets of confidence sequences, from one that needs some 100,000 audits to one that needs a few.
 _TILTS: Float = np.geomspace(1e-3, 0.9, 14)
 # How much an observation's square takes from a bet's gain, see `log_wealth`.

@@ -41,10 +41,10 @@ def test_what_no_audit_tells_is_not_certified() -> None:
 
 
 def test_a_ceiling_needs_every_stricter_price() -> None:
-    evidence = Evidence(np.zeros((3, 3)), np.array([False, True, True]))
+    evidence = Evidence(np.zeros((3, 2)), np.array([False, True, True]))
     assert evidence.certified(0) == 0
     assert evidence.certified(1) == 3  # calibrate.py vouches for the first
-    assert Evidence(np.zeros((3, 3)), np.array([True, False, True])).certified(0) == 1
+    assert Evidence(np.zeros((3, 2)), np.array([True, False, True])).certified(0) == 1
 
 
 def test_audits_that_tell_late_certify_what_they_would_have_at_once() -> None:

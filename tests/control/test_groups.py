@@ -95,7 +95,7 @@ def test_an_audit_counts_as_lost_until_it_tells_more() -> None:
         return logs
 
     assert capital(waiting) == capital(lost) < capital(won)
-    assert capital(fold([begun, BrokenOff("a")])) == pytest.approx(np.zeros((K, 3)))
+    assert capital(fold([begun, BrokenOff("a")])) == pytest.approx(np.zeros((K, 2)))
     # The reach waits for what the served step lost.
     reach = [float(state.groups[EVERYTHING].reach) for state in (waiting, lost, won)]
     assert reach[1] < reach[0] and reach[2] == reach[0]
