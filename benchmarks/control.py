@@ -265,16 +265,16 @@ def sudden(drawn: Population, config: ControlConfig, promise: Promise) -> list[B
         num += audit.gap.sum()
     at_rest = audit.state
     passed = np.zeros(config.draws)
-    opened = np.full(config.draws, np.nan)
+    opened = np.full(config.draws, np.inf)
     for audit in stream(at_rest, drawn, calm, 2, more=0.08):
         passed += audit.gap
-        opens = np.isnan(opened) & (audit.state.epoch > at_rest.epoch)
+        opens = np.isinf(opened) & (audit.state.epoch > at_rest.epoch)
         opened[opens] = passed[opens]
-        if not np.isnan(opened).any() or passed.min() > 50 * config.num_requests:
+        if not np.isinf(opened).any() or passed.min() > config.num_requests:
             break
     return [
-        _result("8 points lost: requests until it stops, median", "requests", np.nanmedian(opened)),
-        _result("8 points lost: 90 of 100", "requests", np.nanpercentile(opened, 90)),
+        _result("8 points lost: requests until it stops, median", "requests", np.median(opened)),
+        _result("8 points lost: 90 of 100", "requests", np.percentile(opened, 90)),
         _percent("8 points lost: audited before", config.draws * audits / num),
         _result(
             "8 points lost: audits between false alarms before, at least",

@@ -79,4 +79,5 @@ def half_width(squares: ArrayLike, level: float) -> Float:
         middle = (low + high) / 2
         enough = log_wealth(middle, seen) >= needed
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return high
+    width: Float = high
+    return width

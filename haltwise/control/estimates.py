@@ -250,6 +250,10 @@ class Sums:
             InputError: If a key is missing, unknown or of the wrong form.
         """
         try:
-            return cls(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+            values: dict[str, Any] = {
+                name: np.array(value) if isinstance(value, list) else value
+                for name, value in data.items()
+            }
+            return cls(**values)
         except (TypeError, ValueError) as error:
             raise InputError(f"sums are not readable ({error})") from None

@@ -157,7 +157,7 @@ class GroupState:
     @property
     def num_prices(self) -> int:
         """K."""
-        return self.evidence.passed.shape[-1]
+        return int(self.evidence.passed.shape[-1])
 
     @property
     def step(self) -> Int:
@@ -187,7 +187,8 @@ class GroupState:
         """
         try:
             evidence = Evidence(**{k: np.array(v) for k, v in data["evidence"].items()})
-            return cls(**{k: np.array(v) for k, v in data.items()} | {"evidence": evidence})
+            values: dict[str, Any] = {name: np.array(value) for name, value in data.items()}
+            return cls(**values | {"evidence": evidence})
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"state of a group is not readable ({error!r})") from None
 

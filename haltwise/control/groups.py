@@ -108,7 +108,7 @@ def event_from_json(data: Mapping[str, Any]) -> Event:
         InputError: If it is none.
     """
     try:
-        values = {
+        values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in data.items()
             if name != "event"
