@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from agents.ppo import PPOConfig
-from benchmarks import environment, memory, overhead, ppo, proxy, recorder, wall_clock
+from benchmarks import control, environment, memory, overhead, ppo, proxy, recorder, wall_clock
+from benchmarks.control import ControlConfig
 from benchmarks.environment import EnvironmentConfig
 from benchmarks.memory import MemoryConfig, TrainingMemoryConfig
 from benchmarks.overhead import OverheadConfig
@@ -46,6 +47,7 @@ BenchPart = Literal[
     "overhead",
     "wall_clock",
     "proxy",
+    "control",
 ]
 
 _NUM_TRACES = 2_700
@@ -59,7 +61,7 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment and ppo. Default: synthetic traces."""
+    """A file or folder of traces for environment, ppo and control. Default: synthetic traces."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -80,6 +82,8 @@ class BenchConfig:
     """How much time a head saves against the tokens that it saves."""
     proxy: ProxyBenchConfig = field(default_factory=ProxyBenchConfig)
     """What the proxy adds to the server that it stands before."""
+    control: ControlConfig = field(default_factory=ControlConfig)
+    """How well the governor keeps its promise, by simulation on the traces."""
 
 
 def main(config: BenchConfig) -> None:
@@ -100,6 +104,7 @@ def main(config: BenchConfig) -> None:
         "overhead": partial(overhead.measure, config.overhead, config.repeats),
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
+        "control": partial(control.measure, traces, config.control),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))
@@ -119,7 +124,7 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name == "lms" or isinstance(value, PPOConfig):
+            if name in ("lms", "run") or isinstance(value, PPOConfig):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")

@@ -24,6 +24,7 @@ ROOMS = [
     {"policy"},
     {"session"},
     {"__init__"},
+    {"control"},
     {"engine"},
     {"transformers", "vllm", "proxy"},
     {"cli"},

@@ -1,0 +1,188 @@
+"""The state of all groups is a fold of events; groups are kept apart, and nonsense is counted."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import pytest
+
+from haltwise import InputError
+from haltwise.control.governor import Promise
+from haltwise.control.groups import (
+    EVERYTHING,
+    BrokenOff,
+    Complained,
+    Drawn,
+    Event,
+    Expired,
+    Groups,
+    Opened,
+    Told,
+    event_from_json,
+    event_to_json,
+)
+
+PROMISE = Promise(audit=0.1, rest=0.1)
+K = 4
+BEGUN = Groups.begin(PROMISE, K, certified=3, most_groups=3)
+KNOWN = (False,) * K
+
+
+def drawn(request: str, *names: str, step: int = 2, rate: float = 0.1) -> Drawn:
+    return Drawn(request, step, dict.fromkeys([EVERYTHING, *names], rate))
+
+
+def told(request: str, *losses: float, due: tuple[bool, ...] = KNOWN) -> Told:
+    return Told(request, losses, due)
+
+
+def fold(events: Sequence[Event], state: Groups = BEGUN) -> Groups:
+    return reduce(Groups.after, events, state)
+
+
+def text(state: Groups) -> str:
+    return json.dumps(state.to_json())
+
+
+def story(num: int = 300, seed: int = 0) -> list[Event]:
+    """Audits of a few groups that tell late, with labels that come later, or never, or twice."""
+    rng, events = np.random.default_rng(seed), list[Event]()
+    for n in range(num):
+        names = rng.choice(["math", "code", "tenant", "late"], 2, replace=False).tolist()
+        events.append(drawn(f"r{n}", *names, step=int(rng.integers(0, 5))))
+        other = f"r{int(rng.integers(0, n + 1))}"
+        losses = tuple(np.sort(rng.random(K) < 0.2).astype(float).tolist())
+        due = tuple(bool(loss) and bool(rng.random() < 0.5) for loss in losses)
+        events.append(told(other, *losses, due=due))
+        endings: list[Event] = [Expired(other), BrokenOff(f"r{n}"), Complained("math", 0.5)]
+        events.append(endings[n % 3])
+        events += [Opened("code")] if n == num // 2 else []
+    return events
+
+
+def test_a_state_is_the_fold_of_its_events_wherever_it_is_cut() -> None:
+    whole, state = fold(story()), BEGUN
+    for event in story():
+        state = Groups.from_json(json.loads(text(state)))
+        state = state.after(event_from_json(json.loads(json.dumps(event_to_json(event)))))
+    assert text(state) == text(whole)
+    assert whole.num_refused > 0 and whole.num_pooled > 0 and set(whole.groups) > {EVERYTHING}
+
+
+def test_a_request_is_served_the_strictest_of_its_groups() -> None:
+    state = fold([drawn("a", "math"), told("a", 1, 1, 1, 1), Opened("math")])
+    assert (state.step([]), state.step(["code"]), state.step(["math", "code"])) == (3, 3, 0)
+    assert state.rates(["math"]) == {"math": 1.0, EVERYTHING: 0.1}
+    assert state.rates([]) == {EVERYTHING: 0.1}
+
+
+def test_groups_that_are_too_many_are_pooled_and_told() -> None:
+    state = fold([drawn(f"r{n}", f"segment {n}") for n in range(10_000)][:200])
+    assert len(state.groups) == 3 and state.num_pooled == 198
+    assert state.rates(["segment 77"]) == {EVERYTHING: 0.1}
+
+
+def test_an_audit_counts_as_lost_until_it_tells_more() -> None:
+    begun = drawn("a")
+    waiting = fold([begun])
+    lost = fold([begun, told("a", 1, 1, 1, 1)])
+    won = fold([begun, told("a", 0, 0, 0, 0)])
+
+    def capital(state: Groups) -> list[Any]:
+        logs: list[Any] = state.groups[EVERYTHING].evidence.log_capital.tolist()
+        return logs
+
+    assert capital(waiting) == capital(lost) < capital(won)
+    assert capital(fold([begun, BrokenOff("a")])) == pytest.approx(np.zeros((K, 2)))
+    # The reach waits for what the served step lost.
+    reach = [float(state.groups[EVERYTHING].reach) for state in (waiting, lost, won)]
+    assert reach[1] < reach[0] and reach[2] == reach[0]
+
+
+def test_labels_may_come_late_once_or_never() -> None:
+    due = told("a", 0, 1, 1, 1, due=(False, True, True, True))
+    waiting = fold([drawn("a"), due])
+    assert float(waiting.groups[EVERYTHING].reach) == float(BEGUN.groups[EVERYTHING].reach)
+    never = waiting.after(Expired("a"))
+    labelled = waiting.after(told("a", 0, 0, 0, 1))
+    at_once = fold([drawn("a"), told("a", 0, 0, 0, 1)])
+    assert never.groups[EVERYTHING].reach < labelled.groups[EVERYTHING].reach
+    assert labelled.groups[EVERYTHING].reach == at_once.groups[EVERYTHING].reach
+    for state in (never, labelled):
+        again = state.after(told("a", 0, 0, 0, 0))
+        assert again == replace(state, num_refused=1)
+
+
+def test_what_an_audit_lost_is_felt_after_the_breaker_has_opened() -> None:
+    """But it is no evidence about the new epoch."""
+    state = fold([drawn("a"), Opened(EVERYTHING)])
+    for loss in (0.0, 1.0):
+        after = state.after(told("a", *[loss] * K))
+        assert (after.groups[EVERYTHING].evidence.log_capital == 0).all()
+    assert after.groups[EVERYTHING].reach < state.groups[EVERYTHING].reach
+
+
+def test_false_feedback_moves_its_own_group_alone_and_only_down() -> None:
+    calm: list[Event] = [drawn("a", "honest"), drawn("b", "liar"), told("a", 0, 0, 0, 0)]
+    before, lies = fold(calm), [Complained("liar", w) for w in (1.0, 0.0, 1.0, 5.0, -1.0, math.nan)]
+    after = fold([*calm, *lies, *[Complained("liar", 1.0)] * 100])
+    assert after.num_refused == 3
+    assert after.step(["liar"]) == 0 and after.step(["honest"]) == before.step(["honest"]) == 3
+    for name in ("honest", EVERYTHING):
+        assert after.groups[name].to_json() == before.groups[name].to_json()
+    assert fold([Complained(EVERYTHING, 1.0)]).num_refused == 1  # nobody speaks for all
+
+
+def test_it_says_how_many_audits_are_due() -> None:
+    state = Groups.begin(PROMISE, K)
+    due = state.audits_due()
+    for n in range(due):
+        assert state.step([]) == 0 and state.rates([]) == {EVERYTHING: 1.0}
+        state = fold([drawn(f"r{n}", step=0, rate=1.0), told(f"r{n}", 0, 0, 0, 0)], state)
+    assert state.step([]) == K and state.audits_due() == 0
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        told("unknown", 0, 0, 0, 0),
+        told("a", 0, 0, 0),
+        told("a", 0, 0, 0, math.nan),
+        told("a", 0, 0, 0, 2),
+        told("a", -2, 0, 0, 0),
+        Expired("unknown"),
+        BrokenOff("unknown"),
+        Opened("unknown"),
+        Complained("unknown", 1.0),
+        drawn("a"),
+        drawn("b", step=9),
+        drawn("b", rate=0.01),
+        drawn("b", rate=math.nan),
+    ],
+    ids=str,
+)
+def test_an_event_that_makes_no_sense_is_counted_and_changes_nothing(event: Event) -> None:
+    state = fold([drawn("a")])
+    assert text(state.after(event)) == text(replace(state, num_refused=1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(confidence=1.0), dict(num_prices=0), dict(most_groups=0), dict(certified=9)],
+)
+def test_a_beginning_that_is_none(wrong: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"promise": PROMISE, "num_prices": K}
+    with pytest.raises(InputError, match="expected"):
+        Groups.begin(**asked | wrong)
+
+
+@pytest.mark.parametrize("data", [{}, {"event": "Slept"}, {"event": "Told", "mood": 1}])
+def test_what_is_no_event(data: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="event is not readable"):
+        event_from_json(data)
+    with pytest.raises(InputError, match="not readable"):
+        Groups.from_json(data)
