@@ -233,7 +233,10 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
 
 def _at_strictest(head: HaltHead, gates: Gates) -> HaltHead:
     """Returns the head with the price of its strictest gate as its own."""
-    return HaltHead(replace(head.config, default_price=own_price(gates)), head.weights)
+    price = own_price(gates)
+    kept = head.config.segment_prices if price == head.config.default_price else {}
+    config = replace(head.config, default_price=price, segment_prices=kept)
+    return HaltHead(config, head.weights)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,11 @@ def main(config: CalibrateConfig) -> Certificate:
     if not config.apply:
         print(f"The head is as it was: --apply would make {price:.6g} its own price.")
         return certificate
-    head_config = replace(head.config, certificate=certificate, default_price=price)
+    # Prices of segments that nobody has certified would break the certificate.
+    by_segment = {of.segment: of.price or 0.0 for of in certificate.segments}
+    head_config = replace(
+        head.config, certificate=certificate, default_price=price, segment_prices=by_segment
+    )
     certified.save_head(HaltHead(head_config, head.weights))
     print(f"{price:.6g} is the head's own price now." if price else NEVER_HALTS)
     return certificate

@@ -45,7 +45,7 @@ from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
 from evaluation.rows import to_json
-from evaluation.table import format_honest, format_table
+from evaluation.table import format_honest, format_segments, format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from evaluation.verdict import conclusion
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
@@ -147,6 +147,7 @@ def main(config: TrainConfig) -> Path:
         if config.verbose:
             print(format_table(choice.frozen))
             print(format_honest(choice.honest))
+            print(format_segments(choice.segments))
         if choice.honest:
             print(promise(choice.honest, learning.judged_on))
         print(f"wrote {opened.folder}")
@@ -526,16 +527,17 @@ def _train_live(
 
 def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) -> None:
     """Writes the results of the run; the head last, since a folder with a head is a whole run."""
-    content = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
-    content["honest"] = to_json(choice.honest)
+    content: dict[str, Any] = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
+    content |= {"honest": to_json(choice.honest), "segments": to_json(choice.segments)}
     if learning.trials is not None:
         content["trials"] = [trial.to_json() for trial in learning.trials.each]
     opened.save_learned(learning.learned)
     opened.save_out_of_fold(content)
     plot_frontiers(choice.rows, choice.frozen, opened.out_of_fold_plot)
     opened.save_operating_points(choice.gates)
-    price = own_price(choice.gates)
-    opened.save_head(HaltHead(replace(head.config, default_price=price), head.weights))
+    price, by_segment = own_price(choice.gates), choice.segment_prices
+    config = replace(head.config, default_price=price, segment_prices=by_segment)
+    opened.save_head(HaltHead(config, head.weights))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.outcome import Outcome, saving
+from evaluation.segments import segment_of
 from haltwise.policy.certificate import Risk
 from traces import Traces
 
@@ -83,7 +84,7 @@ def measure_segments(
     Returns:
         By name of the segment, what was measured.
     """
-    segment = np.where(traces.segment != "", traces.segment, traces.task)
+    segment = segment_of(traces)
     measured = {}
     for name in np.unique(segment).tolist():
         rows = segment == name

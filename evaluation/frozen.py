@@ -17,9 +17,11 @@ from evaluation.rows import (
     Interval,
     MissingPoint,
     MissingSweep,
+    SegmentRow,
     SweepRow,
     without_intervals,
 )
+from evaluation.segments import segment_points, segment_rows
 from runs import Gates, Points
 from traces import Traces
 
@@ -49,6 +51,18 @@ class Choice:
     """Every policy at its points, on the traces that they were chosen on."""
     honest: list[HonestRow]
     """Every policy where it is sure to keep a gate on new questions too."""
+    segments: list[SegmentRow]
+    """The head at each gate where it halts, on every segment with enough questions."""
+
+    @property
+    def segment_prices(self) -> dict[str, float]:
+        """By segment, the head's price at the gate of its own price; empty if that is 0."""
+        strictest = min(self.gates)
+        return {
+            row.segment: row.price or 0.0
+            for row in self.segments
+            if row.gate == strictest and row.segment
+        }
 
 
 def choose_points(
@@ -75,7 +89,14 @@ def choose_points(
     }
     rows, frozen = report_rows(traces, OUT_OF_FOLD, outcomes, at_points, rules)
     honest = honest_rows(traces, OUT_OF_FOLD, outcomes, rules["never"])
-    return Choice(gates, rows, frozen, honest)
+    segments = []
+    for gate, points in gates.items():
+        if (price := points["head"]) is not None:
+            own = segment_points(traces, sweeps["head"], gate)
+            swept: dict[float | None, Outcome] = {None: rules["never"]}
+            swept.update(sweeps["head"].items())
+            segments += segment_rows(traces, swept, gate, own, price) if own else []
+    return Choice(gates, rows, frozen, honest, segments)
 
 
 def _points(traces: Traces, sweeps: Mapping[str, Mapping[float, Outcome]], gate: float) -> Points:

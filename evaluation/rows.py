@@ -92,6 +92,25 @@ class HonestRow(SweepRow):
 
 
 @dataclass(frozen=True)
+class SegmentRow:
+    """What the head comes to on a segment at the price of all, and at a price of its own."""
+
+    segment: str
+    """The segment's name; empty for all of them together."""
+    gate: float
+    num_questions: int
+    price_of_all: float
+    em_delta_of_all: float
+    em_delta_of_all_interval: Interval | None
+    saving_of_all: float
+    price: float | None
+    """The segment's own price; None never halts, or is of all of them together."""
+    em_delta: float
+    em_delta_interval: Interval | None
+    saving: float
+
+
+@dataclass(frozen=True)
 class MissingPoint:
     """A policy without an operating point at a gate, or one that is not available at all."""
 

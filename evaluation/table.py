@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evaluation.behaviour import Behaviour, Case
 from evaluation.figures import plain
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, HonestRow, MissingPoint
+from evaluation.rows import FrozenRow, HonestRow, MissingPoint, SegmentRow
 
 _TITLES = (
     "policy",
@@ -25,6 +25,16 @@ _TITLES = (
     "head saves more at equal EM [95 %]",
 )
 _HONEST_TITLES = ("policy", "parameter", "EM change [95 %]", "saving % [95 %]")
+_SEGMENT_TITLES = (
+    "segment",
+    "questions",
+    "price of all",
+    "EM change [95 %]",
+    "saving %",
+    "own price",
+    "EM change [95 %]",
+    "saving %",
+)
 _CASE_TITLES = ("trace", "tokens", "of", "answer", "P(halt) %", "right again at", "driven by")
 _NUM_CASES, _LONGEST_ANSWER = 5, 20
 _NOTES = "* strongest baseline, > it never has the head's EM"
@@ -123,6 +133,36 @@ def _honest_cells(row: HonestRow) -> tuple[str, ...]:
         "-" if row.parameter is None else f"{row.parameter:.6g}",
         _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
         _with_interval(row.saving, row.saving_interval, ".1f"),
+    )
+
+
+def format_segments(rows: Sequence[SegmentRow]) -> str:
+    """Returns one table for each gate, of one price for all beside a price for each segment."""
+    return "\n\n".join(
+        _segment_table([row for row in rows if row.gate == gate])
+        for gate in sorted({row.gate for row in rows})
+    )
+
+
+def _segment_table(rows: Sequence[SegmentRow]) -> str:
+    """Returns the table of one gate, its title first."""
+    lines = [_SEGMENT_TITLES, *map(_segment_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"The head by segment, at prices chosen to lose at most {rows[0].gate:.1%}"
+    return "\n".join([title, *(_line(line, widths) for line in lines)])
+
+
+def _segment_cells(row: SegmentRow) -> tuple[str, ...]:
+    """Returns the cells of a row."""
+    return (
+        row.segment or "(all)",
+        str(row.num_questions),
+        f"{row.price_of_all:.6g}",
+        _with_interval(row.em_delta_of_all, row.em_delta_of_all_interval, "+.2f"),
+        f"{100 * row.saving_of_all:.1f}",
+        "-" if row.price is None else f"{row.price:.6g}",
+        _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
+        f"{100 * row.saving:.1f}",
     )
 
 

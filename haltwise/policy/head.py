@@ -169,6 +169,9 @@ class HeadConfig:
     """The command that trained this head."""
     certificate: Certificate | None = None
     """What was certified about the head, if anything."""
+    segment_prices: dict[str, float] = field(default_factory=dict)
+    """By segment, the price of questions that are known to be of it; the others have the default
+    one. At a price of 0 they are never halted."""
     server: dict[str, Any] = field(default_factory=dict)
     """What the server told of itself that the training traces were recorded from; empty if they
     were recorded otherwise."""
@@ -178,13 +181,24 @@ class HeadConfig:
 
         Raises:
             InputError: If the features cannot be seen under the halting conditions, or the
-                threshold or the default price is out of its range.
+                threshold or a price is out of its range.
         """
         self.halting.check_groups(self.observing.groups)
         if not 0 < self.threshold < 1:
             raise InputError(f"threshold is {self.threshold}, expected between 0 and 1")
         if not 0 <= self.default_price < np.inf:
             raise InputError(f"default price is {self.default_price}, expected 0 or more")
+        for segment, price in self.segment_prices.items():
+            if not (isinstance(price, int | float) and 0 <= price < np.inf):
+                raise InputError(f"price of segment {segment!r} is {price!r}, expected 0 or more")
+
+    def price_of(self, segment: str | None) -> float:
+        """Returns the price of questions of a segment; None, or one without its own, is no other.
+
+        Args:
+            segment: The segment's name, or the task's where training traces named no segment.
+        """
+        return self.segment_prices.get(segment or "", self.default_price)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -195,8 +209,9 @@ class HeadConfig:
         """Returns what head.json holds: this config, and the features that the weights are for."""
         data = asdict(self)
         del data["observing"]["projection"]
-        if not data["server"]:  # as in heads that are older than this
-            del data["server"]
+        for name in ("server", "segment_prices"):
+            if not data[name]:  # as in heads that are older than this
+                del data[name]
         versions = {group: FEATURE_GROUPS[group].version for group in self.observing.groups}
         return data | {"format": FORMAT, "features_version": versions, "features": self.features}
 
@@ -210,7 +225,7 @@ class HeadConfig:
         """
         own = {f.name for f in fields(cls)}
         known = own | {"format", "features_version", "features"}
-        data = {"server": {}} | data
+        data = {"server": {}, "segment_prices": {}} | data
         if set(data) != known:
             raise InputError(
                 f"head.json: missing keys {sorted(known - set(data))}, "

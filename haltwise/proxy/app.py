@@ -83,7 +83,7 @@ class Proxy:
                 "the head's LM reasons in the open: expected think markers, by which servers tell "
                 "a thought from an answer"
             )
-        self._terms = config.terms(head.config.default_price)
+        self._terms = config.terms(Terms.of_head(head.config))
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
         control, patience = control or load_control(config.control), config.read_timeout

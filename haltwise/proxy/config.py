@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -147,17 +147,19 @@ class ServeConfig:
         name = name.strip("[]").lower()
         return _is_loopback(name) or name in (self.host, *map(str.lower, self.allowed_hosts))
 
-    def terms(self, default_price: float) -> Terms:
+    def terms(self, own: Terms) -> Terms:
         """The terms of requests that ask for no others.
 
         Args:
-            default_price: The head's own price.
+            own: The head's own terms, which hold where the operator names no price.
 
         Raises:
             InputError: If they contradict each other.
         """
-        price = default_price if self.price is None else self.price
-        return Terms(price, self.min_thinking_tokens, self.max_thinking_tokens)
+        terms = own if self.price is None else Terms(self.price)
+        return replace(
+            terms, min_tokens=self.min_thinking_tokens, max_tokens=self.max_thinking_tokens
+        )
 
 
 class APIKeys:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from haltwise.errors import InputError
+from haltwise.policy.head import HeadConfig
 from haltwise.session.thought import Reason, Thought
 
 # Counts are kept as 64-bit integers, and no context is nearly as long.
@@ -26,6 +27,15 @@ class Terms:
     """Thinking tokens before which the head does not halt."""
     max_tokens: int | None = None
     """Thinking tokens at which the thought is closed, whatever the head says."""
+    segment: str | None = None
+    """What kind of question it is, as the head's training traces name kinds; None is unknown."""
+    segment_prices: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
+    """By segment, the price of who names the segment and no price."""
+
+    @classmethod
+    def of_head(cls, config: HeadConfig) -> Terms:
+        """Returns a head's own terms."""
+        return cls(config.default_price, segment_prices=config.segment_prices)
 
     def __post_init__(self) -> None:
         """Checks the values; text that is a number is taken for it.
@@ -33,6 +43,8 @@ class Terms:
         Raises:
             InputError: If one is negative, not a number, or they contradict each other.
         """
+        if not isinstance(self.segment, str | None):
+            raise InputError(f"segment is {self.segment!r}, expected text")
         object.__setattr__(self, "price", _number("price", self.price))
         object.__setattr__(self, "min_tokens", _count("min_tokens", self.min_tokens))
         if not 0 <= self.price < math.inf:
@@ -50,17 +62,25 @@ class Terms:
         """Returns terms as somebody states them; what is left out is as in the default.
 
         Args:
-            asked: Any of "price", "min_tokens", "max_tokens", as numbers or text, and "off", as a
-                truth value: then the price is 0.
+            asked: Any of "price", "min_tokens", "max_tokens", as numbers or text, "off", as a
+                truth value: then the price is 0, and "segment", whose price holds if none is
+                named.
             default: The terms of who states nothing.
 
         Raises:
             InputError: If a key is unknown or a value makes no sense.
         """
-        unknown = sorted(set(asked) - {"price", "off", "min_tokens", "max_tokens"})
+        unknown = sorted(set(asked) - {"price", "off", "min_tokens", "max_tokens", "segment"})
         if unknown:
-            raise InputError(f"{unknown[0]!r}: expected price, off, min_tokens or max_tokens")
+            raise InputError(
+                f"{unknown[0]!r}: expected price, off, min_tokens, max_tokens or segment"
+            )
         terms = replace(default, **{key: asked[key] for key in asked if key != "off"})
+        if "price" in asked:
+            terms = replace(terms, segment_prices={})
+        elif "segment" in asked:
+            own = default.segment_prices.get(terms.segment or "", default.price)
+            terms = replace(terms, price=own)
         return replace(terms, price=0.0) if _truth("off", asked.get("off", False)) else terms
 
     @classmethod

@@ -54,7 +54,7 @@ def read_settings(vllm_config: Any) -> Settings:
     head = HaltHead.load(folder)
     _check_runnable(head)
     try:
-        default = Terms.read(terms, Terms(head.config.default_price))
+        default = Terms.read(terms, Terms.of_head(head.config))
     except InputError as error:
         raise InputError(f"haltwise in additional-config: {error}") from None
     if default.price == 0:

@@ -56,6 +56,30 @@ def test_fit_leaves_a_constant_feature_at_zero() -> None:
     assert observing.mean == (2, 2, 4) and observing.scale == (1, 1, 1)
 
 
+def test_a_segment_has_its_own_price(run_head: HaltHead, tmp_path: Path) -> None:
+    prices = {"hard": 0.25, "never": 0.0}
+    config = replace(run_head.config, segment_prices=prices)
+    HaltHead(config, run_head.weights).save(tmp_path)
+    loaded = HaltHead.load(tmp_path).config
+    assert [loaded.price_of(name) for name in ("hard", "never", "other", None)] == [0.25, 0, 1, 1]
+    assert "segment_prices" not in run_head.config.to_json()  # older heads are as they were
+    for wrong in (-1.0, np.inf, "high"):
+        with pytest.raises(InputError, match="price of segment 'hard'"):
+            replace(config, segment_prices={"hard": wrong})
+
+
+def test_the_output_may_look_past_the_hidden_layers(run_head: HaltHead) -> None:
+    weights = run_head.weights
+    size = run_head.config.observing.size
+    straight = np.arange(size, dtype=np.float32)[None]
+    both = dict(weights, w2=np.concatenate([weights["w2"], straight], axis=1))
+    obs = np.random.default_rng(0).normal(size=(5, size))
+    expected = run_head.log_odds_of(obs) + obs @ straight[0]
+    assert HaltHead(run_head.config, both).log_odds_of(obs) == pytest.approx(expected)
+    with pytest.raises(InputError, match="w2"):
+        HaltHead(run_head.config, dict(weights, w2=both["w2"][:, :-1]))
+
+
 def test_saved_and_loaded_it_is_the_same(run_head: HaltHead, tmp_path: Path) -> None:
     run_head.save(tmp_path)
     loaded = HaltHead.load(tmp_path)

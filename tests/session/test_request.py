@@ -28,6 +28,28 @@ def test_what_a_request_leaves_out_is_as_in_the_default(
 
 
 @pytest.mark.parametrize(
+    ("asked", "price"),
+    [
+        ({"segment": "hard"}, 0.1),
+        ({"segment": "never"}, 0.0),
+        ({"segment": "unknown"}, 0.5),
+        ({"segment": None}, 0.5),
+        ({"segment": "hard", "price": 3}, 3.0),
+        ({"segment": "hard", "off": True}, 0.0),
+    ],
+)
+def test_who_names_a_segment_and_no_price_has_that_of_the_segment(
+    asked: dict[str, Any], price: float
+) -> None:
+    default = Terms(0.5, segment_prices={"hard": 0.1, "never": 0.0})
+    terms = Terms.read(asked, default)
+    assert (terms.price, terms.segment) == (price, asked["segment"])
+    named = Terms.read({"price": 2}, default)  # an operator's entry, behind which a client asks
+    assert Terms.within({"segment": "hard"}, named).price == 2
+    assert Terms.within({"segment": "hard"}, default).price == 0.1
+
+
+@pytest.mark.parametrize(
     ("asked", "cap"),
     [({}, 100), ({"max_tokens": 50}, 50), ({"max_tokens": 500}, 100), ({"max_tokens": None}, 100)],
 )
@@ -57,6 +79,7 @@ def test_no_client_lifts_the_operators_cap(asked: dict[str, Any], cap: int, off:
         ({"price": 10**400}, "price is 1000.*, expected a number"),
         ({"max_tokens": 9}, "max_tokens is 9, expected at least 10"),
         ({"max_tokens": 0, "min_tokens": 0}, "max_tokens is 0, expected at least 1"),
+        ({"segment": 3}, "segment is 3, expected text"),
         ({"off": "perhaps"}, "off is 'perhaps', expected true or false"),
         ({"off": True, "price": "x"}, "price is 'x'"),
     ],

@@ -593,7 +593,7 @@ def test_of_processes_that_sample_the_same_requests_one_logs(
         ({"haltwise_off": "perhaps"}, "haltwise_*: off is 'perhaps', expected true or false"),
         (
             {"haltwise_prize": 1},
-            "haltwise_*: 'prize': expected price, off, min_tokens or max_tokens",
+            "haltwise_*: 'prize': expected price, off, min_tokens, max_tokens or segment",
         ),
     ],
 )

@@ -257,7 +257,7 @@ def test_over_http_a_request_is_halted_on_its_own_terms(server: str, head: Path)
         ({"haltwise_price": "dear"}, "haltwise_*: price is 'dear', expected a number"),
         (
             {"haltwise_prize": 1},
-            "haltwise_*: 'prize': expected price, off, min_tokens or max_tokens",
+            "haltwise_*: 'prize': expected price, off, min_tokens, max_tokens or segment",
         ),
     ],
 )
