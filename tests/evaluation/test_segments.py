@@ -41,7 +41,7 @@ def test_a_segment_that_loses_has_a_price_of_its_own(asked: Traces) -> None:
 
 
 def test_a_segment_that_loses_by_chance_has_the_price_of_all(asked: Traces) -> None:
-    # 1 of 100 and 1 of 50 differ by less than chance: both count as 2 of 150, which are 1.33 points.
+    # 1 of 100 and 1 of 50 differ by less than chance: both count as 2 of 150, 1.33 points.
     outcomes = {1.0: losing(asked, 0.2), 2.0: losing(asked, 0.5, easy=1, hard=1)}
     assert segment_points(asked, outcomes, 0.014) == {"easy": 2.0, "hard": 2.0}
     assert segment_points(asked, outcomes, 0.013) == {"easy": 1.0, "hard": 1.0}

@@ -63,6 +63,7 @@ def test_a_segment_has_its_own_price(run_head: HaltHead, tmp_path: Path) -> None
     loaded = HaltHead.load(tmp_path).config
     assert [loaded.price_of(name) for name in ("hard", "never", "other", None)] == [0.25, 0, 1, 1]
     assert "segment_prices" not in run_head.config.to_json()  # older heads are as they were
+    wrong: Any
     for wrong in (-1.0, np.inf, "high"):
         with pytest.raises(InputError, match="price of segment 'hard'"):
             replace(config, segment_prices={"hard": wrong})
