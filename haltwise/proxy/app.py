@@ -1,6 +1,7 @@
 """The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
 
 import asyncio
+import hmac
 import json
 import math
 from collections.abc import AsyncIterator
@@ -19,8 +20,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
+from haltwise.control.governed import GovernedControl, Mode, open_control
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
+from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
@@ -30,6 +33,7 @@ from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
+    Json,
     RawHeaders,
     StreamEvent,
     UpstreamError,
@@ -56,6 +60,8 @@ _CHECK_LASTS = 1.0
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
+# What beside terms such a header names: X-Haltwise-Task.
+_TASK = "task"
 # Headers of an answer that do not hold for one that is written anew.
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
@@ -86,8 +92,13 @@ class Proxy:
         self._terms = config.terms(head.config.default_price)
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
-        control, patience = control or load_control(config.control), config.read_timeout
-        self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
+        control, patience = control or _control(config, head), config.read_timeout
+        self.control = control if isinstance(control, GovernedControl) else None
+        auditor = None if self.control is None else Auditor(self.control, self.metrics, patience)
+        self._settings = CompletionSettings(
+            head, control, self.metrics, config.shadow, patience, auditor
+        )
+        self._operator_key = config.operator_key
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
@@ -218,8 +229,12 @@ class Proxy:
             if is_blind and (terms.max_tokens is None or request.num_top is not None):
                 why_not = why_not or "tools"
         if why_not is None:
-            about = {"endpoint": record.endpoint, "model": request.model}
+            about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
+            about["task"] = _named(client).get(_TASK, "")
+            about["names_price"] = terms.price != self._terms.price or bool(
+                {"price", "off"} & _named(client).keys()
+            )
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, self._settings)
             try:
@@ -397,6 +412,27 @@ class Proxy:
             self._checked = anyio.current_time()
             return self._answered
 
+    async def tell_control(self, request: Request) -> Response:
+        """Tells what the audits have told, and what is served because of it."""
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        if self._operator_key is not None and not (
+            scheme.lower() == "bearer"
+            and hmac.compare_digest(key.strip().encode(), self._operator_key.encode())
+        ):
+            error = RefusedError(401, "unauthorized", "expected the operator's key")
+            return JSONResponse(error.body, 401, {"www-authenticate": "Bearer"})
+        if self.control is None:
+            return JSONResponse({"mode": self.config.control})
+        return JSONResponse(await anyio.to_thread.run_sync(self.control.status))
+
+    async def close(self) -> None:
+        """Ends the audits, writes what the control knows, and closes all connections."""
+        if self._settings.auditor is not None:
+            await self._settings.auditor.close()
+        if self.control is not None:
+            self.control.close()
+        await self.upstream.close()
+
     async def tell_metrics(self, request: Request) -> Response:
         """Tells the metrics in the form that Prometheus reads."""
         content = generate_latest(self.metrics.registry)
@@ -418,11 +454,12 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await proxy.upstream.close()
+        await proxy.close()
 
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
+        Route("/v1/haltwise/control", proxy.tell_control),
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -444,13 +481,36 @@ def _is_preflight(client: RequestingClient) -> bool:
     return client.scope["method"] == "OPTIONS" and asks is not None
 
 
-def _terms(client: RequestingClient, default: Terms) -> Terms:
-    """The terms of a request: what its headers name, and the default for all else."""
-    named = {
+def _control(config: ServeConfig, head: HaltHead) -> Control:
+    """The control that the settings name.
+
+    Raises:
+        InputError: If there is none of that name, or its state cannot be used.
+    """
+    if config.control == "off":
+        return ConstantControl()
+    if config.state is None:
+        return load_control(config.control)
+    usual = config.terms(head.config.default_price).price
+    mode: Mode = "apply" if config.control == "apply" else "observe"
+    return open_control(
+        head, mode, config.state, config.target, config.audit, usual, config.context
+    )
+
+
+def _named(client: RequestingClient) -> dict[str, str]:
+    """What the headers of a request name about its terms and itself."""
+    return {
         name.removeprefix(_TERMS).replace("-", "_"): value
         for name, value in client.headers.items()
         if name.startswith(_TERMS)
     }
+
+
+def _terms(client: RequestingClient, default: Terms) -> Terms:
+    """The terms of a request: what its headers name, and the default for all else."""
+    named = _named(client)
+    named.pop(_TASK, None)
     try:
         return Terms.within(named, default)
     except InputError as error:
