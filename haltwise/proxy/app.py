@@ -218,7 +218,9 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
-        is_asked_only = isinstance(self._settings.control, ConstantControl)
+        names_price = terms.price != self._terms.price or _names_price(client)
+        governed = self.control is not None and names_price
+        is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         is_large = aside.is_large(asked)
         why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
@@ -232,9 +234,7 @@ class Proxy:
             about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
             about["task"] = _named(client).get(_TASK, "")
-            about["names_price"] = terms.price != self._terms.price or bool(
-                {"price", "off"} & _named(client).keys()
-            )
+            about["names_price"] = names_price
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, self._settings)
             try:
@@ -505,6 +505,11 @@ def _named(client: RequestingClient) -> dict[str, str]:
         for name, value in client.headers.items()
         if name.startswith(_TERMS)
     }
+
+
+def _names_price(client: RequestingClient) -> bool:
+    """Whether the headers of a request name a price, or ask for none."""
+    return not {"price", "off"}.isdisjoint(_named(client))
 
 
 def _terms(client: RequestingClient, default: Terms) -> Terms:

@@ -19,8 +19,9 @@ from haltwise.session.thought import ForcedAnswer
 _AT_ONCE = 2
 # Audits that may wait for it; others tell nothing.
 _MOST_WAITING = 256
-# Where the LM does not answer behind a closed thought, it is left to think on.
-_THINKS_ON = ("second thought", "no answer")
+# Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may have
+# been cut off by its server, and tells nothing.
+_THINKS_ON = "second thought"
 
 
 class Auditor:
@@ -100,7 +101,7 @@ class Auditor:
                         usage.completion_tokens = answer.num_tokens
                         usage.take(event.chunk.get("usage"))
         except UpstreamError as error:
-            if error.kind not in _THINKS_ON:
+            if error.kind != _THINKS_ON:
                 raise
             return None
         finally:

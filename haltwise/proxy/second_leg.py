@@ -117,8 +117,7 @@ class ThoughtCloser:
         """A leg that answers behind the closed thought, where no first leg runs any more.
 
         Raises:
-            UpstreamError: If none begins to answer; its kind is "second thought" or "no answer"
-                where the LM is to be left to think on.
+            UpstreamError: If none begins to answer.
         """
         return await self._begun_to_answer(await self._body_after(self._tail), None)
 
