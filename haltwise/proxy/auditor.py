@@ -19,8 +19,8 @@ from haltwise.session.thought import ForcedAnswer
 _AT_ONCE = 2
 # Audits that may wait for it; others tell nothing.
 _MOST_WAITING = 256
-# Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may have
-# been cut off by its server, and tells nothing.
+# Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may
+# have been cut off by its server, and tells nothing.
 _THINKS_ON = "second thought"
 
 
