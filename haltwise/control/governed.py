@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,8 @@ from haltwise.control.books import Bookkeeper, Books, Entry
 from haltwise.control.draws import AuditDraw, check_key, draw_audit
 from haltwise.control.estimates import LOSSES, Audit, Interval
 from haltwise.control.governor import Promise
-from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Groups, Told
-from haltwise.control.record import AnswerRow, Record, RequestRow, digest
+from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Groups, Told
+from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.errors import InputError, reason_of
 from haltwise.policy.answers import normal_text
@@ -47,6 +47,9 @@ _GROUPED_BY = ("tenant", "task")
 _LONGEST_NAME = 100
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
+# Requests that users may still rate.
+_MOST_REMEMBERED = 10_000
+# Share of requests that is audited at rest, and on alert.
 _REST = 0.025
 _ALERT = 0.5
 _DISAGREEMENT = LOSSES.index("disagreement")
@@ -140,6 +143,9 @@ class GovernedControl:
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
+        # The tenants' groups of the newest requests that nobody has rated.
+        self._recent: OrderedDict[str, str] = OrderedDict()
+        self.num_refused = 0
 
     @property
     def groups(self) -> Groups:
@@ -177,6 +183,7 @@ class GovernedControl:
             served = asked.price
             step = int(np.searchsorted(self.prices, served, side="right"))
         drawn = draw_audit(self.key, number, rates)
+        self._remember(number, names)
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
@@ -187,6 +194,14 @@ class GovernedControl:
         elif self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put(Entry())
         return replace(asked, price=served)
+
+    def _remember(self, number: str, names: list[str]) -> None:
+        """Remembers whose a request is, for a while."""
+        tenants = [name for name in names if name.startswith("tenant:")]
+        if tenants:
+            self._recent[number] = tenants[0]
+        if len(self._recent) > _MOST_REMEMBERED:
+            self._recent.popitem(last=False)
 
     def _put(self, entry: Entry) -> None:
         """Puts an entry on its way, with the requests that have come since the last one."""
@@ -337,6 +352,44 @@ class GovernedControl:
             scorer=self.head.config.halting.answer_rule,
         )
 
+    # What users say
+
+    def complain(self, request: Any = None, score: Any = None, **others: Any) -> None:
+        """Takes in how content somebody was with an answer; it can only make its tenant stricter.
+
+        Args:
+            request: The request's id.
+            score: From 0, at which the tenant may go a step less far, to 1, which changes nothing.
+            others: There are none.
+
+        Raises:
+            InputError: If the request is unknown, has no tenant or was rated already, or the score
+                is none.
+        """
+        try:
+            if others or not isinstance(request, str):
+                raise InputError('expected {"request": "ID", "score": 0 to 1}')
+            is_number = isinstance(score, int | float) and not isinstance(score, bool)
+            if not is_number or not 0 <= score <= 1:
+                raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
+            group = self._recent.get(request)
+            if group is None:
+                raise InputError(
+                    f"request {request!r:.80} is unknown, too old, without a tenant or rated "
+                    "already, expected the X-Haltwise-Request of a recent one"
+                )
+            if group not in self.groups.groups:
+                raise InputError("nothing is known of the tenant yet, expected an audit of it")
+        except InputError:
+            self.num_refused += 1
+            raise
+        del self._recent[request]
+        self._put(Entry(Complained(group, 1.0 - score)))
+        try:
+            self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
     # What a person sees
 
     def status(self) -> dict[str, Any]:
@@ -353,7 +406,7 @@ class GovernedControl:
             "rows_dropped": self.record.num_dropped,
             "too_long": books.num_too_long,
             "pooled": books.groups.num_pooled,
-            "refused": books.groups.num_refused,
+            "refused": books.groups.num_refused + self.num_refused,
             "trouble": failed,
             "groups": {name: self._group_status(books, name) for name in books.groups.groups},
         }

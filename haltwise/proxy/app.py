@@ -1,7 +1,6 @@
 """The proxy as an ASGI application: who is let in, what is watched, what is passed on."""
 
 import asyncio
-import hmac
 import json
 import math
 from collections.abc import AsyncIterator
@@ -30,6 +29,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
+from haltwise.proxy.operator import OperatorPages
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
@@ -98,7 +98,6 @@ class Proxy:
         self._settings = CompletionSettings(
             head, control, self.metrics, config.shadow, patience, auditor
         )
-        self._operator_key = config.operator_key
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
@@ -291,6 +290,8 @@ class Proxy:
         if not leg.is_readable:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
+        if self.control is not None:
+            headers.append((b"x-haltwise-request", client.record.id.encode()))
         try:
             if completion.request.streams:
                 headers.append((b"content-type", _stream_type(leg).encode()))
@@ -412,19 +413,6 @@ class Proxy:
             self._checked = anyio.current_time()
             return self._answered
 
-    async def tell_control(self, request: Request) -> Response:
-        """Tells what the audits have told, and what is served because of it."""
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if self._operator_key is not None and not (
-            scheme.lower() == "bearer"
-            and hmac.compare_digest(key.strip().encode(), self._operator_key.encode())
-        ):
-            error = RefusedError(401, "unauthorized", "expected the operator's key")
-            return JSONResponse(error.body, 401, {"www-authenticate": "Bearer"})
-        if self.control is None:
-            return JSONResponse({"mode": self.config.control})
-        return JSONResponse(await anyio.to_thread.run_sync(self.control.status))
-
     async def close(self) -> None:
         """Ends the audits, writes what the control knows, and closes all connections."""
         if self._settings.auditor is not None:
@@ -459,7 +447,7 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
-        Route("/v1/haltwise/control", proxy.tell_control),
+        *OperatorPages(config.control, proxy.control, config.operator_key).routes,
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)

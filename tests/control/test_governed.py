@@ -286,3 +286,65 @@ def test_a_thought_without_points_agrees_everywhere(tmp_path: Path) -> None:
         told(steering, request)
     found = steering.status()["groups"][EVERYTHING]["by_price"]
     assert {m["loss"]["estimate"] for m in found} == {0.0}
+
+
+def test_complaints_make_their_own_tenant_stricter_alone(tmp_path: Path) -> None:
+    with control(tmp_path) as steering:
+        for name in ("a", "b"):
+            request = asked(id=name, tenant=name)
+            run(steering, request)
+            told(steering, request, 4, 8, 12)
+        wait(steering)
+        before = {n: float(steering.groups.group(n).reach) for n in steering.groups.groups}
+        steering.complain("a", 0.25)
+        steering.complain("b", 1)
+        wait(steering)
+        while steering.groups.group("tenant:a").reach == before["tenant:a"]:
+            pass
+        after = {n: float(steering.groups.group(n).reach) for n in steering.groups.groups}
+        lower = before["tenant:a"] - 0.02 * 0.75
+        assert after == before | {"tenant:a": pytest.approx(lower)}
+    assert rows(tmp_path, "label", "request", "source", "value") == [
+        ("a", "user", 0.25),
+        ("b", "user", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "expected {"),
+        ({"request": 7, "score": 1}, "expected {"),
+        ({"request": "a", "score": 1, "more": 2}, "expected {"),
+        ({"request": "a", "score": float("nan")}, "score is nan"),
+        ({"request": "a", "score": "good"}, "score is 'good'"),
+        ({"request": "a", "score": True}, "score is True"),
+        ({"request": "a", "score": 1.1}, "score is 1.1"),
+        ({"request": "nobody", "score": 1}, "request 'nobody' is unknown"),
+        ({"request": "no tenant", "score": 1}, "is unknown, too old, without a tenant"),
+        ({"request": "twice", "score": 1}, "or rated already"),
+        ({"request": "b", "score": 1}, "nothing is known of the tenant yet"),
+    ],
+)
+def test_feedback_that_makes_no_sense_is_refused_and_counted(
+    said: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with control(tmp_path) as steering:
+        for name, tenant in (("a", "t"), ("twice", "t"), ("no tenant", "")):
+            steering.terms(asked(id=name, tenant=tenant))
+        while "tenant:t" not in steering.groups.groups:
+            pass
+        steering.audit = 1e-9
+        steering.terms(asked(id="b", tenant="other"))
+        steering.complain("twice", 0)
+        with pytest.raises(InputError, match=expected):
+            steering.complain(**said)
+        assert steering.status()["refused"] == 1
+
+
+def test_the_oldest_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_REMEMBERED", 2)
+    with control(tmp_path) as steering:
+        for name in "abc":
+            steering.terms(asked(id=name, tenant="t"))
+        assert list(steering._recent) == ["b", "c"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -185,6 +186,39 @@ def test_the_status_is_the_operators_if_there_is_a_key(
     ).json()
     assert found["mode"] == "observe" and found["audits_due"] > 0
     assert set(found["groups"]) == {"everything"}
+
+
+def test_feedback_is_the_operators(
+    serving: Governed, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR", "secret")
+    path, client, key = "/v1/haltwise/feedback", {"Authorization": "Bearer k"}, "Bearer secret"
+    looking = serving(control="observe", operator_key_env="OPERATOR")
+    found = ask(looking.client, plan, headers=client)
+    said: Any = {"request": found.headers["x-haltwise-request"], "score": 0.0}
+    codes = [
+        looking.client.post(path, headers={"Authorization": shown}, content=content).status_code
+        for shown, content in [
+            (client["Authorization"], json.dumps(said)),
+            (key, "[]"),
+            (key, json.dumps(said | {"score": float("nan")})),
+            (key, " " * 70_000),
+            (key, json.dumps(said)),
+            (key, json.dumps(said)),
+        ]
+    ]
+    assert codes == [401, 400, 400, 413, 204, 400]
+
+
+def test_without_a_key_or_a_control_nobody_tells_anything(
+    serving: Governed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert serving(control="observe").client.post("/v1/haltwise/feedback").status_code == 403
+    monkeypatch.setenv("OPERATOR", "secret")
+    found = serving(operator_key_env="OPERATOR").client.post(
+        "/v1/haltwise/feedback", headers={"Authorization": "Bearer secret"}
+    )
+    assert found.status_code == 404 and "control is off" in found.json()["error"]["message"]
 
 
 def test_without_a_control_the_status_says_so(serving: Governed) -> None:
