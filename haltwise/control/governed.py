@@ -316,7 +316,8 @@ class GovernedControl:
             reason=report.reason,
             position=report.position,
             audit_tokens=num_tokens,
-            **known,
+            tenant=known.get("tenant"),
+            task=known.get("task"),
         )
 
     def _note_answers(
@@ -345,11 +346,12 @@ class GovernedControl:
         return AnswerRow(
             audit.id,
             position,
-            *bounds,
-            answer=digest(self.key, answer.compared),
-            agrees=answer.compared == full.compared,
-            tokens=answer.num_tokens,
-            scorer=self.head.config.halting.answer_rule,
+            bounds[0],
+            bounds[1],
+            digest(self.key, answer.compared),
+            answer.compared == full.compared,
+            answer.num_tokens,
+            self.head.config.halting.answer_rule,
         )
 
     # What users say
