@@ -25,6 +25,7 @@ from haltwise.control.estimates import Audit, Sums
 from haltwise.control.groups import (
     BrokenOff,
     Event,
+    Expired,
     Groups,
     Told,
     event_from_json,
@@ -41,6 +42,16 @@ _LEASE, _RENEWED = 60.0, 20.0
 _SNAPSHOT = 200
 
 
+@dataclass(frozen=True)
+class Awaited:
+    """What is waited for of an audit whose answers differ: which of them is right."""
+
+    answers: tuple[str, ...]
+    """(K + 1,) digests of the answers at each price, and of the full one."""
+    until: float
+    """Seconds since 1970 until when it is waited for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """What the books take in at once."""
@@ -51,13 +62,17 @@ class Entry:
     """What the audit tells, if the event is that it has told it."""
     num_requests: Mapping[str, int] = field(default_factory=dict)
     """By group, the requests that have come since the entry before."""
+    awaited: Awaited | None = None
+    """What is waited for, if the event leaves labels due."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
-        told = {} if self.audit is None else vars(self.audit)
-        audit = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in told.items()}
-        event = None if self.event is None else event_to_json(self.event)
-        return {"event": event, "audit": audit or None, "num_requests": dict(self.num_requests)}
+        return {
+            "event": None if self.event is None else event_to_json(self.event),
+            "audit": None if self.audit is None else _audit_to_json(self.audit),
+            "num_requests": dict(self.num_requests),
+            "awaited": None if self.awaited is None else asdict(self.awaited),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Entry:
@@ -67,13 +82,12 @@ class Entry:
             InputError: If it is none.
         """
         try:
-            event, told = data["event"], data["audit"]
-            arrays = {} if told is None else dict(told)
-            arrays |= {k: np.array(v) for k, v in arrays.items() if isinstance(v, list)}
+            event, told, awaited = data["event"], data["audit"], data["awaited"]
             return cls(
                 None if event is None else event_from_json(event),
-                None if told is None else Audit(**arrays),
+                None if told is None else _audit_from_json(told),
                 data["num_requests"],
+                None if awaited is None else _awaited_from_json(awaited),
             )
         except (TypeError, KeyError) as error:
             raise InputError(f"entry of the books is not readable ({error!r})") from None
@@ -91,27 +105,41 @@ class Books:
     """The most tokens that an answer can have."""
     num_too_long: int = 0
     """Audits with more tokens than that, which no sum has."""
+    awaited: Mapping[str, tuple[Audit, Awaited]] = field(default_factory=dict)
+    """By request, the audits whose labels are due, the oldest first."""
 
     def after(self, entry: Entry) -> Books:
         """Returns the books after an entry."""
-        books = self
-        if entry.event is not None:
-            groups = self.groups.after(entry.event)
-            books = replace(self, groups=groups)
-            if isinstance(entry.event, Told) and entry.audit is not None:
-                books = books._told(entry.audit, self._probabilities(entry.event.request))
+        event, books = entry.event, self
+        if event is not None:
+            books = replace(self, groups=self.groups.after(event))
+            under_way = self.groups.under_way.get(getattr(event, "request", ""))
+            if isinstance(event, Told | Expired) and under_way is not None:
+                books = books._told(event.request, entry, under_way.groups)
         return books._counted(entry.num_requests)
 
-    def _probabilities(self, request: str) -> Mapping[str, float]:
-        """Returns, by group that counts an audit, the probability that the group would."""
-        found = self.groups.under_way.get(request)
-        return {} if found is None else found.groups
-
-    def _told(self, audit: Audit, probabilities: Mapping[str, float]) -> Books:
-        if max(audit.full_cost, audit.cost.max()) > self.most_tokens:
+    def _told(self, request: str, entry: Entry, probabilities: Mapping[str, float]) -> Books:
+        """Returns the books after an audit has told something, or nothing more is waited for."""
+        others = {name: one for name, one in self.awaited.items() if name != request}
+        before, audit = self.awaited.get(request), entry.audit
+        if audit is None:
+            return replace(self, awaited=others)
+        if self.is_too_long(audit):
             return replace(self, num_too_long=self.num_too_long + 1)
-        told = {name: self.sum_of(name).audit(audit, p) for name, p in probabilities.items()}
-        return replace(self, sums={**self.sums, **told})
+        sums = dict(self.sums)
+        for name, probability in probabilities.items():
+            one = self.sum_of(name)
+            if before is None:
+                sums[name] = one.audit(audit, probability)
+            else:
+                sums[name] = one.label(before[0], audit, probability)
+        if entry.awaited is not None:
+            others[request] = audit, entry.awaited
+        return replace(self, sums=sums, awaited=others)
+
+    def is_too_long(self, audit: Audit) -> bool:
+        """Returns whether an audit has more tokens than there can be."""
+        return bool(max(audit.full_cost, audit.cost.max()) > self.most_tokens)
 
     def _counted(self, num_requests: Mapping[str, int]) -> Books:
         known = {n: num for n, num in num_requests.items() if n in self.groups.groups}
@@ -125,8 +153,14 @@ class Books:
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
-        sums = {name: one.to_json() for name, one in self.sums.items()}
-        return vars(self) | {"groups": self.groups.to_json(), "sums": sums}
+        return vars(self) | {
+            "groups": self.groups.to_json(),
+            "sums": {name: one.to_json() for name, one in self.sums.items()},
+            "awaited": {
+                request: [_audit_to_json(audit), asdict(awaited)]
+                for request, (audit, awaited) in self.awaited.items()
+            },
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Books:
@@ -138,8 +172,12 @@ class Books:
         try:
             groups = Groups.from_json(data["groups"])
             sums = {name: Sums.from_json(one) for name, one in data["sums"].items()}
-            return cls(**{**data, "groups": groups, "sums": sums})
-        except (TypeError, KeyError, AttributeError) as error:
+            awaited = {
+                request: (_audit_from_json(audit), _awaited_from_json(one))
+                for request, (audit, one) in data["awaited"].items()
+            }
+            return cls(**{**data, "groups": groups, "sums": sums, "awaited": awaited})
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"books are not readable ({error!r})") from None
 
 
@@ -149,7 +187,7 @@ class Bookkeeper:
     def __init__(self, path: Path, begun: Books, about: Mapping[str, Any]) -> None:
         """Opens or makes the file, and takes up the books where they were left.
 
-        Audits that were under way then are broken off: nobody will tell of them any more.
+        Audits that had not told anything then are broken off: nobody will tell of them any more.
 
         Args:
             path: The file.
@@ -172,7 +210,7 @@ class Bookkeeper:
         self._term = self._ledger.take(self._holder, time.time(), _LEASE)
         self.books = self._read(begun)
         """The newest."""
-        for request in list(self.books.groups.under_way):
+        for request in self.books.groups.under_way.keys() - self.books.awaited.keys():
             self.books = self.books.after(Entry(BrokenOff(request)))
         self._missed = True
         self._save()
@@ -262,6 +300,18 @@ class Bookkeeper:
         term = self._ledger.take(self._holder, time.time(), _LEASE)
         if term is None or term != self._term:
             raise InputError("another process has taken the books")
+
+
+def _audit_to_json(audit: Audit) -> dict[str, Any]:
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(audit).items()}
+
+
+def _audit_from_json(data: Mapping[str, Any]) -> Audit:
+    return Audit(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+
+
+def _awaited_from_json(data: Mapping[str, Any]) -> Awaited:
+    return Awaited(tuple(data["answers"]), data["until"])
 
 
 def _locked(path: Path) -> IO[bytes]:

@@ -24,15 +24,15 @@ from typing import Any, Literal
 import numpy as np
 
 from haltwise.control.betting import Float
-from haltwise.control.books import Bookkeeper, Books, Entry
+from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.draws import AuditDraw, check_key, draw_audit
 from haltwise.control.estimates import LOSSES, Audit, Interval
 from haltwise.control.governor import Promise
-from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Groups, Told
+from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.errors import InputError, reason_of
-from haltwise.policy.answers import normal_text
+from haltwise.policy.answers import READERS, normal_text
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
@@ -52,7 +52,7 @@ _MOST_REMEMBERED = 10_000
 # Share of requests that is audited at rest, and on alert.
 _REST = 0.025
 _ALERT = 0.5
-_DISAGREEMENT = LOSSES.index("disagreement")
+_NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ class GovernedControl:
     usual_price: float
     """The price of requests that name none."""
     clock: Callable[[], float] = time.time
+    label_seconds: float = 0.0
+    """Seconds for which the right answer of an audit whose answers differ is waited for; at 0 it
+    counts as lost at once."""
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
@@ -146,6 +149,13 @@ class GovernedControl:
         # The tenants' groups of the newest requests that nobody has rated.
         self._recent: OrderedDict[str, str] = OrderedDict()
         self.num_refused = 0
+        # Audits whose label is on its way into the books.
+        self._labelled: set[str] = set()
+
+    @property
+    def _kind(self) -> int:
+        """The kind of loss that is told: with labels, what the promise is about."""
+        return _NET if self.label_seconds else _DISAGREEMENT
 
     @property
     def groups(self) -> Groups:
@@ -172,6 +182,7 @@ class GovernedControl:
             return asked if self.mode == "observe" else replace(asked, price=0.0)
 
     def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
+        self._expire()
         names, groups, asked = groups_of(request.about), self.groups, request.terms
         number = str(request.about.get("id") or uuid.uuid4().hex)
         rates = groups.rates(names)
@@ -260,8 +271,10 @@ class GovernedControl:
         try:
             told = self._told(audit.replay.positions, full, halted)
             losses = tuple(told.losses[_DISAGREEMENT].tolist())
-            event = Told(audit.id, losses, (False,) * len(losses))
-            self._put(Entry(event, told))
+            waits = told.due.any() and not self.keeper.books.is_too_long(told)
+            awaited = self._awaited(audit, full, halted) if waits else None
+            due = told.due if awaited else np.zeros_like(told.due)
+            self._put(Entry(Told(audit.id, losses, tuple(due.tolist())), told, {}, awaited))
             self._note_answers(audit, full, halted)
             self._note(audit.report, audit, num_tokens)
         except Exception as error:
@@ -282,6 +295,19 @@ class GovernedControl:
         agrees = np.array([one.compared == full.compared for one in answers])
         cost = np.array([float(one.num_tokens) for one in answers])
         return Audit(agrees, cost, float(full.num_tokens))
+
+    def _awaited(
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
+    ) -> Awaited | None:
+        """Returns what is waited for of an audit whose answers differ; None if nothing is."""
+        if not self.label_seconds:
+            return None
+        answers = [halted.get(at) or full for at in audit.replay.positions.tolist()]
+        digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
+        return Awaited(digests, self.clock() + self.label_seconds)
 
     def _note(
         self, report: ThoughtReport | None, audit: AuditedRequest | None, num_tokens: int = 0
@@ -354,7 +380,55 @@ class GovernedControl:
             self.head.config.halting.answer_rule,
         )
 
-    # What users say
+    # What is said later
+
+    def label(self, request: Any = None, gold: Any = None, **others: Any) -> None:
+        """Takes in the right answer of an audit whose answers differ.
+
+        Args:
+            request: The request's id.
+            gold: The right answer.
+            others: There are none.
+
+        Raises:
+            InputError: If no label of the request is waited for, or the answer is none.
+        """
+        try:
+            if others or not (isinstance(request, str) and isinstance(gold, str) and gold.strip()):
+                raise InputError('expected {"request": "ID", "gold": "ANSWER"}')
+            found = self.keeper.books.awaited.get(request)
+            if found is None or request in self._labelled:
+                raise InputError(
+                    f"no label of request {request!r:.80} is waited for: it is unknown, no audit, "
+                    "labelled already or too old, or its answers agree"
+                )
+        except InputError:
+            self.num_refused += 1
+            raise
+        self._labelled.add(request)
+        self._put(self._labelled_entry(request, *found, gold))
+        try:
+            self.record.put(LabelRow(request, 0, "gold", 1.0, None, float(self.clock())))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
+    def _labelled_entry(self, request: str, audit: Audit, awaited: Awaited, gold: str) -> Entry:
+        """Returns what a right answer says about an audit: digests tell who was right."""
+        read = READERS[self.head.config.halting.answer_rule](f"\\boxed{{{gold}}}")
+        right = digest(self.key, GivenAnswer(read, gold, 0).compared)
+        *halted, full = [float(answer == right) for answer in awaited.answers]
+        known = replace(audit, right=np.array(halted), full_right=full)
+        losses = tuple(known.losses[_NET].tolist())
+        return Entry(Told(request, losses, (False,) * len(losses)), known)
+
+    def _expire(self) -> None:
+        """Waits no longer for labels that are late: what they would say counts as lost."""
+        awaited = self.keeper.books.awaited
+        self._labelled &= awaited.keys()
+        for request, (_, one) in awaited.items():
+            if request not in self._labelled and one.until < self.clock():
+                self._labelled.add(request)
+                self._put(Entry(Expired(request)))
 
     def complain(self, request: Any = None, score: Any = None, **others: Any) -> None:
         """Takes in how content somebody was with an answer; it can only make its tenant stricter.
@@ -401,7 +475,8 @@ class GovernedControl:
         return {
             "mode": self.mode,
             "target": books.groups.promise.target,
-            "loss": LOSSES[_DISAGREEMENT],
+            "loss": LOSSES[self._kind],
+            "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),
             "failures": self.failures.num + self.keeper.num_failed,
@@ -417,7 +492,7 @@ class GovernedControl:
         state, sums = books.groups.groups[name], books.sum_of(name)
         step, ceiling = int(state.step), int(state.ceiling)
         usual = int(np.searchsorted(self.prices, self.usual_price, side="right"))
-        losses, savings = _only(sums.losses(), _DISAGREEMENT), sums.savings()
+        losses, savings = _only(sums.losses(), self._kind), sums.savings()
         opened = int(state.epoch) > 0 and ceiling == 0
         return {
             "requests": sums.num_requests,
@@ -460,6 +535,7 @@ def open_control(
     audit: float,
     usual_price: float,
     most_tokens: int,
+    label_seconds: float = 0.0,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a file, which is made if it is not there.
 
@@ -471,12 +547,15 @@ def open_control(
         audit: Share of requests that is audited; 0, in observe mode alone, for none.
         usual_price: The price of requests that name none.
         most_tokens: The most tokens that an answer can have.
+        label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
 
     Raises:
         InputError: If a value is out of its range, or the file cannot be used.
     """
     if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
         raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
+    if not 0 <= label_seconds < np.inf:
+        raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
     if head.config.halting.probing != "at_halt":
         raise InputError("the head looks at forced answers, expected one with probing at_halt")
     share = audit or 1.0
@@ -486,7 +565,10 @@ def open_control(
     about = {"head": head.digest, "prices": prices.tolist()}
     keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
     record = Record(path)
-    return GovernedControl(head, mode, keeper, record, installation_key(path), audit, usual_price)
+    key = installation_key(path)
+    return GovernedControl(
+        head, mode, keeper, record, key, audit, usual_price, label_seconds=label_seconds
+    )
 
 
 def _certified(head: HaltHead, prices: Float, target: float) -> int:

@@ -482,7 +482,14 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
     usual = config.terms(head.config.default_price).price
     mode: Mode = "apply" if config.control == "apply" else "observe"
     return open_control(
-        head, mode, config.state, config.target, config.audit, usual, config.context
+        head,
+        mode,
+        config.state,
+        config.target,
+        config.audit,
+        usual,
+        config.context,
+        3600 * config.label_hours,
     )
 
 

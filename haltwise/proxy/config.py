@@ -96,6 +96,8 @@ class ServeConfig:
     """File in which the control keeps what it knows; it is made if it is not there."""
     context: int = 32_768
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
+    label_hours: float = 0.0
+    """Hours for which right answers of audits are waited for; 0 counts differing ones as lost."""
     operator_key_env: str | None = None
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False

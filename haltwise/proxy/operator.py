@@ -33,6 +33,7 @@ class OperatorPages:
         self._mode, self._control, self._key = mode, control, key
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
+            Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
             Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
         ]
 
@@ -45,6 +46,10 @@ class OperatorPages:
         if self._control is None:
             return JSONResponse({"mode": self._mode})
         return JSONResponse(await anyio.to_thread.run_sync(self._control.status))
+
+    async def take_label(self, request: Request) -> Response:
+        """Takes in the right answer of an audit."""
+        return await self._take(request, lambda control, told: control.label(**told))
 
     async def take_feedback(self, request: Request) -> Response:
         """Takes in how content somebody was with an answer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 
 from haltwise import InputError
-from haltwise.control.books import Bookkeeper, Books, Entry
+from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
-from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Groups, Told
+from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Expired, Groups, Told
 
 PROMISE = Promise(target=0.1, audit=0.5, rest=0.25)
 ABOUT = {"head": "h", "prices": [1.0, 2.0]}
@@ -38,7 +39,22 @@ def told(request: str, agrees: tuple[bool, bool], full: float = 80.0) -> Entry:
     return Entry(Told(request, losses, (False, False)), audit)
 
 
+def awaited(request: str) -> Entry:
+    one = told(request, (True, False))
+    event = Told(request, (0.0, 1.0), (False, True))
+    return replace(one, event=event, awaited=Awaited(("a", "b", "a"), 9.0))
+
+
+def labelled(request: str) -> Entry:
+    """The answer at price 2 is right, and the full one wrong."""
+    one = told(request, (True, False))
+    assert one.audit is not None
+    audit = replace(one.audit, right=np.array([0.0, 1.0]), full_right=0.0)
+    return Entry(Told(request, (0.0, -1.0), (False, False)), audit)
+
+
 ENTRIES = [
+    *(drawn("r3"), awaited("r3"), drawn("r4"), awaited("r4"), labelled("r4")),
     *(drawn("r0"), told("r0", (True, False)), drawn("r1"), drawn("r2")),
     *(told("r2", (False, False)), Entry(BrokenOff("r1")), Entry(None, None, {EVERYTHING: 5})),
 ]
@@ -49,11 +65,16 @@ def test_sums_are_those_of_each_groups_own_audits() -> None:
     for entry in ENTRIES:
         books = books.after(entry)
     everything, task = books.sum_of(EVERYTHING), books.sum_of("task:a")
-    assert (everything.num_requests, everything.num_audits) == (14, 2)
-    # Of 14 requests 2 differ at price 1 and 4 at price 2, at a probability of 1/2.
-    assert everything.losses().estimate[2].tolist() == pytest.approx([2 / 14, 4 / 14])
+    assert (everything.num_requests, everything.num_audits) == (20, 4)
+    # Of 20 requests 2 differ at price 1 and 8 at price 2, at a probability of 1/2.
+    assert everything.losses().estimate[2].tolist() == pytest.approx([2 / 20, 8 / 20])
+    # One of them is known to be won.
+    assert everything.losses().estimate[0].tolist() == pytest.approx([2 / 20, 4 / 20])
+    assert list(books.awaited) == list(books.groups.under_way) == ["r3"]
     assert everything.savings().estimate.tolist() == pytest.approx([0.5, 0.75])
-    assert task.num_audits == 2 and task.losses().estimate[2].tolist() == [4.0, 8.0]
+    assert task.num_audits == 4
+    done = books.after(Entry(Expired("r3")))
+    assert not (done.awaited or done.groups.under_way)
 
 
 def test_an_audit_that_is_too_long_is_counted_and_in_no_sum() -> None:
@@ -96,7 +117,7 @@ def test_a_killed_process_leaves_all_that_it_took_in(num: int, tmp_path: Path) -
     for name in ("books", "books-wal"):  # as a kill would leave them
         shutil.copy(tmp_path / name, tmp_path / "copy" / name)
     expected = keeper.books
-    for request in list(expected.groups.under_way):
+    for request in expected.groups.under_way.keys() - expected.awaited.keys():
         expected = expected.after(Entry(BrokenOff(request)))
     again = opened(tmp_path / "copy" / "books")
     assert again.books.to_json() == expected.to_json()
@@ -159,5 +180,5 @@ def test_an_entry_that_breaks_the_books_is_counted_and_the_next_one_taken(tmp_pa
     keeper = opened(tmp_path / "books")
     keeper.put(Entry("no event"))  # type: ignore[arg-type]
     settle(keeper, ENTRIES[:1])
-    assert keeper.num_failed == 1 and "r0" in keeper.books.groups.under_way
+    assert keeper.num_failed == 1 and "r3" in keeper.books.groups.under_way
     keeper.close()

@@ -151,7 +151,7 @@ def test_apply_halts_nothing_before_the_first_certificate(tmp_path: Path) -> Non
 
 
 def many(price: float = 1.0, **about: Any) -> Iterator[ThoughtRequest]:
-    return (asked(price, **about) for _ in range(1000))
+    return (asked(price, id=f"{price} {i}", **about) for i in range(1000))
 
 
 def audited(steering: GovernedControl, request: ThoughtRequest) -> bool:
@@ -348,3 +348,86 @@ def test_the_oldest_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.M
         for name in "abc":
             steering.terms(asked(id=name, tenant="t"))
         assert list(steering._recent) == ["b", "c"]
+
+
+@pytest.mark.parametrize(("gold", "loss"), [("7", 1.0), ("8", -1.0), ("9", 0.0), (" 8.0 ", -1.0)])
+def test_a_label_says_who_was_right(gold: str, loss: float, tmp_path: Path) -> None:
+    with control(tmp_path, label_seconds=60.0) as steering:
+        request = asked(id="r")
+        run(steering, request)
+        told(steering, request, 12)
+        until_known(steering, 1)
+        assert worst(steering) == (1.0, 0.0) and steering.status()["loss"] == "net-em-loss"
+    with control(tmp_path, label_seconds=60.0) as again:
+        steering = again
+        steering.label("r", gold)
+        until_known(steering, 0)
+        assert worst(steering) == (loss, 0.0) and not steering.groups.under_way
+    assert rows(tmp_path, "label", "request", "source") == [("r", "gold")]
+
+
+def until_known(steering: GovernedControl, num: int) -> None:
+    """Until so many audits wait for labels."""
+    while steering.keeper._entries.qsize() or steering.status()["labels_due"] != num:
+        pass
+
+
+def worst(steering: GovernedControl) -> tuple[float, float]:
+    """The loss of the largest price, and of the smallest."""
+    found = steering.status()["groups"][EVERYTHING]["by_price"]
+    return found[-1]["loss"]["estimate"], found[0]["loss"]["estimate"]
+
+
+def test_a_label_that_does_not_come_is_a_loss(tmp_path: Path) -> None:
+    with control(tmp_path, label_seconds=60.0) as steering:
+        steering.clock = lambda: 100.0
+        request = asked(id="r")
+        run(steering, request)
+        told(steering, request)
+        until_known(steering, 1)
+        steering.terms(asked(id="early"))
+        steering.clock = lambda: 161.0
+        steering.terms(asked(id="late"))
+        until_known(steering, 0)
+        assert worst(steering) == pytest.approx((1 / 3, 1 / 3), abs=1e-6)  # of three requests
+        with pytest.raises(InputError, match="too old"):
+            steering.label("r", "7")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, "expected {"),
+        ({"request": "r", "gold": 7}, "expected {"),
+        ({"request": "r", "gold": " "}, "expected {"),
+        ({"request": "r", "gold": "7", "more": 1}, "expected {"),
+        ({"request": "nobody", "gold": "7"}, "no label of request 'nobody' is waited for"),
+        ({"request": "agrees", "gold": "7"}, "or its answers agree"),
+        ({"request": "twice", "gold": "7"}, "labelled already"),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused_and_counted(
+    said: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with control(tmp_path, label_seconds=60.0) as steering:
+        for name, same in (("r", ()), ("twice", ()), ("agrees", (4, 8, 12))):
+            request = asked(id=name)
+            run(steering, request)
+            told(steering, request, *same)
+        until_known(steering, 2)
+        steering.label("twice", "7")
+        with pytest.raises(InputError, match=expected):
+            steering.label(**said)
+        assert steering.status()["refused"] == 1
+
+
+def test_no_label_is_waited_for_if_none_is_wanted(tmp_path: Path) -> None:
+    with control(tmp_path) as steering:
+        request = asked(id="r")
+        run(steering, request)
+        told(steering, request)
+        wait(steering)
+        with pytest.raises(InputError, match="no label of request 'r' is waited for"):
+            steering.label("r", "7")
+    with pytest.raises(InputError, match="labels are waited for nan s"):
+        open_control(sure_head(), "observe", tmp_path / "other", 0.1, 1.0, 1.0, 100, float("nan"))

@@ -210,6 +210,29 @@ def test_feedback_is_the_operators(
     assert codes == [401, 400, 400, 413, 204, 400]
 
 
+def test_labels_are_the_operators_and_know_the_right_answer(
+    serving: Governed, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR", "secret")
+    looking = serving(control="observe", operator_key_env="OPERATOR", label_hours=1.0)
+    full = ask(looking.client, plan)
+    key = {"Authorization": "Bearer secret"}
+
+    def told() -> Any:
+        return looking.client.get("/v1/haltwise/control", headers=key).json()
+
+    wait_until(lambda: told()["labels_due"] == 1)
+    said: Any = {"request": full.headers["x-haltwise-request"], "gold": "nothing of it"}
+    codes = [
+        looking.client.post("/v1/haltwise/labels", headers=key, json=said | more).status_code
+        for more in ({"gold": 7}, {"request": "other"}, {}, {})
+    ]
+    assert codes == [400, 400, 204, 400]
+    wait_until(lambda: told()["labels_due"] == 0)
+    found = told()["groups"]["everything"]["by_price"]
+    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 3
+
+
 def test_without_a_key_or_a_control_nobody_tells_anything(
     serving: Governed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
