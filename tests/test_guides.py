@@ -40,7 +40,11 @@ SERVER = "http://127.0.0.1:8080"
 ASKED = {"What is 6 times 7?": "sum : 9 + 3 + 6 + 7 - 2 - 5"}
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Pages whose blocks other tests run: how they have to be run is their own.
-ELSEWHERE = {"ENVIRONMENTS": "envs/test_guide.py", "SERVING": "test_serving_guide.py"}
+ELSEWHERE = {
+    "ENVIRONMENTS": "envs/test_guide.py",
+    "SERVING": "test_serving_guide.py",
+    "CONTROL": "test_control_guide.py",
+}
 
 
 @pytest.fixture(autouse=True)

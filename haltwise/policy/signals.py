@@ -112,6 +112,11 @@ class Signals:
     points_left: Index | None = None
     """Decision points that the decision rule allows after this one."""
 
+    def rows(self, rows: Index) -> "Signals":
+        """Returns those of some rows (M,), which may be named several times."""
+        chosen = {name: None if seen is None else seen[rows] for name, seen in vars(self).items()}
+        return Signals(**chosen)  # type: ignore[arg-type]
+
 
 def answer_keys(answers: Sequence[str]) -> Index:
     """Returns keys (B,) that are equal exactly when the answers are; 0 for an empty answer.

@@ -19,17 +19,21 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
+from haltwise.control.governed import GovernedControl, Mode, open_control
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
+from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
+from haltwise.proxy.operator import OperatorPages
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
+    Json,
     RawHeaders,
     StreamEvent,
     UpstreamError,
@@ -56,6 +60,8 @@ _CHECK_LASTS = 1.0
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
+# What beside terms such a header names: X-Haltwise-Task.
+_TASK = "task"
 # Headers of an answer that do not hold for one that is written anew.
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
@@ -86,8 +92,12 @@ class Proxy:
         self._terms = config.terms(Terms.of_head(head.config))
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
-        control, patience = control or load_control(config.control), config.read_timeout
-        self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
+        control, patience = control or _control(config, head), config.read_timeout
+        self.control = control if isinstance(control, GovernedControl) else None
+        auditor = None if self.control is None else Auditor(self.control, self.metrics, patience)
+        self._settings = CompletionSettings(
+            head, control, self.metrics, config.shadow, patience, auditor
+        )
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
@@ -207,7 +217,9 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
         record.about = {"model": request.model[:100], **asdict(terms)}
-        is_asked_only = isinstance(self._settings.control, ConstantControl)
+        names_price = terms.price != self._terms.price or _names_price(client)
+        governed = self.control is not None and names_price
+        is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         is_large = aside.is_large(asked)
         why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
@@ -218,8 +230,10 @@ class Proxy:
             if is_blind and (terms.max_tokens is None or request.num_top is not None):
                 why_not = why_not or "tools"
         if why_not is None:
-            about = {"endpoint": record.endpoint, "model": request.model}
+            about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
+            about["task"] = _named(client).get(_TASK, "")
+            about["names_price"] = names_price
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, self._settings)
             try:
@@ -276,6 +290,8 @@ class Proxy:
         if not leg.is_readable:
             raise UpstreamError("malformed", "upstream did not answer with a stream")
         headers = _without(leg.response.headers.raw, _OF_BODIES)
+        if self.control is not None:
+            headers.append((b"x-haltwise-request", client.record.id.encode()))
         try:
             if completion.request.streams:
                 headers.append((b"content-type", _stream_type(leg).encode()))
@@ -397,6 +413,14 @@ class Proxy:
             self._checked = anyio.current_time()
             return self._answered
 
+    async def close(self) -> None:
+        """Ends the audits, writes what the control knows, and closes all connections."""
+        if self._settings.auditor is not None:
+            await self._settings.auditor.close()
+        if self.control is not None:
+            self.control.close()
+        await self.upstream.close()
+
     async def tell_metrics(self, request: Request) -> Response:
         """Tells the metrics in the form that Prometheus reads."""
         content = generate_latest(self.metrics.registry)
@@ -418,11 +442,12 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await proxy.upstream.close()
+        await proxy.close()
 
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
+        *OperatorPages(config.control, proxy.control, config.operator_key).routes,
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -444,13 +469,48 @@ def _is_preflight(client: RequestingClient) -> bool:
     return client.scope["method"] == "OPTIONS" and asks is not None
 
 
-def _terms(client: RequestingClient, default: Terms) -> Terms:
-    """The terms of a request: what its headers name, and the default for all else."""
-    named = {
+def _control(config: ServeConfig, head: HaltHead) -> Control:
+    """The control that the settings name.
+
+    Raises:
+        InputError: If there is none of that name, or its state cannot be used.
+    """
+    if config.control == "off":
+        return ConstantControl()
+    if config.state is None:
+        return load_control(config.control)
+    usual = config.terms(head.config.default_price).price
+    mode: Mode = "apply" if config.control == "apply" else "observe"
+    return open_control(
+        head,
+        mode,
+        config.state,
+        config.target,
+        config.audit,
+        usual,
+        config.context,
+        3600 * config.label_hours,
+    )
+
+
+def _named(client: RequestingClient) -> dict[str, str]:
+    """What the headers of a request name about its terms and itself."""
+    return {
         name.removeprefix(_TERMS).replace("-", "_"): value
         for name, value in client.headers.items()
         if name.startswith(_TERMS)
     }
+
+
+def _names_price(client: RequestingClient) -> bool:
+    """Whether the headers of a request name a price, or ask for none."""
+    return not {"price", "off"}.isdisjoint(_named(client))
+
+
+def _terms(client: RequestingClient, default: Terms) -> Terms:
+    """The terms of a request: what its headers name, and the default for all else."""
+    named = _named(client)
+    named.pop(_TASK, None)
     try:
         return Terms.within(named, default)
     except InputError as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
+from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
@@ -30,6 +31,8 @@ class CompletionSettings:
     """Whether they only tell what they would have done."""
     patience: float
     """Seconds to wait for a second leg."""
+    auditor: Auditor | None = None
+    """Asks for the answers of audits; None if there are none."""
 
 
 class WatchedCompletion:
@@ -55,6 +58,7 @@ class WatchedCompletion:
         """Asks nothing yet."""
         self.request = request
         self._server, self._settings = server, settings
+        self._asked, self._texts = asked, list[str]()
         begins = not request.chat and opened_in_text(request.prompt, server.rules)
         opening = server.rules.think_start if begins else ""
         self._streamed = StreamedThought(
@@ -81,6 +85,9 @@ class WatchedCompletion:
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
         self._streamed.finish()
+        if self._settings.auditor is not None:
+            said = "".join(self._texts) if self._answer.finish is not None else None
+            self._settings.auditor.take(self._asked, self._reader, said)
         await self._closer.close()
 
     async def whole(self, first: UpstreamLeg) -> Json:
@@ -151,6 +158,8 @@ class WatchedCompletion:
             halts = await self._reader.read(event.chunk, choice)
         elif choice is not None and any(texts_of(choice)):
             self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
+        if choice is not None and self._settings.auditor is not None:
+            self._texts.append(texts_of(choice)[1])
         shown = self._answer.shown(event, event.chunk)
         return shown, halts and self._answer.finish is None and not self._settings.shadow
 

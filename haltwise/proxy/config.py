@@ -16,6 +16,9 @@ from haltwise import InputError, Terms
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
 
+#: The controls that have a state.
+GOVERNED = ("observe", "apply")
+
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 
 
@@ -57,12 +60,7 @@ class UpstreamConfig:
         Raises:
             InputError: If its environment variable is not set.
         """
-        if self.key_env is None:
-            return None
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            raise InputError(f"environment variable {self.key_env} is not set or empty")
-        return key
+        return None if self.key_env is None else _key_in(self.key_env)
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,21 @@ class ServeConfig:
     """Thinking tokens before which the head halts no thought."""
     max_thinking_tokens: int | None = None
     """Thinking tokens at which every thought is closed, whatever the head says."""
-    control: str | None = None
-    """MODULE:NAME of a class that sets terms and prices, see haltwise.Control."""
+    control: str = "off"
+    """off; observe, to learn by audits what each price loses and saves; apply, to serve the price
+    that they certify; or MODULE:NAME of a class that sets terms, see haltwise.Control."""
+    target: float = 0.02
+    """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
+    audit: float = 0.05
+    """Share of requests that are answered in full for that; 0, to observe alone, for none."""
+    state: Path | None = None
+    """File in which the control keeps what it knows; it is made if it is not there."""
+    context: int = 32_768
+    """Most tokens that an answer can have; longer ones are left out of losses and savings."""
+    label_hours: float = 0.0
+    """Hours for which right answers of audits are waited for; 0 counts differing ones as lost."""
+    operator_key_env: str | None = None
+    """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False
     """Decide, log and count, but halt nothing."""
     keys: Path | None = None
@@ -118,11 +129,24 @@ class ServeConfig:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}, expected seconds above 0")
-        for name in ("max_streams", "max_body_bytes"):
+        for name in ("max_streams", "max_body_bytes", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.port < 2**16:
             raise InputError(f"port is {self.port}, expected 0 to 65535")
+        if self.control in GOVERNED and self.state is None:
+            raise InputError(f"control is {self.control}, expected --state with a file for it")
+        if self.state is not None and self.control not in GOVERNED:
+            raise InputError(f"state is {self.state}, expected it with --control observe or apply")
+
+    @property
+    def operator_key(self) -> str | None:
+        """The key that /v1/haltwise wants, if any.
+
+        Raises:
+            InputError: If its environment variable is not set.
+        """
+        return None if self.operator_key_env is None else _key_in(self.operator_key_env)
 
     @property
     def connections(self) -> "UpstreamConfig":
@@ -203,6 +227,13 @@ def tenant_of(authorization: str | None) -> str:
     """A short digest of the API key in an Authorization header; empty if there is none."""
     key = (authorization or "").partition(" ")[2].strip()
     return _digest(key.encode("latin-1", "replace")).hex()[:16] if key else ""
+
+
+def _key_in(variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise InputError(f"environment variable {variable} is not set or empty")
+    return key
 
 
 def _is_loopback(name: str) -> bool:

@@ -71,6 +71,7 @@ class RequestRecord:
     def __init__(self, endpoint: str, metrics: Metrics) -> None:
         """Starts the clock."""
         self.endpoint = endpoint
+        self.id = uuid.uuid4().hex
         self.outcome = "ok"
         self.status: int | None = None
         """The HTTP status that the client got; None if it got none."""
@@ -95,7 +96,7 @@ class RequestRecord:
         """Counts the request and writes its line."""
         self._metrics.requests.labels(self.endpoint, self.outcome).inc()
         line = {
-            "request": uuid.uuid4().hex,
+            "request": self.id,
             "endpoint": self.endpoint,
             "outcome": self.outcome,
             "status": self.status,

@@ -113,6 +113,14 @@ class ThoughtCloser:
             await first.close()
         return second, second
 
+    async def answering(self) -> UpstreamLeg:
+        """A leg that answers behind the closed thought, where no first leg runs any more.
+
+        Raises:
+            UpstreamError: If none begins to answer.
+        """
+        return await self._begun_to_answer(await self._body_after(self._tail), None)
+
     async def _server_ends_thought(self, envelope: Json) -> bool:
         with suppress(UpstreamError):
             completion_id = str(envelope.get("id", ""))

@@ -9,6 +9,7 @@ from typing import Any
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HeadConfig
+from haltwise.policy.signals import Signals
 from haltwise.session.thought import Reason, Thought
 
 # Counts are kept as 64-bit integers, and no context is nearly as long.
@@ -159,6 +160,9 @@ class RunningRequest:
     """Whether the head is to decide about it, as long as there is something to decide."""
     released: bool = False
     """Whether it was left to its LM for good."""
+    point: tuple[Signals, int] | None = None
+    """The signals of all rows that were decided about together at its newest decision point, and
+    its own place among them."""
 
 
 def _number(name: str, value: Any) -> float:

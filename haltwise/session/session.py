@@ -123,6 +123,8 @@ class Session:
         halts = set()
         if len(points):
             signals = read(points, [self.running[row].thought for row in points.tolist()])
+            for place, row in enumerate(points.tolist()):
+                self.running[row].point = signals, place
             self._monitor.price[points] = [self._price(row) for row in points.tolist()]
             num_before = self._monitor.num_bad_signals[points].sum()
             halts = set(points[self._monitor.observe(signals, points)].tolist())

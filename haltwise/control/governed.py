@@ -1,0 +1,606 @@
+"""The control that audits a share of its own traffic and keeps a promise by what they tell.
+
+    terms (draws the audit, tells the price)  ->  price (an audit's points are replayed)
+        ->  finished  ->  told (the answers where prices would have halted), or broken off
+
+What is lost without a label is that the answer differs from the full one. Every failure of the
+books, the clock or the record is counted, and the request goes on: in observe mode on the terms
+that it asked for, in apply mode unhalted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from haltwise.control.betting import Float
+from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
+from haltwise.control.draws import AuditDraw, check_key, draw_audit
+from haltwise.control.estimates import LOSSES, Audit, Interval
+from haltwise.control.governor import Promise
+from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
+from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
+from haltwise.control.replay import Replay, prices_of
+from haltwise.errors import InputError, reason_of
+from haltwise.policy.answers import READERS, normal_text
+from haltwise.policy.head import HaltHead
+from haltwise.policy.signals import Index
+from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
+from haltwise.session.thought import NEVER
+
+log = logging.getLogger("haltwise.control")
+
+#: Today's prices are served and audits only look; or the governor's are served.
+Mode = Literal["observe", "apply"]
+# What is known of a request by which it is promised something.
+_GROUPED_BY = ("tenant", "task")
+_LONGEST_NAME = 100
+# Requests that may come before they are counted in the books, if no audit comes first.
+_COUNTED_AT = 100
+# Requests that users may still rate.
+_MOST_REMEMBERED = 10_000
+# Share of requests that is audited at rest, and on alert.
+_REST = 0.025
+_ALERT = 0.5
+_NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """An answer of an audit."""
+
+    read: str
+    """As the head's answer rule reads it; empty if it reads none."""
+    text: str
+    """Its text, which counts where nothing is read."""
+    num_tokens: int
+    """Tokens that a client would have got with it, its thought's included."""
+
+    @property
+    def compared(self) -> str:
+        """What has to be the same in answers that agree."""
+        return f"read {self.read}" if self.read else f"said {normal_text(self.text)}"
+
+
+@dataclass(eq=False)
+class AuditedRequest:
+    """A request that is answered in full, to tell what every price would have lost and saved."""
+
+    id: str
+    request: ThoughtRequest
+    drawn: AuditDraw
+    step: int
+    """The step that it would have been served."""
+    replay: Replay
+    report: ThoughtReport | None = None
+    """What happened to it, once it has ended."""
+
+    @property
+    def positions(self) -> list[int]:
+        """Where prices would have halted it, each once."""
+        found = np.unique(self.replay.positions).tolist()
+        return [position for position in found if position != NEVER]
+
+
+@dataclass
+class Failures:
+    """What went wrong without anybody noticing it at a request."""
+
+    num: int = 0
+    last: str = ""
+    """What it was, the last time."""
+
+    def add(self, what: str, error: BaseException) -> None:
+        """Counts and logs a failure."""
+        self.num, self.last = self.num + 1, f"{what}: {reason_of(error)}"
+        log.warning("control failed (%s)", self.last)
+
+
+@dataclass(eq=False)
+class GovernedControl:
+    """Audits, and in apply mode moves prices; see the top of this module. To be closed.
+
+    Requests are in the groups of their tenant and task, as far as their `about` tells them. One
+    that asks to be off, with `names_price` in its `about`, is neither audited nor counted; one
+    that names another price is never served a higher one.
+    """
+
+    head: HaltHead
+    mode: Mode
+    keeper: Bookkeeper
+    record: Record
+    key: bytes
+    """Of the installation: nobody else can tell who is audited."""
+    audit: float
+    """Share of the requests that is audited in observe mode."""
+    usual_price: float
+    """The price of requests that name none."""
+    clock: Callable[[], float] = time.time
+    label_seconds: float = 0.0
+    """Seconds for which the right answer of an audit whose answers differ is waited for; at 0 it
+    counts as lost at once."""
+    asks_answers: bool = False
+    """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
+    failures: Failures = field(default_factory=Failures)
+    moves_prices: bool = True  # so that audits are looked at, which run at a price of 0
+
+    def __post_init__(self) -> None:
+        """Starts without a request.
+
+        Raises:
+            InputError: If the key is none.
+        """
+        check_key(self.key)
+        self.prices = prices_of(self.head)
+        self._head = self.head.digest
+        self._audits: dict[int, AuditedRequest] = {}
+        self._waiting: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        # The tenants' groups of the newest requests that nobody has rated.
+        self._recent: OrderedDict[str, str] = OrderedDict()
+        self.num_refused = 0
+        # Audits whose label is on its way into the books.
+        self._labelled: set[str] = set()
+
+    @property
+    def _kind(self) -> int:
+        """The kind of loss that is told: with labels, what the promise is about."""
+        return _NET if self.label_seconds else _DISAGREEMENT
+
+    @property
+    def groups(self) -> Groups:
+        """The newest state."""
+        return self.keeper.books.groups
+
+    def price_of(self, step: int) -> float:
+        """Returns the price that a step stands for."""
+        return float(self.prices[step - 1]) if step else 0.0
+
+    # While requests run
+
+    def terms(self, request: ThoughtRequest) -> Terms:
+        """Returns the terms on which a request begins; those of an audit never halt."""
+        asked = request.terms
+        named = bool(request.about.get("names_price", True))
+        if named and asked.price == 0:
+            return asked
+        try:
+            return self._begun(request, named)
+        except Exception as error:
+            self._audits.pop(id(request), None)
+            self.failures.add("a request begins", error)
+            return asked if self.mode == "observe" else replace(asked, price=0.0)
+
+    def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
+        self._expire()
+        names, groups, asked = groups_of(request.about), self.groups, request.terms
+        number = str(request.about.get("id") or uuid.uuid4().hex)
+        rates = groups.rates(names)
+        if self.mode == "observe":
+            rates = dict.fromkeys(rates, self.audit) if self.audit else {}
+        step = groups.step(names)
+        served = asked.price if self.mode == "observe" else self.price_of(step)
+        if named and served > asked.price:
+            served = asked.price
+            step = int(np.searchsorted(self.prices, served, side="right"))
+        drawn = draw_audit(self.key, number, rates)
+        self._remember(number, names)
+        with self._counting:
+            self._waiting.update(list(rates))
+        if drawn.audited:
+            replay = Replay(self.head, self.prices, asked.min_tokens)
+            self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay)
+            self._put(Entry(Drawn(number, step, drawn.groups)))
+            served = 0.0
+        elif self._waiting[EVERYTHING] >= _COUNTED_AT:
+            self._put(Entry())
+        return replace(asked, price=served)
+
+    def _remember(self, number: str, names: list[str]) -> None:
+        """Remembers whose a request is, for a while."""
+        tenants = [name for name in names if name.startswith("tenant:")]
+        if tenants:
+            self._recent[number] = tenants[0]
+        if len(self._recent) > _MOST_REMEMBERED:
+            self._recent.popitem(last=False)
+
+    def _put(self, entry: Entry) -> None:
+        """Puts an entry on its way, with the requests that have come since the last one."""
+        with self._counting:
+            counted, self._waiting = self._waiting, Counter()
+        try:
+            self.keeper.put(replace(entry, num_requests=dict(counted)))
+        except Exception as error:
+            self.failures.add("an entry of the books", error)
+
+    def price(self, running: RunningRequest) -> float:
+        """Returns the price of its terms; an audit's decision point is replayed at all prices."""
+        audit = self._audits.get(id(running.report.request))
+        if audit is not None and running.point is not None:
+            try:
+                audit.replay.add(*running.point)
+            except Exception as error:
+                self.failures.add("a replay", error)
+                self.break_off(audit)
+        return running.terms.price
+
+    def finished(self, report: ThoughtReport) -> None:
+        """Takes in what happened to a request."""
+        audit = self._audits.get(id(report.request))
+        if audit is not None:
+            audit.report = report
+            if not self.asks_answers:
+                self.break_off(audit)
+            return
+        self._note(report, None)
+
+    # Once an audit has ended
+
+    def taken(self, request: ThoughtRequest) -> AuditedRequest | None:
+        """Returns the audit that a request is, for whom tells its answers or breaks it off."""
+        return self._audits.get(id(request))
+
+    def tell(
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
+        num_tokens: int,
+    ) -> None:
+        """Takes in the answers of an audit.
+
+        Args:
+            audit: The audit.
+            full: The answer that the client got.
+            halted: By position, the answer if its thought is closed there; None where the LM
+                would have been left to think on.
+            num_tokens: Tokens that were generated for the audit alone.
+        """
+        if self._audits.pop(id(audit.request), None) is None:
+            return
+        try:
+            told = self._told(audit.replay.positions, full, halted)
+            losses = tuple(told.losses[_DISAGREEMENT].tolist())
+            waits = told.due.any() and not self.keeper.books.is_too_long(told)
+            awaited = self._awaited(audit, full, halted) if waits else None
+            due = told.due if awaited else np.zeros_like(told.due)
+            self._put(Entry(Told(audit.id, losses, tuple(due.tolist())), told, {}, awaited))
+            self._note_answers(audit, full, halted)
+            self._note(audit.report, audit, num_tokens)
+        except Exception as error:
+            self.failures.add("an audit", error)
+            self._put(Entry(BrokenOff(audit.id)))
+
+    def break_off(self, audit: AuditedRequest) -> None:
+        """Takes in that a request can tell nothing: it is no audit."""
+        if self._audits.pop(id(audit.request), None) is not None:
+            self._put(Entry(BrokenOff(audit.id)))
+            self._note(audit.report, audit)
+
+    def _told(
+        self, positions: Index, full: GivenAnswer, halted: Mapping[int, GivenAnswer | None]
+    ) -> Audit:
+        """Returns what an audit tells of every price; differing answers count as a loss."""
+        answers = [halted.get(position) or full for position in positions.tolist()]
+        agrees = np.array([one.compared == full.compared for one in answers])
+        cost = np.array([float(one.num_tokens) for one in answers])
+        return Audit(agrees, cost, float(full.num_tokens))
+
+    def _awaited(
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
+    ) -> Awaited | None:
+        """Returns what is waited for of an audit whose answers differ; None if nothing is."""
+        if not self.label_seconds:
+            return None
+        answers = [halted.get(at) or full for at in audit.replay.positions.tolist()]
+        digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
+        return Awaited(digests, self.clock() + self.label_seconds)
+
+    def _note(
+        self, report: ThoughtReport | None, audit: AuditedRequest | None, num_tokens: int = 0
+    ) -> None:
+        """Puts the row of a request into the record."""
+        if report is None:
+            return
+        try:
+            self.record.put(self._row(report, audit, num_tokens))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
+    def _row(
+        self, report: ThoughtReport, audit: AuditedRequest | None, num_tokens: int
+    ) -> RequestRow:
+        about, groups = report.request.about, self.groups
+        names = groups_of(about)
+        known = {n: digest(self.key, str(about[n])) for n in _GROUPED_BY if about.get(n)}
+        rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
+        ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
+        return RequestRow(
+            id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
+            at=float(self.clock()),
+            lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
+            head=self._head,
+            price_asked=report.request.terms.price,
+            price_ceiling=self.price_of(ceiling),
+            price_served=report.price,
+            audited=audit is not None,
+            audit_probability=audit.drawn.probability if audit else max(rates.values()),
+            halted=report.halted,
+            reason=report.reason,
+            position=report.position,
+            audit_tokens=num_tokens,
+            tenant=known.get("tenant"),
+            task=known.get("task"),
+        )
+
+    def _note_answers(
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
+    ) -> None:
+        positions = audit.replay.positions
+        for position, answer in halted.items():
+            if answer is not None:
+                prices = self.prices[positions == position]
+                bounds = (float(prices[0]), float(prices[-1]))
+                self.record.put(self._answer_row(audit, position, bounds, answer, full))
+        end = audit.report.position if audit.report else 0
+        self.record.put(self._answer_row(audit, end, (None, None), full, full))
+
+    def _answer_row(
+        self,
+        audit: AuditedRequest,
+        position: int,
+        bounds: tuple[float, float] | tuple[None, None],
+        answer: GivenAnswer,
+        full: GivenAnswer,
+    ) -> AnswerRow:
+        return AnswerRow(
+            audit.id,
+            position,
+            bounds[0],
+            bounds[1],
+            digest(self.key, answer.compared),
+            answer.compared == full.compared,
+            answer.num_tokens,
+            self.head.config.halting.answer_rule,
+        )
+
+    # What is said later
+
+    def label(self, request: Any = None, gold: Any = None, **others: Any) -> None:
+        """Takes in the right answer of an audit whose answers differ.
+
+        Args:
+            request: The request's id.
+            gold: The right answer.
+            others: There are none.
+
+        Raises:
+            InputError: If no label of the request is waited for, or the answer is none.
+        """
+        try:
+            if others or not (isinstance(request, str) and isinstance(gold, str) and gold.strip()):
+                raise InputError('expected {"request": "ID", "gold": "ANSWER"}')
+            found = self.keeper.books.awaited.get(request)
+            if found is None or request in self._labelled:
+                raise InputError(
+                    f"no label of request {request!r:.80} is waited for: it is unknown, no audit, "
+                    "labelled already or too old, or its answers agree"
+                )
+        except InputError:
+            self.num_refused += 1
+            raise
+        self._labelled.add(request)
+        self._put(self._labelled_entry(request, *found, gold))
+        try:
+            self.record.put(LabelRow(request, 0, "gold", 1.0, None, float(self.clock())))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
+    def _labelled_entry(self, request: str, audit: Audit, awaited: Awaited, gold: str) -> Entry:
+        """Returns what a right answer says about an audit: digests tell who was right."""
+        read = READERS[self.head.config.halting.answer_rule](f"\\boxed{{{gold}}}")
+        right = digest(self.key, GivenAnswer(read, gold, 0).compared)
+        *halted, full = [float(answer == right) for answer in awaited.answers]
+        known = replace(audit, right=np.array(halted), full_right=full)
+        losses = tuple(known.losses[_NET].tolist())
+        return Entry(Told(request, losses, (False,) * len(losses)), known)
+
+    def _expire(self) -> None:
+        """Waits no longer for labels that are late: what they would say counts as lost."""
+        awaited = self.keeper.books.awaited
+        self._labelled &= awaited.keys()
+        for request, (_, one) in awaited.items():
+            if request not in self._labelled and one.until < self.clock():
+                self._labelled.add(request)
+                self._put(Entry(Expired(request)))
+
+    def complain(self, request: Any = None, score: Any = None, **others: Any) -> None:
+        """Takes in how content somebody was with an answer; it can only make its tenant stricter.
+
+        Args:
+            request: The request's id.
+            score: From 0, at which the tenant may go a step less far, to 1, which changes nothing.
+            others: There are none.
+
+        Raises:
+            InputError: If the request is unknown, has no tenant or was rated already, or the score
+                is none.
+        """
+        try:
+            if others or not isinstance(request, str):
+                raise InputError('expected {"request": "ID", "score": 0 to 1}')
+            is_number = isinstance(score, int | float) and not isinstance(score, bool)
+            if not is_number or not 0 <= score <= 1:
+                raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
+            group = self._recent.get(request)
+            if group is None:
+                raise InputError(
+                    f"request {request!r:.80} is unknown, too old, without a tenant or rated "
+                    "already, expected the X-Haltwise-Request of a recent one"
+                )
+            if group not in self.groups.groups:
+                raise InputError("nothing is known of the tenant yet, expected an audit of it")
+        except InputError:
+            self.num_refused += 1
+            raise
+        del self._recent[request]
+        self._put(Entry(Complained(group, 1.0 - score)))
+        try:
+            self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
+    # What a person sees
+
+    def status(self) -> dict[str, Any]:
+        """Returns, as a JSON object, what every group loses and saves, and what it is served."""
+        books = self.keeper.books
+        failed = self.failures.last or self.keeper.trouble or self.record.trouble
+        return {
+            "mode": self.mode,
+            "target": books.groups.promise.target,
+            "loss": LOSSES[self._kind],
+            "labels_due": len(books.awaited),
+            "audits_due": books.groups.audits_due(),
+            "under_way": len(books.groups.under_way),
+            "failures": self.failures.num + self.keeper.num_failed,
+            "rows_dropped": self.record.num_dropped,
+            "too_long": books.num_too_long,
+            "pooled": books.groups.num_pooled,
+            "refused": books.groups.num_refused + self.num_refused,
+            "trouble": failed,
+            "groups": {name: self._group_status(books, name) for name in books.groups.groups},
+        }
+
+    def _group_status(self, books: Books, name: str) -> dict[str, Any]:
+        state, sums = books.groups.groups[name], books.sum_of(name)
+        step, ceiling = int(state.step), int(state.ceiling)
+        usual = int(np.searchsorted(self.prices, self.usual_price, side="right"))
+        losses, savings = _only(sums.losses(), self._kind), sums.savings()
+        opened = int(state.epoch) > 0 and ceiling == 0
+        return {
+            "requests": sums.num_requests,
+            "audits": sums.num_audits,
+            "audits_in_epoch": int(state.num_audits),
+            "epoch": int(state.epoch),
+            "breaker": "open" if opened else "closed",
+            "price": self.price_of(step),
+            "ceiling": self.price_of(ceiling),
+            "at_price": self._measured(losses, savings, step),
+            "at_usual_price": self._measured(losses, savings, usual),
+            "by_price": [self._measured(losses, savings, k + 1) for k in range(len(self.prices))],
+        }
+
+    def _measured(self, losses: Interval, savings: Interval, step: int) -> dict[str, Any]:
+        """Returns what a step loses and saves: the estimate, and the ends of its interval."""
+        told: dict[str, Any] = {"price": self.price_of(step)}
+        for kind, interval in (("loss", losses), ("saving", savings)):
+            ends = vars(interval) if step else {name: np.zeros(1) for name in vars(interval)}
+            told[kind] = {n: round(float(v[max(step - 1, 0)]), 6) for n, v in ends.items()}
+        return told
+
+    def close(self) -> None:
+        """Writes what waits."""
+        self._put(Entry())
+        self.keeper.close()
+        self.record.close()
+
+
+def groups_of(about: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the groups that a request is in, beside everything."""
+    return [f"{kind}:{about[kind]}"[:_LONGEST_NAME] for kind in _GROUPED_BY if about.get(kind)]
+
+
+def open_control(
+    head: HaltHead,
+    mode: Mode,
+    path: Path,
+    target: float,
+    audit: float,
+    usual_price: float,
+    most_tokens: int,
+    label_seconds: float = 0.0,
+) -> GovernedControl:
+    """Returns a control whose books and record are in a file, which is made if it is not there.
+
+    Args:
+        head: The policy, which looks at no forced answer.
+        mode: Whether it only looks, or moves prices.
+        path: The file; the installation's key is in one beside it, as are a lock and SQLite's own.
+        target: The mean loss that is promised.
+        audit: Share of requests that is audited; 0, in observe mode alone, for none.
+        usual_price: The price of requests that name none.
+        most_tokens: The most tokens that an answer can have.
+        label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
+
+    Raises:
+        InputError: If a value is out of its range, or the file cannot be used.
+    """
+    if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
+        raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
+    if not 0 <= label_seconds < np.inf:
+        raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
+    if head.config.halting.probing != "at_halt":
+        raise InputError("the head looks at forced answers, expected one with probing at_halt")
+    share = audit or 1.0
+    promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
+    prices = prices_of(head)
+    begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
+    about = {"head": head.digest, "prices": prices.tolist()}
+    keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
+    record = Record(path)
+    key = installation_key(path)
+    return GovernedControl(
+        head, mode, keeper, record, key, audit, usual_price, label_seconds=label_seconds
+    )
+
+
+def _certified(head: HaltHead, prices: Float, target: float) -> int:
+    """Returns how many prices the head's certificate vouches for, if it bounds the same loss."""
+    certificate = head.config.certificate
+    if certificate is None or certificate.price is None or certificate.max_em_drop > target:
+        return 0
+    return int(np.searchsorted(prices, certificate.price, side="right"))
+
+
+def installation_key(path: Path) -> bytes:
+    """Returns the key in the file beside a state file, which is made if it is not there.
+
+    Raises:
+        InputError: If it cannot be read or made, or is none.
+    """
+    beside = path.with_name(path.name + ".key")
+    try:
+        try:
+            made = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            key = beside.read_bytes()
+        else:
+            key = os.urandom(32)
+            with os.fdopen(made, "wb") as file:
+                file.write(key)
+    except OSError as error:
+        raise InputError(f"{beside}: {reason_of(error)}") from None
+    check_key(key)
+    return key
+
+
+def _only(interval: Interval, kind: int) -> Interval:
+    """Returns the intervals (K,) of one kind of loss."""
+    return Interval(interval.low[kind], interval.estimate[kind], interval.high[kind])

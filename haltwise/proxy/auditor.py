@@ -1,0 +1,132 @@
+"""Asks for the answers of audits where prices would have halted them, once clients have theirs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+
+from haltwise import ThoughtRequest
+from haltwise.control.governed import AuditedRequest, GivenAnswer, GovernedControl
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.second_leg import ThoughtCloser
+from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
+from haltwise.proxy.wire import UpstreamError, without_markers
+from haltwise.session.thought import ForcedAnswer
+
+# Audits whose answers are asked for at once, so that clients' own requests have the server.
+_AT_ONCE = 2
+# Audits that may wait for it; others tell nothing.
+_MOST_WAITING = 256
+# Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may
+# have been cut off by its server, and tells nothing.
+_THINKS_ON = "second thought"
+
+
+class Auditor:
+    """Asks for answers in the background, as they would be asked for if a price had halted there.
+
+    Args:
+        control: Tells which requests are audits, and takes in their answers.
+        metrics: Where what happens is counted.
+        patience: Seconds to wait for an answer to begin.
+    """
+
+    def __init__(self, control: GovernedControl, metrics: Metrics, patience: float) -> None:
+        """Asks nothing yet."""
+        control.asks_answers = True
+        self._control, self._metrics, self._patience = control, metrics, patience
+        self._room = asyncio.Semaphore(_AT_ONCE)
+        self._running: set[asyncio.Task[None]] = set()
+
+    def take(self, request: ThoughtRequest, reader: ThoughtReader, said: str | None) -> None:
+        """Takes over a request that has ended, if it is an audit.
+
+        Args:
+            request: What was asked.
+            reader: Has read its thought.
+            said: All text outside of the thought's own field; None if the answer is not whole.
+        """
+        audit = self._control.taken(request)
+        if audit is None:
+            return
+        if said is None or reader.fallback or len(self._running) >= _MOST_WAITING:
+            self._control.break_off(audit)
+            return
+        task = asyncio.create_task(self._ask(audit, reader, _full(reader, said)))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def close(self) -> None:
+        """Leaves what is still to be asked."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    async def _ask(self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer) -> None:
+        """Asks for all answers of an audit, one after the other."""
+        halted: dict[int, GivenAnswer | None] = {}
+        try:
+            async with self._room:
+                for position in audit.positions:
+                    halted[position] = await self._answer(reader, position)
+        except Exception as error:
+            self._control.failures.add("an audit's answers", error)
+        except asyncio.CancelledError:
+            self._control.break_off(audit)
+            raise
+        if len(halted) < len(audit.positions):
+            self._control.break_off(audit)
+            return
+        asked = [answer.num_tokens - at for at, answer in halted.items() if answer is not None]
+        self._control.tell(audit, full, halted, sum(asked))
+
+    async def _answer(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
+        """The answer if the thought is closed at a position; None if the LM would think on.
+
+        Raises:
+            UpstreamError: If the server does not give it.
+        """
+        until = ThoughtReader(reader.request, reader.server, reader.streamed, self._metrics)
+        until.generated = _generated(reader, position)
+        until.usages[0].completion_tokens = position
+        closer = ThoughtCloser(until, self._patience)
+        answer, usage = GeneratedSoFar(), LegUsage()
+        try:
+            with anyio.fail_after(self._patience):
+                async for event in await closer.answering():
+                    if event.chunk is not None:
+                        answer.add(event.chunk)
+                        usage.completion_tokens = answer.num_tokens
+                        usage.take(event.chunk.get("usage"))
+        except UpstreamError as error:
+            if error.kind != _THINKS_ON:
+                raise
+            return None
+        finally:
+            await closer.close()
+        rules = reader.server.rules
+        text = without_markers(answer.text, rules.think_end)
+        read = rules.read(ForcedAnswer([text], [], usage.completion_tokens)).answer
+        return GivenAnswer(read, text, position + usage.completion_tokens)
+
+
+def _full(reader: ThoughtReader, said: str) -> GivenAnswer:
+    """The answer that the client got."""
+    rules = reader.server.rules
+    in_text = reader.thought.begun and not reader.field
+    text = said.partition(rules.think_end)[2] if in_text else said
+    text = without_markers(text, rules.think_end)
+    num_tokens = sum(usage.completion_tokens for usage in reader.usages)
+    return GivenAnswer(rules.read_answer(text), text, num_tokens)
+
+
+def _generated(reader: ThoughtReader, position: int) -> GeneratedSoFar:
+    """What the first leg had shown when the thought stood at a position."""
+    seen, tokens = reader.generated, reader.thought.tokens
+    is_known = seen.has_ids and len(tokens) == seen.num_tokens
+    text = reader.server.rules.decode(tokens[:position], skip_special_tokens=False)
+    return GeneratedSoFar(
+        [text], seen.ids[:position] if is_known else [], seen.prompt_ids, position
+    )

@@ -1,0 +1,120 @@
+"""The pages under /v1/haltwise: what the control knows, and what it is told about requests."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from haltwise import InputError
+from haltwise.control.governed import GovernedControl
+from haltwise.proxy.client import RefusedError
+from haltwise.proxy.wire import json_object
+
+_MOST_BYTES = 2**16
+
+
+class OperatorPages:
+    """Answers those who run the proxy.
+
+    Args:
+        mode: What the settings name as the control.
+        control: The control; None if it is not one of haltwise's own.
+        key: What a request has to show; None if everybody may read, and nobody write.
+    """
+
+    def __init__(self, mode: str, control: GovernedControl | None, key: str | None) -> None:
+        """Answers nothing yet."""
+        self._mode, self._control, self._key = mode, control, key
+        self.routes = [
+            Route("/v1/haltwise/control", self.tell),
+            Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
+            Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
+        ]
+
+    async def tell(self, request: Request) -> Response:
+        """Tells what the audits have told, and what is served because of it."""
+        try:
+            self._let_in(request)
+        except RefusedError as error:
+            return _refused(error)
+        if self._control is None:
+            return JSONResponse({"mode": self._mode})
+        return JSONResponse(await anyio.to_thread.run_sync(self._control.status))
+
+    async def take_label(self, request: Request) -> Response:
+        """Takes in the right answer of an audit."""
+        return await self._take(request, lambda control, told: control.label(**told))
+
+    async def take_feedback(self, request: Request) -> Response:
+        """Takes in how content somebody was with an answer."""
+        return await self._take(request, lambda control, told: control.complain(**told))
+
+    async def _take(
+        self, request: Request, take: Callable[[GovernedControl, dict[str, Any]], None]
+    ) -> Response:
+        """Gives what a request tells to the control, or says why it cannot be used."""
+        try:
+            control = self._writable(request)
+            told = json_object(await _body(request))
+            if told is None:
+                raise RefusedError(400, "invalid_request_error", "expected a JSON object")
+            take(control, told)
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except RefusedError as error:
+            return _refused(error)
+        except InputError as error:
+            return _refused(RefusedError(400, "invalid_request_error", str(error)))
+        return Response(status_code=204)
+
+    def _writable(self, request: Request) -> GovernedControl:
+        """Returns the control if a request may tell it something.
+
+        Raises:
+            RefusedError: If it may not, or there is no control.
+        """
+        if self._key is None:
+            message = "expected the operator's key, see --operator-key-env"
+            raise RefusedError(403, "forbidden", message)
+        self._let_in(request)
+        if self._control is None:
+            message = f"control is {self._mode}, expected observe or apply"
+            raise RefusedError(404, "not_found", message)
+        return self._control
+
+    def _let_in(self, request: Request) -> None:
+        """Refuses who does not show the key.
+
+        Raises:
+            RefusedError: If there is a key and the request has another or none.
+        """
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        shown = key.strip().encode() if scheme.lower() == "bearer" else b""
+        if self._key is not None and not hmac.compare_digest(shown, self._key.encode()):
+            bearer = [(b"www-authenticate", b"Bearer")]
+            raise RefusedError(401, "unauthorized", "expected the operator's key", bearer)
+
+
+async def _body(request: Request) -> bytes:
+    """Returns the body of a request.
+
+    Raises:
+        RefusedError: If it is too long.
+    """
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _MOST_BYTES:
+            raise RefusedError(413, "too_large", f"expected at most {_MOST_BYTES} bytes")
+    return body
+
+
+def _refused(error: RefusedError) -> Response:
+    headers = {name.decode(): value.decode() for name, value in error.headers}
+    return JSONResponse(error.body, error.status, headers)

@@ -1,0 +1,315 @@
+"""The proxy with its control: audits, the status page, and clients who never notice a failure."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from haltwise import InputError
+from haltwise.control import governed
+from haltwise.control.governed import GivenAnswer
+from haltwise.control.record import digest
+from haltwise.proxy import ServeConfig, create_app
+from haltwise.session.thought import ForcedAnswer, PointRules
+from lms.embedded import EMBEDDED, prompt_of
+from lms.gguf import write_gguf
+from lms.tasks import questions
+from tests.heads import sure_head
+from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
+from tests.proxy.llama_server import NAME, llama_server
+from tests.proxy.proxies import Proxy, Reply, ask, connected, proxied, saved_head, wait_until
+from tests.proxy.proxies import request_bytes as bytes_of
+
+Governed = Callable[..., Proxy]
+OFF, NEVER = {"X-Haltwise-Off": "1"}, {"X-Haltwise-Price": "1e-9"}
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Governed]:
+    """Proxies before a kind of fake; with a control all its requests are audits if none is said."""
+    head = saved_head(tmp_path / "head")
+    with ExitStack() as stack:
+
+        def started(kind: Kind = "vllm", **settings: Any) -> Proxy:
+            if settings.get("control", "off") != "off":
+                settings = {"state": tmp_path / "state", "audit": 1.0} | settings
+            upstream = stack.enter_context(FakeUpstream(kind))
+            config = ServeConfig(head=head, upstream=upstream.url, **settings)
+            return stack.enter_context(proxied(config))
+
+        yield started
+
+
+def status(proxy: Proxy) -> Any:
+    """Once no audit is under way any more."""
+
+    def told() -> Any:
+        return proxy.client.get("/v1/haltwise/control").raise_for_status().json()
+
+    wait_until(lambda: told()["under_way"] == 0)
+    return told()
+
+
+def answers(state: Path) -> list[tuple[int, str, int, int]]:
+    """Position, digest, agreement and tokens of every answer in the record."""
+    with sqlite3.connect(state) as file:
+        names = "position, answer, agrees, tokens"
+        return file.execute(f"SELECT {names} FROM answer ORDER BY rowid").fetchall()
+
+
+def mac(state: Path, reply: Reply, halted: bool) -> str:
+    """The digest that the record has of an answer."""
+    rules = PointRules(sure_head().config.halting)
+    text = reply.text.rpartition("</think>")[2]
+    read = rules.read(ForcedAnswer([text], [], 1)).answer if halted else rules.read_answer(text)
+    key = governed.installation_key(state)
+    return digest(key, GivenAnswer(read, text, 1).compared)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "chat"),
+    [
+        (kind, chat)
+        for kind in ("vllm", "llama-server", "sglang", "ollama")
+        for chat in (True, False)
+    ]
+    + [("plain", False)],
+)
+def test_an_audit_knows_the_answers_that_halting_would_have_given(
+    kind: Kind, chat: bool, stream: bool, serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    plain, looking = serving(kind), serving(kind, control="observe")
+    full = ask(looking.client, plan, chat, stream)
+    expected = ask(plain.client, plan, chat, stream, NEVER)
+    assert (full.thought, full.text, full.finish) == (
+        expected.thought,
+        expected.text,
+        expected.finish,
+    )
+    assert full.usage["completion_tokens"] == expected.usage["completion_tokens"]
+    told = status(looking)
+    assert told["failures"] == 0 and told["groups"]["everything"]["audits"] == 1
+    # At most prices of 10, 1 and 0.1 the head halts after 12 tokens, 20, and never.
+    found = answers(tmp_path / "state")
+    assert [position for position, *_ in found[:-1]] == [12, 20]
+    for price, (_, answer, agrees, tokens) in zip(("10", "1"), found, strict=False):
+        halted = ask(plain.client, plan, chat, stream, {"X-Haltwise-Price": price})
+        assert halted.haltwise["halted"]
+        assert answer == mac(tmp_path / "state", halted, halted=True) and not agrees
+        legs = [leg["completion_tokens"] for leg in halted.haltwise["legs"]]
+        assert len(legs) == 1 or tokens == halted.haltwise["position"] + legs[1]
+    assert found[-1][1] == mac(tmp_path / "state", full, halted=False)
+
+
+def test_whom_nobody_audits_gets_the_bytes_of_who_has_no_control(
+    serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    plain, looking = serving(), serving(control="observe", audit=1e-9)
+    for headers in ({}, {"X-Haltwise-Price": "10"}, OFF):
+        one, other = (ask(p.client, plan, headers=headers) for p in (plain, looking))
+        assert one.body == other.body
+
+
+def boom(*_: object, **__: object) -> Any:
+    raise RuntimeError("broken")
+
+
+FAILURES = ["draw_audit", "Bookkeeper.put", "Record.put", "Replay.add", "digest", "groups_of"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("broken", FAILURES)
+@pytest.mark.parametrize(
+    ("control", "audit"), [("observe", 1e-9), ("observe", 1.0), ("apply", 1.0)]
+)
+def test_no_failure_of_the_control_moves_a_byte(
+    broken: str,
+    control: str,
+    audit: float,
+    stream: bool,
+    serving: Governed,
+    plan: Plan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, failing = serving(), serving(control=control, audit=audit)
+    owner, _, name = broken.rpartition(".")
+    monkeypatch.setattr(getattr(governed, owner) if owner else governed, name, boom)
+    found = ask(failing.client, plan, stream=stream)
+    begins = broken not in ("draw_audit", "groups_of")
+    unhalted = control == "apply" or (audit == 1.0 and begins)
+    expected = ask(plain.client, plan, stream=stream, headers=NEVER if unhalted else {})
+    assert found.status == expected.status
+    assert found.body == expected.body.replace(b"1e-09", b"0.0")
+
+
+def test_a_client_that_leaves_makes_no_audit(serving: Governed, plan: Plan) -> None:
+    looking = serving(control="observe")
+    hanging = Plan(plan.name, trouble="hangs", at=10, legs=(1,))
+    with connected(looking) as client:
+        client.sendall(bytes_of(hanging, True, True, {}))
+        client.recv(1)
+    assert status(looking)["groups"]["everything"]["audits"] == 0
+
+
+def test_audits_that_the_server_does_not_answer_are_none(serving: Governed, plan: Plan) -> None:
+    looking = serving(control="observe")
+    ask(looking.client, Plan(plan.name, trouble="500", legs=(2, 3)))
+    told = status(looking)
+    assert told["groups"]["everything"]["audits"] == 0 and told["failures"] == 1
+
+
+def test_groups_are_tenants_and_tasks(serving: Governed, plan: Plan) -> None:
+    looking = serving(control="observe")
+    ask(looking.client, plan, headers={"X-Haltwise-Task": "sums", "Authorization": "Bearer k"})
+    names = status(looking)["groups"]
+    assert {name.partition(":")[0] for name in names} == {"everything", "tenant", "task"}
+    assert "task:sums" in names and not any(name.endswith(":k") for name in names)
+
+
+def test_the_status_is_the_operators_if_there_is_a_key(
+    serving: Governed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR", "secret")
+    looking = serving(control="observe", operator_key_env="OPERATOR")
+    for key, code in ((None, 401), ("Bearer other", 401), ("Basic secret", 401)):
+        headers = {} if key is None else {"Authorization": key}
+        assert looking.client.get("/v1/haltwise/control", headers=headers).status_code == code
+    found = looking.client.get(
+        "/v1/haltwise/control", headers={"Authorization": "Bearer secret"}
+    ).json()
+    assert found["mode"] == "observe" and found["audits_due"] > 0
+    assert set(found["groups"]) == {"everything"}
+
+
+def test_feedback_is_the_operators(
+    serving: Governed, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR", "secret")
+    path, client, key = "/v1/haltwise/feedback", {"Authorization": "Bearer k"}, "Bearer secret"
+    looking = serving(control="observe", operator_key_env="OPERATOR")
+    found = ask(looking.client, plan, headers=client)
+    said: Any = {"request": found.headers["x-haltwise-request"], "score": 0.0}
+    codes = [
+        looking.client.post(path, headers={"Authorization": shown}, content=content).status_code
+        for shown, content in [
+            (client["Authorization"], json.dumps(said)),
+            (key, "[]"),
+            (key, json.dumps(said | {"score": float("nan")})),
+            (key, " " * 70_000),
+            (key, json.dumps(said)),
+            (key, json.dumps(said)),
+        ]
+    ]
+    assert codes == [401, 400, 400, 413, 204, 400]
+
+
+def test_labels_are_the_operators_and_know_the_right_answer(
+    serving: Governed, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPERATOR", "secret")
+    looking = serving(control="observe", operator_key_env="OPERATOR", label_hours=1.0)
+    full = ask(looking.client, plan)
+    key = {"Authorization": "Bearer secret"}
+
+    def told() -> Any:
+        return looking.client.get("/v1/haltwise/control", headers=key).json()
+
+    wait_until(lambda: told()["labels_due"] == 1)
+    said: Any = {"request": full.headers["x-haltwise-request"], "gold": "nothing of it"}
+    codes = [
+        looking.client.post("/v1/haltwise/labels", headers=key, json=said | more).status_code
+        for more in ({"gold": 7}, {"request": "other"}, {}, {})
+    ]
+    assert codes == [400, 400, 204, 400]
+    wait_until(lambda: told()["labels_due"] == 0)
+    found = told()["groups"]["everything"]["by_price"]
+    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 3
+
+
+def test_without_a_key_or_a_control_nobody_tells_anything(
+    serving: Governed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert serving(control="observe").client.post("/v1/haltwise/feedback").status_code == 403
+    monkeypatch.setenv("OPERATOR", "secret")
+    found = serving(operator_key_env="OPERATOR").client.post(
+        "/v1/haltwise/feedback", headers={"Authorization": "Bearer secret"}
+    )
+    assert found.status_code == 404 and "control is off" in found.json()["error"]["message"]
+
+
+def test_without_a_control_the_status_says_so(serving: Governed) -> None:
+    assert serving().client.get("/v1/haltwise/control").json() == {"mode": "off"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"control": "observe"}, "expected --state with a file"),
+        ({"state": Path("state")}, "expected it with --control observe or apply"),
+        ({"control": "watch"}, "expected MODULE:NAME"),
+        ({"control": "apply", "audit": 0.0}, "audit is 0.0"),
+        ({"control": "observe", "audit": -0.1}, "audit is -0.1"),
+        ({"control": "observe", "target": 1.0}, "target is 1.0"),
+        ({"control": "observe", "context": 0}, "context is 0"),
+        ({"control": "observe", "state": Path("no") / "where"}, "expected to write there"),
+        ({"operator_key_env": "HALTWISE_NOT_SET"}, "HALTWISE_NOT_SET is not set"),
+    ],
+)
+def test_bad_settings_are_refused(settings: Any, expected: str, tmp_path: Path) -> None:
+    if settings.get("control") in ("observe", "apply") and len(settings) > 1:
+        settings = {"state": tmp_path / "state"} | settings
+    with pytest.raises(InputError, match=expected):
+        create_app(ServeConfig(head=saved_head(tmp_path / "head"), **settings))
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, b""])
+def test_a_state_that_is_none_is_refused_or_made(content: bytes, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.write_bytes(content)
+    config = ServeConfig(head=saved_head(tmp_path / "head"), control="observe", state=state)
+    if content:
+        with pytest.raises(InputError, match="not a database"):
+            create_app(config)
+    else:
+        create_app(config)
+
+
+def test_apply_certifies_by_audits_and_then_halts_a_real_lm(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "embedded.gguf")
+    asked = [
+        {"role": "user", "content": prompt_of(question).removesuffix("<think>").strip()}
+        for question in questions("sum", "test", 40)
+    ]
+    head = EMBEDDED.parent / "embedded-blind-head"
+    with ExitStack() as stack:
+        server = stack.enter_context(llama_server(tmp_path / "embedded.gguf"))
+        settings: dict[str, Any] = {"control": "apply", "target": 0.7, "audit": 0.05}
+        config = ServeConfig(
+            head=head, upstream=server.url, state=tmp_path / "state", context=1024, **settings
+        )
+        proxy = stack.enter_context(proxied(config))
+
+        def halts(message: Any) -> bool:
+            body = {"model": NAME, "messages": [message], "temperature": 0}
+            found = proxy.client.post("/v1/chat/completions", json=body).raise_for_status()
+            return bool(found.json()["usage"]["haltwise"]["halted"])
+
+        due, num = status(proxy)["audits_due"], 0
+        assert 0 < due < len(asked)
+        while status(proxy)["audits_due"]:
+            assert not halts(asked[num])
+            num += 1
+        assert num >= due
+        told = status(proxy)
+        everything = told["groups"]["everything"]
+        assert told["failures"] == 0 and everything["audits"] == num
+        assert 0 < everything["price"] <= everything["ceiling"]
+        assert everything["at_price"]["saving"]["estimate"] > 0.2
+        wait_until(lambda: halts(asked[0]))  # it may be one of the few audits
