@@ -479,7 +479,7 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         return ConstantControl()
     if config.state is None:
         return load_control(config.control)
-    usual = config.terms(head.config.default_price).price
+    usual = config.terms(Terms.of_head(head.config)).price
     mode: Mode = "apply" if config.control == "apply" else "observe"
     return open_control(
         head,
