@@ -307,7 +307,10 @@ def _audit_to_json(audit: Audit) -> dict[str, Any]:
 
 
 def _audit_from_json(data: Mapping[str, Any]) -> Audit:
-    return Audit(**{k: np.array(v) if isinstance(v, list) else v for k, v in data.items()})
+    values: dict[str, Any] = {
+        name: np.array(value) if isinstance(value, list) else value for name, value in data.items()
+    }
+    return Audit(**values)
 
 
 def _awaited_from_json(data: Mapping[str, Any]) -> Awaited:
