@@ -109,8 +109,12 @@ class ClientAnswer:
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        told = own if len(self._usages) == 1 else self._details()
-        return usage | told | {"haltwise": self.report()}
+        usage |= own if len(self._usages) == 1 else self._details()
+        if (probes := self._reader.prober.usage).num:
+            for name in ("prompt_tokens", "completion_tokens"):
+                usage[name] += getattr(probes, name)
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage | {"haltwise": self.report()}
 
     def _details(self) -> Json:
         """The details that servers tell of usage, of all legs together."""
@@ -143,6 +147,8 @@ class ClientAnswer:
         }
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
+        if reader.prober.usage.num:
+            report["probes"] = reader.prober.usage.report()
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:
@@ -166,6 +172,11 @@ class ClientAnswer:
             yield self._made({}, {field: before})
         if text := after if field else self._reader.call_end + server.close_text:
             yield self._made({}, self._part(text))
+
+    def whole_event(self, text: str) -> StreamEvent:
+        """The event that shows a whole answer and its end."""
+        self.finish = "stop"
+        return self._made({"finish_reason": self.finish}, self._part(text))
 
     def continued(self, choice: Json) -> StreamEvent | None:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""

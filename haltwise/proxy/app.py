@@ -27,6 +27,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
+from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
@@ -78,6 +79,7 @@ class Proxy:
         head = HaltHead.load(config.head)
         check_served(head)
         halting = head.config.halting
+        self._looks = halting.probing == "always"
         if not halting.think_start:
             raise InputError(
                 "the head's LM reasons in the open: expected think markers, by which servers tell "
@@ -86,8 +88,17 @@ class Proxy:
         self._terms = config.terms(head.config.default_price)
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
-        control, patience = control or load_control(config.control), config.read_timeout
-        self._settings = CompletionSettings(head, control, self.metrics, config.shadow, patience)
+        self._room = anyio.CapacityLimiter(config.max_streams)
+        self._settings = CompletionSettings(
+            head,
+            control or load_control(config.control),
+            self.metrics,
+            config.shadow,
+            config.read_timeout,
+            ProbeRoom(config.max_probes, lambda: self._room.borrowed_tokens),
+            config.probe_timeout,
+            config.answers == "seen",
+        )
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
@@ -95,7 +106,6 @@ class Proxy:
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
-        self._room = anyio.CapacityLimiter(config.max_streams)
         self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -214,9 +224,7 @@ class Proxy:
         if why_not is None:
             server = await self._find_server(headers)
             why_not = await aside.run(is_large, server.why_not_halted, request)
-            is_blind = not server.shows_numbers(request)
-            if is_blind and (terms.max_tokens is None or request.num_top is not None):
-                why_not = why_not or "tools"
+            why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
             about = {"endpoint": record.endpoint, "model": request.model}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
@@ -228,6 +236,15 @@ class Proxy:
                 await completion.close()
         if why_not is not None:
             await self._pass_on(client, body, self._why_not(why_not, record))
+
+    def _why_unseen(self, server: LMServer, request: CompletionRequest, terms: Terms) -> str | None:
+        """Why the head sees too little of a request, which no cap can end either; None if not."""
+        if not server.shows_numbers(request):
+            is_capped = terms.max_tokens is not None and request.num_top is None
+            return None if is_capped else "tools"
+        if self._looks and terms.max_tokens is None:
+            return request.why_not_continued(server.close_text)
+        return None
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
