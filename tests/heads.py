@@ -42,9 +42,8 @@ def sure_head(
     1, -2.25 at 10, -3.25 at 100, and -0.25 at 0.1. A plan's thought is then halted after 20
     tokens, 12, 4, and never. If it looks at answers, it has to have seen one, but not which.
     """
-    groups = ("pace", "distribution", "reflection")
-    if probing == "always":
-        groups += ("confidence",)
+    seen = ("confidence",) if probing == "always" else ()
+    groups = ("pace", "distribution", "reflection", *seen)
     names = feature_names(groups)
     mean = [-1.25 if name == "logprob" else 0.0 for name in names]
     observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))

@@ -70,7 +70,7 @@ class ClientAnswer:
             if choice is None and not self._request.wants_usage:
                 return None
             if self.finish is not None:
-                chunk["usage"], event.raw = self.usage(usage), b""
+                chunk["usage"], event.raw = self.usage(), b""
         return event
 
     def passed(self, event: StreamEvent) -> StreamEvent | None:
@@ -99,17 +99,16 @@ class ClientAnswer:
             return True
         return bool(found)
 
-    def usage(self, own: Json) -> Json:
-        """The usage of all legs together, and the report about the thought.
+    def usage(self) -> Json:
+        """The usage of all legs and probes together, and the report about the thought.
 
-        Args:
-            own: What the server told of the last leg; it is believed if that is the only one.
+        What the server tells of a leg is believed if that is the only one.
         """
         prompt = sum(usage.prompt_tokens or 0 for usage in self._usages)
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        usage |= own if len(self._usages) == 1 else self._details()
+        usage |= self._usages[0].told if len(self._usages) == 1 else self._details()
         if (probes := self._reader.prober.usage).num:
             for name in ("prompt_tokens", "completion_tokens"):
                 usage[name] += getattr(probes, name)
@@ -159,7 +158,7 @@ class ClientAnswer:
 
     def usage_event(self) -> StreamEvent:
         """The event that tells the usage of an answer of several legs."""
-        return StreamEvent(chunk=self.envelope | {"choices": [], "usage": self.usage({})})
+        return StreamEvent(chunk=self.envelope | {"choices": [], "usage": self.usage()})
 
     def close_events(self) -> Iterator[StreamEvent]:
         """The events that show the close text, in the thought's field and behind it."""

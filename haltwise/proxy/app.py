@@ -27,6 +27,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
+from haltwise.proxy.probe_trial import check_probes
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
@@ -107,6 +108,31 @@ class Proxy:
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
         self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
+
+    def try_probes(self) -> None:
+        """Tries whether forced answers run beside a thought, if the head looks at any.
+
+        A server that does not answer yet is none to be refused.
+
+        Raises:
+            InputError: If they do not, and the settings do not say that this is no matter.
+        """
+        if self._looks:
+            try:
+                asyncio.run(self._try_probes())
+            except UpstreamError as error:
+                told = f"forced answers beside a thought were not tried at start: {error}"
+                log.warning(json.dumps({"warning": told}))
+
+    async def _try_probes(self) -> None:
+        config, rules = self.config, self._unknown.rules
+        upstream = Upstream(config.connections)  # connections belong to one event loop
+        try:
+            unknown = LMServer(upstream, rules, self._unknown.close_text)
+            server = await find_lm_server(unknown, config.kind, [])
+            await check_probes(server, config.probe_timeout, config.probe_anyway)
+        finally:
+            await upstream.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -430,7 +456,11 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.
     """
-    proxy = Proxy(config, control)
+    return app_of(Proxy(config, control))
+
+
+def app_of(proxy: Proxy) -> Starlette:
+    """A proxy with its pages about itself, for any ASGI server."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:

@@ -84,8 +84,10 @@ class WatchedCompletion:
         Raises:
             UpstreamError: If no answer comes.
         """
-        extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
-        body = self.request.watched_body(extra, self._server.shows_numbers(self.request))
+        settings, server = self._settings, self._server
+        goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
+        extra = server.extra_fields(self.request) if goes_on else {}
+        body = self.request.watched_body(extra, server.shows_numbers(self.request))
         return await self._closer.ask(body, self.request.chat)
 
     def release(self, reason: str) -> None:
@@ -111,9 +113,7 @@ class WatchedCompletion:
         async for event in self.events(first):
             if event.chunk is not None:
                 whole.add(event.chunk)
-        answer = whole.answer(self.request.chat)
-        own = answer.get("usage")
-        return answer | {"usage": self._answer.usage(own if isinstance(own, dict) else {})}
+        return whole.answer(self.request.chat) | {"usage": self._answer.usage()}
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.
@@ -172,6 +172,7 @@ class WatchedCompletion:
 
     async def _events_and_answers(self, leg: UpstreamLeg) -> AsyncGenerator[StreamEvent | None]:
         """The events of a leg, and None where the answer of a probe comes between two of them."""
+        events = aiter(leg)
         while True:
             probe = self._prober.running
             if probe is not None and not await leg.comes_before(probe):
@@ -181,7 +182,7 @@ class WatchedCompletion:
                     yield None
                 continue
             try:
-                event = await anext(leg)
+                event = await anext(events)
             except StopAsyncIteration:
                 return
             yield event

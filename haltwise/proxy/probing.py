@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 
@@ -182,11 +183,10 @@ class AnswerProber:
         server, rules = self._server, self._server.rules
         body = await server.probe_body(self._request, seen)
         usage = LegUsage()
-        said = await asked_to_go_on(
-            server, body, self._headers, lambda leg: self._events(leg, usage)
-        )
+        said = await asked_to_go_on(server, body, self._headers, partial(self._events, usage))
         num_prompt = usage.prompt_tokens
         self.usage.prompt_tokens += num_prompt or 0
+        self._metrics.probe_tokens.inc(usage.completion_tokens)
         num_before = None
         if num_prompt is not None:
             num_before = num_prompt - seen.num_tokens - server.num_close_tokens
@@ -194,20 +194,24 @@ class AnswerProber:
         is_whole = said.ended_by_lm or rules.is_complete(forced.tokens)
         return SeenAnswer(rules.read(forced), is_whole, num_before)
 
-    async def _events(self, leg: UpstreamLeg, usage: LegUsage) -> AsyncIterator[StreamEvent]:
-        """The events of a probe, whose tokens are counted as they come."""
-        said = GeneratedSoFar()
-        async for event in leg:
-            if event.chunk is not None:
-                num_before = usage.completion_tokens
-                said.add(event.chunk)
-                usage.completion_tokens = said.num_tokens
-                usage.take(event.chunk.get("usage"))
-                usage.take_timings(event.chunk.get("timings"))
-                num = usage.completion_tokens - num_before
-                self.usage.completion_tokens += num
-                self._metrics.probe_tokens.inc(max(num, 0))
+    async def _events(self, usage: LegUsage, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+        """The events of a probe, whose tokens count as they come: it may be cancelled."""
+        before = self.usage.completion_tokens
+        async for event in counting(usage, leg):
+            self.usage.completion_tokens = before + usage.completion_tokens
             yield event
+
+
+async def counting(usage: LegUsage, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+    """The events of a leg, whose tokens are counted as they come."""
+    said = GeneratedSoFar()
+    async for event in leg:
+        if event.chunk is not None:
+            said.add(event.chunk)
+            usage.completion_tokens = max(usage.completion_tokens, said.num_tokens)
+            usage.take(event.chunk.get("usage"))
+            usage.take_timings(event.chunk.get("timings"))
+        yield event
 
 
 async def asked_to_go_on(

@@ -268,12 +268,17 @@ class LegUsage:
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 setattr(self, name, usage[name])
+        details = self.told.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if isinstance(cached, int) and self.prompt_tokens is not None:
+            self.computed_tokens = self.prompt_tokens - cached
 
     def take_timings(self, timings: Any) -> None:
         """Believes llama-server's timings of a prompt, of which it has computed a part anew."""
-        parts = [timings.get(name) for name in wire.PROMPT_PARTS] if timings else []
-        if parts and all(isinstance(num, int) for num in parts):
-            self.prompt_tokens, self.computed_tokens = sum(parts), parts[1]
+        if isinstance(timings, dict):
+            cached, computed = (timings.get(name) for name in wire.PROMPT_PARTS)
+            if isinstance(cached, int) and isinstance(computed, int):
+                self.prompt_tokens, self.computed_tokens = cached + computed, computed
 
 
 class Upstream:
