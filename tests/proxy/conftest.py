@@ -37,7 +37,8 @@ def paced() -> Iterator[None]:
         probe = reader.prober.running
         if probe is None or probe.done() or not reader.is_thinking:
             texts = () if event is None or event.choice is None else texts_of(event.choice)
-            DECIDED.update(("".join(texts), *map(str, reader.thought.tokens[-1:])))
+            newest = ("".join(texts), *map(str, reader.thought.tokens[-1:]))
+            DECIDED.update(text.rstrip("é\ufffd") for text in newest)
         return taken
 
     with pytest.MonkeyPatch.context() as patch:

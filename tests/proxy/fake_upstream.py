@@ -591,8 +591,14 @@ class _Writer:
         is_tried = self.plan.name == "tried"
         if is_tried:
             await asyncio.sleep(0.001)  # probes are to be there before its end
-        elif self.fake.paced and is_watched and self.thinks and num % self.fake.paced == 0 < num:
-            while self.all[-1].text not in DECIDED:
+        elif (
+            self.plan.form != "whole"
+            and self.fake.paced
+            and is_watched
+            and self.thinks
+            and num % self.fake.paced == 0 < num
+        ):
+            while self.all[-1].text.rstrip("é") not in DECIDED:
                 await asyncio.sleep(0.001)
 
     def _num_top(self) -> int:

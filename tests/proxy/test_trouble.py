@@ -479,9 +479,9 @@ def test_a_client_that_leaves_ends_what_was_asked_for_it(
 
 @pytest.mark.parametrize("headers", [NEVER, OFF], ids=["watched", "off"])
 def test_a_client_that_does_not_read_is_dropped_and_nobody_else(
-    watching: Pair, plan: Plan, headers: dict[str, str], hurried: dict[str, str]
+    vllm: Pair, plan: Plan, headers: dict[str, str], hurried: dict[str, str]
 ) -> None:
-    pair = watching
+    pair = vllm
     other, plan = plan, replace(plan, name="endless", trouble="endless", token_bytes=10_000)
     plan = replace(plan, name="endless" + "x" * (headers is OFF))
     with connected(pair.proxy) as client:
