@@ -106,7 +106,7 @@ def test_probes_that_fail_halt_nothing(seen: Pair, plan: Plan, chat: bool, troub
 
 @BOTH
 def test_probes_that_are_late_halt_nothing(pairs: Pairs, plan: Plan, chat: bool) -> None:
-    pair = pairs(probing=True, answers="seen", probe_timeout=0.05)
+    pair = pairs(probing=True, answers="seen", probe_timeout=0.05, probe_anyway=True)
     plan = replace(plan, probes="hangs")
     reply = ask(pair.client, plan, chat)
     assert thought_of(reply) == plan.thought() and reply.text.endswith(plan.answer_text())
