@@ -20,13 +20,14 @@ from tqdm import tqdm
 from haltwise import InputError, Signals
 from haltwise.policy.signals import signals_from
 from haltwise.proxy.dialect import ServedPrompt
+from haltwise.proxy.generation import ServedGeneration
 from haltwise.proxy.wire import ServedToken
 from haltwise.session.stream import FEWEST_TOP, StreamedSignals
-from haltwise.session.thought import ForcedAnswer, PointRules, Probe, Thought
+from haltwise.session.thought import PointRules, Probe, Thought
 from lms.ask import check_closes
 from lms.chat import chat_of
 from recording.config import EngineConfig, TaskFormat
-from recording.served_lm import ServedGeneration, ServedLM
+from recording.served_lm import ServedLM
 from recording.trace_row import (
     SeededQuestion,
     TraceRow,
@@ -276,11 +277,7 @@ class OpenAIEngine:
             num_top=1,
             is_complete=lambda tokens: self._rules.is_complete([token.text for token in tokens]),
         )
-        tokens = answer.tokens[: len(answer.tokens) - answer.ended_by_lm]
-        logprobs = [token.logprob for token in tokens]
-        known = [] if any(map(math.isnan, logprobs)) else logprobs
-        forced = ForcedAnswer([token.text for token in tokens], known, len(answer.tokens))
-        return self._rules.read(forced)
+        return self._rules.read(answer.forced_answer)
 
 
 def _differ(token: ServedToken, other: ServedToken) -> bool:

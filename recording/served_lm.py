@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -20,17 +19,9 @@ from haltwise.proxy.dialect import (
     dialect_of,
     listed_models,
 )
-from haltwise.proxy.upstream import Upstream, UpstreamLeg
-from haltwise.proxy.wire import (
-    DONE,
-    Json,
-    ServedToken,
-    UpstreamError,
-    json_object,
-    num_generated,
-    served_tokens,
-    texts_of,
-)
+from haltwise.proxy.generation import ServedGeneration, read_generation, refusal
+from haltwise.proxy.upstream import Upstream
+from haltwise.proxy.wire import Json, ServedToken, UpstreamError
 from haltwise.session.signal_collector import NUM_TOP
 from lms.chat import Message, thinking_switch
 from recording.config import EngineConfig
@@ -47,28 +38,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 60.0
 _GONE = ("unreachable", "connect timeout", "timeout", "cut")
 _SERVER_ERROR = 500
 _BUSY = (408, 425, 429, _SERVER_ERROR, 502, 503, 504, 529)
-# How servers call the end of an answer that the LM has ended, and of one that they break off.
-_ENDED_BY_LM = ("stop", "eos", "eos_token")
-_BROKEN_OFF = ("abort", "error", "cancelled")
-# Characters of a server's own message that fit into a line.
-_LONGEST_SAID = 200
 # Names of models in a message.
 _MOST_NAMED = 10
-
-
-@dataclass
-class ServedGeneration:
-    """What the LM has said to one request."""
-
-    tokens: list[ServedToken] = field(default_factory=list)
-    """Its tokens, in order. One that ends what the LM says has no text, and neither has one that
-    the server has only counted, such as a part of a character."""
-    ended_by_lm: bool = False
-    """Whether the LM has ended it, and not a limit."""
-    num_apart: int = 0
-    """Tokens that the server has told apart as a thought; they come first."""
-    num_hidden: int = 0
-    """Tokens of these that stand at the end, though nobody knows where they were."""
 
 
 class ServedLM:
@@ -291,8 +262,8 @@ class ServedLM:
         leg = await self._upstream.stream(path, body, [])
         try:
             if not leg.is_readable:
-                raise await _refusal(path, leg)
-            return await _read(leg, body["max_tokens"], is_complete)
+                raise await refusal(path, leg)
+            return await read_generation(leg, body["max_tokens"], is_complete)
         finally:
             await leg.close()
 
@@ -324,85 +295,6 @@ class ServedTemplate:
         """Returns the token that is a whole text, if there is one."""
         ids = self._lm.run(self._lm.tokenized(text)).ids
         return ids[0] if ids and len(ids) == 1 else None
-
-
-async def _refusal(path: str, leg: UpstreamLeg) -> UpstreamError:
-    """Returns what a server says that does not answer with a stream."""
-    status, data = leg.response.status_code, await leg.body()
-    if status in NO_SUCH_PATH:
-        told = f"{path} was answered with {status}: expected a server that goes on from a "
-        return UpstreamError("status", told + "prompt, and not of chats alone", answered=status)
-    found = json_object(data)
-    if found is None:
-        text = data.decode(errors="replace")
-        told = f"{path} was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
-        return UpstreamError("malformed", told, answered=status)
-    error = found.get("error", found)
-    said = str(error.get("message", error) if isinstance(error, dict) else error)
-    told = f"{path} was answered with {status}: {said:.{_LONGEST_SAID}}"
-    return UpstreamError("status", told, answered=status)
-
-
-async def _read(
-    leg: UpstreamLeg, max_tokens: int, is_complete: Callable[[list[ServedToken]], bool]
-) -> ServedGeneration:
-    """Reads a stream to its end, or to where nothing more is wanted.
-
-    Raises:
-        InputError: If it ends before the LM or the limit ends it.
-        UpstreamError: If it breaks off, or is malformed.
-    """
-    tokens: list[ServedToken] = []
-    finish, num_told, num_apart, last_text, is_over = "", 0, 0, "", False
-    async for event in leg:
-        is_over |= event is DONE
-        num_told = max(num_told, num_generated(event.chunk or {}))
-        choice = event.choice
-        if choice is None:
-            continue
-        new, texts = served_tokens(choice), texts_of(choice)
-        if new:
-            last_text = "".join(texts)
-            tokens += [ServedToken("")] * (num_told - len(tokens) - len(new))
-        tokens += new
-        num_apart = len(tokens) if texts[0] else num_apart
-        finish = choice.get("finish_reason") or finish
-        if is_complete(tokens):
-            return ServedGeneration(tokens)
-    if not (finish or is_over) or finish in _BROKEN_OFF:
-        raise UpstreamError("cut", "upstream broke off its answer")
-    whole = _whole(tokens, finish, max(num_told, len(tokens)), last_text, max_tokens)
-    return replace(whole, num_apart=num_apart)
-
-
-def _whole(
-    tokens: list[ServedToken], finish: str, num: int, last_text: str, max_tokens: int
-) -> ServedGeneration:
-    """Returns an answer that is whole, its end token without text.
-
-    Args:
-        tokens: Those that were shown.
-        finish: Why it has ended, in the server's word; empty if it tells none.
-        num: The number of tokens that were generated.
-        last_text: The text of the last chunk that had tokens.
-        max_tokens: The most tokens that it may have.
-
-    Raises:
-        InputError: If neither the LM nor the limit has ended it.
-    """
-    by_lm = finish in _ENDED_BY_LM or (not finish and num < max_tokens)
-    if not by_lm and num < max_tokens:
-        raise InputError(
-            f"the server gave {num} tokens without an end ({finish!r}), expected {max_tokens}, "
-            "or the LM's end before: its context may be too small for --max-tokens"
-        )
-    num_hidden = num - len(tokens)
-    counted = [ServedToken("")] * num_hidden
-    if by_lm and tokens and (not last_text or not last_text.endswith(tokens[-1].text)):
-        tokens[-1] = replace(tokens[-1], text="")  # shown, but no part of the text
-    elif by_lm and num_hidden:
-        num_hidden -= 1  # the end itself
-    return ServedGeneration([*tokens, *counted], by_lm, num_hidden=num_hidden)
 
 
 async def _first_ended(tasks: Iterable[asyncio.Task[T]]) -> set[asyncio.Task[T]]:

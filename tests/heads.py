@@ -33,14 +33,17 @@ def random_head(
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
 
 
-def sure_head(close: str = CLOSE, rule: str = "every 4 tokens") -> HaltHead:
+def sure_head(
+    close: str = CLOSE, rule: str = "every 4 tokens", probing: Probing = "at_halt"
+) -> HaltHead:
     """Halts where the mean log probability since the last point is above a bar that price lowers.
 
     Its log-odds are tanh(tanh(logprob + 1.25 + log10(price))): the bar is at -1.25 at a price of
     1, -2.25 at 10, -3.25 at 100, and -0.25 at 0.1. A plan's thought is then halted after 20
-    tokens, 12, 4, and never.
+    tokens, 12, 4, and never. If it looks at answers, it has to have seen one, but not which.
     """
-    groups = ("pace", "distribution", "reflection")
+    seen = ("confidence",) if probing == "always" else ()
+    groups = ("pace", "distribution", "reflection", *seen)
     names = feature_names(groups)
     mean = [-1.25 if name == "logprob" else 0.0 for name in names]
     observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
@@ -48,5 +51,5 @@ def sure_head(close: str = CLOSE, rule: str = "every 4 tokens") -> HaltHead:
     w0[0, [names.index("logprob"), -1]] = 1.0
     one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
     weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
-    halting = Halting("at_halt", rule, close, MEAN_LOGPROB)
+    halting = Halting(probing, rule, close, MEAN_LOGPROB)
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)

@@ -34,7 +34,7 @@ MEASURED_FROM: tuple[Origin, ...] = ("token_logprobs", "text", "logits", "hidden
 #: The origins that a head can see beside a server: behind the proxy or inside vLLM. Beside
 #: transformers it can see all of them.
 SHOWN_BY: dict[str, tuple[Origin, ...]] = {
-    "proxy": ("point", "token_logprobs", "text"),
+    "proxy": ("point", "forced_answer", "token_logprobs", "text"),
     "vllm": ("point", "token_logprobs", "text", "logits"),
 }
 

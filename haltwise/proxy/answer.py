@@ -70,7 +70,7 @@ class ClientAnswer:
             if choice is None and not self._request.wants_usage:
                 return None
             if self.finish is not None:
-                chunk["usage"], event.raw = self.usage(usage), b""
+                chunk["usage"], event.raw = self.usage(), b""
         return event
 
     def passed(self, event: StreamEvent) -> StreamEvent | None:
@@ -99,18 +99,21 @@ class ClientAnswer:
             return True
         return bool(found)
 
-    def usage(self, own: Json) -> Json:
-        """The usage of all legs together, and the report about the thought.
+    def usage(self) -> Json:
+        """The usage of all legs and probes together, and the report about the thought.
 
-        Args:
-            own: What the server told of the last leg; it is believed if that is the only one.
+        What the server tells of a leg is believed if that is the only one.
         """
         prompt = sum(usage.prompt_tokens or 0 for usage in self._usages)
         completion = sum(usage.completion_tokens for usage in self._usages)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        told = own if len(self._usages) == 1 else self._details()
-        return usage | told | {"haltwise": self.report()}
+        usage |= self._usages[0].told if len(self._usages) == 1 else self._details()
+        if (probes := self._reader.prober.usage).num:
+            for name in ("prompt_tokens", "completion_tokens"):
+                usage[name] += getattr(probes, name)
+            usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        return usage | {"haltwise": self.report()}
 
     def _details(self) -> Json:
         """The details that servers tell of usage, of all legs together."""
@@ -143,6 +146,8 @@ class ClientAnswer:
         }
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
+        if reader.prober.usage.num:
+            report["probes"] = reader.prober.usage.report()
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:
@@ -153,7 +158,7 @@ class ClientAnswer:
 
     def usage_event(self) -> StreamEvent:
         """The event that tells the usage of an answer of several legs."""
-        return StreamEvent(chunk=self.envelope | {"choices": [], "usage": self.usage({})})
+        return StreamEvent(chunk=self.envelope | {"choices": [], "usage": self.usage()})
 
     def close_events(self) -> Iterator[StreamEvent]:
         """The events that show the close text, in the thought's field and behind it."""
@@ -166,6 +171,11 @@ class ClientAnswer:
             yield self._made({}, {field: before})
         if text := after if field else self._reader.call_end + server.close_text:
             yield self._made({}, self._part(text))
+
+    def whole_event(self, text: str) -> StreamEvent:
+        """The event that shows a whole answer and its end."""
+        self.finish = "stop"
+        return self._made({"finish_reason": self.finish}, self._part(text))
 
     def continued(self, choice: Json) -> StreamEvent | None:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""

@@ -30,6 +30,8 @@ from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.operator import OperatorPages
+from haltwise.proxy.probe_trial import check_probes
+from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     EVENT_STREAM,
@@ -84,6 +86,7 @@ class Proxy:
         head = HaltHead.load(config.head)
         check_served(head)
         halting = head.config.halting
+        self._looks = halting.probing == "always"
         if not halting.think_start:
             raise InputError(
                 "the head's LM reasons in the open: expected think markers, by which servers tell "
@@ -92,11 +95,20 @@ class Proxy:
         self._terms = config.terms(Terms.of_head(head.config))
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
-        control, patience = control or _control(config, head), config.read_timeout
+        control = control or _control(config, head)
         self.control = control if isinstance(control, GovernedControl) else None
-        auditor = None if self.control is None else Auditor(self.control, self.metrics, patience)
+        patience = config.read_timeout
+        self._room = anyio.CapacityLimiter(config.max_streams)
         self._settings = CompletionSettings(
-            head, control, self.metrics, config.shadow, patience, auditor
+            head,
+            control,
+            self.metrics,
+            config.shadow,
+            patience,
+            ProbeRoom(config.max_probes, lambda: self._room.borrowed_tokens),
+            config.probe_timeout,
+            config.answers == "seen",
+            None if self.control is None else Auditor(self.control, self.metrics, patience),
         )
         self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
         self.upstream = Upstream(config.connections)
@@ -105,8 +117,32 @@ class Proxy:
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
-        self._room = anyio.CapacityLimiter(config.max_streams)
         self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
+
+    def try_probes(self) -> None:
+        """Tries whether forced answers run beside a thought, if the head looks at any.
+
+        A server that does not answer yet is none to be refused.
+
+        Raises:
+            InputError: If they do not, and the settings do not say that this is no matter.
+        """
+        if self._looks:
+            try:
+                asyncio.run(self._try_probes())
+            except UpstreamError as error:
+                told = f"forced answers beside a thought were not tried at start: {error}"
+                log.warning(json.dumps({"warning": told}))
+
+    async def _try_probes(self) -> None:
+        config, rules = self.config, self._unknown.rules
+        upstream = Upstream(config.connections)  # connections belong to one event loop
+        try:
+            unknown = LMServer(upstream, rules, self._unknown.close_text)
+            server = await find_lm_server(unknown, config.kind, [])
+            await check_probes(server, config.probe_timeout, config.probe_anyway)
+        finally:
+            await upstream.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -226,9 +262,7 @@ class Proxy:
         if why_not is None:
             server = await self._find_server(headers)
             why_not = await aside.run(is_large, server.why_not_halted, request)
-            is_blind = not server.shows_numbers(request)
-            if is_blind and (terms.max_tokens is None or request.num_top is not None):
-                why_not = why_not or "tools"
+            why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
             about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
@@ -242,6 +276,15 @@ class Proxy:
                 await completion.close()
         if why_not is not None:
             await self._pass_on(client, body, self._why_not(why_not, record))
+
+    def _why_unseen(self, server: LMServer, request: CompletionRequest, terms: Terms) -> str | None:
+        """Why the head sees too little of a request, which no cap can end either; None if not."""
+        if not server.shows_numbers(request):
+            is_capped = terms.max_tokens is not None and request.num_top is None
+            return None if is_capped else "tools"
+        if self._looks and terms.max_tokens is None:
+            return request.why_not_continued(server.close_text)
+        return None
 
     async def _find_server(self, headers: RawHeaders) -> LMServer:
         """The LM's server, whose kind is asked for until it has told it."""
@@ -437,7 +480,11 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.
     """
-    proxy = Proxy(config, control)
+    return app_of(Proxy(config, control))
+
+
+def app_of(proxy: Proxy) -> Starlette:
+    """A proxy with its pages about itself, for any ASGI server."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -447,7 +494,7 @@ def create_app(config: ServeConfig, control: Control | None = None) -> Starlette
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
-        *OperatorPages(config.control, proxy.control, config.operator_key).routes,
+        *OperatorPages(proxy.config.control, proxy.control, proxy.config.operator_key).routes,
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)

@@ -88,7 +88,9 @@ class Auditor:
         Raises:
             UpstreamError: If the server does not give it.
         """
-        until = ThoughtReader(reader.request, reader.server, reader.streamed, self._metrics)
+        until = ThoughtReader(
+            reader.request, reader.server, reader.streamed, reader.prober, self._metrics
+        )
         until.generated = _generated(reader, position)
         until.usages[0].completion_tokens = position
         closer = ThoughtCloser(until, self._patience)

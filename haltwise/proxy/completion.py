@@ -1,6 +1,6 @@
 """One watched completion: from the first token of its thought to the last of its answer."""
 
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -10,11 +10,13 @@ from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.probing import AnswerProber, ProbeRoom
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import DONE, Json, StreamEvent, UpstreamError, WholeAnswer, texts_of
 from haltwise.session.stream import StreamedThought
+from haltwise.session.thought import Probe
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class CompletionSettings:
     """Whether they only tell what they would have done."""
     patience: float
     """Seconds to wait for a second leg."""
+    probes: ProbeRoom
+    """Where answers are forced, if the head looks at any."""
+    probe_patience: float
+    """Seconds that a probe may take."""
+    gives_seen: bool
+    """Whether the answer that the head has seen is the answer, if it is whole."""
     auditor: Auditor | None = None
     """Asks for the answers of audits; None if there are none."""
 
@@ -64,9 +72,15 @@ class WatchedCompletion:
         self._streamed = StreamedThought(
             settings.head, server.rules, asked, opening, settings.control
         )
-        self._reader = ThoughtReader(request, server, self._streamed, settings.metrics)
+        self._prober = AnswerProber(
+            request, server, settings.probes, settings.probe_patience, settings.metrics
+        )
+        self._reader = ThoughtReader(
+            request, server, self._streamed, self._prober, settings.metrics
+        )
         self._closer = ThoughtCloser(self._reader, settings.patience)
         self._answer = ClientAnswer(self._reader, settings.shadow)
+        self._halts = False  # at the newest event
 
     async def open(self) -> UpstreamLeg:
         """Asks the upstream for a stream that can be watched; returns its first leg.
@@ -74,8 +88,10 @@ class WatchedCompletion:
         Raises:
             UpstreamError: If no answer comes.
         """
-        extra = {} if self._settings.shadow else self._server.extra_fields(self.request)
-        body = self.request.watched_body(extra, self._server.shows_numbers(self.request))
+        settings, server = self._settings, self._server
+        goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
+        extra = server.extra_fields(self.request) if goes_on else {}
+        body = self.request.watched_body(extra, server.shows_numbers(self.request))
         return await self._closer.ask(body, self.request.chat)
 
     def release(self, reason: str) -> None:
@@ -85,6 +101,7 @@ class WatchedCompletion:
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
         self._streamed.finish()
+        await self._prober.close()
         if self._settings.auditor is not None:
             said = "".join(self._texts) if self._answer.finish is not None else None
             self._settings.auditor.take(self._asked, self._reader, said)
@@ -103,9 +120,7 @@ class WatchedCompletion:
         async for event in self.events(first):
             if event.chunk is not None:
                 whole.add(event.chunk)
-        answer = whole.answer(self.request.chat)
-        own = answer.get("usage")
-        return answer | {"usage": self._answer.usage(own if isinstance(own, dict) else {})}
+        return whole.answer(self.request.chat) | {"usage": self._answer.usage()}
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.
@@ -128,29 +143,92 @@ class WatchedCompletion:
         yield DONE
 
     async def _events_of_all_legs(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
-        source: AsyncIterable[StreamEvent] = first
+        source: AsyncIterable[StreamEvent | None] = self._events_and_answers(first)
         second: UpstreamLeg | None = None
         while second is None:
             try:
-                halts = False
-                async for event in source:
-                    shown, halts = await self._take(event)
-                    if shown is not None:
-                        yield shown
-                    if halts:
-                        break
-                if not (halts or self._reader.thinks_on):
+                async for event in self._until_halted(source):
+                    yield event
+                if not (self._halts or self._reader.thinks_on):
                     self._answer.check_whole()
                     return
             except UpstreamError as error:
                 source = await self._closer.asked_plainly(first, self._answer.envelope, error)
             else:
+                if self._halts and (seen := self._seen_answer()) is not None:
+                    await first.close()
+                    for event in self._events_of_seen(seen):
+                        yield event
+                    return
                 second, source = await self._closer.continued(first, self._answer.envelope)
         async for event in self._events_behind_thought(second):
             yield event
 
-    async def _take(self, event: StreamEvent) -> tuple[StreamEvent | None, bool]:
-        """Takes in an event of the first leg; returns what to show of it, and whether to halt."""
+    async def _until_halted(
+        self, source: AsyncIterable[StreamEvent | None]
+    ) -> AsyncIterator[StreamEvent]:
+        """What the client gets of a leg, up to where its thought is to be halted."""
+        self._halts = False
+        async for event in source:
+            shown, self._halts = await self._take(event)
+            if shown is not None:
+                yield shown
+            if self._halts:
+                self._prober.cancel()
+                return
+
+    async def _events_and_answers(self, leg: UpstreamLeg) -> AsyncGenerator[StreamEvent | None]:
+        """The events of a leg, and None where the answer of a probe comes between two of them."""
+        events = aiter(leg)
+        while True:
+            probe = self._prober.running
+            if probe is not None and not await leg.comes_before(probe):
+                if probe.cancelled():
+                    self._prober.drop()
+                else:
+                    yield None
+                continue
+            try:
+                event = await anext(events)
+            except StopAsyncIteration:
+                return
+            yield event
+
+    def _seen_answer(self) -> Probe | None:
+        """The answer that the head has seen, where it is to be the answer and can be.
+
+        What a client asks beside, about the answer, is for its LM to answer.
+        """
+        seen, request, report = self._prober.latest, self.request, self._streamed.report()
+        if not self._settings.gives_seen or report.reason != "halted" or seen is None:
+            return None
+        budget, num = request.max_tokens, self._reader.generated.num_tokens
+        is_within = budget is None or num + len(seen.probe.tokens) <= budget
+        is_plain = request.num_top is None and not request.has_stops
+        is_answer = seen.is_whole and bool(seen.probe.text.strip())
+        return seen.probe if is_answer and is_within and is_plain else None
+
+    def _events_of_seen(self, seen: Probe) -> Iterator[StreamEvent]:
+        """The close text, an answer that the head has seen, and the usage."""
+        self._reader.may_halt, self._reader.is_closed = False, True
+        self._streamed.keep_answer(seen.answer)
+        yield from self._answer.close_events()
+        yield self._answer.whole_event("".join(map(str, seen.tokens)))
+        first = self._reader.usages[0]
+        if first.prompt_tokens is None and self._prober.latest is not None:
+            first.prompt_tokens = self._prober.latest.num_before
+        if self.request.wants_usage:
+            yield self._answer.usage_event()
+
+    async def _take(self, event: StreamEvent | None) -> tuple[StreamEvent | None, bool]:
+        """Takes in an event of the first leg, or the answer of a probe if there is none.
+
+        Returns:
+            What to show of it, and whether to halt.
+        """
+        if event is None:
+            halts = await self._reader.read_answer()
+            return None, halts and self._answer.finish is None and not self._settings.shadow
         if event.chunk is None:
             return self._answer.passed(event), False
         choice, halts = event.choice, False

@@ -1,11 +1,13 @@
 """What a client asked for: whether its thought can be halted, and what its answer is to hold."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from haltwise.proxy.wire import Json, RawHeaders
 from haltwise.session.signal_collector import NUM_TOP
+
+T = TypeVar("T")
 
 _STRUCTURED = (
     *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -45,6 +47,22 @@ class CompletionRequest:
     """The body, as the client sent it."""
     headers: RawHeaders = field(default_factory=list)
     """Those of the client's headers that the upstream gets."""
+    _told: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    async def once(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the upstream tells of this request, which is asked until it has told it.
+
+        Args:
+            name: What is asked.
+            ask: Asks it.
+
+        Raises:
+            UpstreamError: If the server does not tell.
+        """
+        if name not in self._told:
+            self._told[name] = await ask()
+        found: T = self._told[name]
+        return found
 
     @property
     def model(self) -> str:
@@ -124,6 +142,11 @@ class CompletionRequest:
             return False
         if "stop_reason" in choice:
             return choice["stop_reason"] is not None
+        return self.has_stops
+
+    @property
+    def has_stops(self) -> bool:
+        """Whether the client has named a text or a token at which the answer is to end."""
         return any(self._stops) or bool(self.body.get("stop_token_ids"))
 
     @property

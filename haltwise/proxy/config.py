@@ -20,6 +20,7 @@ _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
 GOVERNED = ("observe", "apply")
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
+Answers = Literal["seen", "free"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ServeConfig:
     """Stands between OpenAI clients and the server of an LM, and halts the LM's thoughts."""
 
     head: Path
-    """Folder of a head trained with --probing at_halt and --groups pace distribution reflection."""
+    """Folder of a head, which may see forced answers, log probabilities and text."""
     upstream: str = "http://127.0.0.1:8080"
     """Address of the LM's own server."""
     kind: ServerKind = "auto"
@@ -102,6 +103,15 @@ class ServeConfig:
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False
     """Decide, log and count, but halt nothing."""
+    answers: Answers = "seen"
+    """What follows a thought that a head has halted which looks at answers. seen: the answer that
+    it has seen, if that is whole, and else as with free. free: whatever the LM answers."""
+    max_probes: int = 64
+    """Most answers that are forced at a time; beyond, decision points are passed."""
+    probe_timeout: float = 5.0
+    """Seconds that a forced answer may take; later it halts nothing."""
+    probe_anyway: bool = False
+    """Start even if forced answers do not run well beside a thought on this server."""
     keys: Path | None = None
     """JSON file {"API KEY": {"price": 0.5, "max_tokens": 2000}, ...}; no other key is let in."""
     upstream_key_env: str | None = None
@@ -125,11 +135,11 @@ class ServeConfig:
         Raises:
             InputError: If one is out of its range.
         """
-        for name in ("connect_timeout", "read_timeout", "send_timeout", "drain_timeout"):
+        for name in (name for name in vars(self) if name.endswith("_timeout")):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise InputError(f"{name} is {value}, expected seconds above 0")
-        for name in ("max_streams", "max_body_bytes", "context"):
+        for name in ("max_streams", "max_body_bytes", "max_probes", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.port < 2**16:
@@ -154,7 +164,7 @@ class ServeConfig:
         return UpstreamConfig(
             self.upstream,
             self.upstream_key_env,
-            self.max_streams,
+            self.max_streams + self.max_probes,
             self.connect_timeout,
             self.read_timeout,
         )

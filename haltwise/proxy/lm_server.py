@@ -5,10 +5,11 @@ import json
 import re
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import anyio
 
-from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.completion_request import CompletionRequest, numbers_asked
 from haltwise.proxy.dialect import (
     LlamaDialect,
     OllamaDialect,
@@ -53,6 +54,8 @@ class LMServer(ServerDialect):
 
     one_at_a_time = False
     """Whether a second request waits for the first to end."""
+    num_parallel: int | None = None
+    """Requests that it runs at once; None if it does not tell."""
     num_close_tokens = 0
     """Number of tokens of the close text; 0 if it is not known."""
 
@@ -124,6 +127,25 @@ class LMServer(ServerDialect):
         if request.chat:
             raise UpstreamError("no token ids", "upstream did not tell the ids of a chat's tokens")
         return request.continued_body(prompt=request.prompt + seen.text + tail)
+
+    async def probe_body(self, request: CompletionRequest, seen: GeneratedSoFar) -> Json:
+        """The body of the request that forces an answer: greedy, and as when it was recorded.
+
+        Raises:
+            UpstreamError: As `body_after`.
+        """
+        body = await self.body_after(request, seen, self.close_text)
+        names = ("model", "prompt", "messages")
+        kept: Json = {name: body[name] for name in names if name in body}
+        return {
+            **kept,
+            "max_tokens": self.rules.max_answer_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **numbers_asked("messages" in kept, 1),
+            **self.sampled(0.0, 0),
+            **self.told_fields(None),
+        }
 
     async def opened(self, request: CompletionRequest) -> bool | None:
         """Whether an answer begins inside of a thought.
@@ -229,7 +251,7 @@ class SglangServer(SglangDialect, VllmServer):
             return await super().body_after(request, seen, tail)
         names = ("model", "messages", "chat_template_kwargs", "reasoning_effort")
         asks = request.fields_set(*names, "continue_final_message")
-        seen.prompt_ids = await self.ids_of(asks, request.headers)
+        seen.prompt_ids = await request.once("ids", lambda: self.ids_of(asks, request.headers))
         ids = await self.text_ids(request, seen.text + tail)
         return await self._from_ids(request, [*seen.prompt_ids, *ids])
 
@@ -245,7 +267,8 @@ class LlamaServer(LlamaDialect, LMServer):
         """
         props = await self.upstream.call("/props", None, headers)
         found = await self.upstream.call("/tokenize", {"content": self.close_text}, headers)
-        self.one_at_a_time = props.get("total_slots") == 1
+        self.num_parallel = _count(props.get("total_slots"))
+        self.one_at_a_time = self.num_parallel == 1
         self.num_close_tokens = len(found.get("tokens") or ())
 
     def _controls(self, request: CompletionRequest) -> bool:
@@ -313,11 +336,16 @@ class LlamaServer(LlamaDialect, LMServer):
         why_not = request.why_not_continued(self.close_text)
         if why_not:
             raise UpstreamError(why_not, "upstream cannot continue such a request")
+        prompt = await request.once("prompt", lambda: self._prompt_of_thought(request))
+        return request.continued_body(prompt=[prompt, *said, tail])
+
+    async def _prompt_of_thought(self, request: CompletionRequest) -> str:
+        """The text in which the thought of a chat begins."""
         prompt = await self.rendered(request.body, request.headers)
         if not await self.opened(request):
             # The LM's own marker has no chunk.
             prompt += self.rules.think_start + "\n"
-        return request.continued_body(prompt=[prompt, *said, tail])
+        return prompt
 
 
 class OllamaServer(OllamaDialect, LMServer):
@@ -373,6 +401,10 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
     server.names = [str(m[name]) for m in models for name in ("id", "root") if m.get(name)]
     await server.learn(headers)
     return server
+
+
+def _count(told: Any) -> int | None:
+    return told if isinstance(told, int) and told > 0 else None
 
 
 def _bare(name: str) -> str:

@@ -50,12 +50,17 @@ class Metrics:
         self.bad_signals = counter("haltwise_bad_signals", text)
         text = "Thoughts that were to be halted and went on"
         self.fallbacks = counter("haltwise_fallbacks", text, ["reason"])
+        text = "Probes, by whether they brought an answer; refused is one without room"
+        self.probes = counter("haltwise_probes", text, ["outcome"])
+        self.probe_tokens = counter("haltwise_probe_tokens", "Tokens that probes generated")
         text = "Failures of the upstream"
         self.upstream_errors = counter("haltwise_upstream_errors", text, ["kind"])
         name = "haltwise_streams_in_flight"
         self.streams_in_flight = Gauge(name, "Requests that run", registry=self.registry)
         name, text = "haltwise_decision_seconds", "What a decision took"
         self.decision_seconds = seconds(name, text, buckets=_DECISIONS)
+        name, text = "haltwise_probe_seconds", "What a probe took that brought an answer"
+        self.probe_seconds = seconds(name, text, buckets=_WAITS)
         name, text = "haltwise_first_token_seconds", "From a request to the first of its answer"
         self.first_token_seconds = seconds(name, text, buckets=_WAITS)
 

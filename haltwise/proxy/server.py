@@ -12,7 +12,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from haltwise.proxy.app import create_app
+from haltwise.proxy.app import Proxy, app_of
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.metrics import log
 
@@ -140,16 +140,18 @@ def create_server(config: ServeConfig) -> uvicorn.Server:
         config: The settings.
 
     Raises:
-        InputError: If a setting, the head or the file of keys cannot be used.
+        InputError: If a setting, the head or the file of keys cannot be used, or the head looks at
+            forced answers and they do not run beside a thought on the server.
     """
-    app = create_app(config)
+    proxy = Proxy(config)
+    proxy.try_probes()
     most = _CONNECTIONS_A_STREAM * config.max_streams + _OTHER_CONNECTIONS
     wanted = most + _UPSTREAM_FILES * config.max_streams + _OTHER_FILES
     if (allowed := _allow_files(wanted)) < wanted:
         most = max((allowed - _FEWEST_OTHER_FILES) // (1 + _UPSTREAM_FILES), 1)
     return _Server(
         uvicorn.Config(
-            app,
+            app_of(proxy),
             host=config.host,
             port=config.port,
             http=cast(type[asyncio.Protocol], partial(_Protocol, most)),

@@ -1,10 +1,12 @@
 """The thought of a completion: how it is read from the first leg, and where the head halts it."""
 
 import time
+from collections.abc import Callable
 
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics, log
+from haltwise.proxy.probing import AnswerProber
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import (
     REASONING_FIELDS,
@@ -46,6 +48,7 @@ class ThoughtReader:
         request: What the client asked for.
         server: The LM's server.
         streamed: The thought, before its first token.
+        prober: Forces the answers that the head looks at, if it looks at any.
         metrics: Where decisions and fallbacks are counted.
     """
 
@@ -54,10 +57,11 @@ class ThoughtReader:
         request: CompletionRequest,
         server: LMServer,
         streamed: StreamedThought,
+        prober: AnswerProber,
         metrics: Metrics,
     ) -> None:
         """Starts before the first chunk."""
-        self.request, self.server = request, server
+        self.request, self.server, self.prober = request, server, prober
         self.streamed, self.thought = streamed, streamed.thought
         self.generated = GeneratedSoFar()
         """All tokens up to the end of the thought."""
@@ -87,6 +91,18 @@ class ThoughtReader:
 
     async def read(self, chunk: Json, choice: Json) -> bool:
         """Reads the next chunk, which has this choice; returns whether to halt behind it."""
+        halts = await self._read(chunk, choice)
+        if not self.is_thinking:
+            self.prober.cancel()
+        return halts
+
+    async def read_answer(self) -> bool:
+        """Takes in the answer of the probe that has ended; returns whether to halt now."""
+        probe = self.prober.take()
+        halts = self._guarded(lambda: self.streamed.answered(probe))
+        return halts and await self._halts_here()
+
+    async def _read(self, chunk: Json, choice: Json) -> bool:
         tokens, (thought, text) = tokens_of(choice), texts_of(choice)
         if self.begins_answer(choice):
             self.is_thinking, self.thought.closed = False, True  # the server tells them apart
@@ -108,11 +124,15 @@ class ThoughtReader:
             await self._find_opening("".join(token.text for token in tokens))
             if not self.is_thinking:
                 return False
-        halts = self._show_head(tokens)
+        halts = self._guarded(lambda: self._show_head(tokens))
         self.is_thinking &= not self.thought.is_over
+        return halts and await self._halts_here()
+
+    async def _halts_here(self) -> bool:
+        """Whether a thought that is to be halted can be, where it is."""
         budget = self.request.max_tokens
         is_within = budget is None or self.generated.num_tokens < budget
-        return halts and self.may_halt and is_within and await self._is_thought()
+        return self.may_halt and is_within and await self._is_thought()
 
     def begins_answer(self, choice: Json) -> bool:
         """Whether the server says that this choice is of the answer, and no longer of a thought."""
@@ -165,19 +185,39 @@ class ThoughtReader:
     def _show_head(self, tokens: list[ServedToken]) -> bool:
         """Shows tokens to the head; returns whether it halts at one of them."""
         halts = False
+        for token in tokens:
+            num_points, started = self.thought.num_points, time.perf_counter()
+            halts |= self.streamed.add(token.text, token.logprob, token.top)
+            if self.streamed.asks:
+                self._look()
+            if self.thought.num_points > num_points:
+                self._metrics.decision_seconds.observe(time.perf_counter() - started)
+        return halts
+
+    def _look(self) -> None:
+        """Starts to look at the answer of a decision point, unless there is no room for it."""
+        if not self.prober.has_room:
+            self._metrics.probes.labels("refused").inc()
+            self.streamed.skip()
+            return
+        self.streamed.await_answer()
+        num, generated = self.thought.num_tokens, self.generated
+        ids = generated.ids[:num] if generated.has_ids else []
+        texts = list(map(str, self.thought.tokens))
+        self.prober.start(GeneratedSoFar(texts, ids, generated.prompt_ids, num))
+
+    def _guarded(self, halts: Callable[[], bool]) -> bool:
+        """Whether the head halts the thought; one that fails lets the LM think on."""
         try:
-            for token in tokens:
-                num_points, started = self.thought.num_points, time.perf_counter()
-                halts |= self.streamed.add(token.text, token.logprob, token.top)
-                if self.thought.num_points > num_points:
-                    self._metrics.decision_seconds.observe(time.perf_counter() - started)
+            return halts()
         except Exception:
             log.exception("a decision failed: the LM thinks on")
             self.is_thinking = False
             self.fall_back("policy")
-        return halts
+            return False
 
     def fall_back(self, reason: str) -> None:
         """Lets the LM think on, and counts why."""
         self.may_halt, self.fallback = False, reason
+        self.prober.cancel()
         self.streamed.release(reason)

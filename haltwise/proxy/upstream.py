@@ -66,6 +66,8 @@ class UpstreamLeg:
         self.response = response
         self._events = self._read()
         self._put_back: list[wire.StreamEvent | wire.UpstreamError] = []
+        # The next event, if somebody waits for it beside something else; None is the end.
+        self._coming: asyncio.Task[wire.StreamEvent | None] | None = None
 
     @property
     def is_readable(self) -> bool:
@@ -86,10 +88,28 @@ class UpstreamLeg:
         Raises:
             UpstreamError: If it is malformed or an error, or the answer is cut or too late.
         """
-        event = self._put_back.pop() if self._put_back else await anext(self._events)
-        if isinstance(event, wire.UpstreamError):
-            raise event
-        return event
+        if self._put_back:
+            event = self._put_back.pop()
+            if isinstance(event, wire.UpstreamError):
+                raise event
+            return event
+        if self._coming is None:
+            return await anext(self._events)
+        found = await asyncio.shield(self._coming)
+        self._coming = None
+        if found is None:
+            raise StopAsyncIteration
+        return found
+
+    async def comes_before(self, other: asyncio.Future[Any]) -> bool:
+        """Waits for the next event or for something else; returns whether the event is first."""
+        if not self._put_back and not other.done():
+            self._coming = self._coming or asyncio.create_task(self._next())
+            await asyncio.wait((self._coming, other), return_when=asyncio.FIRST_COMPLETED)
+        return not other.done()
+
+    async def _next(self) -> wire.StreamEvent | None:
+        return await anext(self._events, None)
 
     def put_back(self, event: wire.StreamEvent) -> None:
         """Makes an event that the leg has given its next one again."""
@@ -172,6 +192,9 @@ class UpstreamLeg:
     async def close(self) -> None:
         """Ends the leg: the upstream need not go on with it."""
         with anyio.CancelScope(shield=True):
+            if self._coming is not None:
+                self._coming.cancel()
+                await asyncio.wait((self._coming,))
             await self._events.aclose()
             await self.response.aclose()
 
@@ -230,6 +253,8 @@ class LegUsage:
     prompt_tokens: int | None = None
     """None if they are not known."""
     completion_tokens: int = 0
+    computed_tokens: int | None = None
+    """Tokens of the prompt that the server's cache did not have; None if it does not tell."""
     told: wire.Json = field(default_factory=dict)
     """All that the server told of it."""
 
@@ -243,6 +268,17 @@ class LegUsage:
         for name in ("prompt_tokens", "completion_tokens"):
             if isinstance(usage, dict) and isinstance(usage.get(name), int):
                 setattr(self, name, usage[name])
+        details = self.told.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if isinstance(cached, int) and self.prompt_tokens is not None:
+            self.computed_tokens = self.prompt_tokens - cached
+
+    def take_timings(self, timings: Any) -> None:
+        """Believes llama-server's timings of a prompt, of which it has computed a part anew."""
+        if isinstance(timings, dict):
+            cached, computed = (timings.get(name) for name in wire.PROMPT_PARTS)
+            if isinstance(cached, int) and isinstance(computed, int):
+                self.prompt_tokens, self.computed_tokens = cached + computed, computed
 
 
 class Upstream:

@@ -21,6 +21,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BYTES_TEXT = "bytes:\\x"
 # How llama-server calls the tokens that it has generated so far.
 _DONE = "predicted_n"
+#: How it calls the tokens of a prompt that its cache had, and those that it has computed.
+PROMPT_PARTS = ("cache_n", "prompt_n")
 _NAN = float("nan")
 _MOST_DIGITS = 1000
 # Log probabilities are none above 0, but for rounding.

@@ -123,13 +123,7 @@ class Session:
         halts = set()
         if len(points):
             signals = read(points, [self.running[row].thought for row in points.tolist()])
-            for place, row in enumerate(points.tolist()):
-                self.running[row].point = signals, place
-            self._monitor.price[points] = [self._price(row) for row in points.tolist()]
-            num_before = self._monitor.num_bad_signals[points].sum()
-            halts = set(points[self._monitor.observe(signals, points)].tolist())
-            num_now = self._monitor.num_bad_signals[points].sum()
-            self.num_bad_signals += int(num_now - num_before)
+            halts = self._ask_head(points, signals)
         halted = []
         for row in rows:
             running = self.running[row]
@@ -140,10 +134,50 @@ class Session:
             self.look(row)
         return halted
 
-    def note_halted(self, row: int, reason: Reason) -> None:
-        """Notes that a row's thought is closed where it is; `decide` does it by itself."""
+    def decide_late(self, row: int, signals: Signals) -> bool:
+        """Decides about a decision point of a row whose thought has gone on since.
+
+        Args:
+            row: Its points have to come in order, and `decide` leaves them out.
+            signals: (1,) as they were at the point, and what was learned of it afterwards.
+
+        Returns:
+            Whether it is halted now, where its thought is: as by `decide`. What was over or decided
+            meanwhile is not.
+        """
+        self.look(row)
+        if not self.watched[row]:
+            return False
+        position = int(signals.position[0])
+        halts = self._ask_head(np.array([row]), signals)
+        if row not in halts or position < self.running[row].terms.min_tokens:
+            return False
+        self.note_halted(row, "halted", position)
+        self.look(row)
+        return True
+
+    def _ask_head(self, points: Index, signals: Signals) -> set[int]:
+        """Returns those rows of some (B,) that the head halts on these signals."""
+        for place, row in enumerate(points.tolist()):
+            self.running[row].point = signals, place
+        self._monitor.price[points] = [self._price(row) for row in points.tolist()]
+        num_before = self._monitor.num_bad_signals[points].sum()
+        halts = set(points[self._monitor.observe(signals, points)].tolist())
+        num_now = self._monitor.num_bad_signals[points].sum()
+        self.num_bad_signals += int(num_now - num_before)
+        return halts
+
+    def note_halted(self, row: int, reason: Reason, position: int | None = None) -> None:
+        """Notes that a row's thought is closed; `decide` does it by itself.
+
+        Args:
+            row: The row.
+            reason: Why.
+            position: Where it was decided, by default where the thought is.
+        """
         running = self.running[row]
-        running.report.decided, running.report.decided_at = reason, running.thought.position
+        decided_at = running.thought.position if position is None else position
+        running.report.decided, running.report.decided_at = reason, decided_at
 
     def _price(self, row: int) -> float:
         """Returns the price of a row at its decision point, 0 if the control fails."""

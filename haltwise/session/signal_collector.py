@@ -86,7 +86,7 @@ class SignalCollector:
             numbers = [num_reflections(t.tokens, t.gap, self._rules.decode) for t in thoughts]
             seen["num_reflections"] = np.array(numbers, dtype=np.float32)
         if probes is not None:
-            seen |= _of_answers(probes)
+            seen |= answer_signals(probes)
         if self._rules.max_points is not None:
             num_points = np.array([thought.num_points for thought in thoughts], dtype=np.int64)
             seen["points_left"] = self._rules.max_points - num_points
@@ -94,7 +94,7 @@ class SignalCollector:
         return Signals(position, **seen)
 
 
-def _of_answers(probes: Sequence[Probe]) -> dict[str, Any]:
+def answer_signals(probes: Sequence[Probe]) -> dict[str, Any]:
     """Returns the signals (B,) of forced answers."""
     return {
         "confidence": np.array([probe.confidence for probe in probes], dtype=np.float32),

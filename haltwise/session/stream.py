@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from haltwise.errors import InputError
-from haltwise.policy.features import unshown_groups
+from haltwise.policy.features import FEATURE_GROUPS, unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
 from haltwise.session.request import ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
-from haltwise.session.signal_collector import NUM_TOP, SignalCollector
-from haltwise.session.thought import PointRules, Thought
+from haltwise.session.signal_collector import NUM_TOP, SignalCollector, answer_signals
+from haltwise.session.thought import PointRules, Probe, Thought
 
 #: Servers that name the likeliest tokens by their text lose some that share one.
 FEWEST_TOP = 16
@@ -26,23 +27,32 @@ def check_served(head: HaltHead) -> None:
     """Refuses a head that needs more than a server shows.
 
     Raises:
-        InputError: If it looks at forced answers, or at features that are made from more than
-            log probabilities and text.
+        InputError: If it looks at features that are made from more than forced answers, log
+            probabilities and text.
     """
-    config = head.config
-    unshown = unshown_groups(config.observing.groups, "proxy")
-    if config.halting.probing != "at_halt" or unshown:
+    groups = head.config.observing.groups
+    if unshown := unshown_groups(groups, "proxy"):
         raise InputError(
-            f"head has probing {config.halting.probing} and groups "
-            f"{list(config.observing.groups)}, which a server does not show: "
-            "python train.py --probing at_halt --groups pace distribution reflection"
+            f"head has groups {', '.join(unshown)}, which a server does not show: "
+            f"python train.py --groups {' '.join(_shown(groups))}"
         )
+
+
+def _shown(groups: Sequence[str]) -> list[str]:
+    """Returns those of a head's groups that a server shows, or of all groups if there is none."""
+    unshown = unshown_groups(FEATURE_GROUPS, "proxy")
+    return [g for g in groups if g not in unshown] or [
+        g for g in FEATURE_GROUPS if g not in unshown
+    ]
 
 
 class StreamedThought:
     """A thought whose tokens come with their log probabilities, one by one.
 
     Numbers that are missing or malformed never close a thought; only the cap does then.
+
+    For a head that looks at answers, see `asks` after each token: who forces the answer there calls
+    `await_answer`, and `answered` once it is known. The thought may go on meanwhile.
 
     Args:
         head: The policy, see `check_served`.
@@ -67,6 +77,9 @@ class StreamedThought:
         self._session = Session(head, 1, control)
         self._session.join(0, request, self.thought)
         self._signals = StreamedSignals(rules, head.config.observing.signals)
+        self._looks = head.config.halting.probing == "always"
+        # A decision point whose forced answer is not known yet.
+        self._awaited: Signals | None = None
 
     def add(self, text: str, logprob: float, top: Sequence[float]) -> bool:
         """Takes in the next token; returns whether to close the thought now, True once.
@@ -82,9 +95,44 @@ class StreamedThought:
             return False
         if session.watched[0]:
             self._signals.add(logprob, top)
-        if not thought.waits:
+        if self._looks and thought.at_cap:
+            thought.at_point = False  # nothing is looked at any more
+        if not thought.waits or self.asks:
             return False
         return bool(session.decide([0], self._read))
+
+    @property
+    def asks(self) -> bool:
+        """Whether the thought stands at a decision point whose forced answer the head looks at."""
+        return self._looks and self.thought.at_point and bool(self._session.watched[0])
+
+    def skip(self) -> None:
+        """Passes the decision point where the thought stands: nobody forces its answer."""
+        self._session.skip(0)
+
+    def await_answer(self) -> None:
+        """Keeps what is seen at the decision point where the thought stands.
+
+        Until `answered` is called, all others have to be skipped.
+        """
+        self._awaited = self._signals.collect(self.thought)
+
+    def answered(self, probe: Probe | None) -> bool:
+        """Takes in the forced answer that is awaited; returns whether to close the thought now.
+
+        Args:
+            probe: The answer; None if it is not known after all, which halts nothing.
+        """
+        point, self._awaited = self._awaited, None
+        if probe is None or point is None:
+            self._session.skip(0)
+            return False
+        self._session.running[0].report.num_probe_tokens += probe.num_tokens
+        return self._session.decide_late(0, replace(point, **answer_signals([probe])))
+
+    def keep_answer(self, answer: str) -> None:
+        """Notes the forced answer that the request was given in place of one of its LM's own."""
+        self._session.running[0].report.answer = answer
 
     def undo(self) -> None:
         """Takes back that the thought is to be closed; see `Session.undo`."""

@@ -4,11 +4,14 @@ No test depends on how fast a proxy is: what is given up early is given up late 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from haltwise.proxy import app, lm_server, second_leg, upstream
-from tests.proxy.fake_upstream import Plan
+from haltwise.proxy.completion import WatchedCompletion
+from haltwise.proxy.wire import StreamEvent, texts_of
+from tests.proxy.fake_upstream import DECIDED, Plan
 from tests.proxy.proxies import PATIENCE, Pair, Pairs
 
 
@@ -20,6 +23,26 @@ def patient() -> Iterator[None]:
         patch.setattr(lm_server, "_NAMES_TIMEOUT", PATIENCE)
         patch.setattr(second_leg, "_SOON", PATIENCE)
         patch.setattr(app, "_CHECK_LASTS", PATIENCE)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def paced() -> Iterator[None]:
+    """Tells fakes that are paced what has been decided."""
+    take = WatchedCompletion._take
+
+    async def telling(completion: WatchedCompletion, event: StreamEvent | None) -> Any:
+        taken = await take(completion, event)
+        reader = completion._reader
+        probe = reader.prober.running
+        if probe is None or probe.done() or not reader.is_thinking:
+            texts = () if event is None or event.choice is None else texts_of(event.choice)
+            newest = ("".join(texts), *map(str, reader.thought.tokens[-1:]))
+            DECIDED.update(text.rstrip("é\ufffd") for text in newest)
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WatchedCompletion, "_take", telling)
         yield
 
 

@@ -41,8 +41,12 @@ prompt already (opened), or the LM writes it (written). A naive server shows an 
 if no thought was closed before it."""
 
 NUM_OTHERS = 20
+PROBE_TOKENS = 16
 #: Tokens of prompt and answer together, where a server tells.
 CONTEXT = 100_000
+#: Texts of the tokens that a proxy has read and, if it looks at answers there, decided about: a
+#: paced fake waits for it at each such place.
+DECIDED: set[str] = set()
 _OPEN, _CLOSE = "<think>", "</think>"
 _MENTION = "<think >"
 _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
@@ -80,7 +84,9 @@ class Plan:
     """Tokens before the trouble."""
     legs: tuple[int, ...] = (1, 2, 3)
     """Where it happens: in the thought (1), in an answer after a closed one (2), or in an answer
-    that has begun in the prompt (3)."""
+    that has begun in the prompt (3). Never in a probe."""
+    probes: str = ""
+    """Trouble of probes alone."""
     anew: str = ""
     """What differs if the same is asked again: plain (it answers without a thought) or brief (it
     thinks five tokens)."""
@@ -113,7 +119,9 @@ class Plan:
 
     @classmethod
     def read(cls, text: str) -> Plan:
-        """The plan at the start of a text."""
+        """The plan at the start of a text; one without an end where a proxy tries a probe."""
+        if text.startswith("1 2 3"):
+            return Plan("tried", thinking=10**6)
         found, _ = json.JSONDecoder().raw_decode(text)
         found["logprobs"] = tuple(map(tuple, found.get("logprobs", cls.logprobs)))
         places = {name: tuple(found.get(name, getattr(cls, name))) for name in ("legs", "call")}
@@ -200,6 +208,11 @@ def top_logprobs(logprob: float) -> list[float]:
     return [math.log(rest * weight / sum(weights)) for weight in weights]
 
 
+def is_probe(body: Any) -> bool:
+    """Whether a request is one of the proxy's own, to look at an answer."""
+    return bool(body.get("max_tokens") == PROBE_TOKENS and body.get("temperature") == 0)
+
+
 @dataclass
 class Asked:
     """A request that the fake had."""
@@ -259,8 +272,9 @@ class _Fake:
         num_slots: int = 0,
         thoughts: Thoughts = "field",
         crowd: int = 0,
+        paced: int = 0,
     ) -> None:
-        self.kind, self.key, self.thoughts = kind, key, thoughts
+        self.kind, self.key, self.thoughts, self.paced = kind, key, thoughts, paced
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
         self.plans: list[Plan] = []
@@ -366,6 +380,8 @@ class _Fake:
         asked = self._ask(request, body)
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
+        if is_probe(body):
+            plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="", mention="")
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
         return await self._answer(asked, plan, prompt, numbers)
@@ -541,6 +557,7 @@ class _Writer:
             for i in range(self.num_choices):
                 yield self._event([self._choice(i, first, None)], first=True)
         while self.finish is None:
+            await self.keep_pace()
             if await self.troubled():
                 yield _STRANGE[self.plan.trouble]
             chunk = self.take()
@@ -567,6 +584,26 @@ class _Writer:
         if self.plan.trouble == "goes on" and self.happens:
             yield self._event([self._of(0, [Token(" behind the end", "answer")])])
             await self.asked.freed.wait()
+
+    async def keep_pace(self) -> None:
+        """Waits for a proxy that looks at answers, so that it is never late."""
+        num, is_watched = len(self.all), self._num_top() >= NUM_OTHERS
+        is_tried = self.plan.name == "tried"
+        if is_tried:
+            await asyncio.sleep(0.001)  # probes are to be there before its end
+        elif (
+            self.plan.form != "whole"
+            and self.fake.paced
+            and is_watched
+            and self.thinks
+            and num % self.fake.paced == 0 < num
+        ):
+            while self.all[-1].text.rstrip("é") not in DECIDED:
+                await asyncio.sleep(0.001)
+
+    def _num_top(self) -> int:
+        counts = [self.body.get("logprobs"), self.body.get("top_logprobs")]
+        return max(int(count or 0) for count in counts)
 
     async def troubled(self) -> bool:
         """Whether the next event is none; may not come back."""
@@ -764,6 +801,7 @@ class FakeUpstream:
         key: Required of requests; empty for any.
         num_slots: Streams at once, others wait; 0 for no limit.
         thoughts: Where they stand in a chat.
+        paced: Tokens between places where a thought waits for the proxy's decision; 0 for none.
     """
 
     def __init__(
@@ -772,8 +810,9 @@ class FakeUpstream:
         key: str = "",
         num_slots: int = 0,
         thoughts: Thoughts = "field",
+        paced: int = 0,
     ) -> None:
-        self._fake = _Fake(kind, key, num_slots, thoughts)
+        self._fake = _Fake(kind, key, num_slots, thoughts, paced=paced)
         self._socket = listening_socket()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(server_config(self._fake.app))
@@ -798,14 +837,15 @@ class FakeUpstream:
         """Requests so far."""
         return list(self._fake.asked)
 
-    def of(self, plan: Plan) -> list[Asked]:
-        """Requests with a plan, in order."""
+    def of(self, plan: Plan, probes: bool = False) -> list[Asked]:
+        """Requests with a plan, in order: the probes, or all others."""
         name = f'"name": "{plan.name}"'
         return [
             asked
             for asked in self.asked
             if isinstance(asked.body, dict)
             and ("messages" in asked.body or "prompt" in asked.body)
+            and is_probe(asked.body) == probes
             and name in self._fake.prompt_of(asked.body, "/chat/" in asked.path)
         ]
 

@@ -122,12 +122,21 @@ class Pairs:
         kind: Kind = "vllm",
         close: str = CLOSE,
         fake: dict[str, Any] | None = None,
+        probing: bool = False,
         **settings: Any,
     ) -> Pair:
-        """The pair of a kind of server, a close text, and settings of the fake and the proxy."""
-        key = str((kind, close, fake, settings))
+        """The pair of a kind of server, a close text, and settings of the fake and the proxy.
+
+        If the head looks at answers, the thought waits for it, and the LM answers freely, unless
+        the settings say otherwise: then a thought ends as with a head that does not.
+        """
+        key = str((kind, close, fake, probing, settings))
         if key not in self._pairs:
-            head = saved_head(self._folder / str(len(self._pairs)), sure_head(close))
+            policy = sure_head(close, probing="always" if probing else "at_halt")
+            head = saved_head(self._folder / str(len(self._pairs)), policy)
+            if probing:
+                fake = {"paced": 4} | (fake or {})
+                settings = {"answers": "free", "probe_timeout": PATIENCE} | settings
             stack = ExitStack()
             self._stacks.append(stack)
             upstream = stack.enter_context(FakeUpstream(kind, **fake or {}))

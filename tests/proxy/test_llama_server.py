@@ -1,6 +1,7 @@
 """The real proxy before a real llama-server, with the embedded LM and a head beside it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,12 @@ def ids_of(lm: LanguageModel, text: str) -> list[int]:
     return ids
 
 
+def text_of(lm: LanguageModel, ids: list[int]) -> str:
+    text = lm.tokenizer.decode(ids)
+    assert isinstance(text, str)
+    return text
+
+
 def chat(
     client: openai.OpenAI, question: Question, headers: dict[str, str]
 ) -> tuple[str, str, Any]:
@@ -154,6 +161,51 @@ def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
     num_prompt = [len(ids_of(lm, prompt_of(question) + more)) for more in ("", thought + CLOSE)]
     assert [leg["prompt_tokens"] for leg in told["legs"]] == num_prompt
     assert done.usage.total_tokens == sum(sum(leg.values()) for leg in told["legs"])
+
+
+@pytest.mark.parametrize("in_chat", [True, False], ids=["chat", "completions"])
+def test_a_head_that_looks_at_answers_halts_where_its_replay_does(
+    server: LlamaServer, lm: LanguageModel, tmp_path: Path, in_chat: bool
+) -> None:
+    policy = sure_head(CLOSE, "every 12 tokens", probing="always")
+    config = ServeConfig(saved_head(tmp_path, policy), server.url)
+    with proxied(config) as proxy:
+        client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+        for question in ASKED[:2]:
+            if in_chat:
+                thought, answer, told = chat(client, question, SOON)
+            else:
+                done: Any = client.completions.create(
+                    model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=SOON
+                )
+                thought, _, answer = done.choices[0].text.partition(CLOSE)
+                told = done.usage.haltwise
+            own = greedy(lm, prompt_of(question))
+            seen = ids_of(lm, thought)
+            assert own[: len(seen)] == seen and told["halted"]
+            position = next(points_of(policy, lm, question, own))
+            # Where a probe is on its way, the points are passed.
+            assert told["position"] % 12 == 0 and told["position"] >= position
+            assert len(seen) >= told["position"]
+            at_point = prompt_of(question) + text_of(lm, own[: told["position"]]) + CLOSE
+            assert ids_of(lm, answer) == greedy(lm, at_point) and is_number(lm, answer)
+            probes = told["probes"]
+            assert probes["failed"] == 0 and 1 <= probes["num"] <= told["position"] // 12
+            assert probes["completion_tokens"] >= 2 * probes["num"]
+
+
+def points_of(
+    policy: HaltHead, lm: LanguageModel, question: Question, own: list[int]
+) -> Iterator[int]:
+    """Positions at which a head halts the LM's own tokens if every answer is surely known."""
+    monitor, row = HaltMonitor(policy, 1, PRICE), np.zeros(1, dtype=np.int64)
+    names = [name for name in policy.config.observing.groups if name != "confidence"]
+    blind = sure_head(CLOSE, "every 12 tokens")
+    assert list(blind.config.observing.groups) == names
+    for seen in measured(lm, blind, prompt_of(question), own):
+        sure = replace(seen, confidence=np.ones(1, dtype=np.float32))
+        if monitor.observe(sure, row)[0]:
+            yield int(seen.position[0])
 
 
 def test_a_cap_holds_to_the_token(client: openai.OpenAI, lm: LanguageModel) -> None:

@@ -14,11 +14,13 @@ from tests.proxy import (
     test_fields,
     test_llama_server,
     test_load,
+    test_probing,
     test_proxy,
     test_serve,
     test_trouble,
     test_units,
 )
+from tests.session import test_stream
 
 Tests = tuple[Callable[..., Any], ...]
 
@@ -125,6 +127,49 @@ PROMISES: dict[str, Tests] = {
     "goes on to the server unless `--upstream-key-env` names another": (
         test_proxy.test_headers_of_the_proxy_are_not_passed_on_and_others_are,
         test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
+    ),
+    "the thought goes on meanwhile. What it writes until the answer is there is counted": (
+        test_stream.test_an_answer_that_comes_late_halts_a_thought_where_it_is,
+        test_llama_server.test_a_head_that_looks_at_answers_halts_where_its_replay_does,
+    ),
+    "greedily and as it was recorded": (
+        test_probing.test_a_probe_goes_on_from_the_thought_at_its_point,
+    ),
+    "One answer at most is on its way for a stream, and `--max-probes` for all": (
+        test_probing.test_a_point_is_passed_while_a_probe_is_on_its_way,
+        test_probing.test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams,
+    ),
+    "on llama-server none takes the place of a stream": (
+        test_probing.test_no_probe_takes_the_place_of_a_stream,
+    ),
+    "an answer that fails or is later than `--probe-timeout`, halt nothing": (
+        test_probing.test_probes_that_fail_halt_nothing,
+        test_probing.test_probes_that_are_late_halt_nothing,
+    ),
+    "A cap closes at once all the same": (
+        test_probing.test_a_cap_closes_at_once_whatever_a_probe_does,
+        test_stream.test_an_answer_that_is_too_late_halts_nothing,
+    ),
+    "the answer that the head has seen is the answer, behind the close text and at once": (
+        test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
+        test_probing.test_the_official_client_takes_a_seen_answer,
+    ),
+    "is the LM's, as with `free`": (
+        test_probing.test_an_answer_that_is_more_than_was_seen_is_the_lm_s,
+        test_probing.test_a_limit_of_the_client_holds_for_a_seen_answer,
+    ),
+    "have no forced answers on any server: only a cap halts them": (
+        test_probing.test_what_cannot_go_on_behind_a_thought_is_not_probed,
+    ),
+    "it refuses to start with these figures, unless `--probe-anyway`": (
+        test_probing.test_a_server_of_one_stream_is_refused_with_the_figures,
+        test_probing.test_a_trial_says_what_a_head_has_to_expect,
+    ),
+    "A server that does not answer at the start is not tried": (
+        test_probing.test_a_server_that_is_not_there_yet_is_not_refused,
+    ),
+    "they are a part of the usage's own numbers, prompts included": (
+        test_probing.test_usage_counts_every_probe,
     ),
     "**Usage** counts both requests": (test_proxy.test_usage_is_that_of_both_legs,),
     "Details that servers tell are added up too": (

@@ -38,6 +38,12 @@ NEVER = {"X-Haltwise-Price": "0.1"}
 OFF = {"X-Haltwise-Off": "1"}
 
 
+@pytest.fixture(params=[False, True], ids=["blind", "probing"])
+def watching(pairs: Pairs, request: pytest.FixtureRequest) -> Pair:
+    """Each with a head of its own: one that sees the thought alone, one that looks at answers."""
+    return pairs("vllm", probing=request.param)
+
+
 @pytest.fixture
 def hasty(pairs: Pairs) -> Pair:
     """Gives an upstream up soon, which may be before a busy machine has said anything."""
@@ -108,42 +114,42 @@ def test_a_server_that_is_not_there_is_a_502(
 @STREAMED
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
 def test_errors_of_the_server_are_passed_on(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, status: int
+    watching: Pair, plan: Plan, chat: bool, stream: bool, status: int
 ) -> None:
     plan = replace(plan, trouble=str(status))
-    expected = ask(vllm.direct, plan, chat, stream)
-    reply = ask(vllm.client, plan, chat, stream)
+    expected = ask(watching.direct, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream)
     assert (reply.status, reply.body) == (status, expected.body)
     assert reply.headers["content-type"] == expected.headers["content-type"]
     assert reply.headers["retry-after"] == "7"
     # What was refused may have been what the proxy asked for beside: then it is asked without.
-    assert len(vllm.upstream.of(plan)) == 2 + (status in (400, 500))
+    assert len(watching.upstream.of(plan)) == 2 + (status in (400, 500))
 
 
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("status", ["400", "404", "413", "422", "500", "501"])
 def test_a_server_that_gives_few_log_probabilities_is_asked_again_without(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, status: str
+    watching: Pair, plan: Plan, chat: bool, stream: bool, status: str
 ) -> None:
     plan = replace(plan, top=status)
-    reply = ask(vllm.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert json.loads(reply.headers["x-haltwise"])["reason"] == "refused"
-    assert len(vllm.upstream.of(plan)) == 2
+    assert len(watching.upstream.of(plan)) == 2
 
 
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("top", ["says", "malformed", "list", "dies"])
 def test_a_stream_that_fails_before_it_says_anything_is_asked_for_again_without(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, top: str
+    watching: Pair, plan: Plan, chat: bool, stream: bool, top: str
 ) -> None:
     plan = replace(plan, top=top)
-    reply = ask(vllm.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat) and (not stream or reply.done)
     assert reply.haltwise["fallback"] == "refused"
-    assert len(vllm.upstream.of(plan)) == 2
+    assert len(watching.upstream.of(plan)) == 2
 
 
 FORMS = (
@@ -157,10 +163,10 @@ FORMS = (
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("headers", [NEVER, {}], ids=["unhalted", "halted"])
 def test_an_answer_in_an_odd_form_is_an_answer(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, form: str, headers: dict[str, str]
+    watching: Pair, plan: Plan, chat: bool, stream: bool, form: str, headers: dict[str, str]
 ) -> None:
     plan = replace(plan, form=form)
-    found = ask(vllm.client, plan, chat, stream, headers)
+    found = ask(watching.client, plan, chat, stream, headers)
     body = found.body.decode(errors="replace").replace("\ufffd", "é").replace("\\ufffd", "\\u00e9")
     reply = replace(found, body=body.encode())
     assert reply.status == 200 and reply.streamed == stream and (not stream or reply.done)
@@ -172,10 +178,10 @@ def test_an_answer_in_an_odd_form_is_an_answer(
 
 
 @BOTH
-def test_something_else_than_an_api_is_an_error(vllm: Pair, plan: Plan, chat: bool) -> None:
+def test_something_else_than_an_api_is_an_error(watching: Pair, plan: Plan, chat: bool) -> None:
     plan = replace(plan, trouble="html")
     for stream in (True, False):
-        reply = ask(vllm.client, plan, chat, stream)
+        reply = ask(watching.client, plan, chat, stream)
         assert reply.status == 502 and reply.error["message"]
 
 
@@ -203,29 +209,29 @@ def test_a_silent_server_is_given_up(
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "list", "says"])
 @pytest.mark.parametrize("at", [0, 10, 30])
 def test_a_broken_stream_ends_in_a_clean_error(
-    vllm: Pair, plan: Plan, chat: bool, trouble: str, at: int
+    watching: Pair, plan: Plan, chat: bool, trouble: str, at: int
 ) -> None:
     plan = replace(plan, trouble=trouble, at=at, legs=(1,))
-    reply = ask(vllm.client, plan, chat, headers=NEVER)
+    reply = ask(watching.client, plan, chat, headers=NEVER)
     # The 29th token closes the thought, the 30th is an answer's.
     assert before_the_error(reply) == (plan.thought() + plan.answer_text())[: len(
         plan.thought(min(at, 28)) + (" " + plan.name + ".a0é") * (at == 30)
     )]  # fmt: skip
     if trouble == "says":
         assert reply.error["message"] == "the engine has died"
-    assert vllm.upstream.of(plan)[0].gone.wait(PATIENCE)
+    assert watching.upstream.of(plan)[0].gone.wait(PATIENCE)
 
 
 @BOTH
 @pytest.mark.parametrize("trouble", ["dies", "says"])
 def test_a_stream_that_breaks_before_it_is_halted_is_an_error_too(
-    vllm: Pair, plan: Plan, chat: bool, trouble: str
+    watching: Pair, plan: Plan, chat: bool, trouble: str
 ) -> None:
     plan = replace(plan, trouble=trouble, at=10, legs=(1,))
-    assert before_the_error(ask(vllm.client, plan, chat)) == plan.thought(10)
+    assert before_the_error(ask(watching.client, plan, chat)) == plan.thought(10)
     # Where it would have broken later nobody is there any more.
     plan = replace(plan, name=plan.name + "x", at=25)
-    assert ask(vllm.client, plan, chat).text.endswith(plan.answer_text(20))
+    assert ask(watching.client, plan, chat).text.endswith(plan.answer_text(20))
 
 
 @BOTH
@@ -239,16 +245,16 @@ def test_a_stream_that_is_only_passed_on_ends_in_a_clean_error(
 @BOTH
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
 def test_without_a_stream_a_broken_one_is_an_error_of_the_server(
-    vllm: Pair, plan: Plan, chat: bool, trouble: str
+    watching: Pair, plan: Plan, chat: bool, trouble: str
 ) -> None:
-    reply = ask(vllm.client, replace(plan, trouble=trouble, at=9), chat, stream=False)
+    reply = ask(watching.client, replace(plan, trouble=trouble, at=9), chat, stream=False)
     # An error that the server tells of has a status of its own.
     assert reply.status == (500 if trouble == "says" else 502) and reply.error["message"]
     assert plan.name not in reply.body.decode()
 
 
-def test_the_official_client_sees_a_broken_stream_as_an_error(vllm: Pair, plan: Plan) -> None:
-    client = openai.OpenAI(base_url=vllm.proxy.url + "/v1", api_key="any", max_retries=0)
+def test_the_official_client_sees_a_broken_stream_as_an_error(watching: Pair, plan: Plan) -> None:
+    client = openai.OpenAI(base_url=watching.proxy.url + "/v1", api_key="any", max_retries=0)
     plan = replace(plan, trouble="dies", at=10)
     with pytest.raises(openai.APIError):
         list(client.chat.completions.create(model="m", messages=plan.messages(), stream=True))
@@ -261,10 +267,10 @@ def test_the_official_client_sees_a_broken_stream_as_an_error(vllm: Pair, plan: 
 @STREAMED
 @pytest.mark.parametrize("headers", [NEVER, {}], ids=["whole", "halted"])
 def test_what_comes_behind_the_end_of_a_stream_is_not_waited_for(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, headers: dict[str, str]
+    watching: Pair, plan: Plan, chat: bool, stream: bool, headers: dict[str, str]
 ) -> None:
     plan = replace(plan, trouble="goes on")
-    reply = ask(vllm.client, plan, chat, stream, headers)
+    reply = ask(watching.client, plan, chat, stream, headers)
     assert reply.text.endswith(plan.answer_text(20 if headers is not NEVER else 28))
     assert not stream or reply.done
 
@@ -283,12 +289,12 @@ def test_what_a_completion_has_of_a_chat_does_not_make_it_one(
 
 @BOTH
 def test_comments_keep_a_stream_alive_and_change_nothing(
-    vllm: Pair, plan: Plan, chat: bool
+    watching: Pair, plan: Plan, chat: bool
 ) -> None:
     plan = replace(plan, trouble="pings")
-    reply = ask(vllm.client, plan, chat)
+    reply = ask(watching.client, plan, chat)
     assert reply.done and reply.text.endswith(plan.answer_text(20))
-    assert is_unhalted(ask(vllm.client, plan, chat, headers=NEVER), plan, chat)
+    assert is_unhalted(ask(watching.client, plan, chat, headers=NEVER), plan, chat)
 
 
 @BOTH
@@ -299,15 +305,15 @@ def test_huge_tokens_pass(vllm: Pair, plan: Plan, chat: bool) -> None:
 
 @BOTH
 def test_a_policy_that_fails_lets_the_lm_think_on(
-    vllm: Pair, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
+    watching: Pair, plan: Plan, chat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> bool:
         raise RuntimeError("a mistake of ours")
 
-    counted = vllm.proxy.metric("haltwise_fallbacks_total")
+    counted = watching.proxy.metric("haltwise_fallbacks_total")
     monkeypatch.setattr(HaltMonitor, "observe", fail)
-    assert is_unhalted(ask(vllm.client, plan, chat), plan, chat)
-    assert vllm.proxy.metric("haltwise_fallbacks_total") == counted + 1
+    assert is_unhalted(ask(watching.client, plan, chat), plan, chat)
+    assert watching.proxy.metric("haltwise_fallbacks_total") == counted + 1
 
 
 # The second leg goes wrong
@@ -317,15 +323,15 @@ def test_a_policy_that_fails_lets_the_lm_think_on(
 @STREAMED
 @pytest.mark.parametrize("trouble", ["500", "html", "dies", "ends", "malformed", "says"])
 def test_if_the_second_leg_fails_the_first_one_goes_on(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
+    watching: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
 ) -> None:
-    counted = vllm.proxy.metric("haltwise_fallbacks_total")
+    counted = watching.proxy.metric("haltwise_fallbacks_total")
     plan = replace(plan, trouble=trouble, legs=(2, 3))
-    reply = ask(vllm.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream)
     assert is_unhalted(reply, plan, chat)
     assert not reply.haltwise["halted"] and reply.haltwise["fallback"]
-    assert vllm.proxy.metric("haltwise_fallbacks_total") == counted + 1
-    assert vllm.upstream.of(plan)[0].ended == "done"
+    assert watching.proxy.metric("haltwise_fallbacks_total") == counted + 1
+    assert watching.upstream.of(plan)[0].ended == "done"
 
 
 @BOTH
@@ -417,14 +423,14 @@ def test_a_server_of_one_stream_is_halted(pairs: Pairs, kind: Kind, plan: Plan, 
 @STREAMED
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
 def test_an_answer_that_breaks_off_is_continued_once(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
+    watching: Pair, plan: Plan, chat: bool, stream: bool, trouble: str
 ) -> None:
     plan = replace(plan, answer=6, trouble=trouble, at=3, legs=(2,))
-    reply = ask(vllm.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream)
     assert reply.text.endswith(plan.answer_text(20)) and reply.text.count(".a0é") == 1
     assert reply.finish == "stop" and reply.haltwise["halted"]
-    prompt = vllm.upstream.of(plan)[2].body["prompt"]
-    text = prompt if isinstance(prompt, str) else vllm.upstream.text(prompt)
+    prompt = watching.upstream.of(plan)[2].body["prompt"]
+    text = prompt if isinstance(prompt, str) else watching.upstream.text(prompt)
     said = text.rpartition(CLOSE)[2]
     assert said.endswith(".a2é") and plan.answer_text(20).startswith(said)
     assert reply.haltwise["legs"][1]["completion_tokens"] == 3
@@ -433,11 +439,11 @@ def test_an_answer_that_breaks_off_is_continued_once(
 @BOTH
 @STREAMED
 def test_an_answer_that_breaks_off_again_is_an_error(
-    vllm: Pair, plan: Plan, chat: bool, stream: bool
+    watching: Pair, plan: Plan, chat: bool, stream: bool
 ) -> None:
     plan = replace(plan, answer=9, trouble="dies", at=3, legs=(2, 3))
-    reply = ask(vllm.client, plan, chat, stream)
-    assert len(vllm.upstream.of(plan)) == 3
+    reply = ask(watching.client, plan, chat, stream)
+    assert len(watching.upstream.of(plan)) == 3
     if stream:
         answer = before_the_error(reply).partition(".t19é")[2].lstrip("\n")
         assert answer.endswith(".a5é") and plan.answer_text(20).startswith(answer)
@@ -455,18 +461,20 @@ def test_an_answer_that_breaks_off_again_is_an_error(
     ids=["first", "first-whole", "second", "second-whole", "off"],
 )
 def test_a_client_that_leaves_ends_what_was_asked_for_it(
-    vllm: Pair, plan: Plan, chat: bool, leg: int, stream: bool, headers: dict[str, str]
+    watching: Pair, plan: Plan, chat: bool, leg: int, stream: bool, headers: dict[str, str]
 ) -> None:
     plan = replace(plan, trouble="hangs", at=21 if leg == 1 else 1, legs=(leg,))
-    with connected(vllm.proxy) as client:
+    with connected(watching.proxy) as client:
         client.sendall(request_bytes(plan, chat, stream, headers))
-        wait_until(lambda: len(asked := vllm.upstream.of(plan)) == leg and asked[-1].num_sent > 0)
+        wait_until(
+            lambda: len(asked := watching.upstream.of(plan)) == leg and asked[-1].num_sent > 0
+        )
         if stream:
             assert b"200" in client.recv(100)
-    *others, last = vllm.upstream.of(plan)
+    *others, last = watching.upstream.of(plan)
     assert last.gone.wait(PATIENCE) and last.ended == "closed"
     assert all(other.gone.wait(PATIENCE) for other in others)
-    wait_until(lambda: vllm.proxy.metric("haltwise_streams_in_flight") == 0)
+    wait_until(lambda: watching.proxy.metric("haltwise_streams_in_flight") == 0)
 
 
 @pytest.mark.parametrize("headers", [NEVER, OFF], ids=["watched", "off"])
@@ -628,9 +636,9 @@ def test_a_field_of_the_wrong_type_is_refused_by_the_server(
 @pytest.mark.parametrize("asked", [{"stop": 5}, {"stop": [None, 3]}, {"seed": {}}], ids=str)
 @BOTH
 def test_an_odd_field_that_the_server_takes_is_no_trouble(
-    vllm: Pair, plan: Plan, asked: dict[str, Any], chat: bool
+    watching: Pair, plan: Plan, asked: dict[str, Any], chat: bool
 ) -> None:
-    assert ask(vllm.client, plan, chat, stream=False, **asked).status == 200
+    assert ask(watching.client, plan, chat, stream=False, **asked).status == 200
 
 
 def test_a_path_cannot_lead_out_of_the_api(vllm: Pair) -> None:

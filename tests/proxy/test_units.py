@@ -32,6 +32,7 @@ from haltwise.proxy.dialect import (
 )
 from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, opened_in_text
 from haltwise.proxy.metrics import JsonLines, Metrics
+from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
 from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, UpstreamLeg
 from haltwise.proxy.wire import (
@@ -591,7 +592,8 @@ def test_what_was_seen_can_be_gone_on_from() -> None:
 
 
 def settings_of(metrics: Metrics, patience: float = 9.0) -> CompletionSettings:
-    return CompletionSettings(HEAD, ConstantControl(), metrics, shadow=False, patience=patience)
+    room = ProbeRoom(9, lambda: 0)
+    return CompletionSettings(HEAD, ConstantControl(), metrics, False, patience, room, 9.0, True)
 
 
 def watched(request: CompletionRequest, patience: float = 600.0) -> WatchedCompletion:

@@ -18,6 +18,7 @@ import pytest
 
 from haltwise import InputError
 from haltwise.proxy.dialect import VllmDialect
+from haltwise.proxy.generation import _whole, read_generation
 from haltwise.proxy.wire import ServedToken, StreamEvent, UpstreamError
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
@@ -28,7 +29,6 @@ from recording.config import TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
 from recording.openai_engine import OpenAIEngine
-from recording.served_lm import _read, _whole
 from recording.trace_row import TraceRow
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 from tests.proxy.llama_server import llama_server
@@ -243,7 +243,7 @@ def test_tokens_that_are_only_counted_have_their_place() -> None:
             yield event
 
     leg: Any = stream()
-    said = asyncio.run(_read(leg, 9, lambda _: False))
+    said = asyncio.run(read_generation(leg, 9, lambda _: False))
     assert [token.text for token in said.tokens] == [" a", "", "", "", "\U0001f30d", " b", ""]
     assert [token.is_shown for token in said.tokens] == [True, *[False] * 3, True, True, False]
     assert (said.ended_by_lm, said.num_hidden) == (True, 0)
@@ -275,7 +275,8 @@ async def refuse(*_: Any) -> None:
 def test_servers_have_their_own_words_for_an_end(finish: str, num: int, ended: bool) -> None:
     said = _whole([ServedToken(" a", -1.0)] * num, finish, num, " a", 9)
     assert (said.ended_by_lm, len(said.tokens), said.num_hidden) == (ended, num, 0)
-    with pytest.raises(InputError, match=r"gave 8 tokens without an end \('length'\), expected 9"):
+    told = r"gave 8 tokens without an end \('length'\), expected 9"
+    with pytest.raises(UpstreamError, match=told):
         _whole([ServedToken(" a", -1.0)] * 8, "length", 8, " a", 9)
 
 

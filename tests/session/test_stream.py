@@ -10,12 +10,13 @@ from haltwise import HaltMonitor, InputError, Terms
 from haltwise.policy.signals import Signals
 from haltwise.session.request import ThoughtRequest
 from haltwise.session.stream import StreamedThought, check_served
-from haltwise.session.thought import PointRules
+from haltwise.session.thought import ForcedAnswer, PointRules
 from tests.heads import random_head, sure_head
 
 HEAD = sure_head(rule="every 8 tokens")
 RULES = PointRules(HEAD.config.halting)
 TERMS = Terms(1.0)
+ANSWER = RULES.read(ForcedAnswer([" 4", "2"], [-0.1, -0.3], 2))
 
 
 def top(logprob: float) -> list[float]:
@@ -121,5 +122,99 @@ def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
 
 def test_a_head_that_needs_more_than_a_server_shows_is_refused() -> None:
     check_served(HEAD)
-    with pytest.raises(InputError, match=r"--probing at_halt --groups pace .* reflection$"):
-        check_served(random_head(0))
+    check_served(random_head(0))
+    with pytest.raises(InputError, match=r"groups ending, .* not show: .* --groups confidence$"):
+        check_served(random_head(0, ("confidence", "ending")))
+    with pytest.raises(InputError, match=r"--groups pace limit .* reflection$"):
+        check_served(random_head(0, ("ending",), probing="at_halt"))
+
+
+# A head that looks at answers
+
+
+def probing(terms: Terms = TERMS) -> StreamedThought:
+    """Halts where the mean log probability is above -1.25, once it has seen an answer there."""
+    return StreamedThought(sure_head(rule="every 8 tokens", probing="always"), RULES,
+                           ThoughtRequest(terms), "<think>")  # fmt: skip
+
+
+def goes_on(thought: StreamedThought, num: int, logprob: float = -0.1) -> list[bool]:
+    return [thought.add(" x", logprob, top(logprob)) for _ in range(num)]
+
+
+def test_an_answer_that_comes_late_halts_a_thought_where_it_is() -> None:
+    thought = probing()
+    assert not any(goes_on(thought, 8)) and thought.asks
+    thought.await_answer()
+    assert not any(goes_on(thought, 3, -9.0)) and not thought.asks
+    assert thought.answered(ANSWER)
+    report = thought.report()
+    assert (report.reason, report.position, thought.thought.position) == ("halted", 8, 11)
+    assert (report.num_probe_tokens, report.num_bad_signals) == (2, 0)
+    assert not any(goes_on(thought, 20)) and not thought.asks
+
+
+def test_signals_are_those_of_the_point_however_late_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Signals] = []
+    observe = HaltMonitor.observe
+
+    def noting(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
+        seen.append(signals)
+        return observe(self, signals, rows)
+
+    monkeypatch.setattr(HaltMonitor, "observe", noting)
+    thought = probing(Terms(1e-9))
+    for num_late in (0, 11):  # past the next point, which is skipped
+        goes_on(thought, 8 - thought.thought.num_tokens % 8, -0.5)
+        thought.await_answer()
+        for _ in range(num_late):
+            goes_on(thought, 1, -0.7)
+            if thought.asks:
+                thought.skip()
+        assert not thought.answered(ANSWER)
+    goes_on(thought, 32 - thought.thought.num_tokens, -0.7)
+    thought.await_answer()
+    thought.answered(ANSWER)
+    assert [s.position.item() for s in seen] == [8, 16, 32]
+    logprobs = [s.logprob.item() for s in seen if s.logprob is not None]
+    assert logprobs == pytest.approx([-0.5, -0.5, -0.7])
+    confidences = [s.confidence.item() for s in seen if s.confidence is not None]
+    assert confidences == pytest.approx([math.exp(-0.2)] * 3)
+    assert thought.report().num_bad_signals == 1
+
+
+def test_an_answer_that_nobody_has_halts_nothing() -> None:
+    thought = probing()
+    for _ in range(3):
+        goes_on(thought, 8)
+        thought.await_answer()
+        assert not thought.answered(None)
+    assert thought.report().num_bad_signals == 3
+
+
+@pytest.mark.parametrize("ends", ["its cap", "the LM", "release", "least thinking"])
+def test_an_answer_that_is_too_late_halts_nothing(ends: str) -> None:
+    least = 9 if ends == "least thinking" else 0
+    thought = probing(Terms(1.0, least, max_tokens=10 if ends == "its cap" else None))
+    goes_on(thought, 8)
+    thought.await_answer()
+    assert goes_on(thought, 2) == [False, ends == "its cap"]
+    if ends == "the LM":
+        thought.add("</think>", -0.1, top(-0.1))
+    if ends == "release":
+        thought.release()
+    assert not thought.answered(ANSWER)
+    assert thought.report().halted == (ends == "its cap")
+
+
+def test_a_cap_at_a_decision_point_asks_for_no_answer() -> None:
+    thought = probing(Terms(1.0, max_tokens=8))
+    assert goes_on(thought, 8) == [False] * 7 + [True] and not thought.asks
+
+
+def test_a_price_of_0_asks_for_no_answer() -> None:
+    thought = probing(Terms(0.0))
+    goes_on(thought, 8)
+    assert not thought.asks

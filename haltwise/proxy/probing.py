@@ -1,0 +1,244 @@
+"""Looking at answers: at a decision point an answer is forced beside the thought, which goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import anyio
+
+from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.generation import ServedGeneration, read_generation, refusal
+from haltwise.proxy.lm_server import LMServer
+from haltwise.proxy.metrics import Metrics, log
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
+from haltwise.proxy.wire import Json, StreamEvent, UpstreamError
+from haltwise.session.thought import Probe
+
+
+class ProbeRoom:
+    """Room for the probes of all streams.
+
+    Where a server tells how many requests it runs at once, a probe takes no place that a stream
+    has or waits for.
+
+    Args:
+        most: The most probes at a time.
+        num_streams: Tells how many streams run.
+    """
+
+    def __init__(self, most: int, num_streams: Callable[[], int]) -> None:
+        """Is empty."""
+        self.num_running = 0
+        """Probes that run."""
+        self._most, self._num_streams = most, num_streams
+
+    def is_free(self, num_slots: int | None) -> bool:
+        """Whether there is room for one more.
+
+        Args:
+            num_slots: Requests that the server runs at once; None if it does not tell.
+        """
+        num = self.num_running
+        return num < self._most and (num_slots is None or num + self._num_streams() < num_slots)
+
+
+@dataclass
+class ProbeUsage:
+    """What the probes of one completion took."""
+
+    num: int = 0
+    """Probes."""
+    num_failed: int = 0
+    """Those of them without an answer."""
+    prompt_tokens: int = 0
+    """Tokens of their prompts, as far as the server tells them; its cache has most of them."""
+    completion_tokens: int = 0
+    """Tokens that they generated."""
+
+    def report(self) -> Json:
+        """The numbers as a client is told them."""
+        told = {"num": self.num, "failed": self.num_failed}
+        return told | {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
+
+
+@dataclass(frozen=True)
+class SeenAnswer:
+    """A forced answer that a head has seen."""
+
+    probe: Probe
+    """The answer."""
+    is_whole: bool
+    """Whether the LM has ended it, or the text that ends such answers, and not a limit."""
+    num_before: int | None
+    """Tokens of the completion's prompt; None if the server does not tell."""
+
+
+class AnswerProber:
+    """Forces the answers of one completion, one at a time.
+
+    Whatever goes wrong with a probe, its answer is unknown, and nothing else happens.
+
+    Args:
+        request: What the client asked for.
+        server: The LM's server.
+        room: That of all probes.
+        patience: Seconds that a probe may take.
+        metrics: Where probes are counted.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        server: LMServer,
+        room: ProbeRoom,
+        patience: float,
+        metrics: Metrics,
+    ) -> None:
+        """Asks nothing yet."""
+        self.usage = ProbeUsage()
+        """What all probes took, the one that runs included."""
+        self.running: asyncio.Task[SeenAnswer | None] | None = None
+        """The probe whose answer has not been taken."""
+        self.latest: SeenAnswer | None = None
+        """The answer that was taken last; None if it was unknown."""
+        self._request, self._server, self._room = request, server, room
+        self._patience, self._metrics = patience, metrics
+        self._continues = request.why_not_continued(server.close_text) is None
+        # Two requests must not have one name.
+        self._headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a probe may start: none runs, and there is room for it."""
+        is_free = self._continues and self._room.is_free(self._server.num_parallel)
+        return self.running is None and is_free
+
+    def start(self, seen: GeneratedSoFar) -> None:
+        """Starts a probe behind what was generated up to a decision point."""
+        self._room.num_running += 1
+        self.usage.num += 1
+        self.running = asyncio.create_task(self._counted(seen))
+        self.running.add_done_callback(self._leave)
+
+    def _leave(self, _: asyncio.Task[SeenAnswer | None]) -> None:
+        self._room.num_running -= 1
+
+    def take(self) -> Probe | None:
+        """Takes the answer of the probe that has ended; None if it is unknown."""
+        assert self.running is not None
+        self.latest, self.running = self.running.result(), None
+        return None if self.latest is None else self.latest.probe
+
+    def drop(self) -> None:
+        """Forgets the probe that was cancelled."""
+        self.running = None
+
+    def cancel(self) -> None:
+        """Ends the probe that runs: nobody wants its answer any more."""
+        if self.running is not None:
+            self.running.cancel()
+
+    async def close(self) -> None:
+        """Ends the probe that runs, and waits until it has ended."""
+        self.cancel()
+        with anyio.CancelScope(shield=True), suppress(asyncio.CancelledError):
+            if self.running is not None:
+                await self.running
+
+    async def _counted(self, seen: GeneratedSoFar) -> SeenAnswer | None:
+        started, outcome = time.perf_counter(), "cancelled"
+        try:
+            answer = await self._patiently(seen)
+            outcome = "failed" if answer is None else "answered"
+        finally:
+            self._metrics.probes.labels(outcome).inc()
+        if answer is None:
+            self.usage.num_failed += 1
+        else:
+            self._metrics.probe_seconds.observe(time.perf_counter() - started)
+        return answer
+
+    async def _patiently(self, seen: GeneratedSoFar) -> SeenAnswer | None:
+        """The answer; None if it is unknown."""
+        try:
+            async with asyncio.timeout(self._patience):
+                return await self._answer(seen)
+        except (UpstreamError, TimeoutError):
+            return None
+        except Exception:
+            log.exception("a defect of the proxy")
+            return None
+
+    async def _answer(self, seen: GeneratedSoFar) -> SeenAnswer:
+        """The answer.
+
+        Raises:
+            UpstreamError: If the server does not give it.
+        """
+        server, rules = self._server, self._server.rules
+        body = await server.probe_body(self._request, seen)
+        usage = LegUsage()
+        said = await asked_to_go_on(server, body, self._headers, partial(self._events, usage))
+        num_prompt = usage.prompt_tokens
+        self.usage.prompt_tokens += num_prompt or 0
+        self._metrics.probe_tokens.inc(usage.completion_tokens)
+        num_before = None
+        if num_prompt is not None:
+            num_before = num_prompt - seen.num_tokens - server.num_close_tokens
+        forced = said.forced_answer
+        is_whole = said.ended_by_lm or rules.is_complete(forced.tokens)
+        return SeenAnswer(rules.read(forced), is_whole, num_before)
+
+    async def _events(self, usage: LegUsage, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+        """The events of a probe, whose tokens count as they come: it may be cancelled."""
+        before = self.usage.completion_tokens
+        async for event in counting(usage, leg):
+            self.usage.completion_tokens = before + usage.completion_tokens
+            yield event
+
+
+async def counting(usage: LegUsage, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
+    """The events of a leg, whose tokens are counted as they come."""
+    said = GeneratedSoFar()
+    async for event in leg:
+        if event.chunk is not None:
+            said.add(event.chunk)
+            usage.completion_tokens = max(usage.completion_tokens, said.num_tokens)
+            usage.take(event.chunk.get("usage"))
+            usage.take_timings(event.chunk.get("timings"))
+        yield event
+
+
+async def asked_to_go_on(
+    server: LMServer,
+    body: Json,
+    headers: list[tuple[bytes, bytes]],
+    events: Callable[[UpstreamLeg], AsyncIterator[StreamEvent]] = aiter,
+) -> ServedGeneration:
+    """What the LM says to a request of the proxy's own.
+
+    Args:
+        server: The LM's server.
+        body: The body of the request.
+        headers: Its headers.
+        events: Gives the events of the answer; more than that may be done with them.
+
+    Raises:
+        UpstreamError: If the server refuses, breaks off or does not answer as it should.
+    """
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    leg = await server.upstream.stream(path, body, headers)
+    try:
+        if not leg.is_readable:
+            raise await refusal(path, leg)
+        is_complete = server.rules.is_complete
+        return await read_generation(
+            events(leg), body["max_tokens"], lambda said: is_complete([t.text for t in said])
+        )
+    finally:
+        await leg.close()
