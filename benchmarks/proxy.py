@@ -5,10 +5,11 @@ is full, and what a token costs the proxy is not hidden behind an LM at work. Th
 each other: time is the wall clock's, and only what was measured in one round is compared. The
 proxy's own CPU time stands beside it; it is disturbed less by whatever else runs.
 
-A client asks in three ways. It asks the fake directly, and through the proxy with halting off,
+A client asks in four ways. It asks the fake directly, and through the proxy with halting off,
 where bytes are passed on; both times it asks for the 20 likeliest tokens in each place. It also
 asks through the proxy with a head that watches every token and never halts: then the proxy asks for
-those tokens, and the client gets none.
+those tokens, and the client gets none. It asks once more through one whose control observes, with 5
+of 100 requests audited.
 """
 
 from __future__ import annotations
@@ -58,13 +59,16 @@ def measure(config: ProxyBenchConfig, repeats: int) -> list[BenchResult]:
         flags = ["--head", str(head), "--upstream", server]
         flags += ["--max-streams", str(2 * max(config.num_streams))]
         # A thousand streams at once keep a small machine busy for longer than the default.
-        with spawned_proxy(*flags, "--connect-timeout", "60") as proxy:
+        flags += ["--connect-timeout", "60"]
+        looks = ["--control", "observe", "--state", str(Path(folder) / "state")]
+        with spawned_proxy(*flags) as proxy, spawned_proxy(*flags, *looks) as observing:
             for num in config.num_streams:
                 size = num, max(config.num_tokens // num, 10)
                 ways = {
                     "server alone": _WayToAsk(server, {}, *size),
                     "proxy, off": _WayToAsk(proxy.url, _OFF, *size, proxy),
                     "proxy, watching": _WayToAsk(proxy.url, _NEVER_HALTS, *size, proxy),
+                    "proxy, observing": _WayToAsk(observing.url, _NEVER_HALTS, *size, observing),
                 }
                 results += _compared(f"proxy, {num:,} streams", ways, repeats)
     return results

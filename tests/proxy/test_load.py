@@ -191,17 +191,21 @@ def test_the_benchmark_tells_times_and_what_the_proxy_adds() -> None:
     results = proxy.measure(ProxyBenchConfig((1, 3), 60), repeats=2)
     assert {result.part for result in results} == {"proxy, 1 streams", "proxy, 3 streams"}
     names = [result.name for result in results if result.part == "proxy, 3 streams"]
-    assert names[:7] == [
+    assert names[:10] == [
         "first token: server alone",
         "first token: proxy, off",
         "first token: proxy, watching",
+        "first token: proxy, observing",
         "first token: proxy, off, added",
         "first token: proxy, off / first token: server alone",
         "first token: proxy, watching, added",
         "first token: proxy, watching / first token: server alone",
+        "first token: proxy, observing, added",
+        "first token: proxy, observing / first token: server alone",
     ]
-    assert len(names) == 16 and names[7] == "a token: server alone"
-    assert names[14:] == ["CPU time a token: proxy, off", "CPU time a token: proxy, watching"]
+    assert len(names) == 23 and names[10] == "a token: server alone"
+    ways = ("off", "watching", "observing")
+    assert names[20:] == [f"CPU time a token: proxy, {way}" for way in ways]
     for result in results:
         assert len(result.values) == 2
         assert "added" in result.name or "CPU" in result.name or min(result.values) > 0
