@@ -181,7 +181,8 @@ def test_a_head_that_looks_at_answers_halts_where_its_replay_does(
             # Where a probe is on its way, the points are passed.
             assert told["position"] % 12 == 0 and told["position"] >= position
             assert len(seen) >= told["position"]
-            at_point = prompt_of(question) + lm.tokenizer.decode(own[: told["position"]]) + CLOSE
+            point = str(lm.tokenizer.decode(own[: told["position"]]))
+            at_point = prompt_of(question) + point + CLOSE
             assert ids_of(lm, answer) == greedy(lm, at_point) and is_number(lm, answer)
             probes = told["probes"]
             assert probes["failed"] == 0 and 1 <= probes["num"] <= told["position"] // 12

@@ -159,9 +159,12 @@ def test_signals_are_those_of_the_point_however_late_the_answer(
 ) -> None:
     seen: list[Signals] = []
     observe = HaltMonitor.observe
-    monkeypatch.setattr(
-        HaltMonitor, "observe", lambda self, s, rows: seen.append(s) or observe(self, s, rows)
-    )
+
+    def observed(self: HaltMonitor, signals: Signals, rows: Any) -> Any:
+        seen.append(signals)
+        return observe(self, signals, rows)
+
+    monkeypatch.setattr(HaltMonitor, "observe", observed)
     thought = probing(Terms(1e-9))
     for num_late in (0, 11):  # past the next point, which is skipped
         goes_on(thought, 8 - thought.thought.num_tokens % 8, -0.5)
