@@ -105,6 +105,8 @@ async def try_probes(server: LMServer, patience: float) -> ProbeTrial:
         for _ in range(_NUM_PROBES):
             await _read(leg, generated, _STEP)
             trial = await _probed(server, request, leg, generated, patience)
+            if not trial.is_beside:
+                break
         return trial
     finally:
         await leg.close()

@@ -273,7 +273,9 @@ class _Fake:
         thoughts: Thoughts = "field",
         crowd: int = 0,
         paced: int = 0,
+        probed: bool = False,
     ) -> None:
+        self.probed = probed
         self.kind, self.key, self.thoughts, self.paced = kind, key, thoughts, paced
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
@@ -380,7 +382,7 @@ class _Fake:
         asked = self._ask(request, body)
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
-        if is_probe(body):
+        if self.probed and is_probe(body):
             plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="", mention="")
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
@@ -802,6 +804,7 @@ class FakeUpstream:
         num_slots: Streams at once, others wait; 0 for no limit.
         thoughts: Where they stand in a chat.
         paced: Tokens between places where a thought waits for the proxy's decision; 0 for none.
+        probed: Whether a proxy looks at answers here; recorders ask alike.
     """
 
     def __init__(
@@ -811,8 +814,9 @@ class FakeUpstream:
         num_slots: int = 0,
         thoughts: Thoughts = "field",
         paced: int = 0,
+        probed: bool = False,
     ) -> None:
-        self._fake = _Fake(kind, key, num_slots, thoughts, paced=paced)
+        self._fake = _Fake(kind, key, num_slots, thoughts, paced=paced, probed=probed)
         self._socket = listening_socket()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(server_config(self._fake.app))
@@ -845,7 +849,7 @@ class FakeUpstream:
             for asked in self.asked
             if isinstance(asked.body, dict)
             and ("messages" in asked.body or "prompt" in asked.body)
-            and is_probe(asked.body) == probes
+            and (self._fake.probed and is_probe(asked.body)) == probes
             and name in self._fake.prompt_of(asked.body, "/chat/" in asked.path)
         ]
 

@@ -135,7 +135,7 @@ class Pairs:
             policy = sure_head(close, probing="always" if probing else "at_halt")
             head = saved_head(self._folder / str(len(self._pairs)), policy)
             if probing:
-                fake = {"paced": 4} | (fake or {})
+                fake = {"paced": 4, "probed": True} | (fake or {})
                 settings = {"answers": "free", "probe_timeout": PATIENCE} | settings
             stack = ExitStack()
             self._stacks.append(stack)

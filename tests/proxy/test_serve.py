@@ -76,7 +76,10 @@ def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"head": ROOT / "checkpoints" / "embedded-head"}, "at_halt"),
+        (
+            {"head": ROOT / "checkpoints" / "embedded-head"},
+            "groups ending, which a server does not show",
+        ),
         ({"upstream": "ftp://somewhere"}, "ftp"),
         ({"upstream": "127.0.0.1:8080"}, "expected"),
         ({"upstream": "http://"}, "http"),
