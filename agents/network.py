@@ -1,9 +1,9 @@
 """The agent's network: hidden layers, and a straight path beside them from what is observed.
 
-The straight path is a linear score of the observation. It starts as the evidence for the forced
-answer, against a bar that falls as the price rises: the strongest simple rule is in the family
-that is trained, and where the training has nothing to add, as at low prices or on few traces, the
-head stays near it. The hidden layers learn in what the best policy deviates from such a rule.
+The straight path is a linear score of the observation. It starts near the baseline "evidence": as
+the evidence for the forced answer, against a bar that falls as the price rises. Unlike that rule it
+may halt without an answer. The hidden layers learn in what the best policy deviates from such a
+rule; on few questions they learn too much of it (docs/LOG.md has the figures).
 """
 
 from __future__ import annotations

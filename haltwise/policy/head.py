@@ -193,10 +193,11 @@ class HeadConfig:
                 raise InputError(f"price of segment {segment!r} is {price!r}, expected 0 or more")
 
     def price_of(self, segment: str | None) -> float:
-        """Returns the price of questions of a segment; None, or one without its own, is no other.
+        """Returns the price of questions of a segment: its own, or else the default one.
 
         Args:
-            segment: The segment's name, or the task's where training traces named no segment.
+            segment: The segment's name, or the task's where training traces named no segment; None
+                if it is unknown.
         """
         return self.segment_prices.get(segment or "", self.default_price)
 
