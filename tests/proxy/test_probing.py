@@ -1,6 +1,7 @@
 """Heads that look at answers behind the proxy: what they ask the server, and what a client gets."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -120,7 +121,12 @@ def test_a_point_is_passed_while_a_probe_is_on_its_way(
 ) -> None:
     pair = pairs(probing=True, fake={"paced": 0})
     bad = pair.proxy.metric("haltwise_bad_signals_total")
-    reply = ask(pair.client, replace(plan, probes="hangs"), chat)
+    plan = replace(plan, probes="hangs", trouble="hangs", at=27, legs=(1,))
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(ask, pair.client, plan, chat)
+        wait_until(lambda: bool(pair.upstream.of(plan, probes=True)))
+        pair.upstream.free(pair.upstream.of(plan)[0])
+        reply = asking.result(PATIENCE)
     assert thought_of(reply) == plan.thought() and reply.text.endswith(plan.answer_text())
     assert reply.haltwise["probes"]["num"] == 1
     assert pair.proxy.metric("haltwise_bad_signals_total") == bad + 6
