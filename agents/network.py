@@ -19,8 +19,9 @@ from haltwise import Observing, feature_names
 
 # The log-odds of halting at the start, for each unit of a feature as it is before it is
 # standardised: those of the baseline "evidence", halved, but that it counts log(times) and a
-# feature log(1 + times), which needs a little more to tell one time from two.
-_EVIDENCE = {"confidence_logit": 0.5, "log_run": 1.0}
+# feature log(1 + times), which needs a little more to tell one time from two. That rule halts nothing
+# without an answer: so much for there being one.
+_EVIDENCE = {"confidence_logit": 0.5, "log_run": 1.0, "answered": 10.0}
 # The same for the log price, whose range is 2 wide: from one end to the other the bar moves over
 # all of the evidence that there is.
 _DIAL = 4.2
