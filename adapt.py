@@ -6,8 +6,9 @@
 LMs differ most in what is usual for them: how sure they sound, how long they think. So the head
 keeps its weights and prices, and its features are centred by the new LM's own traces, which needs
 no label. What a unit of a feature counts for stays: an LM whose answers are all equally sure is not
-made to tell them apart by noise. With labels, a point is made stricter where they refute it, and stays where
-they do not: choosing anew on some 50 questions would lose more to chance than it could win.
+made to tell them apart by noise. With labels, a point is made stricter where they refute it, and
+stays where they do not: choosing anew on some 50 questions would lose more to chance than it could
+win.
 
 It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
 questions that were learned from, and the heads of the run's folds, adapted too.

@@ -408,9 +408,9 @@ def _train_from(
     traces = material.sample
     trials, learned = _try(config, opened, head, traces, fold), _learned(material, fold)
     opened.copy_kept_back(
-        {at: fold_folder(opened.folds, *at) / str(trials.best) for at in learned.trainings}
+        {at: fold_folder(opened.folds, *at) / str(trials.taken) for at in learned.trainings}
     )
-    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.best])
+    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.taken])
     if config.traces is None:
         agent = _train_live(config, opened, head, traces, agent)
     return _Learning(agent, learned, traces, trials.outcomes, trials)
@@ -473,7 +473,7 @@ def _train_replay(
 ) -> Agent:
     """Trains on recorded traces, up to a share of PPO's decisions."""
     if share < 1:  # else the progress bar looks like that of a training that broke off
-        print(f"The folds did best after {share:.0%} of PPO's decisions: PPO ends there.")
+        print(f"The folds did no better after {share:.0%} of PPO's decisions: it ends there.")
     return fit(
         material.chunks(config.seed),
         head,

@@ -162,7 +162,7 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(
     ("share", "told"),
-    [(1.0, ""), (0.25, "The folds did best after 25% of PPO's decisions: PPO ends there.\n")],
+    [(1.0, ""), (0.25, "The folds did no better after 25% of PPO's decisions: it ends there.\n")],
 )
 def test_a_training_that_ends_early_says_so(
     share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
