@@ -219,8 +219,9 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
         InputError: If they were recorded under other conditions than the head's, are of several
             LMs, or are too few.
     """
-    files = TraceFiles.open(path)
-    head.config.halting.check_recorded(files.recorder, str(path))
+    halting = head.config.halting
+    files = TraceFiles.open(path).under(halting.decision_rule)
+    halting.check_recorded(files.recorder, str(path))
     traces = files.read(files.sample(files.rows() & (files.split != "test"), max_traces))
     lms = np.unique(traces.model).tolist()
     if len(lms) > 1:
