@@ -3,12 +3,11 @@
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW --labelled
 
-LMs differ most in what is usual for them: how sure they sound, how long they think. So the head
-keeps its weights and prices, and its features are centred by the new LM's own traces, which needs
-no label. What a unit of a feature counts for stays: an LM whose answers are all equally sure is not
-made to tell them apart by noise. With labels, a point is made stricter where they refute it, and
-stays where they do not: choosing anew on some 50 questions would lose more to chance than it could
-win.
+LMs differ most in the scale of what they show: how sure they sound, how long they think. So what
+the head has learned beside its linear rule sees features that are standardised by the new LM's own
+traces, which needs no label, and the rule stays as it is: a nat of evidence is one for every LM.
+With labels, a point is made stricter where they refute it, and stays where they do not: choosing
+anew on some 50 questions would lose more to chance than it could win.
 
 It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
 questions that were learned from, and the heads of the run's folds, adapted too.
@@ -26,6 +25,7 @@ from pathlib import Path
 import installed  # noqa: F401, tells what is missing
 
 import numpy as np
+from numpy.typing import NDArray
 
 from command import run, whole_folder
 from envs.replay import point_features
@@ -41,7 +41,7 @@ from policies.policy import decisions, signal_under
 from runs import Gates, Learned, Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
-# With fewer questions, means are too noisy: from 20 the head loses 3 points of saving,
+# With fewer questions, means and spreads are too noisy: from 20 the head loses 3 points of saving,
 # from 30 none.
 _MIN_QUESTIONS = 30
 
@@ -99,12 +99,12 @@ def main(config: AdaptConfig) -> Path:
         adapted.save_learned(known)
         adapted.save_operating_points(gates)
         adapted.save_head(head)
-    print(f"centred by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
+    print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
 
 
 def adapt(head: HaltHead, traces: Traces) -> HaltHead:
-    """Returns a head with the same weights, and features centred by another LM's traces.
+    """Returns a head whose features are standardised by another LM's traces, and its rule kept.
 
     Labels have no influence; only the digest of the traces in the head's config covers them.
 
@@ -118,10 +118,10 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
             "feature group"
         )
     features = point_features(traces, groups, halting.max_points)
-    usual = Observing.fit(groups, features, head.config.observing.price_range).mean
+    observing = Observing.fit(groups, features, head.config.observing.price_range)
     adapted = replace(
         head.config,
-        observing=replace(head.config.observing, mean=usual),
+        observing=observing,
         lm=str(traces.model[0]),
         tokenizer=traces.recorder.get("tokenizer", ""),
         server=traces.recorder.get("server", {}),
@@ -129,7 +129,28 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         command=shlex.join(sys.argv),
         certificate=None,
     )
-    return HaltHead(adapted, head.weights)
+    return HaltHead(adapted, _with_rule_kept(head, observing))
+
+
+def _with_rule_kept(head: HaltHead, observing: Observing) -> dict[str, NDArray[np.float32]]:
+    """Returns a head's weights, of which those of the linear rule count features as before.
+
+    Args:
+        head: The head; without a path past its hidden layers it has no such rule.
+        observing: How its features are standardised from now on.
+    """
+    weights, old, num = dict(head.weights), head.config.observing, len(observing.mean)
+    if weights["w2"].shape[1] == len(weights["w1"]):
+        return weights
+    mean, scale = np.array(observing.mean), np.array(observing.scale)
+    last = weights["w2"].astype(np.float64)
+    each = last[0, -1 - num : -1] / np.array(old.scale)  # for each unit of a feature
+    last[0, -1 - num : -1] = each * scale
+    moved = each @ (mean - np.array(old.mean))
+    return weights | {
+        "w2": last.astype(np.float32),
+        "b2": (weights["b2"] + moved).astype(np.float32),
+    }
 
 
 def _with_questions(learned: Learned, traces: Traces, path: Path) -> Learned:
