@@ -3,11 +3,10 @@
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW --labelled
 
-LMs differ most in the scale of what they show: how sure they sound, how long they think. So what
-the head has learned beside its linear rule sees features that are standardised by the new LM's own
-traces, which needs no label, and the rule stays as it is: a nat of evidence is one for every LM.
-With labels, a point is made stricter where they refute it, and stays where they do not: choosing
-anew on some 50 questions would lose more to chance than it could win.
+LMs differ most in the scale of what they show: how sure they sound, how long they think. So the
+head keeps its weights and prices, and its features are standardised by the new LM's own traces,
+which needs no label. With labels, a point is made stricter where they refute it, and stays where
+they do not: choosing anew on some 50 questions would lose more to chance than it could win.
 
 It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
 questions that were learned from, and the heads of the run's folds, adapted too.
@@ -25,7 +24,6 @@ from pathlib import Path
 import installed  # noqa: F401, tells what is missing
 
 import numpy as np
-from numpy.typing import NDArray
 
 from command import run, whole_folder
 from envs.replay import point_features
@@ -104,7 +102,7 @@ def main(config: AdaptConfig) -> Path:
 
 
 def adapt(head: HaltHead, traces: Traces) -> HaltHead:
-    """Returns a head whose features are standardised by another LM's traces, and its rule kept.
+    """Returns a head with the same weights, and features standardised by another LM's traces.
 
     Labels have no influence; only the digest of the traces in the head's config covers them.
 
@@ -118,10 +116,9 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
             "feature group"
         )
     features = point_features(traces, groups, halting.max_points)
-    observing = Observing.fit(groups, features, head.config.observing.price_range)
     adapted = replace(
         head.config,
-        observing=observing,
+        observing=Observing.fit(groups, features, head.config.observing.price_range),
         lm=str(traces.model[0]),
         tokenizer=traces.recorder.get("tokenizer", ""),
         server=traces.recorder.get("server", {}),
@@ -129,28 +126,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         command=shlex.join(sys.argv),
         certificate=None,
     )
-    return HaltHead(adapted, _with_rule_kept(head, observing))
-
-
-def _with_rule_kept(head: HaltHead, observing: Observing) -> dict[str, NDArray[np.float32]]:
-    """Returns a head's weights, of which those of the linear rule count features as before.
-
-    Args:
-        head: The head; without a path past its hidden layers it has no such rule.
-        observing: How its features are standardised from now on.
-    """
-    weights, old, num = dict(head.weights), head.config.observing, len(observing.mean)
-    if weights["w2"].shape[1] == len(weights["w1"]):
-        return weights
-    mean, scale = np.array(observing.mean), np.array(observing.scale)
-    last = weights["w2"].astype(np.float64)
-    each = last[0, -1 - num : -1] / np.array(old.scale)  # for each unit of a feature
-    last[0, -1 - num : -1] = each * scale
-    moved = each @ (mean - np.array(old.mean))
-    return weights | {
-        "w2": last.astype(np.float32),
-        "b2": (weights["b2"] + moved).astype(np.float32),
-    }
+    return HaltHead(adapted, head.weights)
 
 
 def _with_questions(learned: Learned, traces: Traces, path: Path) -> Learned:

@@ -76,17 +76,6 @@ def test_features_are_standardised_by_the_new_lms_traces(config: AdaptConfig) ->
     assert head.config.observing.scale[column] == pytest.approx(runs.std())
 
 
-def test_the_rule_of_a_head_counts_as_before(config: AdaptConfig, run_head: HaltHead) -> None:
-    old, num = run_head.config.observing, len(run_head.config.observing.mean)
-    straight = np.linspace(0.1, 0.3, num + 1)[None]
-    weights = run_head.weights | {"w2": np.append([[0.0]], straight, 1).astype(np.float32)}
-    head = adapt.adapt(HaltHead(run_head.config, weights), read_traces(config.traces))
-    assert head.config.observing.mean != old.mean
-    features = np.random.default_rng(0).random((9, num)).astype(np.float32)
-    expected = straight @ np.append((features - old.mean) / old.scale, [[old.dial(1.0)]] * 9, 1).T
-    np.testing.assert_allclose(head.log_odds(features, 1.0), expected[0], atol=1e-5)
-
-
 def test_weights_prices_and_points_are_the_runs_own(config: AdaptConfig, run: Path) -> None:
     head, source = HaltHead.load(adapt.main(config)), HaltHead.load(run)
     assert all((head.weights[name] == source.weights[name]).all() for name in source.weights)
