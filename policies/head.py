@@ -14,6 +14,9 @@ from haltwise.policy.signals import Float
 from policies.policy import Halts, Signal
 from traces import Traces
 
+# Prices of the grid within the range that a head is trained for, and below it.
+_NUM_WITHIN, _NUM_BELOW = 60, 15
+
 
 @dataclass(frozen=True)
 class HeadPolicy:
@@ -61,7 +64,7 @@ class HeadPolicy:
         return signal
 
     def grid(self, signal: Signal) -> list[float]:
-        """Returns 60 prices over the range that the head was trained for."""
+        """Returns the prices that the head is judged at, the strictest first."""
         return price_grid(self.head.config.observing)
 
     def halts(self, signal: Signal, parameter: float) -> Halts:
@@ -80,8 +83,15 @@ class HeadPolicy:
 
 
 def price_grid(observing: Observing) -> list[float]:
-    """Returns 60 prices over the range that a head is trained for, evenly spaced in their log."""
-    prices: list[float] = np.geomspace(*observing.price_range, 60).tolist()
+    """Returns 75 prices, evenly spaced in their log, of which 15 lie below a head's range.
+
+    There the head goes on becoming stricter, as its log-odds go on falling with the log price. At
+    the lowest price that it was trained for it may still lose something: where questions are few,
+    or of another LM.
+    """
+    low, high = observing.price_range
+    below = (high / low) ** (_NUM_BELOW / (_NUM_WITHIN - 1))
+    prices: list[float] = np.geomspace(low / below, high, _NUM_BELOW + _NUM_WITHIN).tolist()
     return prices
 
 

@@ -141,7 +141,9 @@ def test_head_halts_as_the_rule_it_holds(run_head: HaltHead, random_traces: Trac
     for price, times in [(10.0, 1), (1.0, 2), (0.1, 4)]:
         expected = halts(Stability(), random_traces, times)
         assert halts(HeadPolicy(run_head), random_traces, price) == expected
-    assert HeadPolicy(run_head).grid(np.empty(0)) == pytest.approx(np.logspace(-1, 1, 60))
+    prices = HeadPolicy(run_head).grid(np.empty(0))
+    assert prices[15:] == pytest.approx(np.logspace(-1, 1, 60))
+    assert prices[:15] == pytest.approx(np.logspace(-1 - 30 / 59, -1 - 2 / 59, 15))
 
 
 def test_evidence_is_confidence_and_repetition_together(make_traces: MakeTraces) -> None:
