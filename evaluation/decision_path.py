@@ -114,7 +114,8 @@ def _in_words(path: _Path) -> list[str]:
     if words is None:
         return []
     lines = [f"It asks: {' '.join(words.question.split())}"] if words.question else []
-    lines.append(f"Expected is {words.gold!r}, and the LM ends with {words.final_answer!r}.")
+    expected = f"Expected is {words.gold!r}" if words.gold else "Nobody knows the right answer"
+    lines.append(f"{expected}, and the LM ends with {words.final_answer!r}.")
     if words.text and path.halts.any():
         share = trace.position[path.num_seen - 1] / trace.num_tokens[0]
         lines.append(f"It is halted about here: ... {words.thought_before(float(share))}")

@@ -25,6 +25,7 @@ from haltwise import HaltHead, InputError
 from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
 from lms.questions import SPLITS
+from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy, judging_heads
 from policies.supervised import SUPERVISED, Supervised
@@ -70,7 +71,7 @@ class Trained:
         Raises:
             InputError: If they cannot be read, or were recorded under other conditions.
         """
-        recorded = TraceFiles.open(path)
+        recorded = TraceFiles.open(path, agreeing)
         self.head.config.halting.check_recorded(recorded.recorder, str(path))
         return recorded
 
@@ -140,7 +141,8 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
     simple: Policies = {policy.name: [policy] for policy in baselines.BASELINES}
     policies = {"head": judges, **simple, **_supervised(trained)}
     compared = compare(traces, split, policies, gates, config.halting.probing)
-    judged, evidence = _judged(traces, trained)
+    learned, evidence = _judged(traces, trained)
+    judged = f"{traces.target} {learned}".strip()
     num_questions = len(np.unique(traces.question_id))
     return Report(
         head=str(trained.run.folder),
@@ -173,7 +175,7 @@ def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
         return {}
     try:
         began = trained.run.beginning()
-        recorded = TraceFiles.open(began.traces)
+        recorded = TraceFiles.open(began.traces, agreeing)
         rows = recorded.rows_of_questions(learned.questions)
         changed = recorded.digest(rows) != config.traces
     except InputError as error:

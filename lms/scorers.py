@@ -7,6 +7,7 @@ Every answer rule of `haltwise.policy.answers.READERS` has a scorer. A rule need
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import subprocess
@@ -66,6 +67,8 @@ class Scorer:
     """The words that follow the closed thought, to lead the LM to its answer."""
     answer_end: str
     """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
+    agree: Callable[[str, str], bool] = operator.eq
+    """Says whether two answers are equal, both as the rule has read them."""
 
     def __call__(self, answer: str, gold: str) -> bool:
         """Says whether an answer is right.
@@ -293,7 +296,7 @@ SCORERS: dict[str, Scorer] = {
         _OPEN_BOX,
         "}",
     ),
-    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}"),
+    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}", latex),
 }
 
 
@@ -305,3 +308,12 @@ def scorer_of(rule: str) -> Scorer:
     """
     by_reading = _same_reading(rule, "a reference answer that the rule can read")
     return SCORERS.get(rule) or Scorer(by_reading, _AFTER_A_MARK, "Answer:", "\n")
+
+
+def agreeing(rule: str) -> Callable[[str, str], bool]:
+    """Returns what says whether two answers are equal, both as an answer rule has read them.
+
+    Args:
+        rule: A key of `READERS`.
+    """
+    return scorer_of(rule).agree
