@@ -117,15 +117,20 @@ def _all_lines(source: Path) -> tuple[dict[str, Any], Iterator[Line]]:
     Raises:
         InputError: If files tell of several recorders, or there is none.
     """
-    files = _files(source)
-    found = [_recorder(file, may_be_cut=source.is_dir()) for file in files]
-    for file, (recorder, _) in zip(files, found, strict=True):
-        if recorder != found[0][0]:
+    begun = []
+    for file in _files(source):
+        lines = _lines(file, may_be_cut=source.is_dir())
+        first = next(lines, None)
+        if first is not None:
+            begun.append((file, *_recorder(first, lines)))
+    recorder = begun[0][1] if begun else {}
+    for file, other, _ in begun:
+        if other != recorder:
             raise InputError(
-                f"{file}: {_RECORDER} differs from {files[0].name}'s, expected files of one "
+                f"{file}: {_RECORDER} differs from {begun[0][0].name}'s, expected files of one "
                 "recording"
             )
-    return found[0][0], chain.from_iterable(lines for _, lines in found)
+    return recorder, chain.from_iterable(lines for _, _, lines in begun)
 
 
 def _files(source: Path) -> Sequence[Path]:
@@ -140,21 +145,18 @@ def _files(source: Path) -> Sequence[Path]:
     return files
 
 
-def _recorder(file: Path, may_be_cut: bool) -> tuple[dict[str, Any], Iterator[Line]]:
-    """Returns what a first line tells of the recorder, and the other lines."""
-    lines = _lines(file, may_be_cut)
-    first = list(islice(lines, 1))
-    for line in first:
-        if _RECORDER in line.row:
-            recorder = line.row.pop(_RECORDER)
-            if line.row or not isinstance(recorder, dict):
-                raise InputError(f"{line.place}: expected {_RECORDER} alone, an object")
-            try:
-                Halting.of_recorder(recorder)
-            except InputError as error:
-                raise InputError(f"{line.place}: {_RECORDER}: {error}") from None
-            return recorder, lines
-    return {}, chain(first, lines)
+def _recorder(first: Line, others: Iterator[Line]) -> tuple[dict[str, Any], Iterator[Line]]:
+    """Returns what the first line of a file tells of the recorder, and the lines that do not."""
+    if _RECORDER not in first.row:
+        return {}, chain([first], others)
+    recorder = first.row.pop(_RECORDER)
+    if first.row or not isinstance(recorder, dict):
+        raise InputError(f"{first.place}: expected {_RECORDER} alone, an object")
+    try:
+        Halting.of_recorder(recorder)
+    except InputError as error:
+        raise InputError(f"{first.place}: {_RECORDER}: {error}") from None
+    return recorder, others
 
 
 def _lines(file: Path, may_be_cut: bool, having: bytes = b"") -> Iterator[Line]:

@@ -14,7 +14,8 @@ import pytest
 
 from haltwise import Certificate, HaltHead, InputError, Terms, ThoughtReport, ThoughtRequest
 from haltwise.control import governed as module
-from haltwise.control.governed import GivenAnswer, GovernedControl, Mode, open_control
+from haltwise.control.answers import GivenAnswer
+from haltwise.control.governed import GovernedControl, Mode, open_control
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.replay import prices_of
 from haltwise.session.stream import StreamedThought
