@@ -81,8 +81,7 @@ def test_a_certificate_bounds_what_differs(
         found.append(calibrate.main(CalibrateConfig(run, traces, max_em_drop=0.05, apply=True)))
         assert (SAID in capsys.readouterr().out) is not labelled
     assert found[0].price is not None and found[0].num_unlabelled == 0
-    others = {"traces": found[0].traces, "num_unlabelled": 0}
-    assert replace(found[1], **others) == found[0]
+    assert replace(found[1], traces=found[0].traces, num_unlabelled=0) == found[0]
     assert HaltHead.load(run).config.certificate == found[1]
     assert found[1].num_unlabelled == 280
     with pytest.raises(InputError, match="280 traces, 281 of them without"):

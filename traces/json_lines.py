@@ -91,8 +91,8 @@ def import_json_lines(
 def _write(source: Path, folder: Path, shard_size: int, scorer: Callable[[str], IsRight]) -> int:
     recorder, lines = _all_lines(source)
     labels = _labels(source)
-    is_right = operator.eq if are_digests(recorder, str(source)) else None
-    is_right = is_right or scorer(recorder.get("answer_rule", "short"))
+    digested = are_digests(recorder, str(source))
+    is_right = operator.eq if digested else scorer(recorder.get("answer_rule", "short"))
     together, num_shards, num_traces = _LineChecks(), 0, 0
     traces = (_labelled(line, labels, is_right) for line in lines if _LABEL not in line.row)
     while batch := list(islice(traces, shard_size)):
@@ -246,7 +246,7 @@ class _LineChecks:
         self._columns: tuple[Line, set[str]] | None = None
         self._size: tuple[Line, int] | None = None
         self._ids: dict[str, Line] = {}
-        self._questions: dict[Any, tuple[Line, Any]] = {}
+        self._questions: dict[tuple[str, str], tuple[Line, Any]] = {}
 
     def check(self, line: Line) -> None:
         """Refuses a line that does not go together with those before.
@@ -281,11 +281,13 @@ class _LineChecks:
 
     def _check_question(self, line: Line, here: Line) -> None:
         question = str(line.row.get("question_id"))
-        stated = {name: line.row.get(name) for name in ("split", "gold")}
-        first, before = self._questions.setdefault(question, (here, stated))
-        for name, value in stated.items():
-            if None not in (value, before[name]) and value != before[name]:
-                told = f"{value!r:.40}, but {before[name]!r:.40} in {first.seen_from(line)}"
+        for name in ("split", "gold"):
+            value = line.row.get(name)
+            if value is None:
+                continue
+            first, before = self._questions.setdefault((question, name), (here, value))
+            if value != before:
+                told = f"{value!r:.40}, but {before!r:.40} in {first.seen_from(line)}"
                 raise _error(line, name, f"question {question!r:.40} has {told}")
 
 

@@ -40,6 +40,8 @@ _MOST_KNOWN = 10_000
 # Of the questions, as many are learned from as are kept back for a certificate.
 _TEST_SHARE = 0.5
 _LONGEST_NAME = 100
+# The task of requests that name none.
+_UNNAMED = "served"
 
 Line = Mapping[str, Any]
 
@@ -114,8 +116,7 @@ class AuditTraces:
         """Writes soon which answer is right, unless the answer rule reads none from it."""
         if gold.read and self.awaits(request):
             del self._unlabelled[request]
-            told = gold.text if self._with_content else digest(self._key, gold.compared)
-            self.writer.put({_LABEL: {_ID: request, "gold": _printable(told)}})
+            self.writer.put({_LABEL: {_ID: request, "gold": _printable(self._told(gold))}})
 
     def _row(self, audit: DenseAudit) -> dict[str, Any]:
         """Returns a trace by column name, unlabelled."""
@@ -124,10 +125,10 @@ class AuditTraces:
         position = [int(seen.position[0]) for seen in audit.points]
         probe_tokens = [one.num_tokens - at for one, at in zip(audit.halted, position, strict=True)]
         _check(position, probe_tokens, audit.full.num_tokens)
-        row = {
+        row: dict[str, Any] = {
             _ID: audit.id,
             "question_id": question_id,
-            "task": audit.task if self._with_content else digest(self._key, audit.task),
+            "task": self._task(audit.task),
             "segment": None,
             "model": audit.model[:_LONGEST_NAME],
             "seed": 0,
@@ -149,6 +150,11 @@ class AuditTraces:
         if self._with_content:
             row |= {"question": audit.question, "text": audit.text}
         return {name: _printable(value) for name, value in row.items()}
+
+    def _task(self, task: str) -> str:
+        if not task or self._with_content:
+            return task[:_LONGEST_NAME] or _UNNAMED
+        return digest(self._key, task)
 
     def _told(self, answer: GivenAnswer) -> str:
         if not answer.read or self._with_content:

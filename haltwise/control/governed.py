@@ -621,7 +621,9 @@ def open_control(
     prices = prices_of(head)
     begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
     key = installation_key(path)
-    traces = kept and AuditTraces(kept.folder, head, key, with_content=kept.content)
+    traces = None
+    if kept is not None:
+        traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
     keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
     return GovernedControl(

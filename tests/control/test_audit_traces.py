@@ -83,7 +83,7 @@ def test_an_audit_is_a_trace(content: bool, tmp_path: Path) -> None:
     read = ["8", "7"]
     told = read if content else [digest(KEY, f"read {answer}") for answer in read]
     assert traces.answer.tolist() == told
-    np.testing.assert_array_equal(traces.signals["logprob"], np.float32([-0.5, np.nan]))
+    np.testing.assert_array_equal(traces.signals["logprob"], np.array([-0.5, np.nan], np.float32))
     assert traces.signals["num_reflections"].tolist() == [2.0, 2.0]
     assert set(traces.signals) == {*STEPWISE, "num_reflections"}
     assert traces.recorder["probing"] == "at_halt"

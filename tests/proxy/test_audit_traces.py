@@ -36,7 +36,7 @@ def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     with ExitStack() as stack:
 
         def started(kind: Kind = "vllm", **settings: Any) -> Proxy:
-            usual = {"control": "observe", "audit": 1.0, "dense_audits": 1.0}
+            usual: dict[str, Any] = {"control": "observe", "audit": 1.0, "dense_audits": 1.0}
             paths = {"state": tmp_path / "state", "audit_traces": tmp_path / "audits"}
             upstream = stack.enter_context(FakeUpstream(kind))
             config = ServeConfig(
@@ -95,7 +95,7 @@ def test_the_trace_says_of_every_price_what_the_audit_said(
     assert (told["traces"]["written"], told["traces"]["lost"], told["failures"]) == (1, 0, 0)
     traces, policy = imported(tmp_path), HeadPolicy(sure_head())
     assert traces.position.tolist() == [4, 8, 12, 16, 20, 24, 28][: traces.num_points]
-    assert traces.num_points >= 6 and traces.probe_tokens.min() > 0
+    assert traces.finished.all() and traces.num_points >= 6 and traces.probe_tokens.min() > 0
     assert told["audit_tokens"] == traces.probe_tokens.sum()
     assert proxy.metric("haltwise_audit_tokens_total") == told["audit_tokens"]
     with sqlite3.connect(tmp_path / "state") as file:

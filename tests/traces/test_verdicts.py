@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from haltwise import InputError
 from lms.scorers import agreeing, scorer_of
 from traces import TraceFiles, Traces, import_json_lines, read_traces, write_shard
 from traces.soundness import check_sound
+from traces.verdicts import agreement
 
 Row = dict[str, Any]
 MakeRow = Callable[..., Row]
@@ -26,7 +29,7 @@ DIGESTS: Row = {"final_answer": A, "answer": [B, "", A]}
 
 
 def version(path: Path) -> bytes:
-    return dict(pq.read_metadata(path).metadata)[b"haltwise.schema"]
+    return bytes(pq.read_metadata(path).metadata[b"haltwise.schema"])
 
 
 def test_an_answer_is_right_where_it_agrees_with_the_full_one(make_traces: MakeTraces) -> None:
@@ -39,6 +42,14 @@ def test_an_answer_is_right_where_it_agrees_with_the_full_one(make_traces: MakeT
     assert traces.target.startswith("2 of 3 traces have no reference answer: there an answer")
     assert traces.select(np.array([1])).target == ""
     assert traces.select(np.array([0])).target.startswith("No trace has a reference answer: an ")
+
+
+@given(st.lists(st.tuples(*[st.sampled_from(["", "1", "2", "3"])] * 3), min_size=1))
+def test_no_exact_match_is_lost_that_does_not_count(answers: list[tuple[str, str, str]]) -> None:
+    forced, full, gold = (np.array(each, dtype=object) for each in zip(*answers, strict=True))
+    differs = ~agreement(forced, full)
+    lost = ((full == gold) & (full != "")).astype(int) - ((forced == gold) & (forced != ""))
+    assert (lost <= differs).all()
 
 
 def test_a_file_is_of_the_oldest_version_that_can_hold_it(
@@ -174,6 +185,15 @@ def test_a_label_of_digests_is_one(tmp_path: Path, make_row: MakeRow) -> None:
     source = write(tmp_path / "y.jsonl", recorder, *made, label("a", "7"))
     with pytest.raises(InputError, match="line 2: column 'gold': found '7', expected digests"):
         import_json_lines(source, tmp_path / "none", 2, scorer_of)
+
+
+def test_labels_of_a_question_do_not_contradict_each_other(
+    tmp_path: Path, make_row: MakeRow
+) -> None:
+    made = [make_row(**UNLABELLED, trace_id=f"t{n}") for n in range(3)]
+    source = write(tmp_path / "x.jsonl", *made, label("t1", "7"), label("t2", "8"))
+    with pytest.raises(InputError, match="line 3: column 'gold': question 'q0' has '8', but '7'"):
+        import_json_lines(source, tmp_path / "out", 9)
 
 
 def test_a_line_that_is_still_written_is_left_out_of_a_folder(
