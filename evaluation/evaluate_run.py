@@ -123,7 +123,7 @@ def evaluate_run(
     if len(traces) < rows.sum():
         sampled = f"A sample of {len(traces):,} of the {rows.sum():,} traces, by question."
         report = replace(report, judged=f"{sampled} {report.judged}")
-    print(report.judged)
+    print(f"{report.traces.target} {report.judged}".strip())
     if verbose:
         print(
             f"\n{format_table(report.frozen)}", *map(format_cases, report.behaviour[:1]), sep="\n"
@@ -141,13 +141,12 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
     simple: Policies = {policy.name: [policy] for policy in baselines.BASELINES}
     policies = {"head": judges, **simple, **_supervised(trained)}
     compared = compare(traces, split, policies, gates, config.halting.probing)
-    learned, evidence = _judged(traces, trained)
-    judged = f"{traces.target} {learned}".strip()
+    judged, evidence = _judged(traces, trained)
     num_questions = len(np.unique(traces.question_id))
     return Report(
         head=str(trained.run.folder),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        traces=JudgedTraces(str(path), traces.digest, len(traces), num_questions),
+        traces=JudgedTraces(str(path), traces.digest, len(traces), num_questions, traces.target),
         split=split,
         judged=judged,
         num_trainings=len(judges),

@@ -84,5 +84,5 @@ def test_the_guide_learns_from_what_it_has_served(
     assert printed.count("No trace has a reference answer:") == 2  # of judging, and of certifying
     head = HaltHead.load(folder / "checkpoints/served")
     assert head.config.halting.probing == "at_halt" and head.config.lm == "embedded"
-    judged = json.loads((folder / "checkpoints/served/test.json").read_text())["judged"]
-    assert judged.startswith("No trace has a reference answer:")
+    judged = json.loads((folder / "checkpoints/served/test.json").read_text())["traces"]
+    assert judged["target"].startswith("No trace has a reference answer:")

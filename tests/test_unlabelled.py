@@ -49,8 +49,8 @@ def test_agreement_is_what_labels_say_where_every_full_answer_is_right(
         heads.append(HaltHead.load(folder))
         content = json.loads((folder / "out_of_fold.json").read_text())
         assert content.pop("target").startswith(SAID) is not labelled
-        judged = json.loads((folder / "test.json").read_text())["judged"]
-        assert judged.startswith(SAID) is not labelled
+        target = json.loads((folder / "test.json").read_text())["traces"]["target"]
+        assert target.startswith(SAID) is not labelled
         assert (SAID in (folder / "test.html").read_text()) is not labelled
         found.append(content)
     assert found[0] == found[1]
@@ -109,4 +109,5 @@ def test_a_decision_path_knows_no_reference_answer(
 ) -> None:
     traces = recorded(tmp_path / "x.parquet", rows, labelled=False)
     evaluate.main(EvaluateConfig(run, traces, explain="t3", price=1.0))
-    assert "Nobody knows the right answer, and the LM ends with '7'." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "with a final answer.\nThe LM ends with '7'.\nNo trace has a reference answer:" in told

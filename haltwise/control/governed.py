@@ -436,7 +436,9 @@ class GovernedControl:
             found = self.keeper.books.awaited.get(request)
             is_awaited = found is not None and request not in self._labelled
             is_kept = self.traces is not None and self.traces.awaits(request)
-            if not is_awaited and not (is_kept and right.read):
+            if is_kept and not is_awaited and not right.read:
+                raise InputError(f"gold is {gold!r:.80}, expected what the answer rule can read")
+            if not is_awaited and not is_kept:
                 raise InputError(
                     f"no label of request {request!r:.80} is waited for: it is unknown, no audit, "
                     "labelled already or too old, or its answers agree"
