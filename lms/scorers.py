@@ -16,6 +16,7 @@ import threading
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -284,6 +285,12 @@ def check_scorer(name: str) -> None:
         raise InputError(needed("math-verify", "math"))
 
 
+@lru_cache(1 << 16)
+def _are_equal_formulas(one: str, other: str) -> bool:
+    """Says what `latex` does; traces are read several times, and math-verify takes milliseconds."""
+    return latex(one, other)
+
+
 #: The scorers of the answer rules that ask or compare in a way of their own, by the rule's name.
 SCORERS: dict[str, Scorer] = {
     "short": Scorer(short, _IN_A_BOX, _OPEN_BOX, "}"),
@@ -296,7 +303,7 @@ SCORERS: dict[str, Scorer] = {
         _OPEN_BOX,
         "}",
     ),
-    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}", latex),
+    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}", _are_equal_formulas),
 }
 
 

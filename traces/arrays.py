@@ -29,9 +29,10 @@ _PER_TRACE = (
     "finished",
     "final_correct",
     "labelled",
+    "full_answer",
 )
 # A trace that is labelled has the digest that it had when all were.
-_FACTS = tuple(name for name in _PER_TRACE if name != "labelled")
+_FACTS = tuple(name for name in _PER_TRACE if name not in ("labelled", "full_answer"))
 _DIGESTED = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
 # The entropy is left out of the digest: it follows from the same log probabilities as the worst.
 _PER_POINT = (*_DIGESTED, "answer_entropy")
@@ -64,6 +65,8 @@ class Traces:
     labelled: NDArray[np.bool_]
     """(N,) whether it is known what is right. Elsewhere an answer counts as right where it agrees
     with the LM's own full answer."""
+    full_answer: NDArray[np.object_]
+    """(N,) that answer as str, or its digest, where the trace is not labelled; empty elsewhere."""
     offsets: NDArray[np.int64]
     """(N + 1,) where the points of each trace begin, and P."""
     position: NDArray[np.int64]
@@ -111,19 +114,22 @@ class Traces:
     def fingerprint(self) -> NDArray[np.uint64]:
         """(N, 4) the SHA-256 of each trace, of all that is kept of it but the recorder."""
         columns = {name: getattr(self, name) for name in _DIGESTED if name != "answer"}
+        # What agrees follows from the answers, and may hang on who compares them.
+        columns["correct"] = self.correct & self.labelled[self.trace_of_point]
         columns |= {name: self.signals[name] for name in sorted(self.signals)}
         kind = [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
         points = np.empty(self.num_points, dtype=kind)
         for name, values in columns.items():
             points[name] = values
         facts = zip(*(getattr(self, name).tolist() for name in _FACTS), strict=True)
+        known = zip(self.labelled.tolist(), self.full_answer.tolist(), strict=True)
         ends = self.offsets.tolist()
         digests = bytearray()
-        for of, labelled, start, stop in zip(
-            facts, self.labelled.tolist(), ends[:-1], ends[1:], strict=True
+        for of, (labelled, full), start, stop in zip(
+            facts, known, ends[:-1], ends[1:], strict=True
         ):
-            known = of if labelled else (*of, "not labelled")
-            texts = json.dumps([list(columns), known, self.answer[start:stop].tolist()])
+            all_of = of if labelled else (*of, full)
+            texts = json.dumps([list(columns), all_of, self.answer[start:stop].tolist()])
             digests += hashlib.sha256(texts.encode() + points[start:stop].tobytes()).digest()
         return np.frombuffer(digests, "<u8").reshape(-1, 4)
 

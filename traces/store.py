@@ -385,15 +385,15 @@ def _traces(
     digested = are_digests(recorder, source)
     for name in ANSWERS if digested else ():
         check_digests(name, columns[name], source)
-    row = np.repeat(np.arange(len(lengths)), lengths)
+    row, full = np.repeat(np.arange(len(lengths)), lengths), columns.pop("final_answer")
     unknown = ~labelled[row]
     columns["correct"] = columns["correct"].copy()  # pyarrow's own memory cannot be written to
     columns["correct"][unknown] = agreement(
         columns["answer"][unknown],
-        columns["final_answer"][row[unknown]],
+        full[row[unknown]],
         operator.eq if digested else agree,
     )
-    del columns["gold"], columns["final_answer"]
+    del columns["gold"]
     signals = {name: columns.pop(name) for name in SIGNALS if name in columns}
     # The texts of traces become fixed-width strings, which sort and compare fast. Forced answers
     # stay objects: one long answer would widen them all.
@@ -401,6 +401,7 @@ def _traces(
     return Traces(
         **columns | texts,
         labelled=labelled,
+        full_answer=np.where(labelled, "", full),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         worst_logprob=_reduce(np.minimum, logprob, num_logprobs),
         answer_entropy=_reduce(np.add, _known_entropy(logprob), num_logprobs)

@@ -107,9 +107,8 @@ def ragged(lengths: list[int]) -> Traces:
     texts = ("trace_id", "question_id", "task", "segment", "model", "split")
     columns: dict[str, Any] = {name: np.array([f"t{n}" for n in range(num)]) for name in texts}
     columns |= {name: np.zeros(num, dtype=np.int64) for name in ("seed", "num_tokens")}
-    columns |= {
-        name: np.zeros(num, dtype=bool) for name in ("finished", "final_correct", "labelled")
-    }
+    columns |= {name: np.zeros(num, dtype=bool) for name in ("finished", "final_correct")}
+    columns |= {"labelled": np.ones(num, dtype=bool), "full_answer": np.full(num, "", object)}
     columns |= {name: points for name in ("position", "probe_tokens", "correct", "answer")}
     columns |= {name: points for name in ("confidence", "worst_logprob", "answer_entropy")}
     return Traces(**columns, offsets=np.cumsum([0, *lengths]), recorder={})

@@ -67,7 +67,10 @@ def test_a_file_is_of_the_oldest_version_that_can_hold_it(
 
 def test_whoever_labels_a_trace_changes_its_digest(make_traces: MakeTraces) -> None:
     agreed = {"correct": [False, True, True]}
-    assert make_traces([agreed]).digest != make_traces([UNLABELLED]).digest
+    digests = {make_traces([row]).digest for row in (agreed, UNLABELLED)}
+    others = {"final_answer": "3"}, {"final_answer": "8"}, {"answer": ["3", "7", "8"]}
+    digests |= {make_traces([UNLABELLED | other]).digest for other in others}
+    assert len(digests) == 5
 
 
 @pytest.mark.parametrize("rule", ["latex", "number"])
@@ -77,7 +80,9 @@ def test_formulas_agree_as_their_scorer_says(rule: str, tmp_path: Path, make_row
     write_shard(tmp_path / "x.parquet", [make_row(**UNLABELLED | answers)], {"answer_rule": rule})
     files = TraceFiles.open(tmp_path / "x.parquet", agreeing)
     assert files.read(files.rows()).correct.tolist() == [rule == "latex", True, False]
-    assert read_traces(tmp_path / "x.parquet").correct.tolist() == [False, True, False]
+    plainly = read_traces(tmp_path / "x.parquet")
+    assert plainly.correct.tolist() == [False, True, False]
+    assert plainly.digest == files.digest(files.rows())  # whoever compares
 
 
 def test_digests_agree_if_they_are_equal(make_traces: MakeTraces) -> None:
