@@ -73,39 +73,32 @@ class Auditor:
 
         What else a dense audit asks for can only cost its trace.
         """
-        halted: Answers = {}
-        others: Answers = {}
+        answers: Answers = {}
         try:
             async with self._room:
-                await self._answer_at(audit.positions, reader, halted)
+                await self._answer_at(audit.positions, reader, answers)
                 if audit.is_dense:
-                    await self._complete(audit, reader, full, halted, others)
+                    await self._complete(audit, reader, full, answers)
         except Exception as error:
             self._control.failures.add("an audit's answers", error)
         finally:
-            self._tell(audit, full, halted, others)
+            self._tell(audit, full, answers)
 
     async def _complete(
-        self,
-        audit: AuditedRequest,
-        reader: ThoughtReader,
-        full: GivenAnswer,
-        halted: Answers,
-        others: Answers,
+        self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
     ) -> None:
         """Asks for the answers at all other decision points, and keeps the audit as a trace."""
         try:
-            await self._answer_at(audit.other_positions, reader, others)
-            self._control.keep(_dense(audit, reader, full, halted | others))
+            await self._answer_at(audit.other_positions, reader, answers)
+            self._control.keep(_dense(audit, reader, full, answers))
         except Exception as error:
             self._control.lose_trace(error)
 
-    def _tell(
-        self, audit: AuditedRequest, full: GivenAnswer, halted: Answers, others: Answers
-    ) -> None:
+    def _tell(self, audit: AuditedRequest, full: GivenAnswer, answers: Answers) -> None:
         """Tells what came of an audit; without all of the answers at its prices it is none."""
-        asked = [one.num_tokens - at for at, one in (halted | others).items() if one is not None]
+        asked = [one.num_tokens - at for at, one in answers.items() if one is not None]
         self._metrics.audit_tokens.inc(sum(asked))
+        halted = {at: answers[at] for at in audit.positions if at in answers}
         if len(halted) < len(audit.positions):
             self._control.break_off(audit, sum(asked))
         else:
