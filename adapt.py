@@ -3,10 +3,12 @@
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW
     python adapt.py --head RUN --traces FILE_OR_FOLDER --run-dir NEW --labelled
 
-LMs differ most in the scale of what they show: how sure they sound, how long they think. So the
-head keeps its weights and prices, and its features are standardised by the new LM's own traces,
-which needs no label. With labels, a point is made stricter where they refute it, and stays where
-they do not: choosing anew on some 50 questions would lose more to chance than it could win.
+LMs differ most in what is usual for them: how sure they sound, how long they think. So the head
+keeps its weights and prices, and its features are centred by the new LM's own traces, which needs
+no label. What a unit of a feature counts for stays: an LM whose answers are all equally sure is not
+made to tell them apart by noise. With labels, a point is made stricter where they refute it, and
+stays where they do not: choosing anew on some 50 questions would lose more to chance than it could
+win.
 
 It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
 questions that were learned from, and the heads of the run's folds, adapted too.
@@ -40,7 +42,7 @@ from policies.policy import decisions, signal_under
 from runs import Gates, Learned, Run
 from traces import MAX_TRACES, TraceFiles, Traces
 
-# With fewer questions, means and spreads are too noisy: from 20 the head loses 3 points of saving,
+# With fewer questions, means are too noisy: from 20 the head loses 3 points of saving,
 # from 30 none.
 _MIN_QUESTIONS = 30
 
@@ -102,12 +104,12 @@ def main(config: AdaptConfig) -> Path:
         adapted.save_learned(known)
         adapted.save_operating_points(gates)
         adapted.save_head(head)
-    print(f"standardised by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
+    print(f"centred by {len(traces)} traces of {head.config.lm}; wrote {config.run_dir}")
     return config.run_dir
 
 
 def adapt(head: HaltHead, traces: Traces) -> HaltHead:
-    """Returns a head with the same weights, and features standardised by another LM's traces.
+    """Returns a head with the same weights, and features centred by another LM's traces.
 
     Labels have no influence; only the digest of the traces in the head's config covers them.
 
@@ -121,9 +123,10 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
             "feature group"
         )
     features = point_features(traces, groups, halting.max_points)
+    usual = Observing.fit(groups, features, head.config.observing.price_range).mean
     adapted = replace(
         head.config,
-        observing=Observing.fit(groups, features, head.config.observing.price_range),
+        observing=replace(head.config.observing, mean=usual),
         lm=str(traces.model[0]),
         tokenizer=traces.recorder.get("tokenizer", ""),
         server=traces.recorder.get("server", {}),
@@ -221,8 +224,9 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
         InputError: If they were recorded under other conditions than the head's, are of several
             LMs, or are too few.
     """
-    files = TraceFiles.open(path, agreeing)
-    head.config.halting.check_recorded(files.recorder, str(path))
+    halting = head.config.halting
+    files = TraceFiles.open(path, agreeing).under(halting.decision_rule)
+    halting.check_recorded(files.recorder, str(path))
     traces = files.read(files.sample(files.rows() & (files.split != "test"), max_traces))
     lms = np.unique(traces.model).tolist()
     if len(lms) > 1:

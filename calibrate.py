@@ -140,8 +140,9 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
         InputError: If there are none, or they were recorded under other conditions than the head's.
     """
     learned = certified.learned()
-    files = TraceFiles.open(config.traces, agreeing)
-    head.config.halting.check_recorded(files.recorder, str(config.traces))
+    halting = head.config.halting
+    files = TraceFiles.open(config.traces, agreeing).under(halting.decision_rule)
+    halting.check_recorded(files.recorder, str(config.traces))
     rows = files.rows(*([] if config.split == "all" else [config.split]))
     known = rows & (files.rows_of_questions(learned.questions) | files.rows_of_texts(learned.texts))
     dropped = len(np.unique(files.question[known]))

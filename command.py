@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import tyro
 
-from haltwise import InputError
+from haltwise import InputError, __version__
+from haltwise.errors import what_failed
 
 Config = TypeVar("Config")
 
@@ -24,14 +25,20 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     """Parses the command line into a config, and calls `main` with it.
 
     What a person got wrong (InputError, OSError) is told in one line on stderr, and the process
-    ends with status 2, as it does for an unknown flag. Any other error is a defect and keeps its
-    traceback.
+    ends with status 2, as it does for an unknown flag; who interrupts it gets the status 130 that
+    shells know. Any other error is a defect and keeps its traceback. `--version` tells the version.
     """
+    if sys.argv[1:] == ["--version"]:
+        print("haltwise", __version__)
+        return
     try:
         main(tyro.cli(config_class))
     except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(what_failed(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def warn(message: str) -> None:

@@ -48,7 +48,7 @@ from evaluation.rows import to_json
 from evaluation.table import format_honest, format_segments, format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from evaluation.verdict import conclusion
-from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
+from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
@@ -86,6 +86,9 @@ class TrainConfig(AskConfig):
     question."""
     groups: tuple[str, ...] | None = None
     """Feature groups that the head reads. Default: all that the traces have the signals for."""
+    rule: str | None = None
+    """Decision rule to train and halt under, such as "every 512 tokens, every 64 while the answer
+    repeats", if the traces hold all of its points. Default: the rule of their recording."""
     probing: Probing | None = None
     """always looks at a forced answer at every decision point; at_halt forces one only on halting
     (for --groups pace). Default: as the traces were recorded."""
@@ -123,7 +126,7 @@ def main(config: TrainConfig) -> Path:
     torch.set_num_threads(1)
     _check(config)
     path = (config.traces or _record(config)).resolve()
-    recorded = TraceFiles.open(path, agreeing)
+    recorded = _under_rule(TraceFiles.open(path, agreeing), config.rule)
     for doubt in check_sound(recorded, config.min_em):
         warn(doubt)
     # Test questions are never learned from, nor anything chosen on them.
@@ -230,6 +233,25 @@ def _record(config: TrainConfig) -> Path:
     out = _CHECKPOINTS / "traces" / "-".join(parts).replace("/", "-").replace(":", "-")
     collect(CollectConfig(out=out, num=config.num_questions, seed=config.seed, **asked))
     return out
+
+
+def _under_rule(recorded: TraceFiles, rule: str | None) -> TraceFiles:
+    """Returns traces as they are under a decision rule, or as they are if none is asked for.
+
+    Raises:
+        InputError: If the rule cannot be run, or traces of another rule do not hold its points.
+    """
+    if rule is None:
+        return recorded
+    DecisionRule(rule).check_runnable()
+    found = recorded.under(rule)
+    stated = found.recorder.get("decision_rule", "")
+    if stated != rule:
+        raise InputError(
+            f"rule is {rule!r}, but the traces were recorded under {stated!r}: expected "
+            "'every K tokens' there, and spacings that are multiples of K"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -409,9 +431,9 @@ def _train_from(
     traces = material.sample
     trials, learned = _try(config, opened, head, traces, fold), _learned(material, fold)
     opened.copy_kept_back(
-        {at: fold_folder(opened.folds, *at) / str(trials.best) for at in learned.trainings}
+        {at: fold_folder(opened.folds, *at) / str(trials.taken) for at in learned.trainings}
     )
-    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.best])
+    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.taken])
     if config.traces is None:
         agent = _train_live(config, opened, head, traces, agent)
     return _Learning(agent, learned, traces, trials.outcomes, trials)
@@ -474,7 +496,7 @@ def _train_replay(
 ) -> Agent:
     """Trains on recorded traces, up to a share of PPO's decisions."""
     if share < 1:  # else the progress bar looks like that of a training that broke off
-        print(f"The folds did best after {share:.0%} of PPO's decisions: PPO ends there.")
+        print(f"The folds did no better after {share:.0%} of PPO's decisions: it ends there.")
     return fit(
         material.chunks(config.seed),
         head,

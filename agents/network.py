@@ -1,9 +1,8 @@
 """The agent's network: hidden layers, and a straight path beside them from what is observed.
 
 The straight path is a linear score of the observation. It starts near the baseline "evidence": as
-the evidence for the forced answer, against a bar that falls as the price rises. Unlike that rule it
-may halt without an answer. The hidden layers learn in what the best policy deviates from such a
-rule; on few questions they learn too much of it (docs/LOG.md has the figures).
+the evidence for the forced answer, against a bar that falls as the price rises. The hidden layers
+learn in what the best policy deviates from that rule: the less, the fewer the questions are.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from haltwise import Observing, feature_names
 
 # The log-odds of halting at the start, for each unit of a feature as it is before it is
 # standardised: those of the baseline "evidence", halved, but that it counts log(times) and a
-# feature log(1 + times), which needs a little more to tell one time from two.
-_EVIDENCE = {"confidence_logit": 0.5, "log_run": 1.0}
+# feature log(1 + times), which needs a little more to tell one time from two. That rule halts
+# nothing without an answer: so much for there being one.
+_EVIDENCE = {"confidence_logit": 0.5, "log_run": 1.0, "answered": 10.0}
 # The same for the log price, whose range is 2 wide: from one end to the other the bar moves over
 # all of the evidence that there is.
 _DIAL = 4.2

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -49,9 +48,10 @@ class PathwiseConfig:
     """Traces in a gradient step, each at a price of its own; fewer if there are few traces."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule of the learning rate."""
-    weight_decay: float = 1.0
-    """AdamW's weight decay: this times the learning rate is the share that a step takes off every
-    weight but those of the straight path."""
+    prior_questions: float = 450.0
+    """Questions that the start, which is a linear rule, counts for. This by the number of questions
+    to learn from is the weight decay: that times the learning rate is the share of the way back to
+    the rule that each step takes every weight."""
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
@@ -98,13 +98,13 @@ def start_from_traces(
     rng = np.random.default_rng(seed)
     correct_net = nn.Linear(policy_net.out.in_features, 2)
     layers = nn.ModuleList([policy_net.first, policy_net.second, policy_net.out, correct_net])
-    decayed: dict[str, Any] = {"params": list(layers.parameters())}
-    # The straight path starts from what is known, which is not to be forgotten.
-    kept: dict[str, Any] = {"params": [policy_net.straight.weight], "weight_decay": 0.0}
+    # AdamW's decay is to 0, where the hidden layers leave the rule as it is; the rule is the start
+    # of the straight path, to which the same decay is made by hand.
+    straight = policy_net.straight.weight
+    rule = straight.detach().clone()
     optimizer = torch.optim.AdamW(
-        [decayed, kept],
+        [{"params": layers.parameters()}, {"params": [straight], "weight_decay": 0.0}],
         lr=config.learning_rate,
-        weight_decay=config.weight_decay,
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps * len(chunks)
@@ -112,6 +112,10 @@ def start_from_traces(
     curve = _Curve(log_dir)
     for chunk in chunks:
         returns = _lay_out(chunk, observing, halting)
+        num_questions = len(np.unique(chunk.question_id)) * len(chunks)
+        # No step takes more than the whole way.
+        decay = min(config.prior_questions / num_questions, 1 / config.learning_rate)
+        optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
         for _ in range(steps):
@@ -122,6 +126,8 @@ def start_from_traces(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            with torch.no_grad():
+                straight.lerp_(rule, decay * schedule.get_last_lr()[0])
             schedule.step()
             curve.add(loss, gained)
     curve.close()

@@ -223,7 +223,11 @@ class LiveEpisodes:
     def _observe(self, slots: Index) -> None:
         """Writes the observations of slots (B,), which are at decision points, into `obs`."""
         probes = self._force(slots) if self._probes else None
-        features = self._state.update(self._decoder.signals(slots, probes), slots)
+        signals = self._decoder.signals(slots, probes)
+        if signals.answer is not None:
+            for slot, key in zip(slots.tolist(), signals.answer.tolist(), strict=True):
+                self._decoder.thoughts[slot].answered(key)
+        features = self._state.update(signals, slots)
         prices = np.array([self.episodes[slot].price for slot in slots.tolist()])
         self.obs[slots] = self._observing.observe(features, prices)
 

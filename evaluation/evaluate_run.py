@@ -71,8 +71,9 @@ class Trained:
         Raises:
             InputError: If they cannot be read, or were recorded under other conditions.
         """
-        recorded = TraceFiles.open(path, agreeing)
-        self.head.config.halting.check_recorded(recorded.recorder, str(path))
+        halting = self.head.config.halting
+        recorded = TraceFiles.open(path, agreeing).under(halting.decision_rule)
+        halting.check_recorded(recorded.recorder, str(path))
         return recorded
 
 
@@ -174,7 +175,7 @@ def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
         return {}
     try:
         began = trained.run.beginning()
-        recorded = TraceFiles.open(began.traces, agreeing)
+        recorded = TraceFiles.open(began.traces, agreeing).under(config.halting.decision_rule)
         rows = recorded.rows_of_questions(learned.questions)
         changed = recorded.digest(rows) != config.traces
     except InputError as error:

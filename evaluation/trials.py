@@ -34,7 +34,7 @@ class Trial:
     checkpoint: int
     """The number of the checkpoint, from 0."""
     balanced_return: float
-    """The return, in the mean over prices that count alike; see `balanced_return`."""
+    """The return, in the mean over prices that count alike; see `balanced_returns`."""
     points: dict[float, TrialPoint]
     """By gate, the point that is chosen."""
 
@@ -52,10 +52,10 @@ class Trial:
 class Trials:
     """What some trainings came to on questions that they had not seen."""
 
-    best: int
-    """The checkpoint with the largest balanced return in the mean over seeds."""
+    taken: int
+    """The earliest checkpoint that is not told apart from the best one; see `earliest`."""
     outcomes: dict[float, Outcome]
-    """By price, the outcome at the best checkpoint, the mean over seeds."""
+    """By price, the outcome at the checkpoint that is taken, the mean over seeds."""
     each: list[Trial]
     """One trial for each seed and checkpoint."""
 
@@ -67,7 +67,7 @@ def try_checkpoints(
     weights: NDArray[np.float64],
     probing: Probing,
 ) -> Trials:
-    """Judges every seed and checkpoint, and takes the best checkpoint.
+    """Judges every seed and checkpoint, and takes the earliest that is as good as the best.
 
     Args:
         traces: N traces with P points.
@@ -85,30 +85,52 @@ def try_checkpoints(
         Trial(
             seed,
             k,
-            balanced_return(outcomes, weights),
+            float(balanced_returns(outcomes, weights).mean()),
             {gate: _chosen(traces, outcomes, gate) for gate in GATES},
         )
         for seed, each in swept.items()
         for k, outcomes in enumerate(each)
     ]
-    returns = [[balanced_return(outcomes, weights) for outcomes in each] for each in swept.values()]
-    best = int(np.argmax(np.mean(returns, axis=0)))
-    outcomes = {price: average([each[best][price] for each in swept.values()]) for price in prices}
-    return Trials(best, outcomes, trials)
+    returns = [
+        [balanced_returns(outcomes, weights) for outcomes in each] for each in swept.values()
+    ]
+    taken = earliest(np.mean(returns, axis=0), traces.question_id)
+    kept = [each[taken] for each in swept.values()]
+    outcomes = {price: average([each[price] for each in kept]) for price in prices}
+    return Trials(taken, outcomes, trials)
 
 
-def balanced_return(outcomes: Mapping[float, Outcome], weights: NDArray[np.float64]) -> float:
-    """Returns the mean over prices of weight times the mean return, EM - price * cost / 1000.
+def balanced_returns(
+    outcomes: Mapping[float, Outcome], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Returns (N,) of every trace the mean over prices of weight times EM - price * cost / 1000.
 
     Args:
-        outcomes: By price, an outcome.
+        outcomes: By price, an outcome on N traces.
         weights: The weights of those prices, in the same order.
     """
-    returns = [
-        outcome.em.mean() - price * outcome.cost.mean() / 1000
-        for price, outcome in outcomes.items()
-    ]
-    return float((weights * returns).mean())
+    returns = [outcome.em - price * outcome.cost / 1000 for price, outcome in outcomes.items()]
+    mean: NDArray[np.float64] = (weights[:, None] * returns).mean(axis=0)
+    return mean
+
+
+def earliest(returns: NDArray[np.float64], question_id: NDArray[np.str_]) -> int:
+    """Returns the first checkpoint whose lag behind the best is within its standard error.
+
+    What wins among several by less than that has won by chance as a rule, and who has learned less
+    has learned less by heart (the one-standard-error rule of Breiman et al., Classification and
+    Regression Trees, 1984, with the error of the paired difference and questions as units).
+
+    Args:
+        returns: (C, N) the returns of N traces at C checkpoints.
+        question_id: (N,) their questions.
+    """
+    mean = returns.mean(axis=1)
+    lag = returns[mean.argmax()] - returns
+    _, question = np.unique(question_id, return_inverse=True)
+    by_question = [np.bincount(question, each - each.mean()) for each in lag]
+    error = np.sqrt(np.square(by_question).sum(axis=1)) / len(question)
+    return int(np.flatnonzero(lag.mean(axis=1) <= error)[0])
 
 
 def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> TrialPoint:
@@ -136,6 +158,6 @@ def format_trials(trials: Trials, shares: Sequence[float]) -> str:
             spread = f" +- {np.std(saved, ddof=1):.1f}" if len(saved) > 1 else ""
             each = " ".join(f"{value:.1f}" for value in saved)
             cells.append(f"saves {np.mean(saved):.1f}{spread} at {gate:.0%} ({each})")
-        mark = "  <- taken" if k == trials.best else ""
+        mark = "  <- taken" if k == trials.taken else ""
         lines.append(f"  after {share:.0%} of PPO: {'; '.join(cells)}{mark}")
     return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from haltwise import InputError, __version__
-from haltwise.errors import needing
+from haltwise.errors import needing, what_failed
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig
@@ -33,7 +33,7 @@ def main() -> None:
     try:
         serve(config)
     except (InputError, OSError) as error:
-        _fail(str(error))
+        _fail(what_failed(error))
 
 
 def _serve_config(settings: Sequence[str]) -> ServeConfig:

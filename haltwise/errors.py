@@ -24,6 +24,13 @@ def reason_of(error: BaseException) -> str:
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON].rstrip()} ..."
 
 
+def what_failed(error: Exception) -> str:
+    """Returns an error's message; that of a file that failed begins with its path, not a number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 @contextmanager
 def needing(name: str, install: str) -> Iterator[None]:
     """Makes one line of a missing package: who needs it, and the command that installs it.

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from safetensors.numpy import load_file
 
 from command import run
+from haltwise.errors import needing
 from lms.embedded import CHAT_TEMPLATE, CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
+
+with needing("lms.gguf", "-e '.[gguf]'"):
+    import gguf
 
 _MARKERS = {
     PAD: gguf.TokenType.CONTROL,

@@ -36,6 +36,7 @@ def command(*arguments: str) -> str:
         ("vllm", "haltwise.vllm", "vllm -e ."),
         ("starlette", "haltwise.proxy", "-e '.[proxy]'"),
         ("uvicorn", "haltwise.proxy", "-e '.[proxy]'"),
+        ("gguf", "lms.gguf", "-e '.[gguf]'"),
     ],
 )
 def test_an_adapter_names_what_it_needs(missing: str, module: str, install: str) -> None:

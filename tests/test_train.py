@@ -21,7 +21,8 @@ from agents.ppo import PPOConfig
 from command import alone
 from haltwise import HaltHead, InputError
 from runs import Run
-from traces import read_traces
+from tests.conftest import trace_row
+from traces import read_traces, write_shard
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,42 @@ def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
     assert not list(config.run_dir.iterdir())
 
 
+def recorded_every(num_tokens: int, path: Path) -> Path:
+    """Traces of 30 questions with a point every 50 tokens, or those of a coarser rule alone."""
+    rng, rows = np.random.default_rng(0), []
+    for n in range(30):
+        right = rng.random(8) < np.linspace(0.2, 0.9, 8)
+        at = {
+            "position": [50 * (k + 1) for k in range(8)],
+            "probe_tokens": [3] * 8,
+            "answer": ["7" if is_right else "3" for is_right in right],
+            "correct": right.tolist(),
+            "confidence": np.where(right, 0.9, rng.random(8)).tolist(),
+            "answer_logprobs": [[-0.1]] * 8,
+        }
+        coarse = slice(num_tokens // 50 - 1, None, num_tokens // 50)
+        about = {"trace_id": f"t{n}", "question_id": f"q{n}", "split": ("train", "test")[n % 2]}
+        rows.append(trace_row(**about, **{name: column[coarse] for name, column in at.items()}))
+    write_shard(path, rows, {"decision_rule": f"every {num_tokens} tokens", "close_text": "so"})
+    return path
+
+
+def test_a_coarser_rule_learns_and_is_judged_as_on_a_recording_of_its_own(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    dense, coarse = (recorded_every(num, tmp_path / f"{num}.parquet") for num in (50, 100))
+    config = replace(config, seeds=1)
+    own = train.main(replace(config, traces=coarse, run_dir=tmp_path / "own"))
+    ruled = train.main(replace(config, traces=dense, rule="every 100 tokens"))
+    for name in ("head.safetensors", "operating_points.json"):
+        assert (own / name).read_bytes() == (ruled / name).read_bytes()
+    found = [
+        evaluate.main(evaluate.EvaluateConfig(head=ruled, traces=path)) for path in (dense, coarse)
+    ]
+    assert found[0] is not None and found[1] is not None
+    assert found[0].rows == found[1].rows
+
+
 def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="--live"):
         train.main(replace(config, live=True))
@@ -157,12 +194,16 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, groups=("mood",)))
     with pytest.raises(InputError, match="expected at least 50"):
         train.main(replace(config, folds=50))
+    with pytest.raises(InputError, match="recorded under '': expected 'every K tokens'"):
+        train.main(replace(config, rule="every 7 tokens"))
+    with pytest.raises(InputError, match="can be replayed but not run"):
+        train.main(replace(config, rule="now and then"))
     assert config.run_dir is not None and not config.run_dir.exists()
 
 
 @pytest.mark.parametrize(
     ("share", "told"),
-    [(1.0, ""), (0.25, "The folds did best after 25% of PPO's decisions: PPO ends there.\n")],
+    [(1.0, ""), (0.25, "The folds did no better after 25% of PPO's decisions: it ends there.\n")],
 )
 def test_a_training_that_ends_early_says_so(
     share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -150,7 +150,17 @@ class Traces:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         points = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
         fields = {name: getattr(self, name)[index] for name in _PER_TRACE}
-        fields |= {name: getattr(self, name)[points] for name in _PER_POINT}
+        return replace(self, **fields).of_points(points, lengths)
+
+    def of_points(self, points: NDArray[np.int64], lengths: NDArray[np.int64]) -> Traces:
+        """Returns the traces with some of the points alone.
+
+        Args:
+            points: (K,) the indices of the points, those of the first trace first.
+            lengths: (N,) how many of them each trace has.
+        """
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        fields = {name: getattr(self, name)[points] for name in _PER_POINT}
         signals = {name: values[points] for name, values in self.signals.items()}
         return replace(self, offsets=offsets, signals=signals, **fields)
 

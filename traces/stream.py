@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from haltwise import InputError
+from haltwise import DecisionRule, InputError
 from traces.arrays import Traces, concatenate, digest_of_fingerprints
 from traces.checks import check_unique
+from traces.looks import looked_at
 from traces.store import (
     check_together,
     read_columns,
@@ -115,6 +116,8 @@ class TraceFiles:
     """(N,) the splits."""
     agree: Agree
     """Says whether two answers agree, where nobody knows what is right."""
+    rule: DecisionRule | None = None
+    """The decision rule to read the traces under, if it is another than the recorder's."""
 
     @classmethod
     def open(cls, path: Path | str, scorer: Scorer = same_reading) -> TraceFiles:
@@ -150,6 +153,17 @@ class TraceFiles:
         )
         files._check_unique()
         return files
+
+    def under(self, rule: str) -> TraceFiles:
+        """Returns the same files read under another decision rule, if they hold all of its points.
+
+        Else they stay as they are, and `Halting.check_recorded` tells what does not fit.
+        """
+        recorded = DecisionRule(str(self.recorder.get("decision_rule", "")))
+        if recorded.text == rule or not recorded.replays(DecisionRule(rule)):
+            return self
+        recorder = self.recorder | {"decision_rule": rule}
+        return replace(self, recorder=recorder, rule=DecisionRule(rule))
 
     def rows(self, *splits: str) -> RowMask:
         """Returns the rows of some splits, or all rows if no split is named.
@@ -313,7 +327,8 @@ class TraceFiles:
                 check_together(self.shards[k], part, *first)
                 if part.num_points and not first[1].num_points:
                     first = self.shards[k], part
-                yield part, rows[row : row + len(part)]
+                shown = part if self.rule is None else looked_at(part, self.rule)
+                yield shown, rows[row : row + len(part)]
                 row += len(part)
 
     def _check_unique(self) -> None:

@@ -18,7 +18,7 @@ Probing = Literal["always", "at_halt"]
 MEAN_LOGPROB = "exp of the mean of answer_logprobs"
 
 _LIMIT = re.compile(r", at most (\d+)$")
-_EVERY = re.compile(r"every (\d+) tokens")
+_EVERY = re.compile(r"every (\d+) tokens(?:, every (\d+) while the answer repeats)?")
 _AFTER = re.compile(r"after (.+)", re.DOTALL)
 
 
@@ -27,9 +27,10 @@ class DecisionRule:
     """Where decision points lie in a thought.
 
     A rule is written "every 16 tokens", or "after TEXT" for a point after every token whose text
-    contains TEXT or ends it. If ", at most 30" follows, there are no more points after the 30th. A
-    recording may state any other rule: its traces can be replayed, but no LM can be run under a
-    rule that is only a name.
+    contains TEXT or ends it. By "every 512 tokens, every 64 while the answer repeats" a point lies
+    close behind one whose forced answer is that of the point before it, and far from others. If
+    ", at most 30" follows, there are no more points after the 30th. A recording may state any other
+    rule: its traces can be replayed, but no LM can be run under a rule that is only a name.
     """
 
     text: str
@@ -43,8 +44,22 @@ class DecisionRule:
     @property
     def every(self) -> int | None:
         """Thinking tokens between points, or None if the rule is another one."""
+        return self._spacing[0]
+
+    @property
+    def every_repeated(self) -> int | None:
+        """The same behind a point whose answer repeats that of the point before it."""
+        return self._spacing[1]
+
+    @property
+    def looks_at_answers(self) -> bool:
+        """Whether it hangs on forced answers where the next point lies."""
+        return self.every != self.every_repeated
+
+    @property
+    def _spacing(self) -> tuple[int | None, int | None]:
         found = _EVERY.fullmatch(_LIMIT.sub("", self.text))
-        return int(found[1]) if found else None
+        return (int(found[1]), int(found[2] or found[1])) if found else (None, None)
 
     @property
     def after(self) -> str | None:
@@ -56,14 +71,26 @@ class DecisionRule:
         """Refuses a rule that an LM cannot be run under.
 
         Raises:
-            InputError: If the rule is neither "every K tokens" with K >= 1 nor "after TEXT", or
-                allows no point.
+            InputError: If the rule is none of those of the class, has a spacing of 0 tokens or one
+                that is no multiple of the closer one, or allows no point.
         """
-        if not (self.every or self.after) or self.max_points == 0:
+        far, close = self._spacing
+        is_spaced = bool(far and close) and far % close == 0  # type: ignore[operator]
+        if not (is_spaced or self.after) or self.max_points == 0:
             raise InputError(
                 f"decision rule {self.text!r} can be replayed but not run: expected "
-                "'every K tokens' or 'after TEXT', and perhaps ', at most N', K and N >= 1"
+                "'every K tokens', 'every K tokens, every J while the answer repeats' or "
+                "'after TEXT', and perhaps ', at most N'; J, K and N >= 1, K a multiple of J"
             )
+
+    def replays(self, other: DecisionRule) -> bool:
+        """Whether traces that were recorded under this rule hold every point of another one."""
+        spacing = self.every
+        if self == other:
+            return True
+        if not spacing or self.looks_at_answers or self.max_points is not None:
+            return False
+        return not any(each is None or each % spacing for each in other._spacing)
 
 
 @dataclass(frozen=True)
@@ -101,7 +128,8 @@ class Halting:
 
         Raises:
             InputError: If `probing` or `answer_rule` is unknown, `max_answer_tokens` is below 1,
-                what should be a text is none, or only one end of a thought has a text.
+                what should be a text is none, only one end of a thought has a text, or the
+                decision rule looks at answers and probing is at_halt.
         """
         if self.probing not in ("always", "at_halt"):
             raise InputError(f"probing is {self.probing!r}, expected 'always' or 'at_halt'")
@@ -114,6 +142,10 @@ class Halting:
         if bool(self.think_start) != bool(self.think_end):
             found = (self.think_start, self.think_end)
             raise InputError(f"think_start and think_end are {found}, expected both or none")
+        if self.probing == "at_halt" and DecisionRule(self.decision_rule).looks_at_answers:
+            raise InputError(
+                f"decision rule {self.decision_rule!r} looks at answers, but probing is at_halt"
+            )
         if not isinstance(self.max_answer_tokens, int) or self.max_answer_tokens < 1:
             raise InputError(
                 f"max_answer_tokens is {self.max_answer_tokens!r}, expected a number from 1"

@@ -49,6 +49,8 @@ class SignalKind:
     """The type that holds its values without loss; a column of a trace has this type."""
     is_vector: bool = False
     """Whether it is a vector (D,) at each point, of one size in a recording, and not a number."""
+    since: Literal["", "mean", "max", "min", "sum"] = ""
+    """What it is of the tokens since the previous point; empty if it is of the point alone."""
 
 
 #: Every signal by its name, in order: the fields of `Signals`, which say what each one means.
@@ -58,13 +60,13 @@ SIGNAL_KINDS: dict[str, SignalKind] = {
     "answer": SignalKind("forced_answer", np.int64),
     "worst_logprob": SignalKind("forced_answer"),
     "probe_tokens": SignalKind("forced_answer", np.int64),
-    "entropy": SignalKind("token_logprobs"),
-    "max_entropy": SignalKind("token_logprobs"),
-    "logprob": SignalKind("token_logprobs"),
-    "min_logprob": SignalKind("token_logprobs"),
-    "margin": SignalKind("token_logprobs"),
+    "entropy": SignalKind("token_logprobs", since="mean"),
+    "max_entropy": SignalKind("token_logprobs", since="max"),
+    "logprob": SignalKind("token_logprobs", since="mean"),
+    "min_logprob": SignalKind("token_logprobs", since="min"),
+    "margin": SignalKind("token_logprobs", since="mean"),
     "end_think_logprob": SignalKind("logits"),
-    "num_reflections": SignalKind("text"),
+    "num_reflections": SignalKind("text", since="sum"),
     "hidden": SignalKind("hidden_state", np.float16, is_vector=True),
     "points_left": SignalKind("point", np.int64),
 }

@@ -160,6 +160,8 @@ class Session:
         """Returns those rows of some (B,) that the head halts on these signals."""
         for place, row in enumerate(points.tolist()):
             self.running[row].point = signals, place
+            if signals.answer is not None:
+                self.running[row].thought.answered(int(signals.answer[place]))
         self._monitor.price[points] = [self._price(row) for row in points.tolist()]
         num_before = self._monitor.num_bad_signals[points].sum()
         halts = set(points[self._monitor.observe(signals, points)].tolist())

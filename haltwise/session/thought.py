@@ -40,7 +40,11 @@ class PointRules:
         """Reads the decision rule."""
         rule = DecisionRule(halting.decision_rule)
         rule.check_runnable()
-        self.every, self._after = rule.every, rule.after or ""
+        #: Tokens between the places where a point may lie, if that is a rule about places.
+        self.every = rule.every_repeated
+        #: Tokens between points, if there are more places than points.
+        self.every_unless_repeated = rule.every
+        self._after = rule.after or ""
         #: Decision points that a thought can have, or None if there is no limit.
         self.max_points = rule.max_points
         self.think_start, self.think_end = halting.think_start, halting.think_end
@@ -138,6 +142,9 @@ class Thought:
         """Whether the newest token is at a decision point."""
         self.gap = 0
         """Tokens since the previous decision point, or since the start."""
+        self._due = rules.every_unless_repeated or 0  # tokens before which there is no point
+        self._latest = 0  # tokens at the latest decision point
+        self._answer = 0  # the key of the forced answer that was told last
         self.read_prompt(prompt)
 
     def read_prompt(self, prompt: str) -> None:
@@ -195,13 +202,27 @@ class Thought:
         self._tail = seen[-len(marker) :] if marker and not found else ""
         if self.begun and not found:
             within = rules.max_points is None or self.num_points < rules.max_points
-            self.at_point = within and rules.is_point(self.num_tokens, self._before + text)
-            self.num_points += self.at_point
+            is_due = within and self.num_tokens >= self._due
+            self.at_point = is_due and rules.is_point(self.num_tokens, self._before + text)
+            if self.at_point:
+                self.num_points += 1
+                self._latest = self.num_tokens
+                self._due = self.num_tokens + (rules.every_unless_repeated or 0)
             if rules.num_looked_back:
                 self._before = (self._before + text)[-rules.num_looked_back :]
         self.position = self.num_tokens
         self.closed = self.begun and found
         self.begun = self.begun or found
+
+    def answered(self, key: int) -> None:
+        """Takes in the forced answer at the latest decision point, on which the next may hang.
+
+        Args:
+            key: Its key, see `haltwise.policy.signals.answer_keys`; 0 is no answer.
+        """
+        if key and key == self._answer:
+            self._due = self._latest + (self._rules.every or 0)
+        self._answer = key
 
     def end(self, by_lm: bool) -> None:
         """Notes that the newest token was the last: the LM's own end, or some limit's.

@@ -100,8 +100,8 @@ class TableTask:
             seed: The number of the draw.
 
         Raises:
-            InputError: If there is no such split, `num` is below 1, the split has no question, or
-                a row cannot be asked.
+            InputError: If there is no such split, `num` is below 1, the split has no question, a
+                row cannot be asked, or a question that is drawn stands there with two answers.
         """
         check_draw(split, num)
         taken: dict[int, Question] = {}
@@ -110,7 +110,10 @@ class TableTask:
             if item is None or self._survey.split(own, digest) != split:
                 continue
             place = int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:32], 16)
-            if place in taken or (len(last) == num and place > -last[0]):
+            if place in taken:
+                self._check_same(taken[place], item)
+                continue
+            if len(last) == num and place > -last[0]:
                 continue
             if len(last) == num:
                 del taken[-heappop(last)]
@@ -123,6 +126,15 @@ class TableTask:
                 "rows, --split-column, or --split with those there are"
             )
         yield from (taken[place] for place in sorted(taken))
+
+    def _check_same(self, question: Question, item: RowQuestion) -> None:
+        """Raises InputError if a question has another answer where it stands once more."""
+        same = item.gold == question.gold or scorer_of(self.scorer)(item.gold, question.gold)
+        if not same:
+            raise InputError(
+                f"{self.name}: {' '.join(item.text.split())[:80]!r} stands there with the answers "
+                f"{question.gold!r} and {item.gold!r}, expected one answer of a question"
+            )
 
     def describe(self) -> str:
         """Returns one line for a person: how many rows there are, and how they are asked.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lms.questions import Question
 from recording.hf_engine import record
 from tests.envs.live_cases import MAX_POINTS, PROJECTION, QUESTIONS, arguments, halting, observing
 from tests.tiny_lm import IDS, ScriptedLM, tiny_lm, tiny_tokenizer
-from traces import read_traces, write_shard
+from traces import TraceFiles, write_shard
 
 # Which observations are hidden states; the last one is the price.
 HIDDEN = np.array([name.startswith("hidden_") for name in (*feature_names(FEATURE_GROUPS), "")])
@@ -143,24 +143,36 @@ def test_one_seed_decides_everything() -> None:
         np.testing.assert_array_equal(first.obs, second.obs)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_live_and_replay_agree(temperature: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "rule"),
+    [
+        (0.0, "every 4 tokens"),
+        (0.9, "every 4 tokens"),
+        (0.9, "every 8 tokens, every 2 while the answer repeats"),
+    ],
+)
+def test_live_and_replay_agree(temperature: float, rule: str, tmp_path: Path) -> None:
     """The same questions and seeds, recorded alone: the same observations and rewards."""
     lm = LanguageModel("tiny", tiny_lm(seed=2), tiny_tokenizer())
-    finished = play(
-        LiveEnv(**arguments(lm=lm, temperature=temperature), num_envs=9), 30, 1, halt_rate=0.1
-    )
+    conditions = halting(rule=rule)
+    asking = arguments(lm=lm, temperature=temperature, halting=conditions)
+    finished = play(LiveEnv(**asking, num_envs=9), 30, 1, halt_rate=0.1)
     asked = {q.question_id: q for q in QUESTIONS}
     work = {(e.info["question_id"], e.info["seed"]): e for e in finished}
+    dense = replace(conditions, decision_rule="every 2 tokens")
     decoder = Decoder(
-        lm.model, lm.tokenizer, halting(), 4, 40, temperature, signals=signals_of(FEATURE_GROUPS)
+        lm.model, lm.tokenizer, dense, 4, 40, temperature, signals=signals_of(FEATURE_GROUPS)
     )
     jobs = [(asked[question_id], int(seed)) for question_id, seed in work]
-    write_shard(tmp_path / "0.parquet", list(record(lm, decoder, jobs)), {})
-    traces = read_traces(tmp_path)
+    recorder = {"decision_rule": "every 2 tokens"}
+    write_shard(tmp_path / "0.parquet", list(record(lm, decoder, jobs)), recorder)
+    files = TraceFiles.open(tmp_path).under(conditions.decision_rule)
+    traces = files.read(files.rows())
     assert np.diff(traces.offsets).max() == MAX_POINTS
+    gaps = {2, 8} if "repeats" in rule else {4}
+    assert set(np.diff(traces.position)[np.diff(traces.trace_of_point) == 0]) == gaps
     features = point_features(traces, tuple(FEATURE_GROUPS), MAX_POINTS, PROJECTION)
-    steps = RecordedSteps(traces, observing(), halting())
+    steps = RecordedSteps(traces, observing(), conditions)
     costs, ems = step_costs(traces, "always"), step_ems(traces)
     assert len(traces) > 20
     for n in range(len(traces)):

@@ -29,7 +29,7 @@ from traces import Traces, read_traces, write_shard
 NUM, POINTS = 600, 4
 HALTING = Halting("always", "every 50 tokens", "</think>", "source")
 FIT = FitConfig(
-    PathwiseConfig(steps=200, batch_size=128, weight_decay=0.1),
+    PathwiseConfig(steps=200, batch_size=128, prior_questions=50),
     PPOConfig(total_timesteps=2048, num_envs=64, n_steps=16, batch_size=256, net_width=16),
 )
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from evaluation.outcome import halt_outcome, saving
-from evaluation.trials import balanced_return, format_trials, try_checkpoints
+from evaluation.trials import balanced_returns, earliest, format_trials, try_checkpoints
 from traces import Traces
 
 NEVER, LAST = [False] * 3, [False, True, False]
@@ -15,7 +15,7 @@ def test_the_checkpoint_with_the_best_return_is_taken(worked_example: Traces) ->
     halts = np.array([[NEVER, NEVER], [LAST, LAST], [NEVER, LAST]])
     weights = np.array([2.0, 1.0])
     trials = try_checkpoints(worked_example, {0: halts, 5: halts}, [0.5, 1.0], weights, "always")
-    assert trials.best == 1
+    assert trials.taken == 1
     returns = [trial.balanced_return for trial in trials.each if trial.seed == 5]
     never, last = [1 - 0.5 * 0.633, 1 - 0.633], [1 - 0.5 * 0.272, 1 - 0.272]
     assert returns == pytest.approx(
@@ -43,7 +43,21 @@ def test_the_outcome_is_the_mean_over_seeds(worked_example: Traces) -> None:
 
 def test_a_return_is_weighed_by_price(worked_example: Traces) -> None:
     outcome = halt_outcome(worked_example, np.array(LAST), "always")
-    assert balanced_return({1.0: outcome}, np.array([3.0])) == pytest.approx(3 * (1 - 0.272))
+    found = balanced_returns({1.0: outcome}, np.array([3.0]))
+    assert found.tolist() == pytest.approx([3 * (1 - 0.272)])
+
+
+@pytest.mark.parametrize(
+    ("gains", "taken"),
+    [
+        ([0.3, 0.0, 0.0, -0.1], 0),  # a mean of 0.05, with an error of sqrt(0.09) / 4 = 0.075
+        ([0.1, 0.1, 0.1, 0.2], 1),  # of 0.125, with 0.0217
+    ],
+)
+def test_a_later_checkpoint_is_taken_if_it_is_told_apart(gains: list[float], taken: int) -> None:
+    returns = np.array([[0.0] * 4, gains])
+    assert earliest(returns, np.array(list("abcd"))) == taken
+    assert earliest(returns[::-1], np.array(list("abcd"))) == 0
 
 
 def test_every_checkpoint_is_reported_with_its_spread(worked_example: Traces) -> None:

@@ -137,6 +137,18 @@ def test_the_order_of_the_rows_and_repeats_do_not_matter(tmp_path: Path) -> None
         assert list(turned.questions("train", num, 3)) == drawn
 
 
+@pytest.mark.parametrize(("again", "is_same"), [(" 14.", True), ("15", False)])
+def test_a_question_has_one_answer_however_often_it_is_there(
+    tmp_path: Path, again: str, is_same: bool
+) -> None:
+    task = own(write(tmp_path / "sums.jsonl", [*ROWS, ROWS[7] | {"answer": again}]))
+    if is_same:
+        assert len(everything(task)) == 60
+    else:
+        with pytest.raises(InputError, match=r"'What is 7 \+ 7\?' .* answers '14' and '15'"):
+            everything(task)
+
+
 def test_an_instruction_moves_no_question_to_another_split(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.csv", ROWS)
     plain, told = (everything(own(path, instruction=text)) for text in ("", "Think hard."))

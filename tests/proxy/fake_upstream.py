@@ -383,7 +383,7 @@ class _Fake:
         if self.key and asked.key != self.key:
             return _refusal(asked, 401, "invalid api key")
         if self.probed and is_probe(body):
-            plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="", mention="")
+            plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="")
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
         return await self._answer(asked, plan, prompt, numbers)

@@ -123,16 +123,17 @@ class Pairs:
         close: str = CLOSE,
         fake: dict[str, Any] | None = None,
         probing: bool = False,
+        rule: str = "every 4 tokens",
         **settings: Any,
     ) -> Pair:
-        """The pair of a kind of server, a close text, and settings of the fake and the proxy.
+        """The pair of a kind of server, what its head is like, and settings of fake and proxy.
 
         If the head looks at answers, the thought waits for it, and the LM answers freely, unless
         the settings say otherwise: then a thought ends as with a head that does not.
         """
-        key = str((kind, close, fake, probing, settings))
+        key = str((kind, close, fake, probing, rule, settings))
         if key not in self._pairs:
-            policy = sure_head(close, probing="always" if probing else "at_halt")
+            policy = sure_head(close, rule, "always" if probing else "at_halt")
             head = saved_head(self._folder / str(len(self._pairs)), policy)
             if probing:
                 fake = {"paced": 4, "probed": True} | (fake or {})

@@ -79,6 +79,17 @@ def test_a_probe_goes_on_from_the_thought_at_its_point(
 
 
 @BOTH
+def test_probes_come_closer_while_the_answer_repeats(pairs: Pairs, plan: Plan, chat: bool) -> None:
+    rule = "every 8 tokens, every 4 while the answer repeats"
+    pair = pairs(probing=True, rule=rule)
+    told = ask(pair.client, plan, chat, headers=NEVER).haltwise
+    assert told["probes"]["num"] == 3  # no answer can be read: at 8, 16 and 24
+    plan = replace(plan, name=f"{plan.name}b", mention=" Answer: 7\n")
+    told = ask(pair.client, plan, chat, headers=NEVER).haltwise
+    assert told["probes"]["num"] == 5  # at 8, 16, 20, 24 and 28
+
+
+@BOTH
 @STREAMED
 def test_usage_counts_every_probe(seen: Pair, plan: Plan, chat: bool, stream: bool) -> None:
     usage = ask(seen.client, plan, chat, stream).usage

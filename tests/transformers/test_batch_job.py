@@ -74,6 +74,18 @@ def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
         assert answer.report.position <= 8
 
 
+def test_a_rule_looks_closer_while_the_answer_repeats() -> None:
+    follows = {CLOSE: IDS["7"], IDS["7"]: EOS}
+    model = ScriptedLM(lambda token, _: follows.get(token, IDS["."]))
+    policy, prompt = head(rule="every 12 tokens, every 4 while the answer repeats"), "5 <think>"
+    (looked,) = answers(model, policy, prompts=[prompt], price=NEVER, max_new_tokens=43)
+    # At 12, 24, 28, 32, 36 and 40 tokens, each time for a 7 and its end.
+    assert (looked.report.num_points, looked.report.num_probe_tokens) == (6, 12)
+    generation = ProbingGeneration(policy, TOKENIZER, price=NEVER)
+    generate(model, [prompt], custom_generate=generation, max_new_tokens=43)
+    assert generation.report == [looked.report]
+
+
 def test_answers_by_hand() -> None:
     # A thought is "." and more; a closed one is answered by 7 and the end.
     follows = {CLOSE: IDS["7"], IDS["7"]: EOS}
