@@ -33,6 +33,7 @@ from evaluation.outcome import Outcome, saving, sweep
 from evaluation.protocol import own_price
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
+from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy
 from policies.policy import decisions, signal_under
@@ -55,7 +56,8 @@ class AdaptConfig:
     run_dir: Path
     """Run folder to write; it must not exist."""
     labelled: bool = False
-    """Whether it is known which answers are correct. Otherwise correctness is not looked at."""
+    """Whether to look at which answers are correct. Where the traces do not tell, those count that
+    agree with the LM's own full answer."""
     max_traces: int = MAX_TRACES
     """The most traces to hold in memory; of more, a sample of questions is used."""
     verbose: bool = False
@@ -80,6 +82,8 @@ def main(config: AdaptConfig) -> Path:
     traces = _read(path, source, config.max_traces)
     head = adapt(source, traces)
     if config.labelled:
+        if traces.target:
+            print(traces.target)
         gates = tighten_points(head, traces, gates)
         head = _at_strictest(head, gates)
         policies = {policy.name: [policy] for policy in (HeadPolicy(head), *baselines.BASELINES)}
@@ -90,6 +94,7 @@ def main(config: AdaptConfig) -> Path:
     kept_back = {at: adapt(judge, traces) for at, judge in old.kept_back(known).items()}
     settings = json.loads(json.dumps(asdict(config), default=str))
     beginning = {"command": head.config.command, "config": settings, "traces": str(path)}
+    beginning["target"] = traces.target if config.labelled else ""
     with whole_folder(config.run_dir) as folder:
         adapted = Run(folder)
         adapted.begin(beginning)
@@ -137,7 +142,7 @@ def _with_questions(learned: Learned, traces: Traces, path: Path) -> Learned:
         traces: The traces.
         path: The files that they are from.
     """
-    adapted_to, files = set(traces.question_id.tolist()), TraceFiles.open(path)
+    adapted_to, files = set(traces.question_id.tolist()), TraceFiles.open(path, agreeing)
     texts = files.texts(files.rows_of_questions(adapted_to))
     folds = {
         seed: {question: k for question, k in fold.items() if question not in adapted_to}
@@ -217,7 +222,7 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
             LMs, or are too few.
     """
     halting = head.config.halting
-    files = TraceFiles.open(path).under(halting.decision_rule)
+    files = TraceFiles.open(path, agreeing).under(halting.decision_rule)
     halting.check_recorded(files.recorder, str(path))
     traces = files.read(files.sample(files.rows() & (files.split != "test"), max_traces))
     lms = np.unique(traces.model).tolist()

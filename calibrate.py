@@ -39,6 +39,7 @@ from evaluation.outcome import em_delta, halt_outcome, saving, sweep
 from haltwise import Certificate, HaltHead, InputError
 from haltwise.policy.certificate import Risk, SegmentCertificate, check_asked
 from haltwise.policy.head import NEVER_HALTS
+from lms.scorers import agreeing
 from policies.head import HeadPolicy
 from policies.policy import Signal, decisions
 from runs import Run
@@ -63,7 +64,8 @@ class CalibrateConfig:
     head: Path
     """Run folder, written by train.py; with --apply its head.json gets the certificate."""
     traces: Path
-    """Recorded traces with known answers, a file or a folder."""
+    """Recorded traces, a file or a folder. Where nobody knows the right answer, every answer that
+    differs from the full one counts as lost."""
     max_em_drop: float
     """How much may be lost in the mean over questions: 0.02 is two points of exact match."""
     confidence: float = 0.9
@@ -93,6 +95,8 @@ def main(config: CalibrateConfig) -> Certificate:
     certified = Run(config.head)
     head = certified.head()
     traces = _fresh(config, certified, head)
+    if traces.target:
+        print(traces.target)
     _count_asking(config, certified, head, traces)
     policy = HeadPolicy(head)
     signal = policy.signal(traces)
@@ -137,7 +141,7 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
     """
     learned = certified.learned()
     halting = head.config.halting
-    files = TraceFiles.open(config.traces).under(halting.decision_rule)
+    files = TraceFiles.open(config.traces, agreeing).under(halting.decision_rule)
     halting.check_recorded(files.recorder, str(config.traces))
     rows = files.rows(*([] if config.split == "all" else [config.split]))
     known = rows & (files.rows_of_questions(learned.questions) | files.rows_of_texts(learned.texts))
@@ -198,6 +202,7 @@ def _certificate(
         observed_loss=found.observed_loss,
         num_questions=found.num_questions,
         num_traces=len(traces),
+        num_unlabelled=int((~traces.labelled).sum()),
         traces=traces.digest,
         lm=", ".join(np.unique(traces.model).tolist()),
         head=head.digest,

@@ -52,6 +52,7 @@ from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, fe
 from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
+from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy, price_grid
 from policies.observing import observing_of
@@ -125,7 +126,7 @@ def main(config: TrainConfig) -> Path:
     torch.set_num_threads(1)
     _check(config)
     path = (config.traces or _record(config)).resolve()
-    recorded = _under_rule(TraceFiles.open(path), config.rule)
+    recorded = _under_rule(TraceFiles.open(path, agreeing), config.rule)
     for doubt in check_sound(recorded, config.min_em):
         warn(doubt)
     # Test questions are never learned from, nor anything chosen on them.
@@ -551,6 +552,7 @@ def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) ->
     """Writes the results of the run; the head last, since a folder with a head is a whole run."""
     content: dict[str, Any] = {"rows": to_json(choice.rows), "frozen": to_json(choice.frozen)}
     content |= {"honest": to_json(choice.honest), "segments": to_json(choice.segments)}
+    content["target"] = learning.judged_on.target
     if learning.trials is not None:
         content["trials"] = [trial.to_json() for trial in learning.trials.each]
     opened.save_learned(learning.learned)

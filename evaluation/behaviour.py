@@ -130,7 +130,7 @@ class Case:
     question: str = ""
     """The question; it and the rest are empty if they were not recorded."""
     gold: str = ""
-    """The reference answer."""
+    """The reference answer; empty if nobody knows."""
     final_answer: str = ""
     """The answer of the LM when it is never halted."""
     thought: str = ""

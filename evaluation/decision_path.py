@@ -101,8 +101,9 @@ def _heading(path: _Path) -> list[str]:
         f"Trace {trace.trace_id[0]}",
         f"Question {trace.question_id[0]} ({trace.task[0]}{segment}), answered by {trace.model[0]}",
         f"Never halted, the LM {end} after {trace.num_tokens[0]:,} tokens with a "
-        f"{_right(trace.final_correct[0])} answer.",
+        f"{_right(trace.final_correct[0]) if trace.labelled[0] else 'final'} answer.",
         *_in_words(path),
+        *textwrap.wrap(trace.target, _WIDTH),
         f"The price is {path.price:.3g} exact match per 1,000 tokens: one right answer is worth "
         f"{1000 / path.price:,.0f} tokens.",
     ]
@@ -114,7 +115,8 @@ def _in_words(path: _Path) -> list[str]:
     if words is None:
         return []
     lines = [f"It asks: {' '.join(words.question.split())}"] if words.question else []
-    lines.append(f"Expected is {words.gold!r}, and the LM ends with {words.final_answer!r}.")
+    expected = f"Expected is {words.gold!r}, and the" if words.gold else "The"
+    lines.append(f"{expected} LM ends with {words.final_answer!r}.")
     if words.text and path.halts.any():
         share = trace.position[path.num_seen - 1] / trace.num_tokens[0]
         lines.append(f"It is halted about here: ... {words.thought_before(float(share))}")

@@ -25,6 +25,7 @@ from haltwise import HaltHead, InputError
 from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
 from lms.questions import SPLITS
+from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy, judging_heads
 from policies.supervised import SUPERVISED, Supervised
@@ -71,7 +72,7 @@ class Trained:
             InputError: If they cannot be read, or were recorded under other conditions.
         """
         halting = self.head.config.halting
-        recorded = TraceFiles.open(path).under(halting.decision_rule)
+        recorded = TraceFiles.open(path, agreeing).under(halting.decision_rule)
         halting.check_recorded(recorded.recorder, str(path))
         return recorded
 
@@ -123,7 +124,7 @@ def evaluate_run(
     if len(traces) < rows.sum():
         sampled = f"A sample of {len(traces):,} of the {rows.sum():,} traces, by question."
         report = replace(report, judged=f"{sampled} {report.judged}")
-    print(report.judged)
+    print(f"{report.traces.target} {report.judged}".strip())
     if verbose:
         print(
             f"\n{format_table(report.frozen)}", *map(format_cases, report.behaviour[:1]), sep="\n"
@@ -146,7 +147,7 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
     return Report(
         head=str(trained.run.folder),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        traces=JudgedTraces(str(path), traces.digest, len(traces), num_questions),
+        traces=JudgedTraces(str(path), traces.digest, len(traces), num_questions, traces.target),
         split=split,
         judged=judged,
         num_trainings=len(judges),
@@ -174,7 +175,7 @@ def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
         return {}
     try:
         began = trained.run.beginning()
-        recorded = TraceFiles.open(began.traces).under(config.halting.decision_rule)
+        recorded = TraceFiles.open(began.traces, agreeing).under(config.halting.decision_rule)
         rows = recorded.rows_of_questions(learned.questions)
         changed = recorded.digest(rows) != config.traces
     except InputError as error:

@@ -38,6 +38,7 @@ from evaluation.wording import (
 from haltwise import Certificate
 from policies.catalogue import in_words
 from policies.rules import RULE_NAMES
+from traces.arrays import target
 
 _TEMPLATE = "report.html.jinja"
 _SCALARS = ("saving", "em_delta", "head_lead_at_equal_em")
@@ -338,6 +339,8 @@ def _certificate(certificate: Certificate | None) -> list[str]:
         f"with {100 * certificate.confidence:g} % confidence, over the draw of "
         f"{counted(certificate.num_questions, 'question')} that the head had not learned from"
     )
+    counted_as = target(certificate.num_unlabelled, certificate.num_traces)
+    unlabelled = [counted_as] if counted_as else []
     if certificate.price is None:
         smallest = certificate.smallest_em_drop
         could = "no bound" if smallest is None else f"a bound of {exact_match(smallest)} points"
@@ -345,6 +348,7 @@ def _certificate(certificate: Certificate | None) -> list[str]:
             f"Nothing could be certified for {certificate.lm}: never halt. The head's own price "
             f"is 0, at which it never does. Asked was a price at which halting {bound}, {asked}.",
             f"On those questions {could} would have allowed some saving.",
+            *unlabelled,
         ]
     return [
         f"Certified for {certificate.lm}, {asked}: on questions like those, in the mean, "
@@ -352,4 +356,5 @@ def _certificate(certificate: Certificate | None) -> list[str]:
         f"There it saved {percent(certificate.saving)} % of the tokens and "
         f"{gained(-certificate.observed_loss)}. It is a certificate of that price, not of the "
         "points in the tables above.",
+        *unlabelled,
     ]

@@ -23,6 +23,8 @@ class JudgedTraces:
     digest: str
     num: int
     num_questions: int
+    target: str = ""
+    """What counts as right, in words; empty if it is the reference answers alone."""
 
 
 @dataclass(frozen=True)

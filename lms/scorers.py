@@ -7,6 +7,7 @@ Every answer rule of `haltwise.policy.answers.READERS` has a scorer. A rule need
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import threading
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,6 +68,8 @@ class Scorer:
     """The words that follow the closed thought, to lead the LM to its answer."""
     answer_end: str
     """The text that ends a forced answer, see `haltwise.Halting.answer_end`."""
+    agree: Callable[[str, str], bool] = operator.eq
+    """Says whether two answers are equal, both as the rule has read them."""
 
     def __call__(self, answer: str, gold: str) -> bool:
         """Says whether an answer is right.
@@ -281,6 +285,12 @@ def check_scorer(name: str) -> None:
         raise InputError(needed("math-verify", "math"))
 
 
+@lru_cache(1 << 16)
+def _are_equal_formulas(one: str, other: str) -> bool:
+    """Says what `latex` does; traces are read several times, and math-verify takes milliseconds."""
+    return latex(one, other)
+
+
 #: The scorers of the answer rules that ask or compare in a way of their own, by the rule's name.
 SCORERS: dict[str, Scorer] = {
     "short": Scorer(short, _IN_A_BOX, _OPEN_BOX, "}"),
@@ -293,7 +303,7 @@ SCORERS: dict[str, Scorer] = {
         _OPEN_BOX,
         "}",
     ),
-    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}"),
+    "latex": Scorer(latex, _IN_A_BOX, _OPEN_BOX, "}", _are_equal_formulas),
 }
 
 
@@ -305,3 +315,12 @@ def scorer_of(rule: str) -> Scorer:
     """
     by_reading = _same_reading(rule, "a reference answer that the rule can read")
     return SCORERS.get(rule) or Scorer(by_reading, _AFTER_A_MARK, "Answer:", "\n")
+
+
+def agreeing(rule: str) -> Callable[[str, str], bool]:
+    """Returns what says whether two answers are equal, both as an answer rule has read them.
+
+    Args:
+        rule: A key of `READERS`.
+    """
+    return scorer_of(rule).agree

@@ -15,7 +15,7 @@ from command import alone, warn
 from haltwise import Halting, InputError
 from lms.ask import questions
 from lms.questions import SPLITS
-from lms.scorers import needed
+from lms.scorers import needed, scorer_of
 from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.shards import recorded_ids, write_shards
@@ -36,8 +36,9 @@ class CollectConfig(EngineConfig):
     """Only try on a few questions whether halting this LM can work, and write nothing. A new
     recording begins with a short trial anyway."""
     json_lines: Path | None = None
-    """A file to take the traces from, one JSON object a line, instead of recording them. Of the
-    other settings only --out and --shard-size count then, and the folder must be new or empty."""
+    """A file, or a folder of *.jsonl files, to take the traces from instead of recording them, one
+    JSON object a line. Of the other settings only --out and --shard-size count then, and the folder
+    must be new or empty."""
     num: int = 1000
     """The largest number of questions of each split."""
     split: tuple[str, ...] = ("train", "dev", "test")
@@ -108,7 +109,7 @@ def collect(config: CollectConfig) -> None:
     """
     config.check()
     if config.out and config.json_lines:
-        num_traces = import_json_lines(config.json_lines, config.out, config.shard_size)
+        num_traces = import_json_lines(config.json_lines, config.out, config.shard_size, scorer_of)
         print(f"{config.out}: {num_traces:,} traces")
         _, recorder = read_ids(config.out)
         if why_not := Halting.of_recorder(recorder).why_not_run():

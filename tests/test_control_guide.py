@@ -1,37 +1,88 @@
-"""The blocks of the guide to control run as they stand."""
+"""The blocks of the guide to control run as they stand, but for the ports, which may be taken."""
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from haltwise import HaltHead
 from tests.guides import ROOT, blocks, commands, run
 from tests.proxy.llama_server import llama_server
-from tests.proxy.proxies import spawned_proxy
+from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
+from tests.test_guides import QUICK
+
+TRY, KEEP, LEARN = blocks("CONTROL", "sh")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "checkpoints").mkdir()
+    name = "checkpoints/embedded-blind-head"
+    (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@contextmanager
+def served(command: list[str], folder: Path) -> Iterator[Proxy]:
+    """What `haltwise serve` serves by a command, before a server with the LM in the folder."""
+    assert command[:2] == ["haltwise", "serve"] and command[-1] == "http://127.0.0.1:8080"
+    paths = {"--state", "--head", "--audit-traces"}
+    placed = [str(folder / word) if before in paths else word for before, word in pairwise(command)]
+    with (
+        llama_server(folder / "embedded.gguf") as server,
+        spawned_proxy(*placed[1:-1], server.url) as proxy,
+    ):
+        yield proxy
+
+
+def ask(proxy: Proxy) -> None:
+    (client,) = blocks("CONTROL", "python")
+    text = client.text.replace("http://127.0.0.1:8700", proxy.url)
+    assert proxy.url in text
+    exec(compile(text, "client", "exec"), {})
 
 
 def test_the_guide_certifies_a_price_and_halts_at_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """But for the ports, which may be taken."""
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
-    monkeypatch.chdir(tmp_path)
-    (block,), (client,) = blocks("CONTROL", "sh"), blocks("CONTROL", "python")
-    *before, (name, *arguments) = commands(block.text, tmp_path)
+    *before, serve = commands(TRY.text, folder)
     for command in before:
         run(command, {}, monkeypatch)
-    assert name == "haltwise" and arguments[-1] == "http://127.0.0.1:8080"
-    place = arguments.index("--state") + 1
-    arguments[place] = str(tmp_path / arguments[place])
-    arguments[arguments.index("--head") + 1] = str(ROOT / "checkpoints/embedded-blind-head")
-    with (
-        llama_server(tmp_path / "embedded.gguf") as server,
-        spawned_proxy(*arguments[1:-1], server.url) as proxy,
-    ):
-        text = client.text.replace("http://127.0.0.1:8700", proxy.url)
-        assert proxy.url in text
-        exec(compile(text, "client", "exec"), {})
+    with served(serve, folder) as proxy:
+        ask(proxy)
     printed = capsys.readouterr().out
     reasons, status = printed.strip().splitlines()[-2:]
     assert re.match(r"\[('closed by the LM', ){11}", reasons) and "'halted'" in reasons
     assert status.startswith("0 {'price': ")
+
+
+def test_the_guide_learns_from_what_it_has_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(commands(TRY.text, folder)[1], {}, monkeypatch)
+    (serve,) = commands(KEEP.text, folder)
+    (folder / "audits.db.key").write_bytes(b"k" * 32)  # by which the questions are split
+    with served(serve, folder) as proxy:
+        ask(proxy)
+
+        def num_kept() -> int:
+            status = proxy.client.get("/v1/haltwise/control").json()
+            assert status["traces"]["lost"] == 0
+            return int(status["traces"]["written"])
+
+        wait_until(lambda: num_kept() == 40)
+    capsys.readouterr()
+    for command in commands(LEARN.text, folder):
+        run(command, QUICK | {"collect.py": ""}, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "served: 40 traces" in printed and "Certified: price" in printed
+    assert printed.count("No trace has a reference answer:") == 2  # of judging, and of certifying
+    head = HaltHead.load(folder / "checkpoints/served")
+    assert head.config.halting.probing == "at_halt" and head.config.lm == "embedded"
+    judged = json.loads((folder / "checkpoints/served/test.json").read_text())["traces"]
+    assert judged["target"].startswith("No trace has a reference answer:")

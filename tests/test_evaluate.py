@@ -90,6 +90,7 @@ def test_report_holds_every_policy_and_freezes_the_runs_points(
         "digest": random_traces.digest,
         "num": 60,
         "num_questions": 20,
+        "target": "",
     }
     assert {row["policy"] for row in report["rows"]} == POLICIES | RULES
     assert all(list(row) == KEYS for row in report["rows"])

@@ -28,7 +28,11 @@ _PER_TRACE = (
     "num_tokens",
     "finished",
     "final_correct",
+    "labelled",
+    "full_answer",
 )
+# A trace that is labelled has the digest that it had when all were.
+_FACTS = tuple(name for name in _PER_TRACE if name not in ("labelled", "full_answer"))
 _DIGESTED = ("position", "probe_tokens", "correct", "confidence", "answer", "worst_logprob")
 # The entropy is left out of the digest: it follows from the same log probabilities as the worst.
 _PER_POINT = (*_DIGESTED, "answer_entropy")
@@ -57,7 +61,12 @@ class Traces:
     finished: NDArray[np.bool_]
     """(N,) whether the LM ended by itself."""
     final_correct: NDArray[np.bool_]
-    """(N,) the exact match when never halted."""
+    """(N,) the exact match when never halted; true where the trace is not labelled."""
+    labelled: NDArray[np.bool_]
+    """(N,) whether it is known what is right. Elsewhere an answer counts as right where it agrees
+    with the LM's own full answer."""
+    full_answer: NDArray[np.object_]
+    """(N,) that answer as str, or its digest, where the trace is not labelled; empty elsewhere."""
     offsets: NDArray[np.int64]
     """(N + 1,) where the points of each trace begin, and P."""
     position: NDArray[np.int64]
@@ -65,11 +74,11 @@ class Traces:
     probe_tokens: NDArray[np.int64]
     """(P,) the numbers of tokens generated to force the answers."""
     correct: NDArray[np.bool_]
-    """(P,) the exact match of the forced answers."""
+    """(P,) the exact match of the forced answers, or whether they agree with the full one."""
     confidence: NDArray[np.float32]
     """(P,) the LM's confidence in the forced answers; NaN if unknown."""
     answer: NDArray[np.object_]
-    """(P,) the forced answers as str, empty if none could be read."""
+    """(P,) the forced answers as str, or digests of them; empty if none could be read."""
     worst_logprob: NDArray[np.float32]
     """(P,) the smallest log probability of a token of the forced answer, nats; NaN if unknown."""
     answer_entropy: NDArray[np.float32]
@@ -105,18 +114,29 @@ class Traces:
     def fingerprint(self) -> NDArray[np.uint64]:
         """(N, 4) the SHA-256 of each trace, of all that is kept of it but the recorder."""
         columns = {name: getattr(self, name) for name in _DIGESTED if name != "answer"}
+        # What agrees follows from the answers, and may hang on who compares them.
+        columns["correct"] = self.correct & self.labelled[self.trace_of_point]
         columns |= {name: self.signals[name] for name in sorted(self.signals)}
         kind = [(name, values.dtype, values.shape[1:]) for name, values in columns.items()]
         points = np.empty(self.num_points, dtype=kind)
         for name, values in columns.items():
             points[name] = values
-        facts = zip(*(getattr(self, name).tolist() for name in _PER_TRACE), strict=True)
+        facts = zip(*(getattr(self, name).tolist() for name in _FACTS), strict=True)
+        known = zip(self.labelled.tolist(), self.full_answer.tolist(), strict=True)
         ends = self.offsets.tolist()
         digests = bytearray()
-        for of, start, stop in zip(facts, ends[:-1], ends[1:], strict=True):
-            texts = json.dumps([list(columns), of, self.answer[start:stop].tolist()])
+        for of, (labelled, full), start, stop in zip(
+            facts, known, ends[:-1], ends[1:], strict=True
+        ):
+            all_of = of if labelled else (*of, full)
+            texts = json.dumps([list(columns), all_of, self.answer[start:stop].tolist()])
             digests += hashlib.sha256(texts.encode() + points[start:stop].tobytes()).digest()
         return np.frombuffer(digests, "<u8").reshape(-1, 4)
+
+    @property
+    def target(self) -> str:
+        """What counts as right, in a sentence; empty if it is the reference answers alone."""
+        return target(int((~self.labelled).sum()), len(self))
 
     @property
     def digest(self) -> str:
@@ -155,6 +175,18 @@ class Traces:
             found = ", ".join(repr(str(name)) for name in np.unique(self.split))
             raise InputError(f"no trace has split {' or '.join(map(repr, names))}: found {found}")
         return self.select(rows)
+
+
+def target(num_unlabelled: int, num: int) -> str:
+    """Says what counts as right in traces of which some have no reference answer; else nothing."""
+    if not num_unlabelled:
+        return ""
+    some = f"{num_unlabelled:,} of {num:,} traces have no reference answer: there"
+    return (
+        f"{'No trace has a reference answer:' if num_unlabelled == num else some} an answer counts "
+        "as right where it agrees with the LM's own full answer, which by that is never wrong; "
+        "what is lost is at least the exact match lost."
+    )
 
 
 def concatenate(parts: Sequence[Traces]) -> Traces:

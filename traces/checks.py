@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ _MOST_TOKENS = 100_000_000
 _MOST_ANSWER_TOKENS = 1_000_000
 # Characters of a name: names are held in columns that are as wide as the longest one.
 _LONGEST_NAME = 1000
+# A digest of 16 bytes.
+_DIGEST = re.compile("[0-9a-f]{32}")
 # The smallest and the largest value that each number of a point can have.
 _RANGES = {
     "probe_tokens": (0, _MOST_ANSWER_TOKENS),
@@ -98,6 +102,20 @@ def _has_inf(values: NDArray[Any]) -> NDArray[np.bool_]:
     """Says (P,) which points have an infinite value in a column (P,) or (P, D)."""
     infinite: NDArray[np.bool_] = np.isinf(values).any(axis=tuple(range(1, values.ndim)))
     return infinite
+
+
+def check_digests(name: str, answers: Iterable[str], source: str) -> None:
+    """Refuses a column of answers that are to be digests, or empty, and are not.
+
+    Raises:
+        InputError: If one is neither.
+    """
+    for answer in answers:
+        if answer and not _DIGEST.fullmatch(answer):
+            raise InputError(
+                f"{source}: column {name!r}: found {answer!r:.40}, expected digests of 32 "
+                "hexadecimal digits, as haltwise.recorder says"
+            )
 
 
 def check_unique(trace_id: NDArray[np.str_], source: NDArray[np.str_]) -> None:

@@ -1,4 +1,8 @@
-"""The columns of a trace file, version 1: Apache Parquet, one row a trace."""
+"""The columns of a trace file: Apache Parquet, one row a trace.
+
+Version 2 is version 1 with two things more: a trace may have no verdicts, since nobody knows the
+right answer, and all answers may be digests, so that nobody can read them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,9 @@ import pyarrow as pa
 
 from haltwise.policy.signals import MEASURED_FROM, SIGNAL_KINDS, SignalKind, signals_from
 
-#: The major version, which is in the file's metadata under "haltwise.schema".
-VERSION = "1"
+#: The major versions that are read, which are in a file's metadata under "haltwise.schema". A file
+#: is written in the oldest one that can hold it.
+VERSIONS = ("1", "2")
 
 #: The signals that are measured beside a running LM. Each of them is a column in all shards of a
 #: recording, or in none; `haltwise.Signals` says what they mean.
@@ -18,6 +23,14 @@ NAMES = ("trace_id", "question_id", "task", "segment", "model")
 
 #: What the column "split" may hold; empty is unknown.
 KNOWN_SPLITS = ("train", "dev", "test", "")
+
+#: The columns that tell what is right. From version 2 on they are null where nobody knows: all of
+#: them for a trace, or none.
+VERDICTS = ("gold", "final_correct", "correct")
+
+#: The columns of answers. What tells of the recorder says under "answers" whether they are "text",
+#: as in version 1, or "digests" of answers in the spelling that equal ones share.
+ANSWERS = ("gold", "final_answer", "answer")
 
 #: The columns that a file may leave out. Readers ignore any further column.
 OPTIONAL = (*SIGNALS, "question", "text")
@@ -34,7 +47,7 @@ SCHEMA = pa.schema(
         ("trace_id", pa.string()),  # unique
         ("question_id", pa.string()),  # the unit of every split and every bootstrap
         ("task", pa.string()),
-        ("segment", pa.string()),  # a finer group; the only column that may be null
+        ("segment", pa.string()),  # a finer group; may be null
         ("model", pa.string()),
         ("seed", pa.int32()),
         ("split", pa.string()),  # train, dev, test or empty

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from haltwise import InputError
+from traces.arrays import target
 from traces.store import read_tables
 from traces.stream import TraceFiles
 
@@ -47,8 +48,9 @@ def check_sound(files: TraceFiles, min_em: float = LEAST_EM) -> list[str]:
         What may be wrong with it, a sentence each: whoever trains should know.
 
     Raises:
-        InputError: If there are too few questions, the LM is hardly ever right, a question has two
-            reference answers, or is in two splits.
+        InputError: If there are too few questions, the LM is hardly ever right where that is known
+            or no answer can be read where it is not, a question has two reference answers, or is in
+            two splits.
     """
     if not 0 <= min_em <= 1:
         raise InputError(f"min_em is {min_em}, expected from 0 to 1")
@@ -93,9 +95,11 @@ class _Counts:
     """What was counted in the train and dev splits."""
 
     num_traces: int = 0
+    num_labelled: int = 0
     num_right: int = 0
     num_finished: int = 0
     num_unreadable_final: int = 0
+    num_unlabelled_read: int = 0
     num_forced: int = 0
     num_unreadable_forced: int = 0
 
@@ -117,15 +121,16 @@ class _Examined:
                 self._add(table)
 
     def _add(self, table: pa.Table) -> None:
-        self._golds.add(table.select(["question_id", "gold"]))
+        labelled = table.filter(table["gold"].is_valid())
+        self._golds.add(labelled.select(["question_id", "gold"]))
         self._splits.add(table.select(["question_id", "split"]))
         self._has_text &= "question" in table.column_names
         if self._has_text:
-            self._text_golds.add(table.select(["question", "gold"]))
+            self._text_golds.add(labelled.select(["question", "gold"]))
             self._text_splits.add(table.select(["question", "split"]))
             self._text_ids.add(table.select(["question", "question_id"]))
-        finals = table.select(["question_id", "final_answer", "final_correct"])
-        points = _points(table)
+        finals = labelled.select(["question_id", "final_answer", "final_correct"])
+        points = _points(labelled)
         names = ["question_id", "answer", "correct"]
         for answers in (finals.rename_columns(names), points):
             self._verdicts.add(answers.filter(pc.not_equal(answers["answer"], "")))
@@ -134,16 +139,20 @@ class _Examined:
             self._count(learned)
 
     def _count(self, table: pa.Table) -> None:
-        counts, forced = self._counts, _points(table)["answer"]
+        counts, forced = self._counts, table["answer"].combine_chunks().flatten()
+        labelled = table.filter(table["gold"].is_valid())
+        unlabelled = table.filter(table["gold"].is_null())
         self._questions.update(table["question_id"].to_pylist())
         finished = table.filter(table["finished"])
         counts.num_traces += len(table)
-        counts.num_right += pc.sum(table["final_correct"]).as_py()
+        counts.num_labelled += len(labelled)
+        counts.num_right += pc.sum(labelled["final_correct"]).as_py() or 0
+        counts.num_unlabelled_read += len(unlabelled) - _num_empty(unlabelled["final_answer"])
         counts.num_finished += len(finished)
         counts.num_unreadable_final += _num_empty(finished["final_answer"])
         counts.num_forced += len(forced)
         counts.num_unreadable_forced += _num_empty(forced)
-        wrong = table.filter(pc.invert(table["final_correct"]))
+        wrong = labelled.filter(pc.invert(labelled["final_correct"]))
         for gold, answer in zip(
             *(wrong[c].to_pylist() for c in ("gold", "final_answer")), strict=True
         ):
@@ -173,21 +182,33 @@ class _Examined:
     def refuse_hardly_right(self, min_em: float) -> None:
         """Refuses an LM, or a scorer, that is hardly ever right."""
         counts = self._counts
-        em = counts.num_right / counts.num_traces
+        if not counts.num_labelled:
+            return self._refuse_unreadable()
+        em = counts.num_right / counts.num_labelled
         if not counts.num_right or em < min_em:
             examples = "; ".join(
                 f"expected {gold!r:.30}, found {answer!r:.30}"
                 for gold, answer in self._examples.items()
             )
             raise InputError(
-                f"never halted, {counts.num_right} of {counts.num_traces} traces end with a right "
-                f"answer ({em:.1%}): expected at least {max(min_em, 0.001):.1%}, see --min-em. "
-                f"Is the scorer right? Wrong ones: {examples}"
+                f"never halted, {counts.num_right} of {counts.num_labelled} traces end with a "
+                f"right answer ({em:.1%}): expected at least {max(min_em, 0.001):.1%}, see "
+                f"--min-em. Is the scorer right? Wrong ones: {examples}"
+            )
+
+    def _refuse_unreadable(self) -> None:
+        """Refuses answers that nobody can read, where nobody knows what is right either."""
+        if not self._counts.num_unlabelled_read:
+            raise InputError(
+                f"none of {self._counts.num_traces} full answers could be read, expected some: "
+                "nothing agrees with them. Does the answer rule fit what the LM writes?"
             )
 
     def doubts(self) -> Iterator[str]:
         """Yields what may be wrong, a sentence each."""
         num, counts = len(self._questions), self._counts
+        if counted := target(counts.num_traces - counts.num_labelled, counts.num_traces):
+            yield f"{counted} Whether the LM is right by itself is not known."
         if num < _FEW_QUESTIONS:
             yield (
                 f"{num} questions to learn from are few: one of them is {100 / num:.1f} points of "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,18 @@ from numpy.typing import NDArray
 from haltwise import InputError
 from haltwise.errors import reason_of
 from traces.arrays import Traces
-from traces.checks import check_unique, check_values
-from traces.schema import NAMES, POINTWISE, REQUIRED, SCHEMA, SIGNALS, VERSION
+from traces.checks import check_digests, check_unique, check_values
+from traces.schema import (
+    ANSWERS,
+    NAMES,
+    POINTWISE,
+    REQUIRED,
+    SCHEMA,
+    SIGNALS,
+    VERDICTS,
+    VERSIONS,
+)
+from traces.verdicts import Agree, agreement, are_digests, filled, labelled_rows
 
 _VERSION_KEY = b"haltwise.schema"
 _RECORDER_KEY = b"haltwise.recorder"
@@ -59,16 +70,22 @@ def write_shard(path: Path | str, rows: Sequence[dict[str, Any]], recorder: dict
     """
     path = Path(path)
     text = json.dumps(recorder).encode()
-    metadata = {_VERSION_KEY: VERSION, _RECORDER_KEY: text, _DIGEST_KEY: _digest(text)}
-    _replace(path, table_of(rows, str(path)).replace_schema_metadata(metadata))
+    table = table_of(rows, str(path), recorder)
+    is_new = table["gold"].null_count or "answers" in recorder
+    version = VERSIONS[-1] if is_new else VERSIONS[0]
+    metadata = {_VERSION_KEY: version, _RECORDER_KEY: text, _DIGEST_KEY: _digest(text)}
+    _replace(path, table.replace_schema_metadata(metadata))
 
 
-def table_of(rows: Sequence[dict[str, Any]], source: str) -> pa.Table:
+def table_of(
+    rows: Sequence[dict[str, Any]], source: str, recorder: dict[str, Any] | None = None
+) -> pa.Table:
     """Returns traces as a checked table.
 
     Args:
         rows: One dict a trace, by column name.
         source: The name of what the traces come from, with which messages begin.
+        recorder: How the traces were recorded.
 
     Raises:
         InputError: If a row is not as the schema says.
@@ -83,7 +100,7 @@ def table_of(rows: Sequence[dict[str, Any]], source: str) -> pa.Table:
         if field.name in names or field.name in REQUIRED
     }
     table = pa.table(columns)
-    traces = _traces(table, {}, source)
+    traces = _traces(table, recorder or {}, source)
     check_unique(traces.trace_id, np.full(len(traces), source))
     return table
 
@@ -175,7 +192,7 @@ def read_tables(
     Args:
         shard: The file.
         names: The names of columns. "question" and "text" are left out where the file does not
-            have them, and empty where they are null.
+            have them, and empty where they are null; verdicts are null where nobody knows.
         row_group: The row group to read; None reads all.
 
     Raises:
@@ -199,15 +216,26 @@ def row_groups(shard: Path) -> list[int]:
         return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
 
 
-def read_parts(shard: Path, row_group: int | None = None) -> Iterator[Traces]:
+def read_parts(
+    shard: Path,
+    row_group: int | None = None,
+    recorder: dict[str, Any] | None = None,
+    agree: Agree = operator.eq,
+) -> Iterator[Traces]:
     """Yields the traces of a shard, or of one of its row groups, in order, a piece at a time.
+
+    Args:
+        shard: The file.
+        row_group: The row group to read; None reads all.
+        recorder: How the traces were recorded.
+        agree: Says which answers agree where nobody knows what is right.
 
     Raises:
         InputError: If the file is damaged or of another schema version, or a column or value is
             not as the schema says.
     """
     for row, table in _tables(shard, (*REQUIRED, *SIGNALS), row_group):
-        yield _traces(table, {}, _place(shard, row))
+        yield _traces(table, recorder or {}, _place(shard, row), agree)
 
 
 def _tables(
@@ -226,11 +254,15 @@ def _tables(
         if missing:
             raise InputError(f"{shard}: column {', '.join(missing)} is missing")
         groups = range(file.num_row_groups) if row_group is None else [row_group]
+        version = _version(file.schema_arrow.metadata or {})
         row = sum(file.metadata.row_group(i).num_rows for i in range(groups[0] if groups else 0))
         columns = [name for name in names if name in found]
         for batch in file.iter_batches(_PIECE, list(groups), columns, use_threads=False):
             table = pa.Table.from_batches([batch])
             table.validate(full=True)
+            if version.partition(".")[0] == VERSIONS[0]:
+                for name in set(VERDICTS) & set(columns):
+                    _refuse_nulls(table[name], name, _place(shard, row))
             yield row, table
             row += len(table)
 
@@ -292,11 +324,11 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
     Raises:
         InputError: If the file is of another schema version, or the metadata are damaged.
     """
-    version = metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
-    if version.partition(".")[0] != VERSION:
+    version = _version(metadata)
+    if version.partition(".")[0] not in VERSIONS:
         raise InputError(
-            f"{path}: schema version is {version}, expected {VERSION}, of traces that collect.py "
-            "has recorded or imported"
+            f"{path}: schema version is {version}, expected {' or '.join(VERSIONS)}, of traces "
+            "that collect.py has recorded or imported"
         )
     text = metadata.get(_RECORDER_KEY, b"{}")
     if metadata.get(_DIGEST_KEY, _digest(text)) != _digest(text):
@@ -310,11 +342,17 @@ def _recorder(metadata: dict[bytes, bytes], path: Path) -> dict[str, Any]:
     return recorder
 
 
+def _version(metadata: dict[bytes, bytes]) -> str:
+    return metadata.get(_VERSION_KEY, b"none").decode(errors="replace")
+
+
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode()
 
 
-def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
+def _traces(
+    table: pa.Table, recorder: dict[str, Any], source: str, agree: Agree = operator.eq
+) -> Traces:
     """Returns a table's traces as arrays, once all columns and values are checked.
 
     Raises:
@@ -324,6 +362,10 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
         raise InputError(f"{source}: no rows, expected at least one trace")
     names = [name for name in (*REQUIRED, *SIGNALS) if name in table.column_names]
     arrays = {name: _column(table, name, source) for name in names}
+    labelled = labelled_rows(arrays, source)
+    arrays["final_correct"] = arrays["final_correct"].fill_null(True)
+    num_points = arrays["position"].value_lengths().to_numpy()
+    arrays["correct"] = filled(arrays["correct"], labelled, num_points)
     lists = {name: arrays[name] for name in names if name in POINTWISE}
     lengths = _point_counts(lists, source)
     arrays |= {name: array.flatten() for name, array in lists.items()}
@@ -340,13 +382,26 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
     columns["answer"] = _to_numpy(answer.dictionary)[_to_numpy(answer.indices)]
     largest = _reduce(np.maximum, logprob, num_logprobs)
     check_values(columns | {"answer_logprobs": largest}, lengths, source)
-    del columns["gold"], columns["final_answer"]
+    digested = are_digests(recorder, source)
+    for name in ANSWERS if digested else ():
+        check_digests(name, columns[name], source)
+    row, full = np.repeat(np.arange(len(lengths)), lengths), columns.pop("final_answer")
+    unknown = ~labelled[row]
+    columns["correct"] = columns["correct"].copy()  # pyarrow's own memory cannot be written to
+    columns["correct"][unknown] = agreement(
+        columns["answer"][unknown],
+        full[row[unknown]],
+        operator.eq if digested else agree,
+    )
+    del columns["gold"]
     signals = {name: columns.pop(name) for name in SIGNALS if name in columns}
     # The texts of traces become fixed-width strings, which sort and compare fast. Forced answers
     # stay objects: one long answer would widen them all.
     texts = {name: columns[name].astype(str) for name in _TEXTS}
     return Traces(
         **columns | texts,
+        labelled=labelled,
+        full_answer=np.where(labelled, "", full),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         worst_logprob=_reduce(np.minimum, logprob, num_logprobs),
         answer_entropy=_reduce(np.add, _known_entropy(logprob), num_logprobs)
@@ -357,10 +412,10 @@ def _traces(table: pa.Table, recorder: dict[str, Any], source: str) -> Traces:
 
 
 def _column(table: pa.Table, name: str, source: str) -> pa.Array:
-    """Returns one column in the schema's type.
+    """Returns one column in the schema's type; verdicts may be null.
 
     Raises:
-        InputError: If it is of another type, or has a null.
+        InputError: If it is of another type, or has a null otherwise.
     """
     expected = SCHEMA.field(name).type
     column = table[name]
@@ -371,10 +426,21 @@ def _column(table: pa.Table, name: str, source: str) -> pa.Array:
         raise InputError(f"{source}: column {name!r} is {found}, expected {expected}") from None
     if name in ("segment", "question", "text"):
         return array.fill_null("")
-    if array.null_count:
-        row = int(np.argmax(array.is_null().to_numpy(zero_copy_only=False)))
-        raise InputError(f"{source}: column {name!r}, row {row}: found null, expected {expected}")
+    if name not in VERDICTS:
+        _refuse_nulls(array, name, source)
     return array
+
+
+def _refuse_nulls(array: pa.Array | pa.ChunkedArray, name: str, source: str) -> None:
+    """Refuses a column with a null.
+
+    Raises:
+        InputError: If there is one; it names the first.
+    """
+    if array.null_count:
+        row = array.is_null().to_pylist().index(True)
+        expected = SCHEMA.field(name).type
+        raise InputError(f"{source}: column {name!r}, row {row}: found null, expected {expected}")
 
 
 def _point_counts(lists: dict[str, pa.Array], source: str) -> NDArray[np.int64]:

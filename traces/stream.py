@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from traces.store import (
     row_groups,
     shards_of,
 )
+from traces.verdicts import Agree
 
 #: The largest number of traces in memory, by default. If they have 30 points each, training on two
 #: cores takes less than 2 GB.
@@ -34,6 +36,15 @@ MAX_TRACES = 16_000
 
 #: Some rows of the files: a mask (N,).
 RowMask = NDArray[np.bool_]
+
+
+#: Given a recording's answer rule, says which answers agree.
+Scorer = Callable[[str], Agree]
+
+
+def same_reading(answer_rule: str) -> Agree:
+    """Returns what says that answers agree if the rule reads the same from them."""
+    return operator.eq
 
 
 class Chunks(Protocol):
@@ -53,7 +64,7 @@ class Words:
     """What a trace holds for a person to read."""
 
     gold: str
-    """The reference answer."""
+    """The reference answer; empty if nobody knows."""
     final_answer: str
     """The answer of the LM when it is never halted."""
     question: str = ""
@@ -103,12 +114,18 @@ class TraceFiles:
     """(N,) the keys of the question ids."""
     split: NDArray[np.str_]
     """(N,) the splits."""
+    agree: Agree
+    """Says whether two answers agree, where nobody knows what is right."""
     rule: DecisionRule | None = None
     """The decision rule to read the traces under, if it is another than the recorder's."""
 
     @classmethod
-    def open(cls, path: Path | str) -> TraceFiles:
+    def open(cls, path: Path | str, scorer: Scorer = same_reading) -> TraceFiles:
         """Reads the ids of a trace file, or of all *.parquet shards in a folder.
+
+        Args:
+            path: The file or folder.
+            scorer: Tells which answers agree where nobody knows what is right.
 
         Raises:
             InputError: If there is nothing to read, a file is damaged or of another schema
@@ -132,6 +149,7 @@ class TraceFiles:
             np.concatenate(trace),
             np.concatenate(question),
             np.concatenate(split),
+            scorer(recorder.get("answer_rule", "short")),
         )
         files._check_unique()
         return files
@@ -238,7 +256,7 @@ class TraceFiles:
             for table in read_tables(self.shards[k], names, index):
                 for row in table.filter(pc.is_in(table["trace_id"], ids)).to_pylist():
                     trace_id = row.pop("trace_id")
-                    found[trace_id] = Words(**row)
+                    found[trace_id] = Words(**row | {"gold": row["gold"] or ""})
         return found
 
     def chunks(self, rows: RowMask, max_traces: int, seed: int) -> Chunks:
@@ -304,7 +322,7 @@ class TraceFiles:
         for group in range(len(self.groups)) if order is None else order:
             k, index, _ = self.groups[group]
             row = starts[group]
-            for part in read_parts(self.shards[k], index):
+            for part in read_parts(self.shards[k], index, self.recorder, self.agree):
                 first = first or (self.shards[k], part)
                 check_together(self.shards[k], part, *first)
                 if part.num_points and not first[1].num_points:

@@ -23,18 +23,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from haltwise.control.answers import GivenAnswer
+from haltwise.control.audit_traces import AuditTraces, DenseAudit
 from haltwise.control.betting import Float
 from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
-from haltwise.control.draws import AuditDraw, check_key, draw_audit
+from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit, Interval
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.errors import InputError, reason_of
-from haltwise.policy.answers import READERS, normal_text
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index
+from haltwise.policy.signals import Index, Signals
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 from haltwise.session.thought import NEVER
 
@@ -55,23 +56,6 @@ _ALERT = 0.5
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
 
 
-@dataclass(frozen=True)
-class GivenAnswer:
-    """An answer of an audit."""
-
-    read: str
-    """As the head's answer rule reads it; empty if it reads none."""
-    text: str
-    """Its text, which counts where nothing is read."""
-    num_tokens: int
-    """Tokens that a client would have got with it, its thought's included."""
-
-    @property
-    def compared(self) -> str:
-        """What has to be the same in answers that agree."""
-        return f"read {self.read}" if self.read else f"said {normal_text(self.text)}"
-
-
 @dataclass(eq=False)
 class AuditedRequest:
     """A request that is answered in full, to tell what every price would have lost and saved."""
@@ -82,6 +66,10 @@ class AuditedRequest:
     step: int
     """The step that it would have been served."""
     replay: Replay
+    is_dense: bool = False
+    """Whether an answer is asked for at every decision point."""
+    points: list[Signals] = field(default_factory=list)
+    """What was seen at each decision point, (1,) each, if it is dense."""
     report: ThoughtReport | None = None
     """What happened to it, once it has ended."""
 
@@ -90,6 +78,23 @@ class AuditedRequest:
         """Where prices would have halted it, each once."""
         found = np.unique(self.replay.positions).tolist()
         return [position for position in found if position != NEVER]
+
+    @property
+    def other_positions(self) -> list[int]:
+        """The other decision points at which an answer is asked for."""
+        known = set(self.positions)
+        return [at for at in (int(seen.position[0]) for seen in self.points) if at not in known]
+
+
+@dataclass(frozen=True)
+class KeptTraces:
+    """Which audits are kept as traces, and where."""
+
+    folder: Path
+    share: float
+    """Share of the audits that are dense, which alone are kept."""
+    content: bool = False
+    """Whether questions, answers and texts are kept as they are, and not as digests."""
 
 
 @dataclass
@@ -129,6 +134,10 @@ class GovernedControl:
     label_seconds: float = 0.0
     """Seconds for which the right answer of an audit whose answers differ is waited for; at 0 it
     counts as lost at once."""
+    traces: AuditTraces | None = None
+    """Where dense audits are kept; None if there are none."""
+    dense_audits: float = 0.0
+    """Share of the audits that are dense."""
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
@@ -149,6 +158,8 @@ class GovernedControl:
         # The tenants' groups of the newest requests that nobody has rated.
         self._recent: OrderedDict[str, str] = OrderedDict()
         self.num_refused = 0
+        self.num_audit_tokens = 0
+        """Tokens that were generated for audits alone, since the process has begun."""
         # Audits whose label is on its way into the books.
         self._labelled: set[str] = set()
 
@@ -199,7 +210,8 @@ class GovernedControl:
             self._waiting.update(list(rates))
         if drawn.audited:
             replay = Replay(self.head, self.prices, asked.min_tokens)
-            self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay)
+            dense = self.traces is not None and draw(self.key, number, "dense") < self.dense_audits
+            self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay, dense)
             self._put(Entry(Drawn(number, step, drawn.groups)))
             served = 0.0
         elif self._waiting[EVERYTHING] >= _COUNTED_AT:
@@ -228,7 +240,10 @@ class GovernedControl:
         audit = self._audits.get(id(running.report.request))
         if audit is not None and running.point is not None:
             try:
-                audit.replay.add(*running.point)
+                signals, place = running.point
+                audit.replay.add(signals, place)
+                if audit.is_dense:
+                    audit.points.append(signals.rows(np.array([place])))
             except Exception as error:
                 self.failures.add("a replay", error)
                 self.break_off(audit)
@@ -268,6 +283,7 @@ class GovernedControl:
         """
         if self._audits.pop(id(audit.request), None) is None:
             return
+        self.num_audit_tokens += num_tokens
         try:
             told = self._told(audit.replay.positions, full, halted)
             losses = tuple(told.losses[_DISAGREEMENT].tolist())
@@ -281,11 +297,31 @@ class GovernedControl:
             self.failures.add("an audit", error)
             self._put(Entry(BrokenOff(audit.id)))
 
-    def break_off(self, audit: AuditedRequest) -> None:
-        """Takes in that a request can tell nothing: it is no audit."""
+    def keep(self, audit: DenseAudit) -> None:
+        """Keeps a dense audit as a trace; one that cannot be kept is counted."""
+        if self.traces is not None:
+            try:
+                self.traces.put(audit)
+            except Exception as error:
+                self.lose_trace(error)
+
+    def lose_trace(self, error: BaseException) -> None:
+        """Takes in that a dense audit cannot be kept."""
+        log.warning("a trace is lost (%s)", reason_of(error))
+        if self.traces is not None:
+            self.traces.writer.lose(reason_of(error))
+
+    def break_off(self, audit: AuditedRequest, num_tokens: int = 0) -> None:
+        """Takes in that a request can tell nothing: it is no audit.
+
+        Args:
+            audit: What was to be one.
+            num_tokens: Tokens that were generated for it alone.
+        """
         if self._audits.pop(id(audit.request), None) is not None:
+            self.num_audit_tokens += num_tokens
             self._put(Entry(BrokenOff(audit.id)))
-            self._note(audit.report, audit)
+            self._note(audit.report, audit, num_tokens)
 
     def _told(
         self, positions: Index, full: GivenAnswer, halted: Mapping[int, GivenAnswer | None]
@@ -383,7 +419,7 @@ class GovernedControl:
     # What is said later
 
     def label(self, request: Any = None, gold: Any = None, **others: Any) -> None:
-        """Takes in the right answer of an audit whose answers differ.
+        """Takes in the right answer of an audit whose answers differ, or that is kept as a trace.
 
         Args:
             request: The request's id.
@@ -396,8 +432,13 @@ class GovernedControl:
         try:
             if others or not (isinstance(request, str) and isinstance(gold, str) and gold.strip()):
                 raise InputError('expected {"request": "ID", "gold": "ANSWER"}')
+            right = GivenAnswer.of_label(gold, self.head.config.halting.answer_rule)
             found = self.keeper.books.awaited.get(request)
-            if found is None or request in self._labelled:
+            is_awaited = found is not None and request not in self._labelled
+            is_kept = self.traces is not None and self.traces.awaits(request)
+            if is_kept and not is_awaited and not right.read:
+                raise InputError(f"gold is {gold!r:.80}, expected what the answer rule can read")
+            if not is_awaited and not is_kept:
                 raise InputError(
                     f"no label of request {request!r:.80} is waited for: it is unknown, no audit, "
                     "labelled already or too old, or its answers agree"
@@ -405,17 +446,21 @@ class GovernedControl:
         except InputError:
             self.num_refused += 1
             raise
-        self._labelled.add(request)
-        self._put(self._labelled_entry(request, *found, gold))
+        if found is not None and is_awaited:
+            self._labelled.add(request)
+            self._put(self._labelled_entry(request, *found, right))
         try:
+            if self.traces is not None:
+                self.traces.label(request, right)
             self.record.put(LabelRow(request, 0, "gold", 1.0, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
 
-    def _labelled_entry(self, request: str, audit: Audit, awaited: Awaited, gold: str) -> Entry:
+    def _labelled_entry(
+        self, request: str, audit: Audit, awaited: Awaited, gold: GivenAnswer
+    ) -> Entry:
         """Returns what a right answer says about an audit: digests tell who was right."""
-        read = READERS[self.head.config.halting.answer_rule](f"\\boxed{{{gold}}}")
-        right = digest(self.key, GivenAnswer(read, gold, 0).compared)
+        right = digest(self.key, gold.compared)
         *halted, full = [float(answer == right) for answer in awaited.answers]
         known = replace(audit, right=np.array(halted), full_right=full)
         losses = tuple(known.losses[_NET].tolist())
@@ -479,6 +524,8 @@ class GovernedControl:
             "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),
+            "audit_tokens": self.num_audit_tokens,
+            "traces": self._trace_status(),
             "failures": self.failures.num + self.keeper.num_failed,
             "rows_dropped": self.record.num_dropped,
             "too_long": books.num_too_long,
@@ -487,6 +534,13 @@ class GovernedControl:
             "trouble": failed,
             "groups": {name: self._group_status(books, name) for name in books.groups.groups},
         }
+
+    def _trace_status(self) -> dict[str, Any] | None:
+        if self.traces is None:
+            return None
+        writer = self.traces.writer
+        told = {"written": writer.num_written, "lost": writer.num_lost, "trouble": writer.trouble}
+        return {"share": self.dense_audits} | told
 
     def _group_status(self, books: Books, name: str) -> dict[str, Any]:
         state, sums = books.groups.groups[name], books.sum_of(name)
@@ -520,6 +574,8 @@ class GovernedControl:
         self._put(Entry())
         self.keeper.close()
         self.record.close()
+        if self.traces is not None:
+            self.traces.close()
 
 
 def groups_of(about: Mapping[str, Any]) -> list[str]:
@@ -536,6 +592,7 @@ def open_control(
     usual_price: float,
     most_tokens: int,
     label_seconds: float = 0.0,
+    kept: KeptTraces | None = None,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a file, which is made if it is not there.
 
@@ -548,6 +605,7 @@ def open_control(
         usual_price: The price of requests that name none.
         most_tokens: The most tokens that an answer can have.
         label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
+        kept: Which audits are kept as traces, and where; None keeps none.
 
     Raises:
         InputError: If a value is out of its range, or the file cannot be used.
@@ -558,16 +616,29 @@ def open_control(
         raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
     if head.config.halting.probing != "at_halt":
         raise InputError("the head looks at forced answers, expected one with probing at_halt")
+    if kept is not None and not 0 < kept.share <= 1:
+        raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
     share = audit or 1.0
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
     prices = prices_of(head)
     begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
+    key = installation_key(path)
+    traces = None
+    if kept is not None:
+        traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
     keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
-    record = Record(path)
-    key = installation_key(path)
     return GovernedControl(
-        head, mode, keeper, record, key, audit, usual_price, label_seconds=label_seconds
+        head,
+        mode,
+        keeper,
+        Record(path),
+        key,
+        audit,
+        usual_price,
+        label_seconds=label_seconds,
+        traces=traces,
+        dense_audits=0.0 if kept is None else kept.share,
     )
 
 
@@ -596,7 +667,7 @@ def installation_key(path: Path) -> bytes:
             with os.fdopen(made, "wb") as file:
                 file.write(key)
     except OSError as error:
-        raise InputError(f"{beside}: {reason_of(error)}") from None
+        raise InputError(f"{beside}: {reason_of(error)}, expected to write there") from None
     check_key(key)
     return key
 

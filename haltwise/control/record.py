@@ -116,7 +116,8 @@ def digest(key: bytes, text: str) -> str:
         InputError: If the key is shorter than 16 bytes or longer than 64.
     """
     check_key(key)
-    return blake2b(text.encode(), key=key, digest_size=16, person=b"digest").hexdigest()
+    told = text.encode("utf-8", "surrogatepass")  # JSON may hold what is no text
+    return blake2b(told, key=key, digest_size=16, person=b"digest").hexdigest()
 
 
 class Record:

@@ -80,6 +80,9 @@ class Certificate:
     """The command that certified the head."""
     segments: tuple[SegmentCertificate, ...] = ()
     """One statement for each segment, also for those whose questions are never to be halted."""
+    num_unlabelled: int = 0
+    """Traces of those questions without a reference answer: in them every answer that differs from
+    the full one counts as lost, so that the exact match lost is bounded all the same."""
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -97,6 +100,11 @@ class Certificate:
         if self.num_traces < self.num_questions:
             raise InputError(
                 f"certificate of {self.num_questions} questions with {self.num_traces} traces"
+            )
+        if not 0 <= self.num_unlabelled <= self.num_traces:
+            raise InputError(
+                f"certificate of {self.num_traces} traces, {self.num_unlabelled} of them without "
+                "a reference answer"
             )
         if self.smallest_em_drop is not None and not 0 < self.smallest_em_drop < 1:
             raise InputError(f"smallest drop is {self.smallest_em_drop}, expected between 0 and 1")

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
-from haltwise.control.governed import GovernedControl, Mode, open_control
+from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
@@ -117,6 +117,9 @@ class Proxy:
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
         self._checked, self._answered = -math.inf, False
+        if self.control is not None and self.control.traces is not None:
+            writer = self.control.traces.writer
+            self.metrics.audit_traces_lost.set_function(lambda: writer.num_lost)
         self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
 
     def try_probes(self) -> None:
@@ -537,7 +540,15 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         usual,
         config.context,
         3600 * config.label_hours,
+        _kept(config),
     )
+
+
+def _kept(config: ServeConfig) -> KeptTraces | None:
+    """Which audits the settings keep as traces."""
+    if config.audit_traces is None or not config.dense_audits:
+        return None
+    return KeptTraces(config.audit_traces, config.dense_audits, config.audit_content)
 
 
 def _named(client: RequestingClient) -> dict[str, str]:

@@ -7,7 +7,9 @@ import asyncio
 import anyio
 
 from haltwise import ThoughtRequest
-from haltwise.control.governed import AuditedRequest, GivenAnswer, GovernedControl
+from haltwise.control.answers import GivenAnswer
+from haltwise.control.audit_traces import DenseAudit
+from haltwise.control.governed import AuditedRequest, GovernedControl
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
@@ -19,6 +21,8 @@ from haltwise.session.thought import ForcedAnswer
 _AT_ONCE = 2
 # Audits that may wait for it; others tell nothing.
 _MOST_WAITING = 256
+# By position, the answer if the thought is closed there; None if the LM would think on.
+Answers = dict[int, GivenAnswer | None]
 # Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may
 # have been cut off by its server, and tells nothing.
 _THINKS_ON = "second thought"
@@ -65,22 +69,45 @@ class Auditor:
         await asyncio.gather(*self._running, return_exceptions=True)
 
     async def _ask(self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer) -> None:
-        """Asks for all answers of an audit, one after the other."""
-        halted: dict[int, GivenAnswer | None] = {}
+        """Asks for all answers of an audit, one after the other.
+
+        What else a dense audit asks for can only cost its trace.
+        """
+        answers: Answers = {}
         try:
             async with self._room:
-                for position in audit.positions:
-                    halted[position] = await self._answer(reader, position)
+                await self._answer_at(audit.positions, reader, answers)
+                if audit.is_dense:
+                    await self._complete(audit, reader, full, answers)
         except Exception as error:
             self._control.failures.add("an audit's answers", error)
-        except asyncio.CancelledError:
-            self._control.break_off(audit)
-            raise
+        finally:
+            self._tell(audit, full, answers)
+
+    async def _complete(
+        self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
+    ) -> None:
+        """Asks for the answers at all other decision points, and keeps the audit as a trace."""
+        try:
+            await self._answer_at(audit.other_positions, reader, answers)
+            self._control.keep(_dense(audit, reader, full, answers))
+        except Exception as error:
+            self._control.lose_trace(error)
+
+    def _tell(self, audit: AuditedRequest, full: GivenAnswer, answers: Answers) -> None:
+        """Tells what came of an audit; without all of the answers at its prices it is none."""
+        asked = [one.num_tokens - at for at, one in answers.items() if one is not None]
+        self._metrics.audit_tokens.inc(sum(asked))
+        halted = {at: answers[at] for at in audit.positions if at in answers}
         if len(halted) < len(audit.positions):
-            self._control.break_off(audit)
-            return
-        asked = [answer.num_tokens - at for at, answer in halted.items() if answer is not None]
-        self._control.tell(audit, full, halted, sum(asked))
+            self._control.break_off(audit, sum(asked))
+        else:
+            self._control.tell(audit, full, halted, sum(asked))
+
+    async def _answer_at(self, positions: list[int], reader: ThoughtReader, found: Answers) -> None:
+        """Asks for the answers at some positions, and puts each where it is wanted."""
+        for position in positions:
+            found[position] = await self._answer(reader, position)
 
     async def _answer(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
         """The answer if the thought is closed at a position; None if the LM would think on.
@@ -112,6 +139,29 @@ class Auditor:
         text = without_markers(answer.text, rules.think_end)
         read = rules.read(ForcedAnswer([text], [], usage.completion_tokens)).answer
         return GivenAnswer(read, text, position + usage.completion_tokens)
+
+
+def _dense(
+    audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
+) -> DenseAudit:
+    """What is known of an audit with an answer at every decision point.
+
+    Where the LM would be left to think on, the full answer is what halting comes to.
+    """
+    about, report = audit.request.about, audit.report
+    positions = [int(seen.position[0]) for seen in audit.points]
+    ended = report is not None and report.reason == "closed by the LM"
+    return DenseAudit(
+        audit.id,
+        audit.points,
+        [answers[position] or full for position in positions],
+        full,
+        finished=ended and reader.thought.finished,
+        model=str(about.get("model") or ""),
+        task=str(about.get("task") or ""),
+        question=reader.request.question,
+        text=reader.generated.text + full.text,
+    )
 
 
 def _full(reader: ThoughtReader, said: str) -> GivenAnswer:

@@ -77,6 +77,14 @@ class CompletionRequest:
         return str(prompt[0] if isinstance(prompt, list) else prompt)
 
     @property
+    def question(self) -> str:
+        """What is asked, for a person to read: the texts of a chat, or the prompt."""
+        if not self.chat:
+            return self.prompt
+        contents = [message.get("content") for message in self.body.get("messages") or ()]
+        return "\n\n".join(filter(None, map(_text_of, contents)))
+
+    @property
     def streams(self) -> bool:
         """Whether the client wants a stream of events."""
         return bool(self.body.get("stream"))
@@ -249,3 +257,10 @@ def _has_media(message: Json) -> bool:
     return isinstance(content, list) and any(
         not isinstance(part, dict) or part.get("type") != "text" for part in content
     )
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which may be in parts."""
+    if isinstance(content, list):
+        return "".join(_text_of(part.get("text")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""

@@ -99,6 +99,13 @@ class ServeConfig:
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
     label_hours: float = 0.0
     """Hours for which right answers of audits are waited for; 0 counts differing ones as lost."""
+    audit_traces: Path | None = None
+    """Folder to write dense audits into, as lines that collect.py --json-lines makes traces of."""
+    dense_audits: float = 0.1
+    """Share of the audits that are dense: their answers are asked for at every decision point. It
+    counts with --audit-traces alone; 0 turns it off."""
+    audit_content: bool = False
+    """Write questions, answers and thoughts into those traces as they are; default digests."""
     operator_key_env: str | None = None
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False
@@ -144,8 +151,23 @@ class ServeConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.port < 2**16:
             raise InputError(f"port is {self.port}, expected 0 to 65535")
+        self._check_control()
+
+    def _check_control(self) -> None:
+        """Checks that what a control is told goes together.
+
+        Raises:
+            InputError: If it does not.
+        """
         if self.control in GOVERNED and self.state is None:
             raise InputError(f"control is {self.control}, expected --state with a file for it")
+        if self.audit_traces is not None and self.control not in GOVERNED:
+            found = f"audit_traces is {self.audit_traces}"
+            raise InputError(f"{found}, expected it with --control observe or apply")
+        if self.audit_content and self.audit_traces is None:
+            raise InputError("audit_content is on, expected --audit-traces with a folder for it")
+        if not 0 <= self.dense_audits <= 1:
+            raise InputError(f"dense_audits is {self.dense_audits}, expected from 0 to 1")
         if self.state is not None and self.control not in GOVERNED:
             raise InputError(f"state is {self.state}, expected it with --control observe or apply")
 

@@ -53,6 +53,10 @@ class Metrics:
         text = "Probes, by whether they brought an answer; refused is one without room"
         self.probes = counter("haltwise_probes", text, ["outcome"])
         self.probe_tokens = counter("haltwise_probe_tokens", "Tokens that probes generated")
+        text = "Tokens that were generated for audits alone"
+        self.audit_tokens = counter("haltwise_audit_tokens", text)
+        name, text = "haltwise_audit_traces_lost", "Audits' traces and labels that were not written"
+        self.audit_traces_lost = Gauge(name, text, registry=self.registry)
         text = "Failures of the upstream"
         self.upstream_errors = counter("haltwise_upstream_errors", text, ["kind"])
         name = "haltwise_streams_in_flight"

@@ -17,7 +17,8 @@ def test_draws_are_even_and_have_nothing_to_do_with_each_other() -> None:
     assert np.abs(shares - 0.05).max() < 4 * math.sqrt(0.05 * 0.95 / len(NUMBERS))
     dense = np.array([draw(KEY, f"request-{n}", "dense") for n in range(20_000)])
     other = np.array([draw(KEY[::-1], f"request-{n}") for n in range(20_000)])
-    for numbers in (dense, other, np.roll(NUMBERS, 1)):
+    split = np.array([draw(KEY, f"request-{n}", "split") for n in range(20_000)])
+    for numbers in (dense, split, other, np.roll(NUMBERS, 1)):
         assert abs(np.corrcoef(NUMBERS, numbers)[0, 1]) < 4 / math.sqrt(len(NUMBERS))
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from haltwise import Certificate, HaltHead, InputError, Terms, ThoughtReport, ThoughtRequest
 from haltwise.control import governed as module
-from haltwise.control.governed import GivenAnswer, GovernedControl, Mode, open_control
+from haltwise.control.answers import GivenAnswer
+from haltwise.control.audit_traces import DenseAudit
+from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.replay import prices_of
 from haltwise.session.stream import StreamedThought
@@ -254,6 +256,7 @@ def test_a_broken_clock_loses_rows_alone(tmp_path: Path) -> None:
         ({"audit": 0.0, "mode": "apply"}, "audit is 0.0, expected above 0"),
         ({"audit": 1.5}, "audit is 1.5"),
         ({"audit": float("nan")}, "audit is nan"),
+        ({"kept": KeptTraces(Path("x"), 0.0)}, "dense audits are 0.0 of all, expected above 0"),
         ({"target": 0.0}, "target is 0.0"),
         ({"target": float("nan")}, "target is nan"),
     ],
@@ -419,6 +422,29 @@ def test_labels_that_make_no_sense_are_refused_and_counted(
         with pytest.raises(InputError, match=expected):
             steering.label(**said)
         assert steering.status()["refused"] == 1
+
+
+def test_a_trace_takes_a_label_that_nobody_waits_for(tmp_path: Path) -> None:
+    kept = KeptTraces(tmp_path / "traces", share=1.0)
+    with control(tmp_path, kept=kept) as steering:
+        request = asked(id="r")
+        run(steering, request)
+        audit = steering.taken(request)
+        assert audit.other_positions == [] and len(audit.points) == 3
+        told(steering, request, 4, 8, 12)
+        full = GivenAnswer("7", "", 20)
+        steering.keep(DenseAudit("r", audit.points, [full] * 3, full, True, "lm", "", "?", ""))
+        with pytest.raises(
+            InputError, match=r"gold is '\.\.\.', expected what the answer rule can"
+        ):
+            steering.label("r", "...")
+        with pytest.raises(InputError, match="no label of request 'other' is waited for"):
+            steering.label("other", "7")
+        steering.label("r", "7")
+        with pytest.raises(InputError, match="labelled already"):
+            steering.label("r", "7")
+    assert rows(tmp_path, "label", "request", "source") == [("r", "gold")]
+    assert steering.status()["traces"]["written"] == 2
 
 
 def test_no_label_is_waited_for_if_none_is_wanted(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def test_rows_of_every_kind_are_kept(path: Path) -> None:
 def test_a_digest_tells_nothing_without_the_key() -> None:
     assert digest(KEY, "me") == digest(KEY, "me") != digest(KEY[::-1], "me")
     assert len(digest(KEY, "me")) == 32
+    assert digest(KEY, "\ud800") != digest(KEY, "\ud801")  # which JSON can hold, but no text
 
 
 def test_a_full_queue_drops_rows_counts_them_and_holds_up_nobody(path: Path) -> None:

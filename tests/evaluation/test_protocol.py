@@ -90,6 +90,8 @@ def example_without_a_file() -> Traces:
         num_tokens=np.array([30, 20, 10]),
         finished=np.ones(3, dtype=bool),
         final_correct=np.array([True, False, False]),
+        labelled=np.ones(3, dtype=bool),
+        full_answer=np.full(3, "", dtype=object),
         offsets=np.arange(4),
         position=np.array([10, 10, 5]),
         probe_tokens=np.array([1, 2, 3]),

@@ -400,6 +400,15 @@ def test_a_certificate_is_told_in_words(page: str) -> None:
     assert "a bound of 1.75 points would have allowed some saving" in none
 
 
+def test_what_counts_as_right_is_told_where_nobody_knows(page: str) -> None:
+    assert "reference answer:" not in Page(page).text
+    found = report() | {"certificate": certificate() | {"num_unlabelled": 1000}}
+    found["traces"]["target"] = "No trace has a reference answer: so it is."
+    text = Page(render(found)).text
+    assert "No trace has a reference answer: so it is." in text
+    assert "1,000 of 3,000 traces have no reference answer: there an answer counts" in text
+
+
 def test_one_is_singular() -> None:
     found = report() | {"certificate": certificate() | {"num_questions": 1, "num_traces": 1}}
     found["traces"] |= {"num": 1, "num_questions": 1}

@@ -13,7 +13,7 @@ import pytest
 
 from haltwise import InputError
 from haltwise.control import governed
-from haltwise.control.governed import GivenAnswer
+from haltwise.control.answers import GivenAnswer
 from haltwise.control.record import digest
 from haltwise.proxy import ServeConfig, create_app
 from haltwise.session.thought import ForcedAnswer, PointRules
