@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,10 +103,9 @@ def start_from_traces(
     # of the straight path, to which the same decay is made by hand.
     straight = policy_net.straight.weight
     rule = straight.detach().clone()
-    optimizer = torch.optim.AdamW(
-        [{"params": layers.parameters()}, {"params": [straight], "weight_decay": 0.0}],
-        lr=config.learning_rate,
-    )
+    decayed: dict[str, Any] = {"params": list(layers.parameters())}
+    kept: dict[str, Any] = {"params": [straight], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([decayed, kept], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps * len(chunks)
     )

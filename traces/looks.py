@@ -58,7 +58,9 @@ def _is_looked_at(traces: Traces, rule: DecisionRule) -> NDArray[np.bool_]:
 def _since(traces: Traces, points: NDArray[np.int64]) -> NDArray[np.int64]:
     """Returns for some points (K,) the first one behind the previous of them in the same trace."""
     first = traces.offsets[traces.trace_of_point[points]]
-    return np.maximum(first, np.concatenate([[0], points[:-1] + 1])[: len(points)])
+    behind = np.concatenate([[0], points[:-1] + 1])[: len(points)]
+    since: NDArray[np.int64] = np.maximum(first, behind)
+    return since
 
 
 def _gaps(traces: Traces) -> NDArray[np.int64]:
@@ -88,5 +90,6 @@ def _of_tokens(
 
     if since == "mean":
         total = over(np.add, values.astype(np.float64) * gaps)
-        return (total / over(np.add, gaps)).astype(values.dtype)
+        mean: NDArray[Any] = (total / over(np.add, gaps)).astype(values.dtype)
+        return mean
     return over({"max": np.maximum, "min": np.minimum, "sum": np.add}[since], values)

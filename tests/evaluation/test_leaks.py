@@ -58,7 +58,7 @@ def finished(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory)
         return make
 
     def second_is_best(*args: Any) -> Trials:
-        return replace(try_checkpoints(*args), best=BEST)
+        return replace(try_checkpoints(*args), taken=BEST)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Supervised", recorded(run.in_train))
