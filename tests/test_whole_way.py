@@ -147,7 +147,7 @@ def test_a_served_lm_that_reasons_in_the_open_goes_the_whole_way(
     pretrained: Path, looks: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with llama_server(pretrained) as server:
-        served = {"lm": NAME, "engine": "openai", "base_url": server.url}
+        served = {"lm": NAME, "engine": "openai", "base_url": server.url, "num": 12}
         asked = small_asked(tmp_path) | served
         go(asked, tmp_path, looks, capsys)
         (question,) = open_task(CollectConfig(**asked, out=tmp_path)).questions("test", 1, 0)
