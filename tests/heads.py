@@ -40,7 +40,8 @@ def sure_head(
 
     Its log-odds are tanh(tanh(logprob + 1.25 + log10(price))): the bar is at -1.25 at a price of
     1, -2.25 at 10, -3.25 at 100, and -0.25 at 0.1. A plan's thought is then halted after 20
-    tokens, 12, 4, and never. If it looks at answers, it has to have seen one, but not which.
+    tokens, 12, 4, and never. If it looks at answers, it has to have seen one, but not which. Its LM
+    reasons in the open if the close text has no marker.
     """
     seen = ("confidence",) if probing == "always" else ()
     groups = ("pace", "distribution", "reflection", *seen)
@@ -51,5 +52,6 @@ def sure_head(
     w0[0, [names.index("logprob"), -1]] = 1.0
     one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
     weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
-    halting = Halting(probing, rule, close, MEAN_LOGPROB)
+    start, end = ("<think>", "</think>") if "</think>" in close else ("", "")
+    halting = Halting(probing, rule, close, MEAN_LOGPROB, think_start=start, think_end=end)
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)

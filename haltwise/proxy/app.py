@@ -87,11 +87,6 @@ class Proxy:
         check_served(head)
         halting = head.config.halting
         self._looks = halting.probing == "always"
-        if not halting.think_start:
-            raise InputError(
-                "the head's LM reasons in the open: expected think markers, by which servers tell "
-                "a thought from an answer"
-            )
         self._terms = config.terms(Terms.of_head(head.config))
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))

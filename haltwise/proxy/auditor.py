@@ -167,7 +167,7 @@ def _dense(
 def _full(reader: ThoughtReader, said: str) -> GivenAnswer:
     """The answer that the client got."""
     rules = reader.server.rules
-    in_text = reader.thought.begun and not reader.field
+    in_text = reader.thought.begun and not reader.field and rules.think_end
     text = said.partition(rules.think_end)[2] if in_text else said
     text = without_markers(text, rules.think_end)
     num_tokens = sum(usage.completion_tokens for usage in reader.usages)

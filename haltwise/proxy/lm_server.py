@@ -64,14 +64,15 @@ class LMServer(ServerDialect):
         super().__init__(upstream)
         self.rules = rules
         self.close_text = close_text
-        before, marker, after = close_text.partition(rules.think_end)
-        self.close_parts = (before, after.lstrip()) if marker else ("", close_text)
+        has_marker = bool(rules.think_end) and rules.think_end in close_text
+        before, after = close_text.split(rules.think_end, 1) if has_marker else ("", close_text)
+        self.close_parts = (before, after.lstrip() if has_marker else after)
         """What of the close text stands inside of the thought, and what stands behind it."""
         self.names: list[str] = []
         """What it calls its models, as far as it was asked."""
         self._silent_until = 0.0
         # Only white space stands behind the marker.
-        self.ends_with_marker = bool(marker) and not after.strip()
+        self.ends_with_marker = has_marker and not after.strip()
 
     async def learn(self, headers: RawHeaders) -> None:
         """Asks the server once for what has to be known of it; here that is nothing.
@@ -154,11 +155,14 @@ class LMServer(ServerDialect):
         begun one.
 
         Returns:
-            True inside of a thought, False behind one that is closed already, None if there is
-            none yet or the server does not tell.
+            True inside of a thought, as in every answer of an LM that reasons in the open, False
+            behind one that is closed already, None if there is none yet or the server does not
+            tell.
         """
         if not request.chat:
             return opened_in_text(request.prompt, self.rules)
+        if not self.rules.think_start:
+            return True
         asks = request.fields_set(*_RENDERED)
         asks["messages"] = _with_border(request.body["messages"])
         asks.setdefault("add_generation_prompt", True)
@@ -441,6 +445,8 @@ def opened_in_text(prompt: str, rules: PointRules) -> bool | None:
 
     A marker that stands amid a line, or with another turn behind it, is only mentioned.
     """
+    if not rules.think_start:
+        return True
     before, marker, thought = prompt.rpartition(rules.think_start)
     if prompt.rstrip().endswith(rules.think_end):
         return False

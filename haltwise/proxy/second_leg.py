@@ -202,7 +202,7 @@ class ThoughtCloser:
             markers = (rules.think_start, rules.think_end)
             opening = await leg.opening(*markers) if leg.is_readable else None
             thought, text = opening or ("", "")
-            thinks = text.lstrip().startswith(rules.think_start)
+            thinks = bool(rules.think_start) and text.lstrip().startswith(rules.think_start)
             if opening and not thought and not thinks and (text or may_be_empty):
                 return leg
             await leg.close()

@@ -92,7 +92,7 @@ class ThoughtReader:
     async def read(self, chunk: Json, choice: Json) -> bool:
         """Reads the next chunk, which has this choice; returns whether to halt behind it."""
         halts = await self._read(chunk, choice)
-        if not self.is_thinking:
+        if not self.is_thinking or choice.get("finish_reason"):
             self.prober.cancel()
         return halts
 
@@ -115,6 +115,10 @@ class ThoughtReader:
         if thought and not self.field:
             self.field = next(name for name in REASONING_FIELDS if choice["delta"].get(name))
             self.thought.begun = True
+            if not self.server.rules.think_start:
+                self.is_thinking = False  # it is no LM that reasons in the open
+                self.fall_back("thought apart")
+                return False
         if any(token.text.startswith(_ID_TEXT) for token in tokens):
             self.is_thinking = False  # its markers cannot be seen
             self.fall_back("token texts")
@@ -124,7 +128,10 @@ class ThoughtReader:
             await self._find_opening("".join(token.text for token in tokens))
             if not self.is_thinking:
                 return False
-        halts = self._guarded(lambda: self._show_head(tokens))
+        # What ends an answer in the open has no text, and often comes before the reason.
+        is_blank = not (thought or text or self.server.rules.think_end)
+        ends = is_blank or bool(choice.get("finish_reason"))
+        halts = self._guarded(lambda: self._show_head(tokens, ends))
         self.is_thinking &= not self.thought.is_over
         return halts and await self._halts_here()
 
@@ -182,12 +189,18 @@ class ThoughtReader:
         if self.generated.prompt_ids is not None:
             self.usages[0].prompt_tokens = len(self.generated.prompt_ids)
 
-    def _show_head(self, tokens: list[ServedToken]) -> bool:
-        """Shows tokens to the head; returns whether it halts at one of them."""
+    def _show_head(self, tokens: list[ServedToken], ends: bool) -> bool:
+        """Shows tokens to the head; returns whether it halts at one of them.
+
+        Args:
+            tokens: The tokens.
+            ends: Whether the LM may have ended with them.
+        """
         halts = False
-        for token in tokens:
+        for i, token in enumerate(tokens, start=1):
             num_points, started = self.thought.num_points, time.perf_counter()
-            halts |= self.streamed.add(token.text, token.logprob, token.top)
+            is_last = ends and i == len(tokens)
+            halts |= self.streamed.add(token.text, token.logprob, token.top, is_last)
             if self.streamed.asks:
                 self._look()
             if self.thought.num_points > num_points:

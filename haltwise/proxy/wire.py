@@ -271,8 +271,13 @@ def replace_texts(choice: Json, thought: str, text: str) -> None:
 
 
 def without_markers(text: str, marker: str) -> str:
-    """An answer's text less the markers before it, which an LM writes where one was forced."""
-    while text.lstrip().startswith(marker):
+    """An answer's text less the markers before it, which an LM writes where one was forced.
+
+    Args:
+        text: The text.
+        marker: The marker; empty if the LM has none.
+    """
+    while marker and text.lstrip().startswith(marker):
         text = text.lstrip().removeprefix(marker).lstrip()
     return text
 

@@ -81,13 +81,14 @@ class StreamedThought:
         # A decision point whose forced answer is not known yet.
         self._awaited: Signals | None = None
 
-    def add(self, text: str, logprob: float, top: Sequence[float]) -> bool:
+    def add(self, text: str, logprob: float, top: Sequence[float], is_last: bool = False) -> bool:
         """Takes in the next token; returns whether to close the thought now, True once.
 
         Args:
             text: The token's text.
             logprob: The token's log probability, nats; NaN if unknown.
             top: Log probabilities of the likeliest tokens in its place, in any order, nats.
+            is_last: Whether it may be the last one, where there is nothing to decide.
         """
         session, thought = self._session, self.thought
         thought.add(text)
@@ -95,6 +96,9 @@ class StreamedThought:
             return False
         if session.watched[0]:
             self._signals.add(logprob, top)
+        if is_last:
+            thought.at_point = False
+            return False
         if self._looks and thought.at_cap:
             thought.at_point = False  # nothing is looked at any more
         if not thought.waits or self.asks:

@@ -47,6 +47,8 @@ CONTEXT = 100_000
 #: Texts of the tokens that a proxy has read and, if it looks at answers there, decided about: a
 #: paced fake waits for it at each such place.
 DECIDED: set[str] = set()
+#: What leads an LM that reasons in the open to its answer.
+CUE = "\n\nAnswer:"
 _OPEN, _CLOSE = "<think>", "</think>"
 _MENTION = "<think >"
 _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
@@ -103,6 +105,13 @@ class Plan:
     """Tells details of its usage: all tokens of its answer are of a thought, one was cached."""
     tool: bool = False
     """Calls a tool in place of an answer."""
+    open: bool = False
+    """Reasons in the open: without markers, up to the `CUE`."""
+
+    @property
+    def close(self) -> str:
+        """What stands between the thought and the answer."""
+        return CUE if self.open else _CLOSE
 
     def text(self) -> str:
         """For a message or the start of a prompt."""
@@ -111,7 +120,7 @@ class Plan:
 
     def prompt(self) -> str:
         """For completions: the thought has begun."""
-        return f"{self.text()}\n{_OPEN}\n"
+        return f"{self.text()}\n" if self.open else f"{self.text()}\n{_OPEN}\n"
 
     def messages(self) -> list[Any]:
         """For chat."""
@@ -159,15 +168,15 @@ class Token:
 
 def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
     """What the LM says after a prompt; it may go on forever."""
-    thought, is_closed, answer = prompt.partition(_CLOSE)
+    thought, is_closed, answer = prompt.partition(plan.close)
     seen = len(re.findall(rf" {plan.name}\.t\d+", thought))
     if not is_closed:
-        if _OPEN not in thought:
+        if not (plan.open or _OPEN in thought):
             yield Token(_OPEN, "marker")
         while seen < plan.thinking or plan.trouble == "endless":
             yield Token(plan.thought(seen + 1, start=seen), "thought", plan.logprob(seen))
             seen += 1
-        yield Token(_CLOSE, "marker")
+        yield Token(plan.close, "marker")
     said = len(re.findall(rf" {plan.name}\.a\d+", answer))
     if plan.closes and is_closed and not said:
         yield from _unclosed(plan, seen, answer.count(_CLOSE))
@@ -193,7 +202,8 @@ def _unclosed(plan: Plan, seen: int, num_more: int) -> Iterator[Token]:
 
 def leg_of(prompt: str) -> int:
     """1 inside or before a thought, 2 behind a closed one, 3 with a part of the answer."""
-    plan, (_, marker, closed) = Plan.read(prompt), prompt.partition(_CLOSE)
+    plan = Plan.read(prompt)
+    _, marker, closed = prompt.partition(plan.close)
     return 1 + bool(marker) + (f" {plan.name}.a" in closed)
 
 
@@ -408,7 +418,7 @@ class _Fake:
             return Response(b"<html>not an API</html>", media_type="text/html")
         if is_anew:
             plan = replace(plan, thinking={"brief": 5, "plain": 0}.get(plan.anew, plan.thinking))
-            prompt += _CLOSE if plan.anew == "plain" else ""
+            prompt += plan.close if plan.anew == "plain" else ""
         writer = _Writer(self, asked, plan, prompt, happens)
         if asked.body.get("stream") and plan.form != "whole":
             return _Stream(asked, writer.packets(), self, plan.form)
@@ -648,7 +658,7 @@ class _Writer:
             self.tokens = continuation(self.plan, prompt)
             return Token(message + _CLOSE, "marker")
         token = next(self.tokens)
-        self.thinks &= token.text != _CLOSE
+        self.thinks &= token.text != self.plan.close
         return token
 
     # Forms

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from haltwise.session.thought import ForcedAnswer, PointRules
 from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.tasks import questions
-from tests.heads import sure_head
-from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
+from tests.heads import CLOSE, sure_head
+from tests.proxy.fake_upstream import CUE, FakeUpstream, Kind, Plan, Thoughts
 from tests.proxy.llama_server import NAME, llama_server
 from tests.proxy.proxies import Proxy, Reply, ask, connected, proxied, saved_head, wait_until
 from tests.proxy.proxies import request_bytes as bytes_of
@@ -33,13 +34,14 @@ OFF, NEVER = {"X-Haltwise-Off": "1"}, {"X-Haltwise-Price": "1e-9"}
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Governed]:
     """Proxies before a kind of fake; with a control all its requests are audits if none is said."""
-    head = saved_head(tmp_path / "head")
     with ExitStack() as stack:
 
-        def started(kind: Kind = "vllm", **settings: Any) -> Proxy:
+        def started(kind: Kind = "vllm", is_open: bool = False, **settings: Any) -> Proxy:
+            head = saved_head(tmp_path / "head", sure_head(CUE if is_open else CLOSE))
             if settings.get("control", "off") != "off":
                 settings = {"state": tmp_path / "state", "audit": 1.0} | settings
-            upstream = stack.enter_context(FakeUpstream(kind))
+            thoughts: Thoughts = "written" if is_open else "field"
+            upstream = stack.enter_context(FakeUpstream(kind, thoughts=thoughts))
             config = ServeConfig(head=head, upstream=upstream.url, **settings)
             return stack.enter_context(proxied(config))
 
@@ -63,16 +65,19 @@ def answers(state: Path) -> list[tuple[int, str, int, int]]:
         return file.execute(f"SELECT {names} FROM answer ORDER BY rowid").fetchall()
 
 
-def mac(state: Path, reply: Reply, halted: bool) -> str:
+def mac(state: Path, reply: Reply, halted: bool, is_open: bool) -> str:
     """The digest that the record has of an answer."""
     rules = PointRules(sure_head().config.halting)
-    text = reply.text.rpartition("</think>")[2]
+    text = reply.text
+    if halted or not is_open:  # the whole of an answer in the open is read
+        text = text.rpartition(CUE if is_open else "</think>")[2]
     read = rules.read(ForcedAnswer([text], [], 1)).answer if halted else rules.read_answer(text)
     key = governed.installation_key(state)
     return digest(key, GivenAnswer(read, text, 1).compared)
 
 
 @pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("is_open", [False, True], ids=["markers", "in the open"])
 @pytest.mark.parametrize(
     ("kind", "chat"),
     [
@@ -83,9 +88,16 @@ def mac(state: Path, reply: Reply, halted: bool) -> str:
     + [("plain", False)],
 )
 def test_an_audit_knows_the_answers_that_halting_would_have_given(
-    kind: Kind, chat: bool, stream: bool, serving: Governed, plan: Plan, tmp_path: Path
+    kind: Kind,
+    chat: bool,
+    stream: bool,
+    is_open: bool,
+    serving: Governed,
+    plan: Plan,
+    tmp_path: Path,
 ) -> None:
-    plain, looking = serving(kind), serving(kind, control="observe")
+    plan = replace(plan, open=True, answer=2) if is_open else plan  # 32 tokens in all
+    plain, looking = serving(kind, is_open), serving(kind, is_open, control="observe")
     full = ask(looking.client, plan, chat, stream)
     expected = ask(plain.client, plan, chat, stream, NEVER)
     assert (full.thought, full.text, full.finish) == (
@@ -104,10 +116,10 @@ def test_an_audit_knows_the_answers_that_halting_would_have_given(
         assert halted.haltwise["halted"]
         # A thought that a server closes by a request beside it may have gone on meanwhile.
         if halted.haltwise.get("length", position) == position:
-            assert answer == mac(tmp_path / "state", halted, halted=True) and not agrees
+            assert answer == mac(tmp_path / "state", halted, True, is_open) and not agrees
         legs = [leg["completion_tokens"] for leg in halted.haltwise["legs"]]
         assert len(legs) == 1 or tokens == halted.haltwise["position"] + legs[1]
-    assert found[-1][1] == mac(tmp_path / "state", full, halted=False)
+    assert found[-1][1] == mac(tmp_path / "state", full, False, is_open)
 
 
 def test_whom_nobody_audits_gets_the_bytes_of_who_has_no_control(

@@ -14,6 +14,7 @@ from tests.proxy import (
     test_fields,
     test_llama_server,
     test_load,
+    test_open,
     test_probing,
     test_proxy,
     test_serve,
@@ -74,6 +75,13 @@ PROMISES: dict[str, Tests] = {
         test_proxy.test_an_answer_behind_a_closed_thought_is_no_thought,
         test_proxy.test_a_marker_in_what_a_user_says_means_nothing,
         test_proxy.test_a_completion_that_mentions_a_marker_is_no_thought,
+    ),
+    "as if the LM had come to its answer by itself": (
+        test_open.test_an_answer_is_its_thought_the_close_text_and_what_the_lm_says_then,
+        test_open.test_the_official_client_takes_a_halted_answer,
+    ),
+    "it is left alone (`thought apart`)": (
+        test_open.test_a_thought_that_a_server_tells_apart_is_left_alone,
     ),
     "the marker is left out; the second thought is closed once before it begins": (
         test_proxy.test_a_close_that_the_lm_does_not_heed_is_followed_through,

@@ -150,14 +150,6 @@ def test_a_head_that_was_recorded_from_another_server_is_told(
     assert "recorded from a server with model 'a.gguf', this one has ''" in told
 
 
-def test_a_head_of_an_lm_that_reasons_in_the_open_is_refused(head: Path, tmp_path: Path) -> None:
-    of_markers = HaltHead.load(head)
-    halting = replace(of_markers.config.halting, think_start="", think_end="")
-    HaltHead(replace(of_markers.config, halting=halting), of_markers.weights).save(tmp_path)
-    with pytest.raises(InputError, match="reasons in the open: expected think markers"):
-        create_app(ServeConfig(head=tmp_path))
-
-
 @pytest.mark.parametrize(
     "content",
     [
