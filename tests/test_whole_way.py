@@ -25,7 +25,7 @@ from lms.sources import open_task
 from recording.collect import CollectConfig, collect
 from tests.families import FAMILIES
 from tests.proxy.llama_server import NAME, llama_server
-from tests.proxy.proxies import proxied
+from tests.proxy.proxies import PATIENCE, proxied
 from train import TrainConfig
 
 SMALL = FitConfig(
@@ -160,7 +160,11 @@ def test_a_served_lm_that_reasons_in_the_open_goes_the_whole_way(
         greedy = {"model": NAME, "temperature": 0, "max_tokens": 40}
         prompt = server.post("/apply-template", {"messages": messages})["prompt"]
         whole = server.post("/v1/completions", greedy | {"prompt": prompt})["choices"][0]["text"]
-        with proxied(ServeConfig(tmp_path / "run", server.url)) as proxy:
+        # However busy the machine is.
+        patient = ServeConfig(
+            tmp_path / "run", server.url, probe_timeout=PATIENCE, probe_anyway=True
+        )
+        with proxied(patient) as proxy:
             for price in ("0", "1e6"):
                 headers = {"X-Haltwise-Price": price, "X-Haltwise-Max-Tokens": "8"}
                 body = greedy | {"messages": messages}
