@@ -82,7 +82,7 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
 def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:
     content = json.loads((run_dir / "out_of_fold.json").read_text())
     heads = [row for row in content["rows"] if row["policy"] == "head"]
-    assert len(heads) == 60
+    assert len(heads) == 75  # prices
     points = json.loads((run_dir / "operating_points.json").read_text())["gates"]
     for gate, by_policy in points.items():
         allowed = [r for r in heads if r["em_delta"] >= -float(gate) - 1e-12 and r["saving"] > 0]
