@@ -26,9 +26,9 @@ def looked_at(traces: Traces, rule: DecisionRule) -> Traces:
     """
     points = np.flatnonzero(_is_looked_at(traces, rule))
     num = np.bincount(traces.trace_of_point[points], minlength=len(traces))
-    since = _since(traces, points)
+    since, gaps = _since(traces, points), _gaps(traces)
     signals = {
-        name: _of_tokens(values, SIGNAL_KINDS[name].since, points, since, _gaps(traces))
+        name: _of_tokens(values, SIGNAL_KINDS[name].since, points, since, gaps)
         for name, values in traces.signals.items()
     }
     return replace(

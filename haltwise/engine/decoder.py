@@ -142,7 +142,7 @@ class Decoder:
         Raises:
             InputError: If the LM's logits are not numbers.
         """
-        moving, num_left = slots[self._are_going(slots)], self.rules.every or _STRIDE
+        moving, num_left = slots[self._are_going(slots)], self.rules.every_repeated or _STRIDE
         while num_left and len(moving):
             thoughts = self._thoughts_in(moving)
             if self._burst:

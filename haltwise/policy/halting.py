@@ -75,7 +75,7 @@ class DecisionRule:
                 that is no multiple of the closer one, or allows no point.
         """
         far, close = self._spacing
-        is_spaced = bool(far and close) and far % close == 0  # type: ignore[operator]
+        is_spaced = far and close and far % close == 0
         if not (is_spaced or self.after) or self.max_points == 0:
             raise InputError(
                 f"decision rule {self.text!r} can be replayed but not run: expected "

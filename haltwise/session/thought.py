@@ -40,10 +40,10 @@ class PointRules:
         """Reads the decision rule."""
         rule = DecisionRule(halting.decision_rule)
         rule.check_runnable()
-        #: Tokens between the places where a point may lie, if that is a rule about places.
-        self.every = rule.every_repeated
-        #: Tokens between points, if there are more places than points.
-        self.every_unless_repeated = rule.every
+        #: Tokens between points, or None if they follow a text.
+        self.every = rule.every
+        #: The same while the answer repeats: a point lies at a multiple of it.
+        self.every_repeated = rule.every_repeated
         self._after = rule.after or ""
         #: Decision points that a thought can have, or None if there is no limit.
         self.max_points = rule.max_points
@@ -63,8 +63,8 @@ class PointRules:
             position: Tokens so far.
             text: The token's text, and before it as much as the rule looks back.
         """
-        if self.every:
-            return position % self.every == 0
+        if self.every_repeated:
+            return position % self.every_repeated == 0
         return self._after in text
 
     @property
@@ -142,7 +142,7 @@ class Thought:
         """Whether the newest token is at a decision point."""
         self.gap = 0
         """Tokens since the previous decision point, or since the start."""
-        self._due = rules.every_unless_repeated or 0  # tokens before which there is no point
+        self._due = rules.every or 0  # tokens before which there is no point
         self._latest = 0  # tokens at the latest decision point
         self._answer = 0  # the key of the forced answer that was told last
         self.read_prompt(prompt)
@@ -184,7 +184,7 @@ class Thought:
         if self.is_over:
             return NEVER
         if at_points:
-            every = self._rules.every
+            every = self._rules.every_repeated
             look = num + 1 if every is None else (num // every + 1) * every
         return look if self.cap is None else min(look, max(self.cap, num + 1))
 
@@ -207,7 +207,7 @@ class Thought:
             if self.at_point:
                 self.num_points += 1
                 self._latest = self.num_tokens
-                self._due = self.num_tokens + (rules.every_unless_repeated or 0)
+                self._due = self.num_tokens + (rules.every or 0)
             if rules.num_looked_back:
                 self._before = (self._before + text)[-rules.num_looked_back :]
         self.position = self.num_tokens
@@ -221,7 +221,7 @@ class Thought:
             key: Its key, see `haltwise.policy.signals.answer_keys`; 0 is no answer.
         """
         if key and key == self._answer:
-            self._due = self._latest + (self._rules.every or 0)
+            self._due = self._latest + (self._rules.every_repeated or 0)
         self._answer = key
 
     def end(self, by_lm: bool) -> None:
