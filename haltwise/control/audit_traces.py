@@ -142,8 +142,8 @@ class AuditTraces:
             "probe_tokens": probe_tokens,
             "answer": [self._told(one) for one in audit.halted],
             "correct": None,
-            "confidence": [None] * len(position),
-            "answer_logprobs": [[] for _ in position],
+            "confidence": [_confidence(seen) for seen in audit.points],
+            "answer_logprobs": [list(one.logprobs) for one in audit.halted],
         }
         for name in self._signals:
             row[name] = [_number(getattr(seen, name)) for seen in audit.points]
@@ -326,6 +326,10 @@ def _check(position: Sequence[int], probe_tokens: Sequence[int], num_tokens: int
     increases = all(before < after for before, after in pairwise([-1, *position]))
     if not increases or num_tokens < max([1, *position]) or min([0, *probe_tokens]) < 0:
         raise ValueError(f"tokens at {position!s:.80} of {num_tokens}, and {probe_tokens!s:.80}")
+
+
+def _confidence(seen: Signals) -> float | None:
+    return None if seen.confidence is None else _number(seen.confidence)
 
 
 def _number(value: Any) -> float | None:

@@ -35,7 +35,7 @@ from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, dig
 from haltwise.control.replay import Replay, prices_of
 from haltwise.errors import InputError, reason_of
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Signals
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 from haltwise.session.thought import NEVER
 
@@ -43,9 +43,9 @@ log = logging.getLogger("haltwise.control")
 
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
-# What is known of a request by which it is promised something.
-_GROUPED_BY = ("tenant", "task")
 _LONGEST_NAME = 100
+# What the names of tenants' groups begin with.
+_TENANT = "tenant:"
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
 # Requests that users may still rate.
@@ -54,6 +54,18 @@ _MOST_REMEMBERED = 10_000
 _REST = 0.025
 _ALERT = 0.5
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of an audit at one decision point."""
+
+    signals: Signals
+    """What was seen there, (1,)."""
+    reached: int
+    """Tokens of the thought when the head was asked: beside a look at an answer it goes on."""
+    num_probe_tokens: int
+    """Tokens that were generated to look at answers until then."""
 
 
 @dataclass(eq=False)
@@ -68,8 +80,8 @@ class AuditedRequest:
     replay: Replay
     is_dense: bool = False
     """Whether an answer is asked for at every decision point."""
-    points: list[Signals] = field(default_factory=list)
-    """What was seen at each decision point, (1,) each, if it is dense."""
+    looks: dict[int, Look] = field(default_factory=dict)
+    """By position, what is known of its decision points, in order."""
     report: ThoughtReport | None = None
     """What happened to it, once it has ended."""
 
@@ -81,9 +93,13 @@ class AuditedRequest:
 
     @property
     def other_positions(self) -> list[int]:
-        """The other decision points at which an answer is asked for."""
-        known = set(self.positions)
-        return [at for at in (int(seen.position[0]) for seen in self.points) if at not in known]
+        """Its other decision points."""
+        return [at for at in self.looks if at not in set(self.positions)]
+
+    @property
+    def num_probe_tokens(self) -> int:
+        """Tokens that were generated to look at its answers while its thought ran."""
+        return self.report.num_probe_tokens if self.report else 0
 
 
 @dataclass(frozen=True)
@@ -115,9 +131,9 @@ class Failures:
 class GovernedControl:
     """Audits, and in apply mode moves prices; see the top of this module. To be closed.
 
-    Requests are in the groups of their tenant and task, as far as their `about` tells them. One
-    that asks to be off, with `names_price` in its `about`, is neither audited nor counted; one
-    that names another price is never served a higher one.
+    Requests are in groups, see `groups_of`. One that asks to be off, with `names_price` in its
+    `about`, is neither audited nor counted; one that names another price is never served a higher
+    one.
     """
 
     head: HaltHead
@@ -141,7 +157,7 @@ class GovernedControl:
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
-    moves_prices: bool = True  # so that audits are looked at, which run at a price of 0
+    moves_prices: bool = False
 
     def __post_init__(self) -> None:
         """Starts without a request.
@@ -194,7 +210,7 @@ class GovernedControl:
 
     def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
         self._expire()
-        names, groups, asked = groups_of(request.about), self.groups, request.terms
+        names, groups, asked = groups_of(request), self.groups, request.terms
         number = str(request.about.get("id") or uuid.uuid4().hex)
         rates = groups.rates(names)
         if self.mode == "observe":
@@ -210,17 +226,24 @@ class GovernedControl:
             self._waiting.update(list(rates))
         if drawn.audited:
             replay = Replay(self.head, self.prices, asked.min_tokens)
-            dense = self.traces is not None and draw(self.key, number, "dense") < self.dense_audits
+            dense = self._is_dense(number)
             self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay, dense)
             self._put(Entry(Drawn(number, step, drawn.groups)))
-            served = 0.0
-        elif self._waiting[EVERYTHING] >= _COUNTED_AT:
+            return replace(asked, price=0.0, looked_at=True)
+        if self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put(Entry())
         return replace(asked, price=served)
 
+    def _is_dense(self, number: str) -> bool:
+        """Returns whether an audit is dense, which those of a head that looks at answers are."""
+        if self.traces is None:
+            return False
+        looks = self.head.config.halting.probing == "always"
+        return looks or draw(self.key, number, "dense") < self.dense_audits
+
     def _remember(self, number: str, names: list[str]) -> None:
         """Remembers whose a request is, for a while."""
-        tenants = [name for name in names if name.startswith("tenant:")]
+        tenants = [name for name in names if name.startswith(_TENANT)]
         if tenants:
             self._recent[number] = tenants[0]
         if len(self._recent) > _MOST_REMEMBERED:
@@ -242,8 +265,9 @@ class GovernedControl:
             try:
                 signals, place = running.point
                 audit.replay.add(signals, place)
-                if audit.is_dense:
-                    audit.points.append(signals.rows(np.array([place])))
+                reached, spent = running.thought.position, running.report.num_probe_tokens
+                at = int(signals.position[place])
+                audit.looks[at] = Look(signals.rows(np.array([place])), reached, spent)
             except Exception as error:
                 self.failures.add("a replay", error)
                 self.break_off(audit)
@@ -285,7 +309,7 @@ class GovernedControl:
             return
         self.num_audit_tokens += num_tokens
         try:
-            told = self._told(audit.replay.positions, full, halted)
+            told = self._told(audit, full, halted)
             losses = tuple(told.losses[_DISAGREEMENT].tolist())
             waits = told.due.any() and not self.keeper.books.is_too_long(told)
             awaited = self._awaited(audit, full, halted) if waits else None
@@ -324,13 +348,24 @@ class GovernedControl:
             self._note(audit.report, audit, num_tokens)
 
     def _told(
-        self, positions: Index, full: GivenAnswer, halted: Mapping[int, GivenAnswer | None]
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
     ) -> Audit:
-        """Returns what an audit tells of every price; differing answers count as a loss."""
-        answers = [halted.get(position) or full for position in positions.tolist()]
+        """Returns what an audit tells of every price; differing answers count as a loss.
+
+        A head that looks at answers pays for every look until it halts.
+        """
+        positions = audit.replay.positions.tolist()
+        answers = [halted.get(position) or full for position in positions]
         agrees = np.array([one.compared == full.compared for one in answers])
-        cost = np.array([float(one.num_tokens) for one in answers])
-        return Audit(agrees, cost, float(full.num_tokens))
+        cost = [
+            one.num_tokens
+            + (audit.looks[at].num_probe_tokens if halted.get(at) else audit.num_probe_tokens)
+            for at, one in zip(positions, answers, strict=True)
+        ]
+        return Audit(agrees, np.array(cost, dtype=np.float64), float(full.num_tokens))
 
     def _awaited(
         self,
@@ -360,8 +395,9 @@ class GovernedControl:
         self, report: ThoughtReport, audit: AuditedRequest | None, num_tokens: int
     ) -> RequestRow:
         about, groups = report.request.about, self.groups
-        names = groups_of(about)
-        known = {n: digest(self.key, str(about[n])) for n in _GROUPED_BY if about.get(n)}
+        names, segment = groups_of(report.request), report.request.terms.segment
+        known = {"tenant": about.get("tenant"), "task": about.get("task"), "segment": segment}
+        digests = {n: digest(self.key, str(told)) for n, told in known.items() if told}
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
         ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
         return RequestRow(
@@ -378,8 +414,7 @@ class GovernedControl:
             reason=report.reason,
             position=report.position,
             audit_tokens=num_tokens,
-            tenant=known.get("tenant"),
-            task=known.get("task"),
+            **digests,
         )
 
     def _note_answers(
@@ -578,9 +613,18 @@ class GovernedControl:
             self.traces.close()
 
 
-def groups_of(about: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the groups that a request is in, beside everything."""
-    return [f"{kind}:{about[kind]}"[:_LONGEST_NAME] for kind in _GROUPED_BY if about.get(kind)]
+def groups_of(request: ThoughtRequest) -> list[str]:
+    """Returns the names of the groups that a request is in, beside everything.
+
+    They are those of its task, of its segment, and of its tenant's requests of that task, as far
+    as these are known.
+    """
+    about, segment = request.about, request.terms.segment
+    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
+    names = [f"task:{task}"] if task else []
+    names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
+    of_task = f" task:{task}" if task else ""
+    return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
 
 
 def open_control(
@@ -597,7 +641,7 @@ def open_control(
     """Returns a control whose books and record are in a file, which is made if it is not there.
 
     Args:
-        head: The policy, which looks at no forced answer.
+        head: The policy.
         mode: Whether it only looks, or moves prices.
         path: The file; the installation's key is in one beside it, as are a lock and SQLite's own.
         target: The mean loss that is promised.
@@ -614,8 +658,6 @@ def open_control(
         raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
     if not 0 <= label_seconds < np.inf:
         raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
-    if head.config.halting.probing != "at_halt":
-        raise InputError("the head looks at forced answers, expected one with probing at_halt")
     if kept is not None and not 0 < kept.share <= 1:
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
     share = audit or 1.0
@@ -627,7 +669,7 @@ def open_control(
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
-    keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
+    keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens * _room_for_looks(head))), about)
     return GovernedControl(
         head,
         mode,
@@ -640,6 +682,14 @@ def open_control(
         traces=traces,
         dense_audits=0.0 if kept is None else kept.share,
     )
+
+
+def _room_for_looks(head: HaltHead) -> int:
+    """Returns how much longer than an answer all that is generated for it can be.
+
+    What looks for more tokens than it watches is not worth its looks.
+    """
+    return 2 if head.config.halting.probing == "always" else 1
 
 
 def _certified(head: HaltHead, prices: Float, target: float) -> int:

@@ -32,6 +32,8 @@ class Terms:
     """What kind of question it is, as the head's training traces name kinds; None is unknown."""
     segment_prices: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     """By segment, the price of who names the segment and no price."""
+    looked_at: bool = False
+    """Whether its decision points are looked at even at a price of 0; only a control asks that."""
 
     @classmethod
     def of_head(cls, config: HeadConfig) -> Terms:

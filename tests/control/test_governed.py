@@ -430,10 +430,11 @@ def test_a_trace_takes_a_label_that_nobody_waits_for(tmp_path: Path) -> None:
         request = asked(id="r")
         run(steering, request)
         audit = steering.taken(request)
-        assert audit.other_positions == [] and len(audit.points) == 3
+        assert audit.other_positions == [] and list(audit.looks) == [4, 8, 12]
         told(steering, request, 4, 8, 12)
         full = GivenAnswer("7", "", 20)
-        steering.keep(DenseAudit("r", audit.points, [full] * 3, full, True, "lm", "", "?", ""))
+        points = [look.signals for look in audit.looks.values()]
+        steering.keep(DenseAudit("r", points, [full] * 3, full, True, "lm", "", "?", ""))
         with pytest.raises(
             InputError, match=r"gold is '\.\.\.', expected what the answer rule can"
         ):
