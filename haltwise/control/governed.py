@@ -17,8 +17,10 @@ import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
+from haltwise.control.store import store_of
 from haltwise.errors import InputError, reason_of
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Signals
@@ -44,12 +47,12 @@ log = logging.getLogger("haltwise.control")
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
 _LONGEST_NAME = 100
-# What the names of tenants' groups begin with.
-_TENANT = "tenant:"
+# What the names of tenants' groups are made of.
+_TENANT, _OF_TASK = "tenant:", " task:"
+# Newest requests whose rows may not be written yet.
+_MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
-# Requests that users may still rate.
-_MOST_REMEMBERED = 10_000
 # Share of requests that is audited at rest, and on alert.
 _REST = 0.025
 _ALERT = 0.5
@@ -171,7 +174,7 @@ class GovernedControl:
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
-        # The tenants' groups of the newest requests that nobody has rated.
+        # By newest request its tenant's group, empty if it has none or was rated.
         self._recent: OrderedDict[str, str] = OrderedDict()
         self.num_refused = 0
         self.num_audit_tokens = 0
@@ -221,14 +224,14 @@ class GovernedControl:
             served = asked.price
             step = int(np.searchsorted(self.prices, served, side="right"))
         drawn = draw_audit(self.key, number, rates)
-        self._remember(number, names)
+        self._remember(number, next((n for n in names if n.startswith(_TENANT)), ""))
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
             replay = Replay(self.head, self.prices, asked.min_tokens)
             dense = self._is_dense(number)
             self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay, dense)
-            self._put(Entry(Drawn(number, step, drawn.groups)))
+            self._put(Entry(Drawn(number, step, drawn.groups, self.keeper.process)))
             return replace(asked, price=0.0, looked_at=True)
         if self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put(Entry())
@@ -240,14 +243,6 @@ class GovernedControl:
             return False
         looks = self.head.config.halting.probing == "always"
         return looks or draw(self.key, number, "dense") < self.dense_audits
-
-    def _remember(self, number: str, names: list[str]) -> None:
-        """Remembers whose a request is, for a while."""
-        tenants = [name for name in names if name.startswith(_TENANT)]
-        if tenants:
-            self._recent[number] = tenants[0]
-        if len(self._recent) > _MOST_REMEMBERED:
-            self._recent.popitem(last=False)
 
     def _put(self, entry: Entry) -> None:
         """Puts an entry on its way, with the requests that have come since the last one."""
@@ -528,23 +523,52 @@ class GovernedControl:
             is_number = isinstance(score, int | float) and not isinstance(score, bool)
             if not is_number or not 0 <= score <= 1:
                 raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
-            group = self._recent.get(request)
-            if group is None:
-                raise InputError(
-                    f"request {request!r:.80} is unknown, too old, without a tenant or rated "
-                    "already, expected the X-Haltwise-Request of a recent one"
-                )
-            if group not in self.groups.groups:
-                raise InputError("nothing is known of the tenant yet, expected an audit of it")
+            group = self._tenant_of(request)
         except InputError:
             self.num_refused += 1
             raise
-        del self._recent[request]
+        self._remember(request, "")
         self._put(Entry(Complained(group, 1.0 - score)))
         try:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
+
+    def _tenant_of(self, request: str) -> str:
+        """Returns the group of the tenant that made a request which nobody has rated.
+
+        Raises:
+            InputError: If there is none.
+        """
+        group = self._recent.get(request)
+        if group is None:
+            group = self._recorded_tenant_of(request)
+        if not group:
+            raise InputError(
+                f"request {request!r:.80} is unknown, without a tenant or rated already, expected "
+                "an X-Haltwise-Request"
+            )
+        if group not in self.groups.groups:
+            raise InputError("nothing is known of the tenant yet, expected an audit of it")
+        return group
+
+    def _recorded_tenant_of(self, request: str) -> str:
+        """Returns the same of a request that was long ago, or another process's; may be empty."""
+        tenant, task, is_rated = self.record.whose(request) or (None, None, False)
+        if tenant is None or is_rated:
+            return ""
+        for name in self.groups.groups:
+            of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
+            told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
+            if name.startswith(_TENANT) and told == [tenant, task]:
+                return name
+        return _TENANT
+
+    def _remember(self, request: str, group: str) -> None:
+        """Remembers whose a request is; an empty group is nobody's any more."""
+        self._recent[request] = group
+        if len(self._recent) > _MOST_RECENT:
+            self._recent.popitem(last=False)
 
     # What a person sees
 
@@ -623,36 +647,39 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
     names = [f"task:{task}"] if task else []
     names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
-    of_task = f" task:{task}" if task else ""
+    of_task = f"{_OF_TASK}{task}" if task else ""
     return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
 
 
 def open_control(
     head: HaltHead,
     mode: Mode,
-    path: Path,
+    state: str | Path,
     target: float,
     audit: float,
     usual_price: float,
     most_tokens: int,
     label_seconds: float = 0.0,
     kept: KeptTraces | None = None,
+    key_file: Path | None = None,
 ) -> GovernedControl:
-    """Returns a control whose books and record are in a file, which is made if it is not there.
+    """Returns a control whose books and record are in a store, which is made if it is not there.
 
     Args:
         head: The policy.
         mode: Whether it only looks, or moves prices.
-        path: The file; the installation's key is in one beside it, as are a lock and SQLite's own.
+        state: The store, see `store_of`.
         target: The mean loss that is promised.
         audit: Share of requests that is audited; 0, in observe mode alone, for none.
         usual_price: The price of requests that name none.
         most_tokens: The most tokens that an answer can have.
         label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
         kept: Which audits are kept as traces, and where; None keeps none.
+        key_file: Has the installation's key, and is made if it is not there; by default one beside
+            the store's file.
 
     Raises:
-        InputError: If a value is out of its range, or the file cannot be used.
+        InputError: If a value is out of its range, or a file or the store cannot be used.
     """
     if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
         raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
@@ -664,17 +691,18 @@ def open_control(
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
     prices = prices_of(head)
     begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
-    key = installation_key(path)
+    store = store_of(state)
+    key = installation_key(key_file or key_file_of(state))
     traces = None
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
-    keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens * _room_for_looks(head))), about)
+    keeper = Bookkeeper(store, Books(begun, {}, float(most_tokens * _room_for_looks(head))), about)
     return GovernedControl(
         head,
         mode,
         keeper,
-        Record(path),
+        Record(store),
         key,
         audit,
         usual_price,
@@ -700,24 +728,27 @@ def _certified(head: HaltHead, prices: Float, target: float) -> int:
     return int(np.searchsorted(prices, certificate.price, side="right"))
 
 
+def key_file_of(state: str | Path) -> Path:
+    """Returns the file of the installation's key that lies beside the file of a state."""
+    return Path(f"{state}.key")
+
+
 def installation_key(path: Path) -> bytes:
-    """Returns the key in the file beside a state file, which is made if it is not there.
+    """Returns the key in a file, which is made if it is not there.
 
     Raises:
         InputError: If it cannot be read or made, or is none.
     """
-    beside = path.with_name(path.name + ".key")
     try:
-        try:
-            made = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            key = beside.read_bytes()
-        else:
-            key = os.urandom(32)
-            with os.fdopen(made, "wb") as file:
-                file.write(key)
+        if not path.exists():
+            with NamedTemporaryFile(dir=path.parent) as file:  # which only its owner can read
+                file.write(os.urandom(32))
+                file.flush()
+                with suppress(FileExistsError):  # another process was faster
+                    os.link(file.name, path)
+        key = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{beside}: {reason_of(error)}, expected to write there") from None
+        raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
     check_key(key)
     return key
 

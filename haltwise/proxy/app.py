@@ -536,6 +536,7 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         config.context,
         3600 * config.label_hours,
         _kept(config),
+        config.state_key,
     )
 
 

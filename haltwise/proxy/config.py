@@ -12,6 +12,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from haltwise import InputError, Terms
+from haltwise.control.store import is_database
 
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
@@ -93,8 +94,12 @@ class ServeConfig:
     """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
     audit: float = 0.05
     """Share of requests that are answered in full for that; 0, to observe alone, for none."""
-    state: Path | None = None
-    """File in which the control keeps what it knows; it is made if it is not there."""
+    state: str | Path | None = None
+    """File in which the control keeps what it knows, made if it is not there; or postgresql://...,
+    for proxies on several machines."""
+    state_key: Path | None = None
+    """File with the key of that state, made if it is not there; default FILE.key. All proxies of a
+    state need the same."""
     context: int = 32_768
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
     label_hours: float = 0.0
@@ -161,6 +166,8 @@ class ServeConfig:
         """
         if self.control in GOVERNED and self.state is None:
             raise InputError(f"control is {self.control}, expected --state with a file for it")
+        if is_database(self.state) and self.state_key is None:
+            raise InputError("state is a database, expected --state-key with a file for its key")
         if self.audit_traces is not None and self.control not in GOVERNED:
             found = f"audit_traces is {self.audit_traces}"
             raise InputError(f"{found}, expected it with --control observe or apply")
@@ -169,7 +176,7 @@ class ServeConfig:
         if not 0 <= self.dense_audits <= 1:
             raise InputError(f"dense_audits is {self.dense_audits}, expected from 0 to 1")
         if self.state is not None and self.control not in GOVERNED:
-            raise InputError(f"state is {self.state}, expected it with --control observe or apply")
+            raise InputError("state is given, expected it with --control observe or apply")
 
     @property
     def operator_key(self) -> str | None:

@@ -15,6 +15,7 @@ import pytest
 from haltwise import InputError
 from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
+from haltwise.control.governed import installation_key, key_file_of
 from haltwise.control.record import digest
 from haltwise.proxy import ServeConfig, create_app
 from haltwise.proxy.config import tenant_of
@@ -87,7 +88,7 @@ def mac(state: Path, reply: Reply, halted: bool, is_open: bool) -> str:
     if halted or not is_open:  # the whole of an answer in the open is read
         text = text.rpartition(CUE if is_open else "</think>")[2]
     read = rules.read(ForcedAnswer([text], [], 1)).answer if halted else rules.read_answer(text)
-    key = governed.installation_key(state)
+    key = installation_key(key_file_of(state))
     return digest(key, GivenAnswer(read, text, 1).compared)
 
 
@@ -241,7 +242,7 @@ def test_groups_are_tasks_segments_and_what_a_tenant_asks_of_a_task(
     }
     with sqlite3.connect(tmp_path / "state") as file:
         kept = file.execute("SELECT DISTINCT task, segment FROM request").fetchall()
-    hidden = digest(governed.installation_key(tmp_path / "state"), "sums")
+    hidden = digest(installation_key(key_file_of(tmp_path / "state")), "sums")
     assert set(kept) == {(hidden, hidden), (None, None)}
 
 
@@ -325,6 +326,7 @@ def test_without_a_control_the_status_says_so(serving: Governed) -> None:
     [
         ({"control": "observe"}, "expected --state with a file"),
         ({"state": Path("state")}, "expected it with --control observe or apply"),
+        ({"control": "observe", "state": "postgresql://x/y"}, "expected --state-key with a file"),
         ({"control": "watch"}, "expected MODULE:NAME"),
         ({"control": "apply", "audit": 0.0}, "audit is 0.0"),
         ({"control": "observe", "audit": -0.1}, "audit is -0.1"),
