@@ -18,7 +18,7 @@ from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Expired, Groups, Told
 from haltwise.control.store import store_of
-from tests.control.conftest import NewName
+from tests.stores import NewName
 
 PROMISE = Promise(target=0.1, audit=0.5, rest=0.25)
 ABOUT = {"head": "h", "prices": [1.0, 2.0]}

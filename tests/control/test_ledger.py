@@ -15,8 +15,8 @@ from haltwise import InputError
 from haltwise.control.groups import Groups, event_from_json, event_to_json
 from haltwise.control.ledger import Ledger
 from haltwise.control.store import Store, store_of
-from tests.control.conftest import NewName
 from tests.control.test_groups import BEGUN, story, text
+from tests.stores import NewName
 
 
 def test_entries_are_in_one_order_and_once(store: Store) -> None:
