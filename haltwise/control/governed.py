@@ -36,7 +36,9 @@ from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Ex
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.store import store_of
+from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError, reason_of
+from haltwise.policy.certificate import Certificate
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Signals
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
@@ -47,6 +49,8 @@ log = logging.getLogger("haltwise.control")
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
 _LONGEST_NAME = 100
+# How OpenTelemetry calls what the proxy's endpoints do.
+_OPERATIONS = {"chat": "chat", "completions": "text_completion"}
 # What the names of tenants' groups are made of.
 _TENANT, _OF_TASK = "tenant:", " task:"
 # Newest requests whose rows may not be written yet.
@@ -157,6 +161,8 @@ class GovernedControl:
     """Where dense audits are kept; None if there are none."""
     dense_audits: float = 0.0
     """Share of the audits that are dense."""
+    telemetry: Telemetry | None = None
+    """Is told of every request by the record."""
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
@@ -391,15 +397,21 @@ class GovernedControl:
     ) -> RequestRow:
         about, groups = report.request.about, self.groups
         names, segment = groups_of(report.request), report.request.terms.segment
-        known = {"tenant": about.get("tenant"), "task": about.get("task"), "segment": segment}
-        digests = {n: digest(self.key, str(told)) for n, told in known.items() if told}
+        known = {name: about.get(name) for name in ("tenant", "session", "user", "task")}
+        digests: dict[str, Any] = {
+            name: digest(self.key, str(told))
+            for name, told in (known | {"segment": segment}).items()
+            if told
+        }
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
         ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
         return RequestRow(
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
+            operation=_OPERATIONS.get(str(about.get("endpoint"))),
             lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
             head=self._head,
+            certificate=_name_of(self.head.config.certificate),
             price_asked=report.request.terms.price,
             price_ceiling=self.price_of(ceiling),
             price_served=report.price,
@@ -410,6 +422,7 @@ class GovernedControl:
             position=report.position,
             audit_tokens=num_tokens,
             **digests,
+            **vars(report.spent),
         )
 
     def _note_answers(
@@ -635,6 +648,8 @@ class GovernedControl:
         self.record.close()
         if self.traces is not None:
             self.traces.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
 
 
 def groups_of(request: ThoughtRequest) -> list[str]:
@@ -662,6 +677,7 @@ def open_control(
     label_seconds: float = 0.0,
     kept: KeptTraces | None = None,
     key_file: Path | None = None,
+    telemetry: Telemetry | None = None,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -677,6 +693,7 @@ def open_control(
         kept: Which audits are kept as traces, and where; None keeps none.
         key_file: Has the installation's key, and is made if it is not there; by default one beside
             the store's file.
+        telemetry: Is told of every request too; the control closes it.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -702,13 +719,14 @@ def open_control(
         head,
         mode,
         keeper,
-        Record(store),
+        Record(store, tell=None if telemetry is None else telemetry.tell),
         key,
         audit,
         usual_price,
         label_seconds=label_seconds,
         traces=traces,
         dense_audits=0.0 if kept is None else kept.share,
+        telemetry=telemetry,
     )
 
 
@@ -726,6 +744,14 @@ def _certified(head: HaltHead, prices: Float, target: float) -> int:
     if certificate is None or certificate.price is None or certificate.max_em_drop > target:
         return 0
     return int(np.searchsorted(prices, certificate.price, side="right"))
+
+
+def _name_of(certificate: Certificate | None) -> str | None:
+    """Returns what tells a certificate from others of its head."""
+    if certificate is None:
+        return None
+    told = f"{certificate.max_em_drop} at {certificate.price} by {certificate.traces}"
+    return told[:_LONGEST_NAME]
 
 
 def key_file_of(state: str | Path) -> Path:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any
@@ -26,7 +26,9 @@ class RequestRow:
 
     id: str
     at: float
-    """Seconds since 1970, by the clock of the machine that served it."""
+    """When it had ended: seconds since 1970, by the clock of the machine that served it."""
+    operation: str | None = None
+    """chat, or text_completion."""
     tenant: str | None = None
     session: str | None = None
     user: str | None = None
@@ -53,6 +55,9 @@ class RequestRow:
     cost_nano: int | None = None
     """In 1e-9 dollars."""
     outcome: str | None = None
+    """How it ended: the answer's finish reason, or "cut off"."""
+    seconds: float | None = None
+    """From its arrival to its end."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +149,21 @@ def digest(key: bytes, text: str) -> str:
 class Record:
     """Rows on their way into a store. To be closed."""
 
-    def __init__(self, store: Store, room: int = 10_000) -> None:
+    def __init__(
+        self, store: Store, room: int = 10_000, tell: Callable[[Row], None] | None = None
+    ) -> None:
         """Opens or makes the tables, and starts the writer.
 
         Args:
             store: Where they are.
             room: Rows that may wait.
+            tell: Is told of every row too; what it raises is no matter.
 
         Raises:
             InputError: If the store cannot be used, is another program's or of another version.
         """
         store.connect(TABLES).close()
-        self._store = store
+        self._store, self._tell = store, tell
         self._rows: queue.Queue[Row | None] = queue.Queue(room)
         #: Rows that were not written: the queue was full, or the store could not be written to.
         self.num_dropped = 0
@@ -214,11 +222,14 @@ class Record:
             self._write_rows([row for row in rows if row is not None])
 
     def _write_rows(self, rows: Sequence[Row]) -> None:
-        """Writes rows together, or drops them together.
+        """Tells of rows, and writes them together or drops them together.
 
         The store is opened each time: one that was moved, replaced or away for a while is no
         trouble for longer than that.
         """
+        for row in rows if self._tell else ():
+            with suppress(Exception):
+                self._tell(row)
         try:
             with closing(self._store.connect(TABLES)) as opened, opened.transaction():
                 for row in rows:

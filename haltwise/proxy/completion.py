@@ -105,6 +105,7 @@ class WatchedCompletion:
 
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
+        self._streamed.note_spent(self._answer.spent())
         self._streamed.finish()
         await self._prober.close()
         if self._settings.auditor is not None:

@@ -111,6 +111,9 @@ class ServeConfig:
     counts with --audit-traces alone; 0 turns it off."""
     audit_content: bool = False
     """Write questions, answers and thoughts into those traces as they are; default digests."""
+    telemetry: bool = False
+    """Send the control's requests to OpenTelemetry, by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT and its
+    like say where to."""
     operator_key_env: str | None = None
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False
@@ -173,6 +176,8 @@ class ServeConfig:
             raise InputError(f"{found}, expected it with --control observe or apply")
         if self.audit_content and self.audit_traces is None:
             raise InputError("audit_content is on, expected --audit-traces with a folder for it")
+        if self.telemetry and self.control not in GOVERNED:
+            raise InputError("telemetry is on, expected it with --control observe or apply")
         if not 0 <= self.dense_audits <= 1:
             raise InputError(f"dense_audits is {self.dense_audits}, expected from 0 to 1")
         if self.state is not None and self.control not in GOVERNED:

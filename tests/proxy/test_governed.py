@@ -246,6 +246,34 @@ def test_groups_are_tasks_segments_and_what_a_tenant_asks_of_a_task(
     assert set(kept) == {(hidden, hidden), (None, None)}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_is_a_row_with_all_that_was_spent(
+    stream: bool, serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    looking = serving(control="observe", audit=1e-9)
+    headers = {"X-Haltwise-Session": "s", "Authorization": "Bearer k"}
+    reply = ask(looking.client, plan, stream=stream, headers=headers, user="u")
+    off = ask(looking.client, plan, stream=stream, headers={"X-Haltwise-Price": "1e-9"})
+    looking.client.close()
+    usage, told = reply.usage, reply.haltwise
+    assert told["halted"] and len(told["legs"]) == 2 and not off.haltwise["halted"]
+    names = 'session, "user", input_tokens, cached_tokens, reasoning_tokens, output_tokens, outcome'
+
+    def rows() -> list[Any]:
+        with sqlite3.connect(tmp_path / "state") as file:
+            query = f"SELECT {names}, halted, seconds FROM request ORDER BY rowid"
+            return file.execute(query).fetchall()
+
+    wait_until(lambda: len(rows()) == 2)
+    key = installation_key(key_file_of(tmp_path / "state"))
+    spent = [usage["prompt_tokens"], None, told["position"], usage["completion_tokens"], "stop"]
+    first, second = rows()
+    assert list(first[:-1]) == [digest(key, "s"), digest(key, "u"), *spent, 1]
+    num_full = off.usage["completion_tokens"]
+    assert list(second[:2]) == [None, None] and second[5] == num_full and second[-2] == 0
+    assert first[-1] > 0
+
+
 def test_the_status_is_the_operators_if_there_is_a_key(
     serving: Governed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,6 +356,7 @@ def test_without_a_control_the_status_says_so(serving: Governed) -> None:
         ({"state": Path("state")}, "expected it with --control observe or apply"),
         ({"control": "observe", "state": "postgresql://x/y"}, "expected --state-key with a file"),
         ({"control": "watch"}, "expected MODULE:NAME"),
+        ({"telemetry": True}, "telemetry is on, expected it with --control"),
         ({"control": "apply", "audit": 0.0}, "audit is 0.0"),
         ({"control": "observe", "audit": -0.1}, "audit is -0.1"),
         ({"control": "observe", "target": 1.0}, "target is 1.0"),
