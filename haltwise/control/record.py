@@ -227,9 +227,10 @@ class Record:
         The store is opened each time: one that was moved, replaced or away for a while is no
         trouble for longer than that.
         """
-        for row in rows if self._tell else ():
-            with suppress(Exception):
-                self._tell(row)
+        if self._tell is not None:
+            for row in rows:
+                with suppress(Exception):
+                    self._tell(row)
         try:
             with closing(self._store.connect(TABLES)) as opened, opened.transaction():
                 for row in rows:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def two_proxies(folder: Path, state: str) -> Iterator[tuple[Proxy, Proxy]]:
         flags = ["--head", str(head), "--upstream", upstream.url, "--control", "apply"]
         flags += ["--target", "0.5", "--audit", "1", "--state", state]
         flags += ["--state-key", str(folder / "key")]
-        yield tuple(stack.enter_context(spawned_proxy(*flags)) for _ in range(2))
+        one, two = (stack.enter_context(spawned_proxy(*flags)) for _ in range(2))
+        yield one, two
 
 
 def status(proxy: Proxy) -> Any:
@@ -36,13 +38,17 @@ def audits(proxy: Proxy) -> int:
     return int(status(proxy)["groups"]["everything"]["audits"])
 
 
+def all_know(proxies: Sequence[Proxy], num: int) -> bool:
+    return all(audits(proxy) == num for proxy in proxies)
+
+
 def test_proxies_certify_a_price_together(new_name: NewName, plan: Plan, tmp_path: Path) -> None:
     with two_proxies(tmp_path, new_name()) as both:
         num = 0
         while status(both[0])["audits_due"]:
             ask(both[num % 2].client, Plan(f"{plan.name}n{num}", mention=SAME))
             num += 1
-            wait_until(lambda so_far=num: all(audits(proxy) == so_far for proxy in both))
+            wait_until(partial(all_know, both, num))
         assert num >= 10
         one, two = (status(proxy)["groups"] for proxy in both)
         assert one == two and one["everything"]["price"] > 0
