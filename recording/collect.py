@@ -20,7 +20,8 @@ from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.shards import recorded_ids, write_shards
 from recording.trace_row import SeededQuestion, trace_id
-from traces import import_json_lines, read_ids
+from traces import TraceFiles, import_json_lines, read_ids
+from traces.soundness import two_verdicts
 
 # The number of questions that the LM is tried with.
 _NUM_TRIED = 8
@@ -114,6 +115,7 @@ def collect(config: CollectConfig) -> None:
         _, recorder = read_ids(config.out)
         if why_not := Halting.of_recorder(recorder).why_not_run():
             warn(f"{why_not} (docs/TRACES.md says what the first line may tell)")
+        _warn_of_scorer(config.out)
         return
     if not config.self_test:  # a split without questions is an error before anything is loaded
         list(questions(config, config.split, 1, config.seed))
@@ -125,6 +127,13 @@ def collect(config: CollectConfig) -> None:
             _begin(config, config.out, engine)
             with alone(config.out):
                 _record(config, config.out, engine)
+        _warn_of_scorer(config.out)
+
+
+def _warn_of_scorer(folder: Path) -> None:
+    """Warns if equal answers have two verdicts in a recording."""
+    if told := two_verdicts(TraceFiles.open(folder)):
+        warn(told)
 
 
 def _open(config: CollectConfig) -> RecordingEngine:

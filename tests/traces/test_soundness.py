@@ -92,7 +92,12 @@ def test_a_low_exact_match_can_be_meant(recording: Recording) -> None:
             dict.fromkeys(range(101), UNREAD_FORCED),
             "303 of 600 forced answers (50%) could not be read",
         ),
-        (200, {3: {"final_correct": False}}, "1 answers are marked right in one place and wrong"),
+        (
+            200,
+            {3: {"final_correct": False}},
+            "1 answers are marked right in one place and wrong in another, for the same question: "
+            "the first is '7' to 'q3'. They are in 1 of 200 traces (0.5%): 't3'.",
+        ),
         (
             200,
             {3: {"question": "What is 4?", "gold": "8"}},
