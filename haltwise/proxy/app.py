@@ -3,9 +3,9 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from urllib.parse import unquote
 
@@ -45,8 +45,9 @@ from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_RESPONSES = "/v1/responses"
 # Other endpoints whose LMs think.
-_UNWATCHED = ("/v1/responses", "/v1/messages", "/v1/chat/completions", "/v1/completions")
+_UNWATCHED = (_RESPONSES, "/v1/messages", "/v1/chat/completions", "/v1/completions")
 # What the clients are told whose answers are not whole when the proxy has to end.
 _ENDING = RefusedError(503, "ending", "the proxy is told to end")
 # Headers that are about one connection.
@@ -195,7 +196,7 @@ class Proxy:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
-                    await self._pass_on(client, body, self._unwatched(client))
+                    await self._answer_unwatched(client, body, default)
                 else:
                     await self._complete(client, body, default)
 
@@ -350,35 +351,85 @@ class Proxy:
 
     # Everything else
 
-    def _unwatched(self, client: RequestingClient) -> RawHeaders:
-        """Says of a request that may generate, or has terms, that nobody watches it."""
-        path = client.scope["path"].rstrip("/")
+    async def _answer_unwatched(
+        self, client: RequestingClient, body: bytes, default: Terms
+    ) -> None:
+        """Passes on what nobody watches; of what may generate it says which terms do not hold."""
+        path, record = client.scope["path"].rstrip("/"), client.record
         has_terms = any(name.startswith(_TERMS) for name in client.headers)
         if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
-            return []
-        return self._why_not("endpoint", client.record)
+            await self._pass_on(client, body, [])
+            return
+        terms = _terms(client, default)
+        record.about = asdict(terms)
+        capped = await self._capped(client, body, terms) if path == _RESPONSES else None
+        if capped is not None:
+            leg = await self._open(client, capped)
+            try:
+                if leg.response.is_success or leg.response.status_code in _OF_CLIENTS_OR_LOAD:
+                    ignored = _ignored(replace(terms, max_tokens=None))
+                    await self._relay(client, leg, self._why_not("endpoint", record, ignored))
+                    return
+            finally:
+                await leg.close()
+        headers = self._why_not("endpoint", record, _ignored(terms))
+        await self._pass_on(client, body, headers)
 
-    def _why_not(self, reason: str, record: RequestRecord) -> RawHeaders:
-        """Notes why a completion cannot be halted; returns the header that says it."""
+    async def _capped(self, client: RequestingClient, body: bytes, terms: Terms) -> bytes | None:
+        """A body that tells the server to close the thought at the cap itself; None if none can."""
+        if terms.max_tokens is None or self.config.shadow:
+            return None
+        server, asked = await self._find_server(_passed_headers(client)), None
+        if server.caps_itself:
+            asked = await aside.read_object(body)
+        if asked is None:
+            return None
+        try:
+            return await aside.encoded(server.capped_body(asked, terms.max_tokens))
+        except RecursionError:  # it can be read, but not written
+            return None
+
+    def _why_not(
+        self, reason: str, record: RequestRecord, ignored: Sequence[str] = ()
+    ) -> RawHeaders:
+        """Notes why a completion cannot be halted; returns the header that says it.
+
+        Args:
+            reason: Why.
+            record: Where it is noted.
+            ignored: The terms that do not hold for it.
+        """
         record.outcome = "relayed"
-        record.about["reason"] = reason
+        told: Json = {"reason": reason} | ({"ignored": [*ignored]} if ignored else {})
+        record.about |= told
         self.metrics.thoughts.labels(reason).inc()
-        return [(b"x-haltwise", json.dumps({"halted": False, "reason": reason}).encode())]
+        for name in ignored:
+            self.metrics.ignored_terms.labels(name).inc()
+        return [(b"x-haltwise", json.dumps({"halted": False} | told).encode())]
 
     async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
         """Passes a request on as it is, and the answer back with some headers more."""
+        leg = await self._open(client, body)
+        try:
+            await self._relay(client, leg, headers)
+        finally:
+            await leg.close()
+
+    async def _open(self, client: RequestingClient, body: bytes) -> UpstreamLeg:
+        """Asks the server as a client has asked, with a body that may be another one.
+
+        Raises:
+            RefusedError: If there can be no such path.
+            UpstreamError: If no answer comes.
+        """
         scope = client.scope
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         passed = _passed_headers(client)
         try:
-            leg = await self.upstream.open(scope["method"], target, passed, body)
+            return await self.upstream.open(scope["method"], target, passed, body)
         except httpx2.InvalidURL:
             raise RefusedError(404, "not_found", "no such path") from None
-        try:
-            await self._relay(client, leg, headers)
-        finally:
-            await leg.close()
 
     async def _relay(self, client: RequestingClient, leg: UpstreamLeg, more: RawHeaders) -> None:
         """Passes an answer back as it is, with some headers more."""
@@ -568,6 +619,11 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
         return Terms.within(named, default)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+
+
+def _ignored(terms: Terms) -> list[str]:
+    """The names of those terms that ask for something."""
+    return [name for name in ("price", "min_tokens", "max_tokens") if getattr(terms, name)]
 
 
 def _passed_headers(client: RequestingClient) -> RawHeaders:

@@ -70,7 +70,11 @@ PROMISES: dict[str, Tests] = {
     "a whole answer has that beginning, a stream does not": (
         test_proxy.test_what_a_client_has_begun_stays_in_a_whole_answer,
     ),
-    "terms do not hold there": (test_proxy.test_what_is_not_watched_is_told,),
+    "name the terms that do not hold there": (test_proxy.test_what_is_not_watched_is_told,),
+    "the same, but the cap holds": (
+        test_proxy.test_a_server_that_can_caps_what_is_not_watched,
+        test_llama_server.test_a_cap_holds_to_the_token_in_a_response,
+    ),
     "the answer is left alone": (
         test_proxy.test_an_answer_behind_a_closed_thought_is_no_thought,
         test_proxy.test_a_marker_in_what_a_user_says_means_nothing,

@@ -153,21 +153,75 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "is_told"),
+    ("path", "headers", "ignored"),
     [
-        ("/v1/responses", {}, True),
-        ("/v1/echo", {"X-Haltwise-Price": "1"}, True),
-        ("/v1/echo", {}, False),
+        ("/v1/responses", {}, ["price"]),
+        ("/v1/responses", {"X-Haltwise-Off": "1"}, []),
+        ("/v1/responses/", {"X-Haltwise-Max-Tokens": "9"}, ["price", "max_tokens"]),
+        ("/v1/messages", {"X-Haltwise-Price": "0", "X-Haltwise-Min-Tokens": "4"}, ["min_tokens"]),
+        ("/v1/echo", {"X-Haltwise-Price": "1"}, ["price"]),
+        ("/v1/echo", {}, None),
     ],
 )
 def test_what_is_not_watched_is_told(
-    vllm: Pair, path: str, headers: dict[str, str], is_told: bool
-) -> None:
-    counted = vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint")
+    vllm: Pair, path: str, headers: dict[str, str], ignored: list[str] | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "haltwise.proxy")
+    names = "haltwise_thoughts_total", "haltwise_ignored_terms_total"
+    before = [vllm.proxy.metric(names[0], reason="endpoint"), vllm.proxy.metric(names[1])]
     reply = vllm.client.post(path, content=b"any", headers=headers)
-    told = reply.headers.get("x-haltwise")
-    assert told == ('{"halted": false, "reason": "endpoint"}' if is_told else None)
-    assert vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint") == counted + is_told
+    after = [vllm.proxy.metric(names[0], reason="endpoint"), vllm.proxy.metric(names[1])]
+    line = json.loads(caplog.records[-1].getMessage())
+    if ignored is None:
+        assert "x-haltwise" not in reply.headers and "reason" not in line and after == before
+        return
+    told = json.loads(reply.headers["x-haltwise"])
+    expected = {"halted": False, "reason": "endpoint"} | ({"ignored": ignored} if ignored else {})
+    assert told == expected == {"halted": False} | {n: line[n] for n in told if n != "halted"}
+    assert after == [before[0] + 1, before[1] + len(ignored)]
+
+
+def test_terms_of_what_is_not_watched_have_to_be_terms(vllm: Pair) -> None:
+    reply = vllm.client.post("/v1/responses", content=b"any", headers={"X-Haltwise-Price": "-1"})
+    assert reply.status_code == 400 and "price" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "cap", "budget"),
+    [
+        ({}, "7", 7),
+        ({"thinking_budget_tokens": 5}, "7", 5),
+        ({"thinking_budget_tokens": -1}, "7", 7),
+        ({"thinking_budget_tokens": "x"}, "7", 7),
+        ({"input": []}, None, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama-server", "vllm"])
+def test_a_server_that_can_caps_what_is_not_watched(
+    pairs: Pairs, kind: Kind, asked: dict[str, Any], cap: str | None, budget: int | None
+) -> None:
+    pair = pairs(kind, close="\n</think>")
+    body = {"model": "m", "input": "x"} | asked
+    headers = {"X-Haltwise-Price": "0"} | ({"X-Haltwise-Max-Tokens": cap} if cap else {})
+    reply = pair.client.post("/v1/responses", json=body, headers=headers)
+    holds = kind == "llama-server" and cap is not None
+    ignored = {"ignored": ["max_tokens"]} if cap and not holds else {}
+    told = json.loads(reply.headers["x-haltwise"])
+    assert told == {"halted": False, "reason": "endpoint"} | ignored
+    sent = json.loads(pair.upstream.asked[-1].body)
+    more = {"thinking_budget_tokens": budget, "reasoning_budget_message": "\n"} if holds else {}
+    assert sent == body | more
+
+
+@pytest.mark.parametrize("body", [b"any", b"[]"])
+def test_what_is_not_watched_and_cannot_be_read_is_passed_on(pairs: Pairs, body: bytes) -> None:
+    pair = pairs("llama-server")
+    headers = {"X-Haltwise-Max-Tokens": "7"}
+    reply = pair.client.post("/v1/responses", content=body, headers=headers)
+    assert reply.status_code == 203 and pair.upstream.asked[-1].body == body.decode()
+    assert "max_tokens" in json.loads(reply.headers["x-haltwise"])["ignored"]
 
 
 @STREAMED
