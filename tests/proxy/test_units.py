@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import math
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import certifi
 import httpx2
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import APIKeys, ServeConfig
+from haltwise.proxy.config import APIKeys, ServeConfig, UpstreamConfig
 from haltwise.proxy.dialect import (
     LlamaDialect,
     OllamaDialect,
@@ -34,7 +36,7 @@ from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, open
 from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
-from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, UpstreamLeg
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
     EventReader,
@@ -1102,3 +1104,23 @@ def test_a_message_that_the_assistant_has_begun_goes_on() -> None:
         assert found == {"messages": [*asked, expected]}
     nothing = ServedPrompt("", [])
     assert ollama.continued(ServedPrompt("q"), [], True, nothing) == {"messages": asked}
+
+
+def test_certificates_come_from_where_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, one = tmp_path / "ca.pem", Path(certifi.where()).read_text().split("-----END")[0]
+    file.write_text(one[one.index("-----BEGIN") :] + "-----END CERTIFICATE-----\n")
+    contexts: list[ssl.SSLContext] = []
+    transport = httpx2.AsyncHTTPTransport
+
+    def noted(verify: ssl.SSLContext, **settings: Any) -> httpx2.AsyncHTTPTransport:
+        contexts.append(verify)
+        return transport(verify=verify, **settings)
+
+    monkeypatch.setattr(httpx2, "AsyncHTTPTransport", noted)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    Upstream(UpstreamConfig("https://lm.example", max_streams=1))
+    (context,) = contexts
+    assert len(context.get_ca_certs()) == 1
+    assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
