@@ -503,6 +503,7 @@ def _count(value: Any) -> int:
 
 
 def _refusal(asked: Asked, status: int, message: str) -> Response:
+    asked.ended = "done"
     asked.gone.set()
     error = {"message": message, "type": "fake", "param": None, "code": status}
     return JSONResponse({"error": error}, status, {"Retry-After": "7"})

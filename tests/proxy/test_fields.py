@@ -1,7 +1,7 @@
 """No field of a request, whatever stands in it, makes the proxy itself fail."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -41,6 +41,7 @@ VALUES = [
     ("kind", "field", "values"),
     [
         *(("vllm", field, VALUES) for field in FORMED),
+        *(("probed", field, FEW) for field in FORMED),
         *(("vllm", field, FEW) for field in LOOKED_FOR),
         *((kind, "stop", FEW) for kind in ("sglang", "llama-server", "ollama")),
         *((kind, "messages", FEW) for kind in ("sglang", "llama-server", "ollama")),
@@ -48,9 +49,10 @@ VALUES = [
     ],
 )
 def test_what_is_malformed_is_the_server_s_to_answer(
-    pairs: Pairs, kind: Kind, field: str, values: list[str], chat: bool
+    pairs: Pairs, kind: Kind | Literal["probed"], field: str, values: list[str], chat: bool
 ) -> None:
-    pair, plan = pairs(kind), Plan("odd", thinking=5, answer=1)
+    pair = pairs(probing=True) if kind == "probed" else pairs(kind)
+    plan = Plan("odd", thinking=5, answer=1)
     own: dict[str, Any] = {"messages": plan.messages()} if chat else {"prompt": plan.prompt()}
     wrong = {}
     for value in values:
