@@ -259,6 +259,11 @@ PROMISES: dict[str, Tests] = {
         test_proxy.test_a_cap_waits_for_the_end_of_a_call_and_not_for_ever,
         test_proxy.test_a_call_that_is_written_amid_a_thought_is_not_closed,
     ),
+    "passed on each by itself, unhalted (`several choices`)": (
+        test_proxy.test_choices_that_nobody_asked_for_are_passed_on_each_by_itself,
+        test_proxy.test_an_answer_of_several_choices_is_whole_if_each_is,
+        test_units.test_a_stream_that_breaks_off_amid_one_of_its_choices_is_not_whole,
+    ),
     "read all the same; an answer that is no stream is not halted": (
         test_trouble.test_an_answer_in_an_odd_form_is_an_answer,
     ),

@@ -103,6 +103,48 @@ def test_a_watched_thought_that_is_not_halted_is_what_the_server_says(
 
 
 @BOTH
+@STREAMED
+@pytest.mark.parametrize("num", [None, 3])
+@pytest.mark.parametrize("choices", ["from 1", "two", "both", "late"])
+@pytest.mark.parametrize(
+    ("kind", "probing"),
+    [*((kind, False) for kind in KINDS), ("vllm", True), ("llama-server", True)],
+)
+def test_choices_that_nobody_asked_for_are_passed_on_each_by_itself(
+    pairs: Pairs, kind: Kind, probing: bool, plan: Plan, chat: bool, stream: bool, choices: str,
+    num: int | None,
+) -> None:  # fmt: skip
+    pair, plan = pairs(kind, probing=probing), replace(plan, choices=choices)
+    direct = ask(pair.direct, plan, chat, stream, **numbers(chat, num))
+    reply = ask(pair.client, plan, chat, stream, **numbers(chat, num))
+    found, expected = bare(reply.events), bare(direct.events)
+    for event in [found[0], expected[0]] if choices == "late" and not stream else []:
+        # The fake says all of its second choice where it does not stream.
+        event["choices"][1:] = event["choices"][1:2]
+        event["choices"][1].pop("logprobs", None)
+        for name in ("message", "text"):
+            event["choices"][1].pop(name, None)
+    for choice in (c for event in [*found, *expected] for c in event["choices"]):
+        if kind == "llama-server" and not stream:
+            choice.pop("logprobs", None)
+    assert found == expected and (not stream or reply.done)
+    assert not reply.haltwise["halted"] and reply.haltwise["fallback"] == "several choices"
+    assert len(pair.upstream.of(plan)) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["dies", "ends"])
+@pytest.mark.parametrize("choices", ["two", "both"])
+def test_an_answer_of_several_choices_is_whole_if_each_is(
+    vllm: Pair, plan: Plan, chat: bool, trouble: str, choices: str
+) -> None:
+    plan = replace(plan, choices=choices, trouble=trouble, at=10)
+    reply = ask(vllm.client, plan, chat)
+    assert not reply.done and reply.error["message"]
+    assert ask(vllm.client, plan, chat, stream=False).status == 502
+
+
+@BOTH
 def test_a_stream_without_usage_has_none(vllm: Pair, plan: Plan, chat: bool) -> None:
     for price in ("0.1", "1"):
         headers = {"X-Haltwise-Price": price}

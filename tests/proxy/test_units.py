@@ -1124,3 +1124,14 @@ def test_certificates_come_from_where_the_system_says(
     (context,) = contexts
     assert len(context.get_ca_certs()) == 1
     assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
+
+
+def test_a_stream_that_breaks_off_amid_one_of_its_choices_is_not_whole() -> None:
+    answer = watched(CompletionRequest(True, {"messages": []}))._answer
+    for index, finish in ((0, None), (1, None), (0, "stop")):
+        chunk: Json = {"choices": [{"index": index, "delta": {}, "finish_reason": finish}]}
+        answer.shown(StreamEvent(chunk=chunk), chunk)
+    with pytest.raises(UpstreamError, match="broke off"):
+        answer.check_whole()
+    answer.shown(StreamEvent(chunk=chunk), {"choices": [{"index": 1, "finish_reason": "stop"}]})
+    answer.check_whole()
