@@ -61,6 +61,8 @@ _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 _CHECK_LASTS = 1.0
 # Statuses that do not hang on what is asked for beside: who asks, and how many do.
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
+# Statuses of answers that have nothing to read.
+_WITHOUT_BODY = (204, 205)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
 # What beside terms such a header names: X-Haltwise-Task.
@@ -326,7 +328,7 @@ class Proxy:
         if not leg.response.is_success and status not in _OF_CLIENTS_OR_LOAD:
             completion.release("refused")  # perhaps for what was asked for beside
             return "refused"
-        if not leg.response.is_success:
+        if not leg.response.is_success or status in _WITHOUT_BODY:
             await self._relay(client, leg, [])
             return None
         if not leg.is_readable:
@@ -336,7 +338,7 @@ class Proxy:
             headers.append((b"x-haltwise-request", client.record.id.encode()))
         try:
             if completion.request.streams:
-                headers.append((b"content-type", _stream_type(leg).encode()))
+                headers.append((b"content-type", _stream_type(leg)))
                 async with aclosing(completion.events(leg)) as events:
                     pieces = (event.encode() async for event in events)
                     await self._send(client, 200, pieces, headers)
@@ -435,7 +437,11 @@ class Proxy:
         """Passes an answer back as it is, with some headers more."""
         if leg.response.status_code >= 500:
             self.metrics.upstream_errors.labels("status").inc()
-        headers = [*_without(leg.response.headers.raw, set()), *more]
+        told = leg.response.headers
+        # What has both is as long as its pieces; and a stream that breaks off gets an end.
+        is_open = "transfer-encoding" in told or _is_stream(_type_of(leg))
+        dropped = {b"content-length"} if is_open else set[bytes]()
+        headers = [*_without(told.raw, dropped), *more]
         async with aclosing(leg.pieces()) as pieces:
             await self._send(client, leg.response.status_code, pieces, headers)
 
@@ -553,10 +559,15 @@ def _is_stream(content_type: bytes) -> bool:
     return content_type.strip().lower().startswith(EVENT_STREAM.encode())
 
 
-def _stream_type(leg: UpstreamLeg) -> str:
+def _type_of(leg: UpstreamLeg) -> bytes:
+    """The content type of a leg; empty if it tells none."""
+    return str(leg.response.headers.get("content-type", "")).encode("utf-8", "replace")
+
+
+def _stream_type(leg: UpstreamLeg) -> bytes:
     """The content type of a leg, if it is one of streams, as all that are watched become."""
-    own = str(leg.response.headers.get("content-type", ""))
-    return own if _is_stream(own.encode()) else f"{EVENT_STREAM}; charset=utf-8"
+    own = _type_of(leg)
+    return own if _is_stream(own) else f"{EVENT_STREAM}; charset=utf-8".encode()
 
 
 def _is_preflight(client: RequestingClient) -> bool:

@@ -30,6 +30,10 @@ _STREAMS_A_POOL = 16
 _CALL_TIMEOUT = 5.0
 # Seconds for which a server that did not answer such a question in time is not asked it again.
 _SILENCE_LASTS = 10.0
+# Bytes of an answer that is read as a whole; no honest one is longer.
+_LONGEST_BODY = 64 * 2**20
+# Statuses that an answer can have.
+_STATUSES = range(200, 600)
 
 T = TypeVar("T")
 
@@ -146,10 +150,15 @@ class UpstreamLeg:
         """The whole body.
 
         Raises:
-            UpstreamError: If the answer is cut or too late.
+            UpstreamError: If the answer is cut, too late or too long.
         """
+        body = bytearray()
         async with aclosing(self._decoded()) as pieces:
-            return b"".join([data async for data in pieces])
+            async for data in pieces:
+                body += data
+                if len(body) > _LONGEST_BODY:
+                    raise wire.UpstreamError("malformed", "upstream's answer does not end")
+        return bytes(body)
 
     async def opening(self, start: str, end: str) -> tuple[str, str] | None:
         """The first of the texts that it adds to a thought and to its answer; None without any end.
@@ -333,7 +342,11 @@ class Upstream:
         request = httpx2.Request(method, url, headers=headers, content=content)
         request.extensions["timeout"] = self._timeout.as_dict()
         with as_upstream_errors():
-            return UpstreamLeg(await next(self._next_pool).handle_async_request(request))
+            leg = UpstreamLeg(await next(self._next_pool).handle_async_request(request))
+        if leg.response.status_code not in _STATUSES:
+            await leg.close()
+            raise wire.UpstreamError("malformed", "upstream answered with a status that is none")
+        return leg
 
     async def stream(self, path: str, body: wire.Json, headers: wire.RawHeaders) -> UpstreamLeg:
         """Posts JSON; a stream of events is expected, but not checked.

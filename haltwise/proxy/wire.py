@@ -16,6 +16,8 @@ EVENT_STREAM = "text/event-stream"
 
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
+# Where a blank line may end, however its lines end.
+_BLANK_LINES = (b"\n\n", b"\n\r", b"\r\r")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How some servers begin the texts of tokens that are no whole characters.
 _BYTES_TEXT = "bytes:\\x"
@@ -131,6 +133,7 @@ class EventReader:
         """Starts before the first byte."""
         self._rest: list[bytes] = []
         self._num_rest = 0
+        self._last = b""  # bytes, with which a blank line may have begun
         self._is_whole: bool | None = None  # nobody knows yet
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
@@ -142,7 +145,10 @@ class EventReader:
         self._keep(data)
         if self._is_whole is None and (start := data.removeprefix(_BYTE_ORDER_MARK).lstrip()):
             self._is_whole = start.startswith(b"{")
-        if self._is_whole or (b"\n" not in data and b"\r" not in data):
+        newest = self._last + data
+        self._last = newest[-2:]
+        # An event of many lines is put together once, and not anew at each of them.
+        if self._is_whole or not any(line in newest for line in _BLANK_LINES):
             return
         data = b"".join(self._rest)
         half = b"\r" if data.endswith(b"\r") else b""  # of an end of line, perhaps

@@ -1,8 +1,10 @@
 """What a client of the proxy gets when something goes wrong: a clean error, or the whole answer."""
 
 import asyncio
+import gc
 import itertools
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -618,21 +620,53 @@ def test_a_client_that_asks_for_nothing_is_let_go(
         assert client.recv(1) == b""
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("half", [b"GET", b"GET /health HTTP/1.1\r\n", HEALTH[:-2]])
 def test_a_client_that_asks_for_half_of_something_is_let_go(
-    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, half: bytes
 ) -> None:
-    pair = pairs("vllm")
-    with connected(pair.proxy) as first, connected(pair.proxy) as second:
-        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b" 200 " in first.recv(10_000)
+    with connected(pairs("vllm").proxy) as client:
+        client.sendall(HEALTH)
+        told = b""
+        while b"streams_in_flight" not in told:
+            told += client.recv(10_000)
+        # From the end of the next answer on, which has not been asked for yet.
         monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
-        first.sendall(b"GET /health HTTP/1.1\r\n")
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET")
-        assert b" 200 " in second.recv(10_000)
-        for client in (first, second):
-            with suppress(ConnectionResetError):
-                while client.recv(10_000):
-                    pass
+        client.sendall(HEALTH + half)
+        told = b""
+        while new := client.recv(10_000):
+            told += new
+        assert b" 200 " in told
+
+
+def test_a_client_that_asks_while_it_is_let_go_is_heard(pairs: Pairs, plan: Plan) -> None:
+    """What has come and was not read yet counts as asked."""
+    pair = pairs("vllm")
+    with connected(pair.proxy) as client:
+        client.sendall(HEALTH)
+        assert b" 200 " in client.recv(10_000)
+        (protocol,) = (
+            one
+            for one in gc.get_objects()
+            if isinstance(one, proxy_server._Protocol)
+            and one.transport.get_extra_info("peername") == client.getsockname()
+        )
+        asked = threading.Event()
+
+        def let_go() -> None:
+            client.sendall(HEALTH)
+            wait_until(lambda: protocol._is_heard)
+            protocol._let_go()
+            asked.set()
+
+        protocol.loop.call_soon_threadsafe(let_go)
+        assert asked.wait(PATIENCE)
+        told = b""
+        while b" 200 " not in told:
+            told += (new := client.recv(10_000))
+            assert new
 
 
 def test_clients_that_ask_for_nothing_make_room_for_others(

@@ -1135,3 +1135,10 @@ def test_a_stream_that_breaks_off_amid_one_of_its_choices_is_not_whole() -> None
         answer.check_whole()
     answer.shown(StreamEvent(chunk=chunk), {"choices": [{"index": 1, "finish_reason": "stop"}]})
     answer.check_whole()
+
+
+def test_an_event_of_many_lines_is_put_together_once() -> None:
+    for line in (b"data: x\n", b"data: x\r\n", b"data: x\r"):
+        reader = EventReader()
+        assert all([*reader.feed(line)] == [] for _ in range(1000))
+        assert len(reader._rest) == 1000
