@@ -347,8 +347,22 @@ PROMISES: dict[str, Tests] = {
         test_probing.test_a_server_of_one_stream_is_refused_with_the_figures,
         test_probing.test_a_trial_says_what_a_head_has_to_expect,
     ),
-    "A server that does not answer at the start is not tried": (
+    "What counts is the server's own pace, on the machine as it is": (
+        test_probing.test_a_trial_says_what_a_head_has_to_expect,
+        test_probing.test_a_sound_server_on_a_slow_machine_is_not_refused,
+    ),
+    "An answer later than `--probe-timeout` is only warned of": (
+        test_probing.test_what_may_come_of_a_busy_machine_is_told_and_no_reason_to_refuse,
+        test_probing.test_a_sound_server_on_a_slow_machine_is_not_refused,
+    ),
+    "A server that does not answer at the start is tried once it serves clients": (
         test_probing.test_a_server_that_is_not_there_yet_is_not_refused,
+        test_probing.test_a_server_that_comes_later_is_tried_then,
+    ),
+    "is asked for no answer by that key before": (
+        test_probing.test_no_probe_is_asked_for_before_a_server_wants_it,
+        test_probing.test_a_client_that_is_refused_is_told_when_to_come_back_and_has_no_probes_until_then,
+        test_units.test_a_server_says_in_seconds_or_by_a_date_when_to_come_back,
     ),
     "they are a part of the usage's own numbers, prompts included": (
         test_probing.test_usage_counts_every_probe,

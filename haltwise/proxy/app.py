@@ -59,6 +59,8 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
+# Seconds between two tries of probes on a server that did not answer at start.
+_BETWEEN_TRIALS = 60.0
 # Statuses that do not hang on what is asked for beside: who asks, and how many do.
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # Statuses of answers that have nothing to read.
@@ -114,6 +116,9 @@ class Proxy:
         self._server = self._unknown
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
+        # Of probes, if they are still to be tried: when that may begin again, on the loop's clock.
+        self._next_trial: float | None = None
+        self._trial: asyncio.Task[None] | None = None
         self._checked, self._answered = -math.inf, False
         if self.control is not None and self.control.traces is not None:
             writer = self.control.traces.writer
@@ -132,8 +137,25 @@ class Proxy:
             try:
                 asyncio.run(self._try_probes())
             except UpstreamError as error:
+                self._next_trial = -math.inf
                 told = f"forced answers beside a thought were not tried at start: {error}"
                 log.warning(json.dumps({"warning": told}))
+
+    def _try_probes_late(self, server: LMServer, headers: RawHeaders) -> None:
+        """Tries them beside the requests, where that could not be done at start."""
+        if self._next_trial is not None and anyio.current_time() >= self._next_trial:
+            self._next_trial = math.inf
+            self._trial = asyncio.create_task(self._tried_late(server, headers))
+
+    async def _tried_late(self, server: LMServer, headers: RawHeaders) -> None:
+        """Says what probes take; while the server does not tell, it is asked again."""
+        try:
+            await check_probes(server, self.config.probe_timeout, True, headers)
+            self._next_trial = None
+        except UpstreamError:
+            self._next_trial = anyio.current_time() + _BETWEEN_TRIALS
+        except Exception:
+            log.exception("a defect of the proxy")
 
     async def _try_probes(self) -> None:
         config, rules = self.config, self._unknown.rules
@@ -141,7 +163,7 @@ class Proxy:
         try:
             unknown = LMServer(upstream, rules, self._unknown.close_text)
             server = await find_lm_server(unknown, config.kind, [])
-            await check_probes(server, config.probe_timeout, config.probe_anyway)
+            await check_probes(server, config.probe_timeout, config.probe_anyway, [])
         finally:
             await upstream.close()
 
@@ -262,6 +284,8 @@ class Proxy:
         why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
+            if server is not self._unknown:
+                self._try_probes_late(server, _authorization(headers))
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
@@ -329,6 +353,7 @@ class Proxy:
             completion.release("refused")  # perhaps for what was asked for beside
             return "refused"
         if not leg.response.is_success or status in _WITHOUT_BODY:
+            self._settings.probes.leave_alone(completion.request.headers, leg.wait)
             await self._relay(client, leg, [])
             return None
         if not leg.is_readable:
@@ -513,6 +538,9 @@ class Proxy:
 
     async def close(self) -> None:
         """Ends the audits, writes what the control knows, and closes all connections."""
+        if self._trial is not None:
+            self._trial.cancel()
+            await asyncio.wait((self._trial,))
         if self._settings.auditor is not None:
             await self._settings.auditor.close()
         if self.control is not None:
@@ -630,6 +658,11 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
         return Terms.within(named, default)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+
+
+def _authorization(headers: RawHeaders) -> RawHeaders:
+    """The header with the key that a client asks with, if it has any."""
+    return [pair for pair in headers if pair[0] == b"authorization"]
 
 
 def _ignored(terms: Terms) -> list[str]:

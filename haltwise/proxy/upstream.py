@@ -16,6 +16,8 @@ from collections.abc import (
 )
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -34,6 +36,10 @@ _SILENCE_LASTS = 10.0
 _LONGEST_BODY = 64 * 2**20
 # Statuses that an answer can have.
 _STATUSES = range(200, 600)
+# Those of a server that has too much to do, or that has had enough of a client.
+_OF_LOAD = (429, 503)
+# Digits that are read of the seconds that a server wants to be left alone.
+_WAIT_DIGITS = 9
 
 T = TypeVar("T")
 
@@ -81,6 +87,21 @@ class UpstreamLeg:
         """
         kind = self.response.headers.get("content-type", "").lower()
         return self.response.is_success and "html" not in kind
+
+    @property
+    def wait(self) -> float:
+        """Seconds for which the server does not want to be asked again; 0 if it does not tell."""
+        told = self.response.headers.get("retry-after", "").strip()
+        if self.response.status_code not in _OF_LOAD:
+            return 0.0
+        if told.isascii() and told.isdigit():
+            return float(told[:_WAIT_DIGITS])
+        try:
+            until = parsedate_to_datetime(told)
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return max((until - datetime.now(UTC)).total_seconds(), 0.0)
 
     def __aiter__(self) -> AsyncIterator[wire.StreamEvent]:
         """Returns the leg itself."""

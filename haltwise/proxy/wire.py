@@ -41,9 +41,20 @@ class UpstreamError(Exception):
         status: int = 502,
         body: Json | None = None,
         answered: int | None = None,
+        wait: float = 0.0,
     ) -> None:
-        """Takes what happened, the status and the body that the client gets, and the upstream's."""
+        """Takes what happened, the status and the body that the client gets, and the upstream's.
+
+        Args:
+            kind: What happened, in a word.
+            message: The same in a sentence.
+            status: The status that the client gets.
+            body: The body that it gets; None to make one of the message.
+            answered: The upstream's status, if it answered with one.
+            wait: Seconds for which the upstream does not want to be asked again.
+        """
         super().__init__(message)
+        self.wait = wait
         self.kind = kind
         self.status = status
         self.answered = answered

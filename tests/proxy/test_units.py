@@ -1142,3 +1142,27 @@ def test_an_event_of_many_lines_is_put_together_once() -> None:
         reader = EventReader()
         assert all([*reader.feed(line)] == [] for _ in range(1000))
         assert len(reader._rest) == 1000
+
+
+@pytest.mark.parametrize(
+    ("told", "least", "most"),
+    [
+        ("7", 7, 7),
+        (" 0 ", 0, 0),
+        ("9" * 5000, 1e8, 1e9),
+        ("", 0, 0),
+        ("-3", 0, 0),
+        ("soon", 0, 0),
+        ("²", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2215 07:28:00 GMT", 1e8, 1e10),
+        ("Wed, 21 Oct 2215 07:28:00", 1e8, 1e10),
+        ("Wed, 99 Oct 2215", 0, 0),
+    ],
+)
+def test_a_server_says_in_seconds_or_by_a_date_when_to_come_back(
+    told: str, least: float, most: float
+) -> None:
+    headers = [(b"retry-after", told.encode())]
+    assert least <= UpstreamLeg(httpx2.Response(429, headers=headers)).wait <= most
+    assert UpstreamLeg(httpx2.Response(500, headers=headers)).wait == 0
