@@ -115,13 +115,14 @@ def test_a_server_that_is_not_there_is_a_502(
 
 @BOTH
 @STREAMED
-@pytest.mark.parametrize("status", [400, 401, 429, 500])
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
 def test_errors_of_the_server_are_passed_on(
     watching: Pair, plan: Plan, chat: bool, stream: bool, status: int
 ) -> None:
     plan = replace(plan, trouble=str(status))
+    mine = {"Authorization": f"Bearer {plan.name}"}  # others are not refused for it
     expected = ask(watching.direct, plan, chat, stream)
-    reply = ask(watching.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream, mine)
     assert (reply.status, reply.body) == (status, expected.body)
     assert reply.headers["content-type"] == expected.headers["content-type"]
     assert reply.headers["retry-after"] == "7"
