@@ -1,7 +1,7 @@
 """What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.wire import (
@@ -10,6 +10,8 @@ from haltwise.proxy.wire import (
     StreamEvent,
     UpstreamError,
     chat_logprobs,
+    choices_of,
+    index_of,
     may_become,
     replace_texts,
     says_more,
@@ -41,6 +43,7 @@ class ClientAnswer:
         """Why the answer ended, once it has."""
         # Of the answer behind a closed thought, until it is more than markers.
         self._opening: str | None = ""
+        self._open: set[int] = set()  # choices that have begun and not ended
         self._is_stopped = False  # by a text that the client named
         self.is_whole = False
         """Whether the server has marked the end of its stream."""
@@ -55,14 +58,13 @@ class ClientAnswer:
             event: The event; it is changed if it has more than that, and else sent as it came.
             chunk: Its chunk.
         """
-        choice = event.choice
-        if choice is not None:
+        choices, usage = choices_of(chunk), chunk.get("usage")
+        choice = choices[0] if choices else None
+        for each in choices:
             self.envelope = self.envelope or {n: chunk[n] for n in _ENVELOPE if n in chunk}
-            self.finish = choice.get("finish_reason") or self.finish
-            self._is_stopped |= self._request.is_stopped(choice)
-        if self._strip(chunk, choice):
+            self._note_finish(each)
+        if self._strip(chunk, choices):
             event.raw = b""
-        usage = chunk.get("usage")
         if choice is not None and self._reader.is_close_shown:
             has_rest = self._leave_out_marker(event, choice)
             if not (has_rest or isinstance(usage, dict)):
@@ -71,9 +73,21 @@ class ClientAnswer:
             self._usages[-1].take(usage)
             if choice is None and not self._request.wants_usage:
                 return None
-            if self.finish is not None:
+            if self.has_ended:
                 chunk["usage"], event.raw = self.usage(), b""
         return event
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the server has told why the answer ended, and each of its choices if several."""
+        return self.finish is not None and not self._open
+
+    def _note_finish(self, choice: Json) -> None:
+        """Notes why a choice ended, if it did."""
+        finish = choice.get("finish_reason")
+        (self._open.discard if finish else self._open.add)(index_of(choice))
+        self.finish = finish or self.finish
+        self._is_stopped |= self._request.is_stopped(choice)
 
     def passed(self, event: StreamEvent) -> StreamEvent | None:
         """An event to show as it is; None for the end of a leg, which ends no completion."""
@@ -86,20 +100,21 @@ class ClientAnswer:
         Raises:
             UpstreamError: If it has none.
         """
-        if self.finish is None and not self.is_whole:
+        if not (self.has_ended or self.is_whole):
             raise UpstreamError("cut", "upstream broke off its answer")
 
-    def _strip(self, chunk: Json, choice: Json | None) -> bool:
+    def _strip(self, chunk: Json, choices: Sequence[Json]) -> bool:
         """Takes out what the client did not ask for; returns whether there could be anything."""
-        parts = [chunk] if choice is None else [chunk, choice]
+        parts = [chunk, *choices]
         dropped = ["prompt_token_ids", "token_ids"]
         if self._num_top is None:
             dropped.append("logprobs")
         found = [part.pop(name) for part in parts for name in dropped if name in part]
-        if choice is not None and self._num_top is not None:
+        if self._num_top is None:
+            return bool(found)
+        for choice in choices:
             trim_logprobs(choice.get("logprobs"), self._num_top)
-            return True
-        return bool(found)
+        return bool(found or choices)
 
     def usage(self) -> Json:
         """The usage of all legs and probes together, and the report about the thought.
@@ -191,12 +206,13 @@ class ClientAnswer:
     def whole_event(self, text: str) -> StreamEvent:
         """The event that shows a whole answer and its end."""
         self.finish = "stop"
+        self._open.clear()
         return self._made({"finish_reason": self.finish}, self._part(text))
 
     def continued(self, choice: Json) -> StreamEvent | None:
         """A choice of a later leg as one of the first leg's; None if it has nothing to show."""
-        self.finish = choice.get("finish_reason") or self.finish
-        self._strip({}, choice)
+        self._note_finish(choice)
+        self._strip({}, [choice])
         text = self._without_marker("".join(texts_of(choice)), is_last=self.finish is not None)
         if text or choice.get("logprobs") or choice.get("finish_reason"):
             return self._made(choice, self._part(text))

@@ -3,9 +3,9 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from urllib.parse import unquote
 
@@ -46,8 +46,9 @@ from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
 _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_RESPONSES = "/v1/responses"
 # Other endpoints whose LMs think.
-_UNWATCHED = ("/v1/responses", "/v1/messages", "/v1/chat/completions", "/v1/completions")
+_UNWATCHED = (_RESPONSES, "/v1/messages", "/v1/chat/completions", "/v1/completions")
 # What the clients are told whose answers are not whole when the proxy has to end.
 _ENDING = RefusedError(503, "ending", "the proxy is told to end")
 # Headers that are about one connection.
@@ -59,8 +60,12 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
+# Seconds between two tries of probes on a server that did not answer at start.
+_BETWEEN_TRIALS = 60.0
 # Statuses that do not hang on what is asked for beside: who asks, and how many do.
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
+# Statuses of answers that have nothing to read.
+_WITHOUT_BODY = (204, 205)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
 # What beside terms such headers name: X-Haltwise-Task, X-Haltwise-Session.
@@ -112,6 +117,9 @@ class Proxy:
         self._server = self._unknown
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()
+        # Of probes, if they are still to be tried: when that may begin again, on the loop's clock.
+        self._next_trial: float | None = None
+        self._trial: asyncio.Task[None] | None = None
         self._checked, self._answered = -math.inf, False
         if self.control is not None and self.control.traces is not None:
             writer = self.control.traces.writer
@@ -130,8 +138,25 @@ class Proxy:
             try:
                 asyncio.run(self._try_probes())
             except UpstreamError as error:
+                self._next_trial = -math.inf
                 told = f"forced answers beside a thought were not tried at start: {error}"
                 log.warning(json.dumps({"warning": told}))
+
+    def _try_probes_late(self, server: LMServer, headers: RawHeaders) -> None:
+        """Tries them beside the requests, where that could not be done at start."""
+        if self._next_trial is not None and anyio.current_time() >= self._next_trial:
+            self._next_trial = math.inf
+            self._trial = asyncio.create_task(self._tried_late(server, headers))
+
+    async def _tried_late(self, server: LMServer, headers: RawHeaders) -> None:
+        """Says what probes take; while the server does not tell, it is asked again."""
+        try:
+            await check_probes(server, self.config.probe_timeout, True, headers)
+            self._next_trial = None
+        except UpstreamError:
+            self._next_trial = anyio.current_time() + _BETWEEN_TRIALS
+        except Exception:
+            log.exception("a defect of the proxy")
 
     async def _try_probes(self) -> None:
         config, rules = self.config, self._unknown.rules
@@ -139,7 +164,7 @@ class Proxy:
         try:
             unknown = LMServer(upstream, rules, self._unknown.close_text)
             server = await find_lm_server(unknown, config.kind, [])
-            await check_probes(server, config.probe_timeout, config.probe_anyway)
+            await check_probes(server, config.probe_timeout, config.probe_anyway, [])
         finally:
             await upstream.close()
 
@@ -196,7 +221,7 @@ class Proxy:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
-                    await self._pass_on(client, body, self._unwatched(client))
+                    await self._answer_unwatched(client, body, default)
                 else:
                     await self._complete(client, body, default)
 
@@ -260,6 +285,8 @@ class Proxy:
         why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
+            if server is not self._unknown:
+                self._try_probes_late(server, _authorization(headers))
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
@@ -327,7 +354,8 @@ class Proxy:
         if not leg.response.is_success and status not in _OF_CLIENTS_OR_LOAD:
             completion.release("refused")  # perhaps for what was asked for beside
             return "refused"
-        if not leg.response.is_success:
+        if not leg.response.is_success or status in _WITHOUT_BODY:
+            self._settings.probes.leave_alone(completion.request.headers, leg.wait)
             await self._relay(client, leg, [])
             return None
         if not leg.is_readable:
@@ -337,7 +365,7 @@ class Proxy:
             headers.append((b"x-haltwise-request", client.record.id.encode()))
         try:
             if completion.request.streams:
-                headers.append((b"content-type", _stream_type(leg).encode()))
+                headers.append((b"content-type", _stream_type(leg)))
                 async with aclosing(completion.events(leg)) as events:
                     pieces = (event.encode() async for event in events)
                     await self._send(client, 200, pieces, headers)
@@ -352,41 +380,95 @@ class Proxy:
 
     # Everything else
 
-    def _unwatched(self, client: RequestingClient) -> RawHeaders:
-        """Says of a request that may generate, or has terms, that nobody watches it."""
-        path = client.scope["path"].rstrip("/")
+    async def _answer_unwatched(
+        self, client: RequestingClient, body: bytes, default: Terms
+    ) -> None:
+        """Passes on what nobody watches; of what may generate it says which terms do not hold."""
+        path, record = client.scope["path"].rstrip("/"), client.record
         has_terms = any(name.startswith(_TERMS) for name in client.headers)
         if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
-            return []
-        return self._why_not("endpoint", client.record)
+            await self._pass_on(client, body, [])
+            return
+        terms = _terms(client, default)
+        record.about = asdict(terms)
+        capped = await self._capped(client, body, terms) if path == _RESPONSES else None
+        if capped is not None:
+            leg = await self._open(client, capped)
+            try:
+                if leg.response.is_success or leg.response.status_code in _OF_CLIENTS_OR_LOAD:
+                    ignored = _ignored(replace(terms, max_tokens=None))
+                    await self._relay(client, leg, self._why_not("endpoint", record, ignored))
+                    return
+            finally:
+                await leg.close()
+        headers = self._why_not("endpoint", record, _ignored(terms))
+        await self._pass_on(client, body, headers)
 
-    def _why_not(self, reason: str, record: RequestRecord) -> RawHeaders:
-        """Notes why a completion cannot be halted; returns the header that says it."""
+    async def _capped(self, client: RequestingClient, body: bytes, terms: Terms) -> bytes | None:
+        """A body that tells the server to close the thought at the cap itself; None if none can."""
+        if terms.max_tokens is None or self.config.shadow:
+            return None
+        server, asked = await self._find_server(_passed_headers(client)), None
+        if server.caps_itself:
+            asked = await aside.read_object(body)
+        if asked is None:
+            return None
+        try:
+            return await aside.encoded(server.capped_body(asked, terms.max_tokens))
+        except RecursionError:  # it can be read, but not written
+            return None
+
+    def _why_not(
+        self, reason: str, record: RequestRecord, ignored: Sequence[str] = ()
+    ) -> RawHeaders:
+        """Notes why a completion cannot be halted; returns the header that says it.
+
+        Args:
+            reason: Why.
+            record: Where it is noted.
+            ignored: The terms that do not hold for it.
+        """
         record.outcome = "relayed"
-        record.about["reason"] = reason
+        told: Json = {"reason": reason} | ({"ignored": [*ignored]} if ignored else {})
+        record.about |= told
         self.metrics.thoughts.labels(reason).inc()
-        return [(b"x-haltwise", json.dumps({"halted": False, "reason": reason}).encode())]
+        for name in ignored:
+            self.metrics.ignored_terms.labels(name).inc()
+        return [(b"x-haltwise", json.dumps({"halted": False} | told).encode())]
 
     async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
         """Passes a request on as it is, and the answer back with some headers more."""
-        scope = client.scope
-        query = scope["query_string"]
-        target = scope["raw_path"] + (b"?" + query if query else b"")
-        passed = _passed_headers(client)
-        try:
-            leg = await self.upstream.open(scope["method"], target, passed, body)
-        except httpx2.InvalidURL:
-            raise RefusedError(404, "not_found", "no such path") from None
+        leg = await self._open(client, body)
         try:
             await self._relay(client, leg, headers)
         finally:
             await leg.close()
 
+    async def _open(self, client: RequestingClient, body: bytes) -> UpstreamLeg:
+        """Asks the server as a client has asked, with a body that may be another one.
+
+        Raises:
+            RefusedError: If there can be no such path.
+            UpstreamError: If no answer comes.
+        """
+        scope = client.scope
+        query = scope["query_string"]
+        target = scope["raw_path"] + (b"?" + query if query else b"")
+        passed = _passed_headers(client)
+        try:
+            return await self.upstream.open(scope["method"], target, passed, body)
+        except httpx2.InvalidURL:
+            raise RefusedError(404, "not_found", "no such path") from None
+
     async def _relay(self, client: RequestingClient, leg: UpstreamLeg, more: RawHeaders) -> None:
         """Passes an answer back as it is, with some headers more."""
         if leg.response.status_code >= 500:
             self.metrics.upstream_errors.labels("status").inc()
-        headers = [*_without(leg.response.headers.raw, set()), *more]
+        told = leg.response.headers
+        # What has both is as long as its pieces; and a stream that breaks off gets an end.
+        is_open = "transfer-encoding" in told or _is_stream(_type_of(leg))
+        dropped = {b"content-length"} if is_open else set[bytes]()
+        headers = [*_without(told.raw, dropped), *more]
         async with aclosing(leg.pieces()) as pieces:
             await self._send(client, leg.response.status_code, pieces, headers)
 
@@ -458,6 +540,9 @@ class Proxy:
 
     async def close(self) -> None:
         """Ends the audits, writes what the control knows, and closes all connections."""
+        if self._trial is not None:
+            self._trial.cancel()
+            await asyncio.wait((self._trial,))
         if self._settings.auditor is not None:
             await self._settings.auditor.close()
         if self.control is not None:
@@ -504,10 +589,15 @@ def _is_stream(content_type: bytes) -> bool:
     return content_type.strip().lower().startswith(EVENT_STREAM.encode())
 
 
-def _stream_type(leg: UpstreamLeg) -> str:
+def _type_of(leg: UpstreamLeg) -> bytes:
+    """The content type of a leg; empty if it tells none."""
+    return str(leg.response.headers.get("content-type", "")).encode("utf-8", "replace")
+
+
+def _stream_type(leg: UpstreamLeg) -> bytes:
     """The content type of a leg, if it is one of streams, as all that are watched become."""
-    own = str(leg.response.headers.get("content-type", ""))
-    return own if _is_stream(own.encode()) else f"{EVENT_STREAM}; charset=utf-8"
+    own = _type_of(leg)
+    return own if _is_stream(own) else f"{EVENT_STREAM}; charset=utf-8".encode()
 
 
 def _is_preflight(client: RequestingClient) -> bool:
@@ -573,6 +663,16 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
         return Terms.within(named, default)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+
+
+def _authorization(headers: RawHeaders) -> RawHeaders:
+    """The header with the key that a client asks with, if it has any."""
+    return [pair for pair in headers if pair[0] == b"authorization"]
+
+
+def _ignored(terms: Terms) -> list[str]:
+    """The names of those terms that ask for something."""
+    return [name for name in ("price", "min_tokens", "max_tokens") if getattr(terms, name)]
 
 
 def _passed_headers(client: RequestingClient) -> RawHeaders:

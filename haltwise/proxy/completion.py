@@ -144,7 +144,7 @@ class WatchedCompletion:
                 async for event in events:
                     yield event
         except UpstreamError:
-            if self._answer.finish is None:
+            if not self._answer.has_ended:
                 raise
         yield DONE
 
@@ -230,6 +230,7 @@ class WatchedCompletion:
         if event.chunk is None:
             return self._answer.passed(event), False
         choice, halts = event.choice, False
+        self._reader.check_choices(event.chunk)
         if choice is not None and self._reader.is_thinking:
             halts = await self._reader.read(event.chunk, choice)
         elif choice is not None and any(texts_of(choice)):

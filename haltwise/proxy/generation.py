@@ -124,16 +124,17 @@ async def refusal(path: str, leg: UpstreamLeg) -> UpstreamError:
         path: What was asked.
         leg: The answer.
     """
-    status, data = leg.response.status_code, await leg.body()
+    status, wait, data = leg.response.status_code, leg.wait, await leg.body()
     if status in NO_SUCH_PATH:
         told = f"{path} was answered with {status}: expected a server that goes on from a "
-        return UpstreamError("status", told + "prompt, and not of chats alone", answered=status)
+        told += "prompt, and not of chats alone"
+        return UpstreamError("status", told, answered=status, wait=wait)
     found = json_object(data)
     if found is None:
         text = data.decode(errors="replace")
         told = f"{path} was answered with {status} and no JSON: {text!r:.{_LONGEST_SAID}}"
-        return UpstreamError("malformed", told, answered=status)
+        return UpstreamError("malformed", told, answered=status, wait=wait)
     error = found.get("error", found)
     said = str(error.get("message", error) if isinstance(error, dict) else error)
     told = f"{path} was answered with {status}: {said:.{_LONGEST_SAID}}"
-    return UpstreamError("status", told, answered=status)
+    return UpstreamError("status", told, answered=status, wait=wait)

@@ -110,6 +110,15 @@ class LMServer(ServerDialect):
         """Fields that this kind of server needs in a request that is watched."""
         return {}
 
+    @property
+    def caps_itself(self) -> bool:
+        """Whether the server closes a thought of `/v1/responses` at a cap, with the close text."""
+        return False
+
+    def capped_body(self, asked: Json, cap: int) -> Json:
+        """A body of `/v1/responses` that tells such a server the cap; a smaller one is kept."""
+        return asked
+
     async def end_thought(self, request: CompletionRequest, completion_id: str) -> bool:
         """Tells the server to end a running thought by itself; returns whether it will.
 
@@ -311,6 +320,18 @@ class LlamaServer(LlamaDialect, LMServer):
         return {"reasoning_control": True} | (
             {"reasoning_budget_message": message} if message else {}
         )
+
+    @property
+    def caps_itself(self) -> bool:
+        """It writes the end marker itself, and before that what it is told to."""
+        return self.ends_with_marker
+
+    def capped_body(self, asked: Json, cap: int) -> Json:
+        """Its own name for a cap; -1 is none."""
+        own = asked.get("thinking_budget_tokens")
+        is_smaller = isinstance(own, int) and 0 <= own < cap
+        message = {"reasoning_budget_message": self.close_parts[0]} if self.close_parts[0] else {}
+        return message | asked | {"thinking_budget_tokens": own if is_smaller else cap}
 
     async def end_thought(self, request: CompletionRequest, completion_id: str) -> bool:
         """Works in chats alone, and only if the close text ends with the marker.

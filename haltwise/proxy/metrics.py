@@ -50,6 +50,8 @@ class Metrics:
         self.bad_signals = counter("haltwise_bad_signals", text)
         text = "Thoughts that were to be halted and went on"
         self.fallbacks = counter("haltwise_fallbacks", text, ["reason"])
+        text = "Terms of requests that did not hold, since nobody watches their endpoint"
+        self.ignored_terms = counter("haltwise_ignored_terms", text, ["term"])
         text = "Probes, by whether they brought an answer; refused is one without room"
         self.probes = counter("haltwise_probes", text, ["outcome"])
         self.probe_tokens = counter("haltwise_probe_tokens", "Tokens that probes generated")

@@ -12,14 +12,20 @@ from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import asked_to_go_on, counting
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import UpstreamError
+from haltwise.proxy.wire import RawHeaders, UpstreamError
 
 # What any LM goes on from; it is long enough to see whether the server's cache has it.
 _PROMPT = " ".join(map(str, range(1, 101)))
-# Tokens of the thought before each probe, and in all.
-_STEP, _MOST = 16, 256
+# Tokens of the thought before each probe.
+_STEP = 16
+# Tokens of the thought in all: where it ends too soon to tell, a longer one is tried.
+_LENGTHS = (256, 1024, 4096)
 # The first probe finds no cache.
 _NUM_PROBES = 2
+# A thought is long enough if so many probes alone, one after the other, could have run beside it.
+_ENOUGH = 4.0
+# Probes alone; the shortest one is what the server can do, whatever else the machine does.
+_NUM_ALONE = 3
 # Seconds that all of it may take.
 _TIMEOUT = 60.0
 
@@ -33,16 +39,28 @@ class ProbeTrial:
     computed_tokens: int | None
     """Those of them that the server's cache did not have; None if it does not tell."""
     overrun_tokens: int
-    """Tokens of the stream until the answer was there."""
+    """Tokens of the stream until the answer was there, or the stream had ended."""
     seconds: float
-    """Time until then."""
+    """Time until the answer was there."""
     num_parallel: int | None
     """Requests that the server runs at once; None if it does not tell."""
     is_beside: bool
-    """Whether the answer came before the stream had ended, and in time."""
+    """Whether the answer came before the stream had ended."""
+    stream_seconds: float = 0.0
+    """Time for which the stream went on beside it."""
+    alone_seconds: float | None = None
+    """Time that such an answer takes without a stream; None if that was of no interest."""
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the stream was long enough to tell: by the server's own pace, on this machine."""
+        alone = self.alone_seconds
+        return self.is_beside or (alone is not None and self.stream_seconds >= _ENOUGH * alone)
 
     def problem(self) -> str:
         """What a head has to expect of such a server; no text if that is nothing bad."""
+        if not self.is_sure:
+            return ""
         if not self.is_beside:
             return "the answer was not there before the thought had ended"
         computed, prompt = self.computed_tokens, self.prompt_tokens
@@ -50,14 +68,23 @@ class ProbeTrial:
             return f"the server computed {computed} of {prompt} tokens anew"
         return ""
 
+    def doubt(self, patience: float) -> str:
+        """What may be bad, or may come of a busy machine; no text if there is nothing like it."""
+        if not self.is_sure:
+            return "too short a thought to tell whether answers come beside one"
+        return "later than --probe-timeout" if self.seconds > patience else ""
 
-async def check_probes(server: LMServer, patience: float, anyway: bool) -> None:
+
+async def check_probes(
+    server: LMServer, patience: float, anyway: bool, headers: RawHeaders
+) -> None:
     """Tries a probe beside a stream, and says what it took.
 
     Args:
         server: The LM's server.
-        patience: Seconds that a probe may take.
+        patience: Seconds that a probe may take once clients are served.
         anyway: Whether to go on even where probes are not served well.
+        headers: With the key that it is asked with.
 
     Raises:
         InputError: If they are not.
@@ -65,18 +92,19 @@ async def check_probes(server: LMServer, patience: float, anyway: bool) -> None:
     """
     try:
         async with asyncio.timeout(_TIMEOUT):
-            trial = await try_probes(server, patience)
+            trial = await try_probes(server, headers)
     except TimeoutError:
         raise UpstreamError("timeout", f"no probe within {_TIMEOUT:.0f} seconds") from None
     log.info(json.dumps({"probe": asdict(trial)}))
-    if not (problem := trial.problem()):
+    problem = trial.problem()
+    if not (told := problem or trial.doubt(patience)):
         return
     slots = "" if trial.num_parallel is None else f", {trial.num_parallel} slots"
     told = (
         f"a forced answer beside a thought took {trial.seconds:.2f} s and {trial.overrun_tokens} "
-        f"tokens of the thought{slots}: {problem}"
+        f"tokens of the thought{slots}: {told}"
     )
-    if not anyway:
+    if problem and not anyway:
         raise InputError(
             f"{told}. Expected two slots or more and a prefix cache (llama-server --parallel 4), a "
             "head trained with --probing at_halt, or --probe-anyway"
@@ -84,32 +112,45 @@ async def check_probes(server: LMServer, patience: float, anyway: bool) -> None:
     log.warning(json.dumps({"warning": told}))
 
 
-async def try_probes(server: LMServer, patience: float) -> ProbeTrial:
-    """Runs a stream, and probes beside it.
+async def try_probes(server: LMServer, headers: RawHeaders) -> ProbeTrial:
+    """Runs a stream, and probes beside it; a longer one where the first tells nothing.
 
     Args:
         server: The LM's server.
-        patience: Seconds that a probe may take.
+        headers: With the key that it is asked with.
 
     Raises:
         UpstreamError: If the server does not answer.
     """
-    asked = {"prompt": _PROMPT, "max_tokens": _MOST, "temperature": 0, "ignore_eos": True}
-    request = CompletionRequest(False, asked | ({"model": server.names[0]} if server.names else {}))
+    for length in _LENGTHS:
+        trial = await _tried(server, headers, length)
+        if trial.is_sure:
+            break
+    return trial
+
+
+async def _tried(server: LMServer, headers: RawHeaders, length: int) -> ProbeTrial:
+    """As `try_probes`, with a stream of so many tokens."""
+    asked = {"prompt": _PROMPT, "max_tokens": length, "temperature": 0, "ignore_eos": True}
+    asked |= {"model": server.names[0]} if server.names else {}
+    request = CompletionRequest(False, asked, headers)
     body = request.watched_body(server.extra_fields(request))
-    leg = await server.upstream.stream("/v1/completions", body, [])
+    leg = await server.upstream.stream("/v1/completions", body, headers)
     try:
         if not leg.is_readable:
             raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
         generated = GeneratedSoFar()
         for _ in range(_NUM_PROBES):
             await _read(leg, generated, _STEP)
-            trial = await _probed(server, request, leg, generated, patience)
+            trial = await _probed(server, request, leg, generated)
             if not trial.is_beside:
                 break
-        return trial
     finally:
         await leg.close()
+    if trial.is_beside:
+        return trial
+    alone = [await _alone(server, request, generated) for _ in range(_NUM_ALONE)]
+    return replace(trial, alone_seconds=min(alone))
 
 
 async def _read(leg: UpstreamLeg, generated: GeneratedSoFar, num: int) -> bool:
@@ -123,28 +164,17 @@ async def _read(leg: UpstreamLeg, generated: GeneratedSoFar, num: int) -> bool:
 
 
 async def _probed(
-    server: LMServer,
-    request: CompletionRequest,
-    leg: UpstreamLeg,
-    generated: GeneratedSoFar,
-    patience: float,
+    server: LMServer, request: CompletionRequest, leg: UpstreamLeg, generated: GeneratedSoFar
 ) -> ProbeTrial:
     """Forces an answer behind what was generated, and reads on until it is there."""
     seen = replace(generated, texts=list(generated.texts), ids=list(generated.ids))
     started, usage, is_beside = time.perf_counter(), LegUsage(), True
-
-    async def ask() -> None:
-        body = await server.probe_body(request, seen)
-        await asked_to_go_on(server, body, [], partial(counting, usage))
-
-    probe = asyncio.create_task(ask())
+    probe = asyncio.create_task(_forced(server, request, seen, usage))
     try:
-        async with asyncio.timeout(patience):
-            while is_beside and await leg.comes_before(probe):
-                is_beside = await _read(leg, generated, 1)
-            await probe
-    except TimeoutError:
-        is_beside = False
+        while is_beside and await leg.comes_before(probe):
+            is_beside = await _read(leg, generated, 1)
+        stream_seconds = time.perf_counter() - started
+        await probe
     finally:
         probe.cancel()
     return ProbeTrial(
@@ -154,4 +184,20 @@ async def _probed(
         time.perf_counter() - started,
         server.num_parallel,
         is_beside,
+        stream_seconds,
     )
+
+
+async def _alone(server: LMServer, request: CompletionRequest, seen: GeneratedSoFar) -> float:
+    """Seconds that a forced answer takes without a stream beside it."""
+    started = time.perf_counter()
+    await _forced(server, request, seen, LegUsage())
+    return time.perf_counter() - started
+
+
+async def _forced(
+    server: LMServer, request: CompletionRequest, seen: GeneratedSoFar, usage: LegUsage
+) -> None:
+    """Forces an answer, whose tokens are counted."""
+    body = await server.probe_body(request, seen)
+    await asked_to_go_on(server, body, request.headers, partial(counting, usage))

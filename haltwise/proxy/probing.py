@@ -16,15 +16,19 @@ from haltwise.proxy.generation import ServedGeneration, read_generation, refusal
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics, log
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import Json, StreamEvent, UpstreamError
+from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError
 from haltwise.session.thought import Probe
+
+# Keys of which it is known until when they are refused.
+_MOST_KEYS = 1000
 
 
 class ProbeRoom:
     """Room for the probes of all streams.
 
     Where a server tells how many requests it runs at once, a probe takes no place that a stream
-    has or waits for.
+    has or waits for. One that wants to be left alone for a while is, by those who ask with the key
+    that it refused.
 
     Args:
         most: The most probes at a time.
@@ -36,14 +40,27 @@ class ProbeRoom:
         self.num_running = 0
         """Probes that run."""
         self._most, self._num_streams = most, num_streams
+        self._until: dict[bytes, float] = {}  # by key, on the clock of time.monotonic
 
-    def is_free(self, num_slots: int | None) -> bool:
+    def leave_alone(self, headers: RawHeaders, seconds: float) -> None:
+        """Has no room for a while for those who ask with the key in these headers."""
+        if seconds > 0:
+            if len(self._until) >= _MOST_KEYS:
+                self._until.clear()
+            until = time.monotonic() + seconds
+            key = _key_in(headers)
+            self._until[key] = max(until, self._until.get(key, 0.0))
+
+    def is_free(self, num_slots: int | None, headers: RawHeaders) -> bool:
         """Whether there is room for one more.
 
         Args:
             num_slots: Requests that the server runs at once; None if it does not tell.
+            headers: With the key that it asks with.
         """
         num = self.num_running
+        if self._until and time.monotonic() < self._until.get(_key_in(headers), 0.0):
+            return False
         return num < self._most and (num_slots is None or num + self._num_streams() < num_slots)
 
 
@@ -120,7 +137,8 @@ class AnswerProber:
     @property
     def has_room(self) -> bool:
         """Whether a probe may start: none runs, and there is room for it."""
-        is_free = self._continues and self._room.is_free(self._server.num_parallel)
+        num_slots = self._server.num_parallel
+        is_free = self._continues and self._room.is_free(num_slots, self._headers)
         return self.running is None and is_free
 
     def start(self, seen: GeneratedSoFar) -> None:
@@ -195,7 +213,10 @@ class AnswerProber:
         try:
             async with asyncio.timeout(self._patience):
                 return await self._answer(seen)
-        except (UpstreamError, TimeoutError):
+        except UpstreamError as error:
+            self._room.leave_alone(self._headers, error.wait)
+            return None
+        except TimeoutError:
             return None
         except Exception:
             log.exception("a defect of the proxy")
@@ -227,6 +248,11 @@ class AnswerProber:
         async for event in counting(usage, leg):
             self.usage.completion_tokens = before + usage.completion_tokens
             yield event
+
+
+def _key_in(headers: RawHeaders) -> bytes:
+    """The key that a request is asked with; empty if it has none."""
+    return next((value for name, value in headers if name == b"authorization"), b"")
 
 
 async def counting(usage: LegUsage, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:

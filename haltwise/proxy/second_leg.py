@@ -18,6 +18,7 @@ from haltwise.proxy.wire import (
     Json,
     StreamEvent,
     UpstreamError,
+    has_others,
     replace_texts,
     says_more,
     texts_of,
@@ -264,7 +265,8 @@ class ThoughtCloser:
         shown = AlreadyShown("".join(reader.shown_texts), think_end, bool(reader.field))
         async for event in leg:
             choice = event.choice
-            if event.chunk and (choice is None or shown.leave_out_of(choice)):
+            is_new = choice is None or has_others(event.chunk or {}) or shown.leave_out_of(choice)
+            if event.chunk and is_new:
                 yield StreamEvent(chunk=event.chunk | envelope)
             elif event.chunk is None:
                 yield event

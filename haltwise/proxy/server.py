@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import resource
+import select
 import socket
 from functools import partial
 from typing import Any, cast
@@ -49,6 +50,7 @@ class _Protocol(H11Protocol):
         super().__init__(**settings)
         self._most = most
         self._waiting: asyncio.TimerHandle | None = None
+        self._has_asked = False  # for anything, and got it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called once a client has connected."""
@@ -58,9 +60,18 @@ class _Protocol(H11Protocol):
         self.app_state = self.app_state | of_connection
         self._look()
         if len(self.connections) > self._most:
-            others = (one for one in self.connections if one is not self)
-            idle = (one for one in others if isinstance(one, _Protocol) and one._waiting)
-            next(idle, self)._let_go()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Lets a client go that asks for nothing: one that never has, the longest there first."""
+        others = (one for one in self.connections if one is not self)
+        waits = [
+            (one._has_asked, one._waiting.when(), id(one), one)
+            for one in others
+            if isinstance(one, _Protocol) and one._waiting is not None
+        ]
+        idle = (one for *_, one in sorted(waits) if not one._is_heard)
+        next(idle, self)._cut()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called once the connection is no more."""
@@ -75,6 +86,7 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         """Called once an answer has been sent."""
         super().on_response_complete()
+        self._has_asked = True
         self._look()
 
     def _look(self) -> None:
@@ -87,7 +99,24 @@ class _Protocol(H11Protocol):
 
     def _let_go(self) -> None:
         self._stop_waiting()
-        self.transport.abort()
+        if self._is_heard:
+            self._look()
+        else:
+            self._cut()
+
+    @property
+    def _is_heard(self) -> bool:
+        """Whether the client has sent something that nobody has read yet: it would be reset."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poll.poll(0))
+
+    def _cut(self) -> None:
+        self._stop_waiting()
+        if self.transport.get_write_buffer_size():  # of what the client does not read
+            self.transport.abort()
+        else:
+            self.transport.close()
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:
@@ -163,6 +192,7 @@ def create_server(config: ServeConfig) -> uvicorn.Server:
             server_header=False,
             date_header=False,
             backlog=4096,
+            timeout_keep_alive=int(2 * _SILENCE),  # after which nobody waits any more
             timeout_graceful_shutdown=cast(int, config.drain_timeout),
         )
     )

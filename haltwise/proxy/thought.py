@@ -12,6 +12,7 @@ from haltwise.proxy.wire import (
     REASONING_FIELDS,
     Json,
     ServedToken,
+    has_others,
     texts_of,
     tokens_of,
     whole_texts,
@@ -140,6 +141,12 @@ class ThoughtReader:
         budget = self.request.max_tokens
         is_within = budget is None or self.generated.num_tokens < budget
         return self.may_halt and is_within and await self._is_thought()
+
+    def check_choices(self, chunk: Json) -> None:
+        """Leaves an answer of several choices, or of another one than was asked for, to its LM."""
+        if self.is_thinking and self.may_halt and has_others(chunk):
+            self.is_thinking = False
+            self.fall_back("several choices")
 
     def begins_answer(self, choice: Json) -> bool:
         """Whether the server says that this choice is of the answer, and no longer of a thought."""

@@ -16,6 +16,8 @@ from collections.abc import (
 )
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -30,6 +32,14 @@ _STREAMS_A_POOL = 16
 _CALL_TIMEOUT = 5.0
 # Seconds for which a server that did not answer such a question in time is not asked it again.
 _SILENCE_LASTS = 10.0
+# Bytes of an answer that is read as a whole; no honest one is longer.
+_LONGEST_BODY = 64 * 2**20
+# Statuses that an answer can have.
+_STATUSES = range(200, 600)
+# Those of a server that has too much to do, or that has had enough of a client.
+_OF_LOAD = (429, 503)
+# Digits that are read of the seconds that a server wants to be left alone.
+_WAIT_DIGITS = 9
 
 T = TypeVar("T")
 
@@ -77,6 +87,21 @@ class UpstreamLeg:
         """
         kind = self.response.headers.get("content-type", "").lower()
         return self.response.is_success and "html" not in kind
+
+    @property
+    def wait(self) -> float:
+        """Seconds for which the server does not want to be asked again; 0 if it does not tell."""
+        told = self.response.headers.get("retry-after", "").strip()
+        if self.response.status_code not in _OF_LOAD:
+            return 0.0
+        if told.isascii() and told.isdigit():
+            return float(told[:_WAIT_DIGITS])
+        try:
+            until = parsedate_to_datetime(told)
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+        until = until if until.tzinfo else until.replace(tzinfo=UTC)
+        return max((until - datetime.now(UTC)).total_seconds(), 0.0)
 
     def __aiter__(self) -> AsyncIterator[wire.StreamEvent]:
         """Returns the leg itself."""
@@ -146,10 +171,15 @@ class UpstreamLeg:
         """The whole body.
 
         Raises:
-            UpstreamError: If the answer is cut or too late.
+            UpstreamError: If the answer is cut, too late or too long.
         """
+        body = bytearray()
         async with aclosing(self._decoded()) as pieces:
-            return b"".join([data async for data in pieces])
+            async for data in pieces:
+                body += data
+                if len(body) > _LONGEST_BODY:
+                    raise wire.UpstreamError("malformed", "upstream's answer does not end")
+        return bytes(body)
 
     async def opening(self, start: str, end: str) -> tuple[str, str] | None:
         """The first of the texts that it adds to a thought and to its answer; None without any end.
@@ -340,7 +370,11 @@ class Upstream:
         request = httpx2.Request(method, url, headers=headers, content=content)
         request.extensions["timeout"] = self._timeout.as_dict()
         with as_upstream_errors():
-            return UpstreamLeg(await next(self._next_pool).handle_async_request(request))
+            leg = UpstreamLeg(await next(self._next_pool).handle_async_request(request))
+        if leg.response.status_code not in _STATUSES:
+            await leg.close()
+            raise wire.UpstreamError("malformed", "upstream answered with a status that is none")
+        return leg
 
     async def stream(self, path: str, body: wire.Json, headers: wire.RawHeaders) -> UpstreamLeg:
         """Posts JSON; a stream of events is expected, but not checked.

@@ -16,6 +16,8 @@ EVENT_STREAM = "text/event-stream"
 
 # No event of an honest server is longer.
 _LONGEST_EVENT = 16 * 2**20
+# Where a blank line may end, however its lines end.
+_BLANK_LINES = (b"\n\n", b"\n\r", b"\r\r")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How some servers begin the texts of tokens that are no whole characters.
 _BYTES_TEXT = "bytes:\\x"
@@ -39,9 +41,20 @@ class UpstreamError(Exception):
         status: int = 502,
         body: Json | None = None,
         answered: int | None = None,
+        wait: float = 0.0,
     ) -> None:
-        """Takes what happened, the status and the body that the client gets, and the upstream's."""
+        """Takes what happened, the status and the body that the client gets, and the upstream's.
+
+        Args:
+            kind: What happened, in a word.
+            message: The same in a sentence.
+            status: The status that the client gets.
+            body: The body that it gets; None to make one of the message.
+            answered: The upstream's status, if it answered with one.
+            wait: Seconds for which the upstream does not want to be asked again.
+        """
         super().__init__(message)
+        self.wait = wait
         self.kind = kind
         self.status = status
         self.answered = answered
@@ -103,7 +116,7 @@ class StreamEvent:
 
     @property
     def choice(self) -> Json | None:
-        """The only choice of its chunk; None where it has none.
+        """The first choice of its chunk; None where it has none.
 
         Raises:
             UpstreamError: If it is malformed.
@@ -131,6 +144,7 @@ class EventReader:
         """Starts before the first byte."""
         self._rest: list[bytes] = []
         self._num_rest = 0
+        self._last = b""  # bytes, with which a blank line may have begun
         self._is_whole: bool | None = None  # nobody knows yet
 
     def feed(self, data: bytes) -> Iterator[StreamEvent]:
@@ -142,7 +156,10 @@ class EventReader:
         self._keep(data)
         if self._is_whole is None and (start := data.removeprefix(_BYTE_ORDER_MARK).lstrip()):
             self._is_whole = start.startswith(b"{")
-        if self._is_whole or (b"\n" not in data and b"\r" not in data):
+        newest = self._last + data
+        self._last = newest[-2:]
+        # An event of many lines is put together once, and not anew at each of them.
+        if self._is_whole or not any(line in newest for line in _BLANK_LINES):
             return
         data = b"".join(self._rest)
         half = b"\r" if data.endswith(b"\r") else b""  # of an end of line, perhaps
@@ -226,21 +243,47 @@ def _numbered(calls: Any) -> Json:
 # Chunks
 
 
-def choice_of(chunk: Json) -> Json | None:
-    """The only choice of a chunk; None where it has none.
+def choices_of(chunk: Json) -> list[Json]:
+    """All choices of a chunk.
 
     Raises:
-        UpstreamError: If it is malformed.
+        UpstreamError: If one is malformed.
     """
-    choices = chunk.get("choices")
-    if not choices:
-        return None
-    choice: Any = choices[0] if isinstance(choices, list) else None
+    choices = chunk.get("choices") or []
+    if not isinstance(choices, list) or not all(map(_is_choice, choices)):
+        raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
+    return choices
+
+
+def _is_choice(choice: Any) -> bool:
     if isinstance(choice, dict) and choice.get("delta", {}) is None:
         choice["delta"] = {}  # nothing is added
-    if not isinstance(choice, dict) or not isinstance(choice.get("delta", {}), dict):
-        raise UpstreamError("malformed", "upstream sent a chunk whose choices are malformed")
-    return choice
+    return isinstance(choice, dict) and isinstance(choice.get("delta", {}), dict)
+
+
+def choice_of(chunk: Json) -> Json | None:
+    """The first choice of a chunk, which is the only one of a watched thought; None without any.
+
+    Raises:
+        UpstreamError: If one is malformed.
+    """
+    return next(iter(choices_of(chunk)), None)
+
+
+def index_of(choice: Json) -> int:
+    """The number of a choice; 0 if it has none."""
+    index = choice.get("index")
+    return index if isinstance(index, int) else 0
+
+
+def has_others(chunk: Json) -> bool:
+    """Whether a chunk has more than the one choice that was asked for, or another one.
+
+    Raises:
+        UpstreamError: If one is malformed.
+    """
+    choices = choices_of(chunk)
+    return len(choices) > 1 or any(map(index_of, choices))
 
 
 #: Where servers put the text of a thought.
@@ -446,17 +489,33 @@ class WholeAnswer:
     def __init__(self) -> None:
         """Starts without a chunk."""
         self._answer: Json = {}
+        self._choices: dict[int, _WholeChoice] = {}
+
+    def add(self, chunk: Json) -> None:
+        """Takes in the next chunk."""
+        self._answer |= {k: v for k, v in chunk.items() if k != "choices" and v is not None}
+        for choice in choices_of(chunk):
+            self._choices.setdefault(index_of(choice), _WholeChoice()).add(choice)
+
+    def answer(self, chat: bool) -> Json:
+        """The whole answer, with a choice for each number that there was, and at least one."""
+        choices = [self._choices[i] for i in sorted(self._choices)] or [_WholeChoice()]
+        kind = "chat.completion" if chat else "text_completion"
+        return self._answer | {"object": kind, "choices": [each.choice(chat) for each in choices]}
+
+
+class _WholeChoice:
+    """Puts one choice of a stream together."""
+
+    def __init__(self) -> None:
+        """Starts without anything."""
         self._choice: Json = {"index": 0}
         self._texts: Json = {}
         self._calls: dict[int, Json] = {}
         self._logprobs: Json = {}
 
-    def add(self, chunk: Json) -> None:
-        """Takes in the next chunk."""
-        self._answer |= {k: v for k, v in chunk.items() if k != "choices" and v is not None}
-        choice = choice_of(chunk)
-        if choice is None:
-            return
+    def add(self, choice: Json) -> None:
+        """Takes in what the next chunk has of it."""
         for name, value in choice.items():
             if name not in ("delta", "text", "logprobs") and value is not None:
                 self._choice[name] = value
@@ -484,19 +543,16 @@ class WholeAnswer:
             index = max(self._calls, default=-1) + 1 if part.get("id") or not self._calls else None
         return self._calls.setdefault(max(self._calls) if index is None else index, {})
 
-    def answer(self, chat: bool) -> Json:
-        """The whole answer."""
+    def choice(self, chat: bool) -> Json:
+        """The whole choice."""
         choice = {"finish_reason": None, "logprobs": self._logprobs or None} | self._choice
-        if chat:
-            message: Json = {"role": "assistant", "content": None} | self._texts
-            if self._calls:
-                message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
-                message["content"] = message["content"] or None
-            choice["message"] = message
-        else:
-            choice["text"] = self._texts.get("text", "")
-        kind = "chat.completion" if chat else "text_completion"
-        return self._answer | {"object": kind, "choices": [choice]}
+        if not chat:
+            return choice | {"text": self._texts.get("text", "")}
+        message: Json = {"role": "assistant", "content": None} | self._texts
+        if self._calls:
+            message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
+            message["content"] = message["content"] or None
+        return choice | {"message": message}
 
 
 def _add_call(call: Json, part: Json) -> None:

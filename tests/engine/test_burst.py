@@ -217,7 +217,7 @@ def test_logits_that_are_not_numbers_are_an_error_after_the_burst(temperature: f
         lm.advance(np.arange(2))
 
 
-class _NoHost(TorchDispatchMode, TorchFunctionMode):
+class NoHost(TorchDispatchMode, TorchFunctionMode):
     """Refuses what waits for the device: its numbers, or sizes that depend on them."""
 
     waits = ("item", "_local_scalar_dense", "is_nonzero", "equal")
@@ -266,7 +266,7 @@ def test_no_step_of_a_burst_waits_for_the_device(
 
     def watched(burst: Burst, *args: Any) -> None:
         nonlocal num
-        with _NoHost():
+        with NoHost():
             step(burst, *args)
         num += 1
 
@@ -294,7 +294,7 @@ def test_no_step_of_a_burst_waits_for_the_device(
     ],
 )
 def test_what_waits_for_the_device_is_found(work: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(AssertionError, match="device"), torch.inference_mode(), _NoHost():
+    with pytest.raises(AssertionError, match="device"), torch.inference_mode(), NoHost():
         work(torch.randn(3))
 
 

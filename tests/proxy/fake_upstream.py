@@ -103,6 +103,9 @@ class Plan:
     """What the answer begins with."""
     details: bool = False
     """Tells details of its usage: all tokens of its answer are of a thought, one was cached."""
+    choices: str = ""
+    """Of an answer of which one choice is asked for: from 1 (its number), two (in turn), both (two
+    in each chunk), or late (the second one begins amid the first)."""
     tool: bool = False
     """Calls a tool in place of an answer."""
     open: bool = False
@@ -503,6 +506,7 @@ def _count(value: Any) -> int:
 
 
 def _refusal(asked: Asked, status: int, message: str) -> Response:
+    asked.ended = "done"
     asked.gone.set()
     error = {"message": message, "type": "fake", "param": None, "code": status}
     return JSONResponse({"error": error}, status, {"Retry-After": "7"})
@@ -520,7 +524,7 @@ class _Writer:
         self.thinks = leg_of(prompt) == 1
         self.num_tokens = 0
         self.finish: str | None = None
-        self.num_choices = int(self.body.get("n") or 1)
+        self.num_choices = int(self.body.get("n") or 1 + (plan.choices in ("two", "both", "late")))
         kind = "chatcmpl" if self.chat else "cmpl"
         self.id = f"{kind}-{plan.name}-{leg_of(prompt)}"
         limit = self.body.get("max_completion_tokens") or self.body.get("max_tokens")
@@ -566,28 +570,37 @@ class _Writer:
         llama = self._is("llama-server")
         if self.chat:
             first = {"role": "assistant", "content": None if llama else ""}
-            for i in range(self.num_choices):
-                yield self._event([self._choice(i, first, None)], first=True)
+            for group in self.groups():
+                yield self._event([self._choice(i, first, None) for i in group], first=True)
         while self.finish is None:
             await self.keep_pace()
             if await self.troubled():
                 yield _STRANGE[self.plan.trouble]
             chunk = self.take()
-            for i in range(self.num_choices):
-                choice = self._of(i, chunk)
-                if choice != self._choice(i, {}, None) or self.finish or not llama:
-                    yield self._event([choice], first=not self.chat and not self.all)
+            for group in self.groups():
+                choices = [self._of(i, chunk) for i in group]
+                hidden = [self._choice(i, {}, None) for i in group]
+                if choices != hidden or self.finish or not llama:
+                    yield self._event(choices, first=not self.chat and not self.all)
             self.all += chunk
         if self.plan.form != "unended":
             async for event in self.last_events():
                 yield event
 
+    def groups(self) -> list[list[int]]:
+        """Which choices stand in the next chunks."""
+        if self.plan.choices == "late" and self.num_tokens < 3:
+            return [[0]]
+        numbers = [*range(self.num_choices)]
+        return [numbers] if self.plan.choices == "both" else [[i] for i in numbers]
+
     async def last_events(self) -> AsyncIterator[str]:
         """Those behind the last token's."""
         llama = self._is("llama-server")
-        if llama and not self.chat and self.num_choices == 1:
+        if llama and not self.chat:
             # It tells how many tokens it took whether anybody asked or not.
-            yield self._event([self._choice(0, "", None)], usage=self.usage())
+            for group in self.groups():
+                yield self._event([self._choice(i, "", None) for i in group], usage=self.usage())
         options = self.body.get("stream_options") or {}
         if options.get("include_usage"):
             yield self._event([], usage=self.usage())
@@ -714,6 +727,7 @@ class _Writer:
         if self._is("llama-server") and not self.chat and chunk:
             finish = None  # it has a chunk of its own
         name = "delta" if self.chat else "text"
+        i += self.plan.choices == "from 1"
         choice = {"index": i, name: shown, "logprobs": logprobs, "finish_reason": finish}
         if logprobs is None and self._is("llama-server", "ollama") and self.chat:
             del choice["logprobs"]

@@ -1,7 +1,7 @@
 """No field of a request, whatever stands in it, makes the proxy itself fail."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import pytest
@@ -41,6 +41,7 @@ VALUES = [
     ("kind", "field", "values"),
     [
         *(("vllm", field, VALUES) for field in FORMED),
+        *(("probed", field, FEW) for field in FORMED),
         *(("vllm", field, FEW) for field in LOOKED_FOR),
         *((kind, "stop", FEW) for kind in ("sglang", "llama-server", "ollama")),
         *((kind, "messages", FEW) for kind in ("sglang", "llama-server", "ollama")),
@@ -48,9 +49,10 @@ VALUES = [
     ],
 )
 def test_what_is_malformed_is_the_server_s_to_answer(
-    pairs: Pairs, kind: Kind, field: str, values: list[str], chat: bool
+    pairs: Pairs, kind: Kind | Literal["probed"], field: str, values: list[str], chat: bool
 ) -> None:
-    pair, plan = pairs(kind), Plan("odd", thinking=5, answer=1)
+    pair = pairs(probing=True) if kind == "probed" else pairs(kind)
+    plan = Plan("odd", thinking=5, answer=1)
     own: dict[str, Any] = {"messages": plan.messages()} if chat else {"prompt": plan.prompt()}
     wrong = {}
     for value in values:
@@ -68,14 +70,18 @@ def test_what_is_malformed_is_the_server_s_to_answer(
     assert pair.proxy.metric("haltwise_requests_total", outcome="defect") == 0
 
 
-def test_what_can_be_read_but_not_written_is_relayed(pairs: Pairs) -> None:
-    pair, plan = pairs("vllm"), Plan("deep", thinking=5, answer=1)
+@pytest.mark.parametrize(
+    ("kind", "path"), [("vllm", PATHS[True]), ("llama-server", "/v1/responses")]
+)
+def test_what_can_be_read_but_not_written_is_relayed(pairs: Pairs, kind: Kind, path: str) -> None:
+    pair, plan = pairs(kind), Plan("deep", thinking=5, answer=1)
     # Python writes less deeply than it reads, and the deeper the calls the less so.
     for depth in range(880, 1000, 3):
         body = json.dumps({"model": "m", "messages": plan.messages(), "deep": "VALUE"})
         content = body.replace('"VALUE"', "[" * depth + "]" * depth)
-        headers = {"X-Haltwise-Price": "100"}
-        assert pair.client.post(PATHS[True], content=content, headers=headers).status_code < 500
+        headers = {"X-Haltwise-Price": "100", "X-Haltwise-Max-Tokens": "7"}
+        assert pair.client.post(path, content=content, headers=headers).status_code < 500
+    assert pair.proxy.metric("haltwise_requests_total", outcome="defect") == 0
 
 
 def test_the_proxy_reads_no_other_field() -> None:

@@ -219,6 +219,25 @@ def test_a_cap_holds_to_the_token(client: openai.OpenAI, lm: LanguageModel) -> N
     assert len(ids_of(lm, thought)) == done.usage.haltwise["position"] == 17
 
 
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_cap_holds_to_the_token_in_a_response(
+    client: openai.OpenAI, lm: LanguageModel, stream: bool
+) -> None:
+    question = prompt_of(ASKED[0]).removesuffix("<think>").strip()
+    made: Any = client.responses.create(
+        model=NAME,
+        input=question,
+        temperature=0,
+        stream=stream,
+        extra_headers={"X-Haltwise-Max-Tokens": "17"},
+    )
+    if stream:
+        made = list(made)[-1].response
+    thought, answer = (item.content[0].text for item in made.output)
+    assert len(ids_of(lm, thought)) == 17 + len(ids_of(lm, CLOSE.partition("</think>")[0]))
+    assert made.status == "completed" and is_number(lm, answer)
+
+
 @pytest.mark.parametrize("in_chat", [True, False], ids=["chat", "completions"])
 def test_the_proxy_sees_the_signals_that_the_head_was_trained_on(
     client: openai.OpenAI,

@@ -56,15 +56,34 @@ class Case:
         return self.number % 4 == 3
 
     @property
+    def form(self) -> str:
+        """How the server answers; what is only passed on is passed on as it is."""
+        forms = ("", "null", "text/plain", "whole")
+        return forms[self.number % 11 % len(forms)] if self.price != "0" else ""
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server takes no request for so many log probabilities."""
+        return self.number % 13 == 5 and self.price != "0" and not self.form
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the LM closes a thought once more that was closed for it."""
+        return self.number % 3 == 0
+
+    @property
     def plan(self) -> Plan:
         # Each waits after its second token until all others are there.
         steps = ((0, -3.0), (4, -1.5), (8, -0.5))
-        return Plan(f"s{self.number}", 14, 3, steps, trouble="crowds", at=2, legs=(1,))
+        odd = {"form": self.form, "top": "500" if self.is_refused else "sound"}
+        odd["closes"] = "repeats" if self.repeats else ""
+        return Plan(f"s{self.number}", 14, 3, steps, trouble="crowds", at=2, legs=(1,), **odd)
 
     @property
     def is_halted(self) -> bool:
         """Whether its thought is to be halted."""
-        return not self.shadow and HALTED_AT[self.price] is not None
+        can_be = not (self.shadow or self.is_refused or self.form == "whole")
+        return can_be and HALTED_AT[self.price] is not None
 
     def seen(self, halted: bool) -> int:
         """Thinking tokens that the LM sees when it answers."""
@@ -123,7 +142,8 @@ def test_many_streams_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
     streams = [ended for path, ended in asked if path in PATHS.values()]
     num_halted = sum(report["halted"] for report in reports)
     num_given_up = sum("fallback" in report for report in reports)
-    assert num + num_halted <= len(streams) <= num + num_halted + num_given_up
+    num_asked = num + num_halted + sum(case.is_refused for case in cases)
+    assert num_asked <= len(streams) <= num_asked + num_given_up
     assert set(streams) <= {"done", "closed"}
 
 
@@ -159,14 +179,15 @@ def check(case: Case, reply: Reply) -> Any:
         assert usage[name] == sum(leg[name] for leg in legs), case
     if halted:
         assert told["position"] == seen <= legs[0]["completion_tokens"] <= 19
-        assert legs[1]["completion_tokens"] == plan.answer + 1
+        assert legs[1]["completion_tokens"] == plan.answer + 1 + 3 * case.repeats
         num_between = legs[1]["prompt_tokens"] - legs[0]["prompt_tokens"] - seen
         # The close text, unless the server's kind was not known yet.
         assert num_between in (0, 2, 3)
     else:
         assert legs[0]["completion_tokens"] == plan.thinking + 1 + plan.answer + 1
     expected_shadow = HALTED_AT[case.price] if case.shadow else None
-    assert told.get("shadow", {}).get("position") == expected_shadow
+    # Of a whole answer the head sees what the server puts where it can be told from the rest.
+    assert case.form == "whole" or told.get("shadow", {}).get("position") == expected_shadow
     return told
 
 

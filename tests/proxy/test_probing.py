@@ -1,6 +1,8 @@
 """Heads that look at answers behind the proxy: what they ask the server, and what a client gets."""
 
+import asyncio
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -9,13 +11,15 @@ import openai
 import pytest
 
 from haltwise import InputError
-from haltwise.proxy import ServeConfig, create_server
+from haltwise.proxy import ServeConfig, app, create_server
 from haltwise.proxy import probe_trial as trial_module
 from haltwise.proxy.probe_trial import ProbeTrial
 from haltwise.proxy.probing import ProbeRoom
+from haltwise.proxy.upstream import UpstreamLeg
+from haltwise.proxy.wire import UpstreamError
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, is_probe
-from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, saved_head, wait_until
+from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, proxied, saved_head, wait_until
 
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
 STREAMED = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -157,13 +161,62 @@ def test_no_probe_takes_the_place_of_a_stream(pairs: Pairs, plan: Plan, chat: bo
 def test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams() -> None:
     streams = [0]
     room = ProbeRoom(2, lambda: streams[0])
-    assert room.is_free(None) and room.is_free(1)
+    assert room.is_free(None, []) and room.is_free(1, [])
     streams[0] = 3
-    assert room.is_free(4) and not room.is_free(3)
+    assert room.is_free(4, []) and not room.is_free(3, [])
     room.num_running = 1
-    assert room.is_free(None) and not room.is_free(4)
+    assert room.is_free(None, []) and not room.is_free(4, [])
     room.num_running = 2
-    assert not room.is_free(None)
+    assert not room.is_free(None, [])
+
+
+def test_a_server_that_wants_to_be_left_alone_is_by_whom_it_refused() -> None:
+    room = ProbeRoom(2, lambda: 0)
+    mine, other = [[(b"authorization", key)] for key in (b"Bearer a", b"Bearer b")]
+    room.leave_alone(mine, 1000.0)
+    room.leave_alone(mine, 0.0)
+    assert not room.is_free(None, mine) and room.is_free(None, other) and room.is_free(None, [])
+    room.leave_alone(other, 1e-9)
+    assert room.is_free(None, other)
+    for i in range(5000):
+        room.leave_alone([(b"authorization", b"%d" % i)], 1000.0)
+    assert len(room._until) <= 1000
+
+
+@pytest.fixture
+def patiently(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is refused has to wait for longer than any machine takes for a test."""
+    told = UpstreamLeg.wait.fget
+    assert told is not None
+    monkeypatch.setattr(UpstreamLeg, "wait", property(lambda leg: told(leg) * PATIENCE))
+
+
+@BOTH
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_no_probe_is_asked_for_before_a_server_wants_it(
+    pairs: Pairs, plan: Plan, chat: bool, status: str, patiently: None
+) -> None:
+    pair = pairs(probing=True, answers="seen")
+    mine, other = ({"Authorization": f"Bearer {key}{plan.name}"} for key in "ab")
+    told = ask(pair.client, replace(plan, probes=status), chat, headers=mine).haltwise
+    assert told["probes"]["num"] == told["probes"]["failed"] == 1 and not told["halted"]
+    for name, headers in (("x", mine), ("y", other)):
+        told = ask(
+            pair.client, replace(plan, name=plan.name + name), chat, headers=headers
+        ).haltwise
+        assert told["halted"] == ("probes" in told) == (headers is other)
+
+
+@BOTH
+def test_a_client_that_is_refused_is_told_when_to_come_back_and_has_no_probes_until_then(
+    pairs: Pairs, plan: Plan, chat: bool, patiently: None
+) -> None:
+    pair = pairs(probing=True, answers="seen")
+    mine = {"Authorization": f"Bearer {plan.name}"}
+    reply = ask(pair.client, replace(plan, trouble="429"), chat, headers=mine)
+    assert (reply.status, reply.headers["retry-after"]) == (429, "7")
+    plan = replace(plan, name=plan.name + "x")
+    assert "probes" not in ask(pair.client, plan, chat, headers=mine).haltwise
 
 
 @BOTH
@@ -259,11 +312,67 @@ def body_of(plan: Plan) -> dict[str, Any]:
         (ProbeTrial(300, None, 5, 0.1, None, True), ""),
         (ProbeTrial(None, None, 5, 0.1, None, True), ""),
         (ProbeTrial(300, 300, 5, 0.1, 4, True), "computed 300 of 300 tokens anew"),
-        (ProbeTrial(300, 20, 200, 5.0, 1, False), "not there before the thought had ended"),
+        # It was not there though four of them could have been, one after the other.
+        (ProbeTrial(300, 20, 200, 5.0, 1, False, 4.0, 1.0), "not there before the thought had"),
+        # What takes as long alone tells nothing of what runs beside.
+        (ProbeTrial(300, 20, 200, 5.0, 1, False, 3.9, 1.0), ""),
+        (ProbeTrial(300, 20, 200, 50.0, 4, True), ""),
     ],
 )
 def test_a_trial_says_what_a_head_has_to_expect(trial: ProbeTrial, problem: str) -> None:
     assert problem in trial.problem() and bool(trial.problem()) == bool(problem)
+
+
+@pytest.mark.parametrize(
+    ("trial", "doubt"),
+    [
+        (ProbeTrial(300, 20, 5, 5.0, 4, True), ""),
+        (ProbeTrial(300, 20, 5, 5.02, 4, True), "later than --probe-timeout"),
+        (ProbeTrial(300, 20, 200, 5.0, 1, False, 3.9, 1.0), "too short a thought to tell"),
+    ],
+)
+def test_what_may_come_of_a_busy_machine_is_told_and_no_reason_to_refuse(
+    trial: ProbeTrial, doubt: str
+) -> None:
+    assert (
+        not trial.problem() and doubt in trial.doubt(5.0) and bool(trial.doubt(5.0)) == bool(doubt)
+    )
+
+
+def test_a_sound_server_on_a_slow_machine_is_not_refused(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe takes longer than it may, and than the first thought that it is tried beside."""
+    lengths: list[int] = []
+    tried, read, forced = trial_module._tried, trial_module._read, trial_module._forced
+    ended, took = asyncio.Event(), 0.0
+
+    async def noted(server: Any, headers: Any, length: int) -> ProbeTrial:
+        lengths.append(length)
+        return await tried(server, headers, length)
+
+    async def watched(*asked: Any) -> bool:
+        if not (goes_on := await read(*asked)):
+            ended.set()
+        return goes_on
+
+    async def slow(*asked: Any) -> None:
+        nonlocal took
+        started = time.perf_counter()
+        await forced(*asked)
+        if len(lengths) == 1:
+            await ended.wait()
+            await asyncio.sleep(took)
+            took = took or time.perf_counter() - started
+
+    monkeypatch.setattr(trial_module, "_tried", noted)
+    monkeypatch.setattr(trial_module, "_read", watched)
+    monkeypatch.setattr(trial_module, "_forced", slow)
+    head = saved_head(tmp_path, sure_head(probing="always"))
+    with FakeUpstream("vllm") as fake:
+        create_server(ServeConfig(head, fake.url, probe_timeout=1e-4))
+    assert lengths == [*trial_module._LENGTHS[:2]]
+    assert any("later than --probe-timeout" in record.getMessage() for record in caplog.records)
 
 
 def test_a_server_of_one_stream_is_refused_with_the_figures(
@@ -285,6 +394,44 @@ def test_a_server_that_is_not_there_yet_is_not_refused(
         ServeConfig(saved_head(tmp_path, sure_head(probing="always")), "http://127.0.0.1:1")
     )
     assert any("were not tried at start" in record.getMessage() for record in caplog.records)
+
+
+def test_a_server_that_comes_later_is_tried_then(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it has told, and it is told of and not refused: clients are served by then."""
+    caplog.set_level("INFO", "haltwise.proxy")
+    monkeypatch.setattr(app, "_BETWEEN_TRIALS", 0.0)
+    refused = trial_module.try_probes
+    num_tried = 0
+
+    async def once_refused(*asked: Any) -> ProbeTrial:
+        nonlocal num_tried
+        num_tried += 1
+        if num_tried == 1:
+            raise UpstreamError("unreachable", "not yet")
+        return await refused(*asked)
+
+    monkeypatch.setattr(trial_module, "try_probes", once_refused)
+    head = saved_head(tmp_path, sure_head(probing="always"))
+    with FakeUpstream("llama-server", num_slots=1) as fake:
+        with monkeypatch.context() as patch:
+            patch.setattr(app, "check_probes", unreachable)
+            pair = proxied(ServeConfig(head, fake.url, price=0.1))
+            proxy = pair.__enter__()
+
+        def tried() -> bool:
+            assert ask(proxy.client, Plan("later")).status == 200
+            return any("1 slots: the answer was not" in r.getMessage() for r in caplog.records)
+
+        wait_until(tried)
+        num = num_tried
+        assert ask(proxy.client, Plan("later")).status == 200 and num_tried == num == 2
+        pair.__exit__(None, None, None)
+
+
+async def unreachable(*_: Any) -> None:
+    raise UpstreamError("unreachable", "it is down")
 
 
 @KINDS

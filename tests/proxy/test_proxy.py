@@ -103,6 +103,48 @@ def test_a_watched_thought_that_is_not_halted_is_what_the_server_says(
 
 
 @BOTH
+@STREAMED
+@pytest.mark.parametrize("num", [None, 3])
+@pytest.mark.parametrize("choices", ["from 1", "two", "both", "late"])
+@pytest.mark.parametrize(
+    ("kind", "probing"),
+    [*((kind, False) for kind in KINDS), ("vllm", True), ("llama-server", True)],
+)
+def test_choices_that_nobody_asked_for_are_passed_on_each_by_itself(
+    pairs: Pairs, kind: Kind, probing: bool, plan: Plan, chat: bool, stream: bool, choices: str,
+    num: int | None,
+) -> None:  # fmt: skip
+    pair, plan = pairs(kind, probing=probing), replace(plan, choices=choices)
+    direct = ask(pair.direct, plan, chat, stream, **numbers(chat, num))
+    reply = ask(pair.client, plan, chat, stream, **numbers(chat, num))
+    found, expected = bare(reply.events), bare(direct.events)
+    for event in [found[0], expected[0]] if choices == "late" and not stream else []:
+        # The fake says all of its second choice where it does not stream.
+        event["choices"][1:] = event["choices"][1:2]
+        event["choices"][1].pop("logprobs", None)
+        for name in ("message", "text"):
+            event["choices"][1].pop(name, None)
+    for choice in (c for event in [*found, *expected] for c in event["choices"]):
+        if kind == "llama-server" and not stream:
+            choice.pop("logprobs", None)
+    assert found == expected and (not stream or reply.done)
+    assert not reply.haltwise["halted"] and reply.haltwise["fallback"] == "several choices"
+    assert len(pair.upstream.of(plan)) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("trouble", ["dies", "ends"])
+@pytest.mark.parametrize("choices", ["two", "both"])
+def test_an_answer_of_several_choices_is_whole_if_each_is(
+    vllm: Pair, plan: Plan, chat: bool, trouble: str, choices: str
+) -> None:
+    plan = replace(plan, choices=choices, trouble=trouble, at=10)
+    reply = ask(vllm.client, plan, chat)
+    assert not reply.done and reply.error["message"]
+    assert ask(vllm.client, plan, chat, stream=False).status == 502
+
+
+@BOTH
 def test_a_stream_without_usage_has_none(vllm: Pair, plan: Plan, chat: bool) -> None:
     for price in ("0.1", "1"):
         headers = {"X-Haltwise-Price": price}
@@ -153,21 +195,75 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
 
 
 @pytest.mark.parametrize(
-    ("path", "headers", "is_told"),
+    ("path", "headers", "ignored"),
     [
-        ("/v1/responses", {}, True),
-        ("/v1/echo", {"X-Haltwise-Price": "1"}, True),
-        ("/v1/echo", {}, False),
+        ("/v1/responses", {}, ["price"]),
+        ("/v1/responses", {"X-Haltwise-Off": "1"}, []),
+        ("/v1/responses/", {"X-Haltwise-Max-Tokens": "9"}, ["price", "max_tokens"]),
+        ("/v1/messages", {"X-Haltwise-Price": "0", "X-Haltwise-Min-Tokens": "4"}, ["min_tokens"]),
+        ("/v1/echo", {"X-Haltwise-Price": "1"}, ["price"]),
+        ("/v1/echo", {}, None),
     ],
 )
 def test_what_is_not_watched_is_told(
-    vllm: Pair, path: str, headers: dict[str, str], is_told: bool
-) -> None:
-    counted = vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint")
+    vllm: Pair, path: str, headers: dict[str, str], ignored: list[str] | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "haltwise.proxy")
+    names = "haltwise_thoughts_total", "haltwise_ignored_terms_total"
+    before = [vllm.proxy.metric(names[0], reason="endpoint"), vllm.proxy.metric(names[1])]
     reply = vllm.client.post(path, content=b"any", headers=headers)
-    told = reply.headers.get("x-haltwise")
-    assert told == ('{"halted": false, "reason": "endpoint"}' if is_told else None)
-    assert vllm.proxy.metric("haltwise_thoughts_total", reason="endpoint") == counted + is_told
+    after = [vllm.proxy.metric(names[0], reason="endpoint"), vllm.proxy.metric(names[1])]
+    line = json.loads(caplog.records[-1].getMessage())
+    if ignored is None:
+        assert "x-haltwise" not in reply.headers and "reason" not in line and after == before
+        return
+    told = json.loads(reply.headers["x-haltwise"])
+    expected = {"halted": False, "reason": "endpoint"} | ({"ignored": ignored} if ignored else {})
+    assert told == expected == {"halted": False} | {n: line[n] for n in told if n != "halted"}
+    assert after == [before[0] + 1, before[1] + len(ignored)]
+
+
+def test_terms_of_what_is_not_watched_have_to_be_terms(vllm: Pair) -> None:
+    reply = vllm.client.post("/v1/responses", content=b"any", headers={"X-Haltwise-Price": "-1"})
+    assert reply.status_code == 400 and "price" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "cap", "budget"),
+    [
+        ({}, "7", 7),
+        ({"thinking_budget_tokens": 5}, "7", 5),
+        ({"thinking_budget_tokens": -1}, "7", 7),
+        ({"thinking_budget_tokens": "x"}, "7", 7),
+        ({"input": []}, None, None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["llama-server", "vllm"])
+def test_a_server_that_can_caps_what_is_not_watched(
+    pairs: Pairs, kind: Kind, asked: dict[str, Any], cap: str | None, budget: int | None
+) -> None:
+    pair = pairs(kind, close="\n</think>")
+    body = {"model": "m", "input": "x"} | asked
+    headers = {"X-Haltwise-Price": "0"} | ({"X-Haltwise-Max-Tokens": cap} if cap else {})
+    reply = pair.client.post("/v1/responses", json=body, headers=headers)
+    holds = kind == "llama-server" and cap is not None
+    ignored = {"ignored": ["max_tokens"]} if cap and not holds else {}
+    told = json.loads(reply.headers["x-haltwise"])
+    assert told == {"halted": False, "reason": "endpoint"} | ignored
+    sent = json.loads(pair.upstream.asked[-1].body)
+    more = {"thinking_budget_tokens": budget, "reasoning_budget_message": "\n"} if holds else {}
+    assert sent == body | more
+
+
+@pytest.mark.parametrize("body", [b"any", b"[]"])
+def test_what_is_not_watched_and_cannot_be_read_is_passed_on(pairs: Pairs, body: bytes) -> None:
+    pair = pairs("llama-server")
+    headers = {"X-Haltwise-Max-Tokens": "7"}
+    reply = pair.client.post("/v1/responses", content=body, headers=headers)
+    assert reply.status_code == 203 and pair.upstream.asked[-1].body == body.decode()
+    assert "max_tokens" in json.loads(reply.headers["x-haltwise"])["ignored"]
 
 
 @STREAMED

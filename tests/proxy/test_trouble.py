@@ -1,7 +1,10 @@
 """What a client of the proxy gets when something goes wrong: a clean error, or the whole answer."""
 
 import asyncio
+import gc
+import itertools
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -112,13 +115,14 @@ def test_a_server_that_is_not_there_is_a_502(
 
 @BOTH
 @STREAMED
-@pytest.mark.parametrize("status", [400, 401, 429, 500])
+@pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
 def test_errors_of_the_server_are_passed_on(
     watching: Pair, plan: Plan, chat: bool, stream: bool, status: int
 ) -> None:
     plan = replace(plan, trouble=str(status))
+    mine = {"Authorization": f"Bearer {plan.name}"}  # others are not refused for it
     expected = ask(watching.direct, plan, chat, stream)
-    reply = ask(watching.client, plan, chat, stream)
+    reply = ask(watching.client, plan, chat, stream, mine)
     assert (reply.status, reply.body) == (status, expected.body)
     assert reply.headers["content-type"] == expected.headers["content-type"]
     assert reply.headers["retry-after"] == "7"
@@ -137,6 +141,17 @@ def test_a_server_that_gives_few_log_probabilities_is_asked_again_without(
     assert is_unhalted(reply, plan, chat)
     assert json.loads(reply.headers["x-haltwise"])["reason"] == "refused"
     assert len(watching.upstream.of(plan)) == 2
+
+
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("top", ["500", "501", "404", "413", "says", "dies", "malformed"])
+@pytest.mark.parametrize("kind", ["sglang", "llama-server", "ollama", "plain"])
+def test_whatever_log_probabilities_break_is_asked_for_again_without(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, top: str
+) -> None:
+    reply = ask(pairs(kind).client, replace(plan, top=top), chat, stream)
+    assert is_unhalted(reply, plan, chat) and (not stream or reply.done)
 
 
 @BOTH
@@ -175,6 +190,22 @@ def test_an_answer_in_an_odd_form_is_an_answer(
     assert reply.text.endswith(plan.answer_text(20 if is_halted else 28))
     assert plan.thought(20) in reply.thought + reply.text
     assert reply.finish == (None if form == "endless" else "stop")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        *itertools.product(("llama-server", "sglang", "ollama"), ("null", "whole", "text/plain")),
+        *itertools.product(("sglang", "ollama"), ("unended", "endless")),
+    ],
+)
+def test_every_kind_of_server_may_answer_in_an_odd_form(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, form: str
+) -> None:
+    plan = replace(plan, form=form, trouble="hangs" * (form != "whole"), at=20, legs=(1,))
+    reply = ask(pairs(kind).client, plan, chat)
+    assert reply.done and reply.text.endswith(plan.answer_text(28 if form == "whole" else 20))
 
 
 @BOTH
@@ -287,6 +318,57 @@ def test_what_a_completion_has_of_a_chat_does_not_make_it_one(
     assert pair.upstream.of(plan)[0].path == PATHS[False]
 
 
+HEADS = pytest.mark.parametrize("probing", [False, True], ids=["blind", "probing"])
+CAPPED = {"X-Haltwise-Max-Tokens": "3"}
+
+
+@HEADS
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server"])
+@pytest.mark.parametrize("mention", ["", "<think>"])
+def test_an_answer_behind_a_thought_that_the_client_has_closed_is_left_alone(
+    pairs: Pairs, kind: Kind, plan: Plan, probing: bool, chat: bool, stream: bool, mention: str
+) -> None:
+    pair = pairs(kind, probing=probing, fake={"thoughts": "opened"})
+    closed, plan = "<think>\nhm\n</think>\n\n", replace(plan, answer=9, mention=mention)
+    begun = {"role": "assistant", "content": closed}
+    asked = {"messages": [*plan.messages(), begun]} if chat else {"prompt": plan.text() + closed}
+    reply = ask(pair.client, plan, chat, stream, CAPPED, **asked)
+    assert reply.text == mention + plan.answer_text(0) and reply.finish == "stop"
+    assert len(pair.upstream.of(plan)) == 1 and not pair.upstream.of(plan, probes=True)
+
+
+@HEADS
+@BOTH
+@STREAMED
+@pytest.mark.parametrize("closes", ["repeats", "thinks", "both"])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server", "ollama"])
+def test_a_close_that_is_not_heeded_is_followed_through_whoever_halts(
+    pairs: Pairs, kind: Kind, plan: Plan, probing: bool, chat: bool, stream: bool, closes: str
+) -> None:
+    reply = ask(
+        pairs(kind, probing=probing).client,
+        replace(plan, closes=closes, trouble="hangs", at=20, legs=(1,)),
+        chat,
+        stream,
+    )
+    assert reply.text.endswith(plan.answer_text(20)) and reply.haltwise["halted"]
+    assert reply.text.count("</think>") == (not chat) and reply.text.count(".a0é") == 1
+    assert plan.thought(21) not in reply.thought + reply.text
+
+
+@BOTH
+@STREAMED
+def test_an_end_that_the_client_has_named_is_its_own(
+    watching: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    direct = ask(watching.direct, plan, chat, stream, stop=[".t9"])
+    reply = ask(watching.client, plan, chat, stream, NEVER, stop=[".t9"])
+    assert (reply.thought, reply.text) == (direct.thought, direct.text)
+    assert (reply.finish, reply.haltwise["reason"]) == ("stop", "token budget")
+
+
 @BOTH
 def test_comments_keep_a_stream_alive_and_change_nothing(
     watching: Pair, plan: Plan, chat: bool
@@ -383,16 +465,19 @@ ONE_STREAM = pytest.mark.parametrize(
 )
 
 
+@HEADS
 @ONE_STREAM
 @STREAMED
-@pytest.mark.parametrize("trouble", ["500", "dies", "malformed"])
+@pytest.mark.parametrize("trouble", ["500", "dies", "malformed", "says", "html"])
 def test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails(
-    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, trouble: str
+    pairs: Pairs, kind: Kind, plan: Plan, probing: bool, chat: bool, stream: bool, trouble: str
 ) -> None:
-    pair = pairs(kind, fake={"num_slots": 1})
+    # There is no place for a probe: only a cap halts.
+    capped = {"X-Haltwise-Price": "0", "X-Haltwise-Max-Tokens": "20"} if probing else {}
+    pair = pairs(kind, probing=probing, fake={"num_slots": 1}, probe_anyway=probing)
     counted = pair.proxy.metric("haltwise_fallbacks_total")
     plan = replace(plan, trouble=trouble, legs=(2, 3))
-    reply = ask(pair.client, plan, chat, stream)
+    reply = ask(pair.client, plan, chat, stream, capped)
     assert is_unhalted(reply, plan, chat)
     assert pair.proxy.metric("haltwise_fallbacks_total") == counted + 1
 
@@ -536,21 +621,53 @@ def test_a_client_that_asks_for_nothing_is_let_go(
         assert client.recv(1) == b""
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("half", [b"GET", b"GET /health HTTP/1.1\r\n", HEALTH[:-2]])
 def test_a_client_that_asks_for_half_of_something_is_let_go(
-    pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, half: bytes
 ) -> None:
-    pair = pairs("vllm")
-    with connected(pair.proxy) as first, connected(pair.proxy) as second:
-        first.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert b" 200 " in first.recv(10_000)
+    with connected(pairs("vllm").proxy) as client:
+        client.sendall(HEALTH)
+        told = b""
+        while b"streams_in_flight" not in told:
+            told += client.recv(10_000)
+        # From the end of the next answer on, which has not been asked for yet.
         monkeypatch.setattr(proxy_server, "_SILENCE", 0.05)
-        first.sendall(b"GET /health HTTP/1.1\r\n")
-        second.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET")
-        assert b" 200 " in second.recv(10_000)
-        for client in (first, second):
-            with suppress(ConnectionResetError):
-                while client.recv(10_000):
-                    pass
+        client.sendall(HEALTH + half)
+        told = b""
+        while new := client.recv(10_000):
+            told += new
+        assert b" 200 " in told
+
+
+def test_a_client_that_asks_while_it_is_let_go_is_heard(pairs: Pairs, plan: Plan) -> None:
+    """What has come and was not read yet counts as asked."""
+    pair = pairs("vllm")
+    with connected(pair.proxy) as client:
+        client.sendall(HEALTH)
+        assert b" 200 " in client.recv(10_000)
+        (protocol,) = (
+            one
+            for one in gc.get_objects()
+            if isinstance(one, proxy_server._Protocol)
+            and one.transport.get_extra_info("peername") == client.getsockname()
+        )
+        asked = threading.Event()
+
+        def let_go() -> None:
+            client.sendall(HEALTH)
+            wait_until(lambda: protocol._is_heard)
+            protocol._let_go()
+            asked.set()
+
+        protocol.loop.call_soon_threadsafe(let_go)
+        assert asked.wait(PATIENCE)
+        told = b""
+        while b" 200 " not in told:
+            told += (new := client.recv(10_000))
+            assert new
 
 
 def test_clients_that_ask_for_nothing_make_room_for_others(

@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import math
+import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import certifi
 import httpx2
 import pytest
 from hypothesis import given
@@ -22,7 +24,7 @@ from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import APIKeys, ServeConfig
+from haltwise.proxy.config import APIKeys, ServeConfig, UpstreamConfig
 from haltwise.proxy.dialect import (
     LlamaDialect,
     OllamaDialect,
@@ -34,7 +36,7 @@ from haltwise.proxy.lm_server import LlamaServer, LMServer, find_lm_server, open
 from haltwise.proxy.metrics import JsonLines, Metrics
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.second_leg import _MOST_HELD, AlreadyShown, HeldBackLeg, ThoughtCloser
-from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, UpstreamLeg
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
     EventReader,
@@ -1102,3 +1104,65 @@ def test_a_message_that_the_assistant_has_begun_goes_on() -> None:
         assert found == {"messages": [*asked, expected]}
     nothing = ServedPrompt("", [])
     assert ollama.continued(ServedPrompt("q"), [], True, nothing) == {"messages": asked}
+
+
+def test_certificates_come_from_where_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, one = tmp_path / "ca.pem", Path(certifi.where()).read_text().split("-----END")[0]
+    file.write_text(one[one.index("-----BEGIN") :] + "-----END CERTIFICATE-----\n")
+    contexts: list[ssl.SSLContext] = []
+    transport = httpx2.AsyncHTTPTransport
+
+    def noted(verify: ssl.SSLContext, **settings: Any) -> httpx2.AsyncHTTPTransport:
+        contexts.append(verify)
+        return transport(verify=verify, **settings)
+
+    monkeypatch.setattr(httpx2, "AsyncHTTPTransport", noted)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    Upstream(UpstreamConfig("https://lm.example", max_streams=1))
+    (context,) = contexts
+    assert len(context.get_ca_certs()) == 1
+    assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
+
+
+def test_a_stream_that_breaks_off_amid_one_of_its_choices_is_not_whole() -> None:
+    answer = watched(CompletionRequest(True, {"messages": []}))._answer
+    for index, finish in ((0, None), (1, None), (0, "stop")):
+        chunk: Json = {"choices": [{"index": index, "delta": {}, "finish_reason": finish}]}
+        answer.shown(StreamEvent(chunk=chunk), chunk)
+    with pytest.raises(UpstreamError, match="broke off"):
+        answer.check_whole()
+    answer.shown(StreamEvent(chunk=chunk), {"choices": [{"index": 1, "finish_reason": "stop"}]})
+    answer.check_whole()
+
+
+def test_an_event_of_many_lines_is_put_together_once() -> None:
+    for line in (b"data: x\n", b"data: x\r\n", b"data: x\r"):
+        reader = EventReader()
+        assert all([*reader.feed(line)] == [] for _ in range(1000))
+        assert len(reader._rest) == 1000
+
+
+@pytest.mark.parametrize(
+    ("told", "least", "most"),
+    [
+        ("7", 7, 7),
+        (" 0 ", 0, 0),
+        ("9" * 5000, 1e8, 1e9),
+        ("", 0, 0),
+        ("-3", 0, 0),
+        ("soon", 0, 0),
+        ("²", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Wed, 21 Oct 2215 07:28:00 GMT", 1e8, 1e10),
+        ("Wed, 21 Oct 2215 07:28:00", 1e8, 1e10),
+        ("Wed, 99 Oct 2215", 0, 0),
+    ],
+)
+def test_a_server_says_in_seconds_or_by_a_date_when_to_come_back(
+    told: str, least: float, most: float
+) -> None:
+    headers = [(b"retry-after", told.encode())]
+    assert least <= UpstreamLeg(httpx2.Response(429, headers=headers)).wait <= most
+    assert UpstreamLeg(httpx2.Response(500, headers=headers)).wait == 0

@@ -17,6 +17,7 @@ from haltwise import HaltHead, HaltMonitor, InputError, Signals
 from haltwise.engine.signal_reducer import MEASURED
 from haltwise.policy.features import FEATURE_GROUPS
 from haltwise.transformers import HaltProcessor, ProbingGeneration
+from tests.engine.test_burst import NoHost
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm
 from tests.transformers.hf_cases import (
     ALWAYS,
@@ -168,6 +169,25 @@ def test_a_rule_without_positions_is_looked_up_token_by_token() -> None:
     out = generate(model, ["5 <think>"], logits_processor=[looking], max_new_tokens=10)
     assert TOKENIZER.decode(out[0, 2:]) == ". . . wait . . . wait </think> ."
     assert looking.report[0].position == 8
+
+
+def test_between_decision_points_nothing_is_copied_to_the_host() -> None:
+    model, num_free = tiny_lm(seed=3), 0
+    looking = processor(model, price=NEVER)
+
+    class Watched(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            nonlocal num_free
+            num = input_ids.shape[1] - 6  # of the prompts, with padding
+            if num % 4 == 0:
+                return looking(input_ids, scores)
+            num_free += 1
+            with NoHost():
+                return looking(input_ids, scores)
+
+    watched: Any = Watched()
+    generate(model, logits_processor=[watched], **OPEN_END, max_new_tokens=14)
+    assert num_free == 10
 
 
 class Sharpen(LogitsProcessor):

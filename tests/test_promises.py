@@ -1,0 +1,642 @@
+"""Every promise of the guide about running beside an LM, and the tests that hold it.
+
+A row is named by the guide's own words. To find what holds a promise, look here for its sentence.
+Every sentence, item and row of the guide is a promise with a row, or one that promises nothing.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests import (
+    test_control,
+    test_control_guide,
+    test_guides,
+    test_packaging,
+    test_serving_guide,
+    test_whole_way,
+)
+from tests.engine import test_burst
+from tests.guides import all_blocks, page
+from tests.proxy import (
+    test_fields,
+    test_llama_server,
+    test_load,
+    test_open,
+    test_probing,
+    test_proxy,
+    test_serve,
+    test_trouble,
+    test_units,
+)
+from tests.session import (
+    test_monitor,
+    test_request,
+    test_session,
+    test_signal_collector,
+    test_stream,
+)
+from tests.transformers import (
+    test_batch_job,
+    test_hub,
+    test_processor,
+)
+from tests.transformers import test_probing as test_probing_generation
+from tests.vllm import test_processor as test_vllm
+
+Tests = tuple[Callable[..., Any], ...]
+
+PROMISES: dict[str, Tests] = {
+    # Of any adapter
+    "Its snippets run as they stand": (
+        test_serving_guide.test_a_snippet_runs_as_it_stands,
+        test_serving_guide.test_the_proxy_runs_as_it_stands,
+    ),
+    "and refuses others": (
+        test_probing_generation.test_heads_that_do_not_fit_are_refused,
+        test_processor.test_heads_that_do_not_fit_are_refused,
+        test_vllm.test_heads_that_vllm_cannot_serve_are_refused,
+    ),
+    "| `generate`, `HaltProcessor` |": (
+        test_processor.test_a_halted_lm_answers_by_itself_while_others_think_on,
+    ),
+    "| `generate`, `ProbingGeneration` |": (
+        test_probing_generation.test_a_halted_row_gets_its_forced_answer_and_others_go_on,
+    ),
+    "| `generate_all`, for batch jobs |": (
+        test_batch_job.test_rows_are_halted_as_beside_generate,
+        test_batch_job.test_answers_by_hand,
+    ),
+    "| vLLM, `haltwise.vllm:HaltProcessor` |": (
+        test_vllm.test_v1_requests_go_as_each_does_alone,
+        test_vllm.test_heads_that_vllm_cannot_serve_are_refused,
+        test_vllm.test_a_head_that_reads_hidden_states_is_refused,
+    ),
+    "without the groups `ending`, `hidden`": (
+        test_serve.test_a_setting_out_of_its_range_is_refused,
+        test_stream.test_a_head_that_needs_more_than_a_server_shows_is_refused,
+        test_proxy.test_every_kind_of_server_is_halted,
+        test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
+    ),
+    "| your own loop, `HaltMonitor` |": (test_monitor.test_rows_halt_by_their_own_history,),
+    "trains a head that runs everywhere": (test_guides.test_every_command_of_a_page_runs,),
+    "at 0 the head never halts": (
+        test_monitor.test_at_a_price_of_0_a_row_is_never_halted,
+        test_stream.test_a_price_of_0_asks_for_no_answer,
+    ),
+    "`min_tokens`, before which the head does not halt": (
+        test_probing_generation.test_before_min_tokens_no_head_halts,
+        test_proxy.test_a_thought_has_a_least_and_a_largest_length,
+    ),
+    "a thought is closed whatever the head says": (
+        test_session.test_a_cap_holds_between_points_and_where_the_head_may_not_halt,
+    ),
+    "it works at any token, also where the head sees nothing": (
+        test_session.test_a_cap_holds_between_points_and_where_the_head_may_not_halt,
+        test_stream.test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does,
+    ),
+    "begins behind its cap is closed where it begins": (
+        test_processor.test_a_thought_that_opens_behind_its_cap_is_closed_where_it_opens,
+    ),
+    "the operator's cap is the highest, and no request lifts it": (
+        test_request.test_no_client_lifts_the_operators_cap,
+    ),
+    "the head does not halt; the cap holds": (test_request.test_no_client_lifts_the_operators_cap,),
+    "where no price is named, that of the segment holds": (
+        test_request.test_who_names_a_segment_and_no_price_has_that_of_the_segment,
+    ),
+    "exactly the tokens that they would get without a head": (
+        test_processor.test_a_head_that_never_halts_changes_nothing,
+        test_probing_generation.test_a_head_that_never_halts_changes_nothing,
+        test_batch_job.test_a_head_that_never_halts_changes_nothing,
+        test_vllm.test_v1_requests_go_as_each_does_alone,
+    ),
+    "never halts anything and never breaks a generation": (
+        test_monitor.test_a_signal_that_is_not_a_number_continues_and_is_counted,
+        test_processor.test_logits_that_are_not_numbers_halt_nothing,
+        test_vllm.test_logits_that_are_no_numbers_never_halt_and_are_counted,
+        test_stream.test_numbers_that_are_missing_never_halt_a_thought_but_its_cap_does,
+    ),
+    # In transformers
+    "is one logits processor of one `generate` call": (
+        test_serving_guide.test_every_integration_takes_ten_lines_at_most,
+        test_processor.test_a_processor_is_for_one_call_of_its_own_lm,
+    ),
+    "`HaltProcessor` never touches the cache": (test_processor.test_any_cache_will_do,),
+    "left padding, streamers, and `num_return_sequences`": (
+        test_processor.test_streamers_are_served,
+        test_processor.test_several_answers_to_a_prompt_are_rows,
+        test_processor.test_a_row_alone_is_halted_as_in_any_batch_and_as_by_a_probing_generation,
+    ),
+    "sees the LM's own logits through a hook": (test_processor.test_signals_are_the_lms_own,),
+    "it copies nothing to the host": (
+        test_processor.test_between_decision_points_nothing_is_copied_to_the_host,
+    ),
+    "tells for each row where and why the thought ended": (
+        test_processor.test_positions_and_ends_by_hand,
+    ),
+    "with the same object are refused with one line": (
+        test_processor.test_generation_that_cannot_be_halted_is_refused,
+        test_processor.test_a_processor_is_for_one_call_of_its_own_lm,
+    ),
+    "runs as a `custom_generate`": (test_serving_guide.test_a_snippet_runs_as_it_stands,),
+    "The answer that it has seen is the answer:": (
+        test_probing_generation.test_a_halted_row_gets_its_forced_answer_and_others_go_on,
+    ),
+    "whatever kind of cache it is, forces their answers, and drops the copies": (
+        test_probing_generation.test_any_cache_will_do,
+    ),
+    "It was tried with Llama, Mistral": (
+        test_whole_way.test_a_random_lm_of_every_family_goes_the_whole_way,
+    ),
+    "gives a slot to the next prompt as soon as its answer is known": (
+        test_batch_job.test_prompts_are_taken_as_slots_become_free,
+    ),
+    "It needs full attention in every layer, and samples by temperature alone": (
+        test_batch_job.test_what_cannot_be_run_is_refused,
+        test_batch_job.test_sampled_answers_depend_on_the_prompt_and_the_seed_alone,
+    ),
+    "that runs in anybody's `generate`": (
+        test_hub.test_a_folder_runs_its_head_inside_generate,
+        test_hub.test_a_repository_of_the_hub_finds_its_own_head,
+    ),
+    "the head, `custom_generate/`, and a model card": (
+        test_hub.test_the_command_exports,
+        test_hub.test_the_card_tells_what_the_head_is_for,
+    ),
+    # In vLLM
+    "One class serves both of vLLM's model runners": (
+        test_vllm.test_it_is_a_processor_of_both_runners_and_never_skipped_for_greedy,
+        test_vllm.test_v2_requests_go_as_each_does_alone,
+    ),
+    "`haltwise_price`, `haltwise_min_tokens`": (
+        test_vllm.test_a_request_is_halted_on_its_own_terms,
+        test_vllm.test_sound_terms_pass,
+    ),
+    "A bad value is an HTTP 400": (
+        test_vllm.test_bad_terms_are_the_request_s_error,
+        test_vllm.test_a_halted_request_has_one_line_in_the_log_without_content,
+    ),
+    "that ends amid the close text doubles its end": (
+        test_vllm.test_tokens_that_v1_does_not_show_yet_do_not_double_the_close_text,
+    ),
+    "Speculative decoding is refused at the start": (
+        test_vllm.test_an_engine_that_cannot_be_halted_is_refused_at_start,
+    ),
+    # The proxy
+    "If anything fails, the client gets the answer that it would have got": (
+        test_trouble.test_if_the_second_leg_fails_the_first_one_goes_on,
+        test_trouble.test_a_policy_that_fails_lets_the_lm_think_on,
+        test_trouble.test_an_answer_in_an_odd_form_is_an_answer,
+        test_load.test_many_streams_lose_and_mix_up_nothing,
+        test_fields.test_what_is_malformed_is_the_server_s_to_answer,
+    ),
+    "Clients talk to it as they would to the server": (
+        test_serving_guide.test_the_proxy_runs_as_it_stands,
+        test_proxy.test_the_official_client_streams_a_halted_chat,
+        test_proxy.test_the_official_client_takes_a_whole_completion,
+    ),
+    "everything else under `/v1` is passed on": (
+        test_proxy.test_other_paths_are_relayed_as_they_are,
+        test_trouble.test_a_path_cannot_lead_out_of_the_api,
+    ),
+    "asks the server for the 20 likeliest tokens": (
+        test_units.test_what_is_asked_for_beside_is_what_the_client_did_not_ask_for,
+    ),
+    "takes out what the client did not ask for": (
+        test_proxy.test_a_watched_thought_that_is_not_halted_is_what_the_server_says,
+        test_proxy.test_log_probabilities_are_those_of_what_is_shown,
+    ),
+    "by its reasoning control, inside the running slot": (
+        test_proxy.test_every_kind_of_server_is_halted,
+        test_llama_server.test_chats_are_halted_by_reasoning_control,
+        test_proxy.test_a_client_s_own_message_at_the_end_of_a_thought_is_kept,
+    ),
+    "by a second request with prompt, thought and close text": (
+        test_proxy.test_the_second_leg_has_exactly_the_prompt_the_thought_and_the_close_text,
+        test_llama_server.test_a_completion_is_halted_by_going_on_from_a_closed_thought,
+    ),
+    "by a second request that begins the assistant's message": (
+        test_trouble.test_a_server_of_one_stream_is_halted,
+    ),
+    "`/v1/completions` with text; chats are passed on": (
+        test_proxy.test_a_server_that_nobody_knows_is_halted_in_completions_alone,
+    ),
+    "without a cap the chat is passed on": (
+        test_proxy.test_tools_before_a_server_that_shows_no_numbers_with_them,
+    ),
+    "a whole answer has that beginning, a stream does not": (
+        test_proxy.test_what_a_client_has_begun_stays_in_a_whole_answer,
+    ),
+    "name the terms that do not hold there": (test_proxy.test_what_is_not_watched_is_told,),
+    "the same, but the cap holds": (
+        test_proxy.test_a_server_that_can_caps_what_is_not_watched,
+        test_llama_server.test_a_cap_holds_to_the_token_in_a_response,
+    ),
+    "the answer is left alone": (
+        test_proxy.test_an_answer_behind_a_closed_thought_is_no_thought,
+        test_proxy.test_a_marker_in_what_a_user_says_means_nothing,
+        test_proxy.test_a_completion_that_mentions_a_marker_is_no_thought,
+    ),
+    "as if the LM had come to its answer by itself": (
+        test_open.test_an_answer_is_its_thought_the_close_text_and_what_the_lm_says_then,
+        test_open.test_the_official_client_takes_a_halted_answer,
+    ),
+    "it is left alone (`thought apart`)": (
+        test_open.test_a_thought_that_a_server_tells_apart_is_left_alone,
+    ),
+    "the marker is left out; the second thought is closed once before it begins": (
+        test_proxy.test_a_close_that_the_lm_does_not_heed_is_followed_through,
+        test_proxy.test_a_close_that_the_server_writes_itself_is_followed_through,
+        test_proxy.test_a_second_thought_that_cannot_be_closed_is_the_lm_s,
+    ),
+    "256 tokens later a second request does": (
+        test_proxy.test_a_close_that_the_server_writes_itself_is_followed_through,
+    ),
+    "halting waits for its end, 256 tokens at most": (
+        test_proxy.test_a_cap_waits_for_the_end_of_a_call_and_not_for_ever,
+        test_proxy.test_a_call_that_is_written_amid_a_thought_is_not_closed,
+    ),
+    "passed on each by itself, unhalted (`several choices`)": (
+        test_proxy.test_choices_that_nobody_asked_for_are_passed_on_each_by_itself,
+        test_proxy.test_an_answer_of_several_choices_is_whole_if_each_is,
+        test_units.test_a_stream_that_breaks_off_amid_one_of_its_choices_is_not_whole,
+    ),
+    "read all the same; an answer that is no stream is not halted": (
+        test_trouble.test_an_answer_in_an_odd_form_is_an_answer,
+    ),
+    "The first request stays open until the second has delivered text of its answer": (
+        test_trouble.test_if_the_second_leg_is_silent_the_first_one_goes_on,
+        test_trouble.test_a_second_leg_that_waits_for_the_first_to_end_is_too_late,
+        test_units.test_a_second_leg_has_to_answer,
+    ),
+    "the first goes on as if nothing had been tried": (
+        test_trouble.test_if_the_second_leg_fails_the_first_one_goes_on,
+        test_trouble.test_a_second_leg_that_waits_for_the_first_to_end_is_too_late,
+        test_load.test_many_streams_lose_and_mix_up_nothing,
+    ),
+    "the request is asked anew, unhalted": (
+        test_trouble.test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails,
+        test_trouble.test_a_server_of_one_stream_that_answers_otherwise_when_asked_again_is_heard,
+    ),
+    "What cannot be halted rightly is passed on unhalted": (
+        test_proxy.test_what_cannot_be_halted_is_relayed_and_counted,
+        test_proxy.test_prompts_of_ids_and_pictures_are_relayed,
+    ),
+    "asked again as the client asked it": (
+        test_trouble.test_a_server_that_gives_few_log_probabilities_is_asked_again_without,
+        test_trouble.test_a_stream_that_fails_before_it_says_anything_is_asked_for_again_without,
+    ),
+    "Servers' errors keep their status and body": (
+        test_trouble.test_errors_of_the_server_are_passed_on,
+    ),
+    "ends in an `error` event and without `[DONE]`": (
+        test_trouble.test_a_broken_stream_ends_in_a_clean_error,
+        test_trouble.test_a_stream_that_is_only_passed_on_ends_in_a_clean_error,
+    ),
+    "come from the first of these that names them": (
+        test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
+    ),
+    "other keys get a 401": (
+        test_proxy.test_an_unknown_key_is_refused_everywhere_and_no_key_is_told,
+    ),
+    "Keys are kept as digests and never logged": (
+        test_units.test_a_key_has_its_terms_and_is_kept_as_a_digest,
+        test_proxy.test_an_unknown_key_is_refused_everywhere_and_no_key_is_told,
+    ),
+    "goes on to the server unless `--upstream-key-env` names another": (
+        test_proxy.test_headers_of_the_proxy_are_not_passed_on_and_others_are,
+        test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
+    ),
+    "What it writes until the answer is there is counted": (
+        test_stream.test_an_answer_that_comes_late_halts_a_thought_where_it_is,
+        test_llama_server.test_a_head_that_looks_at_answers_halts_where_its_replay_does,
+    ),
+    "greedily and as it was recorded": (
+        test_probing.test_a_probe_goes_on_from_the_thought_at_its_point,
+    ),
+    "One answer at most is on its way for a stream, and `--max-probes` for all": (
+        test_probing.test_a_point_is_passed_while_a_probe_is_on_its_way,
+        test_probing.test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams,
+    ),
+    "on llama-server none takes the place of a stream": (
+        test_probing.test_no_probe_takes_the_place_of_a_stream,
+    ),
+    "an answer that fails or is later than `--probe-timeout`, halt nothing": (
+        test_probing.test_probes_that_fail_halt_nothing,
+        test_probing.test_probes_that_are_late_halt_nothing,
+    ),
+    "A cap closes at once all the same": (
+        test_probing.test_a_cap_closes_at_once_whatever_a_probe_does,
+        test_stream.test_an_answer_that_is_too_late_halts_nothing,
+    ),
+    "the answer that the head has seen is the answer, behind the close text and at once": (
+        test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
+        test_probing.test_the_official_client_takes_a_seen_answer,
+    ),
+    "is the LM's, as with `free`": (
+        test_probing.test_an_answer_that_is_more_than_was_seen_is_the_lm_s,
+        test_probing.test_a_limit_of_the_client_holds_for_a_seen_answer,
+    ),
+    "have no forced answers on any server: only a cap halts them": (
+        test_probing.test_what_cannot_go_on_behind_a_thought_is_not_probed,
+    ),
+    "it refuses to start with these figures, unless `--probe-anyway`": (
+        test_probing.test_a_server_of_one_stream_is_refused_with_the_figures,
+        test_probing.test_a_trial_says_what_a_head_has_to_expect,
+    ),
+    "What counts is the server's own pace, on the machine as it is": (
+        test_probing.test_a_trial_says_what_a_head_has_to_expect,
+        test_probing.test_a_sound_server_on_a_slow_machine_is_not_refused,
+    ),
+    "An answer later than `--probe-timeout` is only warned of": (
+        test_probing.test_what_may_come_of_a_busy_machine_is_told_and_no_reason_to_refuse,
+        test_probing.test_a_sound_server_on_a_slow_machine_is_not_refused,
+    ),
+    "A server that does not answer at the start is tried once it serves clients": (
+        test_probing.test_a_server_that_is_not_there_yet_is_not_refused,
+        test_probing.test_a_server_that_comes_later_is_tried_then,
+    ),
+    "is asked for no answer by that key before": (
+        test_probing.test_no_probe_is_asked_for_before_a_server_wants_it,
+        test_probing.test_a_client_that_is_refused_is_told_when_to_come_back_and_has_no_probes_until_then,
+        test_units.test_a_server_says_in_seconds_or_by_a_date_when_to_come_back,
+    ),
+    "they are a part of the usage's own numbers, prompts included": (
+        test_probing.test_usage_counts_every_probe,
+    ),
+    "**Usage** counts both requests": (test_proxy.test_usage_is_that_of_both_legs,),
+    "Details that servers tell are added up too": (
+        test_proxy.test_details_of_the_usage_of_both_legs_are_kept,
+    ),
+    "as `length` how far a thought went past its halt": (
+        test_proxy.test_a_thought_that_goes_on_behind_its_halt_has_two_lengths,
+    ),
+    "ends at the client's own `stop` has the reason `token budget`": (
+        test_proxy.test_a_client_s_own_end_is_not_the_lm_s,
+    ),
+    "(`--shadow`) halts nothing": (
+        test_proxy.test_in_shadow_nothing_changes_and_the_saving_is_told,
+    ),
+    "gets a 415, unless it has a key or is JSON": (
+        test_trouble.test_no_page_asks_by_the_way_of_a_browser_that_does_not_ask_first,
+    ),
+    "by the names of loopback and `--allowed-hosts` alone (421)": (
+        test_trouble.test_pages_may_ask_by_the_names_that_are_allowed,
+    ),
+    "What they ask first needs no key": (
+        test_proxy.test_a_browser_asks_without_a_key_what_it_may_ask_for,
+    ),
+    "There are `/health` and `/metrics`": (
+        test_proxy.test_health_tells_how_the_server_is,
+        test_proxy.test_metrics_count_what_has_happened,
+    ),
+    "JSON lines alone on stderr": (
+        test_units.test_every_line_of_the_log_is_a_json_object,
+        test_serve.test_clients_that_leave_do_not_fill_the_log,
+        test_proxy.test_logs_have_a_line_a_request_and_never_what_was_said,
+    ),
+    "`--max-streams` (503 beyond it)": (test_trouble.test_there_are_no_more_streams_than_allowed,),
+    "those that ask for nothing are closed; all such are after a minute": (
+        test_trouble.test_clients_that_ask_for_nothing_make_room_for_others,
+        test_trouble.test_a_client_that_asks_for_half_of_something_is_let_go,
+    ),
+    "`--max-body-bytes`": (test_trouble.test_a_request_has_a_largest_size,),
+    "time limits to connect, read, send and drain": (
+        test_trouble.test_a_silent_server_is_given_up,
+        test_trouble.test_a_client_that_does_not_read_is_dropped_and_nobody_else,
+        test_serve.test_a_request_that_never_ends_does_not_hold_it_up,
+    ),
+    "may take five seconds; then the LM thinks on": (
+        test_trouble.test_what_a_server_does_not_tell_in_time_is_not_waited_for,
+    ),
+    "All wait for the same answer": (
+        test_units.test_a_question_is_asked_once_for_all_who_wait_and_its_answer_kept,
+        test_units.test_a_server_that_is_silent_is_waited_for_once,
+    ),
+    "whose name is not the head's is warned of at the first request": (
+        test_serve.test_a_head_of_another_lm_is_told_once,
+    ),
+    "If a control raises, or gives a price that is none, the head does not halt that request": (
+        test_control.test_a_control_that_fails_halts_nothing,
+    ),
+    # The proxy, where no row above names the sentence
+    "Any OpenAI-compatible server can be behind the proxy": (
+        test_proxy.test_every_kind_of_server_is_halted,
+        test_proxy.test_a_server_that_nobody_knows_is_halted_in_completions_alone,
+    ),
+    "The proxy reads the streamed log probabilities and ends the thought": (
+        test_proxy.test_a_thought_is_halted_at_the_point_that_was_computed_by_hand,
+    ),
+    "listens on 127.0.0.1:8700 unless": (
+        test_serve.test_it_listens_on_the_loopback_interface_alone,
+    ),
+    "tell whether its thought was halted": (
+        test_proxy.test_logs_have_a_line_a_request_and_never_what_was_said,
+        test_proxy.test_a_thought_is_halted_at_the_point_that_was_computed_by_hand,
+    ),
+    "| Ollama, the client began the answer |": (
+        test_proxy.test_what_a_client_has_begun_stays_in_a_whole_answer,
+    ),
+    "runs before every server that goes on from prompts": (
+        test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
+    ),
+    "`--answers` says what follows": (
+        test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
+    ),
+    "It has to be whole": (test_probing.test_an_answer_that_is_more_than_was_seen_is_the_lm_s,),
+    "logs what that took": (test_probing.test_a_trial_tells_of_a_probe_what_the_server_tells,),
+    "how many thinking tokens that would have saved": (
+        test_proxy.test_in_shadow_nothing_changes_and_the_saving_is_told,
+    ),
+    "`--price`, `--min-thinking-tokens` and `--max-thinking-tokens`; the head's own price": (
+        test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
+        test_proxy.test_a_thought_has_a_least_and_a_largest_length,
+    ),
+    "is not asked for again for ten seconds": (
+        test_units.test_a_server_that_is_silent_is_waited_for_once,
+        test_units.test_a_template_that_is_silent_is_waited_for_once,
+    ),
+    "Certificates come from the system or from `SSL_CERT_FILE`": (
+        test_units.test_certificates_come_from_where_the_system_says,
+    ),
+    "if a head was recorded from a server of another kind": (
+        test_serve.test_a_head_that_was_recorded_from_another_server_is_told,
+    ),
+    # Controls
+    "Every adapter takes a `control`": (
+        test_control.test_a_logits_processor_obeys,
+        test_control.test_a_probing_generation_obeys,
+        test_control.test_a_repository_of_the_hub_obeys,
+        test_control.test_a_batch_job_obeys,
+        test_control.test_vllm_obeys,
+        test_control.test_a_stream_obeys,
+    ),
+    "is told what happened to the request": (test_control.test_the_guides_control_runs,),
+    "Without one, a request's own terms stay as they are": (
+        test_processor.test_rows_are_halted_on_their_own_terms_and_in_their_own_time,
+    ),
+    "likewise with `ProbingGeneration`, `generate_all` and `hub.generate`": (
+        test_control.test_a_logits_processor_obeys,
+        test_control.test_a_batch_job_obeys,
+    ),
+    '"control": "MODULE:NAME"': (
+        test_control.test_vllm_obeys,
+        test_control.test_what_is_no_control_is_refused,
+    ),
+    "The control that haltwise has, `--control observe` and `apply`": (
+        test_control_guide.test_the_guide_certifies_a_price_and_halts_at_it,
+    ),
+    "With tensor parallelism in vLLM a control may not move prices": (
+        test_vllm.test_a_control_that_moves_prices_is_refused_where_each_process_asks_its_own,
+    ),
+    "has a price of 0 in its terms": (test_request.test_no_client_lifts_the_operators_cap,),
+    "in the same six words everywhere": (
+        test_session.test_one_vocabulary_says_why_a_thought_ended,
+    ),
+    "`halted`, `capped`, `closed by the LM`": (
+        test_session.test_one_vocabulary_says_why_a_thought_ended,
+    ),
+    "when its `report` is read, or when it is gone": (
+        test_control.test_a_control_is_told_of_a_call_whose_report_nobody_reads,
+    ),
+    "In V1 that is told at once": (
+        test_vllm.test_a_control_is_told_how_a_request_ended_after_its_latest_look,
+    ),
+    "Whatever else ended a request is told then too": (
+        test_vllm.test_a_control_is_told_how_a_request_ended_after_its_latest_look,
+    ),
+    "has the reason in `fallback`, and its position": (
+        test_trouble.test_if_the_second_leg_fails_the_first_one_goes_on,
+    ),
+    # A loop of one's own
+    "The head itself needs numpy and safetensors only": (
+        test_packaging.test_base_dependencies_are_two,
+    ),
+    "signals go in, and which rows the head would halt comes out": (
+        test_monitor.test_rows_halt_by_their_own_history,
+    ),
+    "A row joins with `reset(rows)`": (
+        test_monitor.test_a_row_that_was_reset_starts_anew_at_its_price,
+    ),
+    "`haltwise.Session` does all that an adapter needs": (
+        test_session.test_a_head_is_asked_at_points_and_a_report_tells_what_came_of_it,
+    ),
+    "makes signals from log probabilities and texts": (
+        test_signal_collector.test_signals_are_of_the_tokens_since_the_previous_point,
+    ),
+    "and whether to close the thought comes out": (
+        test_stream.test_a_thought_is_halted_once_and_only_inside_of_itself,
+    ),
+    "do not wait for a token's copy there either": (
+        test_burst.test_no_step_of_a_burst_waits_for_the_device,
+    ),
+}
+
+#: Of sentences that promise nothing, or nothing that a test could hold: how the page goes on, what
+#: a reader may do, what was decided and why, and what was measured once, in docs/LOG.md.
+TELLS = (
+    "This page says how a head runs",
+    "What a head looks at is called its `probing`",
+    "That decides where it can run:",
+    "It looks at no answer, so it costs no tokens",
+    "Every request may have its own *terms*:",
+    "A fixed batch runs until its longest row",
+    "To upload it, give `export` the name",
+    "`pip install vllm -e .`",
+    "A server takes the same on its command line:",
+    "A request names its terms in `vllm_xargs`:",
+    "`make test-vllm` runs all of this",
+    "To try it without an LM of your own",
+    "If your head halts nothing, ask for a higher price",
+    "**`/v1/responses` is not watched**",
+    "Its events of a thought",
+    "asks for those of the answer alone",
+    "To ask the chat endpoint instead would lose",
+    "`previous_response_id`, `conversation` and `store`",
+    "repeat all that was said",
+    "A client that wants its thoughts halted asks",
+    "An operator whose cap has to hold everywhere",
+    "**No answer is lost.",
+    "Take `free` if clients expect explanations",
+    "Give llama-server at least one slot more",
+    "Begin with it.",
+    "**Browsers.",
+    "**Operation.",
+    "One process watches several thousand tokens a second",
+    "**Tried for real** were",
+    "are supported from their documentation",
+    "With llama-server's defaults (flash attention",
+    "For those that the head was trained on",
+    "In Python, pass the object:",
+    "vLLM and the proxy take its name and make the object themselves:",
+    "It is up to the control to respect that",
+    "Some adapters learn of the end late:",
+    "vLLM does not tell a processor why a request ends",
+    "`make bench` measures it",
+    "These are medians on two shared cores",
+    "has the spreads and the conditions",
+    "| `generate` with a head that never halts, 135M",
+    "| the same for the embedded LM",
+    "| vLLM 0.32 on a CPU",
+    "| time saved / tokens saved",
+    "| the same in 32 refilled slots",
+    "| the same in fixed batches",
+    "| proxy, one stream",
+    "| proxy, CPU time of a watched token",
+    "No GPU was at hand",
+    "On a GPU a token costs one copy",
+)
+
+
+def told(text: str) -> list[str]:
+    """The sentences, items and rows of a page, without its headings, blocks and heads of tables."""
+    for block in all_blocks(text):
+        text = text.replace(block.text, "\n")
+    found: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", re.sub(r"(?m)^(```.*|#.*)$", "", text)):
+        if paragraph.lstrip().startswith("|"):
+            found += paragraph.strip().split("\n")[2:]
+            continue
+        for item in re.split(r"(?m)^- ", paragraph):
+            found += re.split(r"(?<=[.:;?]) (?=[A-Z*`\[(])", " ".join(item.split()))
+    return [sentence for sentence in found if sentence]
+
+
+SENTENCES = told(page("SERVING"))
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_a_promise_of_the_guide_has_its_tests(promise: str) -> None:
+    assert any(promise in sentence for sentence in SENTENCES)
+    assert PROMISES[promise] and all(
+        test.__name__.startswith("test_") for test in PROMISES[promise]
+    )
+
+
+@pytest.mark.parametrize("words", TELLS)
+def test_what_promises_nothing_stands_in_the_guide(words: str) -> None:
+    assert any(words in sentence for sentence in SENTENCES)
+
+
+def unnamed(sentences: list[str]) -> list[str]:
+    """Those of some sentences that are neither a promise with a row nor known to be none."""
+    known = (*PROMISES, *TELLS)
+    return [sentence for sentence in sentences if not any(words in sentence for words in known)]
+
+
+def test_no_sentence_of_the_guide_is_without_a_row() -> None:
+    assert unnamed(SENTENCES) == []
+
+
+def test_a_new_promise_without_a_row_is_found() -> None:
+    table = "| a | b |\n|---|---|\n| c | d |\n"
+    new = f"# H\n\nNothing is ever slow. It never\nfails.\n\n- Nor late.\n\n{table}"
+    assert unnamed(told(new)) == [
+        "Nothing is ever slow.",
+        "It never fails.",
+        "Nor late.",
+        "| c | d |",
+    ]
