@@ -17,6 +17,9 @@ from haltwise.errors import check_ranges
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
 
+# Requests that no process serves at a time; the pools for them alone would take minutes.
+_MOST = 100_000
+
 #: The controls that have a state.
 GOVERNED = ("observe", "apply")
 
@@ -152,12 +155,13 @@ class ServeConfig:
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """By name of a setting, whether it is in its range, and what that is."""
-        counts = ("max_streams", "max_body_bytes", "max_probes", "context")
+        at_a_time, sizes = ("max_streams", "max_probes"), ("max_body_bytes", "context")
         seconds = [name for name in vars(self) if name.endswith("_timeout")]
         price, cap, least = self.price, self.max_thinking_tokens, max(self.min_thinking_tokens, 1)
         return {
             **{name: (0 < getattr(self, name) < math.inf, "seconds above 0") for name in seconds},
-            **{name: (getattr(self, name) >= 1, "at least 1") for name in counts},
+            **{name: (1 <= getattr(self, name) <= _MOST, f"1 to {_MOST}") for name in at_a_time},
+            **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
             "port": (0 <= self.port < 2**16, "0 to 65535"),
             "price": (price is None or 0 <= price < math.inf, "0 or more, and finite"),
             "min_thinking_tokens": (self.min_thinking_tokens >= 0, "0 or more"),
