@@ -55,7 +55,7 @@ def check_sound(files: TraceFiles, min_em: float = LEAST_EM) -> list[str]:
             two splits.
     """
     if not 0 <= min_em <= 1:
-        raise InputError(f"min_em is {min_em}, expected from 0 to 1")
+        raise InputError(f"--min-em is {min_em}, expected from 0 to 1")
     found = _Examined(files)
     found.refuse_contradictions()
     found.refuse_too_few()

@@ -87,6 +87,7 @@ class Proxy:
 
     def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
         """Reads the head and the keys; the upstream is not asked for anything yet."""
+        config.check()
         self.config = config
         self.metrics = Metrics()
         head = HaltHead.load(config.head)

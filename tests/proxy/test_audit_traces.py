@@ -240,10 +240,10 @@ def test_a_label_is_the_traces_too(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"control": "off", "audit_traces": Path("x")}, "audit_traces is x, expected it with"),
-        ({"audit_content": True}, "audit_content is on, expected --audit-traces"),
-        ({"dense_audits": 1.5}, "dense_audits is 1.5, expected from 0 to 1"),
-        ({"dense_audits": float("nan")}, "dense_audits is nan"),
+        ({"control": "off", "audit_traces": Path("x")}, "--audit-traces is x, expected it with"),
+        ({"audit_content": True}, "--audit-content is on, expected --audit-traces"),
+        ({"dense_audits": 1.5}, "--dense-audits is 1.5, expected from 0 to 1"),
+        ({"dense_audits": float("nan")}, "--dense-audits is nan"),
         ({"audit_traces": Path("state")}, "expected a folder for traces"),
     ],
 )

@@ -74,7 +74,7 @@ def test_what_nothing_can_be_learned_from_is_refused(
 def test_a_low_exact_match_can_be_meant(recording: Recording) -> None:
     files = recording(changes=dict.fromkeys(range(186), WRONG))
     assert check_sound(files, min_em=0.05) == []
-    with pytest.raises(InputError, match="min_em is -1"):
+    with pytest.raises(InputError, match="--min-em is -1"):
         check_sound(files, min_em=-1)
 
 
