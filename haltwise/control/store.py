@@ -114,7 +114,8 @@ def store_of(name: str | Path, patience: float = 5.0) -> Store:
     try:
         import psycopg  # noqa: F401
     except ImportError:
-        raise InputError("a PostgreSQL state needs: pip install 'haltwise[postgres]'") from None
+        told = "a PostgreSQL state needs psycopg: run pip install -e '.[postgres]' in the clone"
+        raise InputError(told) from None
     return PostgreSQLStore(str(name), patience)
 
 
