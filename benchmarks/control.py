@@ -21,9 +21,10 @@ from envs.reward import never_costs
 from evaluation.outcome import Outcome, sweep
 from haltwise import InputError
 from haltwise.control.governor import GroupState, Promise, audit_rate, counted, felt
+from haltwise.control.replay import prices_of
 from haltwise.policy.halting import Probing
 from policies.baselines import Evidence
-from policies.head import judging_heads, price_grid
+from policies.head import judging_heads
 from policies.policy import decisions
 from runs import Run
 from traces import Traces
@@ -44,8 +45,8 @@ class ControlConfig:
     Default: the evidence rule, whose thresholds stand for prices."""
     draws: int = 1_000
     """The number of streams."""
-    num_prices: int = 24
-    """The number of prices, evenly out of the head's 60."""
+    num_prices: int = 36
+    """The number of prices, if there are more: a head is governed by 36."""
     num_audits: int = 2_000
     """The audits before the requests that are measured."""
     num_requests: int = 20_000
@@ -95,8 +96,9 @@ def population(traces: Traces, config: ControlConfig) -> Population:
         InputError: If the run has no folds on these traces, or they have no confidence.
     """
     by_price, probing = _evidence(traces) if config.run is None else _of_run(traces, config.run)
-    outcomes = [by_price[price] for price in by_price]
-    chosen = np.linspace(0, len(outcomes) - 1, config.num_prices).round().astype(int)
+    outcomes = list(by_price.values())
+    num = min(config.num_prices, len(outcomes))
+    chosen = np.linspace(0, len(outcomes) - 1, num).round().astype(int)
     ems = np.stack([outcomes[k].em for k in chosen], axis=1).astype(float)
     costs = np.stack([outcomes[k].cost for k in chosen], axis=1).astype(float)
     full = traces.num_tokens.astype(float)
@@ -125,7 +127,7 @@ def _of_run(traces: Traces, folder: Path) -> tuple[dict[float, Outcome], Probing
         raise InputError(f"{folder} has not learned from all of these questions by folds")
     kept_back = run.kept_back(learned)
     head = next(iter(kept_back.values()))
-    probing, prices = head.config.halting.probing, price_grid(head.config.observing)
+    probing, prices = head.config.halting.probing, prices_of(head).tolist()
     policy = judging_heads(head, kept_back, learned.folds)[0]
     signal = policy.signal(traces)
     return sweep(traces, {p: policy.halts(signal, p) for p in prices}, probing), probing

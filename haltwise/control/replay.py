@@ -11,7 +11,7 @@ from haltwise.session.session import HaltMonitor
 from haltwise.session.thought import NEVER
 
 # Prices of a grid: fewer miss the best one, more cost time and tell little.
-_NUM_PRICES = 24
+_NUM_PRICES = 36
 
 
 def prices_of(head: HaltHead) -> Float:

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import resource
+import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from benchmarks import proxy
 from benchmarks.proxy import ProxyBenchConfig
-from tests.heads import CLOSE
+from haltwise import Certificate, HaltHead
+from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import Plan
 from tests.proxy.proxies import (
     PATHS,
@@ -26,6 +28,7 @@ from tests.proxy.proxies import (
     saved_head,
     spawned_fake,
     spawned_proxy,
+    wait_until,
 )
 
 NUM_STREAMS = 1_000
@@ -145,6 +148,58 @@ def test_many_streams_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
     num_asked = num + num_halted + sum(case.is_refused for case in cases)
     assert num_asked <= len(streams) <= num_asked + num_given_up
     assert set(streams) <= {"done", "closed"}
+
+
+@dataclass(frozen=True)
+class GovernedCase(Case):
+    """One stream whose price the control sets."""
+
+    audited: bool = False
+
+    @property
+    def shadow(self) -> bool:
+        return False
+
+    @property
+    def is_halted(self) -> bool:
+        return not self.audited and HALTED_AT[self.price] is not None
+
+
+@pytest.mark.parametrize("num", [150, pytest.param(NUM_STREAMS, marks=pytest.mark.slow)])
+def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
+    certificate = Certificate(
+        "net-em-loss", 0.5, 0.9, 100.0, 0.2, 0.0, 10, 10, "t", "lm", sure_head().digest, None, "c"
+    )
+    certified = replace(sure_head().config, certificate=certificate)
+    head = saved_head(tmp_path / "head", HaltHead(certified, sure_head().weights))
+    state, cases = tmp_path / "state", [GovernedCase(number) for number in range(num)]
+    with spawned_fake("--crowd", str(num)) as upstream:
+        flags = ["--head", str(head), "--upstream", upstream, "--state", str(state)]
+        flags += ["--control", "apply", "--target", "0.9", "--audit", "0.2"]
+        for name in ("connect", "read", "send", "drain"):
+            flags += [f"--{name}-timeout", str(PATIENCE)]
+        with spawned_proxy(*flags) as proxy:
+            found = asyncio.run(everything(cases, proxy.url, proxy.url))
+
+            def status() -> Any:
+                return proxy.client.get("/v1/haltwise/control").json()
+
+            watched = sum(case.price != "0" for case in cases)
+            wait_until(lambda: len(rows(state)) == watched)
+            wait_until(lambda: status()["under_way"] == 0)
+            told = status()
+    names = [each.reply.headers.get("x-haltwise-request") for each in found]
+    audited = {name for name, is_audit in rows(state) if is_audit}
+    assert {name for name, _ in rows(state)} == set(names) - {None} and len(audited) > num / 10
+    assert told["groups"]["everything"]["audits"] == len(audited)
+    assert told["failures"] == told["rows_dropped"] == told["refused"] == 0
+    for case, name, each in zip(cases, names, found, strict=True):
+        check(replace(case, audited=name in audited), each.reply)
+
+
+def rows(state: Path) -> list[tuple[str, int]]:
+    with sqlite3.connect(state) as file:
+        return file.execute("SELECT id, audited FROM request").fetchall()
 
 
 def check(case: Case, reply: Reply) -> Any:
