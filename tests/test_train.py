@@ -186,6 +186,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     for change, told in (
         ({"batch_size": 1}, "--fit.ppo.batch-size is 1, expected at least 2"),
         ({"learning_rate": 0.0}, "--fit.ppo.learning-rate is 0.0, expected positive"),
+        ({"ent_coef": float("nan")}, "--fit.ppo.ent-coef is nan, expected 0 or more"),
+        ({"target_kl": -1.0}, "--fit.ppo.target-kl is -1.0, expected positive"),
         ({"gae_lambda": 1.5}, "--fit.ppo.gae-lambda is 1.5, expected between 0 and 1"),
     ):
         with pytest.raises(InputError, match=told):
