@@ -192,6 +192,9 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     ):
         with pytest.raises(InputError, match=told):
             train.main(replace(config, fit=replace(SMALL, ppo=replace(SMALL.ppo, **change))))
+    with pytest.raises(InputError, match=r"--fit\.pathwise\.batch-size is 0, expected at least 1"):
+        pathwise = replace(SMALL.pathwise, batch_size=0)
+        train.main(replace(config, fit=replace(SMALL, pathwise=pathwise)))
     with pytest.raises(InputError, match=r"--live-ppo\.net-width is 9, .*net-width 8"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
