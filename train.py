@@ -210,6 +210,7 @@ def _check(config: TrainConfig) -> None:
     check_ranges(config, {"seed": (config.seed <= most, f"0 to {most}")})
     if config.traces is None:
         _asking(config, _CHECKPOINTS).check()
+    config.fit.pathwise.check("fit.pathwise.")
     config.fit.ppo.check("fit.ppo.")
     config.live_ppo.check("live_ppo.")
     goes_on_live = config.traces is None and not config.live

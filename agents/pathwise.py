@@ -17,6 +17,7 @@ hundred questions this is what keeps them from learning the questions by heart.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from agents.network import LogOdds
 from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
+from haltwise.errors import check_ranges
 from traces import Chunks, Traces, chunks_of
 
 # The most prices, in the mean, that each trace has in one gradient step.
@@ -56,6 +58,24 @@ class PathwiseConfig:
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
+
+    def check(self, place: str) -> None:
+        """Checks the settings before any work.
+
+        Args:
+            place: Where they stand among a command's settings, such as "fit.pathwise.".
+
+        Raises:
+            InputError: If no gradient can be followed with one of them.
+        """
+        ranges = {
+            "steps": (self.steps >= 0, "0 or more"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "positive and finite"),
+        }
+        for name in ("prior_questions", "correct_coef"):
+            ranges[name] = (0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        check_ranges(self, ranges, place)
 
 
 @dataclass(frozen=True)

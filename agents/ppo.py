@@ -67,6 +67,10 @@ class PPOConfig:
         ranges = {name: (getattr(self, name) >= n, f"at least {n}") for name, n in least.items()}
         for name in ("learning_rate", "clip_range"):
             ranges[name] = (0 < getattr(self, name) < math.inf, "positive and finite")
+        for name in ("ent_coef", "vf_coef"):
+            ranges[name] = (0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        kl = self.target_kl
+        ranges["target_kl"] = (kl is None or 0 < kl < math.inf, "positive and finite")
         ranges["gae_lambda"] = (0 <= self.gae_lambda <= 1, "between 0 and 1")
         check_ranges(self, ranges, place)
 

@@ -128,6 +128,7 @@ def self_test(
         *_warn_of_texts(decoder.rules, halting),
         *_warn_of_ends(answered, decoder),
         *_warn_of_markers(answered, halting),
+        *_warn_of_answers(answered),
     ]
     return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
 
@@ -216,6 +217,19 @@ def _warn_of_markers(answered: Sequence[TriedQuestion], halting: Halting) -> lis
                     f"it thinks, set --think-start '{start}' --think-end '{end}'"
                 ]
     return []
+
+
+def _warn_of_answers(answered: Sequence[TriedQuestion]) -> list[str]:
+    """Returns a warning if the LM is never right: then no head can learn what halting loses."""
+    ended = [one for one in answered if one.thought.finished]
+    if not ended or any(one.is_right for one in ended):
+        return []
+    one = ended[0]
+    return [
+        f"none of {len(ended)} full answers is right, such as {_short(one.answer)} where "
+        f"{_short(one.question.gold)} was expected: see whether --scorer reads what the LM writes, "
+        "and whether the LM can answer such questions at all"
+    ]
 
 
 def _short(text: str) -> str:

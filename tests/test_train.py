@@ -186,10 +186,15 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
     for change, told in (
         ({"batch_size": 1}, "--fit.ppo.batch-size is 1, expected at least 2"),
         ({"learning_rate": 0.0}, "--fit.ppo.learning-rate is 0.0, expected positive"),
+        ({"ent_coef": float("nan")}, "--fit.ppo.ent-coef is nan, expected 0 or more"),
+        ({"target_kl": -1.0}, "--fit.ppo.target-kl is -1.0, expected positive"),
         ({"gae_lambda": 1.5}, "--fit.ppo.gae-lambda is 1.5, expected between 0 and 1"),
     ):
         with pytest.raises(InputError, match=told):
             train.main(replace(config, fit=replace(SMALL, ppo=replace(SMALL.ppo, **change))))
+    with pytest.raises(InputError, match=r"--fit\.pathwise\.batch-size is 0, expected at least 1"):
+        pathwise = replace(SMALL.pathwise, batch_size=0)
+        train.main(replace(config, fit=replace(SMALL, pathwise=pathwise)))
     with pytest.raises(InputError, match=r"--live-ppo\.net-width is 9, .*net-width 8"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):

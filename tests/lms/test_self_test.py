@@ -62,6 +62,17 @@ def test_the_embedded_lm_passes_without_a_warning() -> None:
         assert 1 <= len(one.probes) <= 8
 
 
+def test_an_lm_that_is_never_right_is_warned_of() -> None:
+    lm = LanguageModel.load(EMBEDDED)
+    asked = [replace(question, gold="none") for question in questions("sum", "train", 2)]
+    halting = halting_of(lm, every=12)
+    test = self_test(lm, asked, halting, max_tokens=768, temperature=0.0)
+    (warning,) = test.warnings
+    assert (
+        warning.startswith("none of 2 full answers is right") and "'none' was expected" in warning
+    )
+
+
 def test_an_lm_that_never_opens_its_thought_is_refused() -> None:
     with pytest.raises(InputError, match="no thought begins: '<think>' neither ends the prompt"):
         run(lm_of(r1_like(opening="")))
