@@ -3,8 +3,8 @@
     python calibrate.py --head RUN --traces FILE_OR_FOLDER --max-em-drop 0.02 --confidence 0.9
     python calibrate.py ... --apply
 
-Questions that the head learned from are left out. Without --apply nothing is written: what could be
-certified is shown beside the head's own price. With it, the certificate goes into the run's
+Questions that the head learned from are left out. Without --apply the head stays as it is: what
+could be certified is shown beside its own price. With it, the certificate goes into the run's
 head.json, and the certified price becomes the head's own: 0, which never halts, if there is none.
 The certificate holds for questions like the calibration ones, of the same LM, and for one call:
 what is asked must be settled before, and asking otherwise afterwards needs fresh questions. What
@@ -37,7 +37,8 @@ from evaluation.certify import (
 )
 from evaluation.outcome import em_delta, halt_outcome, saving, sweep
 from haltwise import Certificate, HaltHead, InputError
-from haltwise.policy.certificate import Risk, SegmentCertificate, check_asked
+from haltwise.errors import check_ranges
+from haltwise.policy.certificate import Risk, SegmentCertificate
 from haltwise.policy.head import NEVER_HALTS
 from lms.scorers import agreeing
 from policies.head import HeadPolicy
@@ -91,7 +92,9 @@ def main(config: CalibrateConfig) -> Certificate:
     Raises:
         InputError: If the run or the traces cannot be used, or do not fit each other.
     """
-    check_asked(config.max_em_drop, config.confidence)
+    shares = {name: getattr(config, name) for name in ("max_em_drop", "confidence")}
+    between = "between 0 and 1, neither included"
+    check_ranges(config, {name: (0 < share < 1, between) for name, share in shares.items()})
     certified = Run(config.head)
     head = certified.head()
     traces = _fresh(config, certified, head)

@@ -7,6 +7,7 @@ python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID --price
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import installed  # noqa: F401, tells what is missing
@@ -16,6 +17,7 @@ from evaluation.decision_path import decision_path
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.results import Report
 from haltwise import InputError
+from haltwise.errors import check_ranges
 from haltwise.policy.head import NEVER_HALTS
 from runs import Run
 from traces import MAX_TRACES, TraceFiles
@@ -86,6 +88,8 @@ def _check(config: EvaluateConfig) -> None:
     Raises:
         InputError: If outputs do not fit each other, or one could not be written.
     """
+    price = config.price
+    check_ranges(config, {"price": (price is None or 0 < price < inf, "above 0, and finite")})
     outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
     if config.explain is not None and (outputs or config.live):
         raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")

@@ -49,6 +49,7 @@ from evaluation.table import format_honest, format_segments, format_table
 from evaluation.trials import Trials, format_trials, try_checkpoints
 from evaluation.verdict import conclusion
 from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, feature_names
+from haltwise.errors import check_ranges, option
 from haltwise.policy.halting import Probing
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
@@ -203,18 +204,28 @@ def _check(config: TrainConfig) -> None:
     least = {"folds": 2, "seeds": 1, "num_questions": 1, "max_traces": 1, "seed": 0}
     small = [name for name, at_least in least.items() if getattr(config, name) < at_least]
     if small:
-        found = ", ".join(f"{name} is {getattr(config, name)}" for name in small)
+        found = ", ".join(f"{option(name)} is {getattr(config, name)}" for name in small)
         raise InputError(f"{found}: expected at least {', '.join(str(least[n]) for n in small)}")
-    config.fit.ppo.check()
-    config.live_ppo.check()
+    most = 2**31 - 1 - config.seeds
+    check_ranges(config, {"seed": (config.seed <= most, f"0 to {most}")})
+    if config.traces is None:
+        _asking(config, _CHECKPOINTS).check()
+    config.fit.ppo.check("fit.ppo.")
+    config.live_ppo.check("live_ppo.")
     goes_on_live = config.traces is None and not config.live
     if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
         raise InputError(
-            f"live_ppo.net_width is {config.live_ppo.net_width}, fit.ppo.net_width "
+            f"--live-ppo.net-width is {config.live_ppo.net_width}, --fit.ppo.net-width "
             f"{config.fit.ppo.net_width}: expected the same, one network learns both"
         )
     if config.groups is not None:
         feature_names(config.groups)
+
+
+def _asking(config: TrainConfig, out: Path) -> CollectConfig:
+    """Returns the settings of the recording into a folder that comes before the training."""
+    asked = {field.name: getattr(config, field.name) for field in fields(AskConfig)}
+    return CollectConfig(out=out, num=config.num_questions, seed=config.seed, **asked)
 
 
 def _record(config: TrainConfig) -> Path:
@@ -231,7 +242,7 @@ def _record(config: TrainConfig) -> Path:
     if asked != usual:
         parts.append(hashlib.sha256(repr(asked).encode()).hexdigest()[:6])
     out = _CHECKPOINTS / "traces" / "-".join(parts).replace("/", "-").replace(":", "-")
-    collect(CollectConfig(out=out, num=config.num_questions, seed=config.seed, **asked))
+    collect(_asking(config, out))
     return out
 
 
@@ -248,7 +259,7 @@ def _under_rule(recorded: TraceFiles, rule: str | None) -> TraceFiles:
     stated = found.recorder.get("decision_rule", "")
     if stated != rule:
         raise InputError(
-            f"rule is {rule!r}, but the traces were recorded under {stated!r}: expected "
+            f"--rule is {rule!r}, but the traces were recorded under {stated!r}: expected "
             "'every K tokens' there, and spacings that are multiples of K"
         )
     return found
@@ -496,7 +507,7 @@ def _train_replay(
 ) -> Agent:
     """Trains on recorded traces, up to a share of PPO's decisions."""
     if share < 1:  # else the progress bar looks like that of a training that broke off
-        print(f"The folds did no better after {share:.0%} of PPO's decisions: it ends there.")
+        print(_ended_early(share))
     return fit(
         material.chunks(config.seed),
         head,
@@ -507,6 +518,13 @@ def _train_replay(
         checkpoint=opened.replay_agent,
         progress_bar=True,
     )
+
+
+def _ended_early(share: float) -> str:
+    """Says, for a person, why the training on all traces is not a whole one."""
+    if not share:
+        return "In the folds, PPO made the head no better: the head stays as it was before PPO."
+    return f"In the folds, more of PPO made the head no better: PPO ends after {share:.0%} of it."
 
 
 def _train_live(

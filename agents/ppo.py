@@ -17,7 +17,8 @@ from torch import nn
 from agents.network import HaltingPolicy, LogOdds, evidence_of
 from agents.vec_env import BalancedVecEnv
 from envs.batched import BatchedEnv
-from haltwise import HaltHead, HeadConfig, InputError, Observing
+from haltwise import HaltHead, HeadConfig, Observing
+from haltwise.errors import check_ranges
 
 #: An agent is what PPO trains; `export` makes a head of it.
 Agent = PPO
@@ -52,21 +53,22 @@ class PPOConfig:
     net_width: int = 64
     """Units in each of the two hidden layers of the policy, and in each of the value's."""
 
-    def check(self) -> None:
+    def check(self, place: str) -> None:
         """Checks the settings before any work.
+
+        Args:
+            place: Where they stand among a command's settings, such as "fit.ppo.".
 
         Raises:
             InputError: If stable-baselines3 cannot train with one of them.
         """
         least = {"total_timesteps": 1, "num_envs": 1, "n_steps": 1, "batch_size": 2}
-        for name, at_least in (least | {"n_epochs": 1, "net_width": 1}).items():
-            if getattr(self, name) < at_least:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least {at_least}")
+        least |= {"n_epochs": 1, "net_width": 1}
+        ranges = {name: (getattr(self, name) >= n, f"at least {n}") for name, n in least.items()}
         for name in ("learning_rate", "clip_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}, expected positive and finite")
-        if not 0 <= self.gae_lambda <= 1:
-            raise InputError(f"gae_lambda is {self.gae_lambda}, expected between 0 and 1")
+            ranges[name] = (0 < getattr(self, name) < math.inf, "positive and finite")
+        ranges["gae_lambda"] = (0 <= self.gae_lambda <= 1, "between 0 and 1")
+        check_ranges(self, ranges, place)
 
 
 def make_ppo(

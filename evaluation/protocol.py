@@ -36,7 +36,9 @@ def folds(question_id: NDArray[np.str_], num_folds: int = 5, seed: int = 0) -> N
     """
     _, question, count = np.unique(question_id, return_inverse=True, return_counts=True)
     if len(count) < num_folds:
-        raise InputError(f"{len(count)} questions: expected at least {num_folds}, one a fold")
+        raise InputError(
+            f"{len(count)} questions: expected at least {num_folds}, one a fold (--folds)"
+        )
     shuffled = np.random.default_rng(seed).random(len(count))
     fold = np.empty(len(count), dtype=np.int64)
     fold[np.lexsort([shuffled, -count])] = np.arange(len(count)) % num_folds

@@ -1,6 +1,6 @@
 """Errors that mean the input or the installation is at fault, not haltwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -22,6 +22,28 @@ def reason_of(error: BaseException) -> str:
     """
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON].rstrip()} ..."
+
+
+def option(setting: str) -> str:
+    """Returns how a setting is called on the command line: that of "max_tokens" is --max-tokens."""
+    return f"--{setting.replace('_', '-')}"
+
+
+def check_ranges(settings: object, ranges: Mapping[str, tuple[bool, str]], place: str = "") -> None:
+    """Refuses a setting that is out of its range, by its name on the command line.
+
+    Args:
+        settings: What has the settings as attributes.
+        ranges: By name of a setting, whether it is in its range, and in words what that is.
+        place: Where they stand among all settings of the command, such as "fit.ppo.".
+
+    Raises:
+        InputError: If one is out of its range.
+    """
+    for name, (is_in_range, expected) in ranges.items():
+        if not is_in_range:
+            found = f"{option(place + name)} is {getattr(settings, name)}"
+            raise InputError(f"{found}, expected {expected}")
 
 
 def what_failed(error: Exception) -> str:

@@ -56,8 +56,16 @@ class AskConfig(LMConfig, DataConfig):
 
         Args:
             context: The number of tokens that the LM sees at once.
+
+        Raises:
+            InputError: If the one that is asked for is above that number.
         """
         if self.max_tokens is not None:
+            if self.max_tokens > context:
+                raise InputError(
+                    f"--max-tokens is {self.max_tokens}, expected at most the {context:.0f} tokens "
+                    "that the LM sees at once"
+                )
             return self.max_tokens
         if self.is_embedded:
             return _MAX_TOKENS_OF_EMBEDDED

@@ -280,7 +280,7 @@ def check_scorer(name: str) -> None:
         InputError: If there is no rule of that name, or the package that it needs is missing.
     """
     if name not in READERS:
-        raise InputError(f"scorer is {name!r}, expected one of {', '.join(READERS)}")
+        raise InputError(f"--scorer is {name!r}, expected one of {', '.join(READERS)}")
     if name == "latex" and not _has_math_verify():
         raise InputError(needed("math-verify", "math"))
 

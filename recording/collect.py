@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from command import alone, warn
 from haltwise import Halting, InputError
+from haltwise.errors import check_ranges
 from lms.ask import questions
 from lms.questions import SPLITS
 from lms.scorers import needed, scorer_of
@@ -20,7 +21,8 @@ from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.shards import recorded_ids, write_shards
 from recording.trace_row import SeededQuestion, trace_id
-from traces import import_json_lines, read_ids
+from traces import TraceFiles, import_json_lines, read_ids
+from traces.soundness import two_verdicts
 
 # The number of questions that the LM is tried with.
 _NUM_TRIED = 8
@@ -65,16 +67,15 @@ class CollectConfig(EngineConfig):
                 sense, or the engine cannot do what is asked.
         """
         super().check()
-        if not 0 <= self.seed <= 2**31 - 1 - self.num_seeds:
-            raise InputError(f"seed is {self.seed}, expected 0 or more, and with num_seeds int32")
+        most = 2**31 - 1 - self.num_seeds
+        check_ranges(self, {"seed": (0 <= self.seed <= most, f"0 to {most}")})
         if len(set(self.split)) < len(self.split):
-            raise InputError(f"split is {self.split}, expected each split once")
+            raise InputError(f"--split is {' '.join(self.split)}, expected each split once")
         if unknown := set(self.split) - set(SPLITS):
             found = ", ".join(sorted(unknown))
-            raise InputError(f"unknown split {found}: choose from {', '.join(SPLITS)}")
-        for name in ("num", "num_seeds", "shard_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+            raise InputError(f"--split is {found}, expected some of {', '.join(SPLITS)}")
+        counts = ("num", "num_seeds", "shard_size")
+        check_ranges(self, {name: (getattr(self, name) >= 1, "at least 1") for name in counts})
         if self.ray is not None and self.engine == "openai":
             raise InputError("a server runs the LM itself: expected no --ray with --engine openai")
         if not self.split:
@@ -84,10 +85,12 @@ class CollectConfig(EngineConfig):
     def _check_place(self) -> None:
         if self.out is None and (self.json_lines or not self.self_test):
             raise InputError("no folder to record into: expected --out, or --self-test")
-        if self.out and self.out.is_file():
-            raise InputError(f"{self.out} is a file, expected a folder to record into")
+        if self.out:
+            there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+            if not there.is_dir():
+                raise InputError(f"{there} is a file, expected a folder to record into")
         if self.workers is not None and not (self.ray and self.workers >= 1):
-            raise InputError(f"workers is {self.workers}, expected at least 1, and --ray")
+            raise InputError(f"--workers is {self.workers}, expected at least 1, and --ray")
 
 
 def seeded_questions(config: CollectConfig) -> Iterator[SeededQuestion]:
@@ -114,6 +117,7 @@ def collect(config: CollectConfig) -> None:
         _, recorder = read_ids(config.out)
         if why_not := Halting.of_recorder(recorder).why_not_run():
             warn(f"{why_not} (docs/TRACES.md says what the first line may tell)")
+        _warn_of_scorer(config.out)
         return
     if not config.self_test:  # a split without questions is an error before anything is loaded
         list(questions(config, config.split, 1, config.seed))
@@ -125,6 +129,13 @@ def collect(config: CollectConfig) -> None:
             _begin(config, config.out, engine)
             with alone(config.out):
                 _record(config, config.out, engine)
+        _warn_of_scorer(config.out)
+
+
+def _warn_of_scorer(folder: Path) -> None:
+    """Warns if equal answers have two verdicts in a recording."""
+    if told := two_verdicts(TraceFiles.open(folder)):
+        warn(told)
 
 
 def _open(config: CollectConfig) -> RecordingEngine:
@@ -171,8 +182,8 @@ def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     """
     if config.num_seeds > 1 and engine.recorder["temperature"] == 0:
         raise InputError(
-            f"num_seeds is {config.num_seeds}, but the LM is greedy: expected --temperature above "
-            "0, or one seed"
+            f"--num-seeds is {config.num_seeds}, but the LM is greedy: expected --temperature "
+            "above 0, or one seed"
         )
     is_new = not recorded_ids(out, engine.recorder)
     print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from haltwise import InputError
+from haltwise.errors import check_ranges
 from lms.ask import AskConfig
 
 # The least token budget of a question in a trial.
@@ -64,18 +65,18 @@ class EngineConfig(AskConfig):
         Raises:
             InputError: If a number makes no sense, or the engine cannot do what is asked.
         """
-        for name in ("batch_size", "tensor_parallel"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.every is not None and self.every < 1:
-            raise InputError(f"every is {self.every}, expected at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InputError(f"max_tokens is {self.max_tokens}, expected at least 1")
-        if self.temperature is not None and not 0 <= self.temperature < np.inf:
-            raise InputError(f"temperature is {self.temperature}, expected 0 or more")
+        if not self.lm.strip():
+            raise InputError("--lm names no LM, expected 'embedded', a folder or a name of the hub")
+        counts = ("batch_size", "tensor_parallel", "max_answer_tokens", "every", "max_tokens")
+        given = {name: value for name in counts if (value := getattr(self, name)) is not None}
+        ranges = {name: (value >= 1, "at least 1") for name, value in given.items()}
+        hot = self.temperature
+        ranges["temperature"] = (hot is None or 0 <= hot < np.inf, "0 or more, and finite")
+        ranges["patience"] = (0 <= self.patience < np.inf, "seconds, 0 or more")
+        check_ranges(self, ranges)
         if self.engine != "vllm" and self.tensor_parallel > 1:
             raise InputError(
-                f"tensor_parallel is {self.tensor_parallel}: expected 1, or --engine vllm"
+                f"--tensor-parallel is {self.tensor_parallel}: expected 1, or --engine vllm"
             )
         if self.engine != "hf" and self.hidden:
             whose = "vLLM" if self.engine == "vllm" else "a server"
@@ -84,8 +85,6 @@ class EngineConfig(AskConfig):
             )
         if (self.engine == "openai") != (self.base_url is not None):
             raise InputError(
-                f"engine is {self.engine!r} and base_url {self.base_url!r}: expected --engine "
+                f"--engine is {self.engine!r} and --base-url {self.base_url!r}: expected --engine "
                 "openai and --base-url, or neither"
             )
-        if not 0 <= self.patience < np.inf:
-            raise InputError(f"patience is {self.patience}, expected seconds, 0 or more")

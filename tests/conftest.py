@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 from haltwise import HaltHead, Halting, HeadConfig, Observing, feature_names
 from traces import Traces, read_traces, write_shard
 
+pytest_plugins = ["tests.stores"]
+
 # How long an example takes says nothing about whether it holds.
 settings.register_profile("haltwise", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("haltwise")

@@ -197,9 +197,9 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
     HaltHead.load(config.head).save(bare)
     before = (config.head / "head.json").read_bytes()
     changes: list[tuple[Row, str]] = [
-        ({"max_em_drop": 0.0}, "drop in exact match is 0.0, expected between 0 and 1"),
-        ({"max_em_drop": float("nan")}, "drop in exact match is nan"),
-        ({"confidence": 1.0}, "confidence is 1.0, expected between 0 and 1"),
+        ({"max_em_drop": 0.0}, "--max-em-drop is 0.0, expected between 0 and 1"),
+        ({"max_em_drop": float("nan")}, "--max-em-drop is nan"),
+        ({"confidence": 1.0}, "--confidence is 1.0, expected between 0 and 1"),
         ({"split": "nope"}, "no trace has split 'nope': found 'test'"),
         ({"traces": other}, "decision_rule is 'every 60 tokens', the head expects"),
         ({"traces": learned}, "learned from all 5 questions, expected others"),

@@ -292,22 +292,26 @@ def test_bad_settings_are_refused(
     config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for change, message in (
-        ({"num": 0}, "num is 0"),
-        ({"batch_size": -1}, "batch_size is -1"),
+        ({"num": 0}, "--num is 0, expected at least 1"),
+        ({"batch_size": -1}, "--batch-size is -1"),
         ({"split": ()}, "no split"),
-        ({"split": ("test", "test")}, "each split once"),
-        ({"split": ("test", "valid")}, "unknown split valid: choose from train, dev, test"),
-        ({"num_seeds": 2, "temperature": 0.0}, "num_seeds is 2, but the LM is greedy"),
-        ({"seed": -1}, "seed is -1"),
-        ({"seed": 3_000_000_000}, "seed is 3000000000"),
+        ({"split": ("test", "test")}, "--split is test test, expected each split once"),
+        ({"split": ("test", "valid")}, "--split is valid, expected some of train, dev, test"),
+        ({"num_seeds": 2, "temperature": 0.0}, "--num-seeds is 2, but the LM is greedy"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 3_000_000_000}, "--seed is 3000000000, expected 0 to 2147483646"),
         ({"out": tmp_path / "file"}, "is a file"),
-        ({"max_tokens": 0}, "max_tokens is 0"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"tensor_parallel": 0}, "tensor_parallel is 0"),
+        ({"out": tmp_path / "file" / "in"}, "file is a file, expected a folder to record into"),
+        ({"lm": " "}, "--lm names no LM"),
+        ({"max_tokens": 10**8}, "--max-tokens is 100000000, expected at most the .* tokens that"),
+        ({"max_answer_tokens": 0}, "--max-answer-tokens is 0"),
+        ({"max_tokens": 0}, "--max-tokens is 0"),
+        ({"temperature": -1.0}, "--temperature is -1.0"),
+        ({"tensor_parallel": 0}, "--tensor-parallel is 0"),
         ({"tensor_parallel": 2}, "expected 1, or --engine vllm"),
         ({"engine": "vllm", "hidden": True}, "vLLM shows no hidden states"),
-        ({"workers": 2}, "workers is 2, expected at least 1, and --ray"),
-        ({"workers": 0, "ray": "local"}, "workers is 0"),
+        ({"workers": 2}, "--workers is 2, expected at least 1, and --ray"),
+        ({"workers": 0, "ray": "local"}, "--workers is 0"),
     ):
         (tmp_path / "file").touch()
         with pytest.raises(InputError, match=message):
@@ -320,7 +324,7 @@ def test_bad_settings_are_refused(
         with monkeypatch.context() as patch, pytest.raises(InputError, match="is not installed"):
             patch.setitem(sys.modules, package, None)
             main(replace(config, **change))
-    with pytest.raises(InputError, match="every is 0, expected at least 1"):
+    with pytest.raises(InputError, match="--every is 0, expected at least 1"):
         main(replace(config, every=0))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
         main(replace(config, device="abacus"))

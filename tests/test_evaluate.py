@@ -311,6 +311,8 @@ def test_outputs_are_checked_before_the_work(run_folder: Path, tmp_path: Path) -
         evaluate.main(EvaluateConfig(head=run_folder, json=same, report=same))
     with pytest.raises(InputError, match="--price is that of --explain"):
         evaluate.main(EvaluateConfig(head=run_folder, price=0.5))
+    with pytest.raises(InputError, match=r"--price is -1\.0, expected above 0, and finite"):
+        evaluate.main(EvaluateConfig(head=run_folder, explain="t5", price=-1.0))
     with pytest.raises(InputError, match="--explain prints one trace"):
         evaluate.main(EvaluateConfig(head=run_folder, explain="t5", json=tmp_path / "x.json"))
 

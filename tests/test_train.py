@@ -177,16 +177,20 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, live=True))
     with pytest.raises(InputError, match="--run-dir"):
         train.main(replace(config, resume=True, run_dir=None))
-    with pytest.raises(InputError, match="folds is 1, max_traces is 0: expected at least 2, 1"):
+    with pytest.raises(InputError, match="--folds is 1, --max-traces is 0: expected at least 2, 1"):
         train.main(replace(config, folds=1, max_traces=0))
+    with pytest.raises(InputError, match="--seed is 2147483647, expected 0 to 2147483645"):
+        train.main(replace(config, seed=2**31 - 1, seeds=2))
+    with pytest.raises(InputError, match="--every is 0, expected at least 1"):
+        train.main(replace(config, traces=None, every=0))
     for change, told in (
-        ({"batch_size": 1}, "batch_size is 1, expected at least 2"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected positive"),
-        ({"gae_lambda": 1.5}, "gae_lambda is 1.5, expected between 0 and 1"),
+        ({"batch_size": 1}, "--fit.ppo.batch-size is 1, expected at least 2"),
+        ({"learning_rate": 0.0}, "--fit.ppo.learning-rate is 0.0, expected positive"),
+        ({"gae_lambda": 1.5}, "--fit.ppo.gae-lambda is 1.5, expected between 0 and 1"),
     ):
         with pytest.raises(InputError, match=told):
             train.main(replace(config, fit=replace(SMALL, ppo=replace(SMALL.ppo, **change))))
-    with pytest.raises(InputError, match="net_width"):
+    with pytest.raises(InputError, match=r"--live-ppo\.net-width is 9, .*net-width 8"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
     with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
         train.main(replace(config, probing="at_halt", groups=("pace", "agreement")))
@@ -203,7 +207,11 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(
     ("share", "told"),
-    [(1.0, ""), (0.25, "The folds did no better after 25% of PPO's decisions: it ends there.\n")],
+    [
+        (1.0, ""),
+        (0.25, "In the folds, more of PPO made the head no better: PPO ends after 25% of it.\n"),
+        (0.0, "In the folds, PPO made the head no better: the head stays as it was before PPO.\n"),
+    ],
 )
 def test_a_training_that_ends_early_says_so(
     share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

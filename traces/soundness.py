@@ -31,6 +31,8 @@ _UNREADABLE_FINAL, _UNREADABLE_FORCED = 0.1, 0.5
 # Distinct pairs are kept for each relation; this many new ones are merged at a time.
 _MERGED_AT = 1 << 20
 
+_VERDICTS = ["trace_id", "question_id", "answer", "correct"]
+_VERDICT_COLUMNS = (*_VERDICTS, "gold", "final_answer", "final_correct")
 _COLUMNS = (
     *("question_id", "split", "gold", "finished", "final_answer", "final_correct"),
     *("answer", "correct"),
@@ -53,12 +55,54 @@ def check_sound(files: TraceFiles, min_em: float = LEAST_EM) -> list[str]:
             two splits.
     """
     if not 0 <= min_em <= 1:
-        raise InputError(f"min_em is {min_em}, expected from 0 to 1")
+        raise InputError(f"--min-em is {min_em}, expected from 0 to 1")
     found = _Examined(files)
     found.refuse_contradictions()
     found.refuse_too_few()
     found.refuse_hardly_right(min_em)
     return list(found.doubts())
+
+
+def two_verdicts(files: TraceFiles) -> str:
+    """Returns what is to be told of equal answers with two verdicts; empty if there are none.
+
+    Halting cannot win or lose anything by giving the very answer that the LM would have given, so
+    that whatever is learned from such traces is the scorer's.
+
+    Args:
+        files: A recording; traces without a reference answer have no verdicts.
+    """
+    verdicts = _Relation()
+    for answers in _verdicts(files):
+        verdicts.add(answers.drop_columns("trace_id"))
+    found = verdicts.contradictions()
+    if not found:
+        return ""
+    keys = pa.table(
+        {name: [key[place] for key, _ in found] for place, name in enumerate(_VERDICTS[1:3])}
+    )
+    of_both = (
+        answers.join(keys, _VERDICTS[1:3], join_type="left semi") for answers in _verdicts(files)
+    )
+    traces = sorted({name for answers in of_both for name in answers["trace_id"].to_pylist()})
+    (question, answer), _ = found[0]
+    num = len(files.trace)
+    return (
+        f"{len(found)} answers are marked right in one place and wrong in another, for the same "
+        f"question: the first is {answer!r:.30} to {question!r:.60}. They are in {len(traces)} "
+        f"of {num} traces ({len(traces) / num:.1%}): {_listed(traces)}. Whatever halting wins "
+        "there is the scorer's."
+    )
+
+
+def _verdicts(files: TraceFiles) -> Iterator[pa.Table]:
+    """Yields tables trace_id, question_id, answer, correct, of final and of forced answers."""
+    for shard in files.shards:
+        for table in read_tables(shard, _VERDICT_COLUMNS):
+            labelled = table.filter(table["gold"].is_valid())
+            finals = labelled.select(["trace_id", "question_id", "final_answer", "final_correct"])
+            for answers in (finals.rename_columns(_VERDICTS), _points(labelled)):
+                yield answers.filter(pc.not_equal(answers["answer"], ""))
 
 
 class _Relation:
@@ -109,7 +153,8 @@ class _Examined:
 
     def __init__(self, files: TraceFiles) -> None:
         """Reads the columns that tell questions, answers and verdicts, a piece at a time."""
-        self._golds, self._splits, self._verdicts = _Relation(), _Relation(), _Relation()
+        self._files = files
+        self._golds, self._splits = _Relation(), _Relation()
         self._text_golds, self._text_splits = _Relation(), _Relation()
         self._text_ids = _Relation()
         self._counts = _Counts()
@@ -129,11 +174,6 @@ class _Examined:
             self._text_golds.add(labelled.select(["question", "gold"]))
             self._text_splits.add(table.select(["question", "split"]))
             self._text_ids.add(table.select(["question", "question_id"]))
-        finals = labelled.select(["question_id", "final_answer", "final_correct"])
-        points = _points(labelled)
-        names = ["question_id", "answer", "correct"]
-        for answers in (finals.rename_columns(names), points):
-            self._verdicts.add(answers.filter(pc.not_equal(answers["answer"], "")))
         learned = table.filter(pc.is_in(table["split"], pa.array(["train", "dev"])))
         if len(learned):
             self._count(learned)
@@ -216,14 +256,8 @@ class _Examined:
             )
         yield from self._unreadable("final", counts.num_unreadable_final, counts.num_finished)
         yield from self._unreadable("forced", counts.num_unreadable_forced, counts.num_forced)
-        verdicts = self._verdicts.contradictions()
-        if verdicts:
-            (question, answer), _ = verdicts[0]
-            yield (
-                f"{len(verdicts)} answers are marked right in one place and wrong in another, for "
-                f"the same question: the first is {answer!r:.30} to {question!r:.60}. Whatever "
-                "halting wins there is the scorer's."
-            )
+        if verdicts := two_verdicts(self._files):
+            yield verdicts
         if self._has_text:
             yield from self._twins()
 
@@ -251,10 +285,11 @@ class _Examined:
 
 
 def _points(table: pa.Table) -> pa.Table:
-    """Returns a row for each decision point: question_id, answer, correct."""
+    """Returns a row for each decision point: trace_id, question_id, answer, correct."""
     lengths: NDArray[np.int64] = table["answer"].combine_chunks().value_lengths().to_numpy()
     rows = pa.array(np.repeat(np.arange(len(table)), lengths))
     columns = {
+        "trace_id": table["trace_id"].take(rows),
         "question_id": table["question_id"].take(rows),
         "answer": table["answer"].combine_chunks().flatten(),
         "correct": table["correct"].combine_chunks().flatten(),

@@ -224,7 +224,7 @@ class TraceFiles:
             InputError: If `max_traces` is below 1.
         """
         if max_traces < 1:
-            raise InputError(f"max_traces is {max_traces}, expected at least 1")
+            raise InputError(f"--max-traces is {max_traces}, expected at least 1")
         if rows.sum() <= max_traces:
             return rows
         keys, num = np.unique(self.question[rows], return_counts=True)

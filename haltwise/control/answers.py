@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from haltwise.policy.answers import READERS, normal_text
@@ -16,7 +17,9 @@ class GivenAnswer:
     text: str
     """Its text, which counts where nothing is read."""
     num_tokens: int
-    """Tokens that a client would have got with it, its thought's included."""
+    """Tokens that are generated for it, its thought's included, but not those of earlier looks."""
+    logprobs: Sequence[float] = ()
+    """Natural log of the probability of each of its tokens; empty if unknown."""
 
     @classmethod
     def of_label(cls, gold: str, answer_rule: str) -> GivenAnswer:

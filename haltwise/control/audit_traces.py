@@ -90,9 +90,10 @@ class AuditTraces:
             "signals": self._signals,
             "answers": "text" if with_content else "digests",
         }
-        # The newest traces without a label; the values say nothing.
-        self._unlabelled: OrderedDict[str, None] = OrderedDict()
-        self._unlabelled.update(dict.fromkeys(_unlabelled(folder, recorder)))
+        # By newest trace, whether nobody has labelled it.
+        self._unlabelled: OrderedDict[str, bool] = OrderedDict()
+        self._folder, self._recorder = folder, recorder
+        self._look()
         self.writer = LineWriter(folder, {_RECORDER: recorder})
         """Where lines are on their way into the folder."""
 
@@ -104,18 +105,29 @@ class AuditTraces:
         """
         row = self._row(audit)
         if self.writer.put(row):
-            self._unlabelled[audit.id] = None
-        if len(self._unlabelled) > _MOST_KNOWN:
-            self._unlabelled.popitem(last=False)
+            self._unlabelled[audit.id] = True
+            self._trim()
 
     def awaits(self, request: str) -> bool:
         """Returns whether a request has a trace that nobody has labelled yet."""
-        return request in self._unlabelled
+        if request not in self._unlabelled:
+            self._look()  # it may be of another process
+        return self._unlabelled.get(request, False)
+
+    def _look(self) -> None:
+        """Takes in the unlabelled traces of the folder, as far as they are not known."""
+        for name in _unlabelled(self._folder, self._recorder):
+            self._unlabelled.setdefault(name, True)
+        self._trim()
+
+    def _trim(self) -> None:
+        while len(self._unlabelled) > _MOST_KNOWN:
+            self._unlabelled.popitem(last=False)
 
     def label(self, request: str, gold: GivenAnswer) -> None:
         """Writes soon which answer is right, unless the answer rule reads none from it."""
         if gold.read and self.awaits(request):
-            del self._unlabelled[request]
+            self._unlabelled[request] = False
             self.writer.put({_LABEL: {_ID: request, "gold": _printable(self._told(gold))}})
 
     def _row(self, audit: DenseAudit) -> dict[str, Any]:
@@ -142,8 +154,8 @@ class AuditTraces:
             "probe_tokens": probe_tokens,
             "answer": [self._told(one) for one in audit.halted],
             "correct": None,
-            "confidence": [None] * len(position),
-            "answer_logprobs": [[] for _ in position],
+            "confidence": [_confidence(seen) for seen in audit.points],
+            "answer_logprobs": [list(one.logprobs) for one in audit.halted],
         }
         for name in self._signals:
             row[name] = [_number(getattr(seen, name)) for seen in audit.points]
@@ -326,6 +338,10 @@ def _check(position: Sequence[int], probe_tokens: Sequence[int], num_tokens: int
     increases = all(before < after for before, after in pairwise([-1, *position]))
     if not increases or num_tokens < max([1, *position]) or min([0, *probe_tokens]) < 0:
         raise ValueError(f"tokens at {position!s:.80} of {num_tokens}, and {probe_tokens!s:.80}")
+
+
+def _confidence(seen: Signals) -> float | None:
+    return None if seen.confidence is None else _number(seen.confidence)
 
 
 def _number(value: Any) -> float | None:

@@ -1,45 +1,51 @@
-"""The books: the state of all groups and what their audits sum up to, kept in a file.
+"""The books: the state of all groups and what their audits sum up to, kept in a store.
 
-The books are a fold of entries, so that a restart finds them as they were. A thread of their own
-takes entries in, one after the other, and writes each into the ledger; whoever makes an entry does
-not wait, and reads the newest books without a lock. If the file cannot be written to, that is
-counted and the books go on in memory; what the file has missed is written as soon as it can be.
+The books are a fold of entries, so that a restart finds them as they were, and several processes
+that take in the same entries have the same books. A thread of their own writes entries into the
+ledger and takes them in; whoever makes an entry does not wait, and reads the newest books without a
+lock. If the store cannot be written to, that is counted and the books go on in memory; what the
+store has missed is written as soon as it can be.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
+import math
 import queue
 import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from haltwise.control.estimates import Audit, Sums
 from haltwise.control.groups import (
-    BrokenOff,
     Event,
     Expired,
+    Gone,
     Groups,
     Told,
     event_from_json,
     event_to_json,
 )
-from haltwise.control.record import Ledger
+from haltwise.control.ledger import Ledger
+from haltwise.control.store import Store
 from haltwise.errors import InputError, reason_of
 
 log = logging.getLogger("haltwise.control")
 
-# Seconds for which the ledger's lease is taken, and after which it is taken anew.
-_LEASE, _RENEWED = 60.0, 20.0
+# Seconds after which a process looks for entries of others, if it has none of its own.
+_LOOKS = 1.0
+# Seconds after which a process tells that it lives, and after which it is taken for dead.
+_BEATS, _LIVES = 5.0, 30.0
 # Entries after which the whole state is written, so that a restart need not fold more.
 _SNAPSHOT = 200
+# Entries that may wait for a store that is away.
+_MOST_UNWRITTEN = 10_000
 
 
 @dataclass(frozen=True)
@@ -182,124 +188,136 @@ class Books:
 
 
 class Bookkeeper:
-    """Keeps the books of one process in a file that no other one has. To be closed."""
+    """Keeps the books of one process in a store that others may use too. To be closed.
 
-    def __init__(self, path: Path, begun: Books, about: Mapping[str, Any]) -> None:
-        """Opens or makes the file, and takes up the books where they were left.
+    Entries of all processes are in one order there, and each process takes in all of them, so that
+    all have the same books. Where the store is away, a process goes on with its own.
+    """
 
-        Audits that had not told anything then are broken off: nobody will tell of them any more.
+    def __init__(self, store: Store, begun: Books, about: Mapping[str, Any]) -> None:
+        """Opens or makes the store, and takes up the books where they are.
 
         Args:
-            path: The file.
+            store: The store.
             begun: The books of who begins.
             about: What they are about, as a JSON object; books about anything else are refused.
 
         Raises:
-            InputError: If the file cannot be used, or another process has it, or it is about
-                something else.
+            InputError: If the store cannot be used, or is about something else.
         """
+        self.process = uuid.uuid4().hex
+        """The name of this process."""
         self.num_failed = 0
         """Entries that made no sense or could not be written at once."""
         self.trouble = ""
-        """Why, the last time; empty if the file has everything."""
-        self._path, self._about = path, {**about, "promise": asdict(begun.groups.promise)}
-        self._lock = _locked(path)
-        self._ledger = Ledger(path)
-        self._holder = f"{os.getpid()} {time.time_ns()}"
-        self._ledger.take(self._holder, time.time(), 0)  # who had it is gone, as the lock tells
-        self._term = self._ledger.take(self._holder, time.time(), _LEASE)
-        self.books = self._read(begun)
+        """Why, the last time; empty if the store has everything."""
+        self._about = {**about, "promise": asdict(begun.groups.promise)}
+        self._ledger = Ledger(store)
+        saved, self._number = self._ledger.load(self._state(begun))
+        if saved.get("about") != self._about:
+            raise InputError(
+                "the state is about another head, target or share of audits than this one; "
+                "expected one of its own for each"
+            )
+        self.books = self._common = Books.from_json(saved["books"])
         """The newest."""
-        for request in self.books.groups.under_way.keys() - self.books.awaited.keys():
-            self.books = self.books.after(Entry(BrokenOff(request)))
-        self._missed = True
-        self._save()
+        # Own entries that the store may not have, by name.
+        self._unwritten: dict[str, Entry] = {}
+        self._num_named, self._beats_at = 0, -math.inf
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._exchange()
         self._thread = threading.Thread(target=self._run, name="haltwise books", daemon=True)
         self._thread.start()
 
     def put(self, entry: Entry) -> None:
-        """Takes in an entry soon; entries are taken in in their order."""
+        """Takes in an entry soon; those of this process are taken in in their order."""
         self._entries.put(entry)
 
     def close(self) -> None:
-        """Takes in what waits, writes it, and gives the file back."""
+        """Takes in what waits, writes it, and leaves the store to the others."""
         self._entries.put(None)
         self._thread.join()
         self._ledger.close()
-        self._lock.close()
-
-    def _read(self, begun: Books) -> Books:
-        saved, self._number, entries = self._ledger.load()
-        if saved is None:
-            return begun
-        if saved.get("about") != self._about:
-            raise InputError(
-                f"{self._path} is about another head, target or share of audits than this one; "
-                "expected a file of its own for each"
-            )
-        books = Books.from_json(saved["books"])
-        for entry in entries:
-            books = books.after(Entry.from_json(entry))
-        return books
 
     def _run(self) -> None:
-        """Takes in entries until there is a None."""
-        taken = 0
-        while True:
-            try:
-                entry = self._entries.get(timeout=_RENEWED)
-            except queue.Empty:
-                self._written(self._renew)
-                continue
-            if entry is None:
-                break
-            self._take(entry)
-            taken += 1
-            if taken % _SNAPSHOT == 0:
-                self._written(self._save)
+        """Takes in entries until there is a None, and meanwhile those of others."""
+        goes_on = True
+        while goes_on:
+            with suppress(queue.Empty):
+                entry = self._entries.get(timeout=_LOOKS)
+                goes_on = entry is not None
+                self._take(entry or Entry(Gone(self.process)))
+            self._written(self._exchange)
+        self._written(lambda: self._ledger.forget([self.process]))
         self._written(self._save)
 
     def _take(self, entry: Entry) -> None:
+        """Names an entry and takes it in ahead of others."""
         try:
             self.books = self.books.after(entry)
         except Exception as error:
             log.exception("an entry of the books makes no sense")
             self.num_failed, self.trouble = self.num_failed + 1, reason_of(error)
             return
-        self._written(lambda: self._append(entry))
+        if len(self._unwritten) >= _MOST_UNWRITTEN:
+            self._fail("the store is away for too long")
+            return
+        self._num_named += 1
+        self._unwritten[f"{self.process} {self._num_named}"] = entry
 
-    def _written(self, write: Any) -> None:
-        """Writes to the file, and counts it if that fails."""
+    def _written(self, write: Callable[[], None]) -> None:
+        """Writes to the store, and counts it if that fails."""
         try:
             write()
             self.trouble = ""
         except Exception as error:
-            self._missed = True
-            self.num_failed, self.trouble = self.num_failed + 1, reason_of(error)
-            log.warning("the books cannot be written: %s", self.trouble)
+            self._fail(reason_of(error))
 
-    def _append(self, entry: Entry) -> None:
-        """Writes an entry, or the whole state if the file has missed something."""
-        if self._missed:
+    def _fail(self, reason: str) -> None:
+        self.num_failed, self.trouble = self.num_failed + 1, reason
+        log.warning("the books cannot be written: %s", reason)
+
+    def _exchange(self) -> None:
+        """Writes own entries, and takes in all that are new, those of dead processes too."""
+        if self.trouble:
+            self._save()  # the store may be another one than it was
+        gone = self._gone()
+        for process in gone:
+            self._take(Entry(Gone(process)))
+        entries = {name: entry.to_json() for name, entry in self._unwritten.items()}
+        before = self._number
+        for number, entry in self._ledger.exchange(entries, before):
+            self._common, self._number = _after(self._common, entry), number
+        self._unwritten.clear()
+        self.books = self._common
+        if gone:
+            self._ledger.forget(gone)
+        if before // _SNAPSHOT < self._number // _SNAPSHOT:
             self._save()
-        else:
-            if not self._ledger.append(self._term or 0, [entry.to_json()]):
-                raise InputError("another process has taken the books")
-            self._number += 1
+
+    def _gone(self) -> list[str]:
+        """Tells now and then that this process lives; returns those that do not any more."""
+        now = time.monotonic()
+        if now < self._beats_at:
+            return []
+        gone = self._ledger.beat(self.process, time.time(), _LIVES)
+        self._beats_at = now + _BEATS
+        return gone
 
     def _save(self) -> None:
-        self._renew()
-        state = {"about": self._about, "books": self.books.to_json()}
-        if not self._ledger.save(self._term or 0, self._number, state):
-            raise InputError("another process has taken the books")
-        self._missed = False
+        self._ledger.save(self._state(self._common), self._number)
 
-    def _renew(self) -> None:
-        """Takes the lease anew; a clock that has jumped changes nothing."""
-        term = self._ledger.take(self._holder, time.time(), _LEASE)
-        if term is None or term != self._term:
-            raise InputError("another process has taken the books")
+    def _state(self, books: Books) -> dict[str, Any]:
+        return {"about": self._about, "books": books.to_json()}
+
+
+def _after(books: Books, entry: Mapping[str, Any]) -> Books:
+    """Returns the books after an entry, which changes nothing if it makes no sense."""
+    try:
+        return books.after(Entry.from_json(entry))
+    except Exception:
+        log.exception("an entry of the books makes no sense")
+        return books
 
 
 def _audit_to_json(audit: Audit) -> dict[str, Any]:
@@ -315,22 +333,3 @@ def _audit_from_json(data: Mapping[str, Any]) -> Audit:
 
 def _awaited_from_json(data: Mapping[str, Any]) -> Awaited:
     return Awaited(tuple(data["answers"]), data["until"])
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """Returns a file that is locked for as long as this process has it open.
-
-    Raises:
-        InputError: If another process has it, or it cannot be made.
-    """
-    beside = path.with_name(path.name + ".lock")
-    try:
-        file = beside.open("ab")
-    except OSError as error:
-        raise InputError(f"{beside}: {reason_of(error)}, expected to write there") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise InputError(f"{path} is in use by another process, expected one of its own") from None
-    return file

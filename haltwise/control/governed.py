@@ -17,8 +17,10 @@ import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
@@ -33,9 +35,12 @@ from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
+from haltwise.control.store import store_of
+from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError, reason_of
+from haltwise.policy.certificate import Certificate
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Index, Signals
+from haltwise.policy.signals import Signals
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 from haltwise.session.thought import NEVER
 
@@ -43,17 +48,31 @@ log = logging.getLogger("haltwise.control")
 
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
-# What is known of a request by which it is promised something.
-_GROUPED_BY = ("tenant", "task")
 _LONGEST_NAME = 100
+# How OpenTelemetry calls what the proxy's endpoints do.
+_OPERATIONS = {"chat": "chat", "completions": "text_completion"}
+# What the names of tenants' groups are made of.
+_TENANT, _OF_TASK = "tenant:", " task:"
+# Newest requests whose rows may not be written yet.
+_MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
-# Requests that users may still rate.
-_MOST_REMEMBERED = 10_000
 # Share of requests that is audited at rest, and on alert.
 _REST = 0.025
 _ALERT = 0.5
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of an audit at one decision point."""
+
+    signals: Signals
+    """What was seen there, (1,)."""
+    reached: int
+    """Tokens of the thought when the head was asked: beside a look at an answer it goes on."""
+    num_probe_tokens: int
+    """Tokens that were generated to look at answers until then."""
 
 
 @dataclass(eq=False)
@@ -68,8 +87,8 @@ class AuditedRequest:
     replay: Replay
     is_dense: bool = False
     """Whether an answer is asked for at every decision point."""
-    points: list[Signals] = field(default_factory=list)
-    """What was seen at each decision point, (1,) each, if it is dense."""
+    looks: dict[int, Look] = field(default_factory=dict)
+    """By position, what is known of its decision points, in order."""
     report: ThoughtReport | None = None
     """What happened to it, once it has ended."""
 
@@ -81,9 +100,13 @@ class AuditedRequest:
 
     @property
     def other_positions(self) -> list[int]:
-        """The other decision points at which an answer is asked for."""
-        known = set(self.positions)
-        return [at for at in (int(seen.position[0]) for seen in self.points) if at not in known]
+        """Its other decision points."""
+        return [at for at in self.looks if at not in set(self.positions)]
+
+    @property
+    def num_probe_tokens(self) -> int:
+        """Tokens that were generated to look at its answers while its thought ran."""
+        return self.report.num_probe_tokens if self.report else 0
 
 
 @dataclass(frozen=True)
@@ -115,9 +138,9 @@ class Failures:
 class GovernedControl:
     """Audits, and in apply mode moves prices; see the top of this module. To be closed.
 
-    Requests are in the groups of their tenant and task, as far as their `about` tells them. One
-    that asks to be off, with `names_price` in its `about`, is neither audited nor counted; one
-    that names another price is never served a higher one.
+    Requests are in groups, see `groups_of`. One that asks to be off, with `names_price` in its
+    `about`, is neither audited nor counted; one that names another price is never served a higher
+    one.
     """
 
     head: HaltHead
@@ -138,10 +161,12 @@ class GovernedControl:
     """Where dense audits are kept; None if there are none."""
     dense_audits: float = 0.0
     """Share of the audits that are dense."""
+    telemetry: Telemetry | None = None
+    """Is told of every request by the record."""
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
-    moves_prices: bool = True  # so that audits are looked at, which run at a price of 0
+    moves_prices: bool = False
 
     def __post_init__(self) -> None:
         """Starts without a request.
@@ -155,7 +180,7 @@ class GovernedControl:
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
-        # The tenants' groups of the newest requests that nobody has rated.
+        # By newest request its tenant's group, empty if it has none or was rated.
         self._recent: OrderedDict[str, str] = OrderedDict()
         self.num_refused = 0
         self.num_audit_tokens = 0
@@ -194,7 +219,7 @@ class GovernedControl:
 
     def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
         self._expire()
-        names, groups, asked = groups_of(request.about), self.groups, request.terms
+        names, groups, asked = groups_of(request), self.groups, request.terms
         number = str(request.about.get("id") or uuid.uuid4().hex)
         rates = groups.rates(names)
         if self.mode == "observe":
@@ -205,26 +230,25 @@ class GovernedControl:
             served = asked.price
             step = int(np.searchsorted(self.prices, served, side="right"))
         drawn = draw_audit(self.key, number, rates)
-        self._remember(number, names)
+        self._remember(number, next((n for n in names if n.startswith(_TENANT)), ""))
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
             replay = Replay(self.head, self.prices, asked.min_tokens)
-            dense = self.traces is not None and draw(self.key, number, "dense") < self.dense_audits
+            dense = self._is_dense(number)
             self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay, dense)
-            self._put(Entry(Drawn(number, step, drawn.groups)))
-            served = 0.0
-        elif self._waiting[EVERYTHING] >= _COUNTED_AT:
+            self._put(Entry(Drawn(number, step, drawn.groups, self.keeper.process)))
+            return replace(asked, price=0.0, looked_at=True)
+        if self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put(Entry())
         return replace(asked, price=served)
 
-    def _remember(self, number: str, names: list[str]) -> None:
-        """Remembers whose a request is, for a while."""
-        tenants = [name for name in names if name.startswith("tenant:")]
-        if tenants:
-            self._recent[number] = tenants[0]
-        if len(self._recent) > _MOST_REMEMBERED:
-            self._recent.popitem(last=False)
+    def _is_dense(self, number: str) -> bool:
+        """Returns whether an audit is dense, which those of a head that looks at answers are."""
+        if self.traces is None:
+            return False
+        looks = self.head.config.halting.probing == "always"
+        return looks or draw(self.key, number, "dense") < self.dense_audits
 
     def _put(self, entry: Entry) -> None:
         """Puts an entry on its way, with the requests that have come since the last one."""
@@ -242,8 +266,9 @@ class GovernedControl:
             try:
                 signals, place = running.point
                 audit.replay.add(signals, place)
-                if audit.is_dense:
-                    audit.points.append(signals.rows(np.array([place])))
+                reached, spent = running.thought.position, running.report.num_probe_tokens
+                at = int(signals.position[place])
+                audit.looks[at] = Look(signals.rows(np.array([place])), reached, spent)
             except Exception as error:
                 self.failures.add("a replay", error)
                 self.break_off(audit)
@@ -285,7 +310,7 @@ class GovernedControl:
             return
         self.num_audit_tokens += num_tokens
         try:
-            told = self._told(audit.replay.positions, full, halted)
+            told = self._told(audit, full, halted)
             losses = tuple(told.losses[_DISAGREEMENT].tolist())
             waits = told.due.any() and not self.keeper.books.is_too_long(told)
             awaited = self._awaited(audit, full, halted) if waits else None
@@ -324,13 +349,24 @@ class GovernedControl:
             self._note(audit.report, audit, num_tokens)
 
     def _told(
-        self, positions: Index, full: GivenAnswer, halted: Mapping[int, GivenAnswer | None]
+        self,
+        audit: AuditedRequest,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
     ) -> Audit:
-        """Returns what an audit tells of every price; differing answers count as a loss."""
-        answers = [halted.get(position) or full for position in positions.tolist()]
+        """Returns what an audit tells of every price; differing answers count as a loss.
+
+        A head that looks at answers pays for every look until it halts.
+        """
+        positions = audit.replay.positions.tolist()
+        answers = [halted.get(position) or full for position in positions]
         agrees = np.array([one.compared == full.compared for one in answers])
-        cost = np.array([float(one.num_tokens) for one in answers])
-        return Audit(agrees, cost, float(full.num_tokens))
+        cost = [
+            one.num_tokens
+            + (audit.looks[at].num_probe_tokens if halted.get(at) else audit.num_probe_tokens)
+            for at, one in zip(positions, answers, strict=True)
+        ]
+        return Audit(agrees, np.array(cost, dtype=np.float64), float(full.num_tokens))
 
     def _awaited(
         self,
@@ -360,15 +396,22 @@ class GovernedControl:
         self, report: ThoughtReport, audit: AuditedRequest | None, num_tokens: int
     ) -> RequestRow:
         about, groups = report.request.about, self.groups
-        names = groups_of(about)
-        known = {n: digest(self.key, str(about[n])) for n in _GROUPED_BY if about.get(n)}
+        names, segment = groups_of(report.request), report.request.terms.segment
+        known = {name: about.get(name) for name in ("tenant", "session", "user", "task")}
+        digests: dict[str, Any] = {
+            name: digest(self.key, str(told))
+            for name, told in (known | {"segment": segment}).items()
+            if told
+        }
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
         ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
         return RequestRow(
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
+            operation=_OPERATIONS.get(str(about.get("endpoint"))),
             lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
             head=self._head,
+            certificate=_name_of(self.head.config.certificate),
             price_asked=report.request.terms.price,
             price_ceiling=self.price_of(ceiling),
             price_served=report.price,
@@ -378,8 +421,8 @@ class GovernedControl:
             reason=report.reason,
             position=report.position,
             audit_tokens=num_tokens,
-            tenant=known.get("tenant"),
-            task=known.get("task"),
+            **digests,
+            **vars(report.spent),
         )
 
     def _note_answers(
@@ -493,23 +536,52 @@ class GovernedControl:
             is_number = isinstance(score, int | float) and not isinstance(score, bool)
             if not is_number or not 0 <= score <= 1:
                 raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
-            group = self._recent.get(request)
-            if group is None:
-                raise InputError(
-                    f"request {request!r:.80} is unknown, too old, without a tenant or rated "
-                    "already, expected the X-Haltwise-Request of a recent one"
-                )
-            if group not in self.groups.groups:
-                raise InputError("nothing is known of the tenant yet, expected an audit of it")
+            group = self._tenant_of(request)
         except InputError:
             self.num_refused += 1
             raise
-        del self._recent[request]
+        self._remember(request, "")
         self._put(Entry(Complained(group, 1.0 - score)))
         try:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
+
+    def _tenant_of(self, request: str) -> str:
+        """Returns the group of the tenant that made a request which nobody has rated.
+
+        Raises:
+            InputError: If there is none.
+        """
+        group = self._recent.get(request)
+        if group is None:
+            group = self._recorded_tenant_of(request)
+        if not group:
+            raise InputError(
+                f"request {request!r:.80} is unknown, without a tenant or rated already, expected "
+                "an X-Haltwise-Request"
+            )
+        if group not in self.groups.groups:
+            raise InputError("nothing is known of the tenant yet, expected an audit of it")
+        return group
+
+    def _recorded_tenant_of(self, request: str) -> str:
+        """Returns the same of a request that was long ago, or another process's; may be empty."""
+        tenant, task, is_rated = self.record.whose(request) or (None, None, False)
+        if tenant is None or is_rated:
+            return ""
+        for name in self.groups.groups:
+            of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
+            told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
+            if name.startswith(_TENANT) and told == [tenant, task]:
+                return name
+        return _TENANT
+
+    def _remember(self, request: str, group: str) -> None:
+        """Remembers whose a request is; an empty group is nobody's any more."""
+        self._recent[request] = group
+        if len(self._recent) > _MOST_RECENT:
+            self._recent.popitem(last=False)
 
     # What a person sees
 
@@ -576,70 +648,94 @@ class GovernedControl:
         self.record.close()
         if self.traces is not None:
             self.traces.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
 
 
-def groups_of(about: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the groups that a request is in, beside everything."""
-    return [f"{kind}:{about[kind]}"[:_LONGEST_NAME] for kind in _GROUPED_BY if about.get(kind)]
+def groups_of(request: ThoughtRequest) -> list[str]:
+    """Returns the names of the groups that a request is in, beside everything.
+
+    They are those of its task, of its segment, and of its tenant's requests of that task, as far
+    as these are known.
+    """
+    about, segment = request.about, request.terms.segment
+    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
+    names = [f"task:{task}"] if task else []
+    names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
+    of_task = f"{_OF_TASK}{task}" if task else ""
+    return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
 
 
 def open_control(
     head: HaltHead,
     mode: Mode,
-    path: Path,
+    state: str | Path,
     target: float,
     audit: float,
     usual_price: float,
     most_tokens: int,
     label_seconds: float = 0.0,
     kept: KeptTraces | None = None,
+    key_file: Path | None = None,
+    telemetry: Telemetry | None = None,
 ) -> GovernedControl:
-    """Returns a control whose books and record are in a file, which is made if it is not there.
+    """Returns a control whose books and record are in a store, which is made if it is not there.
 
     Args:
-        head: The policy, which looks at no forced answer.
+        head: The policy.
         mode: Whether it only looks, or moves prices.
-        path: The file; the installation's key is in one beside it, as are a lock and SQLite's own.
+        state: The store, see `store_of`.
         target: The mean loss that is promised.
         audit: Share of requests that is audited; 0, in observe mode alone, for none.
         usual_price: The price of requests that name none.
         most_tokens: The most tokens that an answer can have.
         label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
         kept: Which audits are kept as traces, and where; None keeps none.
+        key_file: Has the installation's key, and is made if it is not there; by default one beside
+            the store's file.
+        telemetry: Is told of every request too; the control closes it.
 
     Raises:
-        InputError: If a value is out of its range, or the file cannot be used.
+        InputError: If a value is out of its range, or a file or the store cannot be used.
     """
     if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
         raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
     if not 0 <= label_seconds < np.inf:
         raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
-    if head.config.halting.probing != "at_halt":
-        raise InputError("the head looks at forced answers, expected one with probing at_halt")
     if kept is not None and not 0 < kept.share <= 1:
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
     share = audit or 1.0
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
     prices = prices_of(head)
     begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
-    key = installation_key(path)
+    store = store_of(state)
+    key = installation_key(key_file or key_file_of(state))
     traces = None
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
-    keeper = Bookkeeper(path, Books(begun, {}, float(most_tokens)), about)
+    keeper = Bookkeeper(store, Books(begun, {}, float(most_tokens * _room_for_looks(head))), about)
     return GovernedControl(
         head,
         mode,
         keeper,
-        Record(path),
+        Record(store, tell=None if telemetry is None else telemetry.tell),
         key,
         audit,
         usual_price,
         label_seconds=label_seconds,
         traces=traces,
         dense_audits=0.0 if kept is None else kept.share,
+        telemetry=telemetry,
     )
+
+
+def _room_for_looks(head: HaltHead) -> int:
+    """Returns how much longer than an answer all that is generated for it can be.
+
+    What looks for more tokens than it watches is not worth its looks.
+    """
+    return 2 if head.config.halting.probing == "always" else 1
 
 
 def _certified(head: HaltHead, prices: Float, target: float) -> int:
@@ -650,24 +746,35 @@ def _certified(head: HaltHead, prices: Float, target: float) -> int:
     return int(np.searchsorted(prices, certificate.price, side="right"))
 
 
+def _name_of(certificate: Certificate | None) -> str | None:
+    """Returns what tells a certificate from others of its head."""
+    if certificate is None:
+        return None
+    told = f"{certificate.max_em_drop} at {certificate.price} by {certificate.traces}"
+    return told[:_LONGEST_NAME]
+
+
+def key_file_of(state: str | Path) -> Path:
+    """Returns the file of the installation's key that lies beside the file of a state."""
+    return Path(f"{state}.key")
+
+
 def installation_key(path: Path) -> bytes:
-    """Returns the key in the file beside a state file, which is made if it is not there.
+    """Returns the key in a file, which is made if it is not there.
 
     Raises:
         InputError: If it cannot be read or made, or is none.
     """
-    beside = path.with_name(path.name + ".key")
     try:
-        try:
-            made = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            key = beside.read_bytes()
-        else:
-            key = os.urandom(32)
-            with os.fdopen(made, "wb") as file:
-                file.write(key)
+        if not path.exists():
+            with NamedTemporaryFile(dir=path.parent) as file:  # which only its owner can read
+                file.write(os.urandom(32))
+                file.flush()
+                with suppress(FileExistsError):  # another process was faster
+                    os.link(file.name, path)
+        key = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{beside}: {reason_of(error)}, expected to write there") from None
+        raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
     check_key(key)
     return key
 

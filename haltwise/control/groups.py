@@ -47,6 +47,8 @@ class Drawn:
     """The step that it would be served if it were none."""
     groups: Mapping[str, float]
     """By group that counts it, the probability that the group would, known before the draw."""
+    process: str = ""
+    """Who is to tell of it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,13 @@ class BrokenOff:
 
 
 @dataclass(frozen=True)
+class Gone:
+    """A process has ended: what it has not told yet, it never will."""
+
+    process: str
+
+
+@dataclass(frozen=True)
 class Complained:
     """Users complained about requests of a group, which can only make it stricter."""
 
@@ -90,9 +99,9 @@ class Opened:
     group: str
 
 
-Event = Drawn | Told | Expired | BrokenOff | Complained | Opened
+Event = Drawn | Told | Expired | BrokenOff | Gone | Complained | Opened
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Drawn, Told, Expired, BrokenOff, Complained, Opened)
+    kind.__name__: kind for kind in (Drawn, Told, Expired, BrokenOff, Gone, Complained, Opened)
 }
 
 
@@ -130,6 +139,10 @@ class UnderWay:
     """By group, the epoch that it was drawn in."""
     losses: tuple[float, ...]
     """(K,) what it counts with."""
+    process: str = ""
+    """Who is to tell of it."""
+    told: bool = False
+    """Whether it has told something."""
     felt: bool = False
     """Whether the groups have felt what the served step lost."""
 
@@ -217,6 +230,7 @@ class Groups:
             Told: self._told,
             Expired: self._expired,
             BrokenOff: self._broken_off,
+            Gone: self._gone,
             Complained: self._complained,
             Opened: self._opened,
         }
@@ -246,7 +260,7 @@ class Groups:
                 state = replace(state, groups={**state.groups, name: group})
         counting = {name: p for name, p in event.groups.items() if name in state.groups}
         epochs = {name: int(state.groups[name].epoch) for name in counting}
-        drawn = UnderWay(event.step, counting, epochs, tuple(worst.tolist()))
+        drawn = UnderWay(event.step, counting, epochs, tuple(worst.tolist()), event.process)
         return replace(
             state,
             under_way={**self.under_way, event.request: drawn},
@@ -265,7 +279,7 @@ class Groups:
             lambda group: corrected(group, audit.losses, event.losses, self.promise),
         )
         known = audit.step == 0 or not event.due[audit.step - 1]
-        told = replace(audit, losses=event.losses)
+        told = replace(audit, losses=event.losses, told=True)
         if known and not audit.felt:
             state, told = state._feel(told), replace(told, felt=True)
         return state._keep(event.request, told if any(event.due) else None)
@@ -273,7 +287,7 @@ class Groups:
     def _expired(self, event: Expired) -> Groups | None:
         audit = self.under_way.get(event.request)
         if audit is None:
-            return None
+            return self  # another process has told it too
         state = self if audit.felt else self._feel(audit)
         return state._keep(event.request, None)
 
@@ -287,6 +301,13 @@ class Groups:
             lambda group: corrected(group, audit.losses, neutral, self.promise),
         )
         return state._keep(event.request, None)
+
+    def _gone(self, event: Gone) -> Groups:
+        state = self
+        for request, audit in self.under_way.items():
+            if audit.process == event.process and not audit.told:
+                state = state._broken_off(BrokenOff(request)) or state
+        return state
 
     def _complained(self, event: Complained) -> Groups | None:
         known = event.group in self.groups and event.group != EVERYTHING

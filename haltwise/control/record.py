@@ -1,35 +1,23 @@
-"""The record: what happened to every request, in one SQLite file, and the governor's own state.
+"""The record: what happened to every request, beside the books in one store.
 
 Rows of requests, audits' answers and labels go through a queue to one writer thread. Whoever puts a
 row never waits: what does not fit, or cannot be written, is counted and dropped. No content and no
 key is ever in it, only keyed digests.
-
-The governor's events and snapshots are not dropped: the process that holds the lease writes them at
-once, and others read the newest snapshot. Every holder has a term of its own, and what a former one
-still writes is refused.
 """
 
 from __future__ import annotations
 
-import json
 import queue
-import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from haltwise.control.draws import check_key
-from haltwise.errors import InputError, reason_of
-
-#: The version of the file's tables; others are refused.
-VERSION = 1
-# "halt", so that no other program's file is taken for ours.
-_APPLICATION = 0x68616C74
-_MOST_ROWS_AT_ONCE = 500
+from haltwise.control.store import Store
+from haltwise.errors import reason_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +26,9 @@ class RequestRow:
 
     id: str
     at: float
-    """Seconds since 1970, by the clock of the machine that served it."""
+    """When it had ended: seconds since 1970, by the clock of the machine that served it."""
+    operation: str | None = None
+    """chat, or text_completion."""
     tenant: str | None = None
     session: str | None = None
     user: str | None = None
@@ -65,6 +55,9 @@ class RequestRow:
     cost_nano: int | None = None
     """In 1e-9 dollars."""
     outcome: str | None = None
+    """How it ended: the answer's finish reason, or "cut off"."""
+    seconds: float | None = None
+    """From its arrival to its end."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +89,50 @@ class LabelRow:
     at: float
 
 
+@dataclass(frozen=True)
+class EventRow:
+    """One entry of the books."""
+
+    number: int
+    """Its place among all, from 1 on."""
+    name: str
+    """Of its own, so that it is kept once."""
+    entry: str
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class SnapshotRow:
+    """The books after some entry."""
+
+    number: int
+    """Of that entry; 0 before the first one."""
+    state: str
+    """As JSON."""
+
+
+@dataclass(frozen=True)
+class ProcessRow:
+    """A process that writes into the books."""
+
+    id: str
+    until: float
+    """Seconds since 1970 after which it is taken for dead."""
+
+
 Row = RequestRow | AnswerRow | LabelRow
 
-_TABLES: dict[type[Row], str] = {RequestRow: "request", AnswerRow: "answer", LabelRow: "label"}
-_TYPES = {bool: "INTEGER", int: "INTEGER", float: "REAL", str: "TEXT"}
-_GOVERNOR = """
-CREATE TABLE event (term INTEGER NOT NULL, number INTEGER PRIMARY KEY, event TEXT NOT NULL) STRICT;
-CREATE TABLE snapshot (one INTEGER PRIMARY KEY CHECK (one = 1), number INTEGER NOT NULL,
-  state TEXT NOT NULL) STRICT;
-CREATE TABLE lease (one INTEGER PRIMARY KEY CHECK (one = 1), holder TEXT NOT NULL,
-  term INTEGER NOT NULL, until REAL NOT NULL) STRICT;
-"""
+#: All tables of a store.
+TABLES: dict[str, type] = {
+    "request": RequestRow,
+    "answer": AnswerRow,
+    "label": LabelRow,
+    "event": EventRow,
+    "snapshot": SnapshotRow,
+    "process": ProcessRow,
+}
+_NAMES = {row: name for name, row in TABLES.items()}
+_MOST_ROWS_AT_ONCE = 500
 
 
 def digest(key: bytes, text: str) -> str:
@@ -121,24 +147,25 @@ def digest(key: bytes, text: str) -> str:
 
 
 class Record:
-    """Rows on their way into the file. To be closed."""
+    """Rows on their way into a store. To be closed."""
 
-    def __init__(self, path: Path, room: int = 10_000, patience: float = 5.0) -> None:
-        """Opens or makes the file, and starts the writer.
+    def __init__(
+        self, store: Store, room: int = 10_000, tell: Callable[[Row], None] | None = None
+    ) -> None:
+        """Opens or makes the tables, and starts the writer.
 
         Args:
-            path: The file.
+            store: Where they are.
             room: Rows that may wait.
-            patience: Seconds that the writer waits for a locked file before it drops rows.
+            tell: Is told of every row too; what it raises is no matter.
 
         Raises:
-            InputError: If the file cannot be used, is another program's or of another version.
+            InputError: If the store cannot be used, is another program's or of another version.
         """
-        with closing(_connect(path, patience)):
-            pass
-        self._path, self._patience = path, patience
+        store.connect(TABLES).close()
+        self._store, self._tell = store, tell
         self._rows: queue.Queue[Row | None] = queue.Queue(room)
-        #: Rows that were not written: the queue was full, or the file could not be written to.
+        #: Rows that were not written: the queue was full, or the store could not be written to.
         self.num_dropped = 0
         #: Why rows could not be written, the last time; empty if they could.
         self.trouble = ""
@@ -154,6 +181,23 @@ class Record:
             self._dropped(1)
             return False
         return True
+
+    def whose(self, request: str) -> tuple[str | None, str | None, bool] | None:
+        """Returns the digests of a request's tenant and task, and whether a user has rated it.
+
+        Args:
+            request: Its id.
+
+        Returns:
+            None if there is no row of it.
+
+        Raises:
+            InputError: If the store cannot be used.
+        """
+        with closing(self._store.connect(TABLES)) as opened:
+            found = opened.execute("SELECT tenant, task FROM request WHERE id = ?", request)
+            rated = "SELECT 1 FROM label WHERE request = ? AND source = 'user'"
+            return (*found[0], bool(opened.execute(rated, request))) if found else None
 
     def close(self) -> None:
         """Writes what waits, and ends the writer; rows put from now on are never written."""
@@ -178,200 +222,32 @@ class Record:
             self._write_rows([row for row in rows if row is not None])
 
     def _write_rows(self, rows: Sequence[Row]) -> None:
-        """Writes rows together, or drops them together.
+        """Tells of rows, and writes them together or drops them together.
 
-        The file is opened each time: one that was moved, replaced or full for a while is no
+        The store is opened each time: one that was moved, replaced or away for a while is no
         trouble for longer than that.
         """
+        if self._tell is not None:
+            for row in rows:
+                with suppress(Exception):
+                    self._tell(row)
         try:
-            with closing(_connect(self._path, self._patience)) as file, file:
+            with closing(self._store.connect(TABLES)) as opened, opened.transaction():
                 for row in rows:
-                    file.execute(_insert(type(row)), list(vars(row).values()))
+                    opened.execute(_insert(row), *map(_storable, vars(row).values()))
             self.trouble = ""
-        except (sqlite3.Error, InputError, OverflowError) as error:
+        except Exception as error:
             self.trouble = reason_of(error)
             self._dropped(len(rows))
 
 
-class Ledger:
-    """The governor's lease, events and snapshots in the file. To be closed."""
-
-    def __init__(self, path: Path, patience: float = 5.0) -> None:
-        """Opens or makes the file.
-
-        Args:
-            path: The file.
-            patience: Seconds to wait for a locked file.
-
-        Raises:
-            InputError: If the file cannot be used, is another program's or of another version.
-        """
-        self._file = _connect(path, patience)
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-    def take(self, holder: str, now: float, seconds: float) -> int | None:
-        """Takes or renews the lease.
-
-        One that ends later than it could if it was taken now is of a clock that jumped, and is
-        taken too.
-
-        Args:
-            holder: Who asks, such as a process; nobody else has the name.
-            now: Seconds, by a clock that the holders share.
-            seconds: For how long.
-
-        Returns:
-            The holder's term; None if somebody else has the lease.
-
-        Raises:
-            InputError: If the file cannot be written to.
-        """
-        with self._transaction():
-            row = self._file.execute("SELECT holder, term, until FROM lease").fetchone()
-            owner, term, until = row or ("", 0, 0.0)
-            if owner != holder:
-                if now < until <= now + seconds:
-                    return None
-                term += 1
-            self._file.execute(
-                "INSERT OR REPLACE INTO lease VALUES (1, ?, ?, ?)", (holder, term, now + seconds)
-            )
-        return int(term)
-
-    def append(self, term: int, events: Sequence[Mapping[str, Any]]) -> bool:
-        """Returns whether events, as JSON objects, were written: not by who has lost the lease.
-
-        Raises:
-            InputError: If the file cannot be written to.
-        """
-        with self._transaction():
-            if self._term() != term:
-                return False
-            self._file.executemany(
-                "INSERT INTO event (term, event) VALUES (?, ?)",
-                [(term, json.dumps(event)) for event in events],
-            )
-        return True
-
-    def save(self, term: int, number: int, state: Mapping[str, Any]) -> bool:
-        """Returns whether a snapshot was written: not by who has lost the lease.
-
-        Args:
-            term: The holder's.
-            number: Of the last event that is in the state.
-            state: As a JSON object.
-
-        Raises:
-            InputError: If the file cannot be written to.
-        """
-        with self._transaction():
-            if self._term() != term:
-                return False
-            self._file.execute(
-                "INSERT OR REPLACE INTO snapshot VALUES (1, ?, ?)", (number, json.dumps(state))
-            )
-        return True
-
-    def load(self) -> tuple[dict[str, Any] | None, int, list[dict[str, Any]]]:
-        """Returns the newest snapshot or None, the number of the last event, and those since.
-
-        Raises:
-            InputError: If the file cannot be read.
-        """
-        with self._transaction():
-            found = self._file.execute("SELECT number, state FROM snapshot").fetchone()
-            number, state = found or (0, "null")
-            rows = self._file.execute(
-                "SELECT number, event FROM event WHERE number > ? ORDER BY number", (number,)
-            ).fetchall()
-        last = rows[-1][0] if rows else number
-        return json.loads(state), last, [json.loads(event) for _, event in rows]
-
-    def _term(self) -> int | None:
-        found = self._file.execute("SELECT term FROM lease").fetchone()
-        return None if found is None else int(found[0])
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Does everything inside or nothing, with nobody else writing meanwhile."""
-        try:
-            self._file.execute("BEGIN IMMEDIATE")
-            with self._file:
-                yield
-        except sqlite3.Error as error:
-            raise InputError(f"the record cannot be used: {reason_of(error)}") from None
+def _insert(row: Row) -> str:
+    places = ", ".join("?" * len(fields(row)))
+    return f"INSERT INTO {_NAMES[type(row)]} VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
-def _insert(kind: type[Row]) -> str:
-    places = ", ".join("?" * len(fields(kind)))
-    return f"INSERT OR IGNORE INTO {_TABLES[kind]} VALUES ({places})"
-
-
-def _connect(path: Path, patience: float) -> sqlite3.Connection:
-    """Opens a file, and makes its tables if it is new.
-
-    Raises:
-        InputError: If it cannot be used, is another program's or of another version.
-    """
-    try:
-        file = sqlite3.connect(path, timeout=patience, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise InputError(f"{path}: {reason_of(error)}, expected a file to write into") from None
-    try:
-        file.execute("PRAGMA synchronous = NORMAL")
-        _check(path, file)
-    except sqlite3.Error as error:
-        file.close()
-        raise InputError(f"{path}: {reason_of(error)}") from None
-    except InputError:
-        file.close()
-        raise
-    return file
-
-
-def _check(path: Path, file: sqlite3.Connection) -> None:
-    """Makes the tables of a new file, and refuses one that is not ours.
-
-    Raises:
-        InputError: If it is another program's or of another version.
-    """
-    if _marks(file) == (_APPLICATION, VERSION):
-        return
-    file.execute("PRAGMA journal_mode = WAL")
-    with file:
-        file.execute("BEGIN IMMEDIATE")  # of two that find it new, one makes the tables
-        application, version = _marks(file)
-        tables = file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if application == _APPLICATION and version != VERSION:
-            raise InputError(f"{path} is a record of version {version}, expected {VERSION}")
-        if application != _APPLICATION and (application or version or tables):
-            raise InputError(f"{path} is another program's file, expected a record or none")
-        if not tables:
-            for statement in _schema():
-                file.execute(statement)
-            file.execute(f"PRAGMA application_id = {_APPLICATION}")
-            file.execute(f"PRAGMA user_version = {VERSION}")
-
-
-def _marks(file: sqlite3.Connection) -> tuple[int, int]:
-    """Returns whose file it is, and of which version."""
-    application, version = (
-        file.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-    )
-    return application, version
-
-
-def _schema() -> Iterator[str]:
-    """Yields the statements that make the tables."""
-    for kind, table in _TABLES.items():
-        columns = []
-        for name, hint in get_type_hints(kind).items():
-            options = getattr(hint, "__args__", (hint,))
-            needed = "" if type(None) in options else " NOT NULL"
-            columns.append(f"{name} {_TYPES[options[0]]}{needed}")
-        columns += ["PRIMARY KEY (id)"] if kind is RequestRow else []
-        yield f"CREATE TABLE {table} ({', '.join(columns)}) STRICT"
-    yield from filter(str.strip, _GOVERNOR.split(";"))
+def _storable(value: Any) -> Any:
+    """Returns a value; of a text, what a store can hold."""
+    if not isinstance(value, str):
+        return value
+    return value.encode(errors="replace").decode().replace("\0", "?")

@@ -31,7 +31,7 @@ class Replay:
     """Shows the decision points of one thought to a head at K prices at once.
 
     Args:
-        head: The policy; it needs no forced answers.
+        head: The policy.
         prices: (K,) in exact match per 1,000 tokens.
         min_tokens: Thinking tokens before which nothing is halted.
     """

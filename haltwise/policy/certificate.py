@@ -92,7 +92,7 @@ class Certificate:
         """
         if self.risk not in get_args(Risk):
             raise InputError(f"certified risk is {self.risk!r}, expected {get_args(Risk)}")
-        check_asked(self.max_em_drop, self.confidence)
+        _check_asked(self.max_em_drop, self.confidence)
         _check_found(self)
         losses = [self.observed_loss, *(entry.observed_loss for entry in self.segments)]
         if max(losses) > self.max_em_drop + 1e-9:
@@ -131,7 +131,7 @@ class Certificate:
         return prices.get(segment) or 0.0
 
 
-def check_asked(max_em_drop: float, confidence: float) -> None:
+def _check_asked(max_em_drop: float, confidence: float) -> None:
     """Refuses a bound and a probability that no certificate can have.
 
     Raises:

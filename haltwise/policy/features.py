@@ -369,9 +369,11 @@ def features_of(groups: Iterable[str]) -> tuple[Feature, ...]:
     """Returns the features of some groups, in order.
 
     Raises:
-        InputError: If a group is unknown, or there is none.
+        InputError: If a group is unknown or there twice, or there is none.
     """
     groups = tuple(groups)
+    if twice := sorted({group for group in groups if groups.count(group) > 1}):
+        raise InputError(f"feature groups: found {', '.join(twice)} twice, expected each once")
     unknown = sorted(set(groups) - set(FEATURE_GROUPS))
     if unknown or not groups:
         found, known = ", ".join(unknown) or "none", ", ".join(FEATURE_GROUPS)
@@ -383,7 +385,7 @@ def feature_names(groups: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of the features of some groups, in order.
 
     Raises:
-        InputError: If a group is unknown, or there is none.
+        InputError: As `features_of`.
     """
     return tuple(feature.name for feature in features_of(groups))
 

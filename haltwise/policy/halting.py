@@ -205,8 +205,8 @@ class Halting:
         counting = [group for group in groups if "points_left" in signals_of([group])]
         if counting and self.max_points is None:
             raise InputError(
-                f"feature groups {', '.join(counting)} count the points left: expected a decision "
-                f"rule with ', at most N', found {self.decision_rule!r}"
+                f"feature groups {', '.join(counting)} count the points left, and decision rule "
+                f"{self.decision_rule!r} has no limit: expected one with ', at most N'"
             )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:

@@ -1,5 +1,6 @@
 """What the client gets: the chunks of all legs in the form that it asked for, and the usage."""
 
+import time
 from collections.abc import Iterator, Sequence
 
 from haltwise.proxy.thought import ThoughtReader
@@ -18,6 +19,7 @@ from haltwise.proxy.wire import (
     trim_logprobs,
     without_markers,
 )
+from haltwise.session.request import Spent
 
 # What the chunks of one answer have in common: their envelope.
 _ENVELOPE = ("id", "object", "created", "model", "system_fingerprint", "service_tier")
@@ -45,7 +47,7 @@ class ClientAnswer:
         self._is_stopped = False  # by a text that the client named
         self.is_whole = False
         """Whether the server has marked the end of its stream."""
-        self._reader, self._shadow = reader, shadow
+        self._reader, self._shadow, self._began = reader, shadow, time.monotonic()
         self._request, self._usages = reader.request, reader.usages
         self._num_top = reader.server.num_top_shown(reader.request)
 
@@ -129,6 +131,20 @@ class ClientAnswer:
                 usage[name] += getattr(probes, name)
             usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         return usage | {"haltwise": self.report()}
+
+    def spent(self) -> Spent:
+        """What the whole request took."""
+        thought, usages, probes = self._reader.thought, self._usages, self._reader.prober.usage
+        prompts = [one.prompt_tokens for one in usages if one.prompt_tokens is not None]
+        cached = [one.cached_tokens for one in usages if one.cached_tokens is not None]
+        return Spent(
+            input_tokens=sum(prompts) + probes.prompt_tokens if prompts else None,
+            cached_tokens=sum(cached) if cached else None,
+            reasoning_tokens=thought.position if thought.begun else None,
+            output_tokens=sum(one.completion_tokens for one in usages) + probes.completion_tokens,
+            outcome=self.finish or "cut off",
+            seconds=time.monotonic() - self._began,
+        )
 
     def _details(self) -> Json:
         """The details that servers tell of usage, of all legs together."""

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
+from haltwise.control.telemetry import Telemetry
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
@@ -67,8 +68,8 @@ _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 _WITHOUT_BODY = (204, 205)
 # How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
 _TERMS = "x-haltwise-"
-# What beside terms such a header names: X-Haltwise-Task.
-_TASK = "task"
+# What beside terms such headers name: X-Haltwise-Task, X-Haltwise-Session.
+_TOLD = ("task", "session")
 # Headers of an answer that do not hold for one that is written anew.
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
@@ -86,6 +87,7 @@ class Proxy:
 
     def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
         """Reads the head and the keys; the upstream is not asked for anything yet."""
+        config.check()
         self.config = config
         self.metrics = Metrics()
         head = HaltHead.load(config.head)
@@ -291,7 +293,8 @@ class Proxy:
         if why_not is None:
             about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
             about["tenant"] = tenant_of(client.headers.get("authorization"))
-            about["task"] = _named(client).get(_TASK, "")
+            about |= {name: _named(client).get(name, "") for name in _TOLD}
+            about["user"] = request.user
             about["names_price"] = names_price
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, self._settings)
@@ -633,6 +636,8 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         config.context,
         3600 * config.label_hours,
         _kept(config),
+        config.state_key,
+        Telemetry() if config.telemetry else None,
     )
 
 
@@ -660,7 +665,8 @@ def _names_price(client: RequestingClient) -> bool:
 def _terms(client: RequestingClient, default: Terms) -> Terms:
     """The terms of a request: what its headers name, and the default for all else."""
     named = _named(client)
-    named.pop(_TASK, None)
+    for name in _TOLD:
+        named.pop(name, None)
     try:
         return Terms.within(named, default)
     except InputError as error:

@@ -15,7 +15,7 @@ from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import UpstreamError, without_markers
-from haltwise.session.thought import ForcedAnswer
+from haltwise.session.thought import ForcedAnswer, Probe
 
 # Audits whose answers are asked for at once, so that clients' own requests have the server.
 _AT_ONCE = 2
@@ -76,7 +76,7 @@ class Auditor:
         answers: Answers = {}
         try:
             async with self._room:
-                await self._answer_at(audit.positions, reader, answers)
+                await self._answer_at(audit.positions, audit, reader, answers)
                 if audit.is_dense:
                     await self._complete(audit, reader, full, answers)
         except Exception as error:
@@ -87,27 +87,37 @@ class Auditor:
     async def _complete(
         self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
     ) -> None:
-        """Asks for the answers at all other decision points, and keeps the audit as a trace."""
+        """Keeps an audit as a trace, with the answers that were seen or are asked for now."""
         try:
-            await self._answer_at(audit.other_positions, reader, answers)
+            others = [at for at in audit.other_positions if at not in reader.prober.seen]
+            await self._answer_at(others, audit, reader, answers)
             self._control.keep(_dense(audit, reader, full, answers))
         except Exception as error:
             self._control.lose_trace(error)
 
     def _tell(self, audit: AuditedRequest, full: GivenAnswer, answers: Answers) -> None:
         """Tells what came of an audit; without all of the answers at its prices it is none."""
-        asked = [one.num_tokens - at for at, one in answers.items() if one is not None]
-        self._metrics.audit_tokens.inc(sum(asked))
+        known = {at: one for at, one in answers.items() if one is not None}
+        spent = sum(one.num_tokens - audit.looks[at].reached for at, one in known.items())
+        spent += audit.num_probe_tokens
+        self._metrics.audit_tokens.inc(spent)
         halted = {at: answers[at] for at in audit.positions if at in answers}
         if len(halted) < len(audit.positions):
-            self._control.break_off(audit, sum(asked))
+            self._control.break_off(audit, spent)
         else:
-            self._control.tell(audit, full, halted, sum(asked))
+            self._control.tell(audit, full, halted, spent)
 
-    async def _answer_at(self, positions: list[int], reader: ThoughtReader, found: Answers) -> None:
-        """Asks for the answers at some positions, and puts each where it is wanted."""
+    async def _answer_at(
+        self, positions: list[int], audit: AuditedRequest, reader: ThoughtReader, found: Answers
+    ) -> None:
+        """Finds the answers at some positions, and puts each where it is wanted."""
         for position in positions:
-            found[position] = await self._answer(reader, position)
+            reached = audit.looks[position].reached
+            seen = reader.prober.to_give(reader.prober.seen.get(position), reached)
+            if seen is not None:
+                found[position] = GivenAnswer(seen.answer, seen.text, reached)
+            else:
+                found[position] = await self._answer(reader, reached)
 
     async def _answer(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
         """The answer if the thought is closed at a position; None if the LM would think on.
@@ -148,13 +158,13 @@ def _dense(
 
     Where the LM would be left to think on, the full answer is what halting comes to.
     """
-    about, report = audit.request.about, audit.report
-    positions = [int(seen.position[0]) for seen in audit.points]
+    about, report, seen = audit.request.about, audit.report, reader.prober.seen
+    halted = [_seen(seen[at].probe, at) if at in seen else answers[at] for at in audit.looks]
     ended = report is not None and report.reason == "closed by the LM"
     return DenseAudit(
         audit.id,
-        audit.points,
-        [answers[position] or full for position in positions],
+        [look.signals for look in audit.looks.values()],
+        [answer or full for answer in halted],
         full,
         finished=ended and reader.thought.finished,
         model=str(about.get("model") or ""),
@@ -162,6 +172,11 @@ def _dense(
         question=reader.request.question,
         text=reader.generated.text + full.text,
     )
+
+
+def _seen(probe: Probe, position: int) -> GivenAnswer:
+    """An answer that was seen behind a position."""
+    return GivenAnswer(probe.answer, probe.text, position + probe.num_tokens, probe.logprobs)
 
 
 def _full(reader: ThoughtReader, said: str) -> GivenAnswer:

@@ -73,7 +73,12 @@ class WatchedCompletion:
             settings.head, server.rules, asked, opening, settings.control
         )
         self._prober = AnswerProber(
-            request, server, settings.probes, settings.probe_patience, settings.metrics
+            request,
+            server,
+            settings.probes,
+            settings.probe_patience,
+            settings.metrics,
+            settings.gives_seen,
         )
         self._reader = ThoughtReader(
             request, server, self._streamed, self._prober, settings.metrics
@@ -100,6 +105,7 @@ class WatchedCompletion:
 
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
+        self._streamed.note_spent(self._answer.spent())
         self._streamed.finish()
         await self._prober.close()
         if self._settings.auditor is not None:
@@ -195,18 +201,10 @@ class WatchedCompletion:
             yield event
 
     def _seen_answer(self) -> Probe | None:
-        """The answer that the head has seen, where it is to be the answer and can be.
-
-        What a client asks beside, about the answer, is for its LM to answer.
-        """
-        seen, request, report = self._prober.latest, self.request, self._streamed.report()
-        if not self._settings.gives_seen or report.reason != "halted" or seen is None:
+        """The answer that the head has seen, where it is to be the answer and can be."""
+        if self._streamed.report().reason != "halted":
             return None
-        budget, num = request.max_tokens, self._reader.generated.num_tokens
-        is_within = budget is None or num + len(seen.probe.tokens) <= budget
-        is_plain = request.num_top is None and not request.has_stops
-        is_answer = seen.is_whole and bool(seen.probe.text.strip())
-        return seen.probe if is_answer and is_within and is_plain else None
+        return self._prober.to_give(self._prober.latest, self._reader.generated.num_tokens)
 
     def _events_of_seen(self, seen: Probe) -> Iterator[StreamEvent]:
         """The close text, an answer that the head has seen, and the usage."""

@@ -85,6 +85,12 @@ class CompletionRequest:
         return "\n\n".join(filter(None, map(_text_of, contents)))
 
     @property
+    def user(self) -> str:
+        """Whom the client asks for, as it names its users; empty if it does not tell."""
+        named = [self.body.get(name) for name in ("safety_identifier", "user")]
+        return next((name for name in named if name and isinstance(name, str)), "")
+
+    @property
     def streams(self) -> bool:
         """Whether the client wants a stream of events."""
         return bool(self.body.get("stream"))

@@ -12,9 +12,14 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from haltwise import InputError, Terms
+from haltwise.control.store import is_database
+from haltwise.errors import check_ranges
 
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
+
+# Requests that no process serves at a time; the pools for them alone would take minutes.
+_MOST = 100_000
 
 #: The controls that have a state.
 GOVERNED = ("observe", "apply")
@@ -93,8 +98,12 @@ class ServeConfig:
     """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
     audit: float = 0.05
     """Share of requests that are answered in full for that; 0, to observe alone, for none."""
-    state: Path | None = None
-    """File in which the control keeps what it knows; it is made if it is not there."""
+    state: str | Path | None = None
+    """File in which the control keeps what it knows, made if it is not there; or postgresql://...,
+    for proxies on several machines."""
+    state_key: Path | None = None
+    """File with the key of that state, made if it is not there; default FILE.key. All proxies of a
+    state need the same."""
     context: int = 32_768
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
     label_hours: float = 0.0
@@ -106,6 +115,9 @@ class ServeConfig:
     counts with --audit-traces alone; 0 turns it off."""
     audit_content: bool = False
     """Write questions, answers and thoughts into those traces as they are; default digests."""
+    telemetry: bool = False
+    """Send the control's requests to OpenTelemetry, by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT and its
+    like say where to."""
     operator_key_env: str | None = None
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
     shadow: bool = False
@@ -136,22 +148,37 @@ class ServeConfig:
     drain_timeout: float = 30.0
     """Seconds that running requests have when the proxy is told to end."""
 
-    def __post_init__(self) -> None:
-        """Checks that each value is in its range.
+    def check(self) -> None:
+        """Checks the settings before any work.
 
         Raises:
-            InputError: If one is out of its range.
+            InputError: If one is out of its range, or some do not go together.
         """
-        for name in (name for name in vars(self) if name.endswith("_timeout")):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} is {value}, expected seconds above 0")
-        for name in ("max_streams", "max_body_bytes", "max_probes", "context"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.port < 2**16:
-            raise InputError(f"port is {self.port}, expected 0 to 65535")
+        check_ranges(self, self._ranges())
+        try:
+            self.connections.url  # noqa: B018, asking for it checks it
+        except InputError as error:
+            raise InputError(f"--upstream: {error}") from None
         self._check_control()
+
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        """By name of a setting, whether it is in its range, and what that is."""
+        at_a_time, sizes = ("max_streams", "max_probes"), ("max_body_bytes", "context")
+        seconds = [name for name in vars(self) if name.endswith("_timeout")]
+        price, cap, least = self.price, self.max_thinking_tokens, max(self.min_thinking_tokens, 1)
+        return {
+            **{name: (0 < getattr(self, name) < math.inf, "seconds above 0") for name in seconds},
+            **{name: (1 <= getattr(self, name) <= _MOST, f"1 to {_MOST}") for name in at_a_time},
+            **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
+            "port": (0 <= self.port < 2**16, "0 to 65535"),
+            "price": (price is None or 0 <= price < math.inf, "0 or more, and finite"),
+            "min_thinking_tokens": (self.min_thinking_tokens >= 0, "0 or more"),
+            "max_thinking_tokens": (cap is None or cap >= least, f"at least {least}"),
+            "target": (0 < self.target < 1, "between 0 and 1"),
+            "audit": (0 <= self.audit <= 1, "from 0 to 1"),
+            "label_hours": (0 <= self.label_hours < math.inf, "0 or more, and finite"),
+            "dense_audits": (0 <= self.dense_audits <= 1, "from 0 to 1"),
+        }
 
     def _check_control(self) -> None:
         """Checks that what a control is told goes together.
@@ -160,16 +187,20 @@ class ServeConfig:
             InputError: If it does not.
         """
         if self.control in GOVERNED and self.state is None:
-            raise InputError(f"control is {self.control}, expected --state with a file for it")
+            raise InputError(f"--control is {self.control}, expected --state with a file for it")
+        if self.control == "apply" and not self.audit:
+            raise InputError("--audit is 0, expected above 0, or --control observe")
+        if is_database(self.state) and self.state_key is None:
+            raise InputError("--state is a database, expected --state-key with a file for its key")
         if self.audit_traces is not None and self.control not in GOVERNED:
-            found = f"audit_traces is {self.audit_traces}"
+            found = f"--audit-traces is {self.audit_traces}"
             raise InputError(f"{found}, expected it with --control observe or apply")
         if self.audit_content and self.audit_traces is None:
-            raise InputError("audit_content is on, expected --audit-traces with a folder for it")
-        if not 0 <= self.dense_audits <= 1:
-            raise InputError(f"dense_audits is {self.dense_audits}, expected from 0 to 1")
+            raise InputError("--audit-content is on, expected --audit-traces with a folder for it")
+        if self.telemetry and self.control not in GOVERNED:
+            raise InputError("--telemetry is on, expected it with --control observe or apply")
         if self.state is not None and self.control not in GOVERNED:
-            raise InputError(f"state is {self.state}, expected it with --control observe or apply")
+            raise InputError("--state is given, expected it with --control observe or apply")
 
     @property
     def operator_key(self) -> str | None:

@@ -31,6 +31,7 @@ class OperatorPages:
     def __init__(self, mode: str, control: GovernedControl | None, key: str | None) -> None:
         """Answers nothing yet."""
         self._mode, self._control, self._key = mode, control, key
+        self._taking = anyio.Lock()
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
             Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
@@ -64,7 +65,8 @@ class OperatorPages:
             told = json_object(await _body(request))
             if told is None:
                 raise RefusedError(400, "invalid_request_error", "expected a JSON object")
-            take(control, told)
+            async with self._taking:  # what is told twice at once is refused once
+                await anyio.to_thread.run_sync(take, control, told)
         except ClientDisconnect:
             return Response(status_code=400)
         except RefusedError as error:

@@ -106,6 +106,7 @@ class AnswerProber:
         room: That of all probes.
         patience: Seconds that a probe may take.
         metrics: Where probes are counted.
+        gives_seen: Whether an answer that was seen may be the client's.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class AnswerProber:
         room: ProbeRoom,
         patience: float,
         metrics: Metrics,
+        gives_seen: bool,
     ) -> None:
         """Asks nothing yet."""
         self.usage = ProbeUsage()
@@ -123,6 +125,9 @@ class AnswerProber:
         """The probe whose answer has not been taken."""
         self.latest: SeenAnswer | None = None
         """The answer that was taken last; None if it was unknown."""
+        self.seen: dict[int, SeenAnswer] = {}
+        """By the tokens before each, all answers that were taken and known."""
+        self._at, self._gives_seen = 0, gives_seen
         self._request, self._server, self._room = request, server, room
         self._patience, self._metrics = patience, metrics
         self._continues = request.why_not_continued(server.close_text) is None
@@ -140,6 +145,7 @@ class AnswerProber:
         """Starts a probe behind what was generated up to a decision point."""
         self._room.num_running += 1
         self.usage.num += 1
+        self._at = seen.num_tokens
         self.running = asyncio.create_task(self._counted(seen))
         self.running.add_done_callback(self._leave)
 
@@ -150,7 +156,28 @@ class AnswerProber:
         """Takes the answer of the probe that has ended; None if it is unknown."""
         assert self.running is not None
         self.latest, self.running = self.running.result(), None
-        return None if self.latest is None else self.latest.probe
+        if self.latest is None:
+            return None
+        self.seen[self._at] = self.latest
+        return self.latest.probe
+
+    def to_give(self, seen: SeenAnswer | None, num_tokens: int) -> Probe | None:
+        """The answer that was seen, where it is to be the client's and can be.
+
+        What a client asks beside, about the answer, is for its LM to answer.
+
+        Args:
+            seen: The answer, if it is known.
+            num_tokens: Tokens that the client has before it.
+        """
+        request = self._request
+        if not self._gives_seen or seen is None:
+            return None
+        budget = request.max_tokens
+        is_within = budget is None or num_tokens + len(seen.probe.tokens) <= budget
+        is_plain = request.num_top is None and not request.has_stops
+        is_answer = seen.is_whole and bool(seen.probe.text.strip())
+        return seen.probe if is_answer and is_within and is_plain else None
 
     def drop(self) -> None:
         """Forgets the probe that was cancelled."""

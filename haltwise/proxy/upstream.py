@@ -288,6 +288,13 @@ class LegUsage:
     told: wire.Json = field(default_factory=dict)
     """All that the server told of it."""
 
+    @property
+    def cached_tokens(self) -> int | None:
+        """Tokens of the prompt that the server's cache had; None if it does not tell."""
+        if self.prompt_tokens is None or self.computed_tokens is None:
+            return None
+        return self.prompt_tokens - self.computed_tokens
+
     def counts(self) -> wire.Json:
         """The numbers of its tokens, as a client is told them."""
         return {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}

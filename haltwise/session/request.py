@@ -32,6 +32,8 @@ class Terms:
     """What kind of question it is, as the head's training traces name kinds; None is unknown."""
     segment_prices: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     """By segment, the price of who names the segment and no price."""
+    looked_at: bool = False
+    """Whether its decision points are looked at even at a price of 0; only a control asks that."""
 
     @classmethod
     def of_head(cls, config: HeadConfig) -> Terms:
@@ -112,6 +114,24 @@ class ThoughtRequest:
     in the proxy."""
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a whole request took, as far as its adapter knows; None is unknown."""
+
+    input_tokens: int | None = None
+    """Of all prompts."""
+    cached_tokens: int | None = None
+    """Those of them that the server's cache had."""
+    reasoning_tokens: int | None = None
+    """Of the thought."""
+    output_tokens: int | None = None
+    """All that were generated, those of the thought and of looks at answers included."""
+    outcome: str | None = None
+    """How it ended: the answer's finish reason, or "cut off"."""
+    seconds: float | None = None
+    """From its arrival to its end."""
+
+
 @dataclass
 class ThoughtReport:
     """What happened to the thought of one request."""
@@ -138,6 +158,8 @@ class ThoughtReport:
     """The position at which it was."""
     fallback: str = ""
     """Why a thought that was to be halted went on, if it did."""
+    spent: Spent = Spent()
+    """What the whole request took."""
 
     @property
     def halted(self) -> bool:

@@ -79,9 +79,9 @@ class Session:
         terms = given or replace(request.terms, price=0.0)
         thought.cap = terms.max_tokens
         self._monitor.reset(np.array([row]))
-        watched = given is not None and (terms.price > 0 or self.control.moves_prices)
+        looked_at = terms.price > 0 or terms.looked_at or self.control.moves_prices
         report = ThoughtReport(request, terms.price)
-        self.running[row] = RunningRequest(terms, thought, report, watched)
+        self.running[row] = RunningRequest(terms, thought, report, given is not None and looked_at)
         self.look(row)
         return bool(self.open[row])
 

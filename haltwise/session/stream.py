@@ -12,7 +12,7 @@ from haltwise.policy.features import FEATURE_GROUPS, unshown_groups
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
 from haltwise.session.control import Control
-from haltwise.session.request import ThoughtReport, ThoughtRequest
+from haltwise.session.request import Spent, ThoughtReport, ThoughtRequest
 from haltwise.session.session import Session
 from haltwise.session.signal_collector import NUM_TOP, SignalCollector, answer_signals
 from haltwise.session.thought import PointRules, Probe, Thought
@@ -137,6 +137,10 @@ class StreamedThought:
     def keep_answer(self, answer: str) -> None:
         """Notes the forced answer that the request was given in place of one of its LM's own."""
         self._session.running[0].report.answer = answer
+
+    def note_spent(self, spent: Spent) -> None:
+        """Notes what the whole request has taken."""
+        self._session.running[0].report.spent = spent
 
     def undo(self) -> None:
         """Takes back that the thought is to be closed; see `Session.undo`."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from haltwise import InputError
+from haltwise.errors import option
 from lms.questions import Question
 from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
@@ -87,6 +88,8 @@ def _built_in(config: DataConfig) -> QuestionTask:
 
 def _own(config: DataConfig) -> QuestionTask:
     path, name = Path(config.task), config.task
+    if not name.strip():
+        raise InputError("--task names no task, expected a built-in one, or a file of questions")
     if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
         name, rows = path.resolve().stem, rows_of(path)
@@ -122,5 +125,6 @@ def _refuse(config: DataConfig, *names: str) -> None:
     """
     for name in names:
         if getattr(config, name) != getattr(DataConfig, name):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is not for task {config.task}: expected it to be left out")
+            raise InputError(
+                f"{option(name)} is not for task {config.task}: expected it to be left out"
+            )

@@ -67,15 +67,25 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**30)  # the usual limit takes long texts for a mistake
-    reader = csv.DictReader(file, strict=True)
+    reader = csv.reader(file, strict=True)
     try:
-        for row in reader:
+        names = next(reader, [])
+        if len(names) == 1 and (found := next((sign for sign in ";\t" if sign in names[0]), "")):
+            raise InputError(f"line 1: found {found!r} between columns, expected commas")
+        _check_names(names)
+        for row in filter(None, reader):  # a line without anything is no row
             place = f"line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{place}: expected {len(reader.fieldnames or ())} fields")
-            yield place, row
+            if len(row) != len(names):
+                raise InputError(f"{place}: found {len(row)} fields, expected {len(names)}")
+            yield place, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise InputError(f"line {reader.reader.line_num}: {error}") from None
+        raise InputError(f"line {reader.line_num}: {error}") from None
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuses a table with two columns of one name, of which only one could be read."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"column {', '.join(twice)} is there twice, expected once")
 
 
 _TEXT_FORMATS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}
@@ -85,6 +95,7 @@ FORMATS = (*_TEXT_FORMATS, ".parquet")
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     with pq.ParquetFile(path) as file:
+        _check_names(file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
@@ -110,7 +121,9 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
                 yield place, row
     except InputError as error:
         raise InputError(f"{path}, {error}") from None
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot read {path}: {error}: expected text in UTF-8") from None
+    except (OSError, pa.ArrowException) as error:
         reason = reason_of(error)
         raise InputError(f"cannot read {path}: {reason}") from None
 
@@ -136,9 +149,12 @@ def rows_of(path: Path) -> DataRows:
     splits = splits or dict.fromkeys(files, "")
 
     def each() -> Iterator[tuple[str, str, DataRow]]:
+        place = ""
         for file, split in splits.items():
             for place, row in _rows_of_file(file):
                 yield split, f"{file}, {place}", row
+        if not place:
+            raise InputError(f"{path}: no rows, expected questions with their answers")
 
     return each
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from haltwise import InputError
+from haltwise.errors import option
 from lms.sources.data_rows import DataRow
 from lms.sources.task import DataConfig
 
@@ -50,14 +51,23 @@ def words(row: DataRow, column: str) -> str:
     found = cell(row, column)
     if not isinstance(found, str) or not found.strip():
         raise InputError(f"{column} is {found!r}, expected a text that is not blank")
-    return found.strip()
+    return _whole(found, column).strip()
+
+
+def _whole(text: str, column: str) -> str:
+    """Returns a text, or raises InputError if it has halves of characters: no file can have it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{column} is {text!r:.80}, expected no half of a character") from None
+    return text
 
 
 def _scalar(found: Any, column: str) -> str:
     is_known = isinstance(found, str | int | float) and not isinstance(found, bool)
     if not is_known or (isinstance(found, float) and not math.isfinite(found)):
         raise InputError(f"{column} is {found!r}, expected a text or a number")
-    return str(found).strip()
+    return _whole(str(found), column).strip()
 
 
 def _list(row: DataRow, column: str) -> list[str]:
@@ -129,8 +139,9 @@ class NamedColumns:
         for flag in ("question_column", "answer_column"):
             if (name := getattr(config, flag)) not in row:
                 found = ", ".join(map(str, row))
-                named = f"--{flag.replace('_', '-')} COLUMN"
-                raise InputError(f"no column {name!r}, found {found}: expected {named}")
+                raise InputError(
+                    f"no column {name!r}, found {found}: expected {option(flag)} COLUMN"
+                )
         text = words(row, config.question_column)
         if config.context_column:
             text = f"{words(row, config.context_column)}\n\n{text}"

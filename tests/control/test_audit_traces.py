@@ -250,3 +250,14 @@ def test_what_does_not_fit_or_cannot_be_written_is_counted(
     assert not all(accepted) and writer.num_lost == 1 + accepted.count(False)
     monkeypatch.undo()
     writer.close()
+
+
+def test_a_trace_of_another_process_takes_a_label(tmp_path: Path) -> None:
+    with kept(tmp_path) as one, kept(tmp_path) as other:
+        one.put(audit("r"))
+        while not one.writer.num_written:
+            pass
+        other.label("r", GivenAnswer("7", "7", 0))
+        assert not other.awaits("r")
+    with kept(tmp_path) as later:
+        assert not later.awaits("r")

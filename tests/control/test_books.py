@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 
 from haltwise import InputError
+from haltwise.control import books as module
 from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Expired, Groups, Told
+from haltwise.control.store import store_of
+from tests.stores import NewName
 
 PROMISE = Promise(target=0.1, audit=0.5, rest=0.25)
 ABOUT = {"head": "h", "prices": [1.0, 2.0]}
@@ -25,8 +28,8 @@ def begun(promise: Promise = PROMISE) -> Books:
     return Books(Groups.begin(promise, num_prices=2), {}, most_tokens=100.0)
 
 
-def opened(path: Path, about: Any = ABOUT, promise: Promise = PROMISE) -> Bookkeeper:
-    return Bookkeeper(path, begun(promise), about)
+def opened(name: str, about: Any = ABOUT, promise: Promise = PROMISE) -> Bookkeeper:
+    return Bookkeeper(store_of(name), begun(promise), about)
 
 
 def drawn(request: str) -> Entry:
@@ -97,41 +100,102 @@ def test_entries_and_books_are_the_same_after_json() -> None:
 
 
 def settle(keeper: Bookkeeper, entries: list[Entry]) -> None:
-    """Puts entries and waits until the file has them."""
+    """Puts entries and waits until they are taken in, and written if they can be."""
     for entry in entries:
-        before = keeper.books
         keeper.put(entry)
-        while keeper.books is before or keeper._entries.qsize():
-            time.sleep(0.001)
     keeper.put(Entry(None, None, {}))
     while keeper._entries.qsize():
         time.sleep(0.001)
+    keeper.put(Entry(None, None, {}))  # once this is taken, the others are dealt with
+    while keeper._entries.qsize() or (not keeper.trouble and keeper._unwritten):
+        time.sleep(0.001)
+
+
+def same(*keepers: Bookkeeper) -> bool:
+    """Waits until the books of some keepers are the same; returns it."""
+    while len({str(keeper.books.to_json()) for keeper in keepers}) > 1:
+        time.sleep(0.01)
+    return True
+
+
+def of(keeper: Bookkeeper, entry: Entry) -> Entry:
+    """An entry that an audit is drawn, as the keeper's own."""
+    assert isinstance(entry.event, Drawn)
+    return replace(entry, event=replace(entry.event, process=keeper.process))
+
+
+def all_after(books: Books, entries: list[Entry]) -> Any:
+    for entry in entries:
+        books = books.after(entry)
+    return books.to_json()
 
 
 @pytest.mark.parametrize("num", range(len(ENTRIES) + 1))
 def test_a_killed_process_leaves_all_that_it_took_in(num: int, tmp_path: Path) -> None:
-    keeper = opened(tmp_path / "books")
+    keeper = opened(str(tmp_path / "books"))
     settle(keeper, ENTRIES[:num])
-    keeper._ledger._file.commit()
     (tmp_path / "copy").mkdir()
     for name in ("books", "books-wal"):  # as a kill would leave them
         shutil.copy(tmp_path / name, tmp_path / "copy" / name)
-    expected = keeper.books
-    for request in expected.groups.under_way.keys() - expected.awaited.keys():
-        expected = expected.after(Entry(BrokenOff(request)))
-    again = opened(tmp_path / "copy" / "books")
-    assert again.books.to_json() == expected.to_json()
+    again = opened(str(tmp_path / "copy" / "books"))
+    assert again.books.to_json() == all_after(begun(), ENTRIES[:num])
     for one in (keeper, again):
         one.close()
 
 
-def test_closed_books_are_found_as_they_were(tmp_path: Path) -> None:
-    keeper = opened(tmp_path / "books")
+def test_closed_books_are_found_as_they_were(new_name: NewName) -> None:
+    name = new_name()
+    keeper = opened(name)
     settle(keeper, ENTRIES)
     keeper.close()
-    again = opened(tmp_path / "books")
-    assert again.books.to_json() == keeper.books.to_json()
+    again = opened(name)
+    assert again.books.to_json() == keeper.books.to_json() == all_after(begun(), ENTRIES)
     again.close()
+
+
+def test_processes_of_a_state_have_the_same_books(new_name: NewName) -> None:
+    name = new_name()
+    one, two = opened(name), opened(name)
+    settle(one, [drawn("r0"), drawn("r1")])
+    assert same(one, two) and list(two.books.groups.under_way) == ["r0", "r1"]
+    settle(two, [told("r0", (True, False)), drawn("r2")])
+    settle(one, [told("r1", (True, True)), told("r2", (True, True))])
+    assert same(one, two) and one.books.sum_of(EVERYTHING).num_audits == 3
+    late = opened(name)
+    assert same(one, two, late)
+    for keeper in (one, two, late):
+        keeper.close()
+
+
+def test_what_a_dead_process_had_under_way_is_broken_off(
+    new_name: NewName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = new_name()
+    dead, alive = opened(name), opened(name)
+    settle(dead, [of(dead, drawn("mine")), of(dead, drawn("r3")), awaited("r3")])
+    settle(alive, [of(alive, drawn("other"))])
+    assert same(dead, alive)
+    for method in ("exchange", "forget", "save"):  # it tells nothing more, not even its end
+        monkeypatch.setattr(dead._ledger, method, lambda *_: [])
+    dead.close()
+    monkeypatch.setattr(module, "_LIVES", 1e-6)
+    alive._beats_at = 0.0
+    while "mine" in alive.books.groups.under_way:
+        time.sleep(0.01)
+    assert list(alive.books.groups.under_way) == ["r3", "other"]
+    alive.close()
+
+
+def test_who_closes_has_nothing_under_way(new_name: NewName) -> None:
+    name = new_name()
+    one, two = opened(name), opened(name)
+    settle(one, [of(one, drawn("r0"))])
+    settle(two, [of(two, drawn("r1"))])
+    one.close()
+    while "r0" in two.books.groups.under_way:
+        time.sleep(0.01)
+    assert list(two.books.groups.under_way) == ["r1"]
+    two.close()
 
 
 @pytest.mark.parametrize(
@@ -139,46 +203,92 @@ def test_closed_books_are_found_as_they_were(tmp_path: Path) -> None:
     [(ABOUT | {"head": "other"}, PROMISE), (ABOUT, Promise(target=0.2, audit=0.5, rest=0.25))],
 )
 def test_books_about_something_else_are_refused(
-    about: Any, promise: Promise, tmp_path: Path
+    about: Any, promise: Promise, new_name: NewName
 ) -> None:
-    opened(tmp_path / "books").close()
+    name = new_name()
+    opened(name).close()
     with pytest.raises(InputError, match="about another head, target or share of audits"):
-        opened(tmp_path / "books", about, promise)
+        opened(name, about, promise)
 
 
-def test_books_in_use_are_refused(tmp_path: Path) -> None:
-    keeper = opened(tmp_path / "books")
-    with pytest.raises(InputError, match="is in use by another process"):
-        opened(tmp_path / "books")
-    keeper.close()
-    with pytest.raises(InputError, match="expected to write there"):
-        opened(tmp_path / "nowhere" / "books")
-
-
-def test_what_the_file_has_missed_is_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num", range(len(ENTRIES) + 1))
+def test_what_the_store_has_missed_is_written_later(
+    num: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = opened(tmp_path / "books")
+    name = str(tmp_path / "books")
+    keeper, other = opened(name), opened(name)
 
-    def full(*_: object) -> bool:
-        raise OSError("disk full")
+    def away(*_: object) -> None:
+        raise OSError("the store is away")
 
     with monkeypatch.context() as patch:
-        for name in ("append", "save"):
-            patch.setattr(keeper._ledger, name, full)
-        settle(keeper, ENTRIES[:3])
-        assert keeper.num_failed >= 3 and keeper.trouble == "disk full"
-    settle(keeper, ENTRIES[3:])
-    assert keeper.trouble == ""
+        for method in ("exchange", "save"):
+            patch.setattr(keeper._ledger, method, away)
+        settle(keeper, ENTRIES[:num])
+        assert keeper.num_failed >= 1 and keeper.trouble == "the store is away"
+        assert keeper.books.to_json() == all_after(begun(), ENTRIES[:num])
+    settle(keeper, ENTRIES[num:])
+    while keeper.trouble:
+        time.sleep(0.01)
+    assert same(keeper, other) and keeper.books.to_json() == all_after(begun(), ENTRIES)
+    for one in (keeper, other):
+        one.close()
+
+
+def test_an_answer_that_is_lost_on_its_way_back_makes_no_entry_count_twice(
+    new_name: NewName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = opened(new_name())
+    exchange = keeper._ledger.exchange
+
+    def unheard(*about: Any) -> Any:
+        exchange(*about)
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper._ledger, "exchange", unheard)
+        settle(keeper, ENTRIES)
+    while keeper.trouble:
+        time.sleep(0.01)
+    assert keeper.books.to_json() == all_after(begun(), ENTRIES)
     keeper.close()
-    again = opened(tmp_path / "books")
-    assert again.books.to_json() == keeper.books.to_json()
-    again.close()
 
 
 def test_an_entry_that_breaks_the_books_is_counted_and_the_next_one_taken(tmp_path: Path) -> None:
-    keeper = opened(tmp_path / "books")
+    keeper = opened(str(tmp_path / "books"))
     keeper.put(Entry("no event"))  # type: ignore[arg-type]
     settle(keeper, ENTRIES[:1])
     assert keeper.num_failed == 1 and "r3" in keeper.books.groups.under_way
     keeper.close()
+
+
+def test_what_is_too_much_for_a_store_that_is_away_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_UNWRITTEN", 2)
+    keeper = opened(str(tmp_path / "books"))
+
+    def away(*_: object) -> None:
+        raise OSError("the store is away")
+
+    monkeypatch.setattr(keeper._ledger, "exchange", away)
+    settle(keeper, [drawn(f"r{n}") for n in range(5)])
+    assert len(keeper._unwritten) == 2 and keeper.num_failed >= 3
+    keeper.close()
+
+
+def test_a_file_that_was_taken_away_is_made_anew_with_all_that_is_known(tmp_path: Path) -> None:
+    name = str(tmp_path / "books")
+    keeper = opened(name)
+    settle(keeper, ENTRIES[:7])
+    keeper._ledger.close()
+    keeper._ledger._opened = None
+    for file in tmp_path.glob("books*"):
+        file.unlink()
+    settle(keeper, ENTRIES[7:])
+    while keeper.trouble:
+        time.sleep(0.01)
+    keeper.close()
+    again = opened(name)
+    assert again.books.to_json() == all_after(begun(), ENTRIES)
+    again.close()

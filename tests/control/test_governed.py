@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ LATER = 10**0.75
 def control(folder: Path, mode: Mode = "observe", audit: float = 1.0, **more: Any) -> Iterator[Any]:
     settings: dict[str, Any] = {"target": 0.1, "usual_price": 1.0, "most_tokens": 100}
     settings |= {"head": sure_head()} | more
-    found = open_control(mode=mode, path=folder / "state", audit=audit, **settings)
+    found = open_control(mode=mode, state=folder / "state", audit=audit, **settings)
     found.asks_answers = True
     yield found
     found.close()
@@ -324,7 +325,7 @@ def test_complaints_make_their_own_tenant_stricter_alone(tmp_path: Path) -> None
         ({"request": "a", "score": True}, "score is True"),
         ({"request": "a", "score": 1.1}, "score is 1.1"),
         ({"request": "nobody", "score": 1}, "request 'nobody' is unknown"),
-        ({"request": "no tenant", "score": 1}, "is unknown, too old, without a tenant"),
+        ({"request": "no tenant", "score": 1}, "is unknown, without a tenant"),
         ({"request": "twice", "score": 1}, "or rated already"),
         ({"request": "b", "score": 1}, "nothing is known of the tenant yet"),
     ],
@@ -345,12 +346,43 @@ def test_feedback_that_makes_no_sense_is_refused_and_counted(
         assert steering.status()["refused"] == 1
 
 
-def test_the_oldest_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST_REMEMBERED", 2)
-    with control(tmp_path) as steering:
-        for name in "abc":
-            steering.terms(asked(id=name, tenant="t"))
-        assert list(steering._recent) == ["b", "c"]
+def test_feedback_finds_requests_of_other_processes_and_long_ago(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_RECENT", 1)
+    names = "abcd"
+    with control(tmp_path) as before:
+        for name in names:
+            request = asked(id=name, tenant="t", task="sums" if name < "d" else "")
+            run(before, request)
+            told(before, request, 4, 8, 12)
+        wait(before)
+        assert list(before._recent) == ["d"]
+        while len(rows(tmp_path, "request", "id")) < len(names):
+            pass
+        with control(tmp_path) as steering:
+            for name in ("a", "d"):
+                steering.complain(name, 0.5)
+            until(lambda: len(rows(tmp_path, "label", "request")) == 2)
+            for name in ("a", "d"):
+                for one in (before, steering):
+                    one._recent.clear()
+                    with pytest.raises(InputError, match="rated already"):
+                        one.complain(name, 0.0)
+            full = float(steering.groups.group("task:sums").reach)
+            expected = [pytest.approx(full - 0.01)] * 2
+
+            def reaches() -> list[float]:
+                groups = steering.groups
+                names = ("tenant:t", "tenant:t task:sums")
+                return [float(groups.group(name).reach) for name in names]
+
+            until(lambda: reaches() == expected)
+
+
+def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("gold", "loss"), [("7", 1.0), ("8", -1.0), ("9", 0.0), (" 8.0 ", -1.0)])
@@ -430,10 +462,11 @@ def test_a_trace_takes_a_label_that_nobody_waits_for(tmp_path: Path) -> None:
         request = asked(id="r")
         run(steering, request)
         audit = steering.taken(request)
-        assert audit.other_positions == [] and len(audit.points) == 3
+        assert audit.other_positions == [] and list(audit.looks) == [4, 8, 12]
         told(steering, request, 4, 8, 12)
         full = GivenAnswer("7", "", 20)
-        steering.keep(DenseAudit("r", audit.points, [full] * 3, full, True, "lm", "", "?", ""))
+        points = [look.signals for look in audit.looks.values()]
+        steering.keep(DenseAudit("r", points, [full] * 3, full, True, "lm", "", "?", ""))
         with pytest.raises(
             InputError, match=r"gold is '\.\.\.', expected what the answer rule can"
         ):

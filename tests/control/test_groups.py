@@ -19,6 +19,7 @@ from haltwise.control.groups import (
     Drawn,
     Event,
     Expired,
+    Gone,
     Groups,
     Opened,
     Told,
@@ -84,6 +85,15 @@ def test_groups_that_are_too_many_are_pooled_and_told() -> None:
     state = fold([drawn(f"r{n}", f"segment {n}") for n in range(10_000)][:200])
     assert len(state.groups) == 3 and state.num_pooled == 198
     assert state.rates(["segment 77"]) == {EVERYTHING: 0.1}
+
+
+def test_who_is_gone_tells_no_more_of_its_audits() -> None:
+    events = [replace(drawn(name), process=name[0]) for name in ("a1", "a2", "b1")]
+    due = told("a2", 0, 0, 1, 1, due=(False, False, True, True))
+    state = fold([*events, due, Gone("a")])
+    assert set(state.under_way) == {"a2", "b1"}  # anybody may tell its label
+    assert text(state) == text(fold([*events, due, BrokenOff("a1")]))
+    assert text(fold([Gone("a"), Expired("a1")], state)) == text(state)
 
 
 def test_an_audit_counts_as_lost_until_it_tells_more() -> None:
@@ -154,7 +164,6 @@ def test_it_says_how_many_audits_are_due() -> None:
         told("a", 0, 0, 0, math.nan),
         told("a", 0, 0, 0, 2),
         told("a", -2, 0, 0, 0),
-        Expired("unknown"),
         BrokenOff("unknown"),
         Opened("unknown"),
         Complained("unknown", 1.0),

@@ -1,19 +1,14 @@
-"""The record never holds up a request, and loses nothing that the governor needs."""
+"""The record never holds up a request, and says what it has lost."""
 
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
-from functools import reduce
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from haltwise import InputError
-from haltwise.control.groups import Groups, event_from_json, event_to_json
-from haltwise.control.record import AnswerRow, LabelRow, Ledger, Record, RequestRow, digest
-from tests.control.test_groups import BEGUN, story, text
+from haltwise.control.record import TABLES, AnswerRow, LabelRow, Record, RequestRow, digest
+from haltwise.control.store import PostgreSQLStore, SQLiteStore, Store, store_of
 
 KEY = b"0123456789abcdef"
 
@@ -23,23 +18,31 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "record.sqlite"
 
 
-def rows(path: Path, query: str) -> list[tuple[object, ...]]:
-    return sqlite3.connect(path).execute(query).fetchall()
+def rows(store: Store, query: str) -> list[tuple[object, ...]]:
+    with closing(store.connect(TABLES)) as opened:
+        return opened.execute(query)
 
 
-def test_rows_of_every_kind_are_kept(path: Path) -> None:
-    record = Record(path)
+def test_rows_of_every_kind_are_kept(store: Store) -> None:
+    record = Record(store)
     record.put(RequestRow("a", 1.5, tenant=digest(KEY, "me"), audited=True, audit_probability=0.05))
     record.put(RequestRow("a", 2.0))  # an id is kept once
     record.put(AnswerRow("a", 120, 0.1, 0.4, digest(KEY, "42"), True, 7, "number"))
     record.put(LabelRow("a", 120, "gold", 1.0, None, 3.0))
     record.close()
     assert (record.num_dropped, record.trouble) == (0, "")
-    kept = rows(path, "SELECT id, at, tenant, audited, audit_probability FROM request")
+    kept = rows(store, "SELECT id, at, tenant, audited, audit_probability FROM request")
     assert kept == [("a", 1.5, digest(KEY, "me"), 1, 0.05)]
-    assert rows(path, "SELECT position, agrees FROM answer") == [(120, 1)]
-    assert rows(path, "SELECT source, value FROM label") == [("gold", 1.0)]
-    assert rows(path, "PRAGMA journal_mode") == [("wal",)]
+    assert rows(store, "SELECT position, agrees FROM answer") == [(120, 1)]
+    assert rows(store, "SELECT source, value FROM label") == [("gold", 1.0)]
+    assert record.whose("a") == (digest(KEY, "me"), None, False) and record.whose("b") is None
+
+
+def test_texts_that_a_store_cannot_hold_are_kept_as_far_as_it_can(store: Store) -> None:
+    record = Record(store)
+    record.put(RequestRow("a", 0.0, lm="x\0y \ud800é"))  # JSON can hold them
+    record.close()
+    assert rows(store, "SELECT lm FROM request") == [("x?y ?é",)] and not record.num_dropped
 
 
 def test_a_digest_tells_nothing_without_the_key() -> None:
@@ -49,19 +52,19 @@ def test_a_digest_tells_nothing_without_the_key() -> None:
 
 
 def test_a_full_queue_drops_rows_counts_them_and_holds_up_nobody(path: Path) -> None:
-    record = Record(path, room=5, patience=0.2)
+    record = Record(SQLiteStore(path, 0.2), room=5)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     put = [record.put(RequestRow(str(n), 0.0)) for n in range(1000)]
     assert not all(put)
     other.execute("ROLLBACK")
     record.close()
-    assert len(rows(path, "SELECT id FROM request")) == 1000 - record.num_dropped
+    assert len(rows(SQLiteStore(path), "SELECT id FROM request")) == 1000 - record.num_dropped
     assert record.num_dropped >= put.count(False)
 
 
 def test_a_locked_file_is_told_and_overcome(path: Path) -> None:
-    record = Record(path, patience=0.05)
+    record = Record(SQLiteStore(path, 0.05))
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     record.put(RequestRow("lost", 0.0))
@@ -71,11 +74,12 @@ def test_a_locked_file_is_told_and_overcome(path: Path) -> None:
     other.execute("ROLLBACK")
     record.put(RequestRow("kept", 0.0))
     record.close()
-    assert rows(path, "SELECT id FROM request") == [("kept",)] and record.trouble == ""
+    kept = rows(SQLiteStore(path), "SELECT id FROM request")
+    assert kept == [("kept",)] and record.trouble == ""
 
 
-def test_rows_that_do_not_fit_the_file_are_counted(path: Path) -> None:
-    record = Record(path)
+def test_rows_that_do_not_fit_are_counted(store: Store) -> None:
+    record = Record(store)
     record.put(RequestRow("a", 0.0, position=2**80))
     record.put(RequestRow(3.5, 0.0, task=b"x"))  # type: ignore[arg-type]
     record.close()
@@ -85,81 +89,47 @@ def test_rows_that_do_not_fit_the_file_are_counted(path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk_is_told_in_a_line() -> None:
     with pytest.raises(InputError, match="/dev/full: "):
-        Record(Path("/dev/full"))
+        Record(SQLiteStore(Path("/dev/full")))
 
 
 def test_files_that_are_no_record(path: Path, tmp_path: Path) -> None:
-    Record(path).close()
+    Record(SQLiteStore(path)).close()
     file = sqlite3.connect(path)
-    file.execute("PRAGMA user_version = 7")
+    file.execute("PRAGMA user_version = 1")
     file.close()
-    with pytest.raises(InputError, match="is a record of version 7, expected 1"):
-        Record(path)
+    with pytest.raises(InputError, match="is a record of version 1, expected 2"):
+        Record(SQLiteStore(path))
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as file:
         file.execute("CREATE TABLE mine (x)")
     with pytest.raises(InputError, match="another program's file"):
-        Ledger(other)
+        Record(SQLiteStore(other))
     (tmp_path / "text").write_text("no database, but long enough for its header to be read " * 20)
     for wrong in (tmp_path / "text", tmp_path, tmp_path / "missing" / "file"):
         with pytest.raises(InputError, match=str(wrong)):
-            Ledger(wrong)
+            Record(SQLiteStore(wrong))
 
 
-def test_one_holds_the_lease_and_a_former_holder_writes_nothing(path: Path) -> None:
-    one, two = Ledger(path), Ledger(path)
-    assert one.take("one", 0.0, 10) == 1
-    assert two.take("two", 5.0, 10) is None
-    assert one.take("one", 8.0, 10) == 1 and two.take("two", 12.0, 10) is None
-    assert two.take("two", 18.0, 10) == 2
-    assert not one.append(1, [{"x": 1}]) and not one.save(1, 0, {})
-    assert two.append(2, [{"x": 2}]) and two.save(2, 0, {"y": 3})
-    assert one.load() == ({"y": 3}, 1, [{"x": 2}])
-    # A clock that jumps back a year leaves nobody waiting for a year.
-    assert one.take("one", -3e7, 10) == 3
+def test_databases_that_are_no_record(postgresql: str, path: Path) -> None:
+    import psycopg
+
+    address = postgresql.format("postgres")
+    with psycopg.connect(address, autocommit=True) as server:
+        server.execute("CREATE DATABASE of_other_version")
+    other = postgresql.format("of_other_version")
+    Record(store_of(other)).close()
+    with psycopg.connect(other, autocommit=True) as server:
+        server.execute("UPDATE haltwise.version SET number = 7")
+    with pytest.raises(InputError, match="is a record of version 7, expected 2"):
+        Record(store_of(other))
+    with pytest.raises(InputError, match='database "missing" does not exist') as error:
+        Record(store_of(postgresql.format("missing").replace("haltwise@", "haltwise:secret@")))
+    assert "secret" not in str(error.value)
 
 
-def replayed(path: Path) -> tuple[Groups, int]:
-    ledger = Ledger(path)
-    state, number, since = ledger.load()
-    ledger.close()
-    begun = BEGUN if state is None else Groups.from_json(state)
-    return reduce(Groups.after, map(event_from_json, since), begun), number
-
-
-def keep_on(path: Path, num: int) -> None:
-    """Goes on with the story where the file has it, and dies in the middle of a sentence."""
-    events, ledger = story(40), Ledger(path)
-    state, number = replayed(path)
-    term = ledger.take(f"process {os.getpid()}", float(number), 0.5)
-    assert term is not None
-    for event in events[number : number + num]:
-        assert ledger.append(term, [event_to_json(event)])
-        state, number = state.after(event), number + 1
-        if number % 10 == 0:
-            ledger.save(term, number, state.to_json())
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_after(path: Path, num: int) -> None:
-    code = "from tests.control.test_record import *; keep_on(Path(sys.argv[1]), int(sys.argv[2]))"
-    done = subprocess.run([sys.executable, "-c", code, str(path), str(num)], timeout=60)
-    assert done.returncode == -signal.SIGKILL
-
-
-def test_a_process_that_is_killed_loses_no_event(path: Path) -> None:
-    told = 0
-    for num in (1, 13, 30):
-        killed_after(path, num)
-        told += num
-        state, number = replayed(path)
-        assert number == told
-        assert text(state) == text(reduce(Groups.after, story(40)[:told], BEGUN))
-
-
-@pytest.mark.slow
-def test_a_process_may_be_killed_at_every_event(path: Path) -> None:
-    for n in range(len(story(40))):
-        killed_after(path, 1)
-        assert replayed(path)[1] == n + 1
-    assert text(replayed(path)[0]) == text(reduce(Groups.after, story(40), BEGUN))
+@pytest.mark.parametrize("name", ["postgresql://me:secret@there:5433/db?x=1", "postgres:///db"])
+def test_a_database_is_told_from_a_file_and_named_without_its_password(name: str) -> None:
+    found = store_of(name)
+    assert isinstance(found, PostgreSQLStore)
+    assert found.name in ("postgresql://there:5433/db", "postgresql:///db")
+    assert isinstance(store_of("postgresql.db"), SQLiteStore)

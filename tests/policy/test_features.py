@@ -239,8 +239,8 @@ def test_answer_keys_tell_answers_apart() -> None:
     assert keys[1] == 0 and len(set(keys.tolist())) == 4
 
 
-@pytest.mark.parametrize("groups", [(), ("pace", "mood")])
-def test_unknown_groups_are_refused(groups: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("groups", [(), ("pace", "mood"), ("pace", "pace")])
+def test_groups_that_make_no_features_are_refused(groups: tuple[str, ...]) -> None:
     with pytest.raises(InputError, match="pace"):
         feature_names(groups)
 

@@ -21,7 +21,7 @@ from lms.scorers import scorer_of
 from policies.head import HeadPolicy
 from tests.heads import sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
-from tests.proxy.proxies import Proxy, ask, proxied, saved_head, wait_until
+from tests.proxy.proxies import PATIENCE, Proxy, ask, proxied, saved_head, wait_until
 from traces import TraceFiles, Traces, import_json_lines
 
 Kept = Callable[..., Proxy]
@@ -109,6 +109,42 @@ def test_the_trace_says_of_every_price_what_the_audit_said(
     signal = policy.signal(traces)
     for measured in told["groups"]["everything"]["by_price"]:
         outcome = halt_outcome(traces, policy.halts(signal, measured["price"]), "at_halt")
+        assert measured["loss"]["estimate"] == 1 - outcome.em.mean()
+        saved = 1 - outcome.cost.sum() / traces.num_tokens.sum()
+        assert measured["saving"]["estimate"] == pytest.approx(saved, abs=1e-6)
+
+
+def test_the_trace_of_a_head_that_looks_at_answers_has_what_it_saw(
+    tmp_path: Path, plan: Plan
+) -> None:
+    head = sure_head(probing="always")
+    with ExitStack() as stack:
+        upstream = stack.enter_context(FakeUpstream("vllm", paced=4, probed=True))
+        config = ServeConfig(
+            head=saved_head(tmp_path / "head", head),
+            upstream=upstream.url,
+            control="observe",
+            audit=1.0,
+            dense_audits=1e-9,  # of such a head all are
+            state=tmp_path / "state",
+            audit_traces=tmp_path / "audits",
+            probe_timeout=PATIENCE,
+        )
+        proxy = stack.enter_context(proxied(config))
+        reply = ask(proxy.client, Plan(plan.name, **SAME))
+        wait_until(lambda: done(now(proxy)["traces"]) == 1)
+        told = now(proxy)
+    traces, policy = imported(tmp_path), HeadPolicy(head)
+    assert traces.position.tolist() == [4, 8, 12, 16, 20, 24, 28] and traces.correct.all()
+    probes = reply.haltwise["probes"]["completion_tokens"]
+    assert told["audit_tokens"] == traces.probe_tokens.sum() == probes
+    (audits,) = (tmp_path / "audits").iterdir()
+    seen = json.loads(audits.read_text().splitlines()[1])["answer_logprobs"]
+    assert [len(one) + 1 for one in seen] == traces.probe_tokens.tolist()
+    assert traces.confidence == pytest.approx([np.exp(np.mean(one)) for one in seen])
+    signal = policy.signal(traces)
+    for measured in told["groups"]["everything"]["by_price"]:
+        outcome = halt_outcome(traces, policy.halts(signal, measured["price"]), "always")
         assert measured["loss"]["estimate"] == 1 - outcome.em.mean()
         saved = 1 - outcome.cost.sum() / traces.num_tokens.sum()
         assert measured["saving"]["estimate"] == pytest.approx(saved, abs=1e-6)
@@ -204,10 +240,10 @@ def test_a_label_is_the_traces_too(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"control": "off", "audit_traces": Path("x")}, "audit_traces is x, expected it with"),
-        ({"audit_content": True}, "audit_content is on, expected --audit-traces"),
-        ({"dense_audits": 1.5}, "dense_audits is 1.5, expected from 0 to 1"),
-        ({"dense_audits": float("nan")}, "dense_audits is nan"),
+        ({"control": "off", "audit_traces": Path("x")}, "--audit-traces is x, expected it with"),
+        ({"audit_content": True}, "--audit-content is on, expected --audit-traces"),
+        ({"dense_audits": 1.5}, "--dense-audits is 1.5, expected from 0 to 1"),
+        ({"dense_audits": float("nan")}, "--dense-audits is nan"),
         ({"audit_traces": Path("state")}, "expected a folder for traces"),
     ],
 )

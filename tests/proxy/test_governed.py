@@ -15,8 +15,10 @@ import pytest
 from haltwise import InputError
 from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
+from haltwise.control.governed import installation_key, key_file_of
 from haltwise.control.record import digest
 from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy.config import tenant_of
 from haltwise.session.thought import ForcedAnswer, PointRules
 from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
@@ -24,7 +26,16 @@ from lms.tasks import questions
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import CUE, FakeUpstream, Kind, Plan, Thoughts
 from tests.proxy.llama_server import NAME, llama_server
-from tests.proxy.proxies import Proxy, Reply, ask, connected, proxied, saved_head, wait_until
+from tests.proxy.proxies import (
+    PATIENCE,
+    Proxy,
+    Reply,
+    ask,
+    connected,
+    proxied,
+    saved_head,
+    wait_until,
+)
 from tests.proxy.proxies import request_bytes as bytes_of
 
 Governed = Callable[..., Proxy]
@@ -36,12 +47,17 @@ def serving(tmp_path: Path) -> Iterator[Governed]:
     """Proxies before a kind of fake; with a control all its requests are audits if none is said."""
     with ExitStack() as stack:
 
-        def started(kind: Kind = "vllm", is_open: bool = False, **settings: Any) -> Proxy:
-            head = saved_head(tmp_path / "head", sure_head(CUE if is_open else CLOSE))
+        def started(
+            kind: Kind = "vllm", is_open: bool = False, looks: bool = False, **settings: Any
+        ) -> Proxy:
+            policy = sure_head(CUE if is_open else CLOSE, probing="always" if looks else "at_halt")
+            head = saved_head(tmp_path / "head", policy)
+            waits: Any = {"paced": 4, "probed": True} if looks else {}
+            settings |= {"probe_timeout": PATIENCE} if looks else {}
             if settings.get("control", "off") != "off":
                 settings = {"state": tmp_path / "state", "audit": 1.0} | settings
             thoughts: Thoughts = "written" if is_open else "field"
-            upstream = stack.enter_context(FakeUpstream(kind, thoughts=thoughts))
+            upstream = stack.enter_context(FakeUpstream(kind, thoughts=thoughts, **waits))
             config = ServeConfig(head=head, upstream=upstream.url, **settings)
             return stack.enter_context(proxied(config))
 
@@ -58,7 +74,7 @@ def status(proxy: Proxy) -> Any:
     return told()
 
 
-def answers(state: Path) -> list[tuple[int, str, int, int]]:
+def answers_of(state: Path) -> list[tuple[int, str, int, int]]:
     """Position, digest, agreement and tokens of every answer in the record."""
     with sqlite3.connect(state) as file:
         names = "position, answer, agrees, tokens"
@@ -72,7 +88,7 @@ def mac(state: Path, reply: Reply, halted: bool, is_open: bool) -> str:
     if halted or not is_open:  # the whole of an answer in the open is read
         text = text.rpartition(CUE if is_open else "</think>")[2]
     read = rules.read(ForcedAnswer([text], [], 1)).answer if halted else rules.read_answer(text)
-    key = governed.installation_key(state)
+    key = installation_key(key_file_of(state))
     return digest(key, GivenAnswer(read, text, 1).compared)
 
 
@@ -109,7 +125,7 @@ def test_an_audit_knows_the_answers_that_halting_would_have_given(
     told = status(looking)
     assert told["failures"] == 0 and told["groups"]["everything"]["audits"] == 1
     # At most prices of 10, 1 and 0.1 the head halts after 12 tokens, 20, and never.
-    found = answers(tmp_path / "state")
+    found = answers_of(tmp_path / "state")
     assert [position for position, *_ in found[:-1]] == [12, 20]
     for price, (position, answer, agrees, tokens) in zip(("10", "1"), found, strict=False):
         halted = ask(plain.client, plan, chat, stream, {"X-Haltwise-Price": price})
@@ -120,6 +136,35 @@ def test_an_audit_knows_the_answers_that_halting_would_have_given(
         legs = [leg["completion_tokens"] for leg in halted.haltwise["legs"]]
         assert len(legs) == 1 or tokens == halted.haltwise["position"] + legs[1]
     assert found[-1][1] == mac(tmp_path / "state", full, False, is_open)
+
+
+@pytest.mark.parametrize("answers", ["seen", "free"])
+@pytest.mark.parametrize(("kind", "chat"), [("vllm", True), ("sglang", True), ("vllm", False)])
+def test_an_audit_pays_for_looks_as_who_halts_does(
+    kind: Kind, chat: bool, answers: str, serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"looks": True, "answers": answers}
+    plain, looking = (serving(kind, control=one, **settings) for one in ("off", "observe"))
+    full = ask(looking.client, plan, chat)
+    looks = full.haltwise["probes"]
+    assert not full.haltwise["halted"] and looks["num"] == 7
+    num_full = full.usage["completion_tokens"] - looks["completion_tokens"]
+    told = status(looking)
+    assert (told["failures"], told["too_long"]) == (0, 0)
+    asked_after = 0 if answers == "seen" else 2 * (plan.answer + 1)
+    assert told["audit_tokens"] == looks["completion_tokens"] + asked_after
+    by_price = told["groups"]["everything"]["by_price"]
+    for i in (0, 12, 23):
+        measured, again = by_price[i], replace(plan, name=f"{plan.name}x{i}")
+        price = {"X-Haltwise-Price": str(measured["price"])}
+        halted = ask(plain.client, again, chat, headers=price)
+        assert halted.haltwise["halted"] == (i > 0)
+        held = halted.haltwise["legs"][0]["completion_tokens"] - halted.haltwise["position"]
+        num = halted.usage["completion_tokens"] - (held if i else 0)  # while a second leg begins
+        saved = 1 - num / num_full
+        assert measured["saving"]["estimate"] == pytest.approx(saved, abs=1e-6)
+        assert measured["loss"]["estimate"] == halted.haltwise["halted"]
+    assert [at for at, *_ in answers_of(tmp_path / "state")[:-1]] == [12, 20]
 
 
 def test_whom_nobody_audits_gets_the_bytes_of_who_has_no_control(
@@ -179,12 +224,54 @@ def test_audits_that_the_server_does_not_answer_are_none(serving: Governed, plan
     assert told["groups"]["everything"]["audits"] == 0 and told["failures"] == 1
 
 
-def test_groups_are_tenants_and_tasks(serving: Governed, plan: Plan) -> None:
-    looking = serving(control="observe")
-    ask(looking.client, plan, headers={"X-Haltwise-Task": "sums", "Authorization": "Bearer k"})
-    names = status(looking)["groups"]
-    assert {name.partition(":")[0] for name in names} == {"everything", "tenant", "task"}
-    assert "task:sums" in names and not any(name.endswith(":k") for name in names)
+def test_groups_are_tasks_segments_and_what_a_tenant_asks_of_a_task(
+    serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    looking, names = serving(control="observe"), {"X-Haltwise-Task", "X-Haltwise-Segment"}
+    for key, more in (("k", names), ("k", set()), ("other", names)):
+        headers = {"Authorization": f"Bearer {key}"} | dict.fromkeys(more, "sums")
+        ask(looking.client, plan, headers=headers)
+    one, other = tenant_of("Bearer k"), tenant_of("Bearer other")
+    assert {name: group["audits"] for name, group in status(looking)["groups"].items()} == {
+        "everything": 3,
+        "task:sums": 2,
+        "segment:sums": 2,
+        f"tenant:{one} task:sums": 1,
+        f"tenant:{one}": 1,
+        f"tenant:{other} task:sums": 1,
+    }
+    with sqlite3.connect(tmp_path / "state") as file:
+        kept = file.execute("SELECT DISTINCT task, segment FROM request").fetchall()
+    hidden = digest(installation_key(key_file_of(tmp_path / "state")), "sums")
+    assert set(kept) == {(hidden, hidden), (None, None)}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_is_a_row_with_all_that_was_spent(
+    stream: bool, serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    looking = serving(control="observe", audit=1e-9)
+    headers = {"X-Haltwise-Session": "s", "Authorization": "Bearer k"}
+    reply = ask(looking.client, plan, stream=stream, headers=headers, user="u")
+    off = ask(looking.client, plan, stream=stream, headers={"X-Haltwise-Price": "1e-9"})
+    looking.client.close()
+    usage, told = reply.usage, reply.haltwise
+    assert told["halted"] and len(told["legs"]) == 2 and not off.haltwise["halted"]
+    names = 'session, "user", input_tokens, cached_tokens, reasoning_tokens, output_tokens, outcome'
+
+    def rows() -> list[Any]:
+        with sqlite3.connect(tmp_path / "state") as file:
+            query = f"SELECT {names}, halted, seconds FROM request ORDER BY rowid"
+            return file.execute(query).fetchall()
+
+    wait_until(lambda: len(rows()) == 2)
+    key = installation_key(key_file_of(tmp_path / "state"))
+    spent = [usage["prompt_tokens"], None, told["position"], usage["completion_tokens"], "stop"]
+    first, second = rows()
+    assert list(first[:-1]) == [digest(key, "s"), digest(key, "u"), *spent, 1]
+    num_full = off.usage["completion_tokens"]
+    assert list(second[:2]) == [None, None] and second[5] == num_full and second[-2] == 0
+    assert first[-1] > 0
 
 
 def test_the_status_is_the_operators_if_there_is_a_key(
@@ -265,13 +352,15 @@ def test_without_a_control_the_status_says_so(serving: Governed) -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"control": "observe"}, "expected --state with a file"),
-        ({"state": Path("state")}, "expected it with --control observe or apply"),
+        ({"control": "observe"}, "--control is observe, expected --state with a file"),
+        ({"state": Path("state")}, "--state is given, expected it with --control observe"),
         ({"control": "watch"}, "expected MODULE:NAME"),
-        ({"control": "apply", "audit": 0.0}, "audit is 0.0"),
-        ({"control": "observe", "audit": -0.1}, "audit is -0.1"),
-        ({"control": "observe", "target": 1.0}, "target is 1.0"),
-        ({"control": "observe", "context": 0}, "context is 0"),
+        ({"control": "apply", "audit": 0.0}, "--audit is 0, expected above 0"),
+        ({"control": "observe", "audit": -0.1}, "--audit is -0.1"),
+        ({"control": "observe", "target": 1.0}, "--target is 1.0"),
+        ({"control": "observe", "context": 0}, "--context is 0"),
+        ({"control": "observe", "state": "postgresql://x/y"}, "expected --state-key with a file"),
+        ({"telemetry": True}, "--telemetry is on, expected it with --control"),
         ({"control": "observe", "state": Path("no") / "where"}, "expected to write there"),
         ({"operator_key_env": "HALTWISE_NOT_SET"}, "HALTWISE_NOT_SET is not set"),
     ],

@@ -349,7 +349,7 @@ def test_a_setting_that_cannot_be_used_is_told(settings: dict[str, Any], message
         ({"engine": "hf"}, "expected --engine openai and --base-url, or neither"),
         ({"hidden": True}, "a server shows no hidden states"),
         ({"tensor_parallel": 2}, "expected 1, or --engine vllm"),
-        ({"patience": -1.0}, "patience is -1.0"),
+        ({"patience": -1.0}, "--patience is -1.0"),
         ({"ray": "local"}, "expected no --ray"),
     ],
     ids=str,

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from haltwise import HaltHead, Session, Signals, Terms, ThoughtRequest, answer_keys
+from haltwise.session.control import ConstantControl
 from haltwise.session.thought import NEVER, PointRules, Thought
 from tests.heads import random_head
 
@@ -172,6 +175,22 @@ def test_a_thought_that_opens_again_is_not_halted_again(run_head: HaltHead) -> N
     assert (thought.position, thought.num_tokens, thought.num_points) == (2, 100, 0)
     assert session.waiting([1]) == session.decide([1], unasked) == []
     assert session.finish(1).position == 2
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_a_control_may_look_at_a_request_that_it_never_halts(
+    run_head: HaltHead, looked_at: bool
+) -> None:
+    class Looking(ConstantControl):
+        def terms(self, request: ThoughtRequest) -> Terms:
+            return replace(request.terms, price=0.0, looked_at=looked_at)
+
+    session, thought = Session(run_head, 1, Looking()), Thought(PointRules(run_head.config.halting))
+    assert session.join(0, ThoughtRequest(Terms(ALWAYS)), thought) == looked_at
+    for token in "x" * 40:
+        thought.add(token)
+        session.look(0)
+        assert len(session.points([0])) == (looked_at and thought.at_point)
 
 
 def test_a_row_that_is_joined_anew_finishes_who_was_there(run_head: HaltHead) -> None:

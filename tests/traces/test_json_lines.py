@@ -89,6 +89,16 @@ def test_an_import_says_whether_a_head_could_be_run(
     assert error.startswith(f"warning: {told}") if told else not error
 
 
+def test_answers_with_two_verdicts_are_told(
+    tmp_path: Path, make_row: MakeRow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = make_row(trace_id="b", final_correct=False)
+    source = write(tmp_path / "x.jsonl", make_row(trace_id="a"), wrong, make_row(trace_id="c"))
+    main(CollectConfig(out=tmp_path / "out", json_lines=source))
+    told = "the first is '7' to 'q0'. They are in 3 of 3 traces (100.0%): 'a', 'b', 'c'."
+    assert told in capsys.readouterr().err
+
+
 def test_the_command_imports_too(tmp_path: Path, make_row: MakeRow) -> None:
     source = write(tmp_path / "x.jsonl", *rows(make_row, 3), [])
     arguments = ["--json-lines", str(source), "--out", str(tmp_path / "out")]

@@ -74,7 +74,7 @@ def test_what_nothing_can_be_learned_from_is_refused(
 def test_a_low_exact_match_can_be_meant(recording: Recording) -> None:
     files = recording(changes=dict.fromkeys(range(186), WRONG))
     assert check_sound(files, min_em=0.05) == []
-    with pytest.raises(InputError, match="min_em is -1"):
+    with pytest.raises(InputError, match="--min-em is -1"):
         check_sound(files, min_em=-1)
 
 
@@ -92,7 +92,12 @@ def test_a_low_exact_match_can_be_meant(recording: Recording) -> None:
             dict.fromkeys(range(101), UNREAD_FORCED),
             "303 of 600 forced answers (50%) could not be read",
         ),
-        (200, {3: {"final_correct": False}}, "1 answers are marked right in one place and wrong"),
+        (
+            200,
+            {3: {"final_correct": False}},
+            "1 answers are marked right in one place and wrong in another, for the same question: "
+            "the first is '7' to 'q3'. They are in 1 of 200 traces (0.5%): 't3'.",
+        ),
         (
             200,
             {3: {"question": "What is 4?", "gold": "8"}},

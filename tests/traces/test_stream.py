@@ -328,5 +328,5 @@ def test_a_chunk_without_decision_points_teaches_nothing_and_harms_nothing(
 
 def test_at_least_one_trace_must_fit(folder: Path) -> None:
     files = TraceFiles.open(folder)
-    with pytest.raises(InputError, match="max_traces is 0, expected at least 1"):
+    with pytest.raises(InputError, match="--max-traces is 0, expected at least 1"):
         files.sample(files.rows(), 0)
