@@ -233,6 +233,7 @@ PROMISES: dict[str, Tests] = {
     "name the terms that do not hold there": (test_proxy.test_what_is_not_watched_is_told,),
     "the same, but the cap holds": (
         test_proxy.test_a_server_that_can_caps_what_is_not_watched,
+        test_proxy.test_a_cap_that_a_server_refuses_costs_no_answer,
         test_llama_server.test_a_cap_holds_to_the_token_in_a_response,
     ),
     "the answer is left alone": (

@@ -392,32 +392,39 @@ class Proxy:
             return
         terms = _terms(client, default)
         record.about = asdict(terms)
-        capped = await self._capped(client, body, terms) if path == _RESPONSES else None
-        if capped is not None:
-            leg = await self._open(client, capped)
-            try:
-                if leg.response.is_success or leg.response.status_code in _OF_CLIENTS_OR_LOAD:
-                    ignored = _ignored(replace(terms, max_tokens=None))
-                    await self._relay(client, leg, self._why_not("endpoint", record, ignored))
-                    return
-            finally:
-                await leg.close()
-        headers = self._why_not("endpoint", record, _ignored(terms))
-        await self._pass_on(client, body, headers)
+        leg = await self._capped(client, body, terms) if path == _RESPONSES else None
+        if leg is None:
+            leg = await self._open(client, body)
+        else:
+            terms = replace(terms, max_tokens=None)  # that holds
+        try:
+            await self._relay(client, leg, self._why_not("endpoint", record, _ignored(terms)))
+        finally:
+            await leg.close()
 
-    async def _capped(self, client: RequestingClient, body: bytes, terms: Terms) -> bytes | None:
-        """A body that tells the server to close the thought at the cap itself; None if none can."""
+    async def _capped(
+        self, client: RequestingClient, body: bytes, terms: Terms
+    ) -> UpstreamLeg | None:
+        """The answer of a server that was told to close the thought at the cap itself.
+
+        Returns:
+            None if there is no cap, or no server that can or wants to.
+        """
         if terms.max_tokens is None or self.config.shadow:
             return None
-        server, asked = await self._find_server(_passed_headers(client)), None
-        if server.caps_itself:
-            asked = await aside.read_object(body)
+        server = await self._find_server(_passed_headers(client))
+        asked = await aside.read_object(body) if server.caps_itself else None
         if asked is None:
             return None
         try:
-            return await aside.encoded(server.capped_body(asked, terms.max_tokens))
+            capped = await aside.encoded(server.capped_body(asked, terms.max_tokens))
         except RecursionError:  # it can be read, but not written
             return None
+        leg = await self._open(client, capped)
+        if leg.response.is_success or leg.response.status_code in _OF_CLIENTS_OR_LOAD:
+            return leg
+        await leg.close()
+        return None
 
     def _why_not(
         self, reason: str, record: RequestRecord, ignored: Sequence[str] = ()

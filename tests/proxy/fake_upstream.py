@@ -303,7 +303,7 @@ class _Fake:
     def _routes(self) -> Iterator[Route]:
         yield Route("/v1/chat/completions", self.generate, methods=["POST"])
         yield Route("/v1/completions", self.generate, methods=["POST"])
-        yield Route("/v1/responses", self.echo, methods=["POST"])
+        yield Route("/v1/responses", self.respond, methods=["POST"])
         yield Route("/v1/models", self.models)
         yield Route("/v1/echo", self.echo, methods=["GET", "POST"])
         yield Route("/asked", self.tell)
@@ -473,6 +473,13 @@ class _Fake:
             headers={"X-Fake": "yes"},
             media_type="application/x-echo",
         )
+
+    async def respond(self, request: Request) -> Response:
+        """As an echo; a question of no cap has to have none."""
+        body = (await request.body()).decode()
+        if "no cap" in body and "thinking_budget_tokens" in body:
+            return _refusal(self._ask(request, body), 400, "no such field")
+        return await self.echo(request)
 
     async def tokenize(self, request: Request) -> Response:
         """Of text or of messages."""

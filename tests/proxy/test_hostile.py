@@ -20,6 +20,9 @@ import httpx2
 import pytest
 
 from haltwise.proxy import ServeConfig, upstream
+from haltwise.proxy.config import UpstreamConfig
+from haltwise.proxy.wire import UpstreamError
+from tests.heads import CLOSE
 from tests.proxy.fake_upstream import Plan, listening_socket
 from tests.proxy.proxies import (
     PATHS,
@@ -47,6 +50,11 @@ def event(text: str, finish: str | None = None) -> bytes:
 
 
 WHOLE = event("hello ") + event("you", "stop") + b"data: [DONE]\n\n"
+
+
+#: A thought of three tokens, and an answer.
+THOUGHT = OK + CLOSES + b"\r\n" + b"".join(map(event, ("a", "b", "c", "</think>")))
+THOUGHT += event("mine", "stop") + b"data: [DONE]\n\n"
 
 
 def chunked(data: bytes, size: int = 9) -> bytes:
@@ -134,10 +142,13 @@ class RawUpstream:
             if b"/v1/models" in head:
                 models = json.dumps({"data": [{"id": "m", "owned_by": "vllm"}]}).encode()
                 data = OK + CLOSES + b"\r\n" + models
-            elif b"/chat/completions" not in head:
+            elif b"/chat/completions" in head:
+                data = SERVERS[json.loads(body)["messages"][0]["content"]][0]
+            elif b"/v1/completions" not in head:
                 data = b"HTTP/1.1 404 N\r\nContent-Length: 0\r\n\r\n"
             else:
-                data = SERVERS[json.loads(body)["messages"][0]["content"]][0]
+                name, _, rest = json.loads(body)["prompt"].partition("\n")
+                data = SERVERS[name][0] if "</think>" in rest else THOUGHT
             for i in range(0, len(data), 2**14):
                 writer.write(data[i : i + 2**14])
                 await writer.drain()
@@ -217,6 +228,27 @@ def test_whatever_a_server_sends_is_passed_on_or_an_error(hostile: Proxy, name: 
     assert hostile.metric("haltwise_streams_in_flight") == 0
 
 
+@pytest.mark.parametrize("name", SERVERS)
+def test_whatever_a_second_leg_sends_the_client_gets_an_answer(hostile: Proxy, name: str) -> None:
+    """The first leg goes on, unless the second has begun to answer: then that breaks off."""
+    headers = {"X-Haltwise-Price": "0", "X-Haltwise-Max-Tokens": "2"}
+    body = {"model": "m", "prompt": f"{name}\n<think>\n", "stream": True}
+    told = hostile.client.post(PATHS[False], json=body, headers=headers).content
+    expected = SERVERS[name][1]
+    if name in ("cut", "bad chunk"):
+        assert b'"upstream_error"' in told and b"[DONE]" not in told
+        return
+    lines = told.decode(errors="replace").split("\n")
+    choices = [json.loads(line[6:])["choices"] for line in lines if line.startswith("data: {")]
+    said = "".join(
+        choice.get("text", "") + choice.get("delta", {}).get("content", "")
+        for (choice,) in filter(None, choices)
+    )
+    is_said = isinstance(expected, str) and expected != "error"
+    assert said == (f"ab{CLOSE}{expected}" if is_said else "abc</think>mine")
+    assert told.endswith(b"data: [DONE]\n\n")
+
+
 def test_questions_of_the_proxy_s_own_have_answers_that_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -228,10 +260,10 @@ def test_questions_of_the_proxy_s_own_have_answers_that_end(
                 await writer.drain()
 
     async def asked(url: str) -> None:
-        await upstream.Upstream(upstream.UpstreamConfig(url)).call("/v1/models", None, [])
+        await upstream.Upstream(UpstreamConfig(url)).call("/v1/models", None, [])
 
     monkeypatch.setattr(upstream, "_LONGEST_BODY", 2**20)
-    with running(endless) as url, pytest.raises(upstream.wire.UpstreamError, match="not end"):
+    with running(endless) as url, pytest.raises(UpstreamError, match="not end"):
         asyncio.run(asked(url))
 
 

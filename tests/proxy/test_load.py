@@ -78,9 +78,18 @@ class Case:
     def plan(self) -> Plan:
         # Each waits after its second token until all others are there.
         steps = ((0, -3.0), (4, -1.5), (8, -0.5))
-        odd = {"form": self.form, "top": "500" if self.is_refused else "sound"}
-        odd["closes"] = "repeats" if self.repeats else ""
-        return Plan(f"s{self.number}", 14, 3, steps, trouble="crowds", at=2, legs=(1,), **odd)
+        return Plan(
+            f"s{self.number}",
+            14,
+            3,
+            steps,
+            top="500" if self.is_refused else "sound",
+            form=self.form,
+            trouble="crowds",
+            at=2,
+            legs=(1,),
+            closes="repeats" if self.repeats else "",
+        )
 
     @property
     def is_halted(self) -> bool:

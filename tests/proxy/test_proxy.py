@@ -257,6 +257,15 @@ def test_a_server_that_can_caps_what_is_not_watched(
     assert sent == body | more
 
 
+def test_a_cap_that_a_server_refuses_costs_no_answer(pairs: Pairs) -> None:
+    pair, body = pairs("llama-server"), {"input": "no cap"}
+    headers = {"X-Haltwise-Max-Tokens": "7", "X-Haltwise-Price": "0"}
+    reply = pair.client.post("/v1/responses", json=body, headers=headers)
+    assert reply.status_code == 203 and len(pair.upstream.asked) >= 2
+    assert json.loads(pair.upstream.asked[-1].body) == body
+    assert json.loads(reply.headers["x-haltwise"])["ignored"] == ["max_tokens"]
+
+
 @pytest.mark.parametrize("body", [b"any", b"[]"])
 def test_what_is_not_watched_and_cannot_be_read_is_passed_on(pairs: Pairs, body: bytes) -> None:
     pair = pairs("llama-server")
