@@ -115,7 +115,7 @@ def test_the_bound_is_nearly_reached() -> None:
     assert excess_over_bound(greedy(1500, 7), 7, NO_BREAKER) > -9
 
 
-def losses(rng: np.random.Generator, draws: int, more: float = 0.0) -> np.ndarray:
+def losses(rng: np.random.Generator, draws: int, more: float | np.ndarray = 0.0) -> np.ndarray:
     """Losses (draws, 1 + 12) of one request each, that of never halting first."""
     at = rng.random((draws, 1))
     lost = (at < RISKS + 0.01 + more).astype(float) - (at > 0.99)

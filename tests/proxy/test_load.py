@@ -4,7 +4,7 @@ import asyncio
 import json
 import resource
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def everything(cases: list[Case], acting: str, shadow: str) -> list[Fetched]:
+async def everything(cases: Sequence[Case], acting: str, shadow: str) -> list[Fetched]:
     async def one(case: Case) -> Fetched:
         body: dict[str, Any] = {"model": "fake", "stream": case.stream}
         plan = case.plan
@@ -202,8 +202,8 @@ def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: 
     assert {name for name, _ in rows(state)} == set(names) - {None} and len(audited) > num / 10
     assert told["groups"]["everything"]["audits"] == len(audited)
     assert told["failures"] == told["rows_dropped"] == told["refused"] == 0
-    for case, name, each in zip(cases, names, found, strict=True):
-        check(replace(case, audited=name in audited), each.reply)
+    for case, request, each in zip(cases, names, found, strict=True):
+        check(replace(case, audited=request in audited), each.reply)
 
 
 def rows(state: Path) -> list[tuple[str, int]]:
