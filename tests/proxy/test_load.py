@@ -199,7 +199,8 @@ def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: 
             told = status()
     names = [each.reply.headers.get("x-haltwise-request") for each in found]
     audited = {name for name, is_audit in rows(state) if is_audit}
-    assert {name for name, _ in rows(state)} == set(names) - {None} and len(audited) > num / 10
+    # Some may have been passed on after all, as the server's kind was not known yet.
+    assert set(names) - {None} <= {name for name, _ in rows(state)} and len(audited) > num / 10
     assert told["groups"]["everything"]["audits"] == len(audited)
     assert told["failures"] == told["rows_dropped"] == told["refused"] == 0
     for case, request, each in zip(cases, names, found, strict=True):
