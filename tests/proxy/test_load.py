@@ -94,8 +94,12 @@ class Case:
     @property
     def is_halted(self) -> bool:
         """Whether its thought is to be halted."""
-        can_be = not (self.shadow or self.is_refused or self.form == "whole")
-        return can_be and HALTED_AT[self.price] is not None
+        return not self.shadow and self.is_watched and HALTED_AT[self.price] is not None
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the server shows its thought as it is written."""
+        return not self.is_refused and self.form != "whole"
 
     def seen(self, halted: bool) -> int:
         """Thinking tokens that the LM sees when it answers."""
@@ -171,7 +175,7 @@ class GovernedCase(Case):
 
     @property
     def is_halted(self) -> bool:
-        return not self.audited and HALTED_AT[self.price] is not None
+        return not self.audited and super().is_halted
 
 
 @pytest.mark.parametrize("num", [150, pytest.param(NUM_STREAMS, marks=pytest.mark.slow)])
@@ -193,23 +197,25 @@ def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: 
             def status() -> Any:
                 return proxy.client.get("/v1/haltwise/control").json()
 
-            watched = sum(case.price != "0" for case in cases)
-            wait_until(lambda: len(rows(state)) == watched)
+            asked = sum(case.price != "0" for case in cases)
+            wait_until(lambda: len(rows(state, "SELECT id FROM request")) == asked)
             wait_until(lambda: status()["under_way"] == 0)
             told = status()
-    names = [each.reply.headers.get("x-haltwise-request") for each in found]
-    audited = {name for name, is_audit in rows(state) if is_audit}
-    # Some may have been passed on after all, as the server's kind was not known yet.
-    assert set(names) - {None} <= {name for name, _ in rows(state)} and len(audited) > num / 10
-    assert told["groups"]["everything"]["audits"] == len(audited)
-    assert told["failures"] == told["rows_dropped"] == told["refused"] == 0
-    for case, request, each in zip(cases, names, found, strict=True):
-        check(replace(case, audited=request in audited), each.reply)
+    audited = rows(state, "SELECT id FROM request WHERE audited = 1")
+    answered = rows(state, "SELECT request FROM answer")
+    assert len(audited) > num / 10 and answered <= audited
+    assert told["groups"]["everything"]["audits"] == len(answered)
+    assert told["rows_dropped"] == told["refused"] == 0
+    for case, each in zip(cases, found, strict=True):
+        name = each.reply.headers.get("x-haltwise-request")
+        check(replace(case, audited=name in audited), each.reply)
+        told_all = name in answered or name not in audited or each.reply.is_late
+        assert told_all or not case.is_watched, case
 
 
-def rows(state: Path) -> list[tuple[str, int]]:
+def rows(state: Path, query: str) -> set[str]:
     with sqlite3.connect(state) as file:
-        return file.execute("SELECT id, audited FROM request").fetchall()
+        return {name for (name,) in file.execute(query)}
 
 
 def check(case: Case, reply: Reply) -> Any:
