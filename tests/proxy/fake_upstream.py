@@ -859,6 +859,8 @@ class FakeUpstream:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for asked in self.asked:
+            self.free(asked)
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
         self._socket.close()
