@@ -21,6 +21,10 @@ from haltwise.session.thought import ForcedAnswer, Probe
 _AT_ONCE = 2
 # Audits that may wait for it; others tell nothing.
 _MOST_WAITING = 256
+# Errors of a server that may be too busy, or away for a while.
+_NOT_NOW = ("timeout", "connect timeout", "unreachable", "cut", "late")
+# Seconds after which it is asked again, each time; and as long as it may ask for at most.
+_PAUSES, _LONGEST_PAUSE = (2.0, 10.0, 60.0), 300.0
 # By position, the answer if the thought is closed there; None if the LM would think on.
 Answers = dict[int, GivenAnswer | None]
 # Where the LM thinks on behind a closed thought, halting is given up. One that says nothing may
@@ -117,7 +121,22 @@ class Auditor:
             if seen is not None:
                 found[position] = GivenAnswer(seen.answer, seen.text, reached)
             else:
-                found[position] = await self._answer(reader, reached)
+                found[position] = await self._patiently(reader, reached)
+
+    async def _patiently(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
+        """The same as `_answer`, which is asked again where the server has no time for it now.
+
+        Raises:
+            UpstreamError: If the server does not give it.
+        """
+        for pause in _PAUSES:
+            try:
+                return await self._answer(reader, position)
+            except UpstreamError as error:
+                if error.kind not in _NOT_NOW and not error.wait:
+                    raise
+                await asyncio.sleep(max(pause, min(error.wait, _LONGEST_PAUSE)))
+        return await self._answer(reader, position)
 
     async def _answer(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
         """The answer if the thought is closed at a position; None if the LM would think on.

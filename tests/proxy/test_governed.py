@@ -17,8 +17,10 @@ from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.governed import installation_key, key_file_of
 from haltwise.control.record import digest
-from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy import ServeConfig, auditor, create_app
+from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.config import tenant_of
+from haltwise.proxy.wire import UpstreamError
 from haltwise.session.thought import ForcedAnswer, PointRules
 from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
@@ -222,6 +224,27 @@ def test_audits_that_the_server_does_not_answer_are_none(serving: Governed, plan
     ask(looking.client, Plan(plan.name, trouble="500", legs=(2, 3)))
     told = status(looking)
     assert told["groups"]["everything"]["audits"] == 0 and told["failures"] == 1
+
+
+def test_audits_wait_for_a_server_that_has_no_time_now(
+    serving: Governed, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditor, "_PAUSES", (0.01,) * 3)
+    answer, tries = Auditor._answer, list[int]()
+    errors = [UpstreamError("timeout", "busy"), UpstreamError("status", "busy", wait=0.01)]
+
+    async def busy(asking: Auditor, reader: Any, position: int) -> Any:
+        tries.append(position)
+        if errors:
+            raise errors.pop()
+        return await answer(asking, reader, position)
+
+    monkeypatch.setattr(Auditor, "_answer", busy)
+    looking = serving(control="observe")
+    ask(looking.client, plan)
+    told = status(looking)
+    assert told["groups"]["everything"]["audits"] == 1 and told["failures"] == 0
+    assert tries == [12, 12, 12, 20]
 
 
 def test_groups_are_tasks_segments_and_what_a_tenant_asks_of_a_task(
