@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from haltwise import HaltHead
-from tests.guides import ROOT, blocks, commands, run
+from tests.guides import ROOT, Block, blocks, commands, run
 from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 
-TRY, KEEP, LEARN = blocks("CONTROL", "sh")
+TRY, LABEL, KEEP, LEARN = blocks("CONTROL", "sh")
+ASK, TELL = blocks("CONTROL", "python")
 
 
 @pytest.fixture
@@ -40,8 +41,7 @@ def served(command: list[str], folder: Path) -> Iterator[Proxy]:
         yield proxy
 
 
-def ask(proxy: Proxy) -> None:
-    (client,) = blocks("CONTROL", "python")
+def ask(proxy: Proxy, client: Block = ASK) -> None:
     text = client.text.replace("http://127.0.0.1:8700", proxy.url)
     assert proxy.url in text
     exec(compile(text, "client", "exec"), {})
@@ -59,6 +59,18 @@ def test_the_guide_certifies_a_price_and_halts_at_it(
     reasons, status = printed.strip().splitlines()[-2:]
     assert re.match(r"\[('closed by the LM', ){11}", reasons) and "'halted'" in reasons
     assert status.startswith("0 {'price': ")
+
+
+def test_the_guide_labels_what_differs_and_opens_the_breaker(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(commands(TRY.text, folder)[1], {}, monkeypatch)
+    monkeypatch.setenv("OPERATOR_KEY", "secret")
+    (serve,) = commands(LABEL.text, folder)
+    with served(serve, folder) as proxy:
+        ask(proxy, TELL)
+    printed = capsys.readouterr().out.splitlines()[-3:]
+    assert printed == ["True", "0 True", "open 0.0"]
 
 
 def test_the_guide_learns_from_what_it_has_served(

@@ -32,7 +32,16 @@ from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit, Interval
 from haltwise.control.governor import Promise
-from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Expired, Groups, Told
+from haltwise.control.groups import (
+    EVERYTHING,
+    BrokenOff,
+    Complained,
+    Drawn,
+    Expired,
+    Groups,
+    Opened,
+    Told,
+)
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.store import store_of
@@ -546,6 +555,22 @@ class GovernedControl:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
+
+    def open_breaker(self, group: Any = None, **others: Any) -> None:
+        """Opens the breaker of a group by hand: it halts nothing until it is certified anew.
+
+        Args:
+            group: The group's name, as `status` tells it.
+            others: There are none.
+
+        Raises:
+            InputError: If there is no such group, or its breaker is open.
+        """
+        state = self.groups.groups.get(group) if isinstance(group, str) else None
+        if others or state is None or not int(state.ceiling):
+            self.num_refused += 1
+            raise InputError('expected {"group": "NAME"} of a group that halts something')
+        self._put(Entry(Opened(group)))
 
     def _tenant_of(self, request: str) -> str:
         """Returns the group of the tenant that made a request which nobody has rated.

@@ -36,6 +36,7 @@ class OperatorPages:
             Route("/v1/haltwise/control", self.tell),
             Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
             Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
+            Route("/v1/haltwise/breaker", self.open_breaker, methods=["POST"]),
         ]
 
     async def tell(self, request: Request) -> Response:
@@ -55,6 +56,10 @@ class OperatorPages:
     async def take_feedback(self, request: Request) -> Response:
         """Takes in how content somebody was with an answer."""
         return await self._take(request, lambda control, told: control.complain(**told))
+
+    async def open_breaker(self, request: Request) -> Response:
+        """Opens the breaker of a group."""
+        return await self._take(request, lambda control, told: control.open_breaker(**told))
 
     async def _take(
         self, request: Request, take: Callable[[GovernedControl, dict[str, Any]], None]

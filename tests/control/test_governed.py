@@ -171,12 +171,17 @@ def wait(steering: GovernedControl) -> None:
         pass
 
 
-def test_a_certificate_of_the_same_promise_is_where_apply_begins(tmp_path: Path) -> None:
+def certified_head() -> HaltHead:
+    """Loses at most 5 points at a price of 0.5, as its certificate says."""
     head = sure_head()
     certificate = Certificate(
         "net-em-loss", 0.05, 0.9, 0.5, 0.2, 0.0, 10, 10, "t", "lm", head.digest, None, "c"
     )
-    certified = HaltHead(replace(head.config, certificate=certificate), head.weights)
+    return HaltHead(replace(head.config, certificate=certificate), head.weights)
+
+
+def test_a_certificate_of_the_same_promise_is_where_apply_begins(tmp_path: Path) -> None:
+    certified = certified_head()
     assert 0.5 in prices_of(certified)
     with control(tmp_path, "apply", head=certified) as steering:
         assert steering.price_of(steering.groups.step([])) == 0.5
@@ -490,3 +495,16 @@ def test_no_label_is_waited_for_if_none_is_wanted(tmp_path: Path) -> None:
             steering.label("r", "7")
     with pytest.raises(InputError, match="labels are waited for nan s"):
         open_control(sure_head(), "observe", tmp_path / "other", 0.1, 1.0, 1.0, 100, float("nan"))
+
+
+def test_a_breaker_is_opened_by_hand_where_something_is_halted(tmp_path: Path) -> None:
+    with control(tmp_path, "apply", head=certified_head(), target=0.1) as steering:
+        for said in ({}, {"group": 7}, {"group": "task:no"}, {"group": EVERYTHING, "more": 1}):
+            with pytest.raises(InputError, match="of a group that halts something"):
+                steering.open_breaker(**said)
+        steering.open_breaker(EVERYTHING)
+        until(lambda: steering.groups.step([]) == 0)
+        assert steering.status()["groups"][EVERYTHING]["breaker"] == "open"
+        with pytest.raises(InputError, match="of a group that halts something"):
+            steering.open_breaker(EVERYTHING)
+        assert steering.status()["refused"] == 5
