@@ -32,7 +32,7 @@ from haltwise.control.groups import (
     event_from_json,
     event_to_json,
 )
-from haltwise.control.ledger import Ledger
+from haltwise.control.ledger import Ledger, MissedError
 from haltwise.control.store import Store
 from haltwise.errors import InputError, reason_of
 
@@ -286,7 +286,13 @@ class Bookkeeper:
             self._take(Entry(Gone(process)))
         entries = {name: entry.to_json() for name, entry in self._unwritten.items()}
         before = self._number
-        for number, entry in self._ledger.exchange(entries, before):
+        try:
+            found = self._ledger.exchange(entries, before)
+        except MissedError:
+            saved, self._number = self._ledger.load({})
+            self._common = Books.from_json(saved["books"])
+            found = self._ledger.exchange(entries, self._number)
+        for number, entry in found:
             self._common, self._number = _after(self._common, entry), number
         self._unwritten.clear()
         self.books = self._common

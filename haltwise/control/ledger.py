@@ -15,6 +15,12 @@ from haltwise.errors import InputError
 
 Json = dict[str, Any]
 T = TypeVar("T")
+# Entries that are kept behind the newest state, for who comes late or wants to know why.
+_KEPT = 50_000
+
+
+class MissedError(InputError):
+    """Whoever has been away for so long has to begin with the newest state."""
 
 
 class Ledger:
@@ -66,11 +72,15 @@ class Ledger:
 
         Raises:
             InputError: If the store cannot be used; then nothing is written, or nobody knows.
+            MissedError: If entries behind the known one are kept no more.
         """
 
         def write(opened: Connection) -> list[tuple[int, Json]]:
             if not opened.execute("SELECT number FROM snapshot"):
                 raise InputError(f"{opened.name}: the books are not there any more")
+            oldest = opened.execute("SELECT min(number) FROM event")[0][0]
+            if oldest is not None and oldest > known + 1:
+                raise MissedError(f"{opened.name}: entries of the books were missed")
             newer = "SELECT number, name, entry FROM event WHERE number > ? ORDER BY number"
             found = opened.execute(newer, known)
             written, last = {name for _, name, _ in found}, found[-1][0] if found else known
@@ -84,7 +94,7 @@ class Ledger:
         return self._transaction(write)
 
     def save(self, state: Mapping[str, Any], number: int) -> None:
-        """Writes a state, unless there is a newer one.
+        """Writes a state, unless there is a newer one, and deletes entries from long before.
 
         Args:
             state: As a JSON object.
@@ -99,6 +109,7 @@ class Ledger:
             if not found or found[0][0] < number:
                 opened.execute("DELETE FROM snapshot")
                 opened.execute("INSERT INTO snapshot VALUES (?, ?)", number, json.dumps(state))
+                opened.execute("DELETE FROM event WHERE number <= ?", number - _KEPT)
 
         self._transaction(write)
 

@@ -13,6 +13,7 @@ import pytest
 
 from haltwise import InputError
 from haltwise.control import books as module
+from haltwise.control import ledger
 from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
@@ -184,6 +185,24 @@ def test_what_a_dead_process_had_under_way_is_broken_off(
         time.sleep(0.01)
     assert list(alive.books.groups.under_way) == ["r3", "other"]
     alive.close()
+
+
+def test_who_has_missed_entries_begins_with_the_newest_state(
+    new_name: NewName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "_KEPT", 1)
+    name = new_name()
+    away, writing = opened(name), opened(name)
+    with monkeypatch.context() as patch:
+        patch.setattr(away, "_exchange", lambda: None)
+        settle(writing, ENTRIES)
+        writing.close()
+        away.put(drawn("late"))
+        while not away._unwritten:
+            time.sleep(0.001)
+    settle(away, [])
+    assert away.books.to_json() == all_after(begun(), [*ENTRIES, drawn("late")])
+    away.close()
 
 
 def test_who_closes_has_nothing_under_way(new_name: NewName) -> None:

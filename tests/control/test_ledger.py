@@ -12,6 +12,7 @@ from threading import Thread
 import pytest
 
 from haltwise import InputError
+from haltwise.control import ledger as module
 from haltwise.control.groups import Groups, event_from_json, event_to_json
 from haltwise.control.ledger import Ledger
 from haltwise.control.store import Store, store_of
@@ -118,3 +119,19 @@ def test_a_process_may_be_killed_at_every_event(new_name: NewName) -> None:
         killed_after(name, 1)
         assert replayed(name)[1] == n + 1
     assert text(replayed(name)[0]) == text(reduce(Groups.after, story(40), BEGUN))
+
+
+def test_old_entries_are_deleted_and_who_has_missed_them_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_KEPT", 3)
+    ledger = Ledger(store)
+    ledger.load({})
+    ledger.exchange({str(n): {"n": n} for n in range(1, 11)}, 0)
+    ledger.save({"n": 10}, 10)
+    assert [number for number, _ in ledger.exchange({}, 7)] == [8, 9, 10]
+    with pytest.raises(module.MissedError):
+        ledger.exchange({"x": {}}, 6)
+    assert ledger.load({}) == ({"n": 10}, 10)
+    assert ledger.exchange({"x": {"n": 11}}, 10) == [(11, {"n": 11})]
+    ledger.close()
