@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ def new_name(request: pytest.FixtureRequest, tmp_path: Path) -> NewName:
     def made() -> str:
         import psycopg
 
-        name = f"test_{os.getpid()}_{id(numbers)}_{next(numbers)}"
+        name = f"test_{uuid.uuid4().hex}"
         with psycopg.connect(address.format("postgres"), autocommit=True) as server:
             server.execute(f"CREATE DATABASE {name}")
         return address.format(name)

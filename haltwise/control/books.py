@@ -38,7 +38,8 @@ from haltwise.errors import InputError, reason_of
 
 log = logging.getLogger("haltwise.control")
 
-# Seconds after which a process looks for entries of others, if it has none of its own.
+# Seconds after which a process looks for entries of others, if it has none of its own, and after
+# which it tries a store anew that has failed.
 _LOOKS = 1.0
 # Seconds after which a process tells that it lives, and after which it is taken for dead.
 _BEATS, _LIVES = 5.0, 30.0
@@ -223,7 +224,7 @@ class Bookkeeper:
         """The newest."""
         # Own entries that the store may not have, by name.
         self._unwritten: dict[str, Entry] = {}
-        self._num_named, self._beats_at = 0, -math.inf
+        self._num_named, self._beats_at, self._tries_at = 0, -math.inf, -math.inf
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self._exchange()
         self._thread = threading.Thread(target=self._run, name="haltwise books", daemon=True)
@@ -247,7 +248,8 @@ class Bookkeeper:
                 entry = self._entries.get(timeout=_LOOKS)
                 goes_on = entry is not None
                 self._take(entry or Entry(Gone(self.process)))
-            self._written(self._exchange)
+            if not goes_on or time.monotonic() >= self._tries_at:
+                self._written(self._exchange)
         self._written(lambda: self._ledger.forget([self.process]))
         self._written(self._save)
 
@@ -275,6 +277,7 @@ class Bookkeeper:
 
     def _fail(self, reason: str) -> None:
         self.num_failed, self.trouble = self.num_failed + 1, reason
+        self._tries_at = time.monotonic() + _LOOKS
         log.warning("the books cannot be written: %s", reason)
 
     def _exchange(self) -> None:
