@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from haltwise import InputError, __version__
+from haltwise.control.status import read_books, table_of
 from haltwise.errors import needing, what_failed
 
 if TYPE_CHECKING:
@@ -18,20 +19,27 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Runs `haltwise serve`, or tells the version.
+    """Runs `haltwise serve` or `haltwise status`, or tells the version.
 
     What a person got wrong is told in one line on stderr, with status 2.
     """
     # Only `serve` needs more packages than haltwise itself: help and version do without.
     parser = argparse.ArgumentParser(prog="haltwise", description="Halts the thoughts of an LM.")
     parser.add_argument("--version", action="version", version=f"haltwise {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     about = "halt thoughts between OpenAI clients and the server of an LM (serve --help: how)"
     commands.add_parser("serve", help=about, add_help=False)
-    _, settings = parser.parse_known_args()
-    config = _serve_config(settings)
+    about = "tell what a control knows: what every group loses, saves and is served"
+    status = commands.add_parser("status", help=about, description=about)
+    status.add_argument("--state", required=True, help="that of haltwise serve")
+    known, settings = parser.parse_known_args()
+    if known.command == "status" and settings:
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
-        serve(config)
+        if known.command == "status":
+            print(table_of(*read_books(known.state)))
+        else:
+            serve(_serve_config(settings))
     except (InputError, OSError) as error:
         _fail(what_failed(error))
 

@@ -215,7 +215,7 @@ class Bookkeeper:
         self._about = {**about, "promise": asdict(begun.groups.promise)}
         self._ledger = Ledger(store)
         saved, self._number = self._ledger.load(self._state(begun))
-        if saved.get("about") != self._about:
+        if saved is None or saved.get("about") != self._about:
             raise InputError(
                 "the state is about another head, target or share of audits than this one; "
                 "expected one of its own for each"
@@ -292,8 +292,8 @@ class Bookkeeper:
         try:
             found = self._ledger.exchange(entries, before)
         except MissedError:
-            saved, self._number = self._ledger.load({})
-            self._common = Books.from_json(saved["books"])
+            saved, self._number = self._ledger.load(self._state(self._common))
+            self._common = Books.from_json(saved["books"]) if saved else self._common
             found = self._ledger.exchange(entries, self._number)
         for number, entry in found:
             self._common, self._number = _after(self._common, entry), number

@@ -30,7 +30,7 @@ from haltwise.control.audit_traces import AuditTraces, DenseAudit
 from haltwise.control.betting import Float
 from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
-from haltwise.control.estimates import LOSSES, Audit, Interval
+from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import (
     EVERYTHING,
@@ -44,6 +44,7 @@ from haltwise.control.groups import (
 )
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
+from haltwise.control.status import group_status, price_of
 from haltwise.control.store import store_of
 from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError, reason_of
@@ -209,7 +210,7 @@ class GovernedControl:
 
     def price_of(self, step: int) -> float:
         """Returns the price that a step stands for."""
-        return float(self.prices[step - 1]) if step else 0.0
+        return price_of(self.prices, step)
 
     # While requests run
 
@@ -629,7 +630,10 @@ class GovernedControl:
             "pooled": books.groups.num_pooled,
             "refused": books.groups.num_refused + self.num_refused,
             "trouble": failed,
-            "groups": {name: self._group_status(books, name) for name in books.groups.groups},
+            "groups": {
+                name: group_status(books, name, self.prices, self._kind, self.usual_price)
+                for name in books.groups.groups
+            },
         }
 
     def _trace_status(self) -> dict[str, Any] | None:
@@ -638,33 +642,6 @@ class GovernedControl:
         writer = self.traces.writer
         told = {"written": writer.num_written, "lost": writer.num_lost, "trouble": writer.trouble}
         return {"share": self.dense_audits} | told
-
-    def _group_status(self, books: Books, name: str) -> dict[str, Any]:
-        state, sums = books.groups.groups[name], books.sum_of(name)
-        step, ceiling = int(state.step), int(state.ceiling)
-        usual = int(np.searchsorted(self.prices, self.usual_price, side="right"))
-        losses, savings = _only(sums.losses(), self._kind), sums.savings()
-        opened = int(state.epoch) > 0 and ceiling == 0
-        return {
-            "requests": sums.num_requests,
-            "audits": sums.num_audits,
-            "audits_in_epoch": int(state.num_audits),
-            "epoch": int(state.epoch),
-            "breaker": "open" if opened else "closed",
-            "price": self.price_of(step),
-            "ceiling": self.price_of(ceiling),
-            "at_price": self._measured(losses, savings, step),
-            "at_usual_price": self._measured(losses, savings, usual),
-            "by_price": [self._measured(losses, savings, k + 1) for k in range(len(self.prices))],
-        }
-
-    def _measured(self, losses: Interval, savings: Interval, step: int) -> dict[str, Any]:
-        """Returns what a step loses and saves: the estimate, and the ends of its interval."""
-        told: dict[str, Any] = {"price": self.price_of(step)}
-        for kind, interval in (("loss", losses), ("saving", savings)):
-            ends = vars(interval) if step else {name: np.zeros(1) for name in vars(interval)}
-            told[kind] = {n: round(float(v[max(step - 1, 0)]), 6) for n, v in ends.items()}
-        return told
 
     def close(self) -> None:
         """Writes what waits."""
@@ -802,8 +779,3 @@ def installation_key(path: Path) -> bytes:
         raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
     check_key(key)
     return key
-
-
-def _only(interval: Interval, kind: int) -> Interval:
-    """Returns the intervals (K,) of one kind of loss."""
-    return Interval(interval.low[kind], interval.estimate[kind], interval.high[kind])

@@ -43,8 +43,8 @@ class Ledger:
         if self._opened is not None:
             self._opened.close()
 
-    def load(self, begun: Mapping[str, Any]) -> tuple[Json, int]:
-        """Returns the newest state, and the number of the last entry that is in it.
+    def load(self, begun: Mapping[str, Any] | None = None) -> tuple[Json | None, int]:
+        """Returns the newest state or None, and the number of the last entry that is in it.
 
         Args:
             begun: The state if there is none yet, which it is from now on.
@@ -53,11 +53,12 @@ class Ledger:
             InputError: If the store cannot be used.
         """
 
-        def read(opened: Connection) -> tuple[Json, int]:
-            if not opened.execute("SELECT number FROM snapshot"):
-                opened.execute("INSERT INTO snapshot VALUES (0, ?)", json.dumps(begun))
-            ((number, state),) = opened.execute("SELECT number, state FROM snapshot")
-            return json.loads(state), number
+        def read(opened: Connection) -> tuple[Json | None, int]:
+            found = opened.execute("SELECT number, state FROM snapshot")
+            if not found and begun is not None:
+                found = [(0, json.dumps(begun))]
+                opened.execute("INSERT INTO snapshot VALUES (?, ?)", *found[0])
+            return (json.loads(found[0][1]), found[0][0]) if found else (None, 0)
 
         return self._transaction(read)
 

@@ -1,0 +1,46 @@
+"""What a person is told of the books."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haltwise.control.status import read_books, table_of
+from tests.control.test_books import ENTRIES, opened, settle
+from tests.stores import NewName
+
+
+def test_the_table_is_of_the_newest_books(new_name: NewName) -> None:
+    name = new_name()
+    keeper = opened(name)
+    settle(keeper, ENTRIES)
+    about, books = read_books(name)
+    assert books.to_json() == keeper.books.to_json() and about["head"] == "h"
+    keeper.close()
+    head, names, everything, task = table_of(*read_books(name)).splitlines()
+    assert head.startswith("target 0.1; 1 audits under way, 1 labels due, ")
+    assert names.split()[:4] == ["group", "requests", "audits", "price"]
+    assert everything.split()[:6] == ["everything", "20", "4", "0", "0", "closed"]
+    assert task.split()[0] == "task:a" and task.split()[2:5] == ["4", "2", "2"]
+
+
+def test_what_is_served_is_told_with_its_intervals(tmp_path: Path) -> None:
+    keeper = opened(str(tmp_path / "books"))
+    settle(keeper, ENTRIES)
+    keeper.close()
+    *_, task = table_of(*read_books(tmp_path / "books")).splitlines()
+    # Of 80 tokens 60 are saved at the second price; four audits are too few for an interval.
+    assert task.split("closed")[1].split()[-3:] == ["75.0", "[-100.0,", "100.0]"]
+
+
+@pytest.mark.parametrize("state", ["missing", "empty"])
+def test_a_state_that_is_none_is_told_in_one_line(state: str, tmp_path: Path) -> None:
+    if state == "empty":
+        (tmp_path / state).touch()
+    command = [sys.executable, "-m", "haltwise", "status", "--state", str(tmp_path / state)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and not done.stdout
+    assert done.stderr.endswith(", expected the --state of haltwise serve\n")
