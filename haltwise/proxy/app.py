@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from urllib.parse import unquote
 
@@ -277,7 +277,7 @@ class Proxy:
             raise RefusedError(400, "invalid_request_error", "expected a JSON object")
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = _terms(client, default)
-        record.about = {"model": request.model[:100], **asdict(terms)}
+        record.about = {"model": request.model[:100], **_logged(terms)}
         names_price = terms.price != self._terms.price or _names_price(client)
         governed = self.control is not None and names_price
         is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
@@ -391,7 +391,7 @@ class Proxy:
             await self._pass_on(client, body, [])
             return
         terms = _terms(client, default)
-        record.about = asdict(terms)
+        record.about = _logged(terms)
         leg = await self._capped(client, body, terms) if path == _RESPONSES else None
         if leg is None:
             leg = await self._open(client, body)
@@ -676,6 +676,12 @@ def _terms(client: RequestingClient, default: Terms) -> Terms:
 def _authorization(headers: RawHeaders) -> RawHeaders:
     """The header with the key that a client asks with, if it has any."""
     return [pair for pair in headers if pair[0] == b"authorization"]
+
+
+def _logged(terms: Terms) -> Json:
+    """What a request asks, for its line of the log."""
+    names = ("price", "min_tokens", "max_tokens", "segment")
+    return {name: getattr(terms, name) for name in names}
 
 
 def _ignored(terms: Terms) -> list[str]:
