@@ -463,6 +463,13 @@ PROMISES: dict[str, Tests] = {
     "Certificates come from the system or from `SSL_CERT_FILE`": (
         test_units.test_certificates_come_from_where_the_system_says,
     ),
+    "At a SIGHUP the head and the keys are read anew, and no stream is dropped": (
+        test_serve.test_the_head_and_the_keys_are_read_anew_and_no_stream_is_dropped,
+    ),
+    "What cannot be used then (a broken file, a head for": (
+        test_serve.test_the_head_and_the_keys_are_read_anew_and_no_stream_is_dropped,
+        test_serve.test_another_head_is_not_read_under_a_control,
+    ),
     "if a head was recorded from a server of another kind": (
         test_serve.test_a_head_that_was_recorded_from_another_server_is_told,
     ),

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
 from haltwise.control.telemetry import Telemetry
+from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
@@ -126,6 +127,30 @@ class Proxy:
             writer = self.control.traces.writer
             self.metrics.audit_traces_lost.set_function(lambda: writer.num_lost)
         self.metrics.streams_in_flight.set_function(lambda: self._room.borrowed_tokens)
+
+    def reload(self) -> None:
+        """Reads the head and the keys anew, and says how that went.
+
+        Requests that run go on with what they have begun with; what cannot be used changes nothing.
+        """
+        try:
+            self._reload()
+        except (InputError, OSError) as error:
+            log.warning(json.dumps({"warning": f"nothing is reloaded: {what_failed(error)}"}))
+        else:
+            told = {"reloaded": self._settings.head.digest, "price": self._terms.price}
+            log.info(json.dumps(told))
+
+    def _reload(self) -> None:
+        head, before = HaltHead.load(self.config.head), self._settings.head
+        check_served(head)
+        if head.config.halting != before.config.halting:
+            raise InputError("the head halts under other conditions, expected a process of its own")
+        if self.control is not None and head.digest != before.digest:
+            raise InputError("the state is about the head before, expected a process of its own")
+        terms = self.config.terms(Terms.of_head(head.config))
+        self._keys = None if self.config.keys is None else APIKeys(self.config.keys, terms)
+        self._terms, self._settings = terms, replace(self._settings, head=head)
 
     def try_probes(self) -> None:
         """Tries whether forced answers run beside a thought, if the head looks at any.

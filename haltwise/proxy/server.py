@@ -6,7 +6,10 @@ import json
 import math
 import resource
 import select
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -125,11 +128,24 @@ class _Protocol(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Complains seldom about connections that it cannot take, and has last words for requests."""
+    """Complains seldom about connections that it cannot take, and has last words for requests.
+
+    Args:
+        config: uvicorn's settings.
+        reload: Is called at a SIGHUP.
+    """
+
+    def __init__(self, config: uvicorn.Config, reload: Callable[[], None]) -> None:
+        """Does not run yet."""
+        super().__init__(config)
+        self._reload = reload
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to listen."""
-        asyncio.get_running_loop().set_exception_handler(Complaints())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(Complaints())
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -194,7 +210,8 @@ def create_server(config: ServeConfig) -> uvicorn.Server:
             backlog=4096,
             timeout_keep_alive=int(2 * _SILENCE),  # after which nobody waits any more
             timeout_graceful_shutdown=cast(int, config.drain_timeout),
-        )
+        ),
+        proxy.reload,
     )
 
 

@@ -15,8 +15,9 @@ import pytest
 
 from haltwise import HaltHead, InputError, cli
 from haltwise.policy.head import NEVER_HALTS
-from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy import ServeConfig, app, create_app
 from haltwise.proxy.config import ServerKind
+from tests.heads import sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
 from tests.proxy.proxies import (
     PATIENCE,
@@ -288,3 +289,57 @@ def test_tokens_are_sent_at_once(head: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("haltwise.proxy.create_server", lambda config: Running())
     cli.serve(ServeConfig(head=head, port=0))
+
+
+def test_the_head_and_the_keys_are_read_anew_and_no_stream_is_dropped(
+    plan: Plan, tmp_path: Path
+) -> None:
+    keys, head, log = tmp_path / "keys", tmp_path / "head", tmp_path / "log"
+    saved_head(head)
+    keys.write_text('{"old": {}}')
+
+    def asked(proxy: Proxy, key: str, name: str, **changes: Any) -> Reply:
+        shown = {"Authorization": f"Bearer {key}"}
+        return ask(proxy.client, Plan(plan.name + name, **changes), headers=shown)
+
+    def reload(num: int, said: str) -> None:
+        assert proxy.process is not None
+        proxy.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.read_text().count(said) == num)
+
+    flags = ["--head", str(head), "--keys", str(keys)]
+    with (
+        FakeUpstream("vllm") as upstream,
+        spawned_proxy(*flags, "--upstream", upstream.url, log=log) as proxy,
+        ThreadPoolExecutor() as pool,
+    ):
+        hanging = Plan(plan.name, trouble="hangs", at=6, legs=(1,))
+        shown = {"Authorization": "Bearer old"}
+        running = pool.submit(ask, proxy.client, hanging, headers=shown)
+        wait_until(lambda: bool(upstream.of(hanging)))
+        assert asked(proxy, "old", "a").haltwise["position"] == 20
+        keys.write_text('{"new": {}}')
+        HaltHead(replace(sure_head().config, default_price=10.0), sure_head().weights).save(head)
+        reload(1, '"reloaded"')
+        assert asked(proxy, "new", "b").haltwise["position"] == 12
+        assert asked(proxy, "old", "c").status == 401
+        sure_head(rule="every 8 tokens").save(head)
+        reload(1, "nothing is reloaded: the head halts under other conditions")
+        saved_head(head)
+        keys.write_text("{}")
+        reload(2, "nothing is reloaded")
+        assert asked(proxy, "new", "d").haltwise["position"] == 12
+        upstream.free(upstream.of(hanging)[0])
+        kept = running.result(PATIENCE)
+        assert kept.done and kept.haltwise["position"] == 20
+
+
+def test_another_head_is_not_read_under_a_control(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"control": "observe", "state": tmp_path / "state"}
+    proxy = app.Proxy(ServeConfig(head=saved_head(tmp_path / "head"), **settings))
+    other = {name: 2 * weights for name, weights in sure_head().weights.items()}
+    HaltHead(sure_head().config, other).save(tmp_path / "head")
+    with pytest.raises(InputError, match="the state is about the head before"):
+        proxy._reload()
+    assert proxy.control is not None
+    proxy.control.close()
