@@ -11,25 +11,23 @@ that it asked for, in apply mode unhalted.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
 
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import AuditTraces, DenseAudit
+from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
 from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
-from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
+from haltwise.control.draws import check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import (
@@ -42,6 +40,7 @@ from haltwise.control.groups import (
     Opened,
     Told,
 )
+from haltwise.control.installation import installation_key, key_file_of
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.status import group_status, price_of
@@ -50,9 +49,7 @@ from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError, reason_of
 from haltwise.policy.certificate import Certificate
 from haltwise.policy.head import HaltHead
-from haltwise.policy.signals import Signals
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
-from haltwise.session.thought import NEVER
 
 log = logging.getLogger("haltwise.control")
 
@@ -71,52 +68,6 @@ _COUNTED_AT = 100
 _REST = 0.025
 _ALERT = 0.5
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
-
-
-@dataclass(frozen=True)
-class Look:
-    """What is known of an audit at one decision point."""
-
-    signals: Signals
-    """What was seen there, (1,)."""
-    reached: int
-    """Tokens of the thought when the head was asked: beside a look at an answer it goes on."""
-    num_probe_tokens: int
-    """Tokens that were generated to look at answers until then."""
-
-
-@dataclass(eq=False)
-class AuditedRequest:
-    """A request that is answered in full, to tell what every price would have lost and saved."""
-
-    id: str
-    request: ThoughtRequest
-    drawn: AuditDraw
-    step: int
-    """The step that it would have been served."""
-    replay: Replay
-    is_dense: bool = False
-    """Whether an answer is asked for at every decision point."""
-    looks: dict[int, Look] = field(default_factory=dict)
-    """By position, what is known of its decision points, in order."""
-    report: ThoughtReport | None = None
-    """What happened to it, once it has ended."""
-
-    @property
-    def positions(self) -> list[int]:
-        """Where prices would have halted it, each once."""
-        found = np.unique(self.replay.positions).tolist()
-        return [position for position in found if position != NEVER]
-
-    @property
-    def other_positions(self) -> list[int]:
-        """Its other decision points."""
-        return [at for at in self.looks if at not in set(self.positions)]
-
-    @property
-    def num_probe_tokens(self) -> int:
-        """Tokens that were generated to look at its answers while its thought ran."""
-        return self.report.num_probe_tokens if self.report else 0
 
 
 @dataclass(frozen=True)
@@ -754,28 +705,3 @@ def _name_of(certificate: Certificate | None) -> str | None:
         return None
     told = f"{certificate.max_em_drop} at {certificate.price} by {certificate.traces}"
     return told[:_LONGEST_NAME]
-
-
-def key_file_of(state: str | Path) -> Path:
-    """Returns the file of the installation's key that lies beside the file of a state."""
-    return Path(f"{state}.key")
-
-
-def installation_key(path: Path) -> bytes:
-    """Returns the key in a file, which is made if it is not there.
-
-    Raises:
-        InputError: If it cannot be read or made, or is none.
-    """
-    try:
-        if not path.exists():
-            with NamedTemporaryFile(dir=path.parent) as file:  # which only its owner can read
-                file.write(os.urandom(32))
-                file.flush()
-                with suppress(FileExistsError):  # another process was faster
-                    os.link(file.name, path)
-        key = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
-    check_key(key)
-    return key

@@ -9,7 +9,8 @@ import anyio
 from haltwise import ThoughtRequest
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
-from haltwise.control.governed import AuditedRequest, GovernedControl
+from haltwise.control.audited import AuditedRequest
+from haltwise.control.governed import GovernedControl
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader

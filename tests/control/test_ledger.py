@@ -78,6 +78,7 @@ def test_books_that_are_not_there_any_more_are_told(store: Store) -> None:
 def replayed(name: str) -> tuple[Groups, int]:
     ledger = Ledger(store_of(name))
     state, number = ledger.load(BEGUN.to_json())
+    assert state is not None
     found = ledger.exchange({}, number)
     ledger.close()
     events = [event_from_json(entry) for _, entry in found]

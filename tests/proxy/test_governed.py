@@ -15,7 +15,7 @@ import pytest
 from haltwise import InputError
 from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
-from haltwise.control.governed import installation_key, key_file_of
+from haltwise.control.installation import installation_key, key_file_of
 from haltwise.control.record import digest
 from haltwise.proxy import ServeConfig, auditor, create_app
 from haltwise.proxy.auditor import Auditor

@@ -1,0 +1,36 @@
+"""The key of an installation, by which audits are drawn and digests are made."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from haltwise.control.draws import check_key
+from haltwise.errors import InputError, reason_of
+
+
+def key_file_of(state: str | Path) -> Path:
+    """Returns the file of the installation's key that lies beside the file of a state."""
+    return Path(f"{state}.key")
+
+
+def installation_key(path: Path) -> bytes:
+    """Returns the key in a file, which is made if it is not there.
+
+    Raises:
+        InputError: If it cannot be read or made, or is none.
+    """
+    try:
+        if not path.exists():
+            with NamedTemporaryFile(dir=path.parent) as file:  # which only its owner can read
+                file.write(os.urandom(32))
+                file.flush()
+                with suppress(FileExistsError):  # another process was faster
+                    os.link(file.name, path)
+        key = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
+    check_key(key)
+    return key
