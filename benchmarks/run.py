@@ -23,7 +23,18 @@ import numpy as np
 import torch
 
 from agents.ppo import PPOConfig
-from benchmarks import control, environment, memory, overhead, ppo, proxy, recorder, wall_clock
+from benchmarks import (
+    bound,
+    control,
+    environment,
+    memory,
+    overhead,
+    ppo,
+    proxy,
+    recorder,
+    wall_clock,
+)
+from benchmarks.bound import BoundConfig
 from benchmarks.control import ControlConfig
 from benchmarks.environment import EnvironmentConfig
 from benchmarks.memory import MemoryConfig, TrainingMemoryConfig
@@ -48,6 +59,7 @@ BenchPart = Literal[
     "wall_clock",
     "proxy",
     "control",
+    "bound",
 ]
 
 _NUM_TRACES = 2_700
@@ -61,7 +73,7 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo and control. Default: synthetic traces."""
+    """A file or folder of traces for environment, ppo, control and bound. Default: synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -84,6 +96,8 @@ class BenchConfig:
     """What the proxy adds to the server that it stands before."""
     control: ControlConfig = field(default_factory=ControlConfig)
     """How well the governor keeps its promise, by simulation on the traces."""
+    bound: BoundConfig = field(default_factory=BoundConfig)
+    """What could be saved at most by the signals of the traces."""
 
 
 def main(config: BenchConfig) -> None:
@@ -105,6 +119,7 @@ def main(config: BenchConfig) -> None:
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
         "control": partial(control.measure, traces, config.control),
+        "bound": partial(bound.measure, traces, config.bound),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))
@@ -124,7 +139,7 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name in ("lms", "run") or isinstance(value, PPOConfig):
+            if name in ("lms", "run", "groups") or isinstance(value, PPOConfig):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")
