@@ -7,6 +7,7 @@ left is trained on for a few steps, on new questions of the train split, as the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ def prune(model: LlamaForCausalLM, share: float) -> None:
 
     Args:
         model: The LM.
-        share: The share of the units to cut, in [0, 1); it is rounded to whole units.
+        share: The share of the units to cut, in [0, 1); to whole units; one is left at least.
     """
     for layer in model.model.layers:
         kept = kept_units(layer.mlp, share)
@@ -71,7 +72,7 @@ def kept_units(mlp: LlamaMLP, share: float) -> torch.Tensor:
     """
     sizes = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)
     sizes = sizes * mlp.down_proj.weight.norm(dim=0)
-    num_kept = len(sizes) - round(share * len(sizes))
+    num_kept = max(len(sizes) - round(share * len(sizes)), 1)
     return sizes.topk(num_kept).indices.sort().values
 
 
@@ -81,19 +82,31 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
     return linear
 
 
-def main(config: PruneConfig) -> None:
-    """Prunes, trains and writes the LM.
+def _check(config: PruneConfig) -> None:
+    """Refuses what cannot be done.
 
     Raises:
         InputError: If the folder exists, or a setting is out of its range.
     """
     if config.out.exists():
         raise InputError(f"{config.out} exists: expected a new folder")
-    between = "from 0 to 1, 1 not included"
     check_ranges(
         config,
-        {"share": (0 <= config.share < 1, between), "steps": (config.steps >= 0, "0 or more")},
+        {
+            "share": (0 <= config.share < 1, "from 0 to 1, 1 not included"),
+            "steps": (config.steps >= 0, "0 or more"),
+            "lr": (0 < config.lr < inf, "above 0, and finite"),
+        },
     )
+
+
+def main(config: PruneConfig) -> None:
+    """Prunes, trains and writes the LM.
+
+    Raises:
+        InputError: If the folder exists, or a setting is out of its range.
+    """
+    _check(config)
     torch.set_num_threads(1)  # at this size threads wait for each other more than they work
     model = LlamaForCausalLM.from_pretrained(EMBEDDED)
     prune(model, config.share)
