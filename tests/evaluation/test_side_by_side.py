@@ -113,6 +113,16 @@ def test_each_recording_may_have_a_head_of_its_own(
     assert told.endswith(f"{first}: none, since {knowing} learned from these questions.\n")
 
 
+def test_a_recording_without_a_decision_point_is_told_too(
+    run_folder: Path, recordings: tuple[Path, Path], tmp_path: Path
+) -> None:
+    columns = ("position", "probe_tokens", "answer", "correct", "confidence", "answer_logprobs")
+    empty: dict[str, Any] = {name: [] for name in columns}
+    bare = recorded(tmp_path / "bare", [empty, {"question_id": "q1"} | empty])
+    _, row = compared(EvaluateConfig(head=run_folder, traces=recordings[0], beside=(bare,)))
+    assert (row.em, row.halted_em, row.saving) == (1.0, 1.0, 0.0)
+
+
 def test_one_question_has_no_intervals(run_folder: Path, tmp_path: Path) -> None:
     first, second = (recorded(tmp_path / name, [{}]) for name in ("first", "second"))
     rows = compared(EvaluateConfig(head=run_folder, traces=first, beside=(second,)))
