@@ -73,7 +73,8 @@ def kept_units(mlp: LlamaMLP, share: float) -> torch.Tensor:
     sizes = mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)
     sizes = sizes * mlp.down_proj.weight.norm(dim=0)
     num_kept = max(len(sizes) - round(share * len(sizes)), 1)
-    return sizes.topk(num_kept).indices.sort().values
+    kept: torch.Tensor = sizes.topk(num_kept).indices.sort().values
+    return kept
 
 
 def _linear(weight: torch.Tensor) -> nn.Linear:

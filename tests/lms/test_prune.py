@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from lms.train_embedded import EmbeddedTrainingConfig, build_model
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     """Two layers of 16 units."""
-    return build_model(EmbeddedTrainingConfig(width=4, layers=2)).eval()
+    found: LlamaForCausalLM = build_model(EmbeddedTrainingConfig(width=4, layers=2)).eval()
+    return found
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def test_what_is_left_is_trained_on(tmp_path: Path) -> None:
     ],
 )
 def test_settings_out_of_range_are_refused(
-    changes: dict[str, float], message: str, tmp_path: Path
+    changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
         main(PruneConfig(tmp_path / "out", **changes))
