@@ -2,6 +2,7 @@
 
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID --price 0.2
+python evaluate.py --head RUN --traces FOLDER --beside FOLDER FOLDER --json out.json
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from command import run
 from evaluation.decision_path import decision_path
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.results import Report
+from evaluation.rows import RecordingRow
+from evaluation.side_by_side import Entrant, compare_recordings
 from haltwise import InputError
 from haltwise.errors import check_ranges
 from haltwise.policy.head import NEVER_HALTS
@@ -48,17 +51,22 @@ class EvaluateConfig:
     """Print the decision path of this trace in plain words instead of comparing."""
     price: float | None = None
     """The price at which --explain lets the head decide. Default: the head's own."""
+    beside: tuple[Path, ...] = ()
+    """Set recordings of the same questions beside --traces instead: of other LMs, quantisations or
+    engines. Each is judged alone, and halted by the head at its own price."""
+    beside_heads: tuple[Path, ...] = ()
+    """Runs whose heads halt the recordings of --beside, one for each, instead of --head."""
     live: bool = False
     """Also run the head beside the LM, on the questions of these traces."""
     verbose: bool = False
     """Print the tables of every policy and the worst errors too, which the page has as well."""
 
 
-def main(config: EvaluateConfig) -> Report | None:
+def main(config: EvaluateConfig) -> Report | list[RecordingRow] | None:
     """Evaluates, prints the table, and writes the files asked for.
 
     Returns:
-        What was found; None with --explain.
+        What was found; with --beside, a row for each recording; None with --explain.
 
     Raises:
         InputError: If the run or the traces cannot be used, or do not fit each other, or a file
@@ -70,6 +78,9 @@ def main(config: EvaluateConfig) -> Report | None:
     if config.explain is not None:
         print(_explained(trained.open_traces(path), config.explain, config.price, trained))
         return None
+    if config.beside:
+        entrants = [Entrant(path, trained), *_entrants(config, trained)]
+        return compare_recordings(entrants, config.split, config.max_traces, config.json)
     outputs = Outputs(config.json, config.report, config.plot)
     return evaluate_run(
         trained,
@@ -82,6 +93,35 @@ def main(config: EvaluateConfig) -> Report | None:
     )
 
 
+def _entrants(config: EvaluateConfig, trained: Trained) -> list[Entrant]:
+    """Reads the runs whose heads are to halt the recordings of --beside.
+
+    Raises:
+        InputError: If one cannot be used.
+    """
+    if not config.beside_heads:
+        return [Entrant(path, trained) for path in config.beside]
+    pairs = zip(config.beside, config.beside_heads, strict=True)
+    return [Entrant(path, Trained.load(Run(run))) for path, run in pairs]
+
+
+def _check_beside(config: EvaluateConfig) -> None:
+    """Refuses what does not fit a comparison of recordings.
+
+    Raises:
+        InputError: If heads and recordings are not as many, or something else is asked for too.
+    """
+    num_heads, num = len(config.beside_heads), len(config.beside)
+    if num_heads not in (0, num):
+        raise InputError(f"--beside-heads names {num_heads} runs, expected {num}, as in --beside")
+    others = (config.report, config.plot, config.explain)
+    if num and (config.live or config.verbose or any(other is not None for other in others)):
+        raise InputError(
+            "--beside compares recordings: expected no --report, --plot, --explain, --live, "
+            "--verbose with it"
+        )
+
+
 def _check(config: EvaluateConfig) -> None:
     """Refuses, before the work, what would fail after it.
 
@@ -90,6 +130,7 @@ def _check(config: EvaluateConfig) -> None:
     """
     price = config.price
     check_ranges(config, {"price": (price is None or 0 < price < inf, "above 0, and finite")})
+    _check_beside(config)
     outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
     if config.explain is not None and (outputs or config.live):
         raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")

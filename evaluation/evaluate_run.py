@@ -142,14 +142,14 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
     simple: Policies = {policy.name: [policy] for policy in baselines.BASELINES}
     policies = {"head": judges, **simple, **_supervised(trained)}
     compared = compare(traces, split, policies, gates, config.halting.probing)
-    judged, evidence = _judged(traces, trained)
+    in_words, evidence = judged(traces, trained)
     num_questions = len(np.unique(traces.question_id))
     return Report(
         head=str(trained.run.folder),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         traces=JudgedTraces(str(path), traces.digest, len(traces), num_questions, traces.target),
         split=split,
-        judged=judged,
+        judged=in_words,
         num_trainings=len(judges),
         evidence=evidence,
         rows=compared.rows,
@@ -193,7 +193,7 @@ def _supervised(trained: Trained) -> dict[str, list[Supervised]]:
     return {name: [Supervised(name, own, kept_back, config)] for name in names}
 
 
-def _judged(traces: Traces, trained: Trained) -> tuple[str, bool]:
+def judged(traces: Traces, trained: Trained) -> tuple[str, bool]:
     """Says how the rows of what is trained came about, and whether they are evidence."""
     known = set(traces.question_id[trained.learned.among(traces.question_id)].tolist())
     num = len(np.unique(traces.question_id))

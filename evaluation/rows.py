@@ -144,7 +144,45 @@ class GroupRow:
     head_saving_lead_interval: Interval | None
 
 
-_WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow)
+@dataclass(frozen=True)
+class RecordingRow:
+    """What a recording comes to, alone and halted by a head at the head's own price.
+
+    A lead is over the first of the recordings that are set side by side, paired by question.
+    """
+
+    traces: str
+    """The file or folder of the recording."""
+    lm: str
+    """The name of its LM, or the names."""
+    head: str
+    """The run folder of the head."""
+    price: float
+    """The head's own price; 0 never halts."""
+    evidence: bool
+    """Whether no head decides on a question that it learned from."""
+    num_questions: int
+    num_traces: int
+    em: float
+    """The EM of never halting."""
+    em_lead: float
+    em_lead_interval: Interval | None
+    tokens: float
+    """The tokens of never halting."""
+    halted_em: float
+    halted_em_lead: float
+    halted_em_lead_interval: Interval | None
+    em_delta: float
+    """The EM halted less that of never halting, both on this recording."""
+    em_delta_interval: Interval | None
+    saving: float
+    """The share of this recording's own tokens that is not spent."""
+    saving_interval: Interval | None
+    saving_lead: float
+    saving_lead_interval: Interval | None
+
+
+_WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow, RecordingRow)
 
 
 def without_intervals(row: _WithIntervals) -> _WithIntervals:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evaluation.behaviour import Behaviour, Case
 from evaluation.figures import plain
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, HonestRow, MissingPoint, SegmentRow
+from evaluation.rows import FrozenRow, HonestRow, MissingPoint, RecordingRow, SegmentRow
 
 _TITLES = (
     "policy",
@@ -34,6 +34,18 @@ _SEGMENT_TITLES = (
     "own price",
     "EM change [95 %]",
     "saving %",
+)
+_RECORDING_TITLES = (
+    "recording",
+    "head",
+    "EM % alone",
+    "beside the first [95 %]",
+    "tokens",
+    "price",
+    "EM % halted",
+    "EM change [95 %]",
+    "saving % [95 %]",
+    "",
 )
 _CASE_TITLES = ("trace", "tokens", "of", "answer", "P(halt) %", "right again at", "driven by")
 _NUM_CASES, _LONGEST_ANSWER = 5, 20
@@ -163,6 +175,30 @@ def _segment_cells(row: SegmentRow) -> tuple[str, ...]:
         "-" if row.price is None else f"{row.price:.6g}",
         _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
         f"{100 * row.saving:.1f}",
+    )
+
+
+def format_recordings(rows: Sequence[RecordingRow]) -> str:
+    """Returns one table of recordings; EM, saving and their changes are in points of a hundred."""
+    lines = [_RECORDING_TITLES, *map(_recording_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = f"{rows[0].num_questions:,} questions, each head at its own price"
+    return "\n".join([title, *(_line(line, widths) for line in lines)])
+
+
+def _recording_cells(row: RecordingRow) -> tuple[str, ...]:
+    """Returns the cells of a row."""
+    return (
+        row.traces,
+        row.head,
+        f"{100 * row.em:.2f}",
+        _with_interval(row.em_lead, row.em_lead_interval, "+.2f"),
+        f"{row.tokens:.0f}",
+        f"{row.price:.4g}" if row.price else "never",
+        f"{100 * row.halted_em:.2f}",
+        _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
+        _with_interval(row.saving, row.saving_interval, ".1f"),
+        "" if row.evidence else "no evidence: learned from these questions",
     )
 
 

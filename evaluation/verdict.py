@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint
+from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint, RecordingRow
 from evaluation.wording import (
     between,
     counted,
@@ -114,6 +114,45 @@ def conclusion(
         f"lose {gate_title(head.gate)}, the head {_came_to(head)}, on "
         f"{counted(num_questions, 'question')}{_against(rival)}."
     )
+
+
+def side_by_side(rows: Sequence[RecordingRow]) -> str:
+    """Returns the sentences with which a comparison of recordings ends, one for each but the first.
+
+    Args:
+        rows: At least two recordings, the one that the others are compared with first.
+    """
+    first, *others = rows
+    return "\n".join(
+        [
+            f"Verdict, beside {first.traces} halted by {first.head}, on "
+            f"{counted(first.num_questions, 'question')}:",
+            *map(_beside_the_first, others),
+        ]
+    )
+
+
+def _beside_the_first(row: RecordingRow) -> str:
+    """Says how a recording stands beside the first one."""
+    if not row.evidence:
+        return f"{row.traces}: none, since {row.head} learned from these questions."
+    alone = _lead_in_words(row.em_lead, row.em_lead_interval, points)
+    halted = _lead_in_words(row.halted_em_lead, row.halted_em_lead_interval, points)
+    saved = _lead_in_words(row.saving_lead, row.saving_lead_interval, lead)
+    return (
+        f"{row.traces}: alone its EM {alone}. Halted by {row.head} its EM {halted}, and its saving "
+        f"{saved}."
+    )
+
+
+def _lead_in_words(found: float, interval: Interval | None, form: Callable[[float], str]) -> str:
+    """Says how a difference stands: whether its interval lies above 0, below, or around it."""
+    told = f"({' '.join([form(found), between(interval, form)]).strip()} points)"
+    if not is_known(interval):
+        return f"is the same {told}" if abs(found) <= _ROUNDING else f"differs {told}"
+    if interval[0] > 0:
+        return f"is ahead {told}"
+    return f"is behind {told}" if interval[1] < 0 else f"is a tie {told}"
 
 
 def _of_never(

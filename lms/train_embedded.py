@@ -276,6 +276,29 @@ def build_optimizers(
     ]
 
 
+def learn(
+    model: LlamaForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    rows: list[TrainingSequence],
+    config: EmbeddedTrainingConfig,
+    step: int,
+) -> dict[str, float]:
+    """Takes one step on a batch.
+
+    Returns:
+        The mean losses of thoughts and forced answers before the step, in nats.
+    """
+    loss, parts = loss_of(model, rows, config.probe_weight)
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+    return parts
+
+
 @dataclass
 class TrainingProgress:
     """What a training has spent so far, in all of its resumed parts together."""
@@ -334,15 +357,7 @@ def train(
     recent: deque[dict[str, float]] = deque(maxlen=100)
     since = last_save = time.monotonic()
     for rows in batches(config, progress.step):
-        loss, parts = loss_of(model, rows, config.probe_weight)
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, progress.step)
-            optimizer.step()
-        recent.append(parts)
+        recent.append(learn(model, optimizers, rows, config, progress.step))
         progress.step += 1
         progress.tokens += sum(len(row.ids) for row in rows)
         now = time.monotonic()

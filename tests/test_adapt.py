@@ -14,6 +14,7 @@ from adapt import AdaptConfig, tighten
 from evaluate import EvaluateConfig
 from evaluate import main as evaluate
 from evaluation.outcome import Outcome
+from evaluation.results import Report
 from evaluation.rows import to_json
 from haltwise import Certificate, HaltHead, InputError, Observing, feature_names
 from runs import Learned, Run
@@ -155,7 +156,7 @@ def test_points_that_labels_refute_become_stricter_and_the_others_stay(config: A
 def test_the_adapted_run_is_evaluated_like_any_other(config: AdaptConfig) -> None:
     adapt.main(replace(config, labelled=True))
     report = evaluate(EvaluateConfig(head=config.run_dir, split="all"))
-    assert report is not None and report.traces.path == str(config.traces)
+    assert isinstance(report, Report) and report.traces.path == str(config.traces)
     rows = [row for row in report.frozen if row.policy in ("head", "stability")]
     assert [row["em_delta"] for row in to_json(rows)] == [0.0] * 4
 

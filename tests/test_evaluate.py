@@ -16,6 +16,7 @@ from evaluate import EvaluateConfig
 from evaluation.outcome import halt_outcome
 from evaluation.plot import plot_frontiers
 from evaluation.report import render
+from evaluation.results import Report
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError
 from policies.baselines import BASELINES
@@ -69,7 +70,7 @@ def run_folder(run_head: HaltHead, tmp_path: Path) -> Path:
 def evaluated(config: EvaluateConfig) -> Row:
     """What the script finds, as it is written."""
     report = evaluate.main(config)
-    assert report is not None
+    assert isinstance(report, Report)
     return report.to_json()
 
 

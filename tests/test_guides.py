@@ -33,10 +33,12 @@ QUICK = {
     "train.py": "--folds 2 --seeds 1 --fit.pathwise.steps 20 --fit.ppo.total-timesteps 512 "
     "--fit.ppo.num-envs 16 --fit.ppo.n-steps 16 --fit.ppo.batch-size 64",
     "examples.small_lm": "--num 60",
+    "lms.prune": "--steps 1",
 }
 # What a page names and we have not, and what stands for it.
 HERE = {"Qwen/Qwen3-0.6B": "embedded", "gsm8k  ": "all", "DEVICE=cuda": "DEVICE=cpu"}
 SERVER = "http://127.0.0.1:8080"
+SECOND_SERVER = "http://127.0.0.1:8081"
 ASKED = {"What is 6 times 7?": "sum : 9 + 3 + 6 + 7 - 2 - 5"}
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Pages whose blocks other tests run: how they have to be run is their own.
@@ -105,6 +107,7 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
         "TRACES",
         "SIGNALS",
         "PRICE",
+        pytest.param("QUANTISATION", marks=pytest.mark.slow),
         pytest.param("CLUSTER", marks=pytest.mark.slow),
     ],
 )
@@ -114,7 +117,9 @@ def test_every_command_of_a_page_runs(
     if name == "CLUSTER":
         pytest.importorskip("ray")
     monkeypatch.chdir(folder)
-    here = HERE | {SERVER: request.getfixturevalue("server")} if SERVER in page(name) else HERE
+    here = HERE
+    if SERVER in page(name):
+        here = HERE | dict.fromkeys((SERVER, SECOND_SERVER), request.getfixturevalue("server"))
     found = found_commands(name, folder, here)
     if name == "PRICE" and not (folder / "checkpoints/mine").exists():
         found = [*found_commands("YOUR_LM", folder, HERE)[1:3], *found]

@@ -19,6 +19,7 @@ from agents.fit import FitConfig
 from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
 from command import alone
+from evaluation.results import Report
 from haltwise import HaltHead, InputError
 from runs import Run
 from tests.conftest import trace_row
@@ -240,7 +241,7 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     assert list(run_dir.glob("tensorboard/live*/events*"))
     assert (run_dir / "replay.safetensors").exists() != live
     report = evaluate.main(evaluate.EvaluateConfig(head=run_dir))
-    assert report is not None and report.traces.num == 10
+    assert isinstance(report, Report) and report.traces.num == 10
 
 
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:

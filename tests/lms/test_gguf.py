@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import gguf.quants
 import numpy as np
 import pytest
 import torch
 
+from haltwise import InputError
 from lms.embedded import CLOSE, EMBEDDED, EOS, VOCABULARY, prompt_of
-from lms.gguf import write_gguf
+from lms.gguf import GgufConfig, WeightType, _type_of, _weights, main, write_gguf
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import TASKS, questions
@@ -129,6 +133,60 @@ def test_an_earlier_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) ->
     write_gguf(path)
     assert path.read_bytes()[:4] == b"GGUF"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("weight_type", "steps"), [("f32", None), ("q8_0", 127), ("q4_0", 8)])
+def test_weights_are_rounded_to_their_types_steps(
+    weight_type: WeightType, steps: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "embedded.gguf"
+    main(GgufConfig(path, weight_type))
+    config = json.loads((EMBEDDED / "config.json").read_text())
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for name, weight in _weights(EMBEDDED, config):
+        found = gguf.quants.dequantize(read[name].data, read[name].tensor_type)
+        error = np.abs(found.reshape(weight.shape) - weight)
+        if steps is None or weight.ndim == 1:  # a vector stays as it is
+            assert not error.any()
+            continue
+        # A block of 32 has the scale of its largest weight, in half precision. Of 4 bits, -8 to 7,
+        # the largest is -8, and a weight as large on the other side is a whole step off.
+        largest = np.abs(weight).reshape(-1, 32).max(axis=1).repeat(32).reshape(weight.shape)
+        off = 1.0 if weight_type == "q4_0" else 0.5
+        assert (error <= largest / steps * off * 1.01 + largest * 2**-11).all()
+        assert error.any()
+    told = {
+        "f32": "38 tensors in f32",
+        "q8_0": "29 tensors in q8_0, 9 tensors in f32",
+        "q4_0": "29 tensors in q4_0, 9 tensors in f32",
+    }
+    assert f"embedded.gguf: {told[weight_type]}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((4, 64), "Q4_0"), ((4, 48), "F32"), ((64,), "F32")]
+)
+def test_what_is_no_whole_number_of_blocks_stays_in_f32(
+    shape: tuple[int, ...], expected: str
+) -> None:
+    assert _type_of(np.ones(shape, dtype=np.float32), "q4_0").name == expected
+
+
+@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+def test_a_server_answers_from_a_quantised_file(weight_type: WeightType, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "embedded.gguf", weight_type)
+    with llama_server(tmp_path / "embedded.gguf") as running:
+        text, _ = complete(running, PROMPT, temperature=0)
+    assert text.endswith(CLOSE + " 18")
+
+
+@pytest.mark.parametrize("config", [None, "no JSON", '{"model_type": "llama", "vocab_size": 9}'])
+def test_a_folder_without_the_embedded_lm_is_told(config: str | None, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match="expected a folder with the embedded LM, or one made"):
+        write_gguf(tmp_path / "x.gguf", lm=tmp_path)
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_a_missing_folder_is_told(tmp_path: Path) -> None:

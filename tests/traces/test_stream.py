@@ -24,6 +24,7 @@ from agents.ppo import PPOConfig, export
 from benchmarks import memory
 from envs.replay import ReplayEnv
 from evaluate import EvaluateConfig
+from evaluation.results import Report
 from haltwise import HaltHead, HeadConfig, InputError
 from haltwise.policy.halting import Halting
 from policies.observing import observing_of
@@ -273,7 +274,7 @@ def test_more_traces_than_may_be_in_memory_train_end_to_end(
     assert report["judged"].startswith("A sample of 15 of the 18 traces") and report["evidence"]
     assert "have changed" not in printed
     again = evaluate.main(EvaluateConfig(head=run_dir, split="all", max_traces=60))
-    assert again is not None and again.traces.num == 60 and not again.evidence
+    assert isinstance(again, Report) and again.traces.num == 60 and not again.evidence
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells it")
