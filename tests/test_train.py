@@ -166,11 +166,11 @@ def test_a_coarser_rule_learns_and_is_judged_as_on_a_recording_of_its_own(
     ruled = train.main(replace(config, traces=dense, rule="every 100 tokens"))
     for name in ("head.safetensors", "operating_points.json"):
         assert (own / name).read_bytes() == (ruled / name).read_bytes()
-    found = [
+    one, other = (
         evaluate.main(evaluate.EvaluateConfig(head=ruled, traces=path)) for path in (dense, coarse)
-    ]
-    assert found[0] is not None and found[1] is not None
-    assert found[0].rows == found[1].rows
+    )
+    assert isinstance(one, Report) and isinstance(other, Report)
+    assert one.rows == other.rows
 
 
 def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:

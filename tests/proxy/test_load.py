@@ -207,9 +207,9 @@ def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: 
     assert told["groups"]["everything"]["audits"] == len(answered)
     assert told["rows_dropped"] == told["refused"] == 0
     for case, each in zip(cases, found, strict=True):
-        name = each.reply.headers.get("x-haltwise-request")
-        check(replace(case, audited=name in audited), each.reply)
-        told_all = name in answered or name not in audited or each.reply.is_late
+        request = each.reply.headers.get("x-haltwise-request")
+        check(replace(case, audited=request in audited), each.reply)
+        told_all = request in answered or request not in audited or each.reply.is_late
         assert told_all or not case.is_watched, case
 
 
