@@ -178,9 +178,11 @@ def judged_trial(rows: Sequence[TraceRow], description: str, halting: Halting) -
             "its answer, or raise --max-answer-tokens"
         )
     num_read = sum(map(bool, answers))
+    first = next(answer for answer in answers if answer)
     return (
         f"{description}\n{len(rows)} questions, {num_read} of {len(answers)} forced "
-        f"answers could be read, {shown}"
+        f"answers could be read, the first as {first!r}\n"
+        f"the first whole text: {rows[0]['text']!r:.160}"
     )
 
 

@@ -33,8 +33,9 @@ def check_served(head: HaltHead) -> None:
     groups = head.config.observing.groups
     if unshown := unshown_groups(groups, "proxy"):
         raise InputError(
-            f"head has groups {', '.join(unshown)}, which a server does not show: "
-            f"python train.py --groups {' '.join(_shown(groups))}"
+            f"head has groups {', '.join(unshown)}, which a server does not show; train one "
+            "without them: python train.py --traces TRACES --run-dir NEW "
+            f"--groups {' '.join(_shown(groups))}"
         )
 
 

@@ -80,7 +80,7 @@ def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
     [
         (
             {"head": ROOT / "checkpoints" / "embedded-head"},
-            "groups ending, which a server does not show",
+            "groups ending, which a server does not show; .*train.py --traces TRACES --run-dir NEW",
         ),
         ({"upstream": "ftp://somewhere"}, "--upstream: server is 'ftp"),
         ({"upstream": "127.0.0.1:8080"}, "--upstream: .* expected"),

@@ -293,8 +293,11 @@ def test_numbers_that_hang_on_the_temperature_are_told(
 
     monkeypatch.setattr(OpenAIEngine, "_looked_at", warmed)
     with FakeUpstream("vllm") as fake, opened(fake.url, temperature=0.5) as engine:
+        (row,) = engine.record([(asked(Plan("p")), 0)])
         report = engine.self_test([(asked(Plan("p")), 0)], None)
     assert ("hang on the temperature" in report) == told
+    first = next(answer for answer in row["answer"] if answer)
+    assert f"could be read, the first as {first!r}\nthe first whole text: " in report
 
 
 @pytest.mark.parametrize(
