@@ -1,5 +1,6 @@
 """Errors that mean the input or the installation is at fault, not haltwise."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -63,6 +64,7 @@ def needing(name: str, install: str) -> Iterator[None]:
 
     Raises:
         ModuleNotFoundError: If one of them is not installed.
+        SystemExit: The same where it is the program that needs it, by `python -m`.
     """
     try:
         yield
@@ -70,8 +72,12 @@ def needing(name: str, install: str) -> Iterator[None]:
         missing = str(error.name).partition(".")[0]
         if missing == "haltwise":
             raise
-        raise ModuleNotFoundError(
+        told = (
             f"{name} needs {missing}, which is not installed: "
-            f"run pip install {install} in the clone of haltwise",
-            name=missing,
-        ) from None
+            f"run pip install {install} in the clone of haltwise"
+        )
+        program = getattr(sys.modules.get("__main__"), "__spec__", None)
+        if program is not None and program.name == name:
+            print("error:", told, file=sys.stderr)
+            sys.exit(2)
+        raise ModuleNotFoundError(told, name=missing) from None

@@ -46,6 +46,12 @@ def test_an_adapter_names_what_it_needs(missing: str, module: str, install: str)
     assert told.startswith(f"ModuleNotFoundError: {needs}: run pip install {install} in the clone")
 
 
+def test_a_program_says_in_one_line_what_it_needs() -> None:
+    done = run_without("gguf", "import runpy; runpy.run_module('lms.gguf', None, '__main__', True)")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: lms.gguf needs gguf, which is not installed: run pip ")
+
+
 @pytest.mark.parametrize("missing", ["tyro", "starlette"])
 def test_the_command_names_what_serving_needs(missing: str) -> None:
     done = run_without(missing, command("serve"))
