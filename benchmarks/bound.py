@@ -2,9 +2,8 @@
 
 Boosted trees learn, at each price, what halting at a point returns more than going on by the policy
 of the round before (fitted policy iteration). Out of fold they say what such models reach on new
-questions. In sample they are judged on what they have learned from: the best of a family in sample
-is in the mean at least as good as the family's best is on new questions, so that this is a bound
-for the family, if a loose one.
+questions. In sample they are judged on what they have learned from, which flatters them: a hint at
+what is out of reach, and no proof, as trees are not the best of their family.
 """
 
 from __future__ import annotations

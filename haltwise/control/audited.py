@@ -51,7 +51,8 @@ class AuditedRequest:
     @property
     def other_positions(self) -> list[int]:
         """Its other decision points."""
-        return [at for at in self.looks if at not in set(self.positions)]
+        known = set(self.positions)
+        return [at for at in self.looks if at not in known]
 
     @property
     def num_probe_tokens(self) -> int:
