@@ -123,7 +123,7 @@ def test_an_answer_without_a_thought_may_speak_of_thoughts() -> None:
 def test_a_head_that_needs_more_than_a_server_shows_is_refused() -> None:
     check_served(HEAD)
     check_served(random_head(0))
-    with pytest.raises(InputError, match=r"groups ending, .* not show: .* --groups confidence$"):
+    with pytest.raises(InputError, match=r"groups ending, .* not show; .* --groups confidence$"):
         check_served(random_head(0, ("confidence", "ending")))
     with pytest.raises(InputError, match=r"--groups pace limit .* reflection$"):
         check_served(random_head(0, ("ending",), probing="at_halt"))
