@@ -38,6 +38,7 @@ from haltwise.control.groups import (
     Expired,
     Groups,
     Opened,
+    Rated,
     Told,
 )
 from haltwise.control.installation import installation_key, key_file_of
@@ -79,6 +80,20 @@ class KeptTraces:
     """Share of the audits that are dense, which alone are kept."""
     content: bool = False
     """Whether questions, answers and texts are kept as they are, and not as digests."""
+
+
+@dataclass(frozen=True)
+class Rater:
+    """Who rates a request."""
+
+    group: str
+    """Its tenant's group; empty if it has none."""
+    user: str = ""
+    """The name of its user's dial; empty if it has none."""
+
+    def says(self, score: float) -> Rated | Complained:
+        """Returns what a score says: a user moves its own dial alone."""
+        return Rated(self.user, score) if self.user else Complained(self.group, 1.0 - score)
 
 
 @dataclass
@@ -141,8 +156,8 @@ class GovernedControl:
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
-        # By newest request its tenant's group, empty if it has none or was rated.
-        self._recent: OrderedDict[str, str] = OrderedDict()
+        # By newest request who rates it; None if nobody does, or somebody has.
+        self._recent: OrderedDict[str, Rater | None] = OrderedDict()
         self.num_refused = 0
         self.num_audit_tokens = 0
         """Tokens that were generated for audits alone, since the process has begun."""
@@ -185,13 +200,14 @@ class GovernedControl:
         rates = groups.rates(names)
         if self.mode == "observe":
             rates = dict.fromkeys(rates, self.audit) if self.audit else {}
-        step = groups.step(names)
+        rater = self._rater_of(request)
+        step = groups.step(names, rater.user)
         served = asked.price if self.mode == "observe" else self.price_of(step)
         if named and served > asked.price:
             served = asked.price
             step = int(np.searchsorted(self.prices, served, side="right"))
         drawn = draw_audit(self.key, number, rates)
-        self._remember(number, next((n for n in names if n.startswith(_TENANT)), ""))
+        self._remember(number, rater)
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
@@ -479,17 +495,19 @@ class GovernedControl:
                 self._labelled.add(request)
                 self._put(Entry(Expired(request)))
 
-    def complain(self, request: Any = None, score: Any = None, **others: Any) -> None:
-        """Takes in how content somebody was with an answer; it can only make its tenant stricter.
+    def rate(self, request: Any = None, score: Any = None, **others: Any) -> None:
+        """Takes in how content somebody was with an answer.
+
+        It moves the dial of the request's user; without one, it can only make its tenant stricter.
 
         Args:
             request: The request's id.
-            score: From 0, at which the tenant may go a step less far, to 1, which changes nothing.
+            score: From 0, at which the next ones are halted later, to 1.
             others: There are none.
 
         Raises:
-            InputError: If the request is unknown, has no tenant or was rated already, or the score
-                is none.
+            InputError: If the request is unknown, has neither user nor tenant or was rated already,
+                or the score is none.
         """
         try:
             if others or not isinstance(request, str):
@@ -497,12 +515,12 @@ class GovernedControl:
             is_number = isinstance(score, int | float) and not isinstance(score, bool)
             if not is_number or not 0 <= score <= 1:
                 raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
-            group = self._tenant_of(request)
+            rater = self._who_rates(request)
         except InputError:
             self.num_refused += 1
             raise
-        self._remember(request, "")
-        self._put(Entry(Complained(group, 1.0 - score)))
+        self._remember(request, None)
+        self._put(Entry(rater.says(float(score))))
         try:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
         except Exception as error:
@@ -524,39 +542,51 @@ class GovernedControl:
             raise InputError('expected {"group": "NAME"} of a group that halts something')
         self._put(Entry(Opened(group)))
 
-    def _tenant_of(self, request: str) -> str:
-        """Returns the group of the tenant that made a request which nobody has rated.
+    def _rater_of(self, request: ThoughtRequest) -> Rater:
+        """Returns whose feedback on a request counts, and for what."""
+        tenant, user = (str(request.about.get(name) or "") for name in ("tenant", "user"))
+        group = next((n for n in groups_of(request) if n.startswith(_TENANT)), "")
+        if not user:
+            return Rater(group)
+        return Rater(group, self._dial(digest(self.key, tenant), digest(self.key, user)))
+
+    def _dial(self, tenant: str | None, user: str) -> str:
+        """Returns the name of a user's dial; digests, as tenants may call users the same."""
+        return f"{tenant or digest(self.key, '')} {user}"
+
+    def _who_rates(self, request: str) -> Rater:
+        """Returns who rates a request that nobody has rated.
 
         Raises:
-            InputError: If there is none.
+            InputError: If nobody can.
         """
-        group = self._recent.get(request)
-        if group is None:
-            group = self._recorded_tenant_of(request)
-        if not group:
+        rater = self._recent[request] if request in self._recent else self._recorded_rater(request)
+        if rater is None or not (rater.user or rater.group):
             raise InputError(
-                f"request {request!r:.80} is unknown, without a tenant or rated already, expected "
-                "an X-Haltwise-Request"
+                f"request {request!r:.80} is unknown, without user and tenant or rated already, "
+                "expected an X-Haltwise-Request"
             )
-        if group not in self.groups.groups:
-            raise InputError("nothing is known of the tenant yet, expected an audit of it")
-        return group
+        if not rater.user and not self.groups.takes(rater.group):
+            raise InputError("there are too many groups, the tenant has none of its own")
+        return rater
 
-    def _recorded_tenant_of(self, request: str) -> str:
-        """Returns the same of a request that was long ago, or another process's; may be empty."""
-        tenant, task, is_rated = self.record.whose(request) or (None, None, False)
-        if tenant is None or is_rated:
-            return ""
-        for name in self.groups.groups:
+    def _recorded_rater(self, request: str) -> Rater | None:
+        """Returns the same of a request that was long ago, or another process's."""
+        whose = self.record.whose(request)
+        if whose is None or whose.is_rated:
+            return None
+        if whose.user is not None:
+            return Rater("", self._dial(whose.tenant, whose.user))
+        for name in self.groups.groups if whose.tenant is not None else ():
             of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
             told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
-            if name.startswith(_TENANT) and told == [tenant, task]:
-                return name
-        return _TENANT
+            if name.startswith(_TENANT) and told == [whose.tenant, whose.task]:
+                return Rater(name)
+        return None
 
-    def _remember(self, request: str, group: str) -> None:
-        """Remembers whose a request is; an empty group is nobody's any more."""
-        self._recent[request] = group
+    def _remember(self, request: str, rater: Rater | None) -> None:
+        """Remembers who rates a request; nobody does so twice."""
+        self._recent[request] = rater
         if len(self._recent) > _MOST_RECENT:
             self._recent.popitem(last=False)
 

@@ -36,6 +36,10 @@ from haltwise.errors import InputError
 EVERYTHING = "everything"
 # Of what may be wrong with any certificate, what everything has; the other groups share the rest.
 _EVERYTHING_SHARE = 0.5
+# How far the worst score turns a user's dial, and the best one turns it back.
+_TURN = 0.25
+# Dials that are remembered; the one that was moved longest ago is forgotten first.
+_MOST_DIALS = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,25 @@ class Complained:
 
 
 @dataclass(frozen=True)
+class Rated:
+    """A user said how content it was, which moves the user's own dial and nothing else."""
+
+    user: str
+    score: float
+    """From 0, which makes its requests stricter, to 1, which undoes that."""
+
+
+@dataclass(frozen=True)
 class Opened:
     """Somebody opened the breaker of a group by hand."""
 
     group: str
 
 
-Event = Drawn | Told | Expired | BrokenOff | Gone | Complained | Opened
+Event = Drawn | Told | Expired | BrokenOff | Gone | Complained | Rated | Opened
 _EVENTS: dict[str, type[Event]] = {
-    kind.__name__: kind for kind in (Drawn, Told, Expired, BrokenOff, Gone, Complained, Opened)
+    kind.__name__: kind
+    for kind in (Drawn, Told, Expired, BrokenOff, Gone, Complained, Rated, Opened)
 }
 
 
@@ -161,6 +175,8 @@ class Groups:
     groups: Mapping[str, GroupState]
     under_way: Mapping[str, UnderWay] = field(default_factory=dict)
     """By request, the audits that may tell more."""
+    dials: Mapping[str, float] = field(default_factory=dict)
+    """By user, the share of its groups' step that it is served, where that is less than all."""
     num_pooled: int = 0
     """Audits of groups that were too many."""
     num_refused: int = 0
@@ -210,14 +226,24 @@ class Groups:
         """Returns the state of a group, which may be one that no audit has told about yet."""
         return self.groups.get(name) or self._new_group()
 
-    def step(self, names: Iterable[str]) -> int:
-        """Returns the step of a request of some groups and of everything: their strictest."""
-        return min(int(self.group(name).step) for name in self._known([*names, EVERYTHING]))
+    def step(self, names: Iterable[str], user: str = "") -> int:
+        """Returns the step of a request of some groups and of everything: their strictest.
+
+        Args:
+            names: The groups.
+            user: Whose dial it hangs on too.
+        """
+        step = min(int(self.group(name).step) for name in self._known([*names, EVERYTHING]))
+        return int(self.dials.get(user, 1.0) * step)
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Returns, by group of a request, with which probability the group is to audit it."""
         known = self._known([*names, EVERYTHING])
         return {name: float(audit_rate(self.group(name), self.promise)) for name in known}
+
+    def takes(self, name: str) -> bool:
+        """Returns whether a group is there, or there is room for it."""
+        return bool(self._known([name]))
 
     def audits_due(self) -> int:
         """Returns how many audits at least are due before anything is halted; 0 if none is."""
@@ -232,6 +258,7 @@ class Groups:
             BrokenOff: self._broken_off,
             Gone: self._gone,
             Complained: self._complained,
+            Rated: self._rated,
             Opened: self._opened,
         }
         done = handlers[type(event)](event)
@@ -255,7 +282,7 @@ class Groups:
             return None
         state, worst = self, np.full(self.num_prices, WORST)
         for name in event.groups:
-            if state._known([name]):
+            if state.takes(name):
                 group = counted(state.group(name), worst, self.promise)
                 state = replace(state, groups={**state.groups, name: group})
         counting = {name: p for name, p in event.groups.items() if name in state.groups}
@@ -310,11 +337,22 @@ class Groups:
         return state
 
     def _complained(self, event: Complained) -> Groups | None:
-        known = event.group in self.groups and event.group != EVERYTHING
+        known = event.group != EVERYTHING and self.takes(event.group)
         if not known or not 0 <= event.weight <= 1:
             return None
-        group = complained(self.groups[event.group], event.weight, self.promise)
+        group = complained(self.group(event.group), event.weight, self.promise)
         return replace(self, groups={**self.groups, event.group: group})
+
+    def _rated(self, event: Rated) -> Groups | None:
+        if not event.user or not 0 <= event.score <= 1:
+            return None
+        others = {user: dial for user, dial in self.dials.items() if user != event.user}
+        dial = self.dials.get(event.user, 1.0) + _TURN * (2 * event.score - 1)
+        if dial < 1:
+            others[event.user] = max(dial, 0.0)
+        if len(others) > _MOST_DIALS:
+            del others[next(iter(others))]
+        return replace(self, dials=others)
 
     def _opened(self, event: Opened) -> Groups | None:
         if event.group not in self.groups:

@@ -146,6 +146,17 @@ def digest(key: bytes, text: str) -> str:
     return blake2b(told, key=key, digest_size=16, person=b"digest").hexdigest()
 
 
+@dataclass(frozen=True)
+class Whose:
+    """Who made a request, as digests; None is unknown."""
+
+    tenant: str | None
+    task: str | None
+    user: str | None
+    is_rated: bool
+    """Whether somebody has rated it."""
+
+
 class Record:
     """Rows on their way into a store. To be closed."""
 
@@ -182,22 +193,20 @@ class Record:
             return False
         return True
 
-    def whose(self, request: str) -> tuple[str | None, str | None, bool] | None:
-        """Returns the digests of a request's tenant and task, and whether a user has rated it.
+    def whose(self, request: str) -> Whose | None:
+        """Returns who made a request, or None if there is no row of it.
 
         Args:
             request: Its id.
-
-        Returns:
-            None if there is no row of it.
 
         Raises:
             InputError: If the store cannot be used.
         """
         with closing(self._store.connect(TABLES)) as opened:
-            found = opened.execute("SELECT tenant, task FROM request WHERE id = ?", request)
+            asked = 'SELECT tenant, task, "user" FROM request WHERE id = ?'
+            found = opened.execute(asked, request)
             rated = "SELECT 1 FROM label WHERE request = ? AND source = 'user'"
-            return (*found[0], bool(opened.execute(rated, request))) if found else None
+            return Whose(*found[0], bool(opened.execute(rated, request))) if found else None
 
     def close(self) -> None:
         """Writes what waits, and ends the writer; rows put from now on are never written."""

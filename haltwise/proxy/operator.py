@@ -55,7 +55,7 @@ class OperatorPages:
 
     async def take_feedback(self, request: Request) -> Response:
         """Takes in how content somebody was with an answer."""
-        return await self._take(request, lambda control, told: control.complain(**told))
+        return await self._take(request, lambda control, told: control.rate(**told))
 
     async def open_breaker(self, request: Request) -> Response:
         """Opens the breaker of a group."""

@@ -305,8 +305,8 @@ def test_complaints_make_their_own_tenant_stricter_alone(tmp_path: Path) -> None
             told(steering, request, 4, 8, 12)
         wait(steering)
         before = {n: float(steering.groups.group(n).reach) for n in steering.groups.groups}
-        steering.complain("a", 0.25)
-        steering.complain("b", 1)
+        steering.rate("a", 0.25)
+        steering.rate("b", 1)
         wait(steering)
         while steering.groups.group("tenant:a").reach == before["tenant:a"]:
             pass
@@ -330,9 +330,8 @@ def test_complaints_make_their_own_tenant_stricter_alone(tmp_path: Path) -> None
         ({"request": "a", "score": True}, "score is True"),
         ({"request": "a", "score": 1.1}, "score is 1.1"),
         ({"request": "nobody", "score": 1}, "request 'nobody' is unknown"),
-        ({"request": "no tenant", "score": 1}, "is unknown, without a tenant"),
+        ({"request": "no tenant", "score": 1}, "is unknown, without user and tenant"),
         ({"request": "twice", "score": 1}, "or rated already"),
-        ({"request": "b", "score": 1}, "nothing is known of the tenant yet"),
     ],
 )
 def test_feedback_that_makes_no_sense_is_refused_and_counted(
@@ -343,12 +342,46 @@ def test_feedback_that_makes_no_sense_is_refused_and_counted(
             steering.terms(asked(id=name, tenant=tenant))
         while "tenant:t" not in steering.groups.groups:
             pass
-        steering.audit = 1e-9
-        steering.terms(asked(id="b", tenant="other"))
-        steering.complain("twice", 0)
+        steering.rate("twice", 0)
         with pytest.raises(InputError, match=expected):
-            steering.complain(**said)
+            steering.rate(**said)
         assert steering.status()["refused"] == 1
+
+
+def test_a_user_moves_its_own_dial_alone(tmp_path: Path) -> None:
+    with control(tmp_path, "apply", audit=1e-9, head=certified_head()) as steering:
+
+        def price(number: str, tenant: str, user: str) -> float:
+            request = asked(price=9.0, id=number, tenant=tenant, user=user)
+            return float(run(steering, request).price)
+
+        assert price("a", "t", "u") == price("b", "t", "u") == 0.5
+        full = int(np.searchsorted(steering.prices, 0.5, side="right"))
+        turned = [0.5, *(steering.price_of(int(share * full)) for share in (0.75, 0.5))]
+
+        def turns(number: str, score: float, to: int) -> None:
+            steering.rate(number, score)
+            until(lambda: price("", "t", "u") == turned[to])
+
+        turns("a", 0.0, 1)
+        until(lambda: len(rows(tmp_path, "request", "id")) > 3)
+        steering._recent.clear()
+        turns("b", 0.0, 2)
+        assert {price("", *other) for other in (("s", "u"), ("t", "v"), ("t", ""), ("", "u"))} == {
+            0.5
+        }
+        price("c", "t", "u")
+        turns("c", 1.0, 1)
+        assert set(steering.groups.groups) == {EVERYTHING}
+
+
+def test_feedback_before_any_audit_of_a_tenant_makes_it_known(tmp_path: Path) -> None:
+    with control(tmp_path, audit=1e-9) as steering:
+        steering.terms(asked(id="a", tenant="t"))
+        steering.rate("a", 0)
+        until(lambda: "tenant:t" in steering.groups.groups)
+        everything = float(steering.groups.group("tenant:s").reach)
+        assert float(steering.groups.group("tenant:t").reach) == pytest.approx(everything - 0.02)
 
 
 def test_feedback_finds_requests_of_other_processes_and_long_ago(
@@ -367,13 +400,13 @@ def test_feedback_finds_requests_of_other_processes_and_long_ago(
             pass
         with control(tmp_path) as steering:
             for name in ("a", "d"):
-                steering.complain(name, 0.5)
+                steering.rate(name, 0.5)
             until(lambda: len(rows(tmp_path, "label", "request")) == 2)
             for name in ("a", "d"):
                 for one in (before, steering):
                     one._recent.clear()
                     with pytest.raises(InputError, match="rated already"):
-                        one.complain(name, 0.0)
+                        one.rate(name, 0.0)
             full = float(steering.groups.group("task:sums").reach)
             expected = [pytest.approx(full - 0.01)] * 2
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from haltwise import InputError
+from haltwise.control import groups
 from haltwise.control.governor import Promise
 from haltwise.control.groups import (
     EVERYTHING,
@@ -22,6 +23,7 @@ from haltwise.control.groups import (
     Gone,
     Groups,
     Opened,
+    Rated,
     Told,
     event_from_json,
     event_to_json,
@@ -147,6 +149,22 @@ def test_false_feedback_moves_its_own_group_alone_and_only_down() -> None:
     assert fold([Complained(EVERYTHING, 1.0)]).num_refused == 1  # nobody speaks for all
 
 
+def test_a_dial_is_its_users_own_and_never_laxer_than_its_groups() -> None:
+    def steps(*scores: float) -> tuple[int, int]:
+        state = fold([Rated("u", score) for score in scores])
+        assert state.groups == BEGUN.groups
+        return state.step([], "u"), state.step([], "v")
+
+    assert steps() == steps(1, 1) == steps(0, 1, 1) == steps(0.5) == (3, 3)
+    assert [steps(*[0] * n) for n in (1, 2, 3, 4, 9)] == [(2, 3), (1, 3), (0, 3), (0, 3), (0, 3)]
+    assert steps(*[0] * 9, 1, 1) == (1, 3)
+
+
+def test_the_dial_that_was_moved_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "_MOST_DIALS", 2)
+    assert list(fold([Rated(user, 0) for user in "abac"]).dials) == ["a", "c"]
+
+
 def test_it_says_how_many_audits_are_due() -> None:
     state = Groups.begin(PROMISE, K)
     due = state.audits_due()
@@ -166,7 +184,10 @@ def test_it_says_how_many_audits_are_due() -> None:
         told("a", -2, 0, 0, 0),
         BrokenOff("unknown"),
         Opened("unknown"),
-        Complained("unknown", 1.0),
+        Complained("unknown", 2.0),
+        Rated("", 1.0),
+        Rated("u", 1.1),
+        Rated("u", math.nan),
         drawn("a"),
         drawn("b", step=9),
         drawn("b", rate=0.01),

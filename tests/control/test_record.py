@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from haltwise import InputError
-from haltwise.control.record import TABLES, AnswerRow, LabelRow, Record, RequestRow, digest
+from haltwise.control.record import TABLES, AnswerRow, LabelRow, Record, RequestRow, Whose, digest
 from haltwise.control.store import PostgreSQLStore, SQLiteStore, Store, store_of
 
 KEY = b"0123456789abcdef"
@@ -35,7 +35,8 @@ def test_rows_of_every_kind_are_kept(store: Store) -> None:
     assert kept == [("a", 1.5, digest(KEY, "me"), 1, 0.05)]
     assert rows(store, "SELECT position, agrees FROM answer") == [(120, 1)]
     assert rows(store, "SELECT source, value FROM label") == [("gold", 1.0)]
-    assert record.whose("a") == (digest(KEY, "me"), None, False) and record.whose("b") is None
+    assert record.whose("a") == Whose(digest(KEY, "me"), None, None, is_rated=False)
+    assert record.whose("b") is None
 
 
 def test_texts_that_a_store_cannot_hold_are_kept_as_far_as_it_can(store: Store) -> None:
