@@ -57,6 +57,8 @@ class Awaited:
     """(K + 1,) digests of the answers at each price, and of the full one."""
     until: float
     """Seconds since 1970 until when it is waited for."""
+    places: tuple[str, ...] = ()
+    """(K,) where each price's answer was forced, in tokens of the thought; "full" is not forced."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,4 +343,4 @@ def _audit_from_json(data: Mapping[str, Any]) -> Audit:
 
 
 def _awaited_from_json(data: Mapping[str, Any]) -> Awaited:
-    return Awaited(tuple(data["answers"]), data["until"])
+    return Awaited(tuple(data["answers"]), data["until"], tuple(data.get("places", ())))

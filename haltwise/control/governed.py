@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -65,9 +65,15 @@ _TENANT, _OF_TASK = "tenant:", " task:"
 _MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
+# How the answer is called that nothing has cut short.
+_FULL = "full"
+# Audits that are told of those that wait for labels.
+_MOST_TOLD = 1_000
 # Share of requests that is audited at rest, and on alert.
 _REST = 0.025
 _ALERT = 0.5
+# Who may hold answers to be right beside those that know the right one.
+_JUDGES = ("judge", "test")
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
 
 
@@ -354,9 +360,11 @@ class GovernedControl:
         """Returns what is waited for of an audit whose answers differ; None if nothing is."""
         if not self.label_seconds:
             return None
-        answers = [halted.get(at) or full for at in audit.replay.positions.tolist()]
+        positions = audit.replay.positions.tolist()
+        answers = [halted.get(at) or full for at in positions]
         digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
-        return Awaited(digests, self.clock() + self.label_seconds)
+        places = tuple(str(at) if halted.get(at) else _FULL for at in positions)
+        return Awaited(digests, self.clock() + self.label_seconds, places)
 
     def _note(
         self, report: ThoughtReport | None, audit: AuditedRequest | None, num_tokens: int = 0
@@ -476,15 +484,70 @@ class GovernedControl:
         except Exception as error:
             self.failures.add("a row of the record", error)
 
+    def judge(
+        self, request: Any = None, source: Any = None, right: Any = None, **others: Any
+    ) -> None:
+        """Takes in how right somebody holds the answers of an audit to be, where they differ.
+
+        Args:
+            request: The request's id.
+            source: Who says so: judge or test.
+            right: By place as `awaited` tells it, how right the answer there is, from 0 to 1.
+            others: There are none.
+
+        Raises:
+            InputError: If no label of the request is waited for, or a place or number is wrong.
+        """
+        try:
+            known = isinstance(request, str) and isinstance(right, dict)
+            if others or not known or source not in _JUDGES:
+                raise InputError(
+                    'expected {"request": "ID", "source": "judge" or "test", '
+                    '"right": {"full": 0 to 1, "POSITION": 0 to 1, ...}}'
+                )
+            found = self.keeper.books.awaited.get(request)
+            if found is None or request in self._labelled:
+                raise InputError(f"no label of request {request!r:.80} is waited for")
+            _check_verdicts(right, _places_due(*found))
+        except InputError:
+            self.num_refused += 1
+            raise
+        self._labelled.add(request)
+        self._put(self._judged_entry(request, *found, right))
+        try:
+            for place, value in right.items():
+                at = 0 if place == _FULL else int(place)
+                self.record.put(LabelRow(request, at, source, value, None, float(self.clock())))
+        except Exception as error:
+            self.failures.add("a row of the record", error)
+
+    def awaited(self) -> list[dict[str, Any]]:
+        """Returns, as JSON objects, the audits that wait for labels, the oldest first.
+
+        Of each, the places of the answers that differ, in tokens of the thought where they were
+        forced, and the seconds since 1970 until when it waits.
+        """
+        oldest = list(self.keeper.books.awaited.items())[:_MOST_TOLD]
+        return [
+            {"request": request, "places": _places_due(audit, one), "until": one.until}
+            for request, (audit, one) in oldest
+            if request not in self._labelled
+        ]
+
     def _labelled_entry(
         self, request: str, audit: Audit, awaited: Awaited, gold: GivenAnswer
     ) -> Entry:
         """Returns what a right answer says about an audit: digests tell who was right."""
         right = digest(self.key, gold.compared)
         *halted, full = [float(answer == right) for answer in awaited.answers]
-        known = replace(audit, right=np.array(halted), full_right=full)
-        losses = tuple(known.losses[_NET].tolist())
-        return Entry(Told(request, losses, (False,) * len(losses)), known)
+        return _told_by_labels(request, replace(audit, right=np.array(halted), full_right=full))
+
+    def _judged_entry(
+        self, request: str, audit: Audit, awaited: Awaited, right: Mapping[str, float]
+    ) -> Entry:
+        """Returns what verdicts by place say about an audit."""
+        halted = np.array([float(right.get(place, np.nan)) for place in awaited.places])
+        return _told_by_labels(request, replace(audit, right=halted, full_right=right[_FULL]))
 
     def _expire(self) -> None:
         """Waits no longer for labels that are late: what they would say counts as lost."""
@@ -633,6 +696,31 @@ class GovernedControl:
             self.traces.close()
         if self.telemetry is not None:
             self.telemetry.close()
+
+
+def _told_by_labels(request: str, known: Audit) -> Entry:
+    """Returns what an audit tells once it is known how right its answers are."""
+    losses = tuple(known.losses[_NET].tolist())
+    return Entry(Told(request, losses, (False,) * len(losses)), known)
+
+
+def _places_due(audit: Audit, awaited: Awaited) -> list[str]:
+    """Returns the places of an audit's answers that differ, each once; the full answer is one."""
+    pairs = zip(awaited.places, audit.due, strict=False)  # an older entry has no places
+    return list(dict.fromkeys([_FULL, *(place for place, due in pairs if due)]))
+
+
+def _check_verdicts(right: Mapping[Any, Any], places: Sequence[str]) -> None:
+    """Refuses verdicts that are not about all places, or no shares.
+
+    Raises:
+        InputError: If they are.
+    """
+    if set(right) != set(places) or len(places) < 2:
+        raise InputError(f"right is about {sorted(right)!s:.80}, expected {', '.join(places)}")
+    for place, value in right.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"right of {place} is {value!r:.40}, expected a number from 0 to 1")
 
 
 def groups_of(request: ThoughtRequest) -> list[str]:

@@ -34,6 +34,7 @@ class OperatorPages:
         self._taking = anyio.Lock()
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
+            Route("/v1/haltwise/labels", self.tell_awaited),
             Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
             Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
             Route("/v1/haltwise/breaker", self.open_breaker, methods=["POST"]),
@@ -49,9 +50,21 @@ class OperatorPages:
             return JSONResponse({"mode": self._mode})
         return JSONResponse(await anyio.to_thread.run_sync(self._control.status))
 
+    async def tell_awaited(self, request: Request) -> Response:
+        """Tells which audits wait for labels."""
+        try:
+            self._let_in(request)
+        except RefusedError as error:
+            return _refused(error)
+        return JSONResponse([] if self._control is None else self._control.awaited())
+
     async def take_label(self, request: Request) -> Response:
-        """Takes in the right answer of an audit."""
-        return await self._take(request, lambda control, told: control.label(**told))
+        """Takes in the right answer of an audit, or how right others hold its answers to be."""
+
+        def take(control: GovernedControl, told: dict[str, Any]) -> None:
+            (control.judge if "right" in told else control.label)(**told)
+
+        return await self._take(request, take)
 
     async def take_feedback(self, request: Request) -> Response:
         """Takes in how content somebody was with an answer."""

@@ -439,6 +439,57 @@ def test_a_label_says_who_was_right(gold: str, loss: float, tmp_path: Path) -> N
     assert rows(tmp_path, "label", "request", "source") == [("r", "gold")]
 
 
+@pytest.mark.parametrize(("right", "loss"), [((1, 0), 1.0), ((0, 1), -1.0), ((0.75, 0.5), 0.25)])
+def test_a_judge_says_how_right_answers_are(
+    right: tuple[float, float], loss: float, tmp_path: Path
+) -> None:
+    with control(tmp_path, label_seconds=60.0) as steering:
+        steering.clock = lambda: 100.0
+        request = asked(id="r")
+        run(steering, request)
+        told(steering, request, 8, 12)
+        until_known(steering, 1)
+        places = ["full", "4"]
+        assert steering.awaited() == [{"request": "r", "places": places, "until": 160.0}]
+        steering.judge("r", "judge", dict(zip(places, right, strict=True)))
+        until_known(steering, 0)
+        assert worst(steering) == (loss, 0.0) and not steering.awaited()
+    kept = rows(tmp_path, "label", "request", "source", "position", "value")
+    assert kept == [("r", "judge", 0, right[0]), ("r", "judge", 4, right[1])]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, 'expected {"request"'),
+        ({"source": "gold"}, 'expected {"request"'),
+        ({"right": [1, 0]}, 'expected {"request"'),
+        ({"more": 1}, 'expected {"request"'),
+        ({"request": "other"}, "no label of request 'other' is waited for"),
+        ({"right": {"full": 1}}, "expected full, 4"),
+        ({"right": {"full": 1, "4": 0, "8": 1}}, "expected full, 4"),
+        ({"right": {"full": 1, "4": float("nan")}}, "right of 4 is nan"),
+        ({"right": {"full": True, "4": 0}}, "right of full is True"),
+        ({"right": {"full": 1, "4": "1"}}, "right of 4 is '1'"),
+    ],
+)
+def test_verdicts_that_make_no_sense_are_refused_and_counted(
+    said: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    usual = {"request": "r", "source": "test", "right": {"full": 1, "4": 0}}
+    with control(tmp_path, label_seconds=60.0) as steering:
+        request = asked(id="r")
+        run(steering, request)
+        told(steering, request, 8, 12)
+        until_known(steering, 1)
+        with pytest.raises(InputError, match=expected):
+            steering.judge(**usual | said if said else {})
+        assert steering.status()["refused"] == 1 and steering.status()["labels_due"] == 1
+        steering.judge(**usual)
+        with pytest.raises(InputError, match="is waited for"):
+            steering.judge(**usual)
+
+
 def until_known(steering: GovernedControl, num: int) -> None:
     """Until so many audits wait for labels."""
     while steering.keeper._entries.qsize() or steering.status()["labels_due"] != num:

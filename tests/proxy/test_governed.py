@@ -346,6 +346,11 @@ def test_labels_are_the_operators_and_know_the_right_answer(
         return looking.client.get("/v1/haltwise/control", headers=key).json()
 
     wait_until(lambda: told()["labels_due"] == 1)
+    path = "/v1/haltwise/labels"
+    waits = looking.client.get(path, headers=key).json()
+    assert [one["request"] for one in waits] == [full.headers["x-haltwise-request"]]
+    assert waits[0]["places"][0] == "full" and len(waits[0]["places"]) > 1
+    assert looking.client.get(path).status_code == 401
     said: Any = {"request": full.headers["x-haltwise-request"], "gold": "nothing of it"}
     codes = [
         looking.client.post("/v1/haltwise/labels", headers=key, json=said | more).status_code
@@ -353,8 +358,11 @@ def test_labels_are_the_operators_and_know_the_right_answer(
     ]
     assert codes == [400, 400, 204, 400]
     wait_until(lambda: told()["labels_due"] == 0)
+    verdict = said | {"source": "judge", "right": {"full": 1}}
+    del verdict["gold"]
+    assert looking.client.post("/v1/haltwise/labels", headers=key, json=verdict).status_code == 400
     found = told()["groups"]["everything"]["by_price"]
-    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 3
+    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 4
 
 
 def test_without_a_key_or_a_control_nobody_tells_anything(
