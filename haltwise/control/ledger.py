@@ -6,15 +6,14 @@ Every process writes its own entries and reads everybody's, so that all come to 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from haltwise.control.record import TABLES
-from haltwise.control.store import Connection, Store
+from haltwise.control.store import Connection, Store, Transactions
 from haltwise.errors import InputError
 
 Json = dict[str, Any]
-T = TypeVar("T")
 # Entries that are kept behind the newest state, for who comes late or wants to know why.
 _KEPT = 50_000
 
@@ -35,13 +34,11 @@ class Ledger:
 
     def __init__(self, store: Store) -> None:
         """Opens the store, or makes its tables."""
-        self._store = store
-        self._opened: Connection | None = store.connect(TABLES)
+        self._transactions = Transactions(store, TABLES)
 
     def close(self) -> None:
         """Closes the store."""
-        if self._opened is not None:
-            self._opened.close()
+        self._transactions.close()
 
     def load(self, begun: Mapping[str, Any] | None = None) -> tuple[Json | None, int]:
         """Returns the newest state or None, and the number of the last entry that is in it.
@@ -60,7 +57,7 @@ class Ledger:
                 opened.execute("INSERT INTO snapshot VALUES (?, ?)", *found[0])
             return (json.loads(found[0][1]), found[0][0]) if found else (None, 0)
 
-        return self._transaction(read)
+        return self._transactions.run(read)
 
     def exchange(
         self, entries: Mapping[str, Mapping[str, Any]], known: int
@@ -92,7 +89,7 @@ class Ledger:
                     opened.execute("INSERT INTO event VALUES (?, ?, ?)", *found[-1])
             return [(number, json.loads(entry)) for number, _, entry in found]
 
-        return self._transaction(write)
+        return self._transactions.run(write)
 
     def save(self, state: Mapping[str, Any], number: int) -> None:
         """Writes a state, unless there is a newer one, and deletes entries from long before.
@@ -112,7 +109,7 @@ class Ledger:
                 opened.execute("INSERT INTO snapshot VALUES (?, ?)", number, json.dumps(state))
                 opened.execute("DELETE FROM event WHERE number <= ?", number - _KEPT)
 
-        self._transaction(write)
+        self._transactions.run(write)
 
     def beat(self, process: str, now: float, seconds: float) -> list[str]:
         """Tells that a process lives, and returns those that have not told so for too long.
@@ -134,7 +131,7 @@ class Ledger:
             opened.execute("INSERT INTO process VALUES (?, ?)", process, now + seconds)
             return [name for name, until in others if not now <= until <= now + seconds]
 
-        return self._transaction(write)
+        return self._transactions.run(write)
 
     def forget(self, processes: Sequence[str]) -> None:
         """Forgets processes, whose audits have been broken off.
@@ -147,19 +144,4 @@ class Ledger:
             for name in processes:
                 opened.execute("DELETE FROM process WHERE id = ?", name)
 
-        self._transaction(write)
-
-    def _transaction(self, do: Callable[[Connection], T]) -> T:
-        """Does something with nobody else writing meanwhile, or nothing.
-
-        A store that failed is opened anew: it may have been away, or moved.
-        """
-        if self._opened is None:
-            self._opened = self._store.connect(TABLES)
-        try:
-            with self._opened.transaction():
-                return do(self._opened)
-        except InputError:
-            self._opened.close()
-            self._opened = None
-            raise
+        self._transactions.run(write)

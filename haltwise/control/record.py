@@ -120,6 +120,36 @@ class ProcessRow:
     """Seconds since 1970 after which it is taken for dead."""
 
 
+@dataclass(frozen=True)
+class AccountRow:
+    """What somebody has spent in one window of time, and what is held back for running requests."""
+
+    id: str
+    """Whose it is, and the number of the window."""
+    until: float
+    """Seconds since 1970 at which the window ends; infinity if it never does."""
+    requests: int
+    spent_nano: int
+    held_nano: int
+    spent_tokens: int
+    held_tokens: int
+
+
+@dataclass(frozen=True)
+class HoldRow:
+    """What is held back in one account for one running request."""
+
+    id: str
+    """The request's and the account's."""
+    request: str
+    account: str
+    process: str
+    until: float
+    """Seconds since 1970 after which it counts as spent: its process has died."""
+    nano: int
+    tokens: int
+
+
 Row = RequestRow | AnswerRow | LabelRow
 
 #: All tables of a store.
@@ -130,6 +160,8 @@ TABLES: dict[str, type] = {
     "event": EventRow,
     "snapshot": SnapshotRow,
     "process": ProcessRow,
+    "account": AccountRow,
+    "hold": HoldRow,
 }
 _NAMES = {row: name for name, row in TABLES.items()}
 _MOST_ROWS_AT_ONCE = 500
@@ -206,7 +238,10 @@ class Record:
             asked = 'SELECT tenant, task, "user" FROM request WHERE id = ?'
             found = opened.execute(asked, request)
             rated = "SELECT 1 FROM label WHERE request = ? AND source = 'user'"
-            return Whose(*found[0], bool(opened.execute(rated, request))) if found else None
+            if not found:
+                return None
+            tenant, task, user = found[0]
+            return Whose(tenant, task, user, bool(opened.execute(rated, request)))
 
     def close(self) -> None:
         """Writes what waits, and ends the writer; rows put from now on are never written."""

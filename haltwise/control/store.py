@@ -1,5 +1,6 @@
-"""Where the record and the books are: an SQLite file, or a PostgreSQL database for many machines.
+"""Where the record, the books and the accounts are: an SQLite file, or a PostgreSQL database.
 
+A file is one machine's, a database may be many machines'.
 Statements are of the kind that both understand, with a question mark where a value stands.
 """
 
@@ -7,17 +8,18 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
 from haltwise.errors import InputError, reason_of
 
+T = TypeVar("T")
 #: The version of the tables; others are refused.
-VERSION = 2
+VERSION = 3
 # "halt", so that no other program's file is taken for ours, nor its lock.
 _APPLICATION = 0x68616C74
 _POSTGRESQL = ("postgresql", "postgres")
@@ -81,6 +83,46 @@ class Connection:
         """Closes it."""
         with suppress(self._errors):
             self._raw.close()
+
+
+class Transactions:
+    """A store for whole transactions, opened anew after one that failed. To be closed.
+
+    It may have been away, or moved. One thread uses it at a time.
+
+    Args:
+        store: The store.
+        tables: Its tables.
+
+    Raises:
+        InputError: If it cannot be used, is another program's or of another version.
+    """
+
+    def __init__(self, store: Store, tables: Tables) -> None:
+        """Opens the store, or makes its tables."""
+        self._store, self._tables = store, tables
+        self._opened: Connection | None = store.connect(tables)
+
+    def run(self, do: Callable[[Connection], T]) -> T:
+        """Does something with nobody else writing meanwhile, or nothing.
+
+        Raises:
+            InputError: If the store cannot be used; then nothing is written, or nobody knows.
+        """
+        if self._opened is None:
+            self._opened = self._store.connect(self._tables)
+        try:
+            with self._opened.transaction():
+                return do(self._opened)
+        except InputError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the store."""
+        if self._opened is not None:
+            self._opened.close()
+        self._opened = None
 
 
 class Store(Protocol):

@@ -301,7 +301,7 @@ def test_a_file_that_was_taken_away_is_made_anew_with_all_that_is_known(tmp_path
     keeper = opened(name)
     settle(keeper, ENTRIES[:7])
     keeper._ledger.close()
-    keeper._ledger._opened = None
+    keeper._ledger._transactions._opened = None
     for file in tmp_path.glob("books*"):
         file.unlink()
     settle(keeper, ENTRIES[7:])
