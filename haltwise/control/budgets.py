@@ -117,6 +117,11 @@ class Account:
     """Whose: a scope, and digests of who is meant; no content and no key."""
     budget: Budget
 
+    @property
+    def scope(self) -> str:
+        """The scope."""
+        return self.name.partition(" ")[0]
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -138,7 +143,7 @@ class ShortError(Exception):
 
     def __init__(self, standing: Standing) -> None:
         """Takes the first account that is short."""
-        super().__init__(f"the budget of {standing.account.name.partition(' ')[0]} is spent")
+        super().__init__(f"the budget of {standing.account.scope} is spent")
         self.standing = standing
 
 
@@ -185,7 +190,7 @@ class Budgets:
             ShortError: If one has not enough left; nothing is held back then.
             InputError: If the store cannot be used.
         """
-        now = float(self._clock())
+        now = self.now()
 
         def write(opened: Connection) -> list[Standing]:
             standings = [_standing(opened, account, now) for account in accounts]
@@ -260,8 +265,44 @@ class Budgets:
         Raises:
             InputError: If the store cannot be used.
         """
-        now = float(self._clock())
+        now = self.now()
         return self._run(lambda opened: _standing(opened, account, now))
+
+    def now(self) -> float:
+        """Returns the time, in seconds since 1970."""
+        return float(self._clock())
+
+    def largest(self, num: int = 100) -> list[dict[str, Any]]:
+        """Returns, as JSON objects, the accounts that have spent most in windows that run.
+
+        Args:
+            num: The most accounts.
+
+        Raises:
+            InputError: If the store cannot be used.
+        """
+        columns = (
+            "id",
+            "until",
+            "requests",
+            "spent_nano",
+            "held_nano",
+            "spent_tokens",
+            "held_tokens",
+        )
+        found = self._run(
+            lambda opened: opened.execute(
+                f"SELECT {', '.join(columns)} FROM account WHERE until > ? "
+                "ORDER BY spent_nano + held_nano DESC, spent_tokens + held_tokens DESC LIMIT ?",
+                self.now(),
+                num,
+            )
+        )
+        rows = [dict(zip(columns, row, strict=True)) for row in found]
+        return [
+            row | {"id": row["id"].rpartition(" ")[0], "until": _finite(row["until"])}
+            for row in rows
+        ]
 
     def close(self) -> None:
         """Settles what can be settled, and closes the store."""
@@ -281,7 +322,7 @@ class Budgets:
 
     def renew(self) -> None:
         """Does so once."""
-        now = float(self._clock())
+        now = self.now()
 
         def write(opened: Connection) -> None:
             ours = "UPDATE hold SET until = ? WHERE process = ?"
@@ -323,6 +364,11 @@ def _standing(opened: Connection, account: Account, now: float) -> Standing:
     left = Amount(_left(budget.nano, nano), _left(budget.tokens, tokens))
     passed = 0.0 if until == math.inf else 1 - (until - now) / budget.seconds
     return Standing(account, left, requests, until, passed)
+
+
+def _finite(until: float) -> float | None:
+    """Returns the end of a window as JSON has it: null if there is none."""
+    return None if until == math.inf else until
 
 
 def _left(limit: int | None, gone: int) -> int:

@@ -108,8 +108,11 @@ class Tariffs:
         }
 
     def of(self, model: str) -> Tariff | None:
-        """Returns the tariff of an LM by the name that requests call it; None if it is unknown."""
-        return self._by_model.get(model)
+        """Returns the tariff of an LM by the name that requests call it; None if it is unknown.
+
+        An entry "*" is of every LM that has none.
+        """
+        return self._by_model.get(model) or self._by_model.get("*")
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

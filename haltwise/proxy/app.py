@@ -19,16 +19,29 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
+from haltwise.control.budgets import Budgets
 from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
+from haltwise.control.store import store_of
+from haltwise.control.tariffs import Tariffs
 from haltwise.control.telemetry import Telemetry
 from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
+from haltwise.proxy.billing import Bill, Cashier, read_budgets
 from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
+from haltwise.proxy.client_terms import (
+    TERMS,
+    dollars_named,
+    ignored,
+    logged,
+    named_by,
+    names_price,
+    terms_of,
+)
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
+from haltwise.proxy.config import APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.operator import OperatorPages
@@ -61,16 +74,14 @@ _HOP_BY_HOP = {
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
+# How an upstream fails that was never asked for anything.
+_NEVER_ASKED = ("unreachable", "connect timeout")
 # Seconds between two tries of probes on a server that did not answer at start.
 _BETWEEN_TRIALS = 60.0
 # Statuses that do not hang on what is asked for beside: who asks, and how many do.
 _OF_CLIENTS_OR_LOAD = (401, 402, 403, 407, 408, 429, 502, 503, 504)
 # Statuses of answers that have nothing to read.
 _WITHOUT_BODY = (204, 205)
-# How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens.
-_TERMS = "x-haltwise-"
-# What beside terms such headers name: X-Haltwise-Task, X-Haltwise-Session.
-_TOLD = ("task", "session")
 # Headers of an answer that do not hold for one that is written anew.
 _OF_BODIES = {b"content-length", b"content-encoding", b"content-type"}
 
@@ -95,7 +106,9 @@ class Proxy:
         check_served(head)
         halting = head.config.halting
         self._looks = halting.probing == "always"
-        self._terms = config.terms(Terms.of_head(head.config))
+        self._tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
+        self._default = Customer(config.terms(Terms.of_head(head.config)), config.value)
+        self._terms = self._default.terms
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
         control = control or _control(config, head)
@@ -113,7 +126,8 @@ class Proxy:
             config.answers == "seen",
             None if self.control is None else Auditor(self.control, self.metrics, patience),
         )
-        self._keys = None if config.keys is None else APIKeys(config.keys, self._terms)
+        self._keys = _keys(config, self._default)
+        self.cashier = _cashier(config, self._tariffs, PointRules(halting), self.metrics)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
@@ -148,9 +162,15 @@ class Proxy:
             raise InputError("the head halts under other conditions, expected a process of its own")
         if self.control is not None and head.digest != before.digest:
             raise InputError("the state is about the head before, expected a process of its own")
-        terms = self.config.terms(Terms.of_head(head.config))
-        self._keys = None if self.config.keys is None else APIKeys(self.config.keys, terms)
-        self._terms, self._settings = terms, replace(self._settings, head=head)
+        config = self.config
+        tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
+        file = None if config.budgets is None else read_budgets(config.budgets, tariffs)
+        default = Customer(config.terms(Terms.of_head(head.config)), config.value)
+        self._keys = _keys(config, default)
+        self._tariffs, self._default, self._terms = tariffs, default, default.terms
+        if self.cashier is not None and file is not None:
+            self.cashier.replace(file, tariffs)
+        self._settings = replace(self._settings, head=head)
 
     def try_probes(self) -> None:
         """Tries whether forced answers run beside a thought, if the head looks at any.
@@ -239,7 +259,7 @@ class Proxy:
 
     async def _answer(self, client: RequestingClient) -> None:
         """Answers a request if the client may ask it and there is room for it."""
-        default = self._let_in(client)
+        customer = self._let_in(client)
         if not self._room.available_tokens:
             message = f"{self._room.borrowed_tokens} requests run, there is no room for more"
             raise RefusedError(503, "busy", message, [(b"retry-after", b"1")])
@@ -247,12 +267,12 @@ class Proxy:
             body = await client.body(self.config.max_body_bytes)
             async with client.attended():
                 if client.record.endpoint == "other":
-                    await self._answer_unwatched(client, body, default)
+                    await self._answer_unwatched(client, body, customer)
                 else:
-                    await self._complete(client, body, default)
+                    await self._complete(client, body, customer)
 
-    def _let_in(self, client: RequestingClient) -> Terms:
-        """The terms that this client's requests have if they ask for nothing else.
+    def _let_in(self, client: RequestingClient) -> Customer:
+        """What holds for this client's requests.
 
         Raises:
             RefusedError: If the client may not ask at all, or not for this path.
@@ -264,12 +284,12 @@ class Proxy:
             raise RefusedError(404, "not_found", "no such path")
         self._check_page(client)
         if self._keys is None or _is_preflight(client):
-            return self._terms
-        terms = self._keys.terms_of(client.headers.get("authorization"))
-        if terms is None:
+            return self._default
+        customer = self._keys.customer_of(client.headers.get("authorization"))
+        if customer is None:
             bearer = [(b"www-authenticate", b"Bearer")]
             raise RefusedError(401, "unauthorized", "expected a known API key", bearer)
-        return terms
+        return customer
 
     def _check_page(self, client: RequestingClient) -> None:
         """Refuses what any page can make a browser ask for without asking whether it may.
@@ -294,21 +314,38 @@ class Proxy:
 
     # Completions
 
-    async def _complete(self, client: RequestingClient, body: bytes, default: Terms) -> None:
+    async def _complete(self, client: RequestingClient, body: bytes, customer: Customer) -> None:
         """Answers a request for a completion: watched if it can be halted, else passed on."""
         record, headers = client.record, _passed_headers(client)
         asked = await aside.read_object(body)
         if asked is None:
             raise RefusedError(400, "invalid_request_error", "expected a JSON object")
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
-        terms = _terms(client, default)
-        record.about = {"model": request.model[:100], **_logged(terms)}
-        names_price = terms.price != self._terms.price or _names_price(client)
-        governed = self.control is not None and names_price
+        terms = terms_of(client, customer, self._tariffs, request.model)
+        record.about = {"model": request.model[:100], **logged(terms)}
+        async with self._billed(client, customer, body, asked, is_watched=True) as bill:
+            if bill is not None and bill.max_tokens is not None:
+                request = request.limited(bill.max_tokens)
+                body = await aside.encoded(request.body)
+            await self._completed(client, body, request, terms, bill)
+
+    async def _completed(
+        self,
+        client: RequestingClient,
+        body: bytes,
+        request: CompletionRequest,
+        terms: Terms,
+        bill: Bill | None,
+    ) -> None:
+        """Does so once it is known what the answer may cost."""
+        record, headers = client.record, request.headers
+        names_own = terms.price != self._terms.price or names_price(client)
+        governed = self.control is not None and names_own
         is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
-        is_large = aside.is_large(asked)
-        why_not = "off" if off else await aside.run(is_large, request.why_not_halted)
+        is_large = aside.is_large(request.body)
+        uncounted = off and bill is None  # who has to know what it costs has to watch
+        why_not = "off" if uncounted else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
             if server is not self._unknown:
@@ -316,19 +353,73 @@ class Proxy:
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
-            about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
-            about["tenant"] = tenant_of(client.headers.get("authorization"))
-            about |= {name: _named(client).get(name, "") for name in _TOLD}
-            about["user"] = request.user
-            about["names_price"] = names_price
-            thought = ThoughtRequest(terms, about)
-            completion = WatchedCompletion(request, thought, server, self._settings)
+            thought = ThoughtRequest(terms, self._about(client, request, names_own, bill))
+            completion = WatchedCompletion(request, thought, server, self._settings, bill)
             try:
                 why_not = await self._watch(client, completion)
             finally:
                 await completion.close()
         if why_not is not None:
+            if bill is not None:
+                bill.spent = None  # of the answer that follows
             await self._pass_on(client, body, self._why_not(why_not, record))
+
+    def _about(
+        self,
+        client: RequestingClient,
+        request: CompletionRequest,
+        names_own: bool,
+        bill: Bill | None,
+    ) -> Json:
+        """What is known of a request beside its terms."""
+        record, named = client.record, named_by(client)
+        about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
+        about["tenant"] = tenant_of(client.headers.get("authorization"))
+        about |= {name: named.get(name, "") for name in ("task", "session")}
+        about |= {"user": request.user, "names_price": names_own}
+        return about | ({} if bill is None else {"urgency": bill.urgency})
+
+    @asynccontextmanager
+    async def _billed(
+        self,
+        client: RequestingClient,
+        customer: Customer,
+        body: bytes,
+        asked: Json,
+        is_watched: bool,
+    ) -> AsyncIterator[Bill | None]:
+        """Holds back what a request can cost for as long as its block runs, and settles its bill.
+
+        Raises:
+            RefusedError: If a budget has not enough left.
+        """
+        if self.cashier is None:
+            yield None
+            return
+        named, record = named_by(client), client.record
+        tenant = tenant_of(client.headers.get("authorization"))
+        session = f"{tenant} {digest_of(named['session'])}" if named.get("session") else ""
+        size, limit = self.cashier.size_of(len(body), asked, is_watched, self._looks)
+        bill = await self.cashier.open(
+            record.id,
+            {"tenant": tenant, "session": session},
+            customer.budget,
+            dollars_named("max-cost", named.get("max_cost")),
+            str(asked.get("model") or ""),
+            size,
+            limit,
+            can_cut=is_watched,
+        )
+        if bill.max_tokens is not None:
+            record.about["budget_max_tokens"] = bill.max_tokens
+        try:
+            yield bill
+            bill.is_free = record.status is not None and record.status >= 400
+        except UpstreamError as error:
+            bill.is_free = error.kind in _NEVER_ASKED
+            raise
+        finally:
+            await self.cashier.close(bill)
 
     def _why_unseen(self, server: LMServer, request: CompletionRequest, terms: Terms) -> str | None:
         """Why the head sees too little of a request, which no cap can end either; None if not."""
@@ -407,25 +498,33 @@ class Proxy:
     # Everything else
 
     async def _answer_unwatched(
-        self, client: RequestingClient, body: bytes, default: Terms
+        self, client: RequestingClient, body: bytes, customer: Customer
     ) -> None:
         """Passes on what nobody watches; of what may generate it says which terms do not hold."""
         path, record = client.scope["path"].rstrip("/"), client.record
-        has_terms = any(name.startswith(_TERMS) for name in client.headers)
+        has_terms = any(name.startswith(TERMS) for name in client.headers)
         if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
             await self._pass_on(client, body, [])
             return
-        terms = _terms(client, default)
-        record.about = _logged(terms)
-        leg = await self._capped(client, body, terms) if path == _RESPONSES else None
-        if leg is None:
-            leg = await self._open(client, body)
-        else:
-            terms = replace(terms, max_tokens=None)  # that holds
-        try:
-            await self._relay(client, leg, self._why_not("endpoint", record, _ignored(terms)))
-        finally:
-            await leg.close()
+        asked = await aside.read_object(body) or {} if self._tells_models else {}
+        model = str(asked.get("model") or "")
+        terms = terms_of(client, customer, self._tariffs, model)
+        record.about = logged(terms)
+        async with self._billed(client, customer, body, asked, is_watched=False):
+            leg = await self._capped(client, body, terms) if path == _RESPONSES else None
+            if leg is None:
+                leg = await self._open(client, body)
+            else:
+                terms = replace(terms, max_tokens=None)  # that holds
+            try:
+                await self._relay(client, leg, self._why_not("endpoint", record, ignored(terms)))
+            finally:
+                await leg.close()
+
+    @property
+    def _tells_models(self) -> bool:
+        """Whether anything hangs on the LM that a request names."""
+        return self._tariffs is not None or self.cashier is not None
 
     async def _capped(
         self, client: RequestingClient, body: bytes, terms: Terms
@@ -580,6 +679,8 @@ class Proxy:
             await self._settings.auditor.close()
         if self.control is not None:
             self.control.close()
+        if self.cashier is not None:
+            self.cashier.budgets.close()
         await self.upstream.close()
 
     async def tell_metrics(self, request: Request) -> Response:
@@ -612,7 +713,9 @@ def app_of(proxy: Proxy) -> Starlette:
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
-        *OperatorPages(proxy.config.control, proxy.control, proxy.config.operator_key).routes,
+        *OperatorPages(
+            proxy.config.control, proxy.control, proxy.config.operator_key, proxy.cashier
+        ).routes,
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -673,29 +776,38 @@ def _kept(config: ServeConfig) -> KeptTraces | None:
     return KeptTraces(config.audit_traces, config.dense_audits, config.audit_content)
 
 
-def _named(client: RequestingClient) -> dict[str, str]:
-    """What the headers of a request name about its terms and itself."""
-    return {
-        name.removeprefix(_TERMS).replace("-", "_"): value
-        for name, value in client.headers.items()
-        if name.startswith(_TERMS)
-    }
+def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
+    """The API keys that are let in; None if everybody is.
+
+    Raises:
+        InputError: If their file cannot be used, or needs what the settings do not have.
+    """
+    if config.keys is None:
+        return None
+    keys = APIKeys(config.keys, default)
+    if "value" in keys.need and config.tariffs is None:
+        raise InputError(f"keys {config.keys}: an entry has a value, expected --tariffs")
+    if "budget" in keys.need and config.budgets is None:
+        raise InputError(f"keys {config.keys}: an entry has a budget, expected --budgets")
+    return keys
 
 
-def _names_price(client: RequestingClient) -> bool:
-    """Whether the headers of a request name a price, or ask for none."""
-    return not {"price", "off"}.isdisjoint(_named(client))
+def _cashier(
+    config: ServeConfig, tariffs: Tariffs | None, rules: PointRules, metrics: Metrics
+) -> Cashier | None:
+    """Holds back what requests may spend; None if they may spend anything.
 
-
-def _terms(client: RequestingClient, default: Terms) -> Terms:
-    """The terms of a request: what its headers name, and the default for all else."""
-    named = _named(client)
-    for name in _TOLD:
-        named.pop(name, None)
-    try:
-        return Terms.within(named, default)
-    except InputError as error:
-        raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+    Raises:
+        InputError: If the budgets or their state cannot be used.
+    """
+    if config.budgets is None or config.state is None:
+        return None
+    file = read_budgets(config.budgets, tariffs)
+    if file.paces and config.control != "apply":
+        told = "requests are given, expected --control apply: prices are paced inside certificates"
+        raise InputError(f"budgets {config.budgets}: {told}")
+    budgets = Budgets(store_of(config.state))
+    return Cashier(budgets, file, tariffs, rules, config.context, metrics)
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:
@@ -703,21 +815,10 @@ def _authorization(headers: RawHeaders) -> RawHeaders:
     return [pair for pair in headers if pair[0] == b"authorization"]
 
 
-def _logged(terms: Terms) -> Json:
-    """What a request asks, for its line of the log."""
-    names = ("price", "min_tokens", "max_tokens", "segment")
-    return {name: getattr(terms, name) for name in names}
-
-
-def _ignored(terms: Terms) -> list[str]:
-    """The names of those terms that ask for something."""
-    return [name for name in ("price", "min_tokens", "max_tokens") if getattr(terms, name)]
-
-
 def _passed_headers(client: RequestingClient) -> RawHeaders:
     """The headers of a client that go on to the upstream: all but those that are the proxy's."""
     headers = _without(client.headers.raw, _OF_REQUESTS)
-    return [pair for pair in headers if not pair[0].startswith(_TERMS.encode())]
+    return [pair for pair in headers if not pair[0].startswith(TERMS.encode())]
 
 
 def _without(headers: RawHeaders, names: set[bytes]) -> RawHeaders:

@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.auditor import Auditor
+from haltwise.proxy.billing import Bill
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
@@ -15,6 +16,7 @@ from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import DONE, Json, StreamEvent, UpstreamError, WholeAnswer, texts_of
+from haltwise.session.request import Spent
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import Probe
 
@@ -54,6 +56,7 @@ class WatchedCompletion:
         asked: The terms that it asks for, and what else is known of it.
         server: The LM's server.
         settings: What all completions have in common.
+        bill: Takes what it has cost; None if nobody wants to know.
     """
 
     def __init__(
@@ -62,9 +65,10 @@ class WatchedCompletion:
         asked: ThoughtRequest,
         server: LMServer,
         settings: CompletionSettings,
+        bill: Bill | None = None,
     ) -> None:
         """Asks nothing yet."""
-        self.request = request
+        self.request, self._bill = request, bill
         self._server, self._settings = server, settings
         self._asked, self._texts = asked, list[str]()
         begins = not request.chat and opened_in_text(request.prompt, server.rules)
@@ -105,13 +109,21 @@ class WatchedCompletion:
 
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
-        self._streamed.note_spent(self._answer.spent())
+        self._streamed.note_spent(self._spent())
         self._streamed.finish()
         await self._prober.close()
         if self._settings.auditor is not None:
             said = "".join(self._texts) if self._answer.finish is not None else None
             self._settings.auditor.take(self._asked, self._reader, said)
         await self._closer.close()
+
+    def _spent(self) -> Spent:
+        """What it has taken, which goes on the bill."""
+        spent, bill = self._answer.spent(), self._bill
+        if bill is None:
+            return spent
+        bill.spent = spent
+        return spent if bill.tariff is None else replace(spent, cost_nano=bill.amount(spent).nano)
 
     async def whole(self, first: UpstreamLeg) -> Json:
         """The answer to a client that wants no stream.

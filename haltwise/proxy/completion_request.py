@@ -1,7 +1,7 @@
 """What a client asked for: whether its thought can be halted, and what its answer is to hold."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from haltwise.proxy.wire import Json, RawHeaders
@@ -218,6 +218,11 @@ class CompletionRequest:
         if self.num_top is not None:
             body |= numbers_asked(chat, self.num_top)
         return body | changes
+
+    def limited(self, num: int) -> "CompletionRequest":
+        """The same request, that may generate so many tokens."""
+        named = [name for name in _MAX_TOKENS if self.body.get(name) is not None]
+        return replace(self, body=self.body | dict.fromkeys(named or _MAX_TOKENS[1:], num))
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
         """A body whose limits leave out the tokens that were generated already."""

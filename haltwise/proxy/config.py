@@ -12,6 +12,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from haltwise import InputError, Terms
+from haltwise.control.budgets import Budget
 from haltwise.control.store import is_database
 from haltwise.errors import check_ranges
 
@@ -133,6 +134,15 @@ class ServeConfig:
     """Start even if forced answers do not run well beside a thought on this server."""
     keys: Path | None = None
     """JSON file {"API KEY": {"price": 0.5, "max_tokens": 2000}, ...}; no other key is let in."""
+    tariffs: Path | None = None
+    """JSON file with what tokens cost: {"unit": "dollars per 1,000,000 tokens", "models": {"LM":
+    {"input": 0.55, "cached": 0.14, "output": 2.19}, ...}}."""
+    value: float | None = None
+    """Dollars that a right answer is worth, which with the tariffs is the price of requests that
+    name none."""
+    budgets: Path | None = None
+    """JSON file with what may be spent: {"everything": {"dollars": 500, "hours": 24}, "tenant":
+    {...}, "session": {...}, "request": {...}}; needs --state."""
     upstream_key_env: str | None = None
     """Environment variable with the upstream's API key; default each client's own is passed on."""
     max_streams: int = 1000
@@ -171,6 +181,7 @@ class ServeConfig:
             **{name: (1 <= getattr(self, name) <= _MOST, f"1 to {_MOST}") for name in at_a_time},
             **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
             "port": (0 <= self.port < 2**16, "0 to 65535"),
+            "value": (self.value is None or 0 < self.value < math.inf, "dollars above 0"),
             "price": (price is None or 0 <= price < math.inf, "0 or more, and finite"),
             "min_thinking_tokens": (self.min_thinking_tokens >= 0, "0 or more"),
             "max_thinking_tokens": (cap is None or cap >= least, f"at least {least}"),
@@ -199,8 +210,23 @@ class ServeConfig:
             raise InputError("--audit-content is on, expected --audit-traces with a folder for it")
         if self.telemetry and self.control not in GOVERNED:
             raise InputError("--telemetry is on, expected it with --control observe or apply")
-        if self.state is not None and self.control not in GOVERNED:
-            raise InputError("--state is given, expected it with --control observe or apply")
+        self._check_money()
+
+    def _check_money(self) -> None:
+        """Checks that what is told about money goes together.
+
+        Raises:
+            InputError: If it does not.
+        """
+        if self.state is not None and self.control not in GOVERNED and self.budgets is None:
+            found = "--state is given, expected it with --control observe or apply, or --budgets"
+            raise InputError(found)
+        if self.budgets is not None and self.state is None:
+            raise InputError(f"--budgets is {self.budgets}, expected --state with a file for it")
+        if self.value is not None and self.tariffs is None:
+            raise InputError(f"--value is {self.value}, expected --tariffs with what tokens cost")
+        if self.value is not None and self.price is not None:
+            raise InputError("--value and --price are given, expected one of them")
 
     @property
     def operator_key(self) -> str | None:
@@ -249,18 +275,30 @@ class ServeConfig:
         )
 
 
+@dataclass(frozen=True)
+class Customer:
+    """What holds for all requests of one API key."""
+
+    terms: Terms
+    """Those of requests that ask for no others."""
+    value: float | None = None
+    """Dollars that a right answer is worth, which name the price; None names none."""
+    budget: Budget | None = None
+    """What all of them may spend; None as everybody's."""
+
+
 class APIKeys:
-    """The API keys that are let in, each with its terms; only their digests are kept.
+    """The API keys that are let in, each with what holds for it; only their digests are kept.
 
     Args:
         path: The file, in the form that `ServeConfig.keys` tells.
-        default: The terms for what an entry leaves out.
+        default: What holds where an entry says nothing.
 
     Raises:
         InputError: If the file cannot be read or an entry has no terms. No message holds a key.
     """
 
-    def __init__(self, path: Path, default: Terms) -> None:
+    def __init__(self, path: Path, default: Customer) -> None:
         """Reads the file, which is not looked at again."""
         try:
             entries = json.loads(path.read_text())
@@ -270,26 +308,37 @@ class APIKeys:
             raise InputError(f'keys {path}: expected {{"API KEY": {{"price": 0.5}}, ...}}')
         if not all(key.strip() for key in entries):
             raise InputError(f"keys {path}: expected no empty key")
-        self._terms = {
-            _digest(key.strip().encode()): _entry_terms(entry, default, f"keys {path}, entry {i}")
+        self._customers = {
+            _digest(key.strip().encode()): _customer(entry, default, f"keys {path}, entry {i}")
             for i, (key, entry) in enumerate(entries.items(), start=1)
         }
 
-    def terms_of(self, authorization: str | None) -> Terms | None:
-        """The terms of a request's Authorization header; None if its key is not let in.
+    @property
+    def need(self) -> set[str]:
+        """What some entry names: any of budget and value."""
+        told = self._customers.values()
+        return {name for name in ("budget", "value") for one in told if getattr(one, name)}
+
+    def customer_of(self, authorization: str | None) -> Customer | None:
+        """Whose a request's Authorization header is; None if its key is not let in.
 
         Digests are looked up, so how long it takes tells nothing about a key.
         """
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             return None
-        return self._terms.get(_digest(key.strip().encode("latin-1", "replace")))
+        return self._customers.get(_digest(key.strip().encode("latin-1", "replace")))
 
 
 def tenant_of(authorization: str | None) -> str:
     """A short digest of the API key in an Authorization header; empty if there is none."""
     key = (authorization or "").partition(" ")[2].strip()
-    return _digest(key.encode("latin-1", "replace")).hex()[:16] if key else ""
+    return digest_of(key) if key else ""
+
+
+def digest_of(text: str) -> str:
+    """A short digest of what a header says."""
+    return _digest(text.encode("latin-1", "replace")).hex()[:16]
 
 
 def _key_in(variable: str) -> str:
@@ -310,10 +359,37 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _entry_terms(entry: Any, default: Terms, source: str) -> Terms:
+def _customer(entry: Any, default: Customer, source: str) -> Customer:
     if not isinstance(entry, dict):
-        raise InputError(f"{source}: expected an object with price, min_tokens, max_tokens or off")
+        expected = "an object with price, value, min_tokens, max_tokens, off or budget"
+        raise InputError(f"{source}: expected {expected}")
+    asked = dict(entry)
+    budget, value = asked.pop("budget", None), asked.pop("value", None)
     try:
-        return Terms.read(entry, default)
+        if value is not None and {"price", "off"} & set(asked):
+            raise InputError("value is given, expected it without price and off")
+        named = {"price", "off", "segment"} & set(asked)
+        return Customer(
+            Terms.read(asked, default.terms),
+            read_dollars("value", value) if value is not None or named else default.value,
+            default.budget if budget is None else Budget.read(budget),
+        )
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def read_dollars(name: str, told: Any) -> float | None:
+    """Reads an amount of money, as a number or text; None is none.
+
+    Raises:
+        InputError: If it is no number above 0.
+    """
+    if told is None:
+        return None
+    try:
+        value = math.nan if isinstance(told, bool) else float(told)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} is {told!r:.40}, expected dollars above 0")
+    return value

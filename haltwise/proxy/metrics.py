@@ -59,6 +59,13 @@ class Metrics:
         self.audit_tokens = counter("haltwise_audit_tokens", text)
         name, text = "haltwise_audit_traces_lost", "Audits' traces and labels that were not written"
         self.audit_traces_lost = Gauge(name, text, registry=self.registry)
+        text = "Requests that a budget has refused"
+        self.budget_refused = counter("haltwise_budget_refused", text, ["scope"])
+        text = "Requests whose answer a budget has limited"
+        self.budget_cut = counter("haltwise_budget_cut", text)
+        self.cost_dollars = counter("haltwise_cost_dollars", "What requests have cost")
+        name, text = "haltwise_budget_over", "Requests that cost more than was held back for them"
+        self.budget_over = Gauge(name, text, registry=self.registry)
         text = "Failures of the upstream"
         self.upstream_errors = counter("haltwise_upstream_errors", text, ["kind"])
         name = "haltwise_streams_in_flight"

@@ -13,8 +13,9 @@ from starlette.routing import Route
 
 from haltwise import InputError
 from haltwise.control.governed import GovernedControl
+from haltwise.proxy.billing import Cashier
 from haltwise.proxy.client import RefusedError
-from haltwise.proxy.wire import json_object
+from haltwise.proxy.wire import Json, json_object
 
 _MOST_BYTES = 2**16
 
@@ -26,11 +27,19 @@ class OperatorPages:
         mode: What the settings name as the control.
         control: The control; None if it is not one of haltwise's own.
         key: What a request has to show; None if everybody may read, and nobody write.
+        cashier: Who keeps the budgets; None if there are none.
     """
 
-    def __init__(self, mode: str, control: GovernedControl | None, key: str | None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        control: GovernedControl | None,
+        key: str | None,
+        cashier: Cashier | None = None,
+    ) -> None:
         """Answers nothing yet."""
         self._mode, self._control, self._key = mode, control, key
+        self._cashier = cashier
         self._taking = anyio.Lock()
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
@@ -46,9 +55,12 @@ class OperatorPages:
             self._let_in(request)
         except RefusedError as error:
             return _refused(error)
-        if self._control is None:
-            return JSONResponse({"mode": self._mode})
-        return JSONResponse(await anyio.to_thread.run_sync(self._control.status))
+        return JSONResponse(await anyio.to_thread.run_sync(self._status))
+
+    def _status(self) -> Json:
+        """Returns what the control and the budgets tell."""
+        told: Json = {"mode": self._mode} if self._control is None else self._control.status()
+        return told if self._cashier is None else told | {"budgets": self._cashier.status()}
 
     async def tell_awaited(self, request: Request) -> Response:
         """Tells which audits wait for labels."""

@@ -130,6 +130,8 @@ class Spent:
     """How it ended: the answer's finish reason, or "cut off"."""
     seconds: float | None = None
     """From its arrival to its end."""
+    cost_nano: int | None = None
+    """In nano-dollars, where somebody has said what tokens cost."""
 
 
 @dataclass

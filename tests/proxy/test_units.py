@@ -24,7 +24,7 @@ from haltwise.proxy import aside, upstream
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import APIKeys, ServeConfig, UpstreamConfig
+from haltwise.proxy.config import APIKeys, Customer, ServeConfig, UpstreamConfig
 from haltwise.proxy.dialect import (
     LlamaDialect,
     OllamaDialect,
@@ -1051,16 +1051,16 @@ def test_a_key_has_its_terms_and_is_kept_as_a_digest(
 ) -> None:
     path = tmp_path / "keys.json"
     path.write_text(json.dumps({" sk-a\n": {"price": 2}, "sk-é": {"off": True}}))
-    keys = APIKeys(path, Terms(1.0, max_tokens=9))
-    assert keys.terms_of("Bearer sk-a") == Terms(2.0, max_tokens=9)
-    assert keys.terms_of("bearer  sk-a") == Terms(2.0, max_tokens=9)
+    keys = APIKeys(path, Customer(Terms(1.0, max_tokens=9), 0.5))
+    assert keys.customer_of("Bearer sk-a") == Customer(Terms(2.0, max_tokens=9))
+    assert keys.customer_of("bearer  sk-a") == Customer(Terms(2.0, max_tokens=9))
     monkeypatch.setenv("UPSTREAM_KEY", "sk-inner\n")
     assert ServeConfig(Path("head"), upstream_key_env="UPSTREAM_KEY").connections.key == "sk-inner"
     # HTTP headers are bytes, shown as Latin-1.
-    found = keys.terms_of("Bearer " + "sk-é".encode().decode("latin-1"))
-    assert found == Terms(0.0, max_tokens=9)  # off lifts no cap
+    found = keys.customer_of("Bearer " + "sk-é".encode().decode("latin-1"))
+    assert found == Customer(Terms(0.0, max_tokens=9))  # off lifts no cap
     for other in (None, "", "sk-a", "Basic sk-a", "Bearer", "Bearer sk-", "Bearer sk-aa"):
-        assert keys.terms_of(other) is None
+        assert keys.customer_of(other) is None
     assert "sk-" not in repr(vars(keys))
 
 

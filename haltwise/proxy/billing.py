@@ -1,0 +1,361 @@
+"""What requests may spend: before one runs, as much as it can cost is held back in its budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+
+from haltwise import InputError
+from haltwise.control.budgets import Account, Amount, Budget, Budgets, ShortError, Standing
+from haltwise.control.pacing import Pace
+from haltwise.control.tariffs import NANO, Tariff, Tariffs, read_object
+from haltwise.proxy.client import RefusedError
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.wire import Json, RawHeaders
+from haltwise.session.request import Spent
+from haltwise.session.thought import PointRules
+
+_SCOPES = ("everything", "tenant", "session", "request")
+# Tokens that a template adds to a request, beside those of its body.
+_OF_TEMPLATE = 256
+# Tokens that a thought is closed with.
+_OF_CLOSE = 64
+# Tokens below which an answer is not begun that a budget would cut.
+_FEWEST = 256
+# The longest time after which a client is told to come again.
+_LATEST = 86_400
+# Fields that limit what is generated, wherever an endpoint has them.
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
+
+
+class BudgetFile:
+    """What everybody may spend.
+
+    Args:
+        path: A JSON file that gives any of everything, each tenant, each session and each request a
+            budget, such as {"everything": {"dollars": 500, "hours": 24}}.
+
+    Raises:
+        InputError: If it cannot be read, or a budget makes no sense.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the file."""
+        told = read_object(path, "budgets")
+        if not told or not set(told) <= set(_SCOPES):
+            raise InputError(f"budgets {path}: expected budgets of {', '.join(_SCOPES)}")
+        self.by_scope: dict[str, Budget] = {}
+        for scope, entry in told.items():
+            try:
+                self.by_scope[scope] = Budget.read(entry)
+            except InputError as error:
+                raise InputError(f"budgets {path}, {scope}: {error}") from None
+        if self.by_scope.get("request", Budget()).seconds < math.inf:
+            raise InputError(f"budgets {path}, request: hours are given, expected none")
+
+    @property
+    def counts_money(self) -> bool:
+        """Whether any budget is one of money."""
+        return any(budget.nano is not None for budget in self.by_scope.values())
+
+    @property
+    def paces(self) -> bool:
+        """Whether the spending of any is paced."""
+        return any(budget.requests is not None for budget in self.by_scope.values())
+
+
+def read_budgets(path: Path, tariffs: Tariffs | None) -> BudgetFile:
+    """Reads what everybody may spend.
+
+    Raises:
+        InputError: If the file makes no sense, or counts money that nobody knows.
+    """
+    file = BudgetFile(path)
+    if file.counts_money and tariffs is None:
+        raise InputError(f"budgets {path}: dollars are given, expected --tariffs")
+    return file
+
+
+@dataclass(frozen=True)
+class Size:
+    """The most that a request can take."""
+
+    num_input: int
+    """Tokens of its prompt."""
+    num_output: int
+    """Tokens that it may generate."""
+    num_choices: int = 1
+    num_goes_on: int = 0
+    """Requests that go on from its prompt and thought: the second leg, and looks at answers."""
+    num_looked: int = 0
+    """Tokens of a look at an answer."""
+
+    def spent(self) -> Spent:
+        """Returns what it takes if it takes all."""
+        again = self.num_goes_on * (self.num_input + self.num_output + _OF_CLOSE)
+        looks = max(self.num_goes_on - 1, 0) * self.num_looked
+        output = self.num_choices * self.num_output + looks
+        return Spent(input_tokens=self.num_input + again, output_tokens=output)
+
+
+@dataclass
+class Bill:
+    """What is held back for one request."""
+
+    request: str
+    """Its id."""
+    tariff: Tariff | None
+    held: Spent
+    max_tokens: int | None
+    """Tokens that it may generate, fewer than it asks for; None if it may have what it asks for."""
+    urgency: float
+    """How urgent it is that it costs less, in [0, 1]."""
+    standings: list[Standing] = field(default_factory=list)
+    spent: Spent | None = None
+    """What it has taken; None if nobody has counted it."""
+    is_free: bool = False
+    """Whether nothing was generated for it."""
+
+    def amount(self, spent: Spent) -> Amount:
+        """Returns what something costs."""
+        return _amount(self.tariff, spent, self.held)
+
+
+class Cashier:
+    """Holds money and tokens back for requests, and settles their bills.
+
+    Args:
+        budgets: Where accounts are.
+        file: What everybody may spend.
+        tariffs: What tokens cost; None if no budget is one of money.
+        rules: How the head's thoughts have decision points.
+        context: The most tokens that an answer can have.
+        metrics: Where is counted what budgets do.
+    """
+
+    def __init__(
+        self,
+        budgets: Budgets,
+        file: BudgetFile,
+        tariffs: Tariffs | None,
+        rules: PointRules,
+        context: int,
+        metrics: Metrics,
+    ) -> None:
+        """Has no request yet."""
+        self.budgets, self._file, self._tariffs = budgets, file, tariffs
+        self._rules, self._context, self._metrics = rules, context, metrics
+        self.pace = Pace()
+        metrics.budget_over.set_function(lambda: budgets.num_over)
+
+    def replace(self, file: BudgetFile, tariffs: Tariffs | None) -> None:
+        """Takes other budgets and tariffs from the next request on."""
+        self._file, self._tariffs = file, tariffs
+
+    async def open(
+        self,
+        request: str,
+        who: Mapping[str, str],
+        own: Budget | None,
+        most: float | None,
+        model: str,
+        size: Callable[[int], Size],
+        asked: int | None,
+        can_cut: bool,
+    ) -> Bill:
+        """Holds back what a request can cost at most.
+
+        Args:
+            request: Its id.
+            who: By scope, whose it is: a tenant, a session; empty if nobody's.
+            own: The tenant's own budget, in the place of everybody's.
+            most: Dollars that the client lets it cost.
+            model: The LM that it names.
+            size: Tells how much it can take, if it may generate so many tokens.
+            asked: Tokens that it may generate; None if it sets no limit.
+            can_cut: Whether it can be told to generate fewer.
+
+        Raises:
+            RefusedError: If a budget has not enough left, or cannot be asked.
+        """
+        accounts, for_one = self._accounts(who, own), self._for_one(most)
+        tariff = self._tariff(model, [*(one.budget for one in accounts), for_one])
+        wanted = limit = self._context if asked is None else min(asked, self._context)
+        standings: list[Standing] | None = None
+        while standings is None:
+            held = size(limit).spent()
+            amount = _amount(tariff, held, held)
+            try:
+                _check(for_one, amount)
+                standings = await self._reserved(request, accounts, amount)
+            except ShortError as short:
+                less = _affordable(tariff, size, limit, short.standing.left) if can_cut else 0
+                if less < max(min(wanted, _FEWEST), 1):
+                    raise self._refused(short) from None
+                limit = less
+        if limit < wanted:
+            self._metrics.budget_cut.inc()
+        max_tokens = limit if limit < wanted else None
+        return Bill(request, tariff, held, max_tokens, self.pace.of(standings), standings)
+
+    async def close(self, bill: Bill) -> None:
+        """Settles a bill; what nobody has counted is taken to have cost all that it could."""
+        spent = Spent(0, 0, 0, 0) if bill.is_free else bill.spent or bill.held
+        cost = bill.amount(spent)
+        self._metrics.cost_dollars.inc(cost.nano / NANO)
+        for standing in bill.standings:
+            self.pace.spent(standing, cost)
+        if bill.standings:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self.budgets.settle, bill.request, cost)
+
+    async def _reserved(
+        self, request: str, accounts: list[Account], amount: Amount
+    ) -> list[Standing]:
+        if not accounts:
+            return []
+        try:
+            with anyio.CancelScope(shield=True):
+                found = await anyio.to_thread.run_sync(
+                    self.budgets.reserve, request, accounts, amount
+                )
+        except InputError:
+            message = "the budgets cannot be asked"
+            raise RefusedError(503, "budget", message, _retry_after(1)) from None
+        return found
+
+    def _accounts(self, who: Mapping[str, str], own: Budget | None) -> list[Account]:
+        """Returns the accounts of a request."""
+        budgets = dict(self._file.by_scope)
+        budgets.pop("request", None)
+        if own is not None:
+            budgets["tenant"] = own
+        names = {"everything": "everything"}
+        names |= {scope: f"{scope} {whose}" for scope, whose in who.items() if whose}
+        return [Account(names[s], budget) for s, budget in budgets.items() if s in names]
+
+    def _for_one(self, most: float | None) -> Budget:
+        """Returns what a single request may cost."""
+        own = self._file.by_scope.get("request", Budget())
+        if most is None:
+            return own
+        nano = round(min(most * NANO, 10**18))
+        return Budget(nano if own.nano is None else min(nano, own.nano), own.tokens)
+
+    def _tariff(self, model: str, budgets: list[Budget]) -> Tariff | None:
+        """Returns what the tokens of an LM cost.
+
+        Raises:
+            RefusedError: If nobody knows, and a budget is one of money.
+        """
+        found = None if self._tariffs is None else self._tariffs.of(model)
+        if found is None and any(budget.nano is not None for budget in budgets):
+            message = f"nobody has said what the tokens of model {model!r:.80} cost"
+            raise RefusedError(400, "unknown_tariff", message)
+        return found
+
+    def _refused(self, short: ShortError) -> RefusedError:
+        """Counts, and returns what a client is told whose budget is spent."""
+        self._metrics.budget_refused.labels(short.standing.account.scope).inc()
+        until = short.standing.until
+        wait = _LATEST if until == math.inf else until - self.budgets.now()
+        seconds = math.ceil(min(max(wait, 1.0), _LATEST))
+        return RefusedError(429, "budget", str(short), _retry_after(seconds))
+
+    def size_of(
+        self, num_bytes: int, body: Json, is_watched: bool, looks: bool
+    ) -> tuple[Callable[[int], Size], int | None]:
+        """Returns how much a request can take, by the tokens it may generate, and its own limit.
+
+        Args:
+            num_bytes: Bytes of its body: no token of it has less than one.
+            body: What it says.
+            is_watched: Whether its thought may be halted.
+            looks: Whether the head looks at answers.
+        """
+        limits = [body[name] for name in _LIMITS if _is_count(body.get(name))]
+        choices = [body[name] for name in ("n", "best_of") if _is_count(body.get(name))]
+        num_input = self._context if _has_more_than_text(body) else num_bytes + _OF_TEMPLATE
+        spacing = self._rules.every_repeated or self._rules.every or 1
+
+        def size(num: int) -> Size:
+            looked = num // spacing if looks else 0
+            goes_on = 1 + looked if is_watched else 0
+            num_looked = self._rules.max_answer_tokens
+            return Size(num_input, num, max([1, *choices]), goes_on, num_looked)
+
+        return size, limits[0] if limits else None
+
+    def _largest(self) -> list[Json]:
+        with suppress(InputError):
+            return self.budgets.largest()
+        return []
+
+    def status(self) -> Json:
+        """Returns, as a JSON object, how those accounts stand that have spent most."""
+        return {
+            "over": self.budgets.num_over,
+            "trouble": self.budgets.trouble,
+            "accounts": self._largest(),
+        }
+
+
+def _amount(tariff: Tariff | None, spent: Spent, most: Spent) -> Amount:
+    """Returns what something costs; what nobody has counted is taken to be all that it could be."""
+    num_input = most.input_tokens if spent.input_tokens is None else spent.input_tokens
+    num_output = most.output_tokens if spent.output_tokens is None else spent.output_tokens
+    assert num_input is not None and num_output is not None
+    nano = 0
+    if tariff is not None:
+        nano = tariff.cost(num_input, spent.cached_tokens or 0, num_output)
+    return Amount(nano, num_input + num_output)
+
+
+def _affordable(
+    tariff: Tariff | None, size: Callable[[int], Size], limit: int, left: Amount
+) -> int:
+    """Returns how many tokens a request may generate for what is left, fewer than before."""
+    low, high = 0, limit - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        most = size(middle).spent()
+        cost = _amount(tariff, most, most)
+        fits = cost.nano <= left.nano and cost.tokens <= left.tokens
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def _check(budget: Budget, amount: Amount) -> None:
+    """Refuses what a single request may not cost.
+
+    Raises:
+        ShortError: If it may not.
+    """
+    left = Amount(
+        10**18 if budget.nano is None else budget.nano,
+        10**18 if budget.tokens is None else budget.tokens,
+    )
+    if amount.nano > left.nano or amount.tokens > left.tokens:
+        raise ShortError(Standing(Account("request", budget), left, 0, math.inf, 0.0))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _has_more_than_text(body: Json) -> bool:
+    """Whether some message has a part of which the body does not tell how many tokens it has."""
+    messages = body.get("messages")
+    contents = [one.get("content") for one in messages or () if isinstance(one, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
+
+
+def _retry_after(seconds: int) -> RawHeaders:
+    return [(b"retry-after", str(seconds).encode())]

@@ -1,0 +1,85 @@
+"""What a client's headers name: its terms, and what else X-Haltwise-... tells of a request."""
+
+from dataclasses import replace
+
+from haltwise import InputError, Terms
+from haltwise.control.tariffs import Tariffs
+from haltwise.proxy.client import RefusedError, RequestingClient
+from haltwise.proxy.config import Customer, read_dollars
+from haltwise.proxy.wire import Json
+
+#: How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens, -Segment.
+TERMS = "x-haltwise-"
+# What beside terms such headers name.
+_TOLD = ("task", "session", "value", "max_cost")
+
+
+def named_by(client: RequestingClient) -> dict[str, str]:
+    """What the headers of a request name about its terms and itself."""
+    return {
+        name.removeprefix(TERMS).replace("-", "_"): value
+        for name, value in client.headers.items()
+        if name.startswith(TERMS)
+    }
+
+
+def names_price(client: RequestingClient) -> bool:
+    """Whether the headers of a request name a price, or ask for none."""
+    return not {"price", "off", "value"}.isdisjoint(named_by(client))
+
+
+def terms_of(
+    client: RequestingClient, customer: Customer, tariffs: Tariffs | None, model: str
+) -> Terms:
+    """The terms of a request: what its headers name, and what holds for the client for all else.
+
+    Args:
+        client: The client.
+        customer: What holds for it.
+        tariffs: What tokens cost, if anybody has said so.
+        model: The LM that the request names.
+
+    Raises:
+        RefusedError: If the headers make no sense, or name a value of an LM without a tariff.
+    """
+    named = named_by(client)
+    value = dollars_named("value", named.get("value"))
+    if value is None and {"price", "off", "segment"}.isdisjoint(named):
+        value = customer.value
+    asked = {name: told for name, told in named.items() if name not in _TOLD}
+    try:
+        if value is not None and not {"price", "off"}.isdisjoint(asked):
+            raise InputError("value is given, expected it without price and off")
+        terms = Terms.within(asked, customer.terms)
+    except InputError as error:
+        raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+    if value is None:
+        return terms
+    tariff = None if tariffs is None else tariffs.of(model)
+    if tariff is None:
+        message = f"nobody has said what the tokens of model {model!r:.80} cost"
+        raise RefusedError(400, "unknown_tariff", message)
+    return replace(terms, price=tariff.price_of(value), segment_prices={})
+
+
+def dollars_named(name: str, told: str | None) -> float | None:
+    """An amount of money that a header names; None if it names none.
+
+    Raises:
+        RefusedError: If it is none.
+    """
+    try:
+        return read_dollars(f"X-Haltwise-{name.title()}", told)
+    except InputError as error:
+        raise RefusedError(400, "invalid_request_error", str(error)) from None
+
+
+def logged(terms: Terms) -> Json:
+    """What a request asks, for its line of the log."""
+    names = ("price", "min_tokens", "max_tokens", "segment")
+    return {name: getattr(terms, name) for name in names}
+
+
+def ignored(terms: Terms) -> list[str]:
+    """The names of those terms that ask for something."""
+    return [name for name in ("price", "min_tokens", "max_tokens") if getattr(terms, name)]

@@ -1,0 +1,231 @@
+"""The proxy spends no more than its budgets, and says in one line why it does not go on."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from haltwise import InputError
+from haltwise.control.tariffs import UNIT
+from haltwise.proxy import ServeConfig, create_app
+from tests.heads import CLOSE, sure_head
+from tests.proxy.fake_upstream import FakeUpstream, Plan
+from tests.proxy.proxies import PATIENCE, Proxy, ask, proxied, saved_head, wait_until
+
+#: Dollars of 1,000,000 tokens: a generated one costs 2,000 nano-dollars, and one of a prompt 1,000.
+TARIFFS = {"unit": UNIT, "models": {"fake": {"input": 1, "output": 2}}}
+NEVER = {"X-Haltwise-Price": "1e-9"}
+Serving = Callable[..., Proxy]
+
+
+def written(path: Path, told: Any) -> Path:
+    path.write_text(json.dumps(told))
+    return path
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    """Proxies before a fake, with budgets."""
+    with ExitStack() as stack:
+
+        def started(budgets: Any, keys: Any = None, looks: bool = False, **settings: Any) -> Proxy:
+            policy = sure_head(CLOSE, probing="always" if looks else "at_halt")
+            waits: Any = {"paced": 4, "probed": True} if looks else {}
+            settings |= {"probe_timeout": PATIENCE} if looks else {}
+            upstream = stack.enter_context(FakeUpstream("vllm", **waits))
+            settings = {"tariffs": written(tmp_path / "tariffs", TARIFFS)} | settings
+            settings |= {} if keys is None else {"keys": written(tmp_path / "keys", keys)}
+            config = ServeConfig(
+                head=saved_head(tmp_path / "head", policy),
+                upstream=upstream.url,
+                state=tmp_path / "state",
+                budgets=written(tmp_path / "budgets", budgets),
+                **settings,
+            )
+            return stack.enter_context(proxied(config))
+
+        yield started
+
+
+def account(proxy: Proxy, scope: str = "everything") -> Any:
+    """How an account stands, once nothing is held back any more."""
+
+    def told() -> Any:
+        found = proxy.client.get("/v1/haltwise/control").raise_for_status().json()["budgets"]
+        assert (found["over"], found["trouble"]) == (0, "")
+        return next((one for one in found["accounts"] if one["id"].startswith(scope)), None)
+
+    wait_until(lambda: (one := told()) is not None and not one["held_tokens"])
+    return told()
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize(
+    ("headers", "more"),
+    [
+        ({}, {}),
+        (NEVER, {}),
+        ({"X-Haltwise-Off": "1"}, {}),
+        ({}, {"stream": False}),
+        ({}, {"chat": False}),
+    ],
+)
+def test_a_request_is_billed_what_its_own_usage_tells(
+    serving: Serving, plan: Plan, headers: dict[str, str], more: Any, looks: bool
+) -> None:
+    proxy = serving({"everything": {"dollars": 1, "tokens": 10**6}}, looks=looks)
+    usage = ask(proxy.client, plan, headers=headers, **more).usage
+    found = account(proxy)
+    prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
+    assert prompt > 0 and completion > 0
+    assert found["spent_tokens"] == prompt + completion
+    assert found["spent_nano"] == 1_000 * prompt + 2_000 * completion
+    assert found["requests"] == 1
+
+
+def test_64_requests_at_once_spend_no_more_than_there_is(serving: Serving, plan: Plan) -> None:
+    proxy = serving({"everything": {"dollars": 0.01}})
+
+    def status(number: int) -> int:
+        return ask(proxy.client, plan, max_tokens=60).status
+
+    with ThreadPoolExecutor(64) as pool:
+        codes = list(pool.map(status, range(64)))
+    assert set(codes) == {200, 429} and codes.count(200) >= 3
+    assert 0 < account(proxy)["spent_nano"] <= 10_000_000
+    assert "haltwise_budget_refused_total" in proxy.client.get("/metrics").text
+
+
+def test_a_budget_limits_an_answer_before_it_refuses_one(serving: Serving, plan: Plan) -> None:
+    proxy = serving({"request": {"tokens": 3_000}, "everything": {"tokens": 10**6}})
+    whole = ask(proxy.client, plan, headers=NEVER)
+    assert whole.status == 200 and 0 < account(proxy)["spent_tokens"] < 3_000
+    assert "haltwise_budget_cut_total 1.0" in proxy.client.get("/metrics").text
+    refused = ask(proxy.client, plan, headers=NEVER | {"X-Haltwise-Max-Cost": "0.0001"})
+    assert refused.status == 429 and b"the budget of request is spent" in refused.body
+
+
+def test_whoever_is_short_is_told_when_to_come_again(serving: Serving, plan: Plan) -> None:
+    hours = {"hours": 24}
+    keys = {"poor": {"budget": {"tokens": 100} | hours}, "rich": {}}
+    proxy = serving({"tenant": {"tokens": 10**6} | hours}, keys)
+    poor = ask(proxy.client, plan, headers={"Authorization": "Bearer poor"})
+    assert poor.status == 429 and b"the budget of tenant is spent" in poor.body
+    assert 1 <= int(poor.headers["retry-after"]) <= 86_400
+    assert ask(proxy.client, plan, headers={"Authorization": "Bearer rich"}).status == 200
+    assert account(proxy, "tenant")["requests"] == 1
+
+
+def test_a_session_has_a_budget_of_its_own(serving: Serving, plan: Plan) -> None:
+    proxy = serving({"session": {"tokens": 2_000}})
+    first = {"X-Haltwise-Session": "one"}
+    codes = [ask(proxy.client, plan, headers=first, max_tokens=64).status for _ in range(20)]
+    assert codes[0] == 200 and codes[-1] == 429
+    assert (
+        ask(proxy.client, plan, headers={"X-Haltwise-Session": "two"}, max_tokens=64).status == 200
+    )
+    assert ask(proxy.client, plan, max_tokens=64).status == 200
+    assert account(proxy, "session")["spent_tokens"] <= 2_000
+
+
+def test_what_fails_before_it_begins_costs_nothing(serving: Serving) -> None:
+    proxy = serving({"everything": {"tokens": 10**6}})
+    for trouble in ("500", "400"):
+        plan = Plan(f"fails{trouble}", trouble=trouble, at=0)
+        assert ask(proxy.client, plan).status == int(trouble)
+    assert account(proxy)["spent_tokens"] == 0
+
+
+def test_what_nobody_counts_is_taken_to_cost_all_that_it_can(serving: Serving, plan: Plan) -> None:
+    proxy = serving({"everything": {"tokens": 10**6}})
+    assert ask(proxy.client, plan, n=2, max_tokens=64).status == 200
+    assert account(proxy)["spent_tokens"] >= 2 * 64
+
+
+def test_an_lm_without_a_tariff_is_never_free(serving: Serving, plan: Plan) -> None:
+    proxy = serving({"everything": {"dollars": 1}})
+    for model in ("other", "", None, 7):
+        found = ask(proxy.client, plan, model=model)
+        assert found.status == 400 and b"nobody has said what the tokens" in found.body
+
+
+def test_what_a_right_answer_is_worth_is_a_price(serving: Serving, plan: Plan) -> None:
+    """1,000 tokens cost 0.002 dollars: 0.1 right answers of 2 cents."""
+    keys = {"k": {"value": 0.02}, "p": {"price": 0.3}}
+    proxy = serving({"everything": {"tokens": 10**9}}, keys, value=0.2)
+
+    def price(key: str, **headers: str) -> Any:
+        found = ask(proxy.client, plan, headers={"Authorization": f"Bearer {key}"} | headers)
+        return found.usage["haltwise"]["price"] if found.status == 200 else found.status
+
+    assert price("k") == pytest.approx(0.1)
+    assert price("k", **{"X-Haltwise-Value": "0.002"}) == pytest.approx(1.0)
+    assert price("k", **{"X-Haltwise-Price": "0.7"}) == 0.7
+    assert price("p") == 0.3
+    for wrong in ("0", "-1", "nan", "inf", "much"):
+        assert price("k", **{"X-Haltwise-Value": wrong}) == 400
+    assert price("k", **{"X-Haltwise-Value": "1", "X-Haltwise-Price": "1"}) == 400
+
+
+def test_where_the_state_is_away_nothing_is_spent(
+    serving: Serving, plan: Plan, tmp_path: Path
+) -> None:
+    proxy = serving({"everything": {"tokens": 10**6}})
+    with closing(sqlite3.connect(tmp_path / "state", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        refused = ask(proxy.client, plan)
+        assert refused.status == 503 and b"the budgets cannot be asked" in refused.body
+        assert refused.headers["retry-after"] == "1"
+    assert ask(proxy.client, plan).status == 200
+    assert account(proxy)["requests"] == 1
+
+
+def settings(tmp_path: Path, **more: Any) -> ServeConfig:
+    usual: dict[str, Any] = {"state": tmp_path / "state"}
+    files = {name: written(tmp_path / name, told) for name, told in more.items() if name in FILES}
+    return ServeConfig(head=saved_head(tmp_path / "head"), **usual | more | files)
+
+
+FILES = ("budgets", "tariffs", "keys")
+DOLLARS = {"everything": {"dollars": 1}}
+TOKENS = {"everything": {"tokens": 1}}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"budgets": {}}, "expected budgets of everything, tenant"),
+        ({"budgets": {"user": {"tokens": 1}}}, "expected budgets of everything, tenant"),
+        ({"budgets": {"tenant": {"tokens": -1}}}, "tenant: tokens is -1"),
+        ({"budgets": {"request": {"tokens": 1, "hours": 1}}}, "request: hours are given"),
+        ({"budgets": DOLLARS}, "dollars are given, expected --tariffs"),
+        ({"budgets": TOKENS, "state": None}, "expected --state"),
+        (
+            {"budgets": {"everything": {"tokens": 9, "hours": 1, "requests": 9}}},
+            "expected --control apply",
+        ),
+        ({"budgets": TOKENS, "value": 1.0}, "--value is 1.0, expected --tariffs"),
+        ({"budgets": TOKENS, "value": -1.0}, "--value is -1.0, expected dollars above 0"),
+        ({"budgets": TOKENS, "tariffs": TARIFFS, "value": 1.0, "price": 1.0}, "expected one of"),
+        ({"budgets": TOKENS, "keys": {"k": {"value": 1}}}, "has a value, expected --tariffs"),
+        ({"state": None, "keys": {"k": {"budget": {"tokens": 1}}}}, "a budget, expected --budgets"),
+        ({"budgets": TOKENS, "keys": {"k": {"budget": 5}}}, "entry 1: expected dollars or tokens"),
+        ({"budgets": TOKENS, "keys": {"k": {"value": "x"}}}, "entry 1: value is 'x'"),
+        (
+            {"budgets": TOKENS, "tariffs": TARIFFS, "keys": {"k": {"value": 1, "price": 1}}},
+            "entry 1: value is given, expected it without",
+        ),
+    ],
+)
+def test_settings_about_money_that_make_no_sense_are_refused(
+    more: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        create_app(settings(tmp_path, **more))
