@@ -17,9 +17,9 @@ from typing import Literal
 from haltwise.errors import InputError
 
 #: What is drawn: whether a request is audited; whether an audit is dense, with an answer at every
-#: decision point; whether a question is kept back from training. Draws of two purposes have nothing
-#: to do with each other.
-Purpose = Literal["audit", "dense", "split"]
+#: decision point; whether a question is kept back from training; which of two prices is served.
+#: Draws of two purposes have nothing to do with each other.
+Purpose = Literal["audit", "dense", "split", "price"]
 # Bytes of a key that nobody guesses.
 _FEWEST_BYTES = 16
 

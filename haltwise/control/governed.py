@@ -18,7 +18,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -53,6 +53,8 @@ from haltwise.policy.head import HaltHead
 from haltwise.session.request import RunningRequest, Terms, ThoughtReport, ThoughtRequest
 
 log = logging.getLogger("haltwise.control")
+
+T = TypeVar("T")
 
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
@@ -164,6 +166,8 @@ class GovernedControl:
         self._counting = threading.Lock()
         # By newest request who rates it; None if nobody does, or somebody has.
         self._recent: OrderedDict[str, Rater | None] = OrderedDict()
+        # By newest request with which probability its price was drawn, if it was.
+        self._probabilities: OrderedDict[str, float] = OrderedDict()
         self.num_refused = 0
         self.num_audit_tokens = 0
         """Tokens that were generated for audits alone, since the process has begun."""
@@ -208,10 +212,15 @@ class GovernedControl:
             rates = dict.fromkeys(rates, self.audit) if self.audit else {}
         rater = self._rater_of(request)
         step = groups.step(names, rater.user)
-        served = asked.price if self.mode == "observe" else self.price_of(step)
-        if named and served > asked.price:
-            served = asked.price
-            step = int(np.searchsorted(self.prices, served, side="right"))
+        urgency = request.about.get("urgency")
+        if urgency is not None and self.mode == "apply":
+            step = self._paced(number, asked.price, step, float(urgency))
+            served = self.price_of(step)
+        else:
+            served = asked.price if self.mode == "observe" else self.price_of(step)
+            if named and served > asked.price:
+                served = asked.price
+                step = int(np.searchsorted(self.prices, served, side="right"))
         drawn = draw_audit(self.key, number, rates)
         self._remember(number, rater)
         with self._counting:
@@ -225,6 +234,23 @@ class GovernedControl:
         if self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put(Entry())
         return replace(asked, price=served)
+
+    def _paced(self, number: str, asked: float, top: int, urgency: float) -> int:
+        """Returns the step of a request whose spending is paced, drawn from two beside each other.
+
+        Args:
+            number: The request's id.
+            asked: The price that it asks for, where nothing is urgent.
+            top: The step that its groups are served, where everything is.
+            urgency: How urgent it is, in [0, 1].
+        """
+        low = min(int(np.searchsorted(self.prices, asked, side="right")), top)
+        exact = low + urgency * (top - low)
+        step = int(exact)
+        rises = draw(self.key, number, "price") < exact - step
+        share = exact - step if rises else 1 - (exact - step)
+        _keep(self._probabilities, number, share)
+        return step + rises
 
     def _is_dense(self, number: str) -> bool:
         """Returns whether an audit is dense, which those of a head that looks at answers are."""
@@ -400,6 +426,7 @@ class GovernedControl:
             price_asked=report.request.terms.price,
             price_ceiling=self.price_of(ceiling),
             price_served=report.price,
+            price_probability=self._probabilities.pop(str(about.get("id")), None),
             audited=audit is not None,
             audit_probability=audit.drawn.probability if audit else max(rates.values()),
             halted=report.halted,
@@ -649,9 +676,7 @@ class GovernedControl:
 
     def _remember(self, request: str, rater: Rater | None) -> None:
         """Remembers who rates a request; nobody does so twice."""
-        self._recent[request] = rater
-        if len(self._recent) > _MOST_RECENT:
-            self._recent.popitem(last=False)
+        _keep(self._recent, request, rater)
 
     # What a person sees
 
@@ -696,6 +721,13 @@ class GovernedControl:
             self.traces.close()
         if self.telemetry is not None:
             self.telemetry.close()
+
+
+def _keep(newest: OrderedDict[str, T], request: str, what: T) -> None:
+    """Remembers something of a request, as one of the newest."""
+    newest[request] = what
+    if len(newest) > _MOST_RECENT:
+        newest.popitem(last=False)
 
 
 def _told_by_labels(request: str, known: Audit) -> Entry:

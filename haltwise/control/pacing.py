@@ -22,7 +22,7 @@ _STEP = 0.02
 # Of how much more than its allowance a single request is felt, in allowances.
 _MOST_FELT = 5.0
 # Of a window, what the operator's guess of its requests weighs as much as.
-_GUESS = 0.1
+_GUESS = 0.03
 # Accounts whose urgency is remembered.
 _MOST_ACCOUNTS = 10_000
 
@@ -32,16 +32,17 @@ class Pace:
 
     def __init__(self) -> None:
         """Nothing is urgent."""
-        self._urgency: OrderedDict[str, float] = OrderedDict()
+        #: By account, in the order in which they were moved.
+        self.urgency: OrderedDict[str, float] = OrderedDict()
 
-    def of(self, standings: list[Standing]) -> float:
-        """Returns the urgency of a request: that of its most pressed account.
+    def of(self, standings: list[Standing]) -> float | None:
+        """Returns how urgent a request is: as its most pressed account; None if none is paced.
 
         Args:
             standings: How its accounts stand.
         """
         paced = (one.account.name for one in standings if one.account.budget.requests)
-        return max((self._urgency.get(name, 0.0) for name in paced), default=0.0)
+        return max((self.urgency.get(name, 0.0) for name in paced), default=None)
 
     def spent(self, standing: Standing, cost: Amount) -> None:
         """Takes in what a request has cost.
@@ -62,10 +63,10 @@ class Pace:
             )
             if limit is not None
         ]
-        moved = self._urgency.pop(name, 0.0) + _STEP * max(shares)
-        self._urgency[name] = min(max(moved, 0.0), 1.0)
-        if len(self._urgency) > _MOST_ACCOUNTS:
-            self._urgency.popitem(last=False)
+        moved = self.urgency.pop(name, 0.0) + _STEP * max(shares)
+        self.urgency[name] = min(max(moved, 0.0), 1.0)
+        if len(self.urgency) > _MOST_ACCOUNTS:
+            self.urgency.popitem(last=False)
 
 
 def expected(standing: Standing) -> float:

@@ -40,6 +40,8 @@ class RequestRow:
     price_asked: float | None = None
     price_ceiling: float | None = None
     price_served: float | None = None
+    price_probability: float | None = None
+    """With which that price was drawn, where it was one of two."""
     audited: bool = False
     audit_probability: float = 0.0
     """As it was known before the draw."""

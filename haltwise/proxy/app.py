@@ -43,6 +43,7 @@ from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.lm_server import LMServer, find_lm_server
+from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
 from haltwise.proxy.operator import OperatorPages
 from haltwise.proxy.probe_trial import check_probes
@@ -127,6 +128,8 @@ class Proxy:
             None if self.control is None else Auditor(self.control, self.metrics, patience),
         )
         self._keys = _keys(config, self._default)
+        self.load = None if config.load_target is None else Load(config.load_target)
+        self._watching: asyncio.Task[None] | None = None
         self.cashier = _cashier(config, self._tariffs, PointRules(halting), self.metrics)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
@@ -377,7 +380,12 @@ class Proxy:
         about["tenant"] = tenant_of(client.headers.get("authorization"))
         about |= {name: named.get(name, "") for name in ("task", "session")}
         about |= {"user": request.user, "names_price": names_own}
-        return about | ({} if bill is None else {"urgency": bill.urgency})
+        urgent = [
+            None if bill is None else bill.urgency,
+            None if self.load is None else self.load.urgency,
+        ]
+        about["urgency"] = max((one for one in urgent if one is not None), default=None)
+        return about
 
     @asynccontextmanager
     async def _billed(
@@ -670,11 +678,18 @@ class Proxy:
             self._checked = anyio.current_time()
             return self._answered
 
+    def begin(self) -> None:
+        """Begins to watch the server's load, if that matters, on the loop that runs."""
+        if self.load is not None:
+            self._watching = asyncio.create_task(self.load.watch(self.upstream))
+            self.metrics.load_urgency.set_function(lambda: self.load.urgency if self.load else 0)
+
     async def close(self) -> None:
         """Ends the audits, writes what the control knows, and closes all connections."""
-        if self._trial is not None:
-            self._trial.cancel()
-            await asyncio.wait((self._trial,))
+        for task in (self._trial, self._watching):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait((task,))
         if self._settings.auditor is not None:
             await self._settings.auditor.close()
         if self.control is not None:
@@ -707,6 +722,7 @@ def app_of(proxy: Proxy) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        proxy.begin()
         yield
         await proxy.close()
 
@@ -714,7 +730,11 @@ def app_of(proxy: Proxy) -> Starlette:
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
         *OperatorPages(
-            proxy.config.control, proxy.control, proxy.config.operator_key, proxy.cashier
+            proxy.config.control,
+            proxy.control,
+            proxy.config.operator_key,
+            proxy.cashier,
+            proxy.load,
         ).routes,
         Route("/v1/{path:path}", proxy),
     ]

@@ -114,8 +114,8 @@ class Bill:
     held: Spent
     max_tokens: int | None
     """Tokens that it may generate, fewer than it asks for; None if it may have what it asks for."""
-    urgency: float
-    """How urgent it is that it costs less, in [0, 1]."""
+    urgency: float | None
+    """How urgent it is that it costs less, in [0, 1]; None if no budget of it is paced."""
     standings: list[Standing] = field(default_factory=list)
     spent: Spent | None = None
     """What it has taken; None if nobody has counted it."""
@@ -303,6 +303,8 @@ class Cashier:
             "over": self.budgets.num_over,
             "trouble": self.budgets.trouble,
             "accounts": self._largest(),
+            # Where urgency is 1, no certified price is high enough.
+            "urgency": dict(self.pace.urgency),
         }
 
 

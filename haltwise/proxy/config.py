@@ -121,6 +121,9 @@ class ServeConfig:
     like say where to."""
     operator_key_env: str | None = None
     """Environment variable with the key that /v1/haltwise wants; default everybody may read it."""
+    load_target: int | None = None
+    """Requests that may wait at the server: while more do, prices rise inside the certificate.
+    Needs --control apply."""
     shadow: bool = False
     """Decide, log and count, but halt nothing."""
     answers: Answers = "seen"
@@ -181,6 +184,7 @@ class ServeConfig:
             **{name: (1 <= getattr(self, name) <= _MOST, f"1 to {_MOST}") for name in at_a_time},
             **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
             "port": (0 <= self.port < 2**16, "0 to 65535"),
+            "load_target": (self.load_target is None or self.load_target >= 1, "1 or more"),
             "value": (self.value is None or 0 < self.value < math.inf, "dollars above 0"),
             "price": (price is None or 0 <= price < math.inf, "0 or more, and finite"),
             "min_thinking_tokens": (self.min_thinking_tokens >= 0, "0 or more"),
@@ -218,6 +222,9 @@ class ServeConfig:
         Raises:
             InputError: If it does not.
         """
+        if self.load_target is not None and self.control != "apply":
+            found = f"--load-target is {self.load_target}"
+            raise InputError(f"{found}, expected it with --control apply")
         if self.state is not None and self.control not in GOVERNED and self.budgets is None:
             found = "--state is given, expected it with --control observe or apply, or --budgets"
             raise InputError(found)

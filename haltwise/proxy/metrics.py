@@ -66,6 +66,8 @@ class Metrics:
         self.cost_dollars = counter("haltwise_cost_dollars", "What requests have cost")
         name, text = "haltwise_budget_over", "Requests that cost more than was held back for them"
         self.budget_over = Gauge(name, text, registry=self.registry)
+        name, text = "haltwise_load_urgency", "How urgent it is that fewer requests wait, 0 to 1"
+        self.load_urgency = Gauge(name, text, registry=self.registry)
         text = "Failures of the upstream"
         self.upstream_errors = counter("haltwise_upstream_errors", text, ["kind"])
         name = "haltwise_streams_in_flight"

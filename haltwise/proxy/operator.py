@@ -15,6 +15,7 @@ from haltwise import InputError
 from haltwise.control.governed import GovernedControl
 from haltwise.proxy.billing import Cashier
 from haltwise.proxy.client import RefusedError
+from haltwise.proxy.load import Load
 from haltwise.proxy.wire import Json, json_object
 
 _MOST_BYTES = 2**16
@@ -28,6 +29,7 @@ class OperatorPages:
         control: The control; None if it is not one of haltwise's own.
         key: What a request has to show; None if everybody may read, and nobody write.
         cashier: Who keeps the budgets; None if there are none.
+        load: Who watches how many requests wait at the server; None if nobody does.
     """
 
     def __init__(
@@ -36,10 +38,11 @@ class OperatorPages:
         control: GovernedControl | None,
         key: str | None,
         cashier: Cashier | None = None,
+        load: Load | None = None,
     ) -> None:
         """Answers nothing yet."""
         self._mode, self._control, self._key = mode, control, key
-        self._cashier = cashier
+        self._cashier, self._load = cashier, load
         self._taking = anyio.Lock()
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
@@ -58,9 +61,10 @@ class OperatorPages:
         return JSONResponse(await anyio.to_thread.run_sync(self._status))
 
     def _status(self) -> Json:
-        """Returns what the control and the budgets tell."""
+        """Returns what the control, the budgets and the load tell."""
         told: Json = {"mode": self._mode} if self._control is None else self._control.status()
-        return told if self._cashier is None else told | {"budgets": self._cashier.status()}
+        told |= {} if self._cashier is None else {"budgets": self._cashier.status()}
+        return told | ({} if self._load is None else {"load": self._load.status()})
 
     async def tell_awaited(self, request: Request) -> Response:
         """Tells which audits wait for labels."""

@@ -375,6 +375,35 @@ def test_a_user_moves_its_own_dial_alone(tmp_path: Path) -> None:
         assert set(steering.groups.groups) == {EVERYTHING}
 
 
+def test_a_paced_price_lies_between_what_is_asked_and_what_is_certified(tmp_path: Path) -> None:
+    with control(tmp_path, "apply", audit=1e-9, head=certified_head()) as steering:
+        steps = [int(np.searchsorted(steering.prices, p, side="right")) for p in (0.1, 0.5)]
+
+        def served(urgency: float | None, price: float = 0.1, num: int = 1) -> list[int]:
+            found = [
+                float(steering.terms(asked(price, id=f"{n}", urgency=urgency)).price)
+                for n in range(num)
+            ]
+            return [int(np.searchsorted(steering.prices, one, side="right")) for one in found]
+
+        assert served(0.0) == [steps[0]] and served(1.0) == served(None) == [steps[1]]
+        assert set(served(0.0, 9.0, 50) + served(0.7, 9.0, 50)) == {steps[1]}  # never beyond
+        exact = steps[0] + 0.37 * (steps[1] - steps[0])
+        drawn = served(0.37, num=2_000)
+        assert set(drawn) == {int(exact), int(exact) + 1}
+        assert np.mean(drawn) == pytest.approx(exact, abs=0.05)
+        run(steering, asked(0.1, id="r", urgency=0.37))
+    ((price, probability),) = rows(tmp_path, "request", "price_served", "price_probability")
+    rose = price == steering.price_of(int(exact) + 1)
+    share = exact - int(exact)
+    assert probability == pytest.approx(share if rose else 1 - share)
+
+
+def test_nothing_is_paced_where_control_only_looks(tmp_path: Path) -> None:
+    with control(tmp_path, "observe", audit=0.0, head=certified_head()) as steering:
+        assert steering.terms(asked(0.1, id="r", urgency=1.0)).price == 0.1
+
+
 def test_feedback_before_any_audit_of_a_tenant_makes_it_known(tmp_path: Path) -> None:
     with control(tmp_path, audit=1e-9) as steering:
         steering.terms(asked(id="a", tenant="t"))

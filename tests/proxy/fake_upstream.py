@@ -55,6 +55,9 @@ _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
 _EOS = "<eos>"
 
 
+_VLLM_WAITING = "vllm:num_requests_waiting"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What the fake says to a request, and what goes wrong."""
@@ -294,6 +297,7 @@ class _Fake:
         self.asked: list[Asked] = []
         self.plans: list[Plan] = []
         self.num_slots = num_slots
+        self.num_waiting = 0
         self._slots = asyncio.Semaphore(num_slots or 1_000_000)
         self._ids: dict[str, int] = {}
         self._pieces: list[str] = []
@@ -308,6 +312,8 @@ class _Fake:
         yield Route("/v1/echo", self.echo, methods=["GET", "POST"])
         yield Route("/asked", self.tell)
         yield Route("/health", lambda _: PlainTextResponse("OK"))
+        if self.num_slots:
+            yield Route("/metrics", self.tell_waiting)
         if self.kind in ("vllm", "llama-server", "sglang"):
             yield Route("/tokenize", self.tokenize, methods=["POST"])
             yield Route("/detokenize", self.detokenize, methods=["POST"])
@@ -316,6 +322,11 @@ class _Fake:
             yield Route("/apply-template", self.apply_template, methods=["POST"])
             props = {"total_slots": self.num_slots or 1_000, "chat_template": "not shown"}
             yield Route("/props", lambda _: JSONResponse(props))
+
+    def tell_waiting(self, _: Request) -> Response:
+        """In the form of Prometheus, by the name that the kind of server gives it."""
+        name = "llamacpp:requests_deferred" if self.kind == "llama-server" else _VLLM_WAITING
+        return PlainTextResponse(f"# TYPE {name} gauge\n{name} {self.num_waiting}\n")
 
     # Tokens
 
@@ -547,7 +558,9 @@ class _Writer:
     async def packets(self) -> AsyncIterator[bytes]:
         """The stream's bytes."""
         size = self.plan.split
+        self.fake.num_waiting += 1
         async with self.fake._slots:
+            self.fake.num_waiting -= 1
             self.fake.start(self.id, self.asked)
             async for event in self.events():
                 data = (event if event[:1] == ":" else f"data: {event}").encode() + b"\n\n"
