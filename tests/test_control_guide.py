@@ -15,8 +15,8 @@ from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 
-TRY, LABEL, KEEP, LEARN = blocks("CONTROL", "sh")
-ASK, TELL = blocks("CONTROL", "python")
+TRY, LABEL, SPEND, KEEP, LEARN = blocks("CONTROL", "sh")
+ASK, TELL, SAY, BUY = blocks("CONTROL", "python")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def served(command: list[str], folder: Path) -> Iterator[Proxy]:
     """What `haltwise serve` serves by a command, before a server with the LM in the folder."""
     assert command[:2] == ["haltwise", "serve"] and command[-1] == "http://127.0.0.1:8080"
-    paths = {"--state", "--head", "--audit-traces"}
+    paths = {"--state", "--head", "--audit-traces", "--tariffs", "--budgets"}
     placed = [str(folder / word) if before in paths else word for before, word in pairwise(command)]
     with (
         llama_server(folder / "embedded.gguf") as server,
@@ -71,6 +71,18 @@ def test_the_guide_labels_what_differs_and_opens_the_breaker(
         ask(proxy, TELL)
     printed = capsys.readouterr().out.splitlines()[-3:]
     assert printed == ["True", "0 True", "open 0.0"]
+
+
+def test_the_guide_spends_no_more_than_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(commands(TRY.text, folder)[1], {}, monkeypatch)
+    exec(compile(SAY.text, "files", "exec"), {})
+    (serve,) = commands(SPEND.text, folder)
+    with served(serve, folder) as proxy:
+        ask(proxy, BUY)
+    printed = capsys.readouterr().out.splitlines()[-2:]
+    assert printed == ["True the budget of session is spent", "True"]
 
 
 def test_the_guide_learns_from_what_it_has_served(
