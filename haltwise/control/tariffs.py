@@ -17,6 +17,8 @@ from haltwise.errors import InputError, reason_of
 
 #: Nano-dollars in a dollar.
 NANO = 10**9
+#: Who may be asked about LMs that a file of tariffs does not know: a library's list.
+LISTED = "genai-prices"
 #: The only unit of a file of tariffs.
 UNIT = "dollars per 1,000,000 tokens"
 _PER = 10**6
@@ -89,30 +91,76 @@ class Tariffs:
 
     Args:
         path: A JSON file, such as {"unit": "dollars per 1,000,000 tokens", "models": {"r1":
-            {"input": 0.55, "cached": 0.14, "output": 2.19}}}.
+            {"input": 0.55, "cached": 0.14, "output": 2.19}}}. With "beside": "genai-prices", that
+            library's list is asked about LMs that are not in the file.
 
     Raises:
-        InputError: If it cannot be read, or has another form or unit.
+        InputError: If it cannot be read, or has another form or unit, or the library is missing.
     """
 
     def __init__(self, path: Path) -> None:
         """Reads the file."""
         told = read_object(path, "tariffs")
-        if told.get("unit") != UNIT or set(told) != {"unit", "models"}:
+        if told.get("unit") != UNIT or not {"models"} <= set(told) <= {"unit", "models", "beside"}:
             raise InputError(f'tariffs {path}: expected {{"unit": "{UNIT}", "models": {{...}}}}')
-        models = told["models"]
-        if not isinstance(models, dict) or not models:
+        models, beside = told["models"], told.get("beside")
+        if beside not in (None, LISTED):
+            raise InputError(f"tariffs {path}: beside is {beside!r:.40}, expected {LISTED!r}")
+        if not isinstance(models, dict) or not (models or beside):
             raise InputError(f"tariffs {path}: models is {models!r:.40}, expected names of LMs")
         self._by_model: Mapping[str, Tariff] = {
             name: _entry(entry, f"tariffs {path}, {name!r:.60}") for name, entry in models.items()
         }
+        self._asks_list = beside is not None
+        if self._asks_list:
+            check_list()
 
     def of(self, model: str) -> Tariff | None:
         """Returns the tariff of an LM by the name that requests call it; None if it is unknown.
 
-        An entry "*" is of every LM that has none.
+        An entry "*" is of every LM that has none, and that no list has.
         """
-        return self._by_model.get(model) or self._by_model.get("*")
+        listed = self._asks_list and model and model not in self._by_model
+        found = self._by_model.get(model) or (_listed(model) if listed else None)
+        return found or self._by_model.get("*")
+
+
+def check_list() -> None:
+    """Refuses a list that is not installed.
+
+    Raises:
+        InputError: If it is not.
+    """
+    try:
+        import genai_prices  # noqa: F401
+    except ImportError:
+        told = "needs genai-prices: run pip install -e '.[tariffs]' in the clone"
+        raise InputError(f"beside is {LISTED!r}, which {told}") from None
+
+
+def _listed(model: str) -> Tariff | None:
+    """Returns the tariff of an LM that the library's list has now, the highest one of its tiers."""
+    from genai_prices import Usage, calc_price
+
+    try:
+        price = calc_price(Usage(input_tokens=1, output_tokens=1), model_ref=model).model_price
+    except LookupError:
+        return None
+    parts = [_highest(part) for part in (price.input_mtok, price.output_mtok)]
+    cached = _highest(price.cache_read_mtok)
+    if None in parts:
+        return None
+    told = {"input": float(parts[0]), "output": float(parts[1])}
+    try:
+        return Tariff.read(told | ({} if cached is None else {"cached": float(cached)}))
+    except InputError:
+        return None
+
+
+def _highest(part: Any) -> Any:
+    """Returns the largest amount of a part of a listed price, which may hang on the usage."""
+    tiers = getattr(part, "tiers", None)
+    return part if tiers is None else max([part.base, *(tier.price for tier in tiers)])
 
 
 def read_object(path: Path, what: str) -> dict[str, Any]:

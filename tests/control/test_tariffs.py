@@ -1,13 +1,16 @@
 """Money is counted in whole nano-dollars, and a file in another unit is seen to be one."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from genai_prices import Usage, calc_price
+from genai_prices.types import TieredPrices
 
 from haltwise import InputError
-from haltwise.control.tariffs import UNIT, Tariff, Tariffs
+from haltwise.control.tariffs import NANO, UNIT, Tariff, Tariffs
 
 ENTRY = {"input": 0.55, "cached": 0.14, "output": 2.19}
 
@@ -35,6 +38,23 @@ def test_nobody_guesses_what_an_unknown_lm_costs(tmp_path: Path) -> None:
     assert tariffs.of("r2") is None and tariffs.of("") is None
 
 
+def test_a_list_is_asked_about_lms_that_the_file_does_not_have(tmp_path: Path) -> None:
+    path = tmp_path / "tariffs.json"
+    told = {"unit": UNIT, "models": {"gpt-4o": ENTRY}, "beside": "genai-prices"}
+    path.write_text(json.dumps(told))
+    tariffs = Tariffs(path)
+    assert tariffs.of("gpt-4o") == Tariff.read(ENTRY)
+    listed = tariffs.of("gpt-4o-mini")
+    assert listed is not None and 0 < listed.cached < listed.input < listed.output
+    priced = calc_price(Usage(input_tokens=9_000, output_tokens=700), model_ref="gpt-4o-mini")
+    assert listed.cost(9_000, 0, 700) == math.ceil(priced.total_price * NANO)
+    assert tariffs.of("nobody's own LM") is None and tariffs.of("") is None
+    tiered = calc_price(Usage(input_tokens=1), model_ref="gemini-2.5-pro").model_price.input_mtok
+    highest = tariffs.of("gemini-2.5-pro")
+    assert isinstance(tiered, TieredPrices) and highest is not None
+    assert highest.input == max(tier.price for tier in tiered.tiers) * NANO > tiered.base * NANO
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
@@ -44,6 +64,8 @@ def test_nobody_guesses_what_an_unknown_lm_costs(tmp_path: Path) -> None:
         ({"models": {"r1": ENTRY}}, '"unit": "dollars per 1,000,000 tokens"'),
         ({"unit": "dollars per token", "models": {"r1": ENTRY}}, '"unit"'),
         ({"unit": UNIT, "models": {}}, "expected names of LMs"),
+        ({"unit": UNIT, "models": {"r1": ENTRY}, "beside": "x"}, "expected 'genai-prices'"),
+        ({"unit": UNIT, "models": {"r1": ENTRY}, "more": 1}, '"unit"'),
         ({"unit": UNIT, "models": [1]}, "expected names of LMs"),
         ({"unit": UNIT, "models": {"r1": 2}}, "'r1': expected input, output"),
         ({"unit": UNIT, "models": {"r1": {"output": 2}}}, "expected input, output"),
