@@ -122,9 +122,10 @@ class Books:
         event, books = entry.event, self
         if event is not None:
             books = replace(self, groups=self.groups.after(event))
-            under_way = self.groups.under_way.get(getattr(event, "request", ""))
-            if isinstance(event, Told | Expired) and under_way is not None:
-                books = books._told(event.request, entry, under_way.groups)
+            told = event.request if isinstance(event, Told | Expired) else ""
+            under_way = self.groups.under_way.get(told)
+            if under_way is not None and under_way.may_tell:
+                books = books._told(told, entry, under_way.groups)
         return books._counted(entry.num_requests)
 
     def _told(self, request: str, entry: Entry, probabilities: Mapping[str, float]) -> Books:

@@ -7,9 +7,9 @@ Angelopoulos et al., 2021, arXiv 2110.01052, with capital that may be looked at 
 that calibrate.py has certified stand at the start of the sequence and are not tested again; what
 its certificate may be wrong with comes on top.
 
-An audit counts as lost at every price from its draw until it tells more. So the capital is never
-above that of who knows everything at once, in the order of the draws, and slow answers and late
-labels can make it no larger than it will be.
+Audits count in the order of their draws, and where a label is due as lost until it comes. So the
+capital is never above that of who knows at once what the audits so far have lost, and slow answers
+and late labels can make it no larger than it will be.
 
 Shapes: leading places (...) are anybody's; K prices, S stakes.
 """

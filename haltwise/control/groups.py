@@ -5,6 +5,9 @@ served the strictest step of its groups. Everything has a certificate; another g
 own before its breaker has opened once, so that it may go as far as everything may, and its reach
 and its detector watch over it.
 
+Audits are evidence in the order of their draws: one that has not told yet holds up those behind it,
+so that slow answers choose nothing, and many at once cost nothing but time.
+
 The state is a fold of events: the same events in the same order make the same state, bit by bit. An
 event that makes no sense, such as a label for an unknown request, changes nothing but a count.
 """
@@ -14,8 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
-
-import numpy as np
 
 from haltwise.control.ceiling import WORST
 from haltwise.control.governor import (
@@ -38,6 +39,8 @@ EVERYTHING = "everything"
 _EVERYTHING_SHARE = 0.5
 # How far the worst score turns a user's dial, and the best one turns it back.
 _TURN = 0.25
+# Audits that one which does not tell may hold up; then it counts as lost until it does.
+_MOST_HELD_UP = 4_000
 # Dials that are remembered; the one that was moved longest ago is forgotten first.
 _MOST_DIALS = 10_000
 
@@ -143,7 +146,7 @@ def event_from_json(data: Mapping[str, Any]) -> Event:
 
 @dataclass(frozen=True)
 class UnderWay:
-    """An audit that may tell more."""
+    """An audit that may tell more, or is not counted yet."""
 
     step: int
     """The step that it would have been served."""
@@ -157,8 +160,17 @@ class UnderWay:
     """Who is to tell of it."""
     told: bool = False
     """Whether it has told something."""
+    waits: bool = False
+    """Whether it has told, and labels are due."""
+    counted: bool = False
+    """Whether it is among the evidence."""
     felt: bool = False
     """Whether the groups have felt what the served step lost."""
+
+    @property
+    def may_tell(self) -> bool:
+        """Whether it may tell more."""
+        return self.waits or not self.told
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,7 @@ class Groups:
     """The most groups there may be; requests of others are in everything alone."""
     groups: Mapping[str, GroupState]
     under_way: Mapping[str, UnderWay] = field(default_factory=dict)
-    """By request, the audits that may tell more."""
+    """By request, in the order of their draws, the audits that may tell more or wait for such."""
     dials: Mapping[str, float] = field(default_factory=dict)
     """By user, the share of its groups' step that it is served, where that is less than all."""
     num_pooled: int = 0
@@ -280,54 +292,64 @@ class Groups:
             return None
         if not all(self.promise.rest <= p <= 1 for p in probabilities):
             return None
-        state, worst = self, np.full(self.num_prices, WORST)
+        groups = dict(self.groups)
         for name in event.groups:
-            if state.takes(name):
-                group = counted(state.group(name), worst, self.promise)
-                state = replace(state, groups={**state.groups, name: group})
-        counting = {name: p for name, p in event.groups.items() if name in state.groups}
-        epochs = {name: int(state.groups[name].epoch) for name in counting}
-        drawn = UnderWay(event.step, counting, epochs, tuple(worst.tolist()), event.process)
-        return replace(
-            state,
+            if replace(self, groups=groups).takes(name):
+                groups[name] = replace(self, groups=groups).group(name)
+        counting = {name: p for name, p in event.groups.items() if name in groups}
+        epochs = {name: int(groups[name].epoch) for name in counting}
+        worst = (WORST,) * self.num_prices
+        drawn = UnderWay(event.step, counting, epochs, worst, event.process)
+        state = replace(
+            self,
+            groups=groups,
             under_way={**self.under_way, event.request: drawn},
             num_pooled=self.num_pooled + (len(counting) < len(event.groups)),
         )
+        return state._count()
 
     def _told(self, event: Told) -> Groups | None:
         audit = self.under_way.get(event.request)
         lengths = {len(event.losses), len(event.due)}
-        if audit is None or lengths != {self.num_prices}:
+        if audit is None or not audit.may_tell or lengths != {self.num_prices}:
             return None
         if not all(-1 <= new <= old for new, old in zip(event.losses, audit.losses, strict=True)):
             return None
-        state = self._each(
-            audit,
-            lambda group: corrected(group, audit.losses, event.losses, self.promise),
-        )
         known = audit.step == 0 or not event.due[audit.step - 1]
-        told = replace(audit, losses=event.losses, told=True)
+        state = self._corrected(audit, event.losses)
+        told = replace(audit, losses=event.losses, told=True, waits=any(event.due))
         if known and not audit.felt:
             state, told = state._feel(told), replace(told, felt=True)
-        return state._keep(event.request, told if any(event.due) else None)
+        return state._keep(event.request, told)._count()
 
     def _expired(self, event: Expired) -> Groups | None:
         audit = self.under_way.get(event.request)
-        if audit is None:
+        if audit is None or not audit.may_tell:
             return self  # another process has told it too
         state = self if audit.felt else self._feel(audit)
-        return state._keep(event.request, None)
+        late = replace(audit, told=True, waits=False, felt=True)
+        return state._keep(event.request, late)._count()
 
     def _broken_off(self, event: BrokenOff) -> Groups | None:
         audit = self.under_way.get(event.request)
         if audit is None or audit.felt:
             return None
-        neutral = np.full(self.num_prices, self.promise.target)  # at which no bet moves
-        state = self._each(
-            audit,
-            lambda group: corrected(group, audit.losses, neutral, self.promise),
-        )
-        return state._keep(event.request, None)
+        neutral = (self.promise.target,) * self.num_prices  # at which no bet moves
+        return self._corrected(audit, neutral)._keep(event.request, None)._count()
+
+    def _count(self) -> Groups:
+        """Takes audits in as evidence, in their order, up to the first that has not told yet."""
+        state = self
+        waiting = [(name, audit) for name, audit in self.under_way.items() if not audit.counted]
+        for place, (request, audit) in enumerate(waiting):
+            if not audit.told and len(waiting) - place - 1 <= _MOST_HELD_UP:
+                break
+            state = state._counted(audit)._keep(request, replace(audit, counted=True))
+        return state
+
+    def _counted(self, audit: UnderWay) -> Groups:
+        """Takes an audit in as evidence."""
+        return self._each(audit, lambda group: counted(group, audit.losses, self.promise))
 
     def _gone(self, event: Gone) -> Groups:
         state = self
@@ -376,10 +398,20 @@ class Groups:
                 groups[name] = move(groups[name])
         return replace(self, groups=groups)
 
+    def _corrected(self, audit: UnderWay, losses: tuple[float, ...]) -> Groups:
+        """Takes in what an audit has lost, if it is among the evidence already."""
+        if not audit.counted:
+            return self
+        return self._each(audit, lambda group: corrected(group, audit.losses, losses, self.promise))
+
     def _keep(self, request: str, audit: UnderWay | None) -> Groups:
-        """Keeps an audit that may tell more; None forgets it."""
-        others = {name: one for name, one in self.under_way.items() if name != request}
-        return replace(self, under_way=others if audit is None else {**others, request: audit})
+        """Keeps an audit in its place; None, or one of which nothing is left to say, is dropped."""
+        under_way = {**self.under_way}
+        if audit is None or (audit.counted and not audit.may_tell):
+            under_way.pop(request, None)
+        else:
+            under_way[request] = audit
+        return replace(self, under_way=under_way)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""

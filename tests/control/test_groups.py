@@ -98,21 +98,71 @@ def test_who_is_gone_tells_no_more_of_its_audits() -> None:
     assert text(fold([Gone("a"), Expired("a1")], state)) == text(state)
 
 
-def test_an_audit_counts_as_lost_until_it_tells_more() -> None:
+def capital(state: Groups) -> list[Any]:
+    logs: list[Any] = state.groups[EVERYTHING].evidence.log_capital.tolist()
+    return logs
+
+
+def test_what_waits_for_labels_counts_as_lost_until_they_come() -> None:
     begun = drawn("a")
-    waiting = fold([begun])
+    waiting = fold([begun, told("a", 1, 1, 1, 1, due=(True,) * K)])
     lost = fold([begun, told("a", 1, 1, 1, 1)])
     won = fold([begun, told("a", 0, 0, 0, 0)])
-
-    def capital(state: Groups) -> list[Any]:
-        logs: list[Any] = state.groups[EVERYTHING].evidence.log_capital.tolist()
-        return logs
-
     assert capital(waiting) == capital(lost) < capital(won)
-    assert capital(fold([begun, BrokenOff("a")])) == pytest.approx(np.zeros((K, 2)))
     # The reach waits for what the served step lost.
     reach = [float(state.groups[EVERYTHING].reach) for state in (waiting, lost, won)]
     assert reach[1] < reach[0] and reach[2] == reach[0]
+
+
+def test_audits_are_evidence_in_the_order_of_their_draws_whenever_they_tell() -> None:
+    """So who tells first chooses nothing, and what is still under way costs nothing."""
+    rng = np.random.default_rng(0)
+    losses = {f"r{n}": np.sort(rng.random(K) < 0.1).astype(float).tolist() for n in range(60)}
+    in_order = fold([one for r in losses for one in (drawn(r), told(r, *losses[r]))])
+    for _ in range(5):
+        late = [told(str(r), *losses[str(r)]) for r in rng.permutation(list(losses))]
+        state = fold([drawn(r) for r in losses])
+        assert capital(state) == capital(BEGUN)
+        state = fold(late, state)
+        assert capital(state) == capital(in_order) and not state.under_way
+        passed = [one.groups[EVERYTHING].evidence.passed.tolist() for one in (state, in_order)]
+        assert passed[0] == passed[1]
+
+
+def test_one_that_has_not_told_holds_up_those_behind_it() -> None:
+    events: list[Event] = [*map(drawn, "abc"), told("b", 0, 0, 0, 1), told("c", 0, 0, 0, 0)]
+    held = fold(events)
+    assert capital(held) == capital(BEGUN) and set(held.under_way) == set("abc")
+    assert held.after(told("b", 0, 0, 0, 0)) == replace(held, num_refused=1)  # it has told all
+    freed = held.after(BrokenOff("a"))
+    assert capital(freed) == capital(fold([e for e in events if e != drawn("a")]))
+    assert not freed.under_way and int(freed.groups[EVERYTHING].num_audits) == 2
+
+
+def test_one_that_holds_up_too_many_counts_as_lost_until_it_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(groups, "_MOST_HELD_UP", 1)
+    state = fold([*map(drawn, "abc")])
+    assert capital(state) == capital(fold([drawn("a"), told("a", 1, 1, 1, 1)]))
+    assert fold([told("a", 0, 0, 0, 1)], state).groups[EVERYTHING].num_audits == 1
+    for ending in (told("a", 0, 0, 0, 0), BrokenOff("a")):
+        late = fold([ending, told("b", 0, 0, 0, 0), told("c", 0, 0, 0, 0)], state)
+        assert not late.under_way and int(late.groups[EVERYTHING].num_audits) == 3
+    assert capital(fold([BrokenOff("a")], state)) == pytest.approx(np.zeros((K, 2)))
+
+
+def test_many_requests_at_once_certify_in_their_first_epoch() -> None:
+    """All of them are audits at first, and always 300 are under way."""
+    state, num = Groups.begin(PROMISE, K, most_groups=1), 0
+    due = state.audits_due()
+    while state.step([]) == 0:
+        state = state.after(drawn(f"r{num}", step=0, rate=1.0))
+        if num >= 300:
+            state = state.after(told(f"r{num - 300}", 0, 0, 0, 0))
+        num += 1
+    everything = state.groups[EVERYTHING]
+    assert num == due + 300 and int(everything.epoch) == 0
 
 
 def test_labels_may_come_late_once_or_never() -> None:
