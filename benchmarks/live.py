@@ -48,11 +48,11 @@ class LiveConfig:
 
     out: Path = Path("checkpoints") / "live"
     """The folder for the result and the picture of the live page."""
-    requests: int = 4_000
+    requests: int = 2_400
     """The number of requests."""
     before: str = "sum"
     """The task of the first half: sum, let or leap."""
-    after: str = "leap"
+    after: str = "let"
     """The task of half of the requests from the middle on."""
     target: float = 0.05
     """The mean loss that is promised."""
@@ -60,7 +60,7 @@ class LiveConfig:
     """The share of requests that is audited until the governor is settled."""
     at_once: int = 8
     """The number of requests at a time."""
-    sample: int = 400
+    sample: int = 300
     """The number of requests of each half whose loss is measured in truth."""
     head: Path = EMBEDDED.parent / "embedded-blind-head"
     """The folder of the head."""
@@ -331,11 +331,13 @@ def _table(told: dict[str, Any], config: LiveConfig) -> str:
             f"{name:8}{half['requests']:>10}{100 * half['halted']:>11.1f}{100 * half['em']:>8.1f}"
             f"{lost:>24}{100 * half['saving']:>11.1f}"
         )
-    lines.append(
-        f"halting began after {told['first_halt_after']} requests; after the shift the price fell "
-        f"from {told['price_at_shift']:.3g} within {told['price_fell_after']} requests, the breaker "
-        f"opened within {told['breaker_opened_after']}; {told['price_at_end']:.3g} at the end"
-    )
+    before, end = told["price_at_shift"], told["price_at_end"]
+    fell, opened = told["price_fell_after"], told["breaker_opened_after"]
+    lines += [
+        f"halting began after {told['first_halt_after']} requests",
+        f"price {before:.3g} at the shift, {end:.3g} at the end",
+        f"from the shift until the price fell: {fell} requests; until the breaker opened: {opened}",
+    ]
     return "\n".join(lines)
 
 

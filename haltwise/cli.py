@@ -71,14 +71,14 @@ def serve(config: ServeConfig) -> None:
     logging.captureWarnings(True)
     logging.getLogger("haltwise").setLevel(logging.INFO)
     running = create_server(config)
-    with _listener(config.host, config.port) as listener:
+    with _listener(config.host, config.port, config.share_port) as listener:
         host, port = listener.getsockname()[:2]
         logging.getLogger("haltwise").info(json.dumps({"listening": host, "port": port}))
         running.run(sockets=[listener])
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens at a port.
+def _listener(host: str, port: int, shares: bool) -> socket.socket:
+    """Returns a socket that listens at a port, which others that want to share it may too.
 
     Raises:
         OSError: If the port cannot be had.
@@ -88,6 +88,8 @@ def _listener(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shares:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(4096)
     except OSError as error:

@@ -86,6 +86,8 @@ class ServeConfig:
     """Names beside those of loopback by which browsers may ask a proxy that listens there."""
     port: int = 8700
     """Port to listen at; 0 takes any free one."""
+    share_port: bool = False
+    """Let other processes of the same user, started alike, listen at the same port."""
     price: float | None = None
     """Price of requests that name none, in exact match per 1,000 tokens; default the head's own."""
     min_thinking_tokens: int = 0

@@ -6,11 +6,12 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from haltwise import HaltHead, InputError, cli
@@ -343,3 +344,31 @@ def test_another_head_is_not_read_under_a_control(tmp_path: Path) -> None:
         proxy._reload()
     assert proxy.control is not None
     proxy.control.close()
+
+
+def test_processes_that_share_a_port_share_its_requests(tmp_path: Path, plan: Plan) -> None:
+    head, logs = saved_head(tmp_path / "head"), [tmp_path / "one", tmp_path / "two"]
+    with FakeUpstream("vllm") as upstream, ExitStack() as stack:
+        flags = ["--head", str(head), "--upstream", upstream.url, "--share-port"]
+        one = stack.enter_context(spawned_proxy(*flags, log=logs[0]))
+        port = one.url.rpartition(":")[2]
+        stack.enter_context(spawned_proxy(*flags, "--port", port, log=logs[1]))
+
+        def served() -> list[int]:
+            return [log.read_text().count('"endpoint": "chat"') for log in logs]
+
+        def asked(number: int) -> int:
+            with httpx2.Client(base_url=one.url, timeout=PATIENCE) as client:
+                return ask(client, Plan(f"{plan.name}n{number}")).status
+
+        num = 0
+        while not all(served()):
+            assert asked(num) == 200
+            num += 1
+        assert one.process is not None
+        one.process.terminate()
+        assert one.process.wait(PATIENCE) == -signal.SIGTERM
+        assert {asked(num + n) for n in range(10)} == {200}
+        assert sum(served()) == num + 10
+        refused = run(*flags[:-1], "--port", port)
+        assert refused.returncode == 2 and "cannot listen at" in refused.stderr
