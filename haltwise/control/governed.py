@@ -210,8 +210,12 @@ class GovernedControl:
         rates = groups.rates(names)
         if self.mode == "observe":
             rates = dict.fromkeys(rates, self.audit) if self.audit else {}
-        rater = self._rater_of(request)
-        step = groups.step(names, rater.user)
+        rater, session = self._rater_of(request), self._session_dial(request)
+        if request.about.get("doubted") and session:
+            doubt = Rated(session, 0.0)
+            groups = groups.after(doubt)
+            self._put(Entry(doubt))
+        step = groups.step(names, (rater.user, session))
         urgency = request.about.get("urgency")
         if urgency is not None and self.mode == "apply":
             step = self._paced(number, asked.price, step, float(urgency))
@@ -640,6 +644,13 @@ class GovernedControl:
             return Rater(group)
         return Rater(group, self._dial(digest(self.key, tenant), digest(self.key, user)))
 
+    def _session_dial(self, request: ThoughtRequest) -> str:
+        """Returns the name of the dial of a request's session; empty if it has none."""
+        tenant, session = (str(request.about.get(name) or "") for name in ("tenant", "session"))
+        if not session:
+            return ""
+        return f"{self._dial(digest(self.key, tenant), digest(self.key, session))} session"
+
     def _dial(self, tenant: str | None, user: str) -> str:
         """Returns the name of a user's dial; digests, as tenants may call users the same."""
         return f"{tenant or digest(self.key, '')} {user}"
@@ -691,6 +702,7 @@ class GovernedControl:
             "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),
+            "dials": len(books.groups.dials),
             "audit_tokens": self.num_audit_tokens,
             "traces": self._trace_status(),
             "failures": self.failures.num + self.keeper.num_failed,

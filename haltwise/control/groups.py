@@ -104,6 +104,7 @@ class Rated:
     """A user said how content it was, which moves the user's own dial and nothing else."""
 
     user: str
+    """Or a session, which has a dial too."""
     score: float
     """From 0, which makes its requests stricter, to 1, which undoes that."""
 
@@ -238,15 +239,15 @@ class Groups:
         """Returns the state of a group, which may be one that no audit has told about yet."""
         return self.groups.get(name) or self._new_group()
 
-    def step(self, names: Iterable[str], user: str = "") -> int:
+    def step(self, names: Iterable[str], users: Iterable[str] = ()) -> int:
         """Returns the step of a request of some groups and of everything: their strictest.
 
         Args:
             names: The groups.
-            user: Whose dial it hangs on too.
+            users: On whose dials it hangs too: on the strictest.
         """
         step = min(int(self.group(name).step) for name in self._known([*names, EVERYTHING]))
-        return int(self.dials.get(user, 1.0) * step)
+        return int(min((self.dials.get(user, 1.0) for user in users), default=1.0) * step)
 
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Returns, by group of a request, with which probability the group is to audit it."""

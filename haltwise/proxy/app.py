@@ -42,6 +42,7 @@ from haltwise.proxy.client_terms import (
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, Customer, ServeConfig, digest_of, tenant_of
+from haltwise.proxy.doubt import Doubts
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
@@ -128,6 +129,8 @@ class Proxy:
             None if self.control is None else Auditor(self.control, self.metrics, patience),
         )
         self._keys = _keys(config, self._default)
+        governed = self.control if config.follow_doubts else None
+        self._doubts = None if governed is None else Doubts(governed.key)
         self.load = None if config.load_target is None else Load(config.load_target)
         self._watching: asyncio.Task[None] | None = None
         self.cashier = _cashier(config, self._tariffs, PointRules(halting), self.metrics)
@@ -380,6 +383,9 @@ class Proxy:
         about["tenant"] = tenant_of(client.headers.get("authorization"))
         about |= {name: named.get(name, "") for name in ("task", "session")}
         about |= {"user": request.user, "names_price": names_own}
+        if self._doubts is not None and about["session"]:
+            session = f"{about['tenant']} {about['session']}"
+            about["doubted"] = self._doubts.sees(session, request)
         urgent = [
             None if bill is None else bill.urgency,
             None if self.load is None else self.load.urgency,

@@ -109,6 +109,9 @@ class ServeConfig:
     state need the same."""
     context: int = 32_768
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
+    follow_doubts: bool = False
+    """Take it for a bad score of a session (X-Haltwise-Session) if it asks the same again, or
+    whether the LM is sure: its next requests are halted later. Needs --control apply."""
     label_hours: float = 0.0
     """Hours for which right answers of audits are waited for; 0 counts differing ones as lost."""
     audit_traces: Path | None = None
@@ -224,6 +227,8 @@ class ServeConfig:
         Raises:
             InputError: If it does not.
         """
+        if self.follow_doubts and self.control != "apply":
+            raise InputError("--follow-doubts is on, expected it with --control apply")
         if self.load_target is not None and self.control != "apply":
             found = f"--load-target is {self.load_target}"
             raise InputError(f"{found}, expected it with --control apply")

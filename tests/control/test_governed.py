@@ -375,6 +375,20 @@ def test_a_user_moves_its_own_dial_alone(tmp_path: Path) -> None:
         assert set(steering.groups.groups) == {EVERYTHING}
 
 
+def test_a_session_that_doubts_is_stricter_at_once_and_alone(tmp_path: Path) -> None:
+    with control(tmp_path, "apply", audit=1e-9, head=certified_head()) as steering:
+        full = int(np.searchsorted(steering.prices, 0.5, side="right"))
+
+        def price(session: str, doubted: bool = False, tenant: str = "t") -> float:
+            about = {"session": session, "doubted": doubted, "tenant": tenant}
+            return float(steering.terms(asked(price=9.0, **about)).price)
+
+        assert price("s") == 0.5
+        assert price("s", doubted=True) == steering.price_of(int(0.75 * full))
+        until(lambda: price("s") == steering.price_of(int(0.75 * full)))
+        assert {price("r"), price("s", tenant="u"), price("", doubted=True)} == {0.5}
+
+
 def test_a_paced_price_lies_between_what_is_asked_and_what_is_certified(tmp_path: Path) -> None:
     with control(tmp_path, "apply", audit=1e-9, head=certified_head()) as steering:
         steps = [int(np.searchsorted(steering.prices, p, side="right")) for p in (0.1, 0.5)]

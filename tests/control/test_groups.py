@@ -203,11 +203,13 @@ def test_a_dial_is_its_users_own_and_never_laxer_than_its_groups() -> None:
     def steps(*scores: float) -> tuple[int, int]:
         state = fold([Rated("u", score) for score in scores])
         assert state.groups == BEGUN.groups
-        return state.step([], "u"), state.step([], "v")
+        return state.step([], ["u"]), state.step([], ["v"])
 
     assert steps() == steps(1, 1) == steps(0, 1, 1) == steps(0.5) == (3, 3)
     assert [steps(*[0] * n) for n in (1, 2, 3, 4, 9)] == [(2, 3), (1, 3), (0, 3), (0, 3), (0, 3)]
     assert steps(*[0] * 9, 1, 1) == (1, 3)
+    both = fold([Rated("u", 0), Rated("v", 0), Rated("v", 0)])
+    assert both.step([], ["u", "v"]) == both.step([], ["v"]) == 1
 
 
 def test_the_dial_that_was_moved_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

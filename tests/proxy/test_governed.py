@@ -365,6 +365,15 @@ def test_labels_are_the_operators_and_know_the_right_answer(
     assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 4
 
 
+def test_a_session_that_asks_again_is_followed(serving: Governed, plan: Plan) -> None:
+    looking = serving(control="apply", follow_doubts=True)
+    for session in ("", "one", "one", "two"):
+        ask(looking.client, plan, headers={"X-Haltwise-Session": session})
+    control = looking.client.get("/v1/haltwise/control").json()
+    assert control["failures"] == 0
+    wait_until(lambda: looking.client.get("/v1/haltwise/control").json()["dials"] == 1)
+
+
 def test_without_a_key_or_a_control_nobody_tells_anything(
     serving: Governed, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,9 +113,11 @@ def test_a_server_that_does_not_tell_moves_nothing(serving: Any, plan: Plan) -> 
     assert told(proxy)["waiting"] is None and told(proxy)["urgency"] == 0.0
 
 
-def test_a_load_target_needs_certified_prices(tmp_path: Path) -> None:
+def test_who_moves_prices_needs_certified_ones(tmp_path: Path) -> None:
     head = saved_head(tmp_path / "head")
     with pytest.raises(InputError, match="--load-target is 5, expected it with --control apply"):
         create_app(ServeConfig(head, load_target=5))
+    with pytest.raises(InputError, match="--follow-doubts is on, expected it with --control apply"):
+        create_app(ServeConfig(head, follow_doubts=True))
     with pytest.raises(InputError, match="--load-target is 0, expected 1 or more"):
         create_app(ServeConfig(head, load_target=0, control="apply", state=tmp_path / "s"))
