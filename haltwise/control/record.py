@@ -57,7 +57,7 @@ class RequestRow:
     cost_nano: int | None = None
     """In 1e-9 dollars."""
     outcome: str | None = None
-    """How it ended: the answer's finish reason, or "cut off"."""
+    """How it ended: the answer's finish reason, "cut off", or "passed on" where nobody watched."""
     seconds: float | None = None
     """From its arrival to its end."""
 

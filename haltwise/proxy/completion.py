@@ -90,6 +90,7 @@ class WatchedCompletion:
         self._closer = ThoughtCloser(self._reader, settings.patience)
         self._answer = ClientAnswer(self._reader, settings.shadow)
         self._halts = False  # at the newest event
+        self._is_released = False
 
     async def open(self) -> UpstreamLeg:
         """Asks the upstream for a stream that can be watched; returns its first leg.
@@ -106,6 +107,7 @@ class WatchedCompletion:
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""
         self._streamed.release(reason)
+        self._is_released = True
 
     async def close(self) -> None:
         """Ends whatever still runs, and tells the control what has happened."""
@@ -120,6 +122,8 @@ class WatchedCompletion:
     def _spent(self) -> Spent:
         """What it has taken, which goes on the bill."""
         spent, bill = self._answer.spent(), self._bill
+        if self._is_released:
+            spent = Spent(outcome="passed on", seconds=spent.seconds)  # what follows is not seen
         if bill is None:
             return spent
         bill.spent = spent

@@ -127,7 +127,7 @@ class Spent:
     output_tokens: int | None = None
     """All that were generated, those of the thought and of looks at answers included."""
     outcome: str | None = None
-    """How it ended: the answer's finish reason, or "cut off"."""
+    """How it ended: the answer's finish reason, "cut off", or "passed on" where nobody watched."""
     seconds: float | None = None
     """From its arrival to its end."""
     cost_nano: int | None = None

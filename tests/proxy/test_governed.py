@@ -365,6 +365,24 @@ def test_labels_are_the_operators_and_know_the_right_answer(
     assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 4
 
 
+def test_what_nobody_watches_after_all_is_no_audit_and_has_a_row(
+    serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    looking = serving(control="observe")
+    reply = ask(looking.client, replace(plan, top="400"))  # whoever asks for log probabilities
+    assert reply.status == 200
+    told = status(looking)
+    assert told["groups"]["everything"]["audits"] == 0 and told["failures"] == 0
+
+    def kept() -> list[Any]:
+        with sqlite3.connect(tmp_path / "state") as file:
+            asked = "SELECT outcome, reasoning_tokens, output_tokens FROM request"
+            return file.execute(asked).fetchall()
+
+    wait_until(lambda: bool(kept()))
+    assert kept() == [("passed on", None, None)]
+
+
 def test_a_session_that_asks_again_is_followed(serving: Governed, plan: Plan) -> None:
     looking = serving(control="apply", follow_doubts=True)
     for session in ("", "one", "one", "two"):
