@@ -231,6 +231,31 @@ def test_requests_that_run_are_finished_before_it_ends(head: Path, tmp_path: Pat
     assert "Traceback" not in log.read_text()
 
 
+def test_a_reload_and_an_end_lose_none_of_200_streams(head: Path, tmp_path: Path) -> None:
+    plans = [Plan(f"stream{n}", thinking=28, trouble="hangs", at=5, legs=(1,)) for n in range(200)]
+    log = tmp_path / "log"
+    with FakeUpstream("vllm") as upstream, ExitStack() as stack:
+        flags = ("--head", str(head), "--upstream", upstream.url, "--drain-timeout", str(PATIENCE))
+        proxy = stack.enter_context(spawned_proxy(*flags, log=log))
+        limits = httpx2.Limits(max_connections=None)
+        client = stack.enter_context(
+            httpx2.Client(base_url=proxy.url, timeout=PATIENCE, limits=limits)
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(len(plans)))
+        replies = [pool.submit(ask, client, plan) for plan in plans]
+        wait_until(lambda: all(upstream.of(p) and upstream.of(p)[0].num_sent for p in plans))
+        process_of(proxy).send_signal(signal.SIGHUP)
+        wait_until(lambda: '"reloaded"' in log.read_text())
+        process_of(proxy).send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(int(proxy.url.rpartition(":")[2])))
+        for plan in plans:
+            upstream.free(upstream.of(plan)[0])
+        for plan, asked in zip(plans, replies, strict=True):
+            reply = asked.result(PATIENCE)
+            assert reply.done and reply.text == plan.answer_text(None if reply.is_late else 20)
+        assert process_of(proxy).wait(PATIENCE) in (0, -signal.SIGTERM)
+
+
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_request_that_never_ends_does_not_hold_it_up(
     head: Path, tmp_path: Path, twice: bool
