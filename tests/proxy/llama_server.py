@@ -82,6 +82,7 @@ def serve(model: str, num_slots: int, port: int) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = False
+    params.endpoint_metrics = True
     params.verbosity = 1  # errors only
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)

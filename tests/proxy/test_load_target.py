@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 from haltwise import InputError
 from haltwise.proxy import ServeConfig, create_app, load
 from haltwise.proxy.load import Load, waiting_in
+from lms.embedded import EMBEDDED, prompt_of
+from lms.gguf import write_gguf
+from lms.tasks import questions
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
+from tests.proxy.llama_server import NAME, llama_server
 from tests.proxy.proxies import ask, proxied, saved_head, wait_until
 
 
@@ -121,3 +126,42 @@ def test_who_moves_prices_needs_certified_ones(tmp_path: Path) -> None:
         create_app(ServeConfig(head, follow_doubts=True))
     with pytest.raises(InputError, match="--load-target is 0, expected 1 or more"):
         create_app(ServeConfig(head, load_target=0, control="apply", state=tmp_path / "s"))
+
+
+@pytest.mark.slow
+def test_a_real_server_with_too_many_requests_is_eased(tmp_path: Path) -> None:
+    """Of eight times as many requests as it has places for: prices rise to what is certified."""
+    write_gguf(tmp_path / "embedded.gguf")
+    asked = [
+        [{"role": "user", "content": prompt_of(one).removesuffix("<think>").strip()}]
+        for one in questions("sum", "test", 400)
+    ]
+    with llama_server(tmp_path / "embedded.gguf", 2) as server, ExitStack() as stack:
+        settings: dict[str, Any] = {"control": "apply", "target": 0.7, "audit": 0.05, "price": 1e-3}
+        config = ServeConfig(
+            EMBEDDED.parent / "embedded-blind-head",
+            server.url,
+            state=tmp_path / "state",
+            context=1024,
+            load_target=2,
+            **settings,
+        )
+        proxy = stack.enter_context(proxied(config))
+        pool = stack.enter_context(ThreadPoolExecutor(16))
+
+        def price(messages: Any) -> float:
+            body = {"model": NAME, "messages": messages, "temperature": 0}
+            found = proxy.client.post("/v1/chat/completions", json=body).raise_for_status()
+            return float(found.json()["usage"]["haltwise"]["price"])
+
+        def ceiling() -> float:
+            status = proxy.client.get("/v1/haltwise/control").raise_for_status().json()
+            return float(status["groups"]["everything"]["ceiling"])
+
+        rest = iter(asked)
+        while not ceiling():
+            price(next(rest))
+        wait_until(lambda: told(proxy)["waiting"] == 0)
+        calm = [price(next(rest)) for _ in range(3)]
+        busy = list(pool.map(price, [next(rest) for _ in range(250)]))
+        assert max(calm) < max(busy) <= ceiling() and told(proxy)["urgency"] > 0.2
