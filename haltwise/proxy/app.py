@@ -29,9 +29,11 @@ from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClien
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
+from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
-from haltwise.proxy.operator import OperatorPages
+from haltwise.proxy.operator import OperatorPages, shows_key
+from haltwise.proxy.page import live_page
 from haltwise.proxy.probe_trial import check_probes
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
@@ -585,6 +587,9 @@ class Proxy:
     async def tell_metrics(self, request: Request) -> Response:
         """Tells the metrics in the form that Prometheus reads."""
         content = generate_latest(self.metrics.registry)
+        if self.control is not None:
+            shows_all = shows_key(request, self.config.operator_key)
+            content += generate_latest(ControlFigures(self.control, shows_all))
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
@@ -612,6 +617,7 @@ def app_of(proxy: Proxy) -> Starlette:
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
+        Route("/haltwise", live_page),
         *OperatorPages(proxy.config.control, proxy.control, proxy.config.operator_key).routes,
         Route("/v1/{path:path}", proxy),
     ]

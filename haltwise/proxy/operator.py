@@ -43,11 +43,14 @@ class OperatorPages:
         """Tells what the audits have told, and what is served because of it."""
         try:
             self._let_in(request)
+            if self._control is None:
+                return JSONResponse({"mode": self._mode})
+            group = request.query_params.get("group")
+            return JSONResponse(await anyio.to_thread.run_sync(self._control.status, group))
         except RefusedError as error:
             return _refused(error)
-        if self._control is None:
-            return JSONResponse({"mode": self._mode})
-        return JSONResponse(await anyio.to_thread.run_sync(self._control.status))
+        except InputError as error:
+            return _refused(RefusedError(404, "not_found", str(error)))
 
     async def take_label(self, request: Request) -> Response:
         """Takes in the right answer of an audit."""
@@ -101,11 +104,16 @@ class OperatorPages:
         Raises:
             RefusedError: If there is a key and the request has another or none.
         """
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        shown = key.strip().encode() if scheme.lower() == "bearer" else b""
-        if self._key is not None and not hmac.compare_digest(shown, self._key.encode()):
+        if not shows_key(request, self._key):
             bearer = [(b"www-authenticate", b"Bearer")]
             raise RefusedError(401, "unauthorized", "expected the operator's key", bearer)
+
+
+def shows_key(request: Request, key: str | None) -> bool:
+    """Whether a request shows the operator's key, or there is none to show."""
+    scheme, _, told = request.headers.get("authorization", "").partition(" ")
+    shown = told.strip().encode() if scheme.lower() == "bearer" else b""
+    return key is None or hmac.compare_digest(shown, key.encode())
 
 
 async def _body(request: Request) -> bytes:
