@@ -72,8 +72,8 @@ class Page:
 
     def until(self, script: str) -> None:
         """Waits until an expression is true."""
-        checks = f"() => new Promise(d => {{ const t = () => ({script}) ? d() : setTimeout(t, 20); t() }})"
-        self.run(f"({checks})()")
+        tries = f"const tries = () => ({script}) ? done() : setTimeout(tries, 20); tries()"
+        self.run(f"new Promise((done) => {{ {tries} }})")
 
     def open(self, url: str) -> None:
         """Opens an address."""

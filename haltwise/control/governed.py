@@ -368,7 +368,6 @@ class GovernedControl:
             if told
         }
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
-        ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
         return RequestRow(
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
@@ -377,7 +376,7 @@ class GovernedControl:
             head=self._head,
             certificate=_name_of(self.head.config.certificate),
             price_asked=report.request.terms.price,
-            price_ceiling=self.price_of(ceiling),
+            price_ceiling=self.price_of(groups.ceiling(names)),
             price_served=report.price,
             audited=audit is not None,
             audit_probability=audit.drawn.probability if audit else max(rates.values()),

@@ -9,7 +9,7 @@ Nothing of this is in the store: every process has the history of its own life.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from haltwise.control.betting import Float
 from haltwise.control.books import Books
 from haltwise.control.estimates import Sums
 from haltwise.control.governor import GroupState, Promise, is_open, on_alert
+from haltwise.control.groups import Groups
 from haltwise.control.status import breaker_of, price_of
 
 # Seconds between two measurements of a group.
@@ -68,9 +69,9 @@ class Move:
     what: str
     """Such as "breaker opened"; see `_moves`."""
     before: float
-    """The ceiling before, as a price."""
+    """The group's ceiling before, as a price."""
     after: float
-    """The ceiling after."""
+    """The same after."""
 
 
 @dataclass(eq=False)
@@ -94,29 +95,26 @@ class History:
         self.began = self.clock()
         self._last = -np.inf
         self._series: dict[str, Float] = {}
-        self._states: Mapping[str, GroupState] | None = None
-        self._measured: dict[str, tuple[GroupState, Sums]] = {}
+        self._groups: Groups | None = None
+        # By group, of what the newest measurement is.
+        self._measured: dict[str, tuple[int, int, Sums]] = {}
         # By request that is among the differing ones, when it came to be.
         self._differed: dict[str, float | None] = {}
 
     def note(self, books: Books) -> None:
         """Takes in the books as they are now."""
-        now, states = self.clock(), books.groups.groups
-        if states is not self._states:
-            self._note_moves(states, books.groups.promise, now)
-        since = None if self._states is None else now
+        now, groups, before = self.clock(), books.groups, self._groups
+        if before is not None and groups is not before:
+            self._note_moves(before, groups, now)
+        since = None if before is None else now
         self._differed = {
             one.request: self._differed.get(one.request, since) for one in books.differing
         }
-        self._states = states
+        self._groups = groups
         if not 0 <= now - self._last < _BETWEEN:
             self._last = now
-            for name in states:
+            for name in groups.groups:
                 self._measure(name, books, now)
-
-    def served(self, state: GroupState) -> int:
-        """Returns the step of a group's requests that name no price."""
-        return int(state.step) if self.usual_step is None else self.usual_step
 
     def newest(self, name: str) -> Measured | None:
         """Returns the newest measurement of a group; None if there is none."""
@@ -152,20 +150,26 @@ class History:
 
     def series(self, name: str) -> dict[str, Any]:
         """Returns a group's measurements as a JSON object of lists, the oldest first."""
-        at, price, ceiling, *ends = self._series.get(name, np.zeros((0, 9))).T.round(6).tolist()
-        loss, saving = (dict(zip(_ENDS, part, strict=True)) for part in (ends[:3], ends[3:]))
-        return {"at": at, "price": price, "ceiling": ceiling, "loss": loss, "saving": saving}
+        at, price, ceiling, *ends = self._series.get(name, np.zeros((0, 9))).T
+        parts = np.array(ends).round(6).tolist()
+        return {
+            "at": at.tolist(),
+            "price": price.tolist(),
+            "ceiling": ceiling.tolist(),
+            "loss": dict(zip(_ENDS, parts[:3], strict=True)),
+            "saving": dict(zip(_ENDS, parts[3:], strict=True)),
+        }
 
     def _measure(self, name: str, books: Books, now: float) -> None:
-        state, sums = books.groups.groups[name], books.sum_of(name)
-        known, rows = self._measured.get(name), self._series.get(name, np.zeros((0, 9)))
-        if known is not None and known[0] is state and known[1] is sums:
+        groups, sums = books.groups, books.sum_of(name)
+        step = groups.step([name]) if self.usual_step is None else self.usual_step
+        measured = step, groups.ceiling([name]), sums
+        if self._measured.get(name) == measured:
             return
-        self._measured[name] = state, sums
-        loss, saving = self._losing_and_saving(sums, self.served(state))
-        price, ceiling = (
-            price_of(self.prices, step) for step in (self.served(state), int(state.ceiling))
-        )
+        self._measured[name] = measured
+        loss, saving = self._losing_and_saving(sums, step)
+        price, ceiling = (price_of(self.prices, one) for one in measured[:2])
+        rows = self._series.get(name, np.zeros((0, 9)))
         rows = rows[rows[:, 0] < now]  # a clock may be set back
         added = np.vstack([rows, Measured(now, price, ceiling, loss, saving).row])
         self._series[name] = _thinned(added) if len(added) > _MOST_MEASURED else added
@@ -183,18 +187,14 @@ class History:
             tuple(float(getattr(savings, end)[0]) for end in _ENDS),
         )
 
-    def _note_moves(self, states: Mapping[str, GroupState], promise: Promise, now: float) -> None:
-        if self._states is None:
-            return
-        for name, state in states.items():
-            before = self._states.get(name)
-            if before is not state:
-                ceilings = [
-                    0.0 if one is None else price_of(self.prices, int(one.ceiling))
-                    for one in (before, state)
-                ]
-                for what in _moves(before, state, promise):
-                    self._add(Move(now, name, what, ceilings[0], ceilings[1]))
+    def _note_moves(self, before: Groups, after: Groups, now: float) -> None:
+        for name, state in after.groups.items():
+            known = before.groups.get(name)
+            if known is not state:
+                steps = [one.ceiling([name]) for one in (before if known else after, after)]
+                ceilings = [price_of(self.prices, step) for step in steps]
+                for what in _moves(known, state, after.promise):
+                    self._add(Move(now, name, what, *ceilings))
 
     def _add(self, move: Move) -> None:
         """Adds a move; a ceiling that goes on as it did a moment ago goes on in the same one."""
@@ -218,7 +218,7 @@ def _moves(before: GroupState | None, after: GroupState, promise: Promise) -> It
         yield "breaker closed" if is_open(before) else "ceiling raised"
     elif after.ceiling < before.ceiling:
         yield "ceiling lowered"
-    if on_alert(after, promise) != on_alert(before, promise):
+    if after.epoch == before.epoch and on_alert(after, promise) != on_alert(before, promise):
         yield "alert begun" if on_alert(after, promise) else "alert ended"
 
 

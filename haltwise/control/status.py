@@ -32,7 +32,7 @@ def group_status(
         usual_price: The price of requests that name none.
     """
     state, sums = books.groups.groups[name], books.sum_of(name)
-    step, ceiling = int(state.step), int(state.ceiling)
+    step, ceiling = books.groups.step([name]), books.groups.ceiling([name])
     losses, savings = _of_kind(sums.losses(), kind), sums.savings()
 
     def measured(at: int) -> dict[str, Any]:

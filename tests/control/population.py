@@ -14,7 +14,7 @@ from haltwise import Terms, ThoughtRequest
 from haltwise.control.books import Awaited, Entry
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governed import GovernedControl
-from haltwise.control.groups import Drawn, Told
+from haltwise.control.groups import Told
 
 _DISAGREEMENT = LOSSES.index("disagreement")
 
