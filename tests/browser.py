@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,17 @@ from typing import Any
 
 #: Where Chromium is; None if it is not there.
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Seconds to wait for what comes for sure.
+_PATIENCE = 60.0
 _END = b"\0"
+# The browser reads from descriptor 3 and writes to 4, where the other pipe may still be.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]]
+for number, end in enumerate(ends, start=3):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -72,13 +84,16 @@ class Page:
 
     def until(self, script: str) -> None:
         """Waits until an expression is true."""
-        tries = f"const tries = () => ({script}) ? done() : setTimeout(tries, 20); tries()"
-        self.run(f"new Promise((done) => {{ {tries} }})")
+        end = time.monotonic() + _PATIENCE
+        while not self.run(f"Boolean({script})"):
+            assert time.monotonic() < end, f"waited in vain for {script}"
+            time.sleep(0.02)
 
     def open(self, url: str) -> None:
         """Opens an address."""
         self.send("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        place = url.partition("#")[0]
+        self.until(f"document.readyState === 'complete' && location.href.startsWith({place!r})")
 
     def look(self, width: int, height: int = 900, scheme: str = "light") -> None:
         """Has a window of so many pixels, on paper of a colour."""
@@ -108,10 +123,9 @@ def browser() -> Iterator[Page]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         flags += ["--no-first-run", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
-        # The browser reads from descriptor 3 and writes to 4.
-        shell = ["sh", "-c", f'exec "$0" "$@" 3<&{own_in} 4>&{own_out}', CHROMIUM, *flags]
+        command = [sys.executable, "-c", _START, str(own_in), str(own_out), CHROMIUM, *flags]
         quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(shell, pass_fds=(own_in, own_out), **quiet)
+        process = subprocess.Popen(command, pass_fds=(own_in, own_out), **quiet)
         os.close(own_in)
         os.close(own_out)
         try:
