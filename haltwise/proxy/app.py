@@ -25,7 +25,12 @@ from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
-from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
+from haltwise.proxy.client import (
+    ClientGoneError,
+    RefusedError,
+    RequestingClient,
+    check_browser,
+)
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, ServeConfig, tenant_of
@@ -288,11 +293,7 @@ class Proxy:
         if is_foreign and is_simple and client.scope["method"] == "POST":
             message = "expected application/json, or a key, from another site"
             raise RefusedError(415, "unsupported_media_type", message)
-        is_page = any(name in headers for name in ("origin", "referer", "sec-fetch-site"))
-        is_page |= headers.get("user-agent", "").startswith("Mozilla/")
-        if is_page and not self.config.lets_browsers_in_by(host):
-            message = "browsers are let in by known names alone, see --allowed-hosts"
-            raise RefusedError(421, "unknown_host", message)
+        check_browser(headers, self.config.lets_browsers_in_by)
 
     # Completions
 
@@ -618,7 +619,12 @@ def app_of(proxy: Proxy) -> Starlette:
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
         Route("/haltwise", live_page),
-        *OperatorPages(proxy.config.control, proxy.control, proxy.config.operator_key).routes,
+        *OperatorPages(
+            proxy.config.control,
+            proxy.control,
+            proxy.config.operator_key,
+            proxy.config.lets_browsers_in_by,
+        ).routes,
         Route("/v1/{path:path}", proxy),
     ]
     return Starlette(routes=routes, lifespan=lifespan)

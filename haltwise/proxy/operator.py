@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from haltwise import InputError
 from haltwise.control.governed import GovernedControl
-from haltwise.proxy.client import RefusedError
+from haltwise.proxy.client import RefusedError, check_browser
 from haltwise.proxy.wire import json_object
 
 _MOST_BYTES = 2**16
@@ -26,11 +26,19 @@ class OperatorPages:
         mode: What the settings name as the control.
         control: The control; None if it is not one of haltwise's own.
         key: What a request has to show; None if everybody may read, and nobody write.
+        lets_in_by: Whether browsers may ask by a Host header.
     """
 
-    def __init__(self, mode: str, control: GovernedControl | None, key: str | None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        control: GovernedControl | None,
+        key: str | None,
+        lets_in_by: Callable[[str], bool],
+    ) -> None:
         """Answers nothing yet."""
         self._mode, self._control, self._key = mode, control, key
+        self._lets_in_by = lets_in_by
         self._taking = anyio.Lock()
         self.routes = [
             Route("/v1/haltwise/control", self.tell),
@@ -99,11 +107,13 @@ class OperatorPages:
         return self._control
 
     def _let_in(self, request: Request) -> None:
-        """Refuses who does not show the key.
+        """Refuses who does not show the key, and pages that are not known.
 
         Raises:
-            RefusedError: If there is a key and the request has another or none.
+            RefusedError: If there is a key and the request has another or none, or a browser asks
+                by a name that is not let in.
         """
+        check_browser(request.headers, self._lets_in_by)
         if not shows_key(request, self._key):
             bearer = [(b"www-authenticate", b"Bearer")]
             raise RefusedError(401, "unauthorized", "expected the operator's key", bearer)

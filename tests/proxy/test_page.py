@@ -158,6 +158,19 @@ def test_a_group_that_is_none_is_not_found(group: str, busy: Watched) -> None:
     assert found.status_code == 404 and found.json()["error"]["message"].startswith("no group has")
 
 
+def test_a_page_that_has_lent_the_proxy_its_name_is_told_nothing(busy: Watched) -> None:
+    codes = [
+        busy.proxy.client.get("/v1/haltwise/control", headers=headers).status_code
+        for headers in (
+            {"Host": "evil.example", "Sec-Fetch-Site": "same-origin"},
+            {"Host": "evil.example", "User-Agent": "Mozilla/5.0"},
+            {"Host": "evil.example"},
+            {"Host": "localhost:1", "Sec-Fetch-Site": "same-origin"},
+        )
+    ]
+    assert codes == [421, 421, 200, 200]
+
+
 # The page
 
 
