@@ -181,7 +181,7 @@ def test_the_sums_of_one_price_tell_the_same_of_it() -> None:
         sums = sums.request(2).audit(one, 0.25 + 0.25 * (i % 4))
     for step in (1, 2, 3):
         alone = sums.at(step)
-        for whole, one in ((sums.losses(), alone.losses()), (sums.savings(), alone.savings())):
+        for all_, own in ((sums.losses(), alone.losses()), (sums.savings(), alone.savings())):
             for end in ("low", "estimate", "high"):
-                expected = getattr(whole, end)[..., step - 1]
-                assert getattr(one, end)[..., 0].tolist() == pytest.approx(expected.tolist())
+                expected = getattr(all_, end)[..., step - 1]
+                assert getattr(own, end)[..., 0].tolist() == pytest.approx(expected.tolist())

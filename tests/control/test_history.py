@@ -75,10 +75,10 @@ def test_the_governors_price_is_measured_if_no_other_is_usual(clock: Clock) -> N
 
 
 def test_months_are_remembered_in_as_many_measurements_as_hours(
-    history: History, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MOST_MEASURED", 40)
-    books = begun()
+    history, books = History(PRICES, DIFFERS, None, clock), begun()
     for _ in range(5_000):
         books = books._counted({EVERYTHING: 1})
         history.note(books)
@@ -111,7 +111,7 @@ def test_a_clock_that_is_set_back_makes_no_time_run_backwards(
 def test_moves_of_the_governor_are_told_the_newest_first(history: History, clock: Clock) -> None:
     books = state_of(begun(), ceiling=np.array(1))
     history.note(books)
-    assert history.moves == ()
+    assert list(history.moves) == []
     state = books.groups.groups[EVERYTHING]
     worse = replace(opened(state), alarm=np.full(3, 9.0))
     steps = [
@@ -126,7 +126,8 @@ def test_moves_of_the_governor_are_told_the_newest_first(history: History, clock
     for step in steps:
         clock.now += 1
         history.note(step)
-    assert [(one.at, one.group, one.what, one.before, one.after) for one in history.moves] == [
+    found = [(one.at, one.group, one.what, one.before, one.after) for one in history.moves]
+    assert found == [
         (1006.0, "task:a", "group begun", 1.0, 1.0),
         (1005.0, EVERYTHING, "breaker closed", 0.0, 2.0),
         (1004.0, EVERYTHING, "breaker opened", 1.0, 0.0),
@@ -158,7 +159,7 @@ def test_a_ceiling_that_goes_on_rising_is_one_move_and_moves_are_bounded(
     assert len(history.moves) == 3
 
 
-def noted(history: History, clock: Clock, books: Books) -> Callable[[str | None], list[object]]:
+def noted(history: History, clock: Clock, books: Books) -> Callable[[str | None], list[Any]]:
     history.note(books)
     return lambda group: [
         (one["request"], one["at"], one["price"], one["label_until"])

@@ -60,12 +60,12 @@ class Watched:
 @contextmanager
 def watched(folder: Path, **settings: Any) -> Iterator[Watched]:
     """A proxy with a control; its upstream is never asked."""
-    settings = {"control": "apply", "target": 0.05, "audit": 0.5, "context": 32_768} | settings
+    usual: dict[str, Any] = {"control": "apply", "target": 0.05, "audit": 0.5, "context": 32_768}
     config = ServeConfig(
         head=saved_head(folder / "head"),
         upstream="http://127.0.0.1:9",
         state=folder / "state",
-        **settings,
+        **usual | settings,
     )
     proxy = app.Proxy(config)
     assert proxy.control is not None
