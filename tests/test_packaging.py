@@ -46,7 +46,8 @@ def test_the_wheel_holds_the_runtime_only(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = wheel.namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"haltwise"}
-    assert {"haltwise/__init__.py", "haltwise/py.typed"} <= set(names)
+    needed = {"haltwise/__init__.py", "haltwise/py.typed", "haltwise/proxy/page.html"}
+    assert needed <= set(names)
 
 
 def test_the_wheel_imports_without_the_clone(built: Path, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ _LOOKS = 1.0
 _BEATS, _LIVES = 5.0, 30.0
 # Entries after which the whole state is written, so that a restart need not fold more.
 _SNAPSHOT = 200
+# Newest audits that are remembered because their answers differ.
+_MOST_DIFFERING = 20
 # Entries that may wait for a store that is away.
 _MOST_UNWRITTEN = 10_000
 
@@ -59,6 +61,17 @@ class Awaited:
     """Seconds since 1970 until when it is waited for."""
     places: tuple[str, ...] = ()
     """(K,) where each price's answer was forced, in tokens of the thought; "full" is not forced."""
+
+
+@dataclass(frozen=True)
+class Differing:
+    """An audit whose answers differ."""
+
+    request: str
+    groups: tuple[str, ...]
+    """That count it."""
+    step: int
+    """The strictest step whose answer is not the full one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +129,8 @@ class Books:
     """Audits with more tokens than that, which no sum has."""
     awaited: Mapping[str, tuple[Audit, Awaited]] = field(default_factory=dict)
     """By request, the audits whose labels are due, the oldest first."""
+    differing: tuple[Differing, ...] = ()
+    """The newest audits whose answers differ, the newest first."""
 
     def after(self, entry: Entry) -> Books:
         """Returns the books after an entry."""
@@ -136,7 +151,11 @@ class Books:
             return replace(self, awaited=others)
         if self.is_too_long(audit):
             return replace(self, num_too_long=self.num_too_long + 1)
-        sums = dict(self.sums)
+        sums, differing = dict(self.sums), self.differing
+        if before is None and not audit.agrees.all():
+            step = int(audit.agrees.argmin()) + 1
+            newest = Differing(request, tuple(probabilities), step)
+            differing = (newest, *differing)[:_MOST_DIFFERING]
         for name, probability in probabilities.items():
             one = self.sum_of(name)
             if before is None:
@@ -145,7 +164,7 @@ class Books:
                 sums[name] = one.label(before[0], audit, probability)
         if entry.awaited is not None:
             others[request] = audit, entry.awaited
-        return replace(self, sums=sums, awaited=others)
+        return replace(self, sums=sums, awaited=others, differing=differing)
 
     def is_too_long(self, audit: Audit) -> bool:
         """Returns whether an audit has more tokens than there can be."""
@@ -170,6 +189,7 @@ class Books:
                 request: [_audit_to_json(audit), asdict(awaited)]
                 for request, (audit, awaited) in self.awaited.items()
             },
+            "differing": [asdict(one) for one in self.differing],
         }
 
     @classmethod
@@ -186,7 +206,12 @@ class Books:
                 request: (_audit_from_json(audit), _awaited_from_json(one))
                 for request, (audit, one) in data["awaited"].items()
             }
-            return cls(**{**data, "groups": groups, "sums": sums, "awaited": awaited})
+            differing = tuple(
+                Differing(one["request"], tuple(one["groups"]), one["step"])
+                for one in data.get("differing", ())  # older states have none
+            )
+            built = {"groups": groups, "sums": sums, "awaited": awaited, "differing": differing}
+            return cls(**{**data, **built})
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise InputError(f"books are not readable ({error!r})") from None
 
@@ -198,13 +223,20 @@ class Bookkeeper:
     all have the same books. Where the store is away, a process goes on with its own.
     """
 
-    def __init__(self, store: Store, begun: Books, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        begun: Books,
+        about: Mapping[str, Any],
+        watch: Callable[[Books], None] | None = None,
+    ) -> None:
         """Opens or makes the store, and takes up the books where they are.
 
         Args:
             store: The store.
             begun: The books of who begins.
             about: What they are about, as a JSON object; books about anything else are refused.
+            watch: Is shown the books as they are at first, and then once a second at least.
 
         Raises:
             InputError: If the store cannot be used, or is about something else.
@@ -229,7 +261,9 @@ class Bookkeeper:
         self._unwritten: dict[str, Entry] = {}
         self._num_named, self._beats_at, self._tries_at = 0, -math.inf, -math.inf
         self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._watch = watch
         self._exchange()
+        self._show()
         self._thread = threading.Thread(target=self._run, name="haltwise books", daemon=True)
         self._thread.start()
 
@@ -253,6 +287,7 @@ class Bookkeeper:
                 self._take(entry or Entry(Gone(self.process)))
             if not goes_on or time.monotonic() >= self._tries_at:
                 self._written(self._exchange)
+            self._show()
         self._written(lambda: self._ledger.forget([self.process]))
         self._written(self._save)
 
@@ -269,6 +304,15 @@ class Bookkeeper:
             return
         self._num_named += 1
         self._unwritten[f"{self.process} {self._num_named}"] = entry
+
+    def _show(self) -> None:
+        """Shows the books to who watches them, whose failure is not theirs."""
+        if self._watch is not None:
+            try:
+                self._watch(self.books)
+            except Exception:
+                log.exception("who watches the books has failed")
+                self.num_failed += 1
 
     def _written(self, write: Callable[[], None]) -> None:
         """Writes to the store, and counts it if that fails."""

@@ -190,6 +190,18 @@ class Sums:
             products=self.products + sign * pairs,
         )
 
+    def at(self, step: int) -> Sums:
+        """Returns the sums of one price alone, counted from 1; they tell the same of it."""
+        price, tokens = [step - 1], [step - 1, -1]
+        return replace(
+            self,
+            loss=self.loss[:, price],
+            loss_squares=self.loss_squares[:, price],
+            due=self.due[:, price],
+            tokens=self.tokens[tokens],
+            products=self.products[tokens],
+        )
+
     def losses(self, level: float = 0.05) -> Interval:
         """Returns the mean loss (J, K) of each kind and price over all requests.
 

@@ -41,6 +41,7 @@ from haltwise.control.groups import (
     Rated,
     Told,
 )
+from haltwise.control.history import History
 from haltwise.control.installation import installation_key, key_file_of
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
@@ -137,6 +138,8 @@ class GovernedControl:
     """Share of the requests that is audited in observe mode."""
     usual_price: float
     """The price of requests that name none."""
+    history: History
+    """What became of the groups since the process began."""
     clock: Callable[[], float] = time.time
     label_seconds: float = 0.0
     """Seconds for which the right answer of an audit whose answers differ is waited for; at 0 it
@@ -175,14 +178,14 @@ class GovernedControl:
         self._labelled: set[str] = set()
 
     @property
-    def _kind(self) -> int:
-        """The kind of loss that is told: with labels, what the promise is about."""
-        return _NET if self.label_seconds else _DISAGREEMENT
-
-    @property
     def groups(self) -> Groups:
         """The newest state."""
         return self.keeper.books.groups
+
+    @property
+    def num_failures(self) -> int:
+        """What went wrong, here and in the books."""
+        return self.failures.num + self.keeper.num_failed
 
     def price_of(self, step: int) -> float:
         """Returns the price that a step stands for."""
@@ -419,7 +422,6 @@ class GovernedControl:
             if told
         }
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
-        ceiling = min(int(groups.group(name).ceiling) for name in [*names, EVERYTHING])
         return RequestRow(
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
@@ -428,7 +430,7 @@ class GovernedControl:
             head=self._head,
             certificate=_name_of(self.head.config.certificate),
             price_asked=report.request.terms.price,
-            price_ceiling=self.price_of(ceiling),
+            price_ceiling=self.price_of(groups.ceiling(names)),
             price_served=report.price,
             price_probability=self._probabilities.pop(str(about.get("id")), None),
             audited=audit is not None,
@@ -691,31 +693,41 @@ class GovernedControl:
 
     # What a person sees
 
-    def status(self) -> dict[str, Any]:
-        """Returns, as a JSON object, what every group loses and saves, and what it is served."""
-        books = self.keeper.books
+    def status(self, group: str | None = None) -> dict[str, Any]:
+        """Returns, as a JSON object, what every group loses and saves, and what it is served.
+
+        Args:
+            group: The one group to tell of, and of its history; None for all without that.
+
+        Raises:
+            InputError: If there is no such group.
+        """
+        books, kind = self.keeper.books, self.history.kind
+        if group is not None and group not in books.groups.groups:
+            raise InputError(f"no group has the name {group!r:.80}")
         failed = self.failures.last or self.keeper.trouble or self.record.trouble
         return {
             "mode": self.mode,
             "target": books.groups.promise.target,
-            "loss": LOSSES[self._kind],
+            "loss": LOSSES[kind],
             "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),
             "dials": len(books.groups.dials),
             "audit_tokens": self.num_audit_tokens,
             "traces": self._trace_status(),
-            "failures": self.failures.num + self.keeper.num_failed,
+            "failures": self.num_failures,
             "rows_dropped": self.record.num_dropped,
             "too_long": books.num_too_long,
             "pooled": books.groups.num_pooled,
             "refused": books.groups.num_refused + self.num_refused,
             "trouble": failed,
             "groups": {
-                name: group_status(books, name, self.prices, self._kind, self.usual_price)
-                for name in books.groups.groups
+                name: group_status(books, name, self.prices, kind, self.usual_price)
+                | ({"history": self.history.series(name)} if group else {})
+                for name in ([group] if group else books.groups.groups)
             },
-        }
+        } | self.history.told(books, group)
 
     def _trace_status(self) -> dict[str, Any] | None:
         if self.traces is None:
@@ -829,7 +841,11 @@ def open_control(
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     about = {"head": head.digest, "prices": prices.tolist()}
-    keeper = Bookkeeper(store, Books(begun, {}, float(most_tokens * _room_for_looks(head))), about)
+    usual_step = int(np.searchsorted(prices, usual_price, side="right"))
+    kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
+    history = History(prices, kind, usual_step if mode == "observe" else None)
+    books = Books(begun, {}, float(most_tokens * _room_for_looks(head)))
+    keeper = Bookkeeper(store, books, about, history.note)
     return GovernedControl(
         head,
         mode,
@@ -838,6 +854,7 @@ def open_control(
         key,
         audit,
         usual_price,
+        history,
         label_seconds=label_seconds,
         traces=traces,
         dense_audits=0.0 if kept is None else kept.share,

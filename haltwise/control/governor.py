@@ -197,9 +197,20 @@ def audit_rate(state: GroupState, promise: Promise) -> Float:
     """Returns the probability (...) with which the group's next request is to be audited."""
     rate = np.where(state.num_audits >= promise.settled, promise.rest, promise.audit)
     tried = (state.num_audits < state.trial) & (state.trial < FOREVER)
-    smells = state.alarm.mean(axis=-1) >= promise.smoke
-    rate = np.where(tried | smells, promise.alert, rate)
+    rate = np.where(tried | on_alert(state, promise), promise.alert, rate)
     return np.where(state.ceiling == 0, 1.0, rate)
+
+
+def on_alert(state: GroupState, promise: Promise) -> NDArray[np.bool_]:
+    """Returns whether the detector smells smoke (...), so that more is audited."""
+    alert: NDArray[np.bool_] = state.alarm.mean(axis=-1) >= promise.smoke
+    return alert
+
+
+def is_open(state: GroupState) -> NDArray[np.bool_]:
+    """Returns whether the breaker is open (...): what was certified is void, and nothing is yet."""
+    found: NDArray[np.bool_] = (state.epoch > 0) & (state.ceiling == 0)
+    return found
 
 
 def audits_due(state: GroupState, promise: Promise) -> Int:

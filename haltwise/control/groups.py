@@ -249,6 +249,10 @@ class Groups:
         step = min(int(self.group(name).step) for name in self._known([*names, EVERYTHING]))
         return int(min((self.dials.get(user, 1.0) for user in users), default=1.0) * step)
 
+    def ceiling(self, names: Iterable[str]) -> int:
+        """Returns the largest step that such a request may be served: their lowest ceiling."""
+        return min(int(self.group(name).ceiling) for name in self._known([*names, EVERYTHING]))
+
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Returns, by group of a request, with which probability the group is to audit it."""
         known = self._known([*names, EVERYTHING])

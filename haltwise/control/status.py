@@ -11,6 +11,7 @@ import numpy as np
 from haltwise.control.betting import Float
 from haltwise.control.books import Books, Entry
 from haltwise.control.estimates import LOSSES, Interval
+from haltwise.control.governor import GroupState, is_open
 from haltwise.control.ledger import Ledger
 from haltwise.control.store import is_database, store_of
 from haltwise.errors import InputError
@@ -31,7 +32,7 @@ def group_status(
         usual_price: The price of requests that name none.
     """
     state, sums = books.groups.groups[name], books.sum_of(name)
-    step, ceiling = int(state.step), int(state.ceiling)
+    step, ceiling = books.groups.step([name]), books.groups.ceiling([name])
     losses, savings = _of_kind(sums.losses(), kind), sums.savings()
 
     def measured(at: int) -> dict[str, Any]:
@@ -46,13 +47,18 @@ def group_status(
         "audits": sums.num_audits,
         "audits_in_epoch": int(state.num_audits),
         "epoch": int(state.epoch),
-        "breaker": "open" if int(state.epoch) > 0 and ceiling == 0 else "closed",
+        "breaker": breaker_of(state),
         "price": price_of(prices, step),
         "ceiling": price_of(prices, ceiling),
         "at_price": measured(step),
         "at_usual_price": measured(int(np.searchsorted(prices, usual_price, side="right"))),
         "by_price": [measured(at + 1) for at in range(len(prices))],
     }
+
+
+def breaker_of(state: GroupState) -> str:
+    """Returns what a group's breaker is: open or closed."""
+    return "open" if is_open(state) else "closed"
 
 
 def price_of(prices: Float, step: int) -> float:

@@ -29,7 +29,12 @@ from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill, Cashier, read_budgets
-from haltwise.proxy.client import ClientGoneError, RefusedError, RequestingClient
+from haltwise.proxy.client import (
+    ClientGoneError,
+    RefusedError,
+    RequestingClient,
+    check_browser,
+)
 from haltwise.proxy.client_terms import (
     TERMS,
     dollars_named,
@@ -42,11 +47,13 @@ from haltwise.proxy.client_terms import (
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import APIKeys, Customer, ServeConfig, digest_of, tenant_of
+from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
-from haltwise.proxy.operator import OperatorPages
+from haltwise.proxy.operator import OperatorPages, shows_key
+from haltwise.proxy.page import live_page
 from haltwise.proxy.probe_trial import check_probes
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
@@ -312,11 +319,7 @@ class Proxy:
         if is_foreign and is_simple and client.scope["method"] == "POST":
             message = "expected application/json, or a key, from another site"
             raise RefusedError(415, "unsupported_media_type", message)
-        is_page = any(name in headers for name in ("origin", "referer", "sec-fetch-site"))
-        is_page |= headers.get("user-agent", "").startswith("Mozilla/")
-        if is_page and not self.config.lets_browsers_in_by(host):
-            message = "browsers are let in by known names alone, see --allowed-hosts"
-            raise RefusedError(421, "unknown_host", message)
+        check_browser(headers, self.config.lets_browsers_in_by)
 
     # Completions
 
@@ -707,6 +710,9 @@ class Proxy:
     async def tell_metrics(self, request: Request) -> Response:
         """Tells the metrics in the form that Prometheus reads."""
         content = generate_latest(self.metrics.registry)
+        if self.control is not None:
+            shows_all = shows_key(request, self.config.operator_key)
+            content += generate_latest(ControlFigures(self.control, shows_all))
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
@@ -735,10 +741,12 @@ def app_of(proxy: Proxy) -> Starlette:
     routes = [
         Route("/health", proxy.health),
         Route("/metrics", proxy.tell_metrics),
+        Route("/haltwise", live_page),
         *OperatorPages(
             proxy.config.control,
             proxy.control,
             proxy.config.operator_key,
+            proxy.config.lets_browsers_in_by,
             proxy.cashier,
             proxy.load,
         ).routes,

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +32,23 @@ class RefusedError(Exception):
 
 class ClientGoneError(Exception):
     """The client has left, or does not read; the message says which of both, in a word."""
+
+
+def check_browser(headers: Headers, lets_in_by: Callable[[str], bool]) -> None:
+    """Refuses a browser that asks by a name which a hostile page may have lent to the proxy.
+
+    Args:
+        headers: Of its request.
+        lets_in_by: Whether browsers may ask by a Host header.
+
+    Raises:
+        RefusedError: If it is a browser and may not.
+    """
+    is_page = any(name in headers for name in ("origin", "referer", "sec-fetch-site"))
+    is_page |= headers.get("user-agent", "").startswith("Mozilla/")
+    if is_page and not lets_in_by(headers.get("host", "")):
+        message = "browsers are let in by known names alone, see --allowed-hosts"
+        raise RefusedError(421, "unknown_host", message)
 
 
 class RequestingClient:

@@ -33,7 +33,7 @@ _WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Metrics:
-    """The numbers of one proxy; no label holds anything that a client sent."""
+    """The numbers of one proxy; no label of these holds anything that a client sent."""
 
     def __init__(self) -> None:
         """Starts at zero."""

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from haltwise import InputError
 from haltwise.control.governed import GovernedControl
 from haltwise.proxy.billing import Cashier
-from haltwise.proxy.client import RefusedError
+from haltwise.proxy.client import RefusedError, check_browser
 from haltwise.proxy.load import Load
 from haltwise.proxy.wire import Json, json_object
 
@@ -28,6 +28,7 @@ class OperatorPages:
         mode: What the settings name as the control.
         control: The control; None if it is not one of haltwise's own.
         key: What a request has to show; None if everybody may read, and nobody write.
+        lets_in_by: Whether browsers may ask by a Host header.
         cashier: Who keeps the budgets; None if there are none.
         load: Who watches how many requests wait at the server; None if nobody does.
     """
@@ -37,11 +38,13 @@ class OperatorPages:
         mode: str,
         control: GovernedControl | None,
         key: str | None,
+        lets_in_by: Callable[[str], bool],
         cashier: Cashier | None = None,
         load: Load | None = None,
     ) -> None:
         """Answers nothing yet."""
         self._mode, self._control, self._key = mode, control, key
+        self._lets_in_by = lets_in_by
         self._cashier, self._load = cashier, load
         self._taking = anyio.Lock()
         self.routes = [
@@ -56,13 +59,16 @@ class OperatorPages:
         """Tells what the audits have told, and what is served because of it."""
         try:
             self._let_in(request)
+            group = request.query_params.get("group")
+            return JSONResponse(await anyio.to_thread.run_sync(self._status, group))
         except RefusedError as error:
             return _refused(error)
-        return JSONResponse(await anyio.to_thread.run_sync(self._status))
+        except InputError as error:
+            return _refused(RefusedError(404, "not_found", str(error)))
 
-    def _status(self) -> Json:
+    def _status(self, group: str | None) -> Json:
         """Returns what the control, the budgets and the load tell."""
-        told: Json = {"mode": self._mode} if self._control is None else self._control.status()
+        told: Json = {"mode": self._mode} if self._control is None else self._control.status(group)
         told |= {} if self._cashier is None else {"budgets": self._cashier.status()}
         return told | ({} if self._load is None else {"load": self._load.status()})
 
@@ -125,16 +131,23 @@ class OperatorPages:
         return self._control
 
     def _let_in(self, request: Request) -> None:
-        """Refuses who does not show the key.
+        """Refuses who does not show the key, and pages that are not known.
 
         Raises:
-            RefusedError: If there is a key and the request has another or none.
+            RefusedError: If there is a key and the request has another or none, or a browser asks
+                by a name that is not let in.
         """
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        shown = key.strip().encode() if scheme.lower() == "bearer" else b""
-        if self._key is not None and not hmac.compare_digest(shown, self._key.encode()):
+        check_browser(request.headers, self._lets_in_by)
+        if not shows_key(request, self._key):
             bearer = [(b"www-authenticate", b"Bearer")]
             raise RefusedError(401, "unauthorized", "expected the operator's key", bearer)
+
+
+def shows_key(request: Request, key: str | None) -> bool:
+    """Whether a request shows the operator's key, or there is none to show."""
+    scheme, _, told = request.headers.get("authorization", "").partition(" ")
+    shown = told.strip().encode() if scheme.lower() == "bearer" else b""
+    return key is None or hmac.compare_digest(shown, key.encode())
 
 
 async def _body(request: Request) -> bytes:

@@ -100,6 +100,35 @@ def test_entries_and_books_are_the_same_after_json() -> None:
         Books.from_json({"groups": begun().groups.to_json()})
 
 
+def test_the_newest_differing_audits_are_remembered_and_older_books_have_none() -> None:
+    books = begun()
+    for i in range(30):
+        books = books.after(drawn(f"r{i}")).after(told(f"r{i}", (i % 2 == 0, i % 3 == 0)))
+    expected = [
+        (f"r{i}", (EVERYTHING, "task:a"), 1 + (i % 2 == 0)) for i in range(29, 0, -1) if i % 6
+    ]
+    found = [(one.request, one.groups, one.step) for one in books.differing]
+    assert found == expected[:20]
+    older = books.to_json()
+    del older["differing"]
+    assert Books.from_json(older).differing == ()
+
+
+def test_whoever_watches_the_books_sees_them_and_does_them_no_harm(tmp_path: Path) -> None:
+    seen: list[Books] = []
+
+    def watch(books: Books) -> None:
+        seen.append(books)
+        raise RuntimeError("broken")
+
+    keeper = Bookkeeper(store_of(tmp_path / "books"), begun(), ABOUT, watch)
+    assert seen == [keeper.books]
+    settle(keeper, ENTRIES)
+    keeper.close()
+    assert seen[-1] is keeper.books and keeper.books.sum_of(EVERYTHING).num_audits == 4
+    assert keeper.num_failed == len(seen) and not keeper.trouble
+
+
 def settle(keeper: Bookkeeper, entries: list[Entry]) -> None:
     """Puts entries and waits until they are taken in, and written if they can be."""
     for entry in entries:

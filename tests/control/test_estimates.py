@@ -172,3 +172,16 @@ def test_sums_come_back_from_json() -> None:
     again = Sums.from_json(json.loads(json.dumps(sums.to_json())))
     assert again.to_json() == sums.to_json()
     assert again.losses().high.tolist() == sums.losses().high.tolist()
+
+
+def test_the_sums_of_one_price_tell_the_same_of_it() -> None:
+    sums = Sums.none(3, 0.25, 100.0)
+    for i in range(200):
+        one = Audit(np.array([True, i % 5 > 0, i % 3 > 0]), np.array([60.0, 50.0, i % 40]), 80.0)
+        sums = sums.request(2).audit(one, 0.25 + 0.25 * (i % 4))
+    for step in (1, 2, 3):
+        alone = sums.at(step)
+        for all_, own in ((sums.losses(), alone.losses()), (sums.savings(), alone.savings())):
+            for end in ("low", "estimate", "high"):
+                expected = getattr(all_, end)[..., step - 1]
+                assert getattr(own, end)[..., 0].tolist() == pytest.approx(expected.tolist())

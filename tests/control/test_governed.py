@@ -380,7 +380,7 @@ def test_a_session_that_doubts_is_stricter_at_once_and_alone(tmp_path: Path) -> 
         full = int(np.searchsorted(steering.prices, 0.5, side="right"))
 
         def price(session: str, doubted: bool = False, tenant: str = "t") -> float:
-            about = {"session": session, "doubted": doubted, "tenant": tenant}
+            about: dict[str, Any] = dict(session=session, doubted=doubted, tenant=tenant)
             return float(steering.terms(asked(price=9.0, **about)).price)
 
         assert price("s") == 0.5

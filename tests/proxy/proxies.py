@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import httpx2
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise import HaltHead
@@ -61,11 +62,15 @@ class Proxy:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@contextmanager
-def proxied(config: ServeConfig) -> Iterator[Proxy]:
+def proxied(config: ServeConfig) -> AbstractContextManager[Proxy]:
     """Runs a proxy in a thread, on any free port."""
+    return listening(create_server(config))
+
+
+@contextmanager
+def listening(running: uvicorn.Server) -> Iterator[Proxy]:
+    """Runs a proxy's server in a thread, on any free port."""
     listener = listening_socket()
-    running = create_server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     proxy = Proxy(f"http://127.0.0.1:{listener.getsockname()[1]}")
