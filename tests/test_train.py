@@ -198,7 +198,7 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, fit=replace(SMALL, pathwise=pathwise)))
     with pytest.raises(InputError, match=r"--live-ppo\.net-width is 9, .*net-width 8"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
-    with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
+    with pytest.raises(InputError, match="probing at_halt shows no forced answer"):
         train.main(replace(config, probing="at_halt", groups=("pace", "agreement")))
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))

@@ -200,13 +200,15 @@ class Halting:
         unseen = [group for group in groups if of_answers.intersection(signals_of([group]))]
         if unseen and self.probing == "at_halt":
             raise InputError(
-                f"feature groups {', '.join(unseen)} need a forced answer, but probing is at_halt"
+                "probing at_halt shows no forced answer: expected probing always, or no feature "
+                f"group {', '.join(unseen)}"
             )
         counting = [group for group in groups if "points_left" in signals_of([group])]
         if counting and self.max_points is None:
             raise InputError(
-                f"feature groups {', '.join(counting)} count the points left, and decision rule "
-                f"{self.decision_rule!r} has no limit: expected one with ', at most N'"
+                f"decision rule {self.decision_rule!r} has no limit, up to which points could be "
+                f"counted: expected one with ', at most N', or no feature group "
+                f"{', '.join(counting)}"
             )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
