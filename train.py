@@ -220,7 +220,10 @@ def _check(config: TrainConfig) -> None:
             f"{config.fit.ppo.net_width}: expected the same, one network learns both"
         )
     if config.groups is not None:
-        feature_names(config.groups)
+        try:
+            feature_names(config.groups)
+        except InputError as error:
+            raise InputError(f"--groups: {error}") from None
 
 
 def _asking(config: TrainConfig, out: Path) -> CollectConfig:

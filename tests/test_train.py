@@ -208,6 +208,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, rule="every 7 tokens"))
     with pytest.raises(InputError, match="can be replayed but not run"):
         train.main(replace(config, rule="now and then"))
+    with pytest.raises(InputError, match="--groups: feature groups: found mood, expected some of"):
+        train.main(replace(config, groups=("mood",)))
     assert config.run_dir is not None and not config.run_dir.exists()
 
 
