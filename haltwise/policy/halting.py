@@ -184,10 +184,24 @@ class Halting:
                 "on these traces can be judged on recorded traces, but not run beside an LM"
             )
         try:
-            DecisionRule(self.decision_rule).check_runnable()
+            self.check_runnable()
         except InputError as error:
             return str(error)
         return ""
+
+    def check_runnable(self) -> None:
+        """Refuses conditions that can be replayed alone.
+
+        Raises:
+            InputError: If decision points cannot be found in a running thought, or a head would see
+                another confidence there than it has learned from.
+        """
+        DecisionRule(self.decision_rule).check_runnable()
+        if self.probing == "always" and self.confidence_rule != MEAN_LOGPROB:
+            raise InputError(
+                f"confidence rule {self.confidence_rule!r} can be replayed but not run: expected "
+                f"{MEAN_LOGPROB!r}, or probing at_halt"
+            )
 
     def check_groups(self, groups: Sequence[str]) -> None:
         """Refuses features that cannot be seen under these conditions.

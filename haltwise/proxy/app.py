@@ -94,6 +94,7 @@ class Proxy:
         head = HaltHead.load(config.head)
         check_served(head)
         halting = head.config.halting
+        halting.check_runnable()
         self._looks = halting.probing == "always"
         self._terms = config.terms(Terms.of_head(head.config))
         if self._terms.price == 0:

@@ -67,7 +67,11 @@ def test_a_question_is_one_question(
     assert not (tmp_path / "out").exists()
 
 
-RUNNABLE = {"decision_rule": "every 16 tokens", "close_text": "</think>"}
+RUNNABLE = {
+    "decision_rule": "every 16 tokens",
+    "close_text": "</think>",
+    "confidence_rule": "exp of the mean of answer_logprobs",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,8 @@ RUNNABLE = {"decision_rule": "every 16 tokens", "close_text": "</think>"}
         ({}, "haltwise.recorder states no decision_rule and no close_text"),
         (RUNNABLE | {"close_text": ""}, "haltwise.recorder states no close_text"),
         (RUNNABLE | {"decision_rule": "by hand"}, "decision rule 'by hand' can be replayed"),
+        (RUNNABLE | {"confidence_rule": ""}, "confidence rule '' can be replayed but not run"),
+        (RUNNABLE | {"confidence_rule": "", "probing": "at_halt"}, ""),
         (RUNNABLE, ""),
     ],
 )
