@@ -114,7 +114,8 @@ def main(config: CalibrateConfig) -> Certificate:
     # Whoever names no price gets what is certified: at a price of 0 the head never halts.
     price = certificate.price or 0.0
     if not config.apply:
-        print(f"The head is as it was: --apply would make {price:.6g} its own price.")
+        halting = "" if price else ", at which it never halts"
+        print(f"The head is as it was: --apply would make {price:.6g} its own price{halting}.")
         return certificate
     # Prices of segments that nobody has certified would break the certificate.
     by_segment = {of.segment: of.price or 0.0 for of in certificate.segments}
@@ -133,7 +134,7 @@ def _came_to(price: float, policy: HeadPolicy, signal: Signal, traces: Traces) -
     halts = policy.halts(signal, price)
     outcome = halt_outcome(traces, halts, policy.head.config.halting.probing)
     lost = -em_delta(traces, outcome) + 0.0  # no negative zero
-    return f"saves {saving(traces, outcome):.1%} here and loses {_points(lost)}, uncertified"
+    return f"saves {saving(traces, outcome):.1%} here and {_lost(lost)}, uncertified"
 
 
 def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
@@ -240,7 +241,7 @@ def _told(certificate: Certificate, prices: Sequence[float], pooled: Measured) -
     else:
         lines += [
             f"Certified: price {certificate.price:.6g}. On these traces it saves "
-            f"{certificate.saving:.1%}, and loses {_points(certificate.observed_loss)}."
+            f"{certificate.saving:.1%}, and {_lost(certificate.observed_loss)}."
         ]
     lines += [
         "",
@@ -312,6 +313,11 @@ def _needed(certificate: Certificate, pooled: Measured) -> str:
     if needed is None:
         return "if losses stay as observed, no number would do for any saving"
     return f"if losses stay as observed, about {needed} for some saving in 4 of 5 cases"
+
+
+def _lost(share: float) -> str:
+    """Says in words what was lost, or gained."""
+    return f"gains {_points(-share)}" if share < 0 else f"loses {_points(share)}"
 
 
 def _points(share: float) -> str:

@@ -40,7 +40,7 @@ from envs.replay import availability
 from evaluation.compare import parameter_free, swept
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
-from evaluation.honest import promise
+from evaluation.honest import price_words
 from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
@@ -153,8 +153,6 @@ def main(config: TrainConfig) -> Path:
             print(format_table(choice.frozen))
             print(format_honest(choice.honest))
             print(format_segments(choice.segments))
-        if choice.honest:
-            print(promise(choice.honest, learning.judged_on))
         print(f"wrote {opened.folder}")
         if "test" in recorded.split:
             print("The exported head, loaded again, on the test questions:")
@@ -162,6 +160,8 @@ def main(config: TrainConfig) -> Path:
         else:
             print("Out of fold, on the questions that the price was chosen on:")
             print(_conclusion(choice, learning))
+        own, by_segment = own_price(choice.gates), choice.segment_prices
+        print(price_words(own, by_segment, choice.honest, learning.judged_on))
     return opened.folder
 
 
@@ -220,7 +220,10 @@ def _check(config: TrainConfig) -> None:
             f"{config.fit.ppo.net_width}: expected the same, one network learns both"
         )
     if config.groups is not None:
-        feature_names(config.groups)
+        try:
+            feature_names(config.groups)
+        except InputError as error:
+            raise InputError(f"--groups: {error}") from None
 
 
 def _asking(config: TrainConfig, out: Path) -> CollectConfig:
@@ -517,7 +520,7 @@ def _train_replay(
         share=share,
         log_dir=opened.tensorboard,
         checkpoint=opened.replay_agent,
-        progress_bar=True,
+        progress_bar=share > 0,
     )
 
 

@@ -8,7 +8,7 @@ all such questions is small enough with a stated confidence, see `evaluation.cer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -76,25 +76,47 @@ def honest_rows(
     return rows
 
 
-def promise(rows: Sequence[HonestRow], traces: Traces) -> str:
-    """Says what the head saves where its promise is to hold on new questions too.
+def price_words(
+    own: float, segments: Iterable[str], rows: Sequence[HonestRow], traces: Traces
+) -> str:
+    """Says which price a head takes by itself, and which one to serve where a loss is bounded.
 
     Args:
+        own: The head's own price; 0 never halts.
+        segments: The names of those that have prices of their own.
         rows: The rows of `honest_rows`.
-        traces: The traces that they were chosen on.
+        traces: The traces that all of these prices were chosen on.
     """
     num = len(np.unique(traces.question_id))
-    return "\n".join(_promise(row, num) for row in rows if row.policy == "head")
+    promises = [_promise(row, own, num) for row in rows if row.policy == "head"]
+    certify_it = "calibrate.py --apply gives the head a price that is certified on other questions."
+    return "\n".join([_own_words(own, sorted(segments)), *promises, certify_it])
 
 
-def _promise(row: HonestRow, num_questions: int) -> str:
-    """Says so of one gate."""
+def _own_words(own: float, segments: Sequence[str]) -> str:
+    """Says what a request gets that names no price."""
+    if not own:
+        return "The head's own price is 0: of a request that names no price it halts nothing."
+    by_segment = f"; one that names its segment ({', '.join(segments)}) takes that of the segment"
+    return (
+        f"The head's own price is {number(own)}, which lost nothing on the questions that it was "
+        f"chosen on: a request that names no price takes it{by_segment if segments else ''}. Serve "
+        "the head as it is, unless you promise somebody what is lost."
+    )
+
+
+def _promise(row: HonestRow, own: float, num_questions: int) -> str:
+    """Says which price to serve so that the promise of one gate holds on new questions too."""
     said = (
         f"To lose {gate_title(row.gate)} on new questions of this kind too, with a confidence of "
         f"{row.confidence:.0%}"
     )
     if row.parameter is not None:
-        return f"{said}: a price of {number(row.parameter)}, which saves {percent(row.saving)} %."
+        price = number(row.parameter)
+        told = f"{said}: a price of {price}, which saves {percent(row.saving)} %"
+        if row.parameter == own:
+            return f"{told} and is the head's own."
+        return f"{told} and is not the head's own: name it (haltwise serve --price {price})."
     fewest = fewest_questions(row.gate, 1 - row.confidence)
     if num_questions < fewest:
         return f"{said}: {fewest} questions are needed at least, here are {num_questions:,}."

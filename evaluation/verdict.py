@@ -183,9 +183,10 @@ def _came_to(row: FrozenRow) -> str:
     meaning = ""
     if is_known(change):
         meaning = ", a loss" if change[1] < 0 else ", a gain" if change[0] > 0 else ""
+    tokens = f"% of the tokens {between(saved, percent)}".rstrip()
     return (
-        f"saves {percent(row.saving)} % of the tokens {between(saved, percent)} with a change of "
-        f"exact match of {points(row.em_delta)} points {between(change, points)}".rstrip()
+        f"saves {percent(row.saving)} {tokens} with a change of exact match of "
+        f"{points(row.em_delta)} points {between(change, points)}".rstrip()
         + meaning
     )
 

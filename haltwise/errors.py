@@ -1,5 +1,6 @@
 """Errors that mean the input or the installation is at fault, not haltwise."""
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,16 @@ def reason_of(error: BaseException) -> str:
     """
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON].rstrip()} ..."
+
+
+def json_fault(error: BaseException) -> str:
+    """Returns what is wrong with one line of JSON, and at which character of the line it is.
+
+    The message itself counts lines from this one, which is not the line of the file.
+    """
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return reason_of(error)
 
 
 def option(setting: str) -> str:

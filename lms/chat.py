@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jinja2 import TemplateError
 
 from haltwise import InputError
-from haltwise.errors import reason_of
+from haltwise.errors import json_fault, reason_of, what_failed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,17 +270,17 @@ def _before(config: ChatConfig) -> tuple[Message, ...]:
         InputError: If the file of examples cannot be read, or a line of it is no example.
     """
     messages = [{"role": "system", "content": config.system}] if config.system else []
-    for i, turn in enumerate(_turns(config.examples), 1):
+    for number, turn in _turns(config.examples):
         if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
             raise InputError(
-                f'{config.examples}, line {i}: expected {{"user": TEXT, "assistant": TEXT}}'
+                f'{config.examples}, line {number}: expected {{"user": TEXT, "assistant": TEXT}}'
             )
         messages += [{"role": role, "content": str(turn[role])} for role in ("user", "assistant")]
     return tuple(messages)
 
 
-def _turns(path: Path | None) -> list[Any]:
-    """Returns what the lines of a file of JSON lines hold; nothing if there is no file.
+def _turns(path: Path | None) -> list[tuple[int, Any]]:
+    """Returns what the lines of a file of JSON lines hold, by number; nothing if there is no file.
 
     Raises:
         InputError: If the file cannot be read, or has no lines.
@@ -289,9 +289,17 @@ def _turns(path: Path | None) -> list[Any]:
         return []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-        turns = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no JSON lines can be read from it: {error}") from None
+    except OSError as error:
+        raise InputError(f"--examples: {what_failed(error)}, expected JSON lines") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"--examples: {path}: {error}: expected text in UTF-8") from None
+    turns = []
+    for number, line in enumerate(lines, 1):
+        try:
+            turns += [(number, json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            told = f"{json_fault(error)}: expected a JSON object"
+            raise InputError(f"{path}, line {number}: {told}") from None
     if not turns:
         raise InputError(f"{path} is empty, expected JSON lines of user and assistant")
     return turns

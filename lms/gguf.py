@@ -8,7 +8,6 @@ in front, a think marker none.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors.numpy import load_file
 
-from command import run
+from command import run, whole_file
 from haltwise import InputError
 from haltwise.errors import needing
 from lms.embedded import CHAT_TEMPLATE, CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
@@ -73,24 +72,27 @@ def write_gguf(path: Path, weight_type: WeightType = "f32", lm: Path = EMBEDDED)
         By type, how many tensors were written in it.
 
     Raises:
-        InputError: If there is no such LM in the folder.
+        InputError: If there is no such LM in the folder, or no place for the file.
         OSError: If the file cannot be written.
     """
     config = _shape(lm)
-    temporary = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(temporary, "llama")
-    _add_shape(writer, config, weight_type)
-    _add_tokenizer(writer)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: found no folder {path.parent}, expected one to write into")
     counts: Counter[str] = Counter()
-    for name, weight in _weights(lm, config):
-        kind = _type_of(weight, weight_type)
-        writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
-        counts[kind.name.lower()] += 1
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, "llama")
+        _add_shape(writer, config, weight_type)
+        _add_tokenizer(writer)
+        for name, weight in _weights(lm, config):
+            kind = _type_of(weight, weight_type)
+            writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
+            counts[kind.name.lower()] += 1
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return dict(counts)
 
 

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from haltwise import InputError
-from lms.scorers import needed
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import SeededQuestion, TraceRow
 
@@ -59,10 +58,12 @@ def open_engine(config: EngineConfig, task_format: TaskFormat) -> RecordingEngin
 
         return HfEngine(config, task_format)
     if config.engine == "openai":
-        if find_spec("httpx2") is None:
-            raise InputError(needed("--engine openai", "proxy"))
-        from recording.openai_engine import OpenAIEngine
-
+        try:
+            from recording.openai_engine import OpenAIEngine
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] in ("haltwise", "recording"):
+                raise
+            raise InputError(f"--engine openai: {error}") from None
         return OpenAIEngine(config, task_format)
     if find_spec("vllm") is None:
         raise InputError("vLLM is not installed: expected it for --engine vllm (pip install vllm)")

@@ -75,6 +75,18 @@ def test_without_apply_nothing_is_written(
     assert f"--apply would make {certificate.price:.6g} its own price." in told
 
 
+def test_a_certificate_of_no_price_would_never_halt(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate.main(replace(config, apply=False, max_em_drop=1e-9)).price is None
+    assert "make 0 its own price, at which it never halts." in capsys.readouterr().out
+
+
+def test_a_loss_below_zero_is_called_a_gain() -> None:
+    told = [calibrate._lost(lost) for lost in (0.03, 0.0, -0.0125)]
+    assert told == ["loses 3 points", "loses 0 points", "gains 1.25 points"]
+
+
 def test_an_own_price_of_zero_costs_nothing(
     config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,27 @@ def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> No
     )
 
 
+@pytest.mark.parametrize(
+    ("missing", "arguments", "told"),
+    [
+        ("prometheus_client", "--engine openai --base-url http://127.0.0.1:1", "'.[proxy]'"),
+        ("httpx2", "--engine openai --base-url http://127.0.0.1:1", "'.[proxy]'"),
+        ("gguf", "--lm README.gguf", "'.[gguf]'"),
+    ],
+)
+def test_a_recording_names_the_extra_that_it_needs(
+    missing: str, arguments: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.gguf").write_bytes(b"GGUF")
+    arguments = arguments.replace("README", str(tmp_path / "README"))
+    argv = ["collect.py", "--self-test", *arguments.split()]
+    run = f"import runpy; sys.argv = {argv}; runpy.run_path('collect.py', None, '__main__')"
+    done = run_without(missing, run)
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error:") and missing in error and told in error
+
+
 def test_scripts_look_for_each_package_of_the_extra() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     stated = [*project["dependencies"], *project["optional-dependencies"]["train"]]

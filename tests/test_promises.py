@@ -562,6 +562,8 @@ TELLS = (
     "If you have no `llama-server`",
     "In a terminal of its own, this serves the file",
     "If your head halts nothing, ask for a higher price",
+    "The embedded LM writes thousands of tokens a second",
+    "A slower LM goes on for fewer",
     "**`/v1/responses` is not watched**",
     "Its events of a thought",
     "asks for those of the answer alone",

@@ -198,7 +198,7 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, fit=replace(SMALL, pathwise=pathwise)))
     with pytest.raises(InputError, match=r"--live-ppo\.net-width is 9, .*net-width 8"):
         train.main(replace(config, traces=None, live_ppo=replace(LIVE, net_width=9)))
-    with pytest.raises(InputError, match="need a forced answer, but probing is at_halt"):
+    with pytest.raises(InputError, match="probing at_halt shows no forced answer"):
         train.main(replace(config, probing="at_halt", groups=("pace", "agreement")))
     with pytest.raises(InputError, match="mood"):
         train.main(replace(config, groups=("mood",)))
@@ -208,6 +208,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, rule="every 7 tokens"))
     with pytest.raises(InputError, match="can be replayed but not run"):
         train.main(replace(config, rule="now and then"))
+    with pytest.raises(InputError, match="--groups: feature groups: found mood, expected some of"):
+        train.main(replace(config, groups=("mood",)))
     assert config.run_dir is not None and not config.run_dir.exists()
 
 
@@ -222,9 +224,11 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
 def test_a_training_that_ends_early_says_so(
     share: float, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "fit", MagicMock())
+    fitted = MagicMock()
+    monkeypatch.setattr(train, "fit", fitted)
     train._train_replay(TrainConfig(), MagicMock(), MagicMock(), MagicMock(), share)
     assert capsys.readouterr().out == told
+    assert fitted.call_args.kwargs["progress_bar"] is bool(share)  # of nothing there is no progress
 
 
 @pytest.mark.parametrize("live", [False, True])

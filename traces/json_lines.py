@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from haltwise import Halting, InputError
+from haltwise.errors import json_fault
 from traces.schema import SCHEMA
 from traces.store import table_of, write_shard
 from traces.verdicts import are_digests
@@ -26,6 +27,8 @@ from traces.verdicts import are_digests
 _RECORDER, _LABEL = "haltwise.recorder", "haltwise.label"
 # The columns with one number a point that may be unknown.
 _NUMBERS = {field.name for field in SCHEMA if field.type == pa.list_(pa.float32())}
+
+_NULL = {type(None)}
 
 #: Says whether an answer, as the answer rule has read it, is right by a reference answer.
 IsRight = Callable[[str, str], bool]
@@ -103,12 +106,25 @@ def _write(source: Path, folder: Path, shard_size: int, scorer: Callable[[str], 
             write_shard(folder / f"{num_shards:05d}.parquet", rows, recorder)
         except InputError:
             for line in batch:  # finds the line, so that the message can name it
-                table_of([line.row], line.place, recorder)
+                _check_alone(line, recorder)
             raise
         num_shards, num_traces = num_shards + 1, num_traces + len(batch)
     if not num_traces:
         raise InputError(f"{source}: no traces, expected one JSON object a line")
     return num_traces
+
+
+def _check_alone(line: Line, recorder: dict[str, Any]) -> None:
+    """Refuses a line that makes no table by itself.
+
+    Raises:
+        InputError: If it is one.
+    """
+    try:
+        table_of([line.row], line.place, recorder)
+    except InputError as error:
+        # The line says which row it is; of its points, the row is not the number.
+        raise InputError(str(error).replace(", row 0: ", ": ", 1)) from None
 
 
 def _all_lines(source: Path) -> tuple[dict[str, Any], Iterator[Line]]:
@@ -175,19 +191,26 @@ def _lines(file: Path, may_be_cut: bool, having: bytes = b"") -> Iterator[Line]:
             if not text.strip() or having not in text or (may_be_cut and text[-1:] != b"\n"):
                 continue
             try:
-                row = json.loads(text)
+                row = json.loads(text.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                told = f"{error.reason} in byte {error.start}: expected text in UTF-8"
+                raise InputError(f"{file}, line {number}: {told}") from None
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{file}, line {number}: no JSON: {error}") from None
+                told = f"no JSON, {json_fault(error)}: expected one object a line"
+                raise InputError(f"{file}, line {number}: {told}") from None
             if not isinstance(row, dict):
                 raise InputError(f"{file}, line {number}: {row!r:.40} is not a JSON object")
-            yield Line(file, number, {name: _with_nan(name, row[name]) for name in row})
+            yield Line(file, number, {name: _with_nulls(name, row[name]) for name in row})
 
 
-def _with_nan(name: str, value: Any) -> Any:
-    """Returns a column's value with NaN for each null in a list of numbers.
+def _with_nulls(name: str, value: Any) -> Any:
+    """Returns a column's value with its nulls as the schema has them.
 
-    JSON has no NaN, so that null is how most programs write an unknown number.
+    JSON has no NaN, so that null is how most programs write an unknown number in a list. And a list
+    of verdicts that are all null says what one null in its place does.
     """
+    if name == "correct" and isinstance(value, list) and value and set(map(type, value)) == _NULL:
+        return None
     if name not in _NUMBERS or not isinstance(value, list):
         return value
     return [math.nan if number is None else number for number in value]

@@ -26,7 +26,7 @@ from typing import Any
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.draws import draw
 from haltwise.control.record import digest
-from haltwise.errors import InputError, reason_of
+from haltwise.errors import InputError, reason_of, what_failed
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Signals, signals_from
 
@@ -267,7 +267,7 @@ def _unlabelled(folder: Path, recorder: Line) -> list[str]:
             if len(known) < _MOST_KNOWN:
                 known = _unlabelled_in(lines, labelled) + known
     except OSError as error:
-        raise InputError(f"{folder}: {reason_of(error)}, expected a folder for traces") from None
+        raise InputError(f"{what_failed(error)}, expected a folder for traces") from None
     return known[-_MOST_KNOWN:]
 
 

@@ -216,6 +216,22 @@ class Books:
             raise InputError(f"books are not readable ({error!r})") from None
 
 
+def _difference(found: Any, about: Mapping[str, Any]) -> str:
+    """Says what books are about that others are not.
+
+    Args:
+        found: What they are about, as far as it can be read.
+        about: What the others are about.
+    """
+    found = found if isinstance(found, dict) else {}
+    was, promise = found.get("promise") or {}, about["promise"]
+    told = ["another head"] if found.get("head") != about.get("head") else []
+    for name, words in (("target", "a target of"), ("audit", "a share of audits of")):
+        if was.get(name) != promise[name]:
+            told.append(f"{words} {was.get(name)}, not {promise[name]}")
+    return ", ".join(told) or "something else"
+
+
 class Bookkeeper:
     """Keeps the books of one process in a store that others may use too. To be closed.
 
@@ -250,10 +266,11 @@ class Bookkeeper:
         self._about = {**about, "promise": asdict(begun.groups.promise)}
         self._ledger = Ledger(store)
         saved, self._number = self._ledger.load(self._state(begun))
-        if saved is None or saved.get("about") != self._about:
+        found = {} if saved is None else saved.get("about")
+        if saved is None or found != self._about:
             raise InputError(
-                "the state is about another head, target or share of audits than this one; "
-                "expected one of its own for each"
+                f"the state is about {_difference(found, self._about)}: expected the same head, "
+                "target and share of audits, or a state of its own"
             )
         self.books = self._common = Books.from_json(saved["books"])
         """The newest."""

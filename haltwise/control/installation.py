@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from haltwise.control.draws import check_key
-from haltwise.errors import InputError, reason_of
+from haltwise.errors import InputError
 
 
 def key_file_of(state: str | Path) -> Path:
@@ -31,6 +31,6 @@ def installation_key(path: Path) -> bytes:
                     os.link(file.name, path)
         key = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: {reason_of(error)}, expected to write there") from None
+        raise InputError(f"{path}: {error.strerror}, expected to write there") from None
     check_key(key)
     return key

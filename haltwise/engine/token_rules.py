@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
+from haltwise import HaltHead, Halting, InputError
 from haltwise.session.thought import PointRules
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ class TokenRules(PointRules):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, halting: Halting) -> None:
         """Encodes the texts that close a thought."""
         super().__init__(halting)
-        if halting.confidence_rule != MEAN_LOGPROB:
-            raise InputError(
-                f"confidence rule {halting.confidence_rule!r} cannot be run, only {MEAN_LOGPROB!r}"
-            )
+        halting.check_runnable()
         self.tokenizer = tokenizer
         self.close_ids = self._encode(halting.close_text)
         if not (self.think_end or tokenizer.eos_token):

@@ -184,10 +184,24 @@ class Halting:
                 "on these traces can be judged on recorded traces, but not run beside an LM"
             )
         try:
-            DecisionRule(self.decision_rule).check_runnable()
+            self.check_runnable()
         except InputError as error:
             return str(error)
         return ""
+
+    def check_runnable(self) -> None:
+        """Refuses conditions that can be replayed alone.
+
+        Raises:
+            InputError: If decision points cannot be found in a running thought, or a head would see
+                another confidence there than it has learned from.
+        """
+        DecisionRule(self.decision_rule).check_runnable()
+        if self.probing == "always" and self.confidence_rule != MEAN_LOGPROB:
+            raise InputError(
+                f"confidence rule {self.confidence_rule!r} can be replayed but not run: expected "
+                f"{MEAN_LOGPROB!r}, or probing at_halt"
+            )
 
     def check_groups(self, groups: Sequence[str]) -> None:
         """Refuses features that cannot be seen under these conditions.
@@ -200,13 +214,15 @@ class Halting:
         unseen = [group for group in groups if of_answers.intersection(signals_of([group]))]
         if unseen and self.probing == "at_halt":
             raise InputError(
-                f"feature groups {', '.join(unseen)} need a forced answer, but probing is at_halt"
+                "probing at_halt shows no forced answer: expected probing always, or no feature "
+                f"group {', '.join(unseen)}"
             )
         counting = [group for group in groups if "points_left" in signals_of([group])]
         if counting and self.max_points is None:
             raise InputError(
-                f"feature groups {', '.join(counting)} count the points left, and decision rule "
-                f"{self.decision_rule!r} has no limit: expected one with ', at most N'"
+                f"decision rule {self.decision_rule!r} has no limit, up to which points could be "
+                f"counted: expected one with ', at most N', or no feature group "
+                f"{', '.join(counting)}"
             )
 
     def check_recorded(self, recorder: dict[str, Any], source: str) -> None:

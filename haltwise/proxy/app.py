@@ -114,6 +114,7 @@ class Proxy:
         head = HaltHead.load(config.head)
         check_served(head)
         halting = head.config.halting
+        halting.check_runnable()
         self._looks = halting.probing == "always"
         self._tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
         self._default = Customer(config.terms(Terms.of_head(head.config)), config.value)
@@ -820,9 +821,9 @@ def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
         return None
     keys = APIKeys(config.keys, default)
     if "value" in keys.need and config.tariffs is None:
-        raise InputError(f"keys {config.keys}: an entry has a value, expected --tariffs")
+        raise InputError(f"--keys: {config.keys}: an entry has a value, expected --tariffs")
     if "budget" in keys.need and config.budgets is None:
-        raise InputError(f"keys {config.keys}: an entry has a budget, expected --budgets")
+        raise InputError(f"--keys: {config.keys}: an entry has a budget, expected --budgets")
     return keys
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from haltwise import InputError, Terms
 from haltwise.control.budgets import Budget
 from haltwise.control.store import is_database
-from haltwise.errors import check_ranges
+from haltwise.errors import check_ranges, option, what_failed
 
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
@@ -24,6 +24,11 @@ _MOST = 100_000
 
 #: The controls that have a state.
 GOVERNED = ("observe", "apply")
+
+# Settings that mean something to these controls alone.
+_OF_GOVERNED = (
+    "target", "audit", "state_key", "label_hours", "audit_traces", "dense_audits", "telemetry",
+)  # fmt: skip
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 Answers = Literal["seen", "free"]
@@ -178,6 +183,7 @@ class ServeConfig:
         except InputError as error:
             raise InputError(f"--upstream: {error}") from None
         self._check_control()
+        self._check_money()
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """By name of a setting, whether it is in its range, and what that is."""
@@ -206,20 +212,37 @@ class ServeConfig:
         Raises:
             InputError: If it does not.
         """
-        if self.control in GOVERNED and self.state is None:
+        if self.control not in ("off", *GOVERNED) and ":" not in self.control:
+            expected = f"off, {', '.join(GOVERNED)} or MODULE:NAME of a class"
+            raise InputError(f"--control is {self.control!r}, expected {expected}")
+        if self.audit_content and self.audit_traces is None:
+            raise InputError("--audit-content is on, expected --audit-traces with a folder for it")
+        if self.control not in GOVERNED:
+            self._check_ungoverned()
+            return
+        if self.state is None:
             raise InputError(f"--control is {self.control}, expected --state with a file for it")
         if self.control == "apply" and not self.audit:
             raise InputError("--audit is 0, expected above 0, or --control observe")
         if is_database(self.state) and self.state_key is None:
             raise InputError("--state is a database, expected --state-key with a file for its key")
-        if self.audit_traces is not None and self.control not in GOVERNED:
-            found = f"--audit-traces is {self.audit_traces}"
-            raise InputError(f"{found}, expected it with --control observe or apply")
-        if self.audit_content and self.audit_traces is None:
-            raise InputError("--audit-content is on, expected --audit-traces with a folder for it")
-        if self.telemetry and self.control not in GOVERNED:
-            raise InputError("--telemetry is on, expected it with --control observe or apply")
-        self._check_money()
+
+    def _check_ungoverned(self) -> None:
+        """Refuses what would mean nothing without a control that has a state.
+
+        Raises:
+            InputError: If there is such a setting.
+        """
+        usual = {one.name: one.default for one in fields(self)}
+        for name in _OF_GOVERNED:
+            if getattr(self, name) != usual[name]:
+                raise InputError(
+                    f"{option(name)} is given, expected it with --control observe or apply"
+                )
+        for name in ("state", "context"):
+            if getattr(self, name) != usual[name] and self.budgets is None:
+                expected = "it with --control observe or apply, or --budgets"
+                raise InputError(f"{option(name)} is given, expected {expected}")
 
     def _check_money(self) -> None:
         """Checks that what is told about money goes together.
@@ -232,9 +255,6 @@ class ServeConfig:
         if self.load_target is not None and self.control != "apply":
             found = f"--load-target is {self.load_target}"
             raise InputError(f"{found}, expected it with --control apply")
-        if self.state is not None and self.control not in GOVERNED and self.budgets is None:
-            found = "--state is given, expected it with --control observe or apply, or --budgets"
-            raise InputError(found)
         if self.budgets is not None and self.state is None:
             raise InputError(f"--budgets is {self.budgets}, expected --state with a file for it")
         if self.value is not None and self.tariffs is None:
@@ -314,16 +334,20 @@ class APIKeys:
 
     def __init__(self, path: Path, default: Customer) -> None:
         """Reads the file, which is not looked at again."""
+        expected = 'expected {"API KEY": {"price": 0.5}, ...}'
         try:
-            entries = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"keys {path}: not readable ({type(error).__name__})") from None
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"--keys: {what_failed(error)}, {expected}") from None
+        except (ValueError, RecursionError) as error:  # whose text may have a key
+            found = f"no JSON ({type(error).__name__})"
+            raise InputError(f"--keys: {path}: found {found}, {expected}") from None
         if not isinstance(entries, dict) or not entries:
-            raise InputError(f'keys {path}: expected {{"API KEY": {{"price": 0.5}}, ...}}')
+            raise InputError(f"--keys: {path}: {expected}")
         if not all(key.strip() for key in entries):
-            raise InputError(f"keys {path}: expected no empty key")
+            raise InputError(f"--keys: {path}: expected no empty key")
         self._customers = {
-            _digest(key.strip().encode()): _customer(entry, default, f"keys {path}, entry {i}")
+            _digest(key.strip().encode()): _customer(entry, default, f"--keys: {path}, entry {i}")
             for i, (key, entry) in enumerate(entries.items(), start=1)
         }
 
@@ -358,7 +382,9 @@ def digest_of(text: str) -> str:
 def _key_in(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise InputError(f"environment variable {variable} is not set or empty")
+        raise InputError(
+            f"environment variable {variable} is not set or empty, expected an API key in it"
+        )
     return key
 
 

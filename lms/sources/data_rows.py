@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from haltwise import InputError
-from haltwise.errors import reason_of
+from haltwise.errors import json_fault, reason_of
 from lms.scorers import needed
 
 DataRow = dict[str, Any]
@@ -39,7 +39,8 @@ def _each_object(number: int, text: str) -> Iterator[tuple[str, Any]]:
         try:
             yield f"line {number}", json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"line {number}: {error}: expected a JSON object") from None
+            told = f"{json_fault(error)}: expected a JSON object"
+            raise InputError(f"line {number}: {told}") from None
 
 
 def _json_lines(file: TextIO) -> Iterator[tuple[str, Any]]:
@@ -123,9 +124,11 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
         raise InputError(f"{path}, {error}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"cannot read {path}: {error}: expected text in UTF-8") from None
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {reason_of(error)}") from None
+    except pa.ArrowException as error:
         reason = reason_of(error)
-        raise InputError(f"cannot read {path}: {reason}") from None
+        raise InputError(f"cannot read {path}: {reason}: expected a Parquet file") from None
 
 
 def rows_of(path: Path) -> DataRows:

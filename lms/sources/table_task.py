@@ -105,35 +105,35 @@ class TableTask:
         """
         check_draw(split, num)
         taken: dict[int, Question] = {}
-        last: list[int] = []  # places negated, so that the heap's first is the last in order
-        for own, digest, item in self._each():
+        last: list[int] = []  # ranks negated, so that the heap's first is the last in order
+        for own, place, digest, item in self._each():
             if item is None or self._survey.split(own, digest) != split:
                 continue
-            place = int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:32], 16)
-            if place in taken:
-                self._check_same(taken[place], item)
+            rank = int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:32], 16)
+            if rank in taken:
+                self._check_same(taken[rank], item, place)
                 continue
-            if len(last) == num and place > -last[0]:
+            if len(last) == num and rank > -last[0]:
                 continue
             if len(last) == num:
                 del taken[-heappop(last)]
-            heappush(last, -place)
-            taken[place] = self._question(item, digest, split)
+            heappush(last, -rank)
+            taken[rank] = self._question(item, digest, split)
         if not taken:
             found = ", ".join(f"{name} {n:,}" for name, n in self._survey.num_rows().items())
             raise InputError(
                 f"{self.name}: no question of split {split}, found rows: {found}: expected more "
                 "rows, --split-column, or --split with those there are"
             )
-        yield from (taken[place] for place in sorted(taken))
+        yield from (taken[rank] for rank in sorted(taken))
 
-    def _check_same(self, question: Question, item: RowQuestion) -> None:
+    def _check_same(self, question: Question, item: RowQuestion, place: str) -> None:
         """Raises InputError if a question has another answer where it stands once more."""
         same = item.gold == question.gold or scorer_of(self.scorer)(item.gold, question.gold)
         if not same:
             raise InputError(
-                f"{self.name}: {' '.join(item.text.split())[:80]!r} stands there with the answers "
-                f"{question.gold!r} and {item.gold!r}, expected one answer of a question"
+                f"{place}: {' '.join(item.text.split())[:80]!r} has the answer {item.gold!r}, and "
+                f"{question.gold!r} in a row before: expected one answer of a question"
             )
 
     def describe(self) -> str:
@@ -151,7 +151,7 @@ class TableTask:
     @cached_property
     def _survey(self) -> _RowSurvey:
         survey = _RowSurvey()
-        for own, digest, item in self._each():
+        for own, _, digest, item in self._each():
             if item is None:
                 survey.num_skipped += 1
                 continue
@@ -160,8 +160,8 @@ class TableTask:
                 survey.digests[own].add(digest[:16])
         return survey
 
-    def _each(self) -> Iterator[tuple[str, str, RowQuestion | None]]:
-        """Yields of every row the split it stands in, the digest of its question, what it asks.
+    def _each(self) -> Iterator[tuple[str, str, str, RowQuestion | None]]:
+        """Yields of every row its split, its place, the digest of its question, and what it asks.
 
         Raises:
             InputError: If a row cannot be asked; the message says which.
@@ -176,7 +176,8 @@ class TableTask:
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
             # The same words have the same digest, whatever the instruction or the blanks.
-            yield own, question_digest(" ".join(item.text.split())) if item else "", item
+            digest = question_digest(" ".join(item.text.split())) if item else ""
+            yield own, place, digest, item
 
     def _own_split(self, own: str, row: DataRow) -> str:
         if not self.split_column:

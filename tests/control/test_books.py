@@ -247,15 +247,20 @@ def test_who_closes_has_nothing_under_way(new_name: NewName) -> None:
 
 
 @pytest.mark.parametrize(
-    ("about", "promise"),
-    [(ABOUT | {"head": "other"}, PROMISE), (ABOUT, Promise(target=0.2, audit=0.5, rest=0.25))],
+    ("about", "promise", "told"),
+    [
+        (ABOUT | {"head": "other"}, PROMISE, "another head"),
+        (ABOUT, Promise(target=0.2, audit=0.5, rest=0.25), "a target of 0.1, not 0.2"),
+        (ABOUT, Promise(target=0.1, audit=0.4, rest=0.25), "a share of audits of 0.5, not 0.4"),
+        (ABOUT | {"prices": [1.0, 3.0]}, PROMISE, "something else"),
+    ],
 )
 def test_books_about_something_else_are_refused(
-    about: Any, promise: Promise, new_name: NewName
+    about: Any, promise: Promise, told: str, new_name: NewName
 ) -> None:
     name = new_name()
     opened(name).close()
-    with pytest.raises(InputError, match="about another head, target or share of audits"):
+    with pytest.raises(InputError, match=f"the state is about {told}: expected the same head"):
         opened(name, about, promise)
 
 

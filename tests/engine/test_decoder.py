@@ -191,7 +191,10 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
         ({"halting": halting("somewhere")}, "can be replayed but not run"),
         ({"halting": halting("every 0 tokens")}, "can be replayed but not run"),
         ({"halting": halting(close="")}, "has no tokens"),
-        ({"halting": replace(halting(), confidence_rule="source")}, "rule 'source' cannot be run"),
+        (
+            {"halting": replace(halting(), confidence_rule="source")},
+            "rule 'source' can be replayed but not run",
+        ),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"temperature": float("nan")}, "temperature is nan"),

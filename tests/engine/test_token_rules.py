@@ -1,12 +1,13 @@
 """How token ids are read that are no texts of their own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from haltwise import MEAN_LOGPROB, Halting
+from haltwise import MEAN_LOGPROB, Halting, InputError
 from haltwise.engine.token_rules import TokenRules
 from haltwise.session.thought import Thought
 
@@ -71,3 +72,10 @@ def test_bytes_that_are_no_character_are_let_go() -> None:
     (half,), half_of = tokenizer.encode("\u00e9")[:1], list[int]()
     texts = [rules.text_added(half_of, token) for token in [half] * 9 + tokenizer.encode("so")]
     assert "".join(texts).endswith("so") and half_of == []
+
+
+def test_a_head_that_sees_no_answers_needs_no_confidence() -> None:
+    tokenizer, halting = of_bytes(), Halting("at_halt", "every 4 tokens", "</think>", "")
+    assert TokenRules(tokenizer, halting).every == 4
+    with pytest.raises(InputError, match="confidence rule '' can be replayed but not run"):
+        TokenRules(tokenizer, replace(halting, probing="always"))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from evaluation.honest import CONFIDENCE, honest_point, honest_rows, promise
+from evaluation.honest import CONFIDENCE, honest_point, honest_rows, price_words
 from evaluation.outcome import Outcome, never_outcome
 from evaluation.protocol import operating_point
 from evaluation.table import format_honest
@@ -69,13 +69,27 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
         ("confidence", 0.01, 0.9),
     ]
     assert rows[0].saving == pytest.approx(0.1) and rows[0].parameter == 0.1
-    assert promise(rows, traces) == (
-        "To lose at most 1 point on new questions of this kind too, with a confidence of 90%: a "
-        "price of 0.1, which saves 10.0 %."
-    )
     assert format_honest(rows).splitlines()[2].split()[:2] == ["head", "0.1"]
+    said = "To lose at most 1 point on new questions of this kind too, with a confidence of 90%: "
+    own, promised, last = price_words(0.4, [], rows, traces).splitlines()
+    assert own == (
+        "The head's own price is 0.4, which lost nothing on the questions that it was chosen on: a "
+        "request that names no price takes it. Serve the head as it is, unless you promise "
+        "somebody what is lost."
+    )
+    assert promised == (
+        f"{said}a price of 0.1, which saves 10.0 % and is not the head's own: name it (haltwise "
+        "serve --price 0.1)."
+    )
+    assert last.startswith("calibrate.py --apply gives the head a price that is certified")
+    _, promised, _ = price_words(0.1, [], rows, traces).splitlines()
+    assert promised == f"{said}a price of 0.1, which saves 10.0 % and is the head's own."
+    by_segment = price_words(0.1, ["b", "a"], rows, traces)
+    assert "takes it; one that names its segment (a, b) takes that of the segment." in by_segment
     few = make_traces([{}] * 20)
     halted = {0.1: Outcome(few.final_correct, few.num_tokens * 0.5, np.ones(20, dtype=bool))}
     rows = honest_rows(few, "dev", {"head": halted}, never_outcome(few))
     assert rows[0].parameter is None and rows[0].saving == 0
-    assert promise(rows, few).endswith(": 230 questions are needed at least, here are 20.")
+    own, promised, _ = price_words(0.0, [], rows, few).splitlines()
+    assert own == "The head's own price is 0: of a request that names no price it halts nothing."
+    assert promised == f"{said}230 questions are needed at least, here are 20."

@@ -56,6 +56,13 @@ def test_a_loss_is_called_one() -> None:
     )
 
 
+def test_an_interval_that_is_no_evidence_is_left_out() -> None:
+    alike = {"saving_interval": [0.4, 0.4], "em_delta": 0.0, "em_delta_interval": [0.0, 0.0]}
+    assert "of the tokens with a change of exact match of +0.00 points, on 400" in conclusion(
+        rows(0.0, 0.25, **alike), [], 400, evidence=True
+    )
+
+
 def test_where_nothing_can_be_lost_nothing_is_concluded() -> None:
     hopeless = rows(0.0, 0.25)[:2]
     never = made_frozen(frozen(0.0, known("never", None, 0.0, 0.0) | {"em": 0.07}))

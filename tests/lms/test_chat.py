@@ -191,6 +191,14 @@ def test_examples_are_lines_and_may_begin_with_a_byte_order_mark(tmp_path: Path)
     assert prompt == "[user]a\u2028b[assistant]c[user]?[assistant]"
     with pytest.raises(InputError, match="no chat template: no place"):
         chat_of(None, examples=path)
-    path.write_text("\n")
-    with pytest.raises(InputError, match=r"examples.jsonl is empty, expected JSON lines"):
-        chat_of(USER + ASK, examples=path)
+    for content, message in (
+        (b"\n", r"examples.jsonl is empty, expected JSON lines"),
+        (b"\n{oops\n", r"examples.jsonl, line 2: Expecting .*: expected a JSON object"),
+        (b'\n{"user": "a"}\n', r'examples.jsonl, line 2: expected {"user": TEXT, "assistant"'),
+        (b"\xff", r"--examples: .*: expected text in UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            chat_of(USER + ASK, examples=path)
+    with pytest.raises(InputError, match=r"--examples: .*nowhere: No such file or directory"):
+        chat_of(USER + ASK, examples=tmp_path / "nowhere")

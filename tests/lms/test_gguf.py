@@ -189,6 +189,13 @@ def test_a_folder_without_the_embedded_lm_is_told(config: str | None, tmp_path: 
     assert not (tmp_path / "x.gguf").exists()
 
 
-def test_a_missing_folder_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        write_gguf(tmp_path / "nowhere" / "embedded.gguf")
+@pytest.mark.parametrize(
+    ("name", "told"), [("", "is a folder, expected a file"), ("no/x.gguf", "found no folder")]
+)
+def test_a_place_for_no_file_is_refused_and_nothing_is_left(
+    tmp_path: Path, name: str, told: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=told):
+        write_gguf(tmp_path / "out" / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]

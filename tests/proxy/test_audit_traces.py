@@ -37,13 +37,14 @@ def keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
 
         def started(kind: Kind = "vllm", **settings: Any) -> Proxy:
             usual: dict[str, Any] = {"control": "observe", "audit": 1.0, "dense_audits": 1.0}
-            paths = {"state": tmp_path / "state", "audit_traces": tmp_path / "audits"}
+            usual |= {"state": tmp_path / "state", "audit_traces": tmp_path / "audits"}
+            usual = {} if settings.get("control") == "off" else usual
             upstream = stack.enter_context(FakeUpstream(kind))
             config = ServeConfig(
                 head=head,
                 upstream=upstream.url,
                 operator_key_env="OPERATOR",
-                **usual | paths | settings,
+                **usual | settings,
             )
             return stack.enter_context(proxied(config))
 
@@ -180,7 +181,7 @@ def boom(*_: object, **__: object) -> Any:
 def test_what_fails_costs_the_trace_alone(
     broken: str, keeping: Kept, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = ask(keeping(control="off", state=None, audit_traces=None).client, plan,
+    expected = ask(keeping(control="off").client, plan,
                    headers={"X-Haltwise-Price": "1e-9"})  # fmt: skip
     failing = keeping()
     methods = {"row": (AuditTraces, "_row"), "put": (LineWriter, "put")}
@@ -240,7 +241,10 @@ def test_a_label_is_the_traces_too(
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"control": "off", "audit_traces": Path("x")}, "--audit-traces is x, expected it with"),
+        (
+            {"control": "off", "audit_traces": Path("x")},
+            "--audit-traces is given, expected it with",
+        ),
         ({"audit_content": True}, "--audit-content is on, expected --audit-traces"),
         ({"dense_audits": 1.5}, "--dense-audits is 1.5, expected from 0 to 1"),
         ({"dense_audits": float("nan")}, "--dense-audits is nan"),

@@ -110,6 +110,14 @@ def test_a_setting_out_of_its_range_is_refused(
     assert "\n" not in str(raised.value)
 
 
+def test_a_head_that_learned_from_another_confidence_is_refused(tmp_path: Path) -> None:
+    policy = sure_head(probing="always")
+    halting = replace(policy.config.halting, confidence_rule="by hand")
+    saved_head(tmp_path, HaltHead(replace(policy.config, halting=halting), policy.weights))
+    with pytest.raises(InputError, match="confidence rule 'by hand' can be replayed but not run"):
+        create_app(ServeConfig(head=tmp_path))
+
+
 @pytest.mark.parametrize(("asked", "told"), [(None, [NEVER_HALTS]), (0.5, [])])
 def test_a_price_of_0_that_nobody_asked_for_is_told_at_start(
     head: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,

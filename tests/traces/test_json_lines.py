@@ -67,7 +67,11 @@ def test_a_question_is_one_question(
     assert not (tmp_path / "out").exists()
 
 
-RUNNABLE = {"decision_rule": "every 16 tokens", "close_text": "</think>"}
+RUNNABLE = {
+    "decision_rule": "every 16 tokens",
+    "close_text": "</think>",
+    "confidence_rule": "exp of the mean of answer_logprobs",
+}
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,8 @@ RUNNABLE = {"decision_rule": "every 16 tokens", "close_text": "</think>"}
         ({}, "haltwise.recorder states no decision_rule and no close_text"),
         (RUNNABLE | {"close_text": ""}, "haltwise.recorder states no close_text"),
         (RUNNABLE | {"decision_rule": "by hand"}, "decision rule 'by hand' can be replayed"),
+        (RUNNABLE | {"confidence_rule": ""}, "confidence rule '' can be replayed but not run"),
+        (RUNNABLE | {"confidence_rule": "", "probing": "at_halt"}, ""),
         (RUNNABLE, ""),
     ],
 )
@@ -116,9 +122,9 @@ def test_the_command_imports_too(tmp_path: Path, make_row: MakeRow) -> None:
     ("change", "message"),
     [
         ({"num_tokens": "many"}, "column 'num_tokens' does not fit int32: .*'many'"),
-        ({"position": [1, 1, 2]}, "column 'position', row 0: found 1, expected strictly"),
-        ({"correct": [True]}, "column 'correct', row 0: found 1 entries, expected 3"),
-        ({"gold": None}, "column 'gold', row 0: found null"),
+        ({"position": [1, 1, 2]}, "column 'position': found 1, expected strictly"),
+        ({"correct": [True]}, "column 'correct': found 1 entries, expected 3"),
+        ({"gold": None}, "column 'gold': found null"),
         ({"model": "\ud800"}, "column 'model' does not fit string: .*surrogates"),
         ({"anwser": []}, "column 'anwser': there, but missing in line 1"),
         ({"trace_id": "t1"}, "column 'trace_id': 't1' is in line 2 too"),
@@ -137,6 +143,19 @@ def test_a_bad_line_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_verdicts_that_are_all_unknown_are_a_null(tmp_path: Path, make_row: MakeRow) -> None:
+    nobody_knows = {"gold": None, "final_correct": None}
+    made = [make_row(trace_id=f"t{n}", question_id=f"q{n}") | nobody_knows for n in range(2)]
+    source = write(
+        tmp_path / "x.jsonl", made[0] | {"correct": None}, made[1] | {"correct": [None] * 3}
+    )
+    import_json_lines(source, tmp_path / "out", 2)
+    assert pq.read_table(tmp_path / "out" / "00000.parquet")["correct"].to_pylist() == [None, None]
+    write(source, made[0] | {"correct": [True, None, None]})
+    with pytest.raises(InputError, match="column 'gold': found null"):
+        import_json_lines(source, tmp_path / "other", 2)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -152,8 +171,11 @@ def test_a_bad_line_is_told_and_leaves_nothing(
             '{"trace_id": "t"}\n{"haltwise.recorder": {}}\n',
             "line 2: expected haltwise.recorder in line 1 alone",
         ),
-        ('\n{"seed": 0\n}', "line 2: no JSON: Expecting"),
-        ("[" * 100_000, "line 1: no JSON: maximum recursion depth"),
+        (
+            '\n{"seed": 0\n}',
+            "line 2: no JSON, Expecting .* at character 12: expected one object a line",
+        ),
+        ("[" * 100_000, "line 1: no JSON, maximum recursion depth"),
         ('{"seed": 0}\n{"seed": 0}\n', "line 1: column 'trace_id': missing"),
         ('{"trace_id": null}\n', "line 1: column 'trace_id': missing"),
         ("{}\n", "line 1: column 'trace_id': missing"),
@@ -166,9 +188,10 @@ def test_a_file_that_holds_no_traces_is_told(tmp_path: Path, content: str, messa
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b'{"model": "\xff"}\n')
-    with pytest.raises(InputError, match=r"line 1: no JSON: 'utf-8' codec"):
+@pytest.mark.parametrize("content", [b'{"model": "\xff"}\n', '{"model": 1}\n'.encode("utf-16")])
+def test_bytes_that_are_no_text_are_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"line 1: .* in byte \d+: expected text in UTF-8"):
         import_json_lines(tmp_path / "x.jsonl", tmp_path / "out", 2)
 
 

@@ -212,7 +212,7 @@ def test_other_stopping_criteria_hold_for_halted_rows_too() -> None:
         ({"tokenizer": "0123"}, "but the head was trained with 0123"),
         ({"rule": "somewhere"}, "can be replayed but not run"),
         ({"close": ""}, "has no tokens"),
-        ({"probing": "at_halt"}, "need a forced answer"),
+        ({"probing": "at_halt"}, "shows no forced answer"),
     ],
 )
 def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
