@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from haltwise import InputError, __version__
-from haltwise.control.status import read_books, table_of
+from haltwise.control.status import promote, read_library, table_of
 from haltwise.errors import needing, what_failed
 
 if TYPE_CHECKING:
@@ -32,12 +32,20 @@ def main() -> None:
     about = "tell what a control knows: what every group loses, saves and is served"
     status = commands.add_parser("status", help=about, description=about)
     status.add_argument("--state", required=True, help="that of haltwise serve")
+    about = "let another head serve, of those that a control knows"
+    promoting = commands.add_parser("promote", help=about, description=about)
+    promoting.add_argument("--state", required=True, help="that of haltwise serve")
+    told = "as much of its digest as tells it from others; previous for the head before"
+    promoting.add_argument("--head", required=True, help=told)
+    promoting.add_argument("--anyway", action="store_true", help="whatever is known of it")
     known, settings = parser.parse_known_args()
-    if known.command == "status" and settings:
+    if known.command != "serve" and settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         if known.command == "status":
-            print(table_of(*read_books(known.state)))
+            print(table_of(read_library(known.state)))
+        elif known.command == "promote":
+            print(f"{promote(known.state, known.head, known.anyway)} serves from now on")
         else:
             serve(_serve_config(settings))
     except (InputError, OSError) as error:

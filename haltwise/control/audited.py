@@ -32,9 +32,12 @@ class AuditedRequest:
     id: str
     request: ThoughtRequest
     drawn: AuditDraw
+    head: str
+    """Whose prices it would have been served."""
     step: int
     """The step that it would have been served."""
-    replay: Replay
+    replays: dict[str, Replay]
+    """By head, where its prices would have halted it."""
     is_dense: bool = False
     """Whether an answer is asked for at every decision point."""
     looks: dict[int, Look] = field(default_factory=dict)
@@ -43,9 +46,14 @@ class AuditedRequest:
     """What happened to it, once it has ended."""
 
     @property
+    def replay(self) -> Replay:
+        """That of the head whose prices it would have been served."""
+        return self.replays[self.head]
+
+    @property
     def positions(self) -> list[int]:
-        """Where prices would have halted it, each once."""
-        found = np.unique(self.replay.positions).tolist()
+        """Where prices of any head would have halted it, each once."""
+        found = np.unique(np.concatenate([one.positions for one in self.replays.values()])).tolist()
         return [position for position in found if position != NEVER]
 
     @property

@@ -26,8 +26,9 @@ from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import AuditTraces, DenseAudit
 from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
-from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
-from haltwise.control.draws import check_key, draw, draw_audit
+from haltwise.control.bookkeeper import Bookkeeper
+from haltwise.control.books import Awaited, Books, Entry
+from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import (
@@ -43,9 +44,10 @@ from haltwise.control.groups import (
 )
 from haltwise.control.history import History
 from haltwise.control.installation import installation_key, key_file_of
+from haltwise.control.library import Library, Note, Shelved, promotable
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
-from haltwise.control.status import group_status, price_of
+from haltwise.control.status import group_status, head_status, price_of
 from haltwise.control.store import store_of
 from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError, reason_of
@@ -128,7 +130,8 @@ class GovernedControl:
     one.
     """
 
-    head: HaltHead
+    heads: Mapping[str, HaltHead]
+    """By digest, those that may serve; one of them is the champion."""
     mode: Mode
     keeper: Bookkeeper
     record: Record
@@ -162,8 +165,7 @@ class GovernedControl:
             InputError: If the key is none.
         """
         check_key(self.key)
-        self.prices = prices_of(self.head)
-        self._head = self.head.digest
+        self._prices = {name: prices_of(head) for name, head in self.heads.items()}
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -178,8 +180,23 @@ class GovernedControl:
         self._labelled: set[str] = set()
 
     @property
+    def champion(self) -> str:
+        """The digest of the head that serves."""
+        return self.keeper.library.champion
+
+    @property
+    def head(self) -> HaltHead:
+        """The head that serves."""
+        return self.heads[self.champion]
+
+    @property
+    def prices(self) -> Float:
+        """(K,) those that the champion is governed by, the strictest first."""
+        return self._prices[self.champion]
+
+    @property
     def groups(self) -> Groups:
-        """The newest state."""
+        """The champion's newest state."""
         return self.keeper.books.groups
 
     @property
@@ -208,7 +225,9 @@ class GovernedControl:
 
     def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
         self._expire()
-        names, groups, asked = groups_of(request), self.groups, request.terms
+        library, head = self.keeper.library, self._head_of(request)
+        names, asked = groups_of(request), request.terms
+        groups, prices = library.shelf[head].books.groups, self._prices[head]
         number = str(request.about.get("id") or uuid.uuid4().hex)
         rates = groups.rates(names)
         if self.mode == "observe":
@@ -218,31 +237,78 @@ class GovernedControl:
             doubt = Rated(session, 0.0)
             groups = groups.after(doubt)
             self._put(Entry(doubt))
-        step = groups.step(names, (rater.user, session))
-        urgency = request.about.get("urgency")
-        if urgency is not None and self.mode == "apply":
-            step = self._paced(number, asked.price, step, float(urgency))
-            served = self.price_of(step)
-        else:
-            served = asked.price if self.mode == "observe" else self.price_of(step)
-            if named and served > asked.price:
-                served = asked.price
-                step = int(np.searchsorted(self.prices, served, side="right"))
+        users = (rater.user, session)
+        step, served = self._step(request, number, named, groups.step(names, users), prices)
         drawn = draw_audit(self.key, number, rates)
         self._remember(number, rater)
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
-            replay = Replay(self.head, self.prices, asked.min_tokens)
-            dense = self._is_dense(number)
-            self._audits[id(request)] = AuditedRequest(number, request, drawn, step, replay, dense)
-            self._put(Entry(Drawn(number, step, drawn.groups, self.keeper.process)))
+            steps = {name: one.books.groups.step(names, users) for name, one in self._shelf()}
+            self._draw(number, request, drawn, head, steps | {head: step})
             return replace(asked, price=0.0, looked_at=True)
         if self._waiting[EVERYTHING] >= _COUNTED_AT:
-            self._put(Entry())
+            self._put({})
         return replace(asked, price=served)
 
-    def _paced(self, number: str, asked: float, top: int, urgency: float) -> int:
+    def _step(
+        self, request: ThoughtRequest, number: str, named: bool, top: int, prices: Float
+    ) -> tuple[int, float]:
+        """Returns the step that a request is served, and its price.
+
+        Args:
+            request: What is asked.
+            number: Its id.
+            named: Whether it names its price.
+            top: The step that its groups are served.
+            prices: (K,) those of the head that serves it.
+        """
+        asked, urgency = request.terms.price, request.about.get("urgency")
+        if urgency is not None and self.mode == "apply":
+            step = self._paced(number, asked, top, float(urgency), prices)
+            return step, price_of(prices, step)
+        served = asked if self.mode == "observe" else price_of(prices, top)
+        if named and served > asked:
+            return int(np.searchsorted(prices, asked, side="right")), asked
+        return top, served
+
+    def _head_of(self, request: ThoughtRequest) -> str:
+        """Returns the head that watches a request: the champion, unless it began with another."""
+        head = str(request.about.get("head") or "")
+        return head if head in self.keeper.library.shelf and head in self.heads else self.champion
+
+    def _shelf(self) -> list[tuple[str, Shelved]]:
+        """Returns, with their digests, the books of the heads that are loaded here."""
+        return [(n, one) for n, one in self.keeper.library.shelf.items() if n in self.heads]
+
+    def _draw(
+        self,
+        number: str,
+        request: ThoughtRequest,
+        drawn: AuditDraw,
+        head: str,
+        steps: Mapping[str, int],
+    ) -> None:
+        """Begins an audit, which all heads replay.
+
+        Args:
+            number: The request's id.
+            request: What is asked.
+            drawn: What was drawn.
+            head: The head that watches it.
+            steps: By head, the step that it would be served.
+        """
+        least = request.terms.min_tokens
+        replays = {name: Replay(self.heads[name], self._prices[name], least) for name in steps}
+        dense, process = self._is_dense(number), self.keeper.process
+        self._audits[id(request)] = AuditedRequest(
+            number, request, drawn, head, steps[head], replays, dense
+        )
+        self._put(
+            {name: Entry(Drawn(number, at, drawn.groups, process)) for name, at in steps.items()}
+        )
+
+    def _paced(self, number: str, asked: float, top: int, urgency: float, prices: Float) -> int:
         """Returns the step of a request whose spending is paced, drawn from two beside each other.
 
         Args:
@@ -250,8 +316,9 @@ class GovernedControl:
             asked: The price that it asks for, where nothing is urgent.
             top: The step that its groups are served, where everything is.
             urgency: How urgent it is, in [0, 1].
+            prices: (K,) those of the head that serves it.
         """
-        low = min(int(np.searchsorted(self.prices, asked, side="right")), top)
+        low = min(int(np.searchsorted(prices, asked, side="right")), top)
         exact = low + urgency * (top - low)
         step = int(exact)
         rises = draw(self.key, number, "price") < exact - step
@@ -266,12 +333,21 @@ class GovernedControl:
         looks = self.head.config.halting.probing == "always"
         return looks or draw(self.key, number, "dense") < self.dense_audits
 
-    def _put(self, entry: Entry) -> None:
-        """Puts an entry on its way, with the requests that have come since the last one."""
+    def _put(self, entries: Entry | Mapping[str, Entry]) -> None:
+        """Puts entries on their way, with the requests that have come since the last ones.
+
+        Args:
+            entries: By head; a single one is for all.
+        """
         with self._counting:
             counted, self._waiting = self._waiting, Counter()
+        nothing = entries if isinstance(entries, Entry) else Entry()
+        told = {} if isinstance(entries, Entry) else entries
         try:
-            self.keeper.put(replace(entry, num_requests=dict(counted)))
+            note = {name: told.get(name, nothing) for name in self.keeper.library.shelf}
+            self.keeper.put(
+                Note({n: replace(one, num_requests=dict(counted)) for n, one in note.items()})
+            )
         except Exception as error:
             self.failures.add("an entry of the books", error)
 
@@ -281,7 +357,8 @@ class GovernedControl:
         if audit is not None and running.point is not None:
             try:
                 signals, place = running.point
-                audit.replay.add(signals, place)
+                for replay in audit.replays.values():
+                    replay.add(signals, place)
                 reached, spent = running.thought.position, running.report.num_probe_tokens
                 at = int(signals.position[place])
                 audit.looks[at] = Look(signals.rows(np.array([place])), reached, spent)
@@ -326,17 +403,33 @@ class GovernedControl:
             return
         self.num_audit_tokens += num_tokens
         try:
-            told = self._told(audit, full, halted)
-            losses = tuple(told.losses[_DISAGREEMENT].tolist())
-            waits = told.due.any() and not self.keeper.books.is_too_long(told)
-            awaited = self._awaited(audit, full, halted) if waits else None
-            due = told.due if awaited else np.zeros_like(told.due)
-            self._put(Entry(Told(audit.id, losses, tuple(due.tolist())), told, {}, awaited))
+            self._put(
+                {
+                    name: self._told_entry(audit, replay, full, halted, name)
+                    for name, replay in audit.replays.items()
+                }
+            )
             self._note_answers(audit, full, halted)
             self._note(audit.report, audit, num_tokens)
         except Exception as error:
             self.failures.add("an audit", error)
             self._put(Entry(BrokenOff(audit.id)))
+
+    def _told_entry(
+        self,
+        audit: AuditedRequest,
+        replay: Replay,
+        full: GivenAnswer,
+        halted: Mapping[int, GivenAnswer | None],
+        head: str,
+    ) -> Entry:
+        """Returns what an audit tells the books of one head."""
+        told, shelved = self._told(audit, replay, full, halted), self.keeper.library.shelf[head]
+        losses = tuple(told.losses[_DISAGREEMENT].tolist())
+        waits = told.due.any() and not shelved.books.is_too_long(told)
+        awaited = self._awaited(replay, full, halted) if waits else None
+        due = told.due if awaited else np.zeros_like(told.due)
+        return Entry(Told(audit.id, losses, tuple(due.tolist())), told, {}, awaited)
 
     def keep(self, audit: DenseAudit) -> None:
         """Keeps a dense audit as a trace; one that cannot be kept is counted."""
@@ -367,6 +460,7 @@ class GovernedControl:
     def _told(
         self,
         audit: AuditedRequest,
+        replay: Replay,
         full: GivenAnswer,
         halted: Mapping[int, GivenAnswer | None],
     ) -> Audit:
@@ -374,7 +468,7 @@ class GovernedControl:
 
         A head that looks at answers pays for every look until it halts.
         """
-        positions = audit.replay.positions.tolist()
+        positions = replay.positions.tolist()
         answers = [halted.get(position) or full for position in positions]
         agrees = np.array([one.compared == full.compared for one in answers])
         cost = [
@@ -386,14 +480,14 @@ class GovernedControl:
 
     def _awaited(
         self,
-        audit: AuditedRequest,
+        replay: Replay,
         full: GivenAnswer,
         halted: Mapping[int, GivenAnswer | None],
     ) -> Awaited | None:
         """Returns what is waited for of an audit whose answers differ; None if nothing is."""
         if not self.label_seconds:
             return None
-        positions = audit.replay.positions.tolist()
+        positions = replay.positions.tolist()
         answers = [halted.get(at) or full for at in positions]
         digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
         places = tuple(str(at) if halted.get(at) else _FULL for at in positions)
@@ -413,7 +507,8 @@ class GovernedControl:
     def _row(
         self, report: ThoughtReport, audit: AuditedRequest | None, num_tokens: int
     ) -> RequestRow:
-        about, groups = report.request.about, self.groups
+        about, head = report.request.about, self._head_of(report.request)
+        groups = self.keeper.library.shelf[head].books.groups
         names, segment = groups_of(report.request), report.request.terms.segment
         known = {name: about.get(name) for name in ("tenant", "session", "user", "task")}
         digests: dict[str, Any] = {
@@ -427,10 +522,10 @@ class GovernedControl:
             at=float(self.clock()),
             operation=_OPERATIONS.get(str(about.get("endpoint"))),
             lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
-            head=self._head,
-            certificate=_name_of(self.head.config.certificate),
+            head=head,
+            certificate=_name_of(self.heads[head].config.certificate),
             price_asked=report.request.terms.price,
-            price_ceiling=self.price_of(groups.ceiling(names)),
+            price_ceiling=price_of(self._prices[head], groups.ceiling(names)),
             price_served=report.price,
             price_probability=self._probabilities.pop(str(about.get("id")), None),
             audited=audit is not None,
@@ -452,7 +547,9 @@ class GovernedControl:
         positions = audit.replay.positions
         for position, answer in halted.items():
             if answer is not None:
-                prices = self.prices[positions == position]
+                prices = self._prices[audit.head][positions == position]
+                if not len(prices):
+                    continue  # another head would have halted there
                 bounds = (float(prices[0]), float(prices[-1]))
                 self.record.put(self._answer_row(audit, position, bounds, answer, full))
         end = audit.report.position if audit.report else 0
@@ -494,8 +591,8 @@ class GovernedControl:
             if others or not (isinstance(request, str) and isinstance(gold, str) and gold.strip()):
                 raise InputError('expected {"request": "ID", "gold": "ANSWER"}')
             right = GivenAnswer.of_label(gold, self.head.config.halting.answer_rule)
-            found = self.keeper.books.awaited.get(request)
-            is_awaited = found is not None and request not in self._labelled
+            found = self._awaiting(request)
+            is_awaited = bool(found) and request not in self._labelled
             is_kept = self.traces is not None and self.traces.awaits(request)
             if is_kept and not is_awaited and not right.read:
                 raise InputError(f"gold is {gold!r:.80}, expected what the answer rule can read")
@@ -507,9 +604,9 @@ class GovernedControl:
         except InputError:
             self.num_refused += 1
             raise
-        if found is not None and is_awaited:
+        if is_awaited:
             self._labelled.add(request)
-            self._put(self._labelled_entry(request, *found, right))
+            self._put({n: self._labelled_entry(request, *one, right) for n, one in found.items()})
         try:
             if self.traces is not None:
                 self.traces.label(request, right)
@@ -538,15 +635,15 @@ class GovernedControl:
                     'expected {"request": "ID", "source": "judge" or "test", '
                     '"right": {"full": 0 to 1, "POSITION": 0 to 1, ...}}'
                 )
-            found = self.keeper.books.awaited.get(request)
-            if found is None or request in self._labelled:
+            found = self._awaiting(request) if isinstance(request, str) else {}
+            if not found or request in self._labelled:
                 raise InputError(f"no label of request {request!r:.80} is waited for")
-            _check_verdicts(right, _places_due(*found))
+            _check_verdicts(right, _places_due(found))
         except InputError:
             self.num_refused += 1
             raise
         self._labelled.add(request)
-        self._put(self._judged_entry(request, *found, right))
+        self._put({n: self._judged_entry(request, *one, right) for n, one in found.items()})
         try:
             for place, value in right.items():
                 at = 0 if place == _FULL else int(place)
@@ -560,12 +657,23 @@ class GovernedControl:
         Of each, the places of the answers that differ, in tokens of the thought where they were
         forced, and the seconds since 1970 until when it waits.
         """
-        oldest = list(self.keeper.books.awaited.items())[:_MOST_TOLD]
-        return [
-            {"request": request, "places": _places_due(audit, one), "until": one.until}
-            for request, (audit, one) in oldest
-            if request not in self._labelled
+        told = [
+            {"request": request, "places": _places_due(found), "until": _until(found)}
+            for request in self._all_awaited()
+            if request not in self._labelled and (found := self._awaiting(request))
         ]
+        return told[:_MOST_TOLD]
+
+    def _awaiting(self, request: str) -> dict[str, tuple[Audit, Awaited]]:
+        """Returns, by head whose books wait for labels of a request, what they wait for."""
+        shelf = self.keeper.library.shelf.items()
+        found = {name: one.books.awaited.get(request) for name, one in shelf}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def _all_awaited(self) -> dict[str, None]:
+        """Returns the requests of which some head's books wait for labels, each once."""
+        shelf = self.keeper.library.shelf.values()
+        return dict.fromkeys(request for one in shelf for request in one.books.awaited)
 
     def _labelled_entry(
         self, request: str, audit: Audit, awaited: Awaited, gold: GivenAnswer
@@ -584,12 +692,14 @@ class GovernedControl:
 
     def _expire(self) -> None:
         """Waits no longer for labels that are late: what they would say counts as lost."""
-        awaited = self.keeper.books.awaited
-        self._labelled &= awaited.keys()
-        for request, (_, one) in awaited.items():
-            if request not in self._labelled and one.until < self.clock():
-                self._labelled.add(request)
-                self._put(Entry(Expired(request)))
+        waiting = self._all_awaited()
+        self._labelled &= waiting.keys()
+        for request in waiting:
+            if request not in self._labelled:
+                found = self._awaiting(request)
+                if found and _until(found) < self.clock():
+                    self._labelled.add(request)
+                    self._put(dict.fromkeys(found, Entry(Expired(request))))
 
     def rate(self, request: Any = None, score: Any = None, **others: Any) -> None:
         """Takes in how content somebody was with an answer.
@@ -622,6 +732,29 @@ class GovernedControl:
         except Exception as error:
             self.failures.add("a row of the record", error)
 
+    def promote(self, head: Any = None, anyway: Any = False, **others: Any) -> None:
+        """Lets another head serve, from the next request on.
+
+        Args:
+            head: Its digest, or as much of it as tells it from others.
+            anyway: Whether no evidence is needed.
+            others: There are none.
+
+        Raises:
+            InputError: If there is no such challenger, it is not loaded here, or nobody knows yet
+                that it is as good.
+        """
+        try:
+            if others or not isinstance(head, str) or not isinstance(anyway, bool):
+                raise InputError('expected {"head": "DIGEST"}, and perhaps "anyway": true')
+            found = promotable(self.keeper.library, head, anyway)
+            if found not in self.heads:
+                raise InputError(f"head {head!r:.80} is not loaded, expected one of --challenger")
+        except InputError:
+            self.num_refused += 1
+            raise
+        self.keeper.put(Note(promotes=found))
+
     def open_breaker(self, group: Any = None, **others: Any) -> None:
         """Opens the breaker of a group by hand: it halts nothing until it is certified anew.
 
@@ -636,7 +769,7 @@ class GovernedControl:
         if others or state is None or not int(state.ceiling):
             self.num_refused += 1
             raise InputError('expected {"group": "NAME"} of a group that halts something')
-        self._put(Entry(Opened(group)))
+        self._put({self.champion: Entry(Opened(group))})
 
     def _rater_of(self, request: ThoughtRequest) -> Rater:
         """Returns whose feedback on a request counts, and for what."""
@@ -722,12 +855,19 @@ class GovernedControl:
             "pooled": books.groups.num_pooled,
             "refused": books.groups.num_refused + self.num_refused,
             "trouble": failed,
+            "heads": self._head_status(),
             "groups": {
                 name: group_status(books, name, self.prices, kind, self.usual_price)
                 | ({"history": self.history.series(name)} if group else {})
                 for name in ([group] if group else books.groups.groups)
             },
         } | self.history.told(books, group)
+
+    def _head_status(self) -> list[dict[str, Any]]:
+        """Returns, as JSON objects, the heads and what they would be served; the champion first."""
+        library = self.keeper.library
+        shelf = sorted(library.shelf.items(), key=lambda pair: pair[0] != library.champion)
+        return [head_status(library, name, one) for name, one in shelf]
 
     def _trace_status(self) -> dict[str, Any] | None:
         if self.traces is None:
@@ -760,10 +900,19 @@ def _told_by_labels(request: str, known: Audit) -> Entry:
     return Entry(Told(request, losses, (False,) * len(losses)), known)
 
 
-def _places_due(audit: Audit, awaited: Awaited) -> list[str]:
+def _places_due(found: Mapping[str, tuple[Audit, Awaited]]) -> list[str]:
     """Returns the places of an audit's answers that differ, each once; the full answer is one."""
-    pairs = zip(awaited.places, audit.due, strict=False)  # an older entry has no places
+    pairs = (
+        pair
+        for audit, awaited in found.values()
+        for pair in zip(awaited.places, audit.due, strict=False)  # an older one has no places
+    )
     return list(dict.fromkeys([_FULL, *(place for place, due in pairs if due)]))
+
+
+def _until(found: Mapping[str, tuple[Audit, Awaited]]) -> float:
+    """Returns the seconds since 1970 until when labels are waited for."""
+    return max(awaited.until for _, awaited in found.values())
 
 
 def _check_verdicts(right: Mapping[Any, Any], places: Sequence[str]) -> None:
@@ -805,6 +954,7 @@ def open_control(
     kept: KeptTraces | None = None,
     key_file: Path | None = None,
     telemetry: Telemetry | None = None,
+    challengers: Sequence[HaltHead] = (),
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -821,6 +971,7 @@ def open_control(
         key_file: Has the installation's key, and is made if it is not there; by default one beside
             the store's file.
         telemetry: Is told of every request too; the control closes it.
+        challengers: Heads that replay all audits too, and may be promoted.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -833,21 +984,28 @@ def open_control(
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
     share = audit or 1.0
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
-    prices = prices_of(head)
-    begun = Groups.begin(promise, len(prices), certified=_certified(head, prices, target))
     store = store_of(state)
     key = installation_key(key_file or key_file_of(state))
     traces = None
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
-    about = {"head": head.digest, "prices": prices.tolist()}
-    usual_step = int(np.searchsorted(prices, usual_price, side="right"))
+    heads = {one.digest: one for one in (head, *challengers)}
+    begun = {name: _begun_books(one, promise, most_tokens) for name, one in heads.items()}
     kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
-    history = History(prices, kind, usual_step if mode == "observe" else None)
-    books = Books(begun, {}, float(most_tokens * _room_for_looks(head)))
-    keeper = Bookkeeper(store, books, about, history.note)
+    history = History(kind, usual_price if mode == "observe" else None)
+    first = Library(head.digest, {head.digest: begun[head.digest]})
+    keeper = Bookkeeper(store, first, {}, history.note)
+    if keeper.library.champion not in heads:
+        keeper.close()
+        raise InputError(
+            "the state is about another head: expected the head that it serves as --head or as "
+            "--challenger, or a state of its own"
+        )
+    joins = {name: one for name, one in begun.items() if name not in keeper.library.shelf}
+    if joins:
+        keeper.put(Note(joins=joins))
     return GovernedControl(
-        head,
+        heads,
         mode,
         keeper,
         Record(store, tell=None if telemetry is None else telemetry.tell),
@@ -860,6 +1018,15 @@ def open_control(
         dense_audits=0.0 if kept is None else kept.share,
         telemetry=telemetry,
     )
+
+
+def _begun_books(head: HaltHead, promise: Promise, most_tokens: int) -> Shelved:
+    """Returns the books of a head that no audit has told anything about."""
+    prices = prices_of(head)
+    certified = _certified(head, prices, promise.target)
+    groups = Groups.begin(promise, len(prices), certified=certified)
+    books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
+    return Shelved(books, tuple(prices.tolist()))
 
 
 def _room_for_looks(head: HaltHead) -> int:

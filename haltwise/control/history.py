@@ -19,7 +19,8 @@ from haltwise.control.betting import Float
 from haltwise.control.books import Books
 from haltwise.control.estimates import Sums
 from haltwise.control.governor import GroupState, Promise, is_open, on_alert
-from haltwise.control.groups import Groups
+from haltwise.control.groups import EVERYTHING, Groups
+from haltwise.control.library import Library
 from haltwise.control.status import breaker_of, price_of
 
 # Seconds between two measurements of a group.
@@ -78,12 +79,10 @@ class Move:
 class History:
     """Watches the books by `note`, which one thread calls; all else may be called by any."""
 
-    prices: Float
-    """(K,) that steps stand for."""
     kind: int
     """The kind of loss that is measured, as in `LOSSES`."""
-    usual_step: int | None = None
-    """The step of requests that name no price; None if the governor says."""
+    usual_price: float | None = None
+    """The price of requests that name none; None if the governor says."""
     clock: Callable[[], float] = time.time
     moves: tuple[Move, ...] = ()
     """The newest first."""
@@ -96,14 +95,20 @@ class History:
         self._last = -np.inf
         self._series: dict[str, Float] = {}
         self._groups: Groups | None = None
+        self._champion = ""
+        #: (K,) that steps stand for.
+        self.prices: Float = np.zeros(0)
         # By group, of what the newest measurement is.
         self._measured: dict[str, tuple[int, int, Sums]] = {}
         # By request that is among the differing ones, when it came to be.
         self._differed: dict[str, float | None] = {}
 
-    def note(self, books: Books) -> None:
+    def note(self, library: Library) -> None:
         """Takes in the books as they are now."""
-        now, groups, before = self.clock(), books.groups, self._groups
+        books, now = library.books, self.clock()
+        if library.champion != self._champion:
+            self._exchange(library, now)
+        groups, before = books.groups, self._groups
         if before is not None and groups is not before:
             self._note_moves(before, groups, now)
         since = None if before is None else now
@@ -115,6 +120,13 @@ class History:
             self._last = now
             for name in groups.groups:
                 self._measure(name, books, now)
+
+    def _exchange(self, library: Library, now: float) -> None:
+        """Goes on with the books of another head."""
+        if self._champion:
+            self._add(Move(now, EVERYTHING, "head promoted", 0.0, 0.0))
+        self._champion, self._groups, self._measured = library.champion, None, {}
+        self.prices, self._last = np.array(library.shelf[library.champion].prices), -np.inf
 
     def newest(self, name: str) -> Measured | None:
         """Returns the newest measurement of a group; None if there is none."""
@@ -162,7 +174,9 @@ class History:
 
     def _measure(self, name: str, books: Books, now: float) -> None:
         groups, sums = books.groups, books.sum_of(name)
-        step = groups.step([name]) if self.usual_step is None else self.usual_step
+        step = groups.step([name])
+        if self.usual_price is not None:
+            step = int(np.searchsorted(self.prices, self.usual_price, side="right"))
         measured = step, groups.ceiling([name]), sums
         if self._measured.get(name) == measured:
             return

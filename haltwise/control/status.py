@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import numpy as np
 
 from haltwise.control.betting import Float
-from haltwise.control.books import Books, Entry
+from haltwise.control.bookkeeper import after
+from haltwise.control.books import Books
 from haltwise.control.estimates import LOSSES, Interval
 from haltwise.control.governor import GroupState, is_open
+from haltwise.control.groups import EVERYTHING
 from haltwise.control.ledger import Ledger
+from haltwise.control.library import ENOUGH, Library, Note, Shelved, promotable
 from haltwise.control.store import is_database, store_of
 from haltwise.errors import InputError
 
@@ -77,8 +81,29 @@ def _of_kind(interval: Interval, kind: int) -> Interval:
     return Interval(interval.low[kind], interval.estimate[kind], interval.high[kind])
 
 
-def read_books(state: str | Path) -> tuple[Mapping[str, Any], Books]:
-    """Returns what the books in a store are about, and the books, whoever serves by them now.
+def head_status(library: Library, head: str, shelved: Shelved) -> dict[str, Any]:
+    """Returns, as a JSON object, what one head would be served, and how it compares.
+
+    Args:
+        library: The books.
+        head: Its digest.
+        shelved: Its books.
+    """
+    groups, prices = shelved.books.groups, np.array(shelved.prices)
+    is_champion, is_previous = head == library.champion, head == library.previous
+    step = groups.step([])
+    told = {
+        "head": head,
+        "role": "champion" if is_champion else "previous" if is_previous else "challenger",
+        "price": price_of(prices, step),
+        "ceiling": price_of(prices, groups.ceiling([])),
+        "audits": shelved.books.sum_of(EVERYTHING).num_audits,
+    }
+    return told if is_champion else told | {"trial": shelved.trial.status()}
+
+
+def read_library(state: str | Path) -> Library:
+    """Returns the books in a store, whoever serves by them now.
 
     Args:
         state: The store, see `store_of`.
@@ -93,17 +118,43 @@ def read_books(state: str | Path) -> tuple[Mapping[str, Any], Books]:
         saved, number = ledger.load()
         if saved is None:
             raise InputError(f"{state} has no books, expected the --state of haltwise serve")
-        books = Books.from_json(saved["books"])
-        for _, entry in ledger.exchange({}, number):
-            books = books.after(Entry.from_json(entry))
+        library = Library.from_json(saved["books"])
+        for _, note in ledger.exchange({}, number):
+            library = after(library, note)
     finally:
         ledger.close()
-    return saved["about"], books
+    return library
 
 
-def table_of(about: Mapping[str, Any], books: Books) -> str:
-    """Returns what a person is told of the books, a line for each group."""
-    prices, target = np.array(about["prices"]), books.groups.promise.target
+def promote(state: str | Path, head: str, anyway: bool) -> str:
+    """Lets another head serve, which all processes of a state see within a second.
+
+    Args:
+        state: The store, see `store_of`.
+        head: As much of its digest as tells it from others; "previous" is the head before.
+        anyway: Whether no evidence is needed.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        InputError: If there are no books, no such challenger, or nobody knows yet that it is as
+            good.
+    """
+    found = promotable(read_library(state), head, anyway)
+    ledger = Ledger(store_of(state))
+    try:
+        known = ledger.load()[1]
+        ledger.exchange({f"promotion {uuid.uuid4().hex}": Note(promotes=found).to_json()}, known)
+    finally:
+        ledger.close()
+    return found
+
+
+def table_of(library: Library) -> str:
+    """Returns what a person is told of the books, a line for each group, and for each head."""
+    books, prices = library.books, np.array(library.shelf[library.champion].prices)
+    target = books.groups.promise.target
     due = books.groups.audits_due()
     lines = [
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
@@ -120,7 +171,26 @@ def table_of(about: Mapping[str, Any], books: Books) -> str:
             f"{one['ceiling']:>10.4g}  {one['breaker']:8}"
             + "".join(f"{_percent(part):>21}" for part in (at["loss"], net, at["saving"]))
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_lines_of_heads(library)])
+
+
+def _lines_of_heads(library: Library) -> list[str]:
+    """Returns a line for each head; the evidence is enough from `ENOUGH` on."""
+    lines = [f"{'head':14}{'role':12}{'price':>10}{'ceiling':>10}{'audits':>8}  compared"]
+    for name, shelved in library.shelf.items():
+        one = head_status(library, name, shelved)
+        told = f"{name[:12]:14}{one['role']:12}{one['price']:>10.4g}{one['ceiling']:>10.4g}"
+        told += f"{one['audits']:>8}"
+        if trial := one.get("trial"):
+            lost, saved = (100 * trial[key] for key in ("loses_more", "saves_more"))
+            evidence = trial["evidence"]
+            told += f"  {trial['known']}: {trial['pairs']} pairs, loses {lost:+.1f} points, "
+            told += (
+                f"saves {saved:+.1f}; evidence {evidence['worse']:.3g}, {evidence['dearer']:.3g}"
+            )
+            told += f" of {ENOUGH:g}"
+        lines.append(told)
+    return lines
 
 
 def _percent(interval: Mapping[str, float]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from urllib.parse import unquote
 
 import anyio
@@ -174,7 +175,7 @@ class Proxy:
         check_served(head)
         if head.config.halting != before.config.halting:
             raise InputError("the head halts under other conditions, expected a process of its own")
-        if self.control is not None and head.digest != before.digest:
+        if self.control is not None and head.digest not in self.control.heads:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
@@ -364,7 +365,7 @@ class Proxy:
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
             thought = ThoughtRequest(terms, self._about(client, request, names_own, bill))
-            completion = WatchedCompletion(request, thought, server, self._settings, bill)
+            completion = WatchedCompletion(request, thought, server, self._serving(), bill)
             try:
                 why_not = await self._watch(client, completion)
             finally:
@@ -373,6 +374,13 @@ class Proxy:
             if bill is not None:
                 bill.spent = None  # of the answer that follows
             await self._pass_on(client, body, self._why_not(why_not, record))
+
+    def _serving(self) -> CompletionSettings:
+        """The settings of a completion that begins now: with the head that serves."""
+        settings = self._settings
+        if self.control is None or self.control.head is settings.head:
+            return settings
+        return replace(settings, head=self.control.head)
 
     def _about(
         self,
@@ -801,7 +809,22 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         _kept(config),
         config.state_key,
         Telemetry() if config.telemetry else None,
+        [_challenger(path, head) for path in config.challenger],
     )
+
+
+def _challenger(path: Path, head: HaltHead) -> HaltHead:
+    """A head that may serve in the place of another one.
+
+    Raises:
+        InputError: If it cannot be used, or halts under other conditions.
+    """
+    found = HaltHead.load(path)
+    check_served(found)
+    if found.config.halting != head.config.halting:
+        told = f"--challenger {path} halts under other conditions than --head"
+        raise InputError(f"{told}, expected the same decision rule, close text and answer rule")
+    return found
 
 
 def _kept(config: ServeConfig) -> KeptTraces | None:

@@ -27,7 +27,8 @@ GOVERNED = ("observe", "apply")
 
 # Settings that mean something to these controls alone.
 _OF_GOVERNED = (
-    "target", "audit", "state_key", "label_hours", "audit_traces", "dense_audits", "telemetry",
+    "challenger", "target", "audit", "state_key", "label_hours", "audit_traces", "dense_audits",
+    "telemetry",
 )  # fmt: skip
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
@@ -102,6 +103,8 @@ class ServeConfig:
     control: str = "off"
     """off; observe, to learn by audits what each price loses and saves; apply, to serve the price
     that they certify; or MODULE:NAME of a class that sets terms, see haltwise.Control."""
+    challenger: tuple[Path, ...] = ()
+    """Folders of other heads, which replay all audits of the control and may be promoted."""
     target: float = 0.02
     """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
     audit: float = 0.05

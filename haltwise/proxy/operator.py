@@ -53,6 +53,7 @@ class OperatorPages:
             Route("/v1/haltwise/labels", self.take_label, methods=["POST"]),
             Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
             Route("/v1/haltwise/breaker", self.open_breaker, methods=["POST"]),
+            Route("/v1/haltwise/promote", self.promote, methods=["POST"]),
         ]
 
     async def tell(self, request: Request) -> Response:
@@ -95,6 +96,10 @@ class OperatorPages:
     async def open_breaker(self, request: Request) -> Response:
         """Opens the breaker of a group."""
         return await self._take(request, lambda control, told: control.open_breaker(**told))
+
+    async def promote(self, request: Request) -> Response:
+        """Lets another head serve."""
+        return await self._take(request, lambda control, told: control.promote(**told))
 
     async def _take(
         self, request: Request, take: Callable[[GovernedControl, dict[str, Any]], None]

@@ -66,5 +66,5 @@ class Population:
         keeper = self.control.keeper
         for _ in range(2):  # the second is shown only behind the first
             keeper.put(Entry())
-            while not keeper._entries.empty():
+            while not keeper._notes.empty():
                 time.sleep(0.001)

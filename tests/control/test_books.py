@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from haltwise import InputError
-from haltwise.control import books as module
+from haltwise.control import bookkeeper as module
 from haltwise.control import ledger
-from haltwise.control.books import Awaited, Bookkeeper, Books, Entry
+from haltwise.control.bookkeeper import Bookkeeper
+from haltwise.control.books import Awaited, Books, Entry
 from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Expired, Groups, Told
+from haltwise.control.library import Library
 from haltwise.control.store import store_of
 from tests.stores import NewName
 
@@ -29,8 +31,13 @@ def begun(promise: Promise = PROMISE) -> Books:
     return Books(Groups.begin(promise, num_prices=2), {}, most_tokens=100.0)
 
 
+def shelved(books: Books) -> Library:
+    """The books of the only head."""
+    return Library.begin("h", books, (1.0, 2.0))
+
+
 def opened(name: str, about: Any = ABOUT, promise: Promise = PROMISE) -> Bookkeeper:
-    return Bookkeeper(store_of(name), begun(promise), about)
+    return Bookkeeper(store_of(name), shelved(begun(promise)), about)
 
 
 def drawn(request: str) -> Entry:
@@ -115,17 +122,17 @@ def test_the_newest_differing_audits_are_remembered_and_older_books_have_none() 
 
 
 def test_whoever_watches_the_books_sees_them_and_does_them_no_harm(tmp_path: Path) -> None:
-    seen: list[Books] = []
+    seen: list[Library] = []
 
-    def watch(books: Books) -> None:
-        seen.append(books)
+    def watch(library: Library) -> None:
+        seen.append(library)
         raise RuntimeError("broken")
 
-    keeper = Bookkeeper(store_of(tmp_path / "books"), begun(), ABOUT, watch)
-    assert seen == [keeper.books]
+    keeper = Bookkeeper(store_of(tmp_path / "books"), shelved(begun()), ABOUT, watch)
+    assert seen == [keeper.library]
     settle(keeper, ENTRIES)
     keeper.close()
-    assert seen[-1] is keeper.books and keeper.books.sum_of(EVERYTHING).num_audits == 4
+    assert seen[-1] is keeper.library and keeper.books.sum_of(EVERYTHING).num_audits == 4
     assert keeper.num_failed == len(seen) and not keeper.trouble
 
 
@@ -134,10 +141,10 @@ def settle(keeper: Bookkeeper, entries: list[Entry]) -> None:
     for entry in entries:
         keeper.put(entry)
     keeper.put(Entry(None, None, {}))
-    while keeper._entries.qsize():
+    while keeper._notes.qsize():
         time.sleep(0.001)
     keeper.put(Entry(None, None, {}))  # once this is taken, the others are dealt with
-    while keeper._entries.qsize() or (not keeper.trouble and keeper._unwritten):
+    while keeper._notes.qsize() or (not keeper.trouble and keeper._unwritten):
         time.sleep(0.001)
 
 

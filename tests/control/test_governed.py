@@ -167,7 +167,7 @@ def audited(steering: GovernedControl, request: ThoughtRequest) -> bool:
 
 def wait(steering: GovernedControl) -> None:
     """Until the books have everything."""
-    while steering.keeper._entries.qsize() or steering.groups.under_way:
+    while steering.keeper._notes.qsize() or steering.groups.under_way:
         pass
 
 
@@ -535,7 +535,7 @@ def test_verdicts_that_make_no_sense_are_refused_and_counted(
 
 def until_known(steering: GovernedControl, num: int) -> None:
     """Until so many audits wait for labels."""
-    while steering.keeper._entries.qsize() or steering.status()["labels_due"] != num:
+    while steering.keeper._notes.qsize() or steering.status()["labels_due"] != num:
         pass
 
 

@@ -16,7 +16,7 @@ from haltwise.control.governor import opened
 from haltwise.control.groups import EVERYTHING, Drawn
 from haltwise.control.history import History, Move
 from haltwise.control.status import group_status
-from tests.control.test_books import ENTRIES, awaited, begun, drawn, labelled, told
+from tests.control.test_books import ENTRIES, awaited, begun, drawn, labelled, shelved, told
 
 PRICES = np.array([1.0, 2.0])
 DIFFERS = LOSSES.index("disagreement")
@@ -37,7 +37,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def history(clock: Clock) -> History:
-    return History(PRICES, DIFFERS, 2, clock)
+    return History(DIFFERS, 2.0, clock)
 
 
 def all_told() -> Books:
@@ -56,7 +56,7 @@ def state_of(books: Books, **changes: Any) -> Books:
 
 def test_a_measurement_is_what_the_status_says(history: History) -> None:
     books = all_told()
-    history.note(books)
+    history.note(shelved(books))
     for name in books.groups.groups:
         found = group_status(books, name, PRICES, DIFFERS, 2.0)
         series, newest = history.series(name), history.newest(name)
@@ -68,8 +68,8 @@ def test_a_measurement_is_what_the_status_says(history: History) -> None:
 
 
 def test_the_governors_price_is_measured_if_no_other_is_usual(clock: Clock) -> None:
-    history = History(PRICES, DIFFERS, None, clock)
-    history.note(all_told())
+    history = History(DIFFERS, None, clock)
+    history.note(shelved(all_told()))
     assert history.series(EVERYTHING)["price"] == [0.0]
     assert history.series(EVERYTHING)["saving"] == {"low": [0.0], "estimate": [0.0], "high": [0.0]}
 
@@ -78,10 +78,10 @@ def test_months_are_remembered_in_as_many_measurements_as_hours(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_MOST_MEASURED", 40)
-    history, books = History(PRICES, DIFFERS, None, clock), begun()
+    history, books = History(DIFFERS, None, clock), begun()
     for _ in range(5_000):
         books = books._counted({EVERYTHING: 1})
-        history.note(books)
+        history.note(shelved(books))
         clock.now += module._BETWEEN
     ages = clock.now - np.array(history.series(EVERYTHING)["at"])
     assert len(ages) == 40 and ages[0] == 5_000 * module._BETWEEN
@@ -93,7 +93,7 @@ def test_months_are_remembered_in_as_many_measurements_as_hours(
 def test_what_stays_as_it_is_is_measured_once(history: History, clock: Clock) -> None:
     books = all_told()
     for _ in range(5):
-        history.note(books)
+        history.note(shelved(books))
         clock.now += module._BETWEEN
     assert len(history.series(EVERYTHING)["at"]) == 1
 
@@ -104,13 +104,13 @@ def test_a_clock_that_is_set_back_makes_no_time_run_backwards(
     books = begun()
     for now in (1000.0, 1010.0, 1020.0, 1005.0, 1015.0):
         clock.now, books = now, books._counted({EVERYTHING: 1})
-        history.note(books)
+        history.note(shelved(books))
     assert history.series(EVERYTHING)["at"] == [1000.0, 1005.0, 1015.0]
 
 
 def test_moves_of_the_governor_are_told_the_newest_first(history: History, clock: Clock) -> None:
     books = state_of(begun(), ceiling=np.array(1))
-    history.note(books)
+    history.note(shelved(books))
     assert list(history.moves) == []
     state = books.groups.groups[EVERYTHING]
     worse = replace(opened(state), alarm=np.full(3, 9.0))
@@ -125,7 +125,7 @@ def test_moves_of_the_governor_are_told_the_newest_first(history: History, clock
     steps.append(replace(books, groups=replace(books.groups, groups=groups)))
     for step in steps:
         clock.now += 1
-        history.note(step)
+        history.note(shelved(step))
     found = [(one.at, one.group, one.what, one.before, one.after) for one in history.moves]
     assert found == [
         (1006.0, "task:a", "group begun", 1.0, 1.0),
@@ -139,8 +139,8 @@ def test_moves_of_the_governor_are_told_the_newest_first(history: History, clock
 
 def test_an_epoch_that_begins_with_the_breaker_open_is_told(history: History) -> None:
     books = state_of(begun(), epoch=np.array(1))
-    history.note(books)
-    history.note(state_of(books, epoch=np.array(2)))
+    history.note(shelved(books))
+    history.note(shelved(state_of(books, epoch=np.array(2))))
     assert [one.what for one in history.moves] == ["epoch begun"]
 
 
@@ -151,16 +151,16 @@ def test_a_ceiling_that_goes_on_rising_is_one_move_and_moves_are_bounded(
     ceilings = (0, 1, 2)
     for ceiling in ceilings:
         clock.now += 1
-        history.note(state_of(begun(), ceiling=np.array(ceiling)))
+        history.note(shelved(state_of(begun(), ceiling=np.array(ceiling))))
     assert history.moves == (Move(1003.0, EVERYTHING, "ceiling raised", 0.0, 2.0),)
     for ceiling in 5 * ceilings:
         clock.now += 100
-        history.note(state_of(begun(), ceiling=np.array(ceiling)))
+        history.note(shelved(state_of(begun(), ceiling=np.array(ceiling))))
     assert len(history.moves) == 3
 
 
 def noted(history: History, clock: Clock, books: Books) -> Callable[[str | None], list[Any]]:
-    history.note(books)
+    history.note(shelved(books))
     return lambda group: [
         (one["request"], one["at"], one["price"], one["label_until"])
         for one in history.told(books, group)["disagreements"]
@@ -169,7 +169,7 @@ def noted(history: History, clock: Clock, books: Books) -> Callable[[str | None]
 
 def test_disagreements_are_told_with_the_label_that_is_due(history: History, clock: Clock) -> None:
     books = begun().after(drawn("old")).after(told("old", (False, False)))
-    history.note(books)
+    history.note(shelved(books))
     clock.now += 5
     for entry in (drawn("new"), awaited("new"), drawn("same"), told("same", (True, True))):
         books = books.after(entry)

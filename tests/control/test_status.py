@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from haltwise.control.status import read_books, table_of
-from tests.control.test_books import ENTRIES, opened, settle
+from haltwise.control.status import read_library, table_of
+from tests.control.test_books import ENTRIES, opened, settle, shelved
 from tests.control.test_history import state_of
 from tests.stores import NewName
 
@@ -19,24 +19,24 @@ def test_the_table_is_of_the_newest_books(new_name: NewName) -> None:
     name = new_name()
     keeper = opened(name)
     settle(keeper, ENTRIES)
-    about, books = read_books(name)
-    assert books.to_json() == keeper.books.to_json() and about["head"] == "h"
+    assert read_library(name).to_json() == keeper.library.to_json()
     keeper.close()
-    head, names, everything, task = table_of(*read_books(name)).splitlines()
+    head, names, everything, task, *heads = table_of(read_library(name)).splitlines()
     assert head.startswith("target 0.1; 1 audits under way, 1 labels due, ")
     assert names.split()[:4] == ["group", "requests", "audits", "price"]
     assert everything.split()[:6] == ["everything", "20", "4", "0", "0", "closed"]
     # It might go further by itself, but nothing is certified for everything.
     assert task.split()[0] == "task:a" and task.split()[2:5] == ["4", "0", "0"]
+    assert [line.split()[:2] for line in heads[1:]] == [["head", "role"], ["h", "champion"]]
 
 
 def test_what_is_served_is_told_with_its_intervals(tmp_path: Path) -> None:
     keeper = opened(str(tmp_path / "books"))
     settle(keeper, ENTRIES)
     keeper.close()
-    about, books = read_books(tmp_path / "books")
-    certified = state_of(books, ceiling=np.array(2), reach=np.array(1.0))
-    *_, task = table_of(about, certified).splitlines()
+    books = read_library(tmp_path / "books").books
+    certified = shelved(state_of(books, ceiling=np.array(2), reach=np.array(1.0)))
+    task = table_of(certified).splitlines()[3]
     assert task.split()[3:5] == ["2", "2"]
     # Of 80 tokens 60 are saved at the second price; four audits are too few for an interval.
     assert task.split("closed")[1].split()[-3:] == ["75.0", "[-100.0,", "100.0]"]
