@@ -185,14 +185,19 @@ class GovernedControl:
         return self.keeper.library.champion
 
     @property
+    def serving(self) -> str:
+        """The digest of the head that serves here: the champion's, unless that is not loaded."""
+        return self.champion if self.champion in self.heads else next(iter(self.heads))
+
+    @property
     def head(self) -> HaltHead:
-        """The head that serves."""
-        return self.heads[self.champion]
+        """The head that serves here."""
+        return self.heads[self.serving]
 
     @property
     def prices(self) -> Float:
         """(K,) those that the champion is governed by, the strictest first."""
-        return self._prices[self.champion]
+        return np.array(self.keeper.library.shelf[self.champion].prices)
 
     @property
     def groups(self) -> Groups:
@@ -273,9 +278,15 @@ class GovernedControl:
         return top, served
 
     def _head_of(self, request: ThoughtRequest) -> str:
-        """Returns the head that watches a request: the champion, unless it began with another."""
-        head = str(request.about.get("head") or "")
-        return head if head in self.keeper.library.shelf and head in self.heads else self.champion
+        """Returns the head that watches a request: the champion, unless it began with another.
+
+        Raises:
+            InputError: If that is not loaded here.
+        """
+        head = str(request.about.get("head") or self.champion)
+        if head not in self.heads:
+            raise InputError(f"head {head[:12]} serves, expected it as --head or --challenger")
+        return head if head in self.keeper.library.shelf else self.champion
 
     def _shelf(self) -> list[tuple[str, Shelved]]:
         """Returns, with their digests, the books of the heads that are loaded here."""

@@ -364,8 +364,10 @@ class Proxy:
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
-            thought = ThoughtRequest(terms, self._about(client, request, names_own, bill))
-            completion = WatchedCompletion(request, thought, server, self._serving(), bill)
+            settings, head = self._serving()
+            about = self._about(client, request, names_own, bill) | head
+            thought = ThoughtRequest(terms, about)
+            completion = WatchedCompletion(request, thought, server, settings, bill)
             try:
                 why_not = await self._watch(client, completion)
             finally:
@@ -375,12 +377,12 @@ class Proxy:
                 bill.spent = None  # of the answer that follows
             await self._pass_on(client, body, self._why_not(why_not, record))
 
-    def _serving(self) -> CompletionSettings:
-        """The settings of a completion that begins now: with the head that serves."""
-        settings = self._settings
-        if self.control is None or self.control.head is settings.head:
-            return settings
-        return replace(settings, head=self.control.head)
+    def _serving(self) -> tuple[CompletionSettings, Json]:
+        """The settings of a completion that begins now, with the head that serves, and its name."""
+        if self.control is None:
+            return self._settings, {}
+        name = self.control.serving
+        return replace(self._settings, head=self.control.heads[name]), {"head": name}
 
     def _about(
         self,

@@ -222,6 +222,19 @@ def test_a_head_is_promoted_by_whoever_has_the_state_and_rolled_back(tmp_path: P
         pass
 
 
+@pytest.mark.parametrize("mode", ["observe", "apply"])
+def test_a_process_that_lacks_the_champion_halts_nothing_by_it(mode: str, tmp_path: Path) -> None:
+    with control(tmp_path, challengers=[bolder()]) as other:
+        until(lambda: len(other.keeper.library.shelf) == 2)
+        with control(tmp_path, mode, audit=1.0) as steering:
+            other.promote(bolder().digest, anyway=True)
+            until(lambda: steering.champion == bolder().digest)
+            request = asked(id="r")
+            assert run_request(steering, request).price == (1.0 if mode == "observe" else 0.0)
+            assert steering.taken(request) is None and steering.failures.num
+            assert "expected it as --head or --challenger" in steering.status()["trouble"]
+
+
 @pytest.mark.parametrize(
     "said",
     [{}, {"head": 7}, {"head": "x", "anyway": 1}, {"head": "x", "more": 1}, {"head": "unknown"}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from haltwise import InputError
+from haltwise import HaltHead, InputError
 from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.installation import installation_key, key_file_of
@@ -381,6 +382,63 @@ def test_what_nobody_watches_after_all_is_no_audit_and_has_a_row(
 
     wait_until(lambda: bool(kept()))
     assert kept() == [("passed on", None, None)]
+
+
+def test_a_promoted_head_halts_from_the_next_request_on(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams that run are the old one's, and so are those behind a rollback."""
+    monkeypatch.setenv("OPERATOR", "secret")
+    key = {"Authorization": "Bearer secret"}
+    sure, bold = sure_head(), sure_head()
+    bold = HaltHead(bold.config, bold.weights | {"b0": bold.weights["b0"] + 1})
+    settings: dict[str, Any] = {"control": "observe", "audit": 0.0, "operator_key_env": "OPERATOR"}
+    with FakeUpstream("vllm") as upstream, ThreadPoolExecutor() as pool:
+        config = ServeConfig(
+            saved_head(tmp_path / "sure", sure),
+            upstream.url,
+            challenger=(saved_head(tmp_path / "bold", bold),),
+            state=tmp_path / "state",
+            **settings,
+        )
+        with proxied(config) as proxy:
+
+            def position(name: str) -> Any:
+                return ask(proxy.client, replace(plan, name=name)).haltwise["position"]
+
+            def promote(head: str, **more: Any) -> int:
+                body = {"head": head} | more
+                path = "/v1/haltwise/promote"
+                return proxy.client.post(path, json=body, headers=key).status_code
+
+            def champion() -> Any:
+                told = proxy.client.get("/v1/haltwise/control", headers=key).json()
+                return next(one["head"] for one in told["heads"] if one["role"] == "champion")
+
+            assert position("a") == 20 and champion() == sure.digest
+            hanging = replace(plan, name="b", trouble="hangs", at=6, legs=(1,))
+            running = pool.submit(ask, proxy.client, hanging)
+            wait_until(lambda: bool(upstream.of(hanging)))
+            assert promote(bold.digest) == 400  # nobody knows whether it is as good
+            assert promote(bold.digest, anyway=True) == 204
+            wait_until(lambda: champion() == bold.digest)
+            assert position("c") == 12
+            upstream.free(upstream.of(hanging)[0])
+            assert running.result(PATIENCE).haltwise["position"] == 20
+            assert promote("previous") == 204
+            wait_until(lambda: champion() == sure.digest)
+            assert position("d") == 20
+
+
+def test_a_challenger_of_another_kind_is_refused(tmp_path: Path) -> None:
+    other = saved_head(tmp_path / "other", sure_head(rule="every 8 tokens"))
+    head = saved_head(tmp_path / "head")
+    with pytest.raises(InputError, match="other halts under other conditions than --head"):
+        create_app(
+            ServeConfig(head, challenger=(other,), control="observe", state=tmp_path / "state")
+        )
+    with pytest.raises(InputError, match="--challenger is given, expected it with --control"):
+        create_app(ServeConfig(head, challenger=(other,)))
 
 
 def test_a_session_that_asks_again_is_followed(serving: Governed, plan: Plan) -> None:
