@@ -18,6 +18,7 @@ from haltwise import HaltHead, InputError
 from haltwise.control.betting import log_mean_exp
 from haltwise.control.books import Books, Entry
 from haltwise.control.estimates import Audit
+from haltwise.control.governed import Mode
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, Drawn, Groups, Told
 from haltwise.control.library import ENOUGH, MARGIN, Library, Note, Shelved, Trial, promotable
@@ -131,7 +132,7 @@ def test_evidence_is_wrong_no_more_often_than_stated() -> None:
 @pytest.mark.slow
 def test_evidence_comes_where_a_head_is_better_or_worse() -> None:
     better = capital(1, 2_000, (0.01, 0.01), 0.05)
-    assert better[0].mean() > 0.8 and better[1].mean() > 0.95 and better[2].mean() == 0
+    assert better[0].mean() > 0.65 and better[1].mean() > 0.95 and better[2].mean() == 0
     worse = capital(2, 2_000, (0.05, 0.01), 0.05)
     assert worse[2].mean() > 0.8 and worse[0].mean() < 0.01
 
@@ -174,8 +175,12 @@ def test_a_challenger_learns_what_it_would_as_a_champion(tmp_path: Path) -> None
                 request = asked(id=f"r{n}")
                 run_request(steering, request)
                 told(steering, request, 8, 12)
-            until(lambda: not steering.groups.under_way)
-            found.append(steering.keeper.library.shelf[bolder().digest].books.to_json())
+
+            def books() -> Books:
+                return steering.keeper.library.shelf[bolder().digest].books
+
+            until(lambda: books().sum_of(EVERYTHING).num_audits == 3)
+            found.append(books().to_json())
             if place == 0:
                 positions = [one.positions for one in seen(steering)]
                 assert positions[0].tolist() != positions[1].tolist()
@@ -223,7 +228,7 @@ def test_a_head_is_promoted_by_whoever_has_the_state_and_rolled_back(tmp_path: P
 
 
 @pytest.mark.parametrize("mode", ["observe", "apply"])
-def test_a_process_that_lacks_the_champion_halts_nothing_by_it(mode: str, tmp_path: Path) -> None:
+def test_a_process_that_lacks_the_champion_halts_nothing_by_it(mode: Mode, tmp_path: Path) -> None:
     with control(tmp_path, challengers=[bolder()]) as other:
         until(lambda: len(other.keeper.library.shelf) == 2)
         with control(tmp_path, mode, audit=1.0) as steering:
