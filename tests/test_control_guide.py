@@ -15,8 +15,8 @@ from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 
-TRY, LABEL, SPEND, KEEP, LEARN = blocks("CONTROL", "sh")
-ASK, TELL, SAY, BUY = blocks("CONTROL", "python")
+TRY, LABEL, SPEND, KEEP, LEARN, RIVAL = blocks("CONTROL", "sh")
+ASK, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def served(command: list[str], folder: Path) -> Iterator[Proxy]:
     """What `haltwise serve` serves by a command, before a server with the LM in the folder."""
     assert command[:2] == ["haltwise", "serve"] and command[-1] == "http://127.0.0.1:8080"
-    paths = {"--state", "--head", "--audit-traces", "--tariffs", "--budgets"}
+    paths = {"--state", "--head", "--challenger", "--audit-traces", "--tariffs", "--budgets"}
     placed = [str(folder / word) if before in paths else word for before, word in pairwise(command)]
     with (
         llama_server(folder / "embedded.gguf") as server,
@@ -110,3 +110,13 @@ def test_the_guide_learns_from_what_it_has_served(
     assert head.config.halting.probing == "at_halt" and head.config.lm == "embedded"
     judged = json.loads((folder / "checkpoints/served/test.json").read_text())["traces"]
     assert judged["target"].startswith("No trace has a reference answer:")
+
+    monkeypatch.setenv("OPERATOR_KEY", "secret")
+    (serve,) = commands(RIVAL.text, folder)
+    with served(serve, folder) as proxy:
+        asks = ASK.text.split("status = ")[0]  # which the operator alone may see here
+        ask(proxy, Block(**vars(ASK) | {"text": asks}))
+        ask(proxy, COMPARE)
+    found = capsys.readouterr().out.splitlines()[-4:]
+    assert found[0] == "challenger True" and "is not known yet after" in found[1]
+    assert found[2:] == ["['champion', 'previous']"] * 2
