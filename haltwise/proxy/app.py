@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
-from haltwise.control.budgets import Budgets
+from haltwise.control.budgets import Budget, Budgets
 from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
 from haltwise.control.store import store_of
 from haltwise.control.tariffs import Tariffs
@@ -29,6 +29,7 @@ from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill, Cashier, read_budgets
+from haltwise.proxy.budget_figures import BudgetFigures
 from haltwise.proxy.client import (
     ClientGoneError,
     RefusedError,
@@ -81,6 +82,8 @@ _HOP_BY_HOP = {
 }
 # Headers of a request that do not hold for the one that is sent on.
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
+# Seconds for which a store may take to tell a number.
+_STORE_TAKES = 1.0
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
 # How an upstream fails that was never asked for anything.
@@ -141,7 +144,8 @@ class Proxy:
         self._doubts = None if governed is None else Doubts(governed.key)
         self.load = None if config.load_target is None else Load(config.load_target)
         self._watching: asyncio.Task[None] | None = None
-        self.cashier = _cashier(config, self._tariffs, PointRules(halting), self.metrics)
+        own = _own_budgets(self._keys)
+        self.cashier = _cashier(config, own, self._tariffs, PointRules(halting), self.metrics)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
@@ -183,7 +187,7 @@ class Proxy:
         self._keys = _keys(config, default)
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
         if self.cashier is not None and file is not None:
-            self.cashier.replace(file, tariffs)
+            self.cashier.replace(file, _own_budgets(self._keys), tariffs)
         self._settings = replace(self._settings, head=head)
 
     def try_probes(self) -> None:
@@ -421,7 +425,6 @@ class Proxy:
         bill = await self.cashier.open(
             record.id,
             {"tenant": tenant, "session": session},
-            customer.budget,
             dollars_named("max-cost", named.get("max_cost")),
             str(asked.get("model") or ""),
             size,
@@ -714,6 +717,13 @@ class Proxy:
         if self.control is not None:
             shows_all = shows_key(request, self.config.operator_key)
             content += generate_latest(ControlFigures(self.control, shows_all))
+        if self.cashier is not None:
+            # The store is asked; if it is away, all else is told.
+            figures = BudgetFigures(self.cashier)
+            with anyio.move_on_after(_STORE_TAKES):
+                content += await anyio.to_thread.run_sync(
+                    generate_latest, figures, abandon_on_cancel=True
+                )
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
@@ -827,8 +837,17 @@ def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
     return keys
 
 
+def _own_budgets(keys: APIKeys | None) -> Mapping[str, Budget]:
+    """The budgets that tenants have for themselves."""
+    return {} if keys is None else keys.budgets
+
+
 def _cashier(
-    config: ServeConfig, tariffs: Tariffs | None, rules: PointRules, metrics: Metrics
+    config: ServeConfig,
+    own: Mapping[str, Budget],
+    tariffs: Tariffs | None,
+    rules: PointRules,
+    metrics: Metrics,
 ) -> Cashier | None:
     """Holds back what requests may spend; None if they may spend anything.
 
@@ -842,7 +861,7 @@ def _cashier(
         told = "requests are given, expected --control apply: prices are paced inside certificates"
         raise InputError(f"budgets {config.budgets}: {told}")
     budgets = Budgets(store_of(config.state))
-    return Cashier(budgets, file, tariffs, rules, config.context, metrics)
+    return Cashier(budgets, file, own, tariffs, rules, config.context, metrics)
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:
