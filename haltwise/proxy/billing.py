@@ -310,6 +310,10 @@ class Cashier:
 
         return size, limits[0] if limits else None
 
+    def _paces(self, name: str) -> bool:
+        budget = self._budget_of(name)
+        return budget is not None and budget.requests is not None
+
     def _largest(self) -> tuple[list[Json], int]:
         with suppress(InputError):
             return self.budgets.largest(self._budget_of)
@@ -317,16 +321,16 @@ class Cashier:
 
     def status(self) -> Json:
         """Returns, as a JSON object, how those accounts stand that have spent most."""
-        (accounts, num), urgency = self._largest(), dict(self.pace.urgency)
-        most_urgent = nlargest(_MOST_URGENT, urgency, key=urgency.__getitem__)
-        told = dict.fromkeys([*(one["id"] for one in accounts), *most_urgent])
+        (accounts, num), moved = self._largest(), dict(self.pace.urgency)
+        most_urgent = nlargest(_MOST_URGENT, moved, key=moved.__getitem__)
+        names = [*(one["id"] for one in accounts), *most_urgent]
         return {
             "over": self.budgets.num_over,
             "trouble": self.budgets.trouble,
             "accounts": accounts,
             "num_accounts": num,
             # Where urgency is 1, no certified price is high enough.
-            "urgency": {name: urgency[name] for name in told if name in urgency},
+            "urgency": {name: moved.get(name, 0.0) for name in names if self._paces(name)},
         }
 
 
