@@ -393,7 +393,7 @@ BUDGETS = {
 TARIFFS = {"unit": UNIT, "models": {"*": {"input": 0.55, "output": 2.19}}}
 
 
-def files(folder: Path, budgets: Any = BUDGETS) -> dict[str, Path]:
+def files(folder: Path, budgets: Any = BUDGETS) -> dict[str, Any]:
     """The settings that limit what is spent."""
     told = {"budgets": budgets, "tariffs": TARIFFS}
     for name, content in told.items():
@@ -476,6 +476,18 @@ def test_where_no_price_is_high_enough_it_says_so(page: Page, limited: Watched) 
     assert f"for the budget of tenant {0:016x}, " in told and "and 2 more:" in told
     assert "for the load: 31 requests wait at the server, of 20 that may." in told
     assert row_of(page, 1)[6] == "▲ 100 %"
+
+
+@chromium
+def test_what_is_wrong_with_budgets_and_load_is_said(page: Page, limited: Watched) -> None:
+    show(page, limited.proxy)
+    away = "{ over: 2, trouble: 'no store', accounts: [], num_accounts: 0, urgency: {} }"
+    page.run(f"known.budgets = {away}; known.load.waiting = null; show()")
+    told = shown(page, "strained")
+    assert "cannot be asked, and requests are refused: no store" in told
+    assert "cost more than was held back for them: 2" in told
+    assert page.run("['accounts', 'no-accounts'].every(id => document.getElementById(id).hidden)")
+    assert "unknown\nthe server does not tell; target 20" in shown(page, "means-numbers")
 
 
 @chromium
