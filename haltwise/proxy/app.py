@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from urllib.parse import unquote
 
 import anyio
@@ -28,7 +29,7 @@ from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
-from haltwise.proxy.billing import Bill, Cashier, read_budgets
+from haltwise.proxy.billing import Bill, BudgetFile, Cashier, read_budgets
 from haltwise.proxy.budget_figures import BudgetFigures
 from haltwise.proxy.client import (
     ClientGoneError,
@@ -182,7 +183,7 @@ class Proxy:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
-        file = None if config.budgets is None else read_budgets(config.budgets, tariffs)
+        file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         self._keys = _keys(config, default)
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
@@ -834,7 +835,35 @@ def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
         raise InputError(f"--keys: {config.keys}: an entry has a value, expected --tariffs")
     if "budget" in keys.need and config.budgets is None:
         raise InputError(f"--keys: {config.keys}: an entry has a budget, expected --budgets")
+    for own in keys.budgets.values():
+        if own.nano is not None and config.tariffs is None:
+            raise InputError(f"--keys: {config.keys}: dollars are given, expected --tariffs")
+        if own.requests is not None:
+            _check_pacing(config, f"--keys: {config.keys}")
     return keys
+
+
+def _budgets_in(path: Path, config: ServeConfig, tariffs: Tariffs | None) -> BudgetFile:
+    """What everybody may spend.
+
+    Raises:
+        InputError: If the file makes no sense, or needs what the settings do not have.
+    """
+    file = read_budgets(path, tariffs)
+    if file.paces:
+        _check_pacing(config, f"budgets {path}")
+    return file
+
+
+def _check_pacing(config: ServeConfig, source: str) -> None:
+    """Refuses a budget whose spending nobody can pace.
+
+    Raises:
+        InputError: If nobody can.
+    """
+    if config.control != "apply":
+        told = "requests are given, expected --control apply: prices are paced inside certificates"
+        raise InputError(f"{source}: {told}")
 
 
 def _own_budgets(keys: APIKeys | None) -> Mapping[str, Budget]:
@@ -856,10 +885,7 @@ def _cashier(
     """
     if config.budgets is None or config.state is None:
         return None
-    file = read_budgets(config.budgets, tariffs)
-    if file.paces and config.control != "apply":
-        told = "requests are given, expected --control apply: prices are paced inside certificates"
-        raise InputError(f"budgets {config.budgets}: {told}")
+    file = _budgets_in(config.budgets, config, tariffs)
     budgets = Budgets(store_of(config.state))
     return Cashier(budgets, file, own, tariffs, rules, config.context, metrics)
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise import InputError
 from haltwise.control.tariffs import UNIT
-from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy import ServeConfig, app, create_app
 from haltwise.proxy.config import tenant_of
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
@@ -234,6 +234,24 @@ def test_where_the_state_is_away_nothing_is_spent(
     assert account(proxy)["requests"] == 1
 
 
+def test_a_reload_takes_other_budgets_of_tenants(tmp_path: Path) -> None:
+    """Nothing of what nobody could keep."""
+    tenant = f"tenant {tenant_of('Bearer k')}"
+    proxy = app.Proxy(settings(tmp_path, budgets=TOKENS, keys={"k": {"budget": {"tokens": 5}}}))
+    assert proxy.cashier is not None
+    for told, tokens in [(5, 5), ({"tokens": 7}, 7), (PACED, 7), ({"dollars": 1}, 7), (None, None)]:
+        entry = {} if told is None else {"budget": told}
+        written(tmp_path / "keys", {"k": entry})
+        proxy.reload()
+        own = proxy.cashier._budget_of(tenant)
+        assert (own and own.tokens) == tokens
+    written(tmp_path / "budgets", {"everything": PACED})
+    proxy.reload()
+    assert proxy.cashier.everything is not None
+    assert proxy.cashier.everything.budget.requests is None
+    proxy.cashier.budgets.close()
+
+
 def settings(tmp_path: Path, **more: Any) -> ServeConfig:
     usual: dict[str, Any] = {"state": tmp_path / "state"}
     files = {name: written(tmp_path / name, told) for name, told in more.items() if name in FILES}
@@ -243,6 +261,7 @@ def settings(tmp_path: Path, **more: Any) -> ServeConfig:
 FILES = ("budgets", "tariffs", "keys")
 DOLLARS = {"everything": {"dollars": 1}}
 TOKENS = {"everything": {"tokens": 1}}
+PACED = {"tokens": 9, "hours": 1, "requests": 9}
 
 
 @pytest.mark.parametrize(
@@ -254,15 +273,14 @@ TOKENS = {"everything": {"tokens": 1}}
         ({"budgets": {"request": {"tokens": 1, "hours": 1}}}, "request: hours are given"),
         ({"budgets": DOLLARS}, "dollars are given, expected --tariffs"),
         ({"budgets": TOKENS, "state": None}, "expected --state"),
-        (
-            {"budgets": {"everything": {"tokens": 9, "hours": 1, "requests": 9}}},
-            "expected --control apply",
-        ),
+        ({"budgets": {"everything": PACED}}, "expected --control apply"),
         ({"budgets": TOKENS, "value": 1.0}, "--value is 1.0, expected --tariffs"),
         ({"budgets": TOKENS, "value": -1.0}, "--value is -1.0, expected dollars above 0"),
         ({"budgets": TOKENS, "tariffs": TARIFFS, "value": 1.0, "price": 1.0}, "expected one of"),
         ({"budgets": TOKENS, "keys": {"k": {"value": 1}}}, "has a value, expected --tariffs"),
         ({"state": None, "keys": {"k": {"budget": {"tokens": 1}}}}, "a budget, expected --budgets"),
+        ({"budgets": TOKENS, "keys": {"k": {"budget": {"dollars": 1}}}}, "keys: dollars are given"),
+        ({"budgets": TOKENS, "keys": {"k": {"budget": PACED}}}, "keys: requests are given"),
         ({"budgets": TOKENS, "keys": {"k": {"budget": 5}}}, "entry 1: expected dollars or tokens"),
         ({"budgets": TOKENS, "keys": {"k": {"value": "x"}}}, "entry 1: value is 'x'"),
         (
