@@ -28,6 +28,8 @@ log = logging.getLogger("haltwise.control")
 
 T = TypeVar("T")
 
+#: The account of all requests, and its scope.
+EVERYTHING = "everything"
 # Seconds for which a process answers for what it holds, and after which it says so again.
 _LEASE, _RENEWS = 60.0, 15.0
 # Seconds for which accounts are kept behind the end of their window.
@@ -35,6 +37,8 @@ _KEPT = 30 * 86_400.0
 # The most of anything, which all stores can hold with room for sums.
 _MOST = 10**18
 _KEYS = ("dollars", "tokens", "hours", "requests")
+# Columns of an account that its operator is told.
+_TOLD = ("id", "until", "requests", "spent_nano", "held_nano", "spent_tokens", "held_tokens")
 
 
 @dataclass(frozen=True)
@@ -272,37 +276,41 @@ class Budgets:
         """Returns the time, in seconds since 1970."""
         return float(self._clock())
 
-    def largest(self, num: int = 100) -> list[dict[str, Any]]:
-        """Returns, as JSON objects, the accounts that have spent most in windows that run.
-
-        Args:
-            num: The most accounts.
+    def spent(self, account: Account) -> Amount:
+        """Returns what an account has spent in the window that runs, without what is held back.
 
         Raises:
             InputError: If the store cannot be used.
         """
-        columns = (
-            "id",
-            "until",
-            "requests",
-            "spent_nano",
-            "held_nano",
-            "spent_tokens",
-            "held_tokens",
+        row = _row_of(account, self.now())
+        asked = "SELECT spent_nano, spent_tokens FROM account WHERE id = ?"
+        found = self._run(lambda opened: opened.execute(asked, row))
+        return Amount(*found[0]) if found else Amount()
+
+    def largest(
+        self, budget_of: Callable[[str], Budget | None], num: int = 100
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Returns the accounts that have spent most in windows that run, everything's first.
+
+        Args:
+            budget_of: Tells the budget of an account by its name; None if it has none any more.
+            num: The most accounts.
+
+        Returns:
+            The accounts as JSON objects, and how many there are in all.
+
+        Raises:
+            InputError: If the store cannot be used.
+        """
+        now = self.now()
+        asked = (
+            f"SELECT {', '.join(_TOLD)}, COUNT(*) OVER () FROM account WHERE until > ? "
+            "ORDER BY CASE WHEN id LIKE ? THEN 0 ELSE 1 END, "
+            "spent_nano + held_nano DESC, spent_tokens + held_tokens DESC LIMIT ?"
         )
-        found = self._run(
-            lambda opened: opened.execute(
-                f"SELECT {', '.join(columns)} FROM account WHERE until > ? "
-                "ORDER BY spent_nano + held_nano DESC, spent_tokens + held_tokens DESC LIMIT ?",
-                self.now(),
-                num,
-            )
-        )
-        rows = [dict(zip(columns, row, strict=True)) for row in found]
-        return [
-            row | {"id": row["id"].rpartition(" ")[0], "until": _finite(row["until"])}
-            for row in rows
-        ]
+        found = self._run(lambda opened: opened.execute(asked, now, f"{EVERYTHING} %", num))
+        rows = [dict(zip(_TOLD, row, strict=False)) for row in found]
+        return [_told(row, budget_of, now) for row in rows], found[0][-1] if found else 0
 
     def close(self) -> None:
         """Settles what can be settled, and closes the store."""
@@ -364,6 +372,21 @@ def _standing(opened: Connection, account: Account, now: float) -> Standing:
     left = Amount(_left(budget.nano, nano), _left(budget.tokens, tokens))
     passed = 0.0 if until == math.inf else 1 - (until - now) / budget.seconds
     return Standing(account, left, requests, until, passed)
+
+
+def _told(
+    row: dict[str, Any], budget_of: Callable[[str], Budget | None], now: float
+) -> dict[str, Any]:
+    """Returns an account as its operator is told of it.
+
+    Its limits are those of its budget; a window that began under another one has none.
+    """
+    name = row["id"].rpartition(" ")[0]
+    budget = budget_of(name)
+    if budget is None or _row_of(Account(name, budget), now) != row["id"]:
+        budget = Budget()
+    limits = {"limit_nano": budget.nano, "limit_tokens": budget.tokens}
+    return row | {"id": name, "until": _finite(row["until"])} | limits
 
 
 def _finite(until: float) -> float | None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
-from haltwise.control.budgets import Budgets
+from haltwise.control.budgets import Budget, Budgets
 from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
 from haltwise.control.store import store_of
 from haltwise.control.tariffs import Tariffs
@@ -29,7 +29,8 @@ from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
 from haltwise.proxy.auditor import Auditor
-from haltwise.proxy.billing import Bill, Cashier, read_budgets
+from haltwise.proxy.billing import Bill, BudgetFile, Cashier, read_budgets
+from haltwise.proxy.budget_figures import BudgetFigures
 from haltwise.proxy.client import (
     ClientGoneError,
     RefusedError,
@@ -82,6 +83,8 @@ _HOP_BY_HOP = {
 }
 # Headers of a request that do not hold for the one that is sent on.
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
+# Seconds for which a store may take to tell a number.
+_STORE_TAKES = 1.0
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
 # How an upstream fails that was never asked for anything.
@@ -142,7 +145,8 @@ class Proxy:
         self._doubts = None if governed is None else Doubts(governed.key)
         self.load = None if config.load_target is None else Load(config.load_target)
         self._watching: asyncio.Task[None] | None = None
-        self.cashier = _cashier(config, self._tariffs, PointRules(halting), self.metrics)
+        own = _own_budgets(self._keys)
+        self.cashier = _cashier(config, own, self._tariffs, PointRules(halting), self.metrics)
         self.upstream = Upstream(config.connections)
         self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
         self._server = self._unknown
@@ -179,12 +183,12 @@ class Proxy:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
-        file = None if config.budgets is None else read_budgets(config.budgets, tariffs)
+        file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         self._keys = _keys(config, default)
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
         if self.cashier is not None and file is not None:
-            self.cashier.replace(file, tariffs)
+            self.cashier.replace(file, _own_budgets(self._keys), tariffs)
         self._settings = replace(self._settings, head=head)
 
     def try_probes(self) -> None:
@@ -431,7 +435,6 @@ class Proxy:
         bill = await self.cashier.open(
             record.id,
             {"tenant": tenant, "session": session},
-            customer.budget,
             dollars_named("max-cost", named.get("max_cost")),
             str(asked.get("model") or ""),
             size,
@@ -724,6 +727,13 @@ class Proxy:
         if self.control is not None:
             shows_all = shows_key(request, self.config.operator_key)
             content += generate_latest(ControlFigures(self.control, shows_all))
+        if self.cashier is not None:
+            # The store is asked; if it is away, all else is told.
+            figures = BudgetFigures(self.cashier)
+            with anyio.move_on_after(_STORE_TAKES):
+                content += await anyio.to_thread.run_sync(
+                    generate_latest, figures, abandon_on_cancel=True
+                )
         return Response(content, headers={"content-type": CONTENT_TYPE_LATEST})
 
 
@@ -849,11 +859,48 @@ def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
         raise InputError(f"--keys: {config.keys}: an entry has a value, expected --tariffs")
     if "budget" in keys.need and config.budgets is None:
         raise InputError(f"--keys: {config.keys}: an entry has a budget, expected --budgets")
+    for own in keys.budgets.values():
+        if own.nano is not None and config.tariffs is None:
+            raise InputError(f"--keys: {config.keys}: dollars are given, expected --tariffs")
+        if own.requests is not None:
+            _check_pacing(config, f"--keys: {config.keys}")
     return keys
 
 
+def _budgets_in(path: Path, config: ServeConfig, tariffs: Tariffs | None) -> BudgetFile:
+    """What everybody may spend.
+
+    Raises:
+        InputError: If the file makes no sense, or needs what the settings do not have.
+    """
+    file = read_budgets(path, tariffs)
+    if file.paces:
+        _check_pacing(config, f"budgets {path}")
+    return file
+
+
+def _check_pacing(config: ServeConfig, source: str) -> None:
+    """Refuses a budget whose spending nobody can pace.
+
+    Raises:
+        InputError: If nobody can.
+    """
+    if config.control != "apply":
+        told = "requests are given, expected --control apply: prices are paced inside certificates"
+        raise InputError(f"{source}: {told}")
+
+
+def _own_budgets(keys: APIKeys | None) -> Mapping[str, Budget]:
+    """The budgets that tenants have for themselves."""
+    return {} if keys is None else keys.budgets
+
+
 def _cashier(
-    config: ServeConfig, tariffs: Tariffs | None, rules: PointRules, metrics: Metrics
+    config: ServeConfig,
+    own: Mapping[str, Budget],
+    tariffs: Tariffs | None,
+    rules: PointRules,
+    metrics: Metrics,
 ) -> Cashier | None:
     """Holds back what requests may spend; None if they may spend anything.
 
@@ -862,12 +909,9 @@ def _cashier(
     """
     if config.budgets is None or config.state is None:
         return None
-    file = read_budgets(config.budgets, tariffs)
-    if file.paces and config.control != "apply":
-        told = "requests are given, expected --control apply: prices are paced inside certificates"
-        raise InputError(f"budgets {config.budgets}: {told}")
+    file = _budgets_in(config.budgets, config, tariffs)
     budgets = Budgets(store_of(config.state))
-    return Cashier(budgets, file, tariffs, rules, config.context, metrics)
+    return Cashier(budgets, file, own, tariffs, rules, config.context, metrics)
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:

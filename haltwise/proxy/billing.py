@@ -6,13 +6,22 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from typing import Any
 
 import anyio.to_thread
 
 from haltwise import InputError
-from haltwise.control.budgets import Account, Amount, Budget, Budgets, ShortError, Standing
+from haltwise.control.budgets import (
+    EVERYTHING,
+    Account,
+    Amount,
+    Budget,
+    Budgets,
+    ShortError,
+    Standing,
+)
 from haltwise.control.pacing import Pace
 from haltwise.control.tariffs import NANO, Tariff, Tariffs, read_object
 from haltwise.proxy.client import RefusedError
@@ -21,7 +30,7 @@ from haltwise.proxy.wire import Json, RawHeaders
 from haltwise.session.request import Spent
 from haltwise.session.thought import PointRules
 
-_SCOPES = ("everything", "tenant", "session", "request")
+_SCOPES = (EVERYTHING, "tenant", "session", "request")
 # Tokens that a template adds to a request, beside those of its body.
 _OF_TEMPLATE = 256
 # Tokens that a thought is closed with.
@@ -30,6 +39,8 @@ _OF_CLOSE = 64
 _FEWEST = 256
 # The longest time after which a client is told to come again.
 _LATEST = 86_400
+# Accounts of which the status tells at least how urgent they are.
+_MOST_URGENT = 100
 # Fields that limit what is generated, wherever an endpoint has them.
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
 
@@ -133,6 +144,7 @@ class Cashier:
     Args:
         budgets: Where accounts are.
         file: What everybody may spend.
+        own: By tenant, the budget that it has in the place of everybody's.
         tariffs: What tokens cost; None if no budget is one of money.
         rules: How the head's thoughts have decision points.
         context: The most tokens that an answer can have.
@@ -143,26 +155,26 @@ class Cashier:
         self,
         budgets: Budgets,
         file: BudgetFile,
+        own: Mapping[str, Budget],
         tariffs: Tariffs | None,
         rules: PointRules,
         context: int,
         metrics: Metrics,
     ) -> None:
         """Has no request yet."""
-        self.budgets, self._file, self._tariffs = budgets, file, tariffs
+        self.budgets, self._file, self._own, self._tariffs = budgets, file, own, tariffs
         self._rules, self._context, self._metrics = rules, context, metrics
         self.pace = Pace()
         metrics.budget_over.set_function(lambda: budgets.num_over)
 
-    def replace(self, file: BudgetFile, tariffs: Tariffs | None) -> None:
+    def replace(self, file: BudgetFile, own: Mapping[str, Budget], tariffs: Tariffs | None) -> None:
         """Takes other budgets and tariffs from the next request on."""
-        self._file, self._tariffs = file, tariffs
+        self._file, self._own, self._tariffs = file, own, tariffs
 
     async def open(
         self,
         request: str,
         who: Mapping[str, str],
-        own: Budget | None,
         most: float | None,
         model: str,
         size: Callable[[int], Size],
@@ -174,7 +186,6 @@ class Cashier:
         Args:
             request: Its id.
             who: By scope, whose it is: a tenant, a session; empty if nobody's.
-            own: The tenant's own budget, in the place of everybody's.
             most: Dollars that the client lets it cost.
             model: The LM that it names.
             size: Tells how much it can take, if it may generate so many tokens.
@@ -184,7 +195,7 @@ class Cashier:
         Raises:
             RefusedError: If a budget has not enough left, or cannot be asked.
         """
-        accounts, for_one = self._accounts(who, own), self._for_one(most)
+        accounts, for_one = self._accounts(who), self._for_one(most)
         tariff = self._tariff(model, [*(one.budget for one in accounts), for_one])
         wanted = limit = self._context if asked is None else min(asked, self._context)
         standings: list[Standing] | None = None
@@ -230,15 +241,22 @@ class Cashier:
             raise RefusedError(503, "budget", message, _retry_after(1)) from None
         return found
 
-    def _accounts(self, who: Mapping[str, str], own: Budget | None) -> list[Account]:
+    @property
+    def everything(self) -> Account | None:
+        """The account of all requests; None if together they may spend anything."""
+        return next(iter(self._accounts({})), None)
+
+    def _accounts(self, who: Mapping[str, str]) -> list[Account]:
         """Returns the accounts of a request."""
-        budgets = dict(self._file.by_scope)
-        budgets.pop("request", None)
-        if own is not None:
-            budgets["tenant"] = own
-        names = {"everything": "everything"}
-        names |= {scope: f"{scope} {whose}" for scope, whose in who.items() if whose}
-        return [Account(names[s], budget) for s, budget in budgets.items() if s in names]
+        names = [EVERYTHING, *(f"{scope} {whose}" for scope, whose in who.items() if whose)]
+        budgets = {name: self._budget_of(name) for name in names}
+        return [Account(name, budget) for name, budget in budgets.items() if budget is not None]
+
+    def _budget_of(self, name: str) -> Budget | None:
+        """Returns the budget of an account by its name; None if it has none."""
+        scope, _, whose = name.partition(" ")
+        own = self._own.get(whose) if scope == "tenant" else None
+        return own or self._file.by_scope.get(scope)
 
     def _for_one(self, most: float | None) -> Budget:
         """Returns what a single request may cost."""
@@ -292,19 +310,27 @@ class Cashier:
 
         return size, limits[0] if limits else None
 
-    def _largest(self) -> list[Json]:
+    def _paces(self, name: str) -> bool:
+        budget = self._budget_of(name)
+        return budget is not None and budget.requests is not None
+
+    def _largest(self) -> tuple[list[Json], int]:
         with suppress(InputError):
-            return self.budgets.largest()
-        return []
+            return self.budgets.largest(self._budget_of)
+        return [], 0
 
     def status(self) -> Json:
         """Returns, as a JSON object, how those accounts stand that have spent most."""
+        (accounts, num), moved = self._largest(), dict(self.pace.urgency)
+        most_urgent = nlargest(_MOST_URGENT, moved, key=moved.__getitem__)
+        names = [*(one["id"] for one in accounts), *most_urgent]
         return {
             "over": self.budgets.num_over,
             "trouble": self.budgets.trouble,
-            "accounts": self._largest(),
+            "accounts": accounts,
+            "num_accounts": num,
             # Where urgency is 1, no certified price is high enough.
-            "urgency": dict(self.pace.urgency),
+            "urgency": {name: moved.get(name, 0.0) for name in names if self._paces(name)},
         }
 
 

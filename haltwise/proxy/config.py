@@ -360,6 +360,12 @@ class APIKeys:
         told = self._customers.values()
         return {name for name in ("budget", "value") for one in told if getattr(one, name)}
 
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """The budgets that entries have for themselves, by tenant, as `tenant_of` names it."""
+        known = self._customers.items()
+        return {_short(key): one.budget for key, one in known if one.budget is not None}
+
     def customer_of(self, authorization: str | None) -> Customer | None:
         """Whose a request's Authorization header is; None if its key is not let in.
 
@@ -379,7 +385,7 @@ def tenant_of(authorization: str | None) -> str:
 
 def digest_of(text: str) -> str:
     """A short digest of what a header says."""
-    return _digest(text.encode("latin-1", "replace")).hex()[:16]
+    return _short(_digest(text.encode("latin-1", "replace")))
 
 
 def _key_in(variable: str) -> str:
@@ -400,6 +406,10 @@ def _is_loopback(name: str) -> bool:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _short(digest: bytes) -> str:
+    return digest.hex()[:16]
 
 
 def _customer(entry: Any, default: Customer, source: str) -> Customer:

@@ -76,6 +76,7 @@ class ControlFigures(Collector):
         books, control = self.control.keeper.books, self.control
         gauges = {
             "haltwise_target_ratio": ("Mean loss that is promised", books.groups.promise.target),
+            "haltwise_audit_ratio": ("Share of requests to be audited at rest", control.audit),
             "haltwise_audits_due": ("Audits before anything is halted", books.groups.audits_due()),
             "haltwise_audits_under_way": ("Audits under way", len(books.groups.under_way)),
             "haltwise_labels_due": ("Audits that wait for a label", len(books.awaited)),

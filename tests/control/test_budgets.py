@@ -232,3 +232,23 @@ def test_a_budget_that_makes_no_sense_is_refused(told: Any, expected: str) -> No
     for wrong in (-1, 0.5, 2**63):
         with pytest.raises(InputError, match="amount is"):
             Amount(wrong)  # type: ignore[arg-type]
+
+
+def test_those_that_have_spent_most_are_told_behind_everything(store: Store) -> None:
+    """What was spent under another budget, or by whom nobody knows any more, has no limit."""
+    hour, mine = Budget(nano=1_000, seconds=HOUR), Account("tenant b", Budget(tokens=90))
+    accounts = [Account("tenant a", hour), mine, Account("tenant c", hour), ALL]
+    with opened(store) as (budgets,):
+        for number, account in enumerate(accounts):
+            budgets.reserve(f"r{number}", [account], Amount(100 + number, 7))
+        budgets.settle("r1", Amount(50, 5))
+        budgets_of = {"everything": ALL.budget, "tenant a": Budget(nano=5), "tenant b": mine.budget}
+        told, num = budgets.largest(budgets_of.get, 4)
+        assert [one["id"] for one in told] == ["everything", "tenant c", "tenant a", "tenant b"]
+        assert [(one["limit_nano"], one["limit_tokens"]) for one in told] == [
+            *[(1_000, None), (None, None), (None, None), (None, 90)]
+        ]
+        assert [one["until"] for one in told] == [11 * HOUR, 11 * HOUR, 11 * HOUR, None]
+        assert (num, budgets.largest(budgets_of.get, 1)) == (4, (told[:1], 4))
+        assert budgets.spent(mine) == Amount(50, 5)
+        assert budgets.spent(ALL) == budgets.spent(Account("nobody", hour)) == Amount()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise import InputError
 from haltwise.control.tariffs import UNIT
-from haltwise.proxy import ServeConfig, create_app
+from haltwise.proxy import ServeConfig, app, create_app
+from haltwise.proxy.config import tenant_of
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
 from tests.proxy.proxies import PATIENCE, Proxy, ask, proxied, saved_head, wait_until
@@ -123,6 +125,51 @@ def test_whoever_is_short_is_told_when_to_come_again(serving: Serving, plan: Pla
     assert account(proxy, "tenant")["requests"] == 1
 
 
+def test_the_status_tells_the_limit_of_every_account(serving: Serving, plan: Plan) -> None:
+    """A tenant's own, else everybody's; null is none, and of a window under another budget too."""
+    keys = {"own": {"budget": {"tokens": 50_000}}, "usual": {}}
+    budgets = {"everything": {"dollars": 2, "tokens": 10**6}, "tenant": {"dollars": 1}}
+    proxy = serving(budgets | {"session": {"tokens": 20_000}}, keys)
+    session = {"X-Haltwise-Session": "one"}
+    for key in keys:
+        headers = {"Authorization": f"Bearer {key}"} | session
+        assert ask(proxy.client, plan, headers=headers).status == 200
+    told = proxy.client.get("/v1/haltwise/control").raise_for_status().json()["budgets"]
+    assert told["num_accounts"] == len(told["accounts"]) == 5
+    assert told["accounts"][0]["id"] == "everything"
+    found = {one["id"]: (one["limit_nano"], one["limit_tokens"]) for one in told["accounts"]}
+    own, usual = (f"tenant {tenant_of(f'Bearer {key}')}" for key in keys)
+    assert found.pop("everything") == (2 * 10**9, 10**6)
+    assert (found.pop(own), found.pop(usual)) == ((None, 50_000), (10**9, None))
+    assert set(found.values()) == {(None, 20_000)}
+
+
+def test_metrics_tell_of_everything_and_of_no_tenant(
+    serving: Serving, plan: Plan, tmp_path: Path
+) -> None:
+    keys = {"secret": {"budget": {"tokens": 10**6}}}
+    proxy = serving({"everything": {"dollars": 2}, "tenant": {"tokens": 10**6}}, keys)
+
+    def told() -> dict[str, float]:
+        text = proxy.client.get("/metrics").raise_for_status().text
+        assert tenant not in text
+        families = text_string_to_metric_families(text)
+        return {one.name: one.value for family in families for one in family.samples}
+
+    tenant = tenant_of("Bearer secret")
+    assert told()["haltwise_budget_spent_dollars"] == 0
+    assert ask(proxy.client, plan, headers={"Authorization": "Bearer secret"}).status == 200
+    spent, found = account(proxy), told()
+    assert found["haltwise_budget_limit_dollars"] == 2
+    assert found["haltwise_budget_spent_dollars"] == pytest.approx(spent["spent_nano"] / 10**9)
+    assert found["haltwise_budget_spent_tokens"] == spent["spent_tokens"] > 0
+    assert {"haltwise_budget_limit_tokens", "haltwise_budget_urgency"}.isdisjoint(found)
+    with closing(sqlite3.connect(tmp_path / "state", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        away = told()
+    assert "haltwise_requests_total" in away and "haltwise_budget_spent_dollars" not in away
+
+
 def test_a_session_has_a_budget_of_its_own(serving: Serving, plan: Plan) -> None:
     proxy = serving({"session": {"tokens": 2_000}})
     first = {"X-Haltwise-Session": "one"}
@@ -187,6 +234,24 @@ def test_where_the_state_is_away_nothing_is_spent(
     assert account(proxy)["requests"] == 1
 
 
+def test_a_reload_takes_other_budgets_of_tenants(tmp_path: Path) -> None:
+    """Nothing of what nobody could keep."""
+    tenant = f"tenant {tenant_of('Bearer k')}"
+    proxy = app.Proxy(settings(tmp_path, budgets=TOKENS, keys={"k": {"budget": {"tokens": 5}}}))
+    assert proxy.cashier is not None
+    for told, tokens in [(5, 5), ({"tokens": 7}, 7), (PACED, 7), ({"dollars": 1}, 7), (None, None)]:
+        entry = {} if told is None else {"budget": told}
+        written(tmp_path / "keys", {"k": entry})
+        proxy.reload()
+        own = proxy.cashier._budget_of(tenant)
+        assert (own and own.tokens) == tokens
+    written(tmp_path / "budgets", {"everything": PACED})
+    proxy.reload()
+    assert proxy.cashier.everything is not None
+    assert proxy.cashier.everything.budget.requests is None
+    proxy.cashier.budgets.close()
+
+
 def settings(tmp_path: Path, **more: Any) -> ServeConfig:
     usual: dict[str, Any] = {"state": tmp_path / "state"}
     files = {name: written(tmp_path / name, told) for name, told in more.items() if name in FILES}
@@ -196,6 +261,7 @@ def settings(tmp_path: Path, **more: Any) -> ServeConfig:
 FILES = ("budgets", "tariffs", "keys")
 DOLLARS = {"everything": {"dollars": 1}}
 TOKENS = {"everything": {"tokens": 1}}
+PACED = {"tokens": 9, "hours": 1, "requests": 9}
 
 
 @pytest.mark.parametrize(
@@ -207,15 +273,14 @@ TOKENS = {"everything": {"tokens": 1}}
         ({"budgets": {"request": {"tokens": 1, "hours": 1}}}, "request: hours are given"),
         ({"budgets": DOLLARS}, "dollars are given, expected --tariffs"),
         ({"budgets": TOKENS, "state": None}, "expected --state"),
-        (
-            {"budgets": {"everything": {"tokens": 9, "hours": 1, "requests": 9}}},
-            "expected --control apply",
-        ),
+        ({"budgets": {"everything": PACED}}, "expected --control apply"),
         ({"budgets": TOKENS, "value": 1.0}, "--value is 1.0, expected --tariffs"),
         ({"budgets": TOKENS, "value": -1.0}, "--value is -1.0, expected dollars above 0"),
         ({"budgets": TOKENS, "tariffs": TARIFFS, "value": 1.0, "price": 1.0}, "expected one of"),
         ({"budgets": TOKENS, "keys": {"k": {"value": 1}}}, "has a value, expected --tariffs"),
         ({"state": None, "keys": {"k": {"budget": {"tokens": 1}}}}, "a budget, expected --budgets"),
+        ({"budgets": TOKENS, "keys": {"k": {"budget": {"dollars": 1}}}}, "keys: dollars are given"),
+        ({"budgets": TOKENS, "keys": {"k": {"budget": PACED}}}, "keys: requests are given"),
         ({"budgets": TOKENS, "keys": {"k": {"budget": 5}}}, "entry 1: expected dollars or tokens"),
         ({"budgets": TOKENS, "keys": {"k": {"value": "x"}}}, "entry 1: value is 'x'"),
         (

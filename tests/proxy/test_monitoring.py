@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise.control.groups import EVERYTHING
 from tests.proxy.proxies import ROOT, Proxy
-from tests.proxy.test_page import Watched, watched
+from tests.proxy.test_page import Watched, files, watched
 
 #: What a family's samples are called behind its name, by its type.
 ENDINGS = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
@@ -25,7 +25,8 @@ OWN = {"instance", "job", "le"}
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    with watched(tmp_path_factory.mktemp("busy")) as found:
+    folder = tmp_path_factory.mktemp("busy")
+    with watched(folder, **files(folder)) as found:
         found.ask(200)
         yield found
 
@@ -77,6 +78,12 @@ def test_names_of_groups_are_the_operators_if_there_is_a_key(
         }
     assert shown[""] == shown["other"] == {EVERYTHING}
     assert shown["secret"] == {EVERYTHING, "task:math", "task:<b>code</b>"}
+
+
+@pytest.mark.parametrize(("mode", "audit"), [("observe", 0.0), ("observe", 0.2), ("apply", 0.3)])
+def test_the_wanted_share_of_audits_is_told(mode: str, audit: float, tmp_path: Path) -> None:
+    with watched(tmp_path, control=mode, audit=audit) as found:
+        assert found.proxy.metric("haltwise_audit_ratio") == audit
 
 
 def of_dashboard() -> list[str]:

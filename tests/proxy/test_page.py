@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from base64 import b64encode
 from collections.abc import Iterator
@@ -17,9 +18,12 @@ import uvicorn
 
 from haltwise.control import history
 from haltwise.control.books import Entry
+from haltwise.control.budgets import Amount
 from haltwise.control.governed import GovernedControl
 from haltwise.control.groups import EVERYTHING, Opened
-from haltwise.proxy import ServeConfig, app
+from haltwise.control.tariffs import UNIT
+from haltwise.proxy import ServeConfig, app, load
+from haltwise.proxy.billing import Cashier
 from tests import browser as driver
 from tests.browser import CHROMIUM, Page
 from tests.control.population import Population
@@ -37,6 +41,7 @@ class Watched:
     """A proxy, and the population whose audits its control is told."""
 
     proxy: Proxy
+    app: app.Proxy
     people: Population
     clock: list[float]
     num: int = 0
@@ -73,7 +78,8 @@ def watched(folder: Path, **settings: Any) -> Iterator[Watched]:
     proxy.control.history.clock = lambda: clock[0]
     server = uvicorn.Server(uvicorn.Config(app.app_of(proxy), log_config=None, lifespan="on"))
     with listening(server) as running:
-        yield Watched(running, Population(proxy.control, np.random.default_rng(0)), clock)
+        people = Population(proxy.control, np.random.default_rng(0))
+        yield Watched(running, proxy, people, clock)
 
 
 @pytest.fixture(scope="module")
@@ -374,3 +380,152 @@ def test_without_a_control_it_says_so_in_a_sentence(page: Page, tmp_path: Path) 
         show(page, plain)
         assert "runs with --control off: nothing is audited" in shown(page, "nothing")
         assert page.run("document.getElementById('content').hidden")
+
+
+# Budgets and load
+
+
+BUDGETS = {
+    "everything": {"dollars": 500, "tokens": 10**9, "hours": 24, "requests": 10_000},
+    "tenant": {"dollars": 20, "hours": 24, "requests": 400},
+    "session": {"tokens": 200_000},
+}
+TARIFFS = {"unit": UNIT, "models": {"*": {"input": 0.55, "output": 2.19}}}
+
+
+def files(folder: Path, budgets: Any = BUDGETS) -> dict[str, Any]:
+    """The settings that limit what is spent."""
+    told = {"budgets": budgets, "tariffs": TARIFFS}
+    for name, content in told.items():
+        (folder / name).write_text(json.dumps(content))
+    return {name: folder / name for name in told}
+
+
+def spend(cashier: Cashier | None, num: int, dollars: float = 1.25, holds: bool = False) -> None:
+    """Lets so many tenants ask, each once, the first one for most."""
+    assert cashier is not None
+    for n in range(num):
+        who = {"tenant": f"{n:016x}", "session": f"{n:016x} {n:016x}"}
+        accounts, cost = cashier._accounts(who), Amount(round(dollars * 10**9) - n, 40_000)
+        cashier.budgets.reserve(f"{n} {num}", accounts, cost)
+        if not holds:
+            cashier.budgets.settle(f"{n} {num}", cost)
+
+
+@pytest.fixture
+def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """A proxy with budgets, before a server at which 31 requests wait."""
+
+    async def waiting(_: Any) -> int:
+        return 31
+
+    monkeypatch.setattr(load, "_waiting_at", waiting)
+    monkeypatch.setattr(load, "_PAUSE", 3600.0)
+    with watched(tmp_path, load_target=20, **files(tmp_path)) as found:
+        found.ask(200)
+        yield found
+
+
+def row_of(page: Page, number: int) -> list[str]:
+    """What a row of the accounts says."""
+    cells = f"document.querySelectorAll('#accounts tbody tr')[{number}].children"
+    return [" ".join(text.split()) for text in page.run(f"[...{cells}].map(c => c.innerText)")]
+
+
+@chromium
+def test_budgets_are_shown_by_account_with_their_units(page: Page, limited: Watched) -> None:
+    cashier = limited.app.cashier
+    spend(cashier, 24)
+    spend(cashier, 2, 0.001, holds=True)
+    assert cashier is not None
+    cashier.pace.urgency["tenant 0000000000000001"] = 0.374
+    show(page, limited.proxy)
+    rows = [row_of(page, n) for n in range(20)]
+    everything, first = rows[:2]
+    assert everything[:5] == [
+        *("everything", "26", "$30.00 960,000 tokens", "$0.002 80,000 tokens"),
+        "$470.00 998,960,000 tokens",
+    ]
+    assert re.fullmatch(r"\d+ \w+, [\d:]+ in \d+ (h|min|s)", everything[5])
+    urgency = {one[0]: one[6] for one in rows}
+    assert urgency["everything"] == "0 %" and urgency[f"tenant {1:016x}"] == "37 %"
+    assert urgency[f"session {1:016x} {1:016x}"] == "not paced"
+    assert first[0] == f"tenant {0:016x}" and first[4] == "$18.75"
+    assert "$30.00\n6.0 % of $500.00" in shown(page, "means-numbers")
+    assert page.run("document.querySelectorAll('#accounts tbody tr').length") == len(rows)
+    # Everything, 24 tenants and their sessions.
+    assert shown(page, "more-accounts") == "29 more accounts have spent less."
+    assert page.errors == []
+
+
+@chromium
+def test_where_no_price_is_high_enough_it_says_so(page: Page, limited: Watched) -> None:
+    show(page, limited.proxy)
+    assert page.run("document.getElementById('strained').hidden")
+    assert "▲ 31\ntarget 20" in shown(page, "means-numbers")
+    assert shown(page, "no-accounts") == "Nobody has spent anything yet."
+    cashier, waits = limited.app.cashier, limited.app.load
+    assert cashier is not None and waits is not None
+    spend(cashier, 5)
+    for n in range(5):
+        cashier.pace.urgency[f"tenant {n:016x}"] = 1.0
+    cashier.pace.urgency["tenant who is gone"] = 1.0
+    waits.urgency = 1.0
+    page.run("poll()")
+    told = shown(page, "strained")
+    assert f"for the budget of tenant {0:016x}, " in told and "and 2 more:" in told
+    assert "for the load: 31 requests wait at the server, of 20 that may." in told
+    assert row_of(page, 1)[6] == "▲ 100 %"
+
+
+@chromium
+def test_what_is_wrong_with_budgets_and_load_is_said(page: Page, limited: Watched) -> None:
+    show(page, limited.proxy)
+    away = "{ over: 2, trouble: 'no store', accounts: [], num_accounts: 0, urgency: {} }"
+    page.run(f"known.budgets = {away}; known.load.waiting = null; show()")
+    told = shown(page, "strained")
+    assert "cannot be asked, and requests are refused: no store" in told
+    assert "cost more than was held back for them: 2" in told
+    assert page.run("['accounts', 'no-accounts'].every(id => document.getElementById(id).hidden)")
+    assert "unknown\nthe server does not tell; target 20" in shown(page, "means-numbers")
+
+
+@chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_budgets_fit_a_telephone_and_are_heard(page: Page, limited: Watched, scheme: str) -> None:
+    spend(limited.app.cashier, 30)
+    page.look(390, scheme=scheme)
+    show(page, limited.proxy)
+    assert page.run("document.documentElement.scrollWidth") == 390
+    scrolls = "document.getElementById('accounts')"
+    assert page.run(f"{scrolls}.scrollWidth > {scrolls}.clientWidth && {scrolls}.tabIndex === 0")
+    nodes = page.send("Accessibility.getFullAXTree")["nodes"]
+    names = {n.get("name", {}).get("value", "") for n in nodes if n["role"]["value"] == "region"}
+    assert "Budgets and load" in names
+    assert page.run("document.querySelectorAll('#accounts th[scope]').length") == 7 + 20
+    for _ in ("group", "span", "accounts"):
+        page.press("Tab")
+    assert page.run("document.activeElement.id") == "accounts"
+    assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+
+
+@chromium
+def test_without_a_control_budgets_alone_are_shown(page: Page, tmp_path: Path) -> None:
+    config = ServeConfig(
+        head=saved_head(tmp_path / "head"),
+        upstream="http://127.0.0.1:9",
+        state=tmp_path / "state",
+        **files(tmp_path, {"everything": {"tokens": 50_000}, "tenant": {"tokens": 10**6}}),
+    )
+    proxy = app.Proxy(config)
+    server = uvicorn.Server(uvicorn.Config(app.app_of(proxy), log_config=None, lifespan="on"))
+    with listening(server) as plain:
+        spend(proxy.cashier, 1, 0.0)
+        show(page, plain)
+        assert "nothing to show but budgets" in shown(page, "nothing")
+        sections = "[...document.querySelectorAll('section')].filter(s => s.offsetParent)"
+        assert page.run(f"{sections}.map(s => s.id)") == ["means"]
+        # Nothing was paid, and no budget is one of money.
+        expected = ["everything", "1", "40,000 tokens", "0 tokens", "10,000 tokens", "never"]
+        assert row_of(page, 0) == [*expected, "not paced"]
+        assert page.run("document.getElementById('choice').hidden") and page.errors == []
