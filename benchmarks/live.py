@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,12 +31,12 @@ from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.questions import Question
 from lms.tasks import TASKS, each_question
+from tests.browser import CHROMIUM, browser
 from tests.proxy.llama_server import NAME, llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy
 
 _KEY = "HALTWISE_LIVE_KEY"
 _OPERATOR = {"Authorization": "Bearer operator"}
-_CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 # Seconds between two looks of the operator.
 _PAUSE = 0.5
 
@@ -241,23 +240,16 @@ def _started(config: LiveConfig, folder: Path) -> Iterator[tuple[str, Proxy]]:
 
 def _picture(url: str, path: Path) -> None:
     """Takes a picture of the live page, where there is a browser."""
-    browser = next(filter(None, map(shutil.which, _CHROMIUM)), None)
-    if browser is None:
+    if CHROMIUM is None:
         print("no Chromium here: no picture of the live page")
         return
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--hide-scrollbars",
-        "--window-size=1200,1500",
-    ]
-    command += [
-        "--virtual-time-budget=8000",
-        f"--screenshot={path}",
-        f"{url}/haltwise#key=operator",
-    ]
-    subprocess.run(command, check=False, capture_output=True, timeout=120)
+    with browser() as page:
+        page.look(1280)
+        page.open(f"{url}/haltwise")
+        page.run("sessionStorage.setItem('haltwise.operator-key', 'operator')")
+        page.open(f"{url}/haltwise")
+        page.until("document.getElementById('state').textContent.includes('live')")
+        page.picture(path)
 
 
 def live(config: LiveConfig) -> dict[str, Any]:

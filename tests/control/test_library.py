@@ -177,7 +177,8 @@ def test_a_challenger_learns_what_it_would_as_a_champion(tmp_path: Path) -> None
                 told(steering, request, 8, 12)
 
             def books() -> Books:
-                return steering.keeper.library.shelf[bolder().digest].books
+                library: Library = steering.keeper.library
+                return library.shelf[bolder().digest].books
 
             until(lambda: books().sum_of(EVERYTHING).num_audits == 3)
             found.append(books().to_json())
