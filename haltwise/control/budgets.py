@@ -393,12 +393,17 @@ def _settled(opened: Connection, request: str, spent: Amount | None) -> bool:
         cost = Amount(nano, tokens) if spent is None else spent
         is_over |= cost.nano > nano or cost.tokens > tokens
         opened.execute(
-            "UPDATE account SET spent_nano = spent_nano + ?, held_nano = held_nano - ?, "
-            "spent_tokens = spent_tokens + ?, held_tokens = held_tokens - ? WHERE id = ?",
-            cost.nano,
+            # What is spent beyond all reason grows no further, so that all stores can hold it.
+            "UPDATE account SET held_nano = held_nano - ?, held_tokens = held_tokens - ?, "
+            "spent_nano = spent_nano + CASE WHEN spent_nano < ? THEN ? ELSE 0 END, "
+            "spent_tokens = spent_tokens + CASE WHEN spent_tokens < ? THEN ? ELSE 0 END "
+            "WHERE id = ?",
             nano,
-            cost.tokens,
             tokens,
+            _MOST,
+            cost.nano,
+            _MOST,
+            cost.tokens,
             account,
         )
     return is_over

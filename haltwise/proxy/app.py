@@ -72,6 +72,8 @@ _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _RESPONSES = "/v1/responses"
 # Other endpoints whose LMs think.
 _UNWATCHED = (_RESPONSES, "/v1/messages", "/v1/chat/completions", "/v1/completions")
+# How paths end at which an LM has nothing to do.
+_WITHOUT_LM = ("/tokenize", "/detokenize", "/count_tokens", "/input_tokens", "/control", "/cancel")
 # What the clients are told whose answers are not whole when the proxy has to end.
 _ENDING = RefusedError(503, "ending", "the proxy is told to end")
 # Headers that are about one connection.
@@ -336,7 +338,7 @@ class Proxy:
         async with self._billed(client, customer, body, asked, is_watched=True) as bill:
             if bill is not None and bill.max_tokens is not None:
                 request = request.limited(bill.max_tokens)
-                body = await aside.encoded(request.body)
+                body = await _encoded(request.body)
             await self._completed(client, body, request, terms, bill)
 
     async def _completed(
@@ -411,18 +413,23 @@ class Proxy:
         Raises:
             RefusedError: If a budget has not enough left.
         """
+        named, record = named_by(client), client.record
+        most = dollars_named("max-cost", named.get("max_cost"))
         if self.cashier is None:
+            if most is not None:
+                message = "X-Haltwise-Max-Cost is given, expected a proxy with --budgets"
+                raise RefusedError(400, "invalid_request_error", message)
             yield None
             return
-        named, record = named_by(client), client.record
         tenant = tenant_of(client.headers.get("authorization"))
         session = f"{tenant} {digest_of(named['session'])}" if named.get("session") else ""
-        size, limit = self.cashier.size_of(len(body), asked, is_watched, self._looks)
+        path = client.scope["path"].rstrip("/")
+        size, limit = self.cashier.size_of(path, len(body), asked, is_watched, self._looks)
         bill = await self.cashier.open(
             record.id,
             {"tenant": tenant, "session": session},
             customer.budget,
-            dollars_named("max-cost", named.get("max_cost")),
+            most,
             str(asked.get("model") or ""),
             size,
             limit,
@@ -433,8 +440,12 @@ class Proxy:
         try:
             yield bill
             bill.is_free = record.status is not None and record.status >= 400
+        except RefusedError:
+            bill.is_free = True
+            raise
         except UpstreamError as error:
-            bill.is_free = error.kind in _NEVER_ASKED
+            was_asked = bill.spent is not None and bool(bill.spent.output_tokens)
+            bill.is_free = error.kind in _NEVER_ASKED and not was_asked
             raise
         finally:
             await self.cashier.close(bill)
@@ -521,10 +532,15 @@ class Proxy:
         """Passes on what nobody watches; of what may generate it says which terms do not hold."""
         path, record = client.scope["path"].rstrip("/"), client.record
         has_terms = any(name.startswith(TERMS) for name in client.headers)
-        if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
+        is_free = client.scope["method"] != "POST" or path.endswith(_WITHOUT_LM)
+        if is_free or not (path in _UNWATCHED or has_terms or self.cashier is not None):
             await self._pass_on(client, body, [])
             return
         asked = await aside.read_object(body) or {} if self._tells_models else {}
+        if not (path in _UNWATCHED or has_terms):
+            async with self._billed(client, customer, body, asked, is_watched=False):
+                await self._pass_on(client, body, [])
+            return
         model = str(asked.get("model") or "")
         terms = terms_of(client, customer, self._tariffs, model)
         record.about = logged(terms)
@@ -843,6 +859,18 @@ def _cashier(
         raise InputError(f"budgets {config.budgets}: {told}")
     budgets = Budgets(store_of(config.state))
     return Cashier(budgets, file, tariffs, rules, config.context, metrics)
+
+
+async def _encoded(body: Json) -> bytes:
+    """The bytes of a body that a client has sent.
+
+    Raises:
+        RefusedError: If it can be read, but not written.
+    """
+    try:
+        return await aside.encoded(body)
+    except RecursionError:
+        raise RefusedError(400, "invalid_request_error", "body is nested too deep") from None
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:

@@ -273,7 +273,7 @@ class WatchedCompletion:
         first, second, *_ = self._reader.usages
         if first.prompt_tokens is None and second.prompt_tokens is not None:
             num_sent = self._reader.generated.num_tokens + self._server.num_close_tokens
-            first.prompt_tokens = second.prompt_tokens - num_sent
+            first.prompt_tokens = max(second.prompt_tokens - num_sent, 0)
         if self.request.wants_usage:
             yield self._answer.usage_event()
 

@@ -232,3 +232,13 @@ def test_a_budget_that_makes_no_sense_is_refused(told: Any, expected: str) -> No
     for wrong in (-1, 0.5, 2**63):
         with pytest.raises(InputError, match="amount is"):
             Amount(wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_spent_beyond_all_reason_is_written_all_the_same(store: Store) -> None:
+    free = Account("everything", Budget(tokens=10))
+    with opened(store) as (budgets,):
+        for number in range(20):
+            budgets.reserve(f"r{number}", [free], Amount())
+            budgets.settle(f"r{number}", Amount(nano=10**18))
+        assert not budgets.trouble
+    assert held(store) == 0
