@@ -338,7 +338,7 @@ class Proxy:
         async with self._billed(client, customer, body, asked, is_watched=True) as bill:
             if bill is not None and bill.max_tokens is not None:
                 request = request.limited(bill.max_tokens)
-                body = await _encoded(request.body)
+                body = await aside.encoded(request.body)
             await self._completed(client, body, request, terms, bill)
 
     async def _completed(
@@ -859,18 +859,6 @@ def _cashier(
         raise InputError(f"budgets {config.budgets}: {told}")
     budgets = Budgets(store_of(config.state))
     return Cashier(budgets, file, tariffs, rules, config.context, metrics)
-
-
-async def _encoded(body: Json) -> bytes:
-    """The bytes of a body that a client has sent.
-
-    Raises:
-        RefusedError: If it can be read, but not written.
-    """
-    try:
-        return await aside.encoded(body)
-    except RecursionError:
-        raise RefusedError(400, "invalid_request_error", "body is nested too deep") from None
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:

@@ -354,15 +354,18 @@ def test_labels_are_the_operators_and_know_the_right_answer(
     said: Any = {"request": full.headers["x-haltwise-request"], "gold": "nothing of it"}
     codes = [
         looking.client.post("/v1/haltwise/labels", headers=key, json=said | more).status_code
-        for more in ({"gold": 7}, {"request": "other"}, {}, {})
+        for more in ({"gold": 7}, {"request": "other"}, {"self": 1}, {}, {})
     ]
-    assert codes == [400, 400, 204, 400]
+    assert codes == [400, 400, 400, 204, 400]
     wait_until(lambda: told()["labels_due"] == 0)
     verdict = said | {"source": "judge", "right": {"full": 1}}
     del verdict["gold"]
     assert looking.client.post("/v1/haltwise/labels", headers=key, json=verdict).status_code == 400
     found = told()["groups"]["everything"]["by_price"]
-    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 4
+    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 5
+    for page in ("feedback", "breaker"):
+        odd = looking.client.post(f"/v1/haltwise/{page}", headers=key, json={"self": 1})
+        assert odd.status_code == 400
 
 
 def test_what_nobody_watches_after_all_is_no_audit_and_has_a_row(
