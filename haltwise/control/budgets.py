@@ -34,6 +34,8 @@ _LEASE, _RENEWS = 60.0, 15.0
 _KEPT = 30 * 86_400.0
 # The most of anything, which all stores can hold with room for sums.
 _MOST = 10**18
+# The least of a window: a second, and a request.
+_LEAST = {"hours": 0.0003, "requests": 1}
 _KEYS = ("dollars", "tokens", "hours", "requests")
 
 
@@ -88,6 +90,9 @@ class Budget:
                 raise InputError(f"{key} is {value!r:.40}, expected a number above 0")
             if key in ("tokens", "requests") and value != int(value):
                 raise InputError(f"{key} is {value}, expected a whole number")
+            least = _LEAST.get(key)
+            if least is not None and not least <= value <= _MOST:
+                raise InputError(f"{key} is {value!r:.40}, expected {least} to {_MOST:.0e}")
         if "requests" in told and "hours" not in told:
             raise InputError("requests are given, expected hours too, the window to pace")
         dollars, tokens = told.get("dollars"), told.get("tokens")

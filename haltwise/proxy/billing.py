@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,8 @@ class Bill:
     """Its id."""
     tariff: Tariff | None
     held: Spent
+    num_input: int
+    """Tokens of its prompt, at most."""
     max_tokens: int | None
     """Tokens that it may generate, fewer than it asks for; None if it may have what it asks for."""
     urgency: float | None
@@ -140,6 +142,19 @@ class Bill:
     """What it has taken; None if nobody has counted it."""
     is_free: bool = False
     """Whether nothing was generated for it."""
+
+    def count(self, spent: Spent, num_asked: int) -> None:
+        """Takes in what it has taken; prompts that nobody has counted are as long as they can be.
+
+        Args:
+            spent: What is known of it.
+            num_asked: Requests that may have been sent for it.
+        """
+        if spent.input_tokens is None:
+            longest = self.num_input + (spent.output_tokens or 0) + _OF_CLOSE
+            most = min(num_asked * longest, self.held.input_tokens or 0)
+            spent = replace(spent, input_tokens=most)
+        self.spent = spent
 
     def amount(self, spent: Spent) -> Amount:
         """Returns what something costs."""
@@ -221,7 +236,8 @@ class Cashier:
         if limit < wanted:
             self._metrics.budget_cut.inc()
         max_tokens = limit if limit < wanted else None
-        return Bill(request, tariff, held, max_tokens, self.pace.of(standings), standings)
+        urgency, num_input = self.pace.of(standings), size(limit).num_input
+        return Bill(request, tariff, held, num_input, max_tokens, urgency, standings)
 
     async def close(self, bill: Bill) -> None:
         """Settles a bill; what nobody has counted is taken to have cost all that it could."""

@@ -126,8 +126,12 @@ class WatchedCompletion:
             spent = Spent(outcome="passed on", seconds=spent.seconds)  # what follows is not seen
         if bill is None:
             return spent
-        bill.spent = spent
-        return spent if bill.tariff is None else replace(spent, cost_nano=bill.amount(spent).nano)
+        if not self._is_released:
+            num_asked = len(self._reader.usages) + self._prober.usage.num
+            bill.count(spent, num_asked + 1)  # a second leg may be on its way
+        if bill.tariff is None:
+            return spent
+        return replace(spent, cost_nano=bill.amount(bill.spent or spent).nano)
 
     async def whole(self, first: UpstreamLeg) -> Json:
         """The answer to a client that wants no stream.

@@ -223,6 +223,9 @@ def test_what_an_operator_says_of_a_budget(told: dict[str, Any], expected: Budge
         ({"tokens": 1.5}, "tokens is 1.5, expected a whole number"),
         ({"tokens": True}, "tokens is True"),
         ({"dollars": 1, "hours": 0}, "hours is 0"),
+        ({"dollars": 1, "hours": 1e-320}, "hours is 1e-320, expected 0.0003 to"),
+        ({"dollars": 1, "hours": 10**400}, "hours is 1000"),
+        ({"dollars": 1, "hours": 1, "requests": 10**400}, "requests is 1000"),
         ({"dollars": 1, "requests": 5}, "expected hours too"),
     ],
 )

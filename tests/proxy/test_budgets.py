@@ -275,6 +275,16 @@ def test_a_usage_that_makes_no_sense_costs_what_was_seen(
     assert 0 < account(proxy)["spent_nano"] < 10**9
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_answer_that_breaks_off_costs_no_looks_that_it_never_had(
+    serving: Serving, looks: bool
+) -> None:
+    proxy = serving({"everything": {"tokens": 10**12}}, looks=looks)
+    broken = Plan("broken", trouble="dies", at=2, legs=(1,))
+    assert ask(proxy.client, broken, stream=False).status == 502
+    assert 2 < account(proxy)["spent_tokens"] < 2_000
+
+
 def test_other_endpoints_cost_all_that_they_can(serving: Serving) -> None:
     proxy = serving({"everything": {"tokens": 10**6}}, context=500)
     asked = {"model": "fake"}
