@@ -3,10 +3,11 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 import anyio
@@ -370,6 +371,8 @@ class Proxy:
             try:
                 why_not = await self._watch(client, completion)
             finally:
+                if self._doubts is not None and not completion.has_answered:
+                    self._doubts.forget(_session_of(thought.about))
                 await completion.close()
         if why_not is not None:
             if bill is not None:
@@ -390,8 +393,7 @@ class Proxy:
         about |= {name: named.get(name, "") for name in ("task", "session")}
         about |= {"user": request.user, "names_price": names_own}
         if self._doubts is not None and about["session"]:
-            session = f"{about['tenant']} {about['session']}"
-            about["doubted"] = self._doubts.sees(session, request)
+            about["doubted"] = self._doubts.sees(_session_of(about), request)
         urgent = [
             None if bill is None else bill.urgency,
             None if self.load is None else self.load.urgency,
@@ -859,6 +861,11 @@ def _cashier(
         raise InputError(f"budgets {config.budgets}: {told}")
     budgets = Budgets(store_of(config.state))
     return Cashier(budgets, file, tariffs, rules, config.context, metrics)
+
+
+def _session_of(about: Mapping[str, Any]) -> str:
+    """The name of a request's session, which no other tenant's has."""
+    return f"{about['tenant']} {about['session']}"
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:

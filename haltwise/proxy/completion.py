@@ -104,6 +104,11 @@ class WatchedCompletion:
         body = self.request.watched_body(extra, server.shows_numbers(self.request))
         return await self._closer.ask(body, self.request.chat)
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether its answer has come to an end."""
+        return self._answer.has_ended
+
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""
         self._streamed.release(reason)

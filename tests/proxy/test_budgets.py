@@ -299,7 +299,8 @@ def test_more_answers_than_can_be_counted_are_refused(
     serving: Serving, plan: Plan, name: str
 ) -> None:
     proxy = serving({"everything": {"dollars": 1}})
-    assert ask(proxy.client, plan, **{name: 10**30}).status == 429
+    more: Any = {name: 10**30}
+    assert ask(proxy.client, plan, **more).status == 429
 
 
 def test_a_server_that_is_lost_later_has_not_answered_for_nothing(

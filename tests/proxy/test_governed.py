@@ -395,6 +395,18 @@ def test_a_session_that_asks_again_is_followed(serving: Governed, plan: Plan) ->
     wait_until(lambda: looking.client.get("/v1/haltwise/control").json()["dials"] == 1)
 
 
+def test_who_asks_again_for_want_of_an_answer_doubts_none(serving: Governed) -> None:
+    looking = serving(control="apply", follow_doubts=True)
+    for trouble in ("500", "dies"):
+        failing = Plan(f"x{trouble}", trouble=trouble, legs=(1,))
+        for _ in range(2):
+            ask(looking.client, failing, stream=False, headers={"X-Haltwise-Session": trouble})
+    ask(looking.client, Plan("y"))  # its entry comes behind theirs
+    told = looking.client.get
+    wait_until(lambda: told("/v1/haltwise/control").json()["groups"]["everything"]["audits"] == 1)
+    assert told("/v1/haltwise/control").json()["dials"] == 0
+
+
 def test_without_a_key_or_a_control_nobody_tells_anything(
     serving: Governed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
