@@ -36,6 +36,8 @@ _LEASE, _RENEWS = 60.0, 15.0
 _KEPT = 30 * 86_400.0
 # The most of anything, which all stores can hold with room for sums.
 _MOST = 10**18
+# The least of a window: a second, and a request.
+_LEAST = {"hours": 0.0003, "requests": 1}
 _KEYS = ("dollars", "tokens", "hours", "requests")
 # Columns of an account that its operator is told.
 _TOLD = ("id", "until", "requests", "spent_nano", "held_nano", "spent_tokens", "held_tokens")
@@ -92,6 +94,9 @@ class Budget:
                 raise InputError(f"{key} is {value!r:.40}, expected a number above 0")
             if key in ("tokens", "requests") and value != int(value):
                 raise InputError(f"{key} is {value}, expected a whole number")
+            least = _LEAST.get(key)
+            if least is not None and not least <= value <= _MOST:
+                raise InputError(f"{key} is {value!r:.40}, expected {least} to {_MOST:.0e}")
         if "requests" in told and "hours" not in told:
             raise InputError("requests are given, expected hours too, the window to pace")
         dollars, tokens = told.get("dollars"), told.get("tokens")
@@ -416,12 +421,17 @@ def _settled(opened: Connection, request: str, spent: Amount | None) -> bool:
         cost = Amount(nano, tokens) if spent is None else spent
         is_over |= cost.nano > nano or cost.tokens > tokens
         opened.execute(
-            "UPDATE account SET spent_nano = spent_nano + ?, held_nano = held_nano - ?, "
-            "spent_tokens = spent_tokens + ?, held_tokens = held_tokens - ? WHERE id = ?",
-            cost.nano,
+            # What is spent beyond all reason grows no further, so that all stores can hold it.
+            "UPDATE account SET held_nano = held_nano - ?, held_tokens = held_tokens - ?, "
+            "spent_nano = spent_nano + CASE WHEN spent_nano < ? THEN ? ELSE 0 END, "
+            "spent_tokens = spent_tokens + CASE WHEN spent_tokens < ? THEN ? ELSE 0 END "
+            "WHERE id = ?",
             nano,
-            cost.tokens,
             tokens,
+            _MOST,
+            cost.nano,
+            _MOST,
+            cost.tokens,
             account,
         )
     return is_over

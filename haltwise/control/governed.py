@@ -587,7 +587,7 @@ class GovernedControl:
 
     # What is said later
 
-    def label(self, request: Any = None, gold: Any = None, **others: Any) -> None:
+    def label(self, /, request: Any = None, gold: Any = None, **others: Any) -> None:
         """Takes in the right answer of an audit whose answers differ, or that is kept as a trace.
 
         Args:
@@ -626,7 +626,7 @@ class GovernedControl:
             self.failures.add("a row of the record", error)
 
     def judge(
-        self, request: Any = None, source: Any = None, right: Any = None, **others: Any
+        self, /, request: Any = None, source: Any = None, right: Any = None, **others: Any
     ) -> None:
         """Takes in how right somebody holds the answers of an audit to be, where they differ.
 
@@ -712,7 +712,7 @@ class GovernedControl:
                     self._labelled.add(request)
                     self._put(dict.fromkeys(found, Entry(Expired(request))))
 
-    def rate(self, request: Any = None, score: Any = None, **others: Any) -> None:
+    def rate(self, /, request: Any = None, score: Any = None, **others: Any) -> None:
         """Takes in how content somebody was with an answer.
 
         It moves the dial of the request's user; without one, it can only make its tenant stricter.
@@ -743,7 +743,7 @@ class GovernedControl:
         except Exception as error:
             self.failures.add("a row of the record", error)
 
-    def promote(self, head: Any = None, anyway: Any = False, **others: Any) -> None:
+    def promote(self, /, head: Any = None, anyway: Any = False, **others: Any) -> None:
         """Lets another head serve, from the next request on.
 
         Args:
@@ -766,7 +766,7 @@ class GovernedControl:
             raise
         self.keeper.put(Note(promotes=found))
 
-    def open_breaker(self, group: Any = None, **others: Any) -> None:
+    def open_breaker(self, /, group: Any = None, **others: Any) -> None:
         """Opens the breaker of a group by hand: it halts nothing until it is certified anew.
 
         Args:

@@ -236,6 +236,7 @@ class Record:
         Raises:
             InputError: If the store cannot be used.
         """
+        request = _storable(request)
         with closing(self._store.connect(TABLES)) as opened:
             asked = 'SELECT tenant, task, "user" FROM request WHERE id = ?'
             found = opened.execute(asked, request)

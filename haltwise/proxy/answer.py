@@ -137,8 +137,11 @@ class ClientAnswer:
         thought, usages, probes = self._reader.thought, self._usages, self._reader.prober.usage
         prompts = [one.prompt_tokens for one in usages if one.prompt_tokens is not None]
         cached = [one.cached_tokens for one in usages if one.cached_tokens is not None]
+        # A prompt of which the server tells nothing is as long as the longest one.
+        num_unknown = len(usages) - len(prompts)
+        num_prompts = sum(prompts) + num_unknown * max(prompts, default=0)
         return Spent(
-            input_tokens=sum(prompts) + probes.prompt_tokens if prompts else None,
+            input_tokens=num_prompts + probes.prompt_tokens if prompts else None,
             cached_tokens=sum(cached) if cached else None,
             reasoning_tokens=thought.position if thought.begun else None,
             output_tokens=sum(one.completion_tokens for one in usages) + probes.completion_tokens,

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import anyio
@@ -74,6 +75,8 @@ _ENDPOINTS = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _RESPONSES = "/v1/responses"
 # Other endpoints whose LMs think.
 _UNWATCHED = (_RESPONSES, "/v1/messages", "/v1/chat/completions", "/v1/completions")
+# How paths end at which an LM has nothing to do.
+_WITHOUT_LM = ("/tokenize", "/detokenize", "/count_tokens", "/input_tokens", "/control", "/cancel")
 # What the clients are told whose answers are not whole when the proxy has to end.
 _ENDING = RefusedError(503, "ending", "the proxy is told to end")
 # Headers that are about one connection.
@@ -375,6 +378,8 @@ class Proxy:
             try:
                 why_not = await self._watch(client, completion)
             finally:
+                if self._doubts is not None and not completion.has_answered:
+                    self._doubts.forget(_session_of(thought.about))
                 await completion.close()
         if why_not is not None:
             if bill is not None:
@@ -402,8 +407,7 @@ class Proxy:
         about |= {name: named.get(name, "") for name in ("task", "session")}
         about |= {"user": request.user, "names_price": names_own}
         if self._doubts is not None and about["session"]:
-            session = f"{about['tenant']} {about['session']}"
-            about["doubted"] = self._doubts.sees(session, request)
+            about["doubted"] = self._doubts.sees(_session_of(about), request)
         urgent = [
             None if bill is None else bill.urgency,
             None if self.load is None else self.load.urgency,
@@ -425,17 +429,22 @@ class Proxy:
         Raises:
             RefusedError: If a budget has not enough left.
         """
+        named, record = named_by(client), client.record
+        most = dollars_named("max-cost", named.get("max_cost"))
         if self.cashier is None:
+            if most is not None:
+                message = "X-Haltwise-Max-Cost is given, expected a proxy with --budgets"
+                raise RefusedError(400, "invalid_request_error", message)
             yield None
             return
-        named, record = named_by(client), client.record
         tenant = tenant_of(client.headers.get("authorization"))
         session = f"{tenant} {digest_of(named['session'])}" if named.get("session") else ""
-        size, limit = self.cashier.size_of(len(body), asked, is_watched, self._looks)
+        path = client.scope["path"].rstrip("/")
+        size, limit = self.cashier.size_of(path, len(body), asked, is_watched, self._looks)
         bill = await self.cashier.open(
             record.id,
             {"tenant": tenant, "session": session},
-            dollars_named("max-cost", named.get("max_cost")),
+            most,
             str(asked.get("model") or ""),
             size,
             limit,
@@ -446,8 +455,12 @@ class Proxy:
         try:
             yield bill
             bill.is_free = record.status is not None and record.status >= 400
+        except RefusedError:
+            bill.is_free = True
+            raise
         except UpstreamError as error:
-            bill.is_free = error.kind in _NEVER_ASKED
+            was_asked = bill.spent is not None and bool(bill.spent.output_tokens)
+            bill.is_free = error.kind in _NEVER_ASKED and not was_asked
             raise
         finally:
             await self.cashier.close(bill)
@@ -534,10 +547,15 @@ class Proxy:
         """Passes on what nobody watches; of what may generate it says which terms do not hold."""
         path, record = client.scope["path"].rstrip("/"), client.record
         has_terms = any(name.startswith(TERMS) for name in client.headers)
-        if client.scope["method"] != "POST" or not (path in _UNWATCHED or has_terms):
+        is_free = client.scope["method"] != "POST" or path.endswith(_WITHOUT_LM)
+        if is_free or not (path in _UNWATCHED or has_terms or self.cashier is not None):
             await self._pass_on(client, body, [])
             return
         asked = await aside.read_object(body) or {} if self._tells_models else {}
+        if not (path in _UNWATCHED or has_terms):
+            async with self._billed(client, customer, body, asked, is_watched=False):
+                await self._pass_on(client, body, [])
+            return
         model = str(asked.get("model") or "")
         terms = terms_of(client, customer, self._tariffs, model)
         record.about = logged(terms)
@@ -912,6 +930,11 @@ def _cashier(
     file = _budgets_in(config.budgets, config, tariffs)
     budgets = Budgets(store_of(config.state))
     return Cashier(budgets, file, own, tariffs, rules, config.context, metrics)
+
+
+def _session_of(about: Mapping[str, Any]) -> str:
+    """The name of a request's session, which no other tenant's has."""
+    return f"{about['tenant']} {about['session']}"
 
 
 def _authorization(headers: RawHeaders) -> RawHeaders:

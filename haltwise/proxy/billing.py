@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import nlargest
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,22 @@ _FEWEST = 256
 _LATEST = 86_400
 # Accounts of which the status tells at least how urgent they are.
 _MOST_URGENT = 100
-# Fields that limit what is generated, wherever an endpoint has them.
-_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
+# By endpoint, the fields that limit what is generated there; others may not be heeded.
+_LIMITS = {
+    "/v1/chat/completions": ("max_completion_tokens", "max_tokens"),
+    "/v1/completions": ("max_tokens",),
+    "/v1/responses": ("max_output_tokens",),
+    "/v1/messages": ("max_tokens",),
+}
+# How paths end where nothing is generated.
+_ONLY_READ = ("/embeddings", "/rerank", "/score", "/classify", "/pooling", "/moderations")
+# Fields by which a prompt has more than its body.
+_REFERRING = ("previous_response_id", "conversation", "chat_template")
+# What is text of a body's own, among the parts of messages and among an input's items.
+_TEXTS = ("text", "input_text", "output_text")
+_ITEMS = ("message", "function_call")
+# The most of anything that an amount can have.
+_MOST = 10**18
 
 
 class BudgetFile:
@@ -108,10 +122,15 @@ class Size:
     """Tokens of a look at an answer."""
 
     def spent(self) -> Spent:
-        """Returns what it takes if it takes all."""
-        again = self.num_goes_on * (self.num_input + self.num_output + _OF_CLOSE)
-        looks = max(self.num_goes_on - 1, 0) * self.num_looked
-        output = self.num_choices * self.num_output + looks
+        """Returns what it takes if it takes all.
+
+        Until a second leg begins, the first one goes on: each token that may be generated is a part
+        of the second one's prompt or may be generated twice, which costs more.
+        """
+        num_looks = max(self.num_goes_on - 1, 0)
+        again = self.num_goes_on * (self.num_input + _OF_CLOSE) + num_looks * self.num_output
+        num_answers = self.num_choices + bool(self.num_goes_on)
+        output = num_answers * self.num_output + num_looks * self.num_looked
         return Spent(input_tokens=self.num_input + again, output_tokens=output)
 
 
@@ -123,6 +142,8 @@ class Bill:
     """Its id."""
     tariff: Tariff | None
     held: Spent
+    num_input: int
+    """Tokens of its prompt, at most."""
     max_tokens: int | None
     """Tokens that it may generate, fewer than it asks for; None if it may have what it asks for."""
     urgency: float | None
@@ -132,6 +153,19 @@ class Bill:
     """What it has taken; None if nobody has counted it."""
     is_free: bool = False
     """Whether nothing was generated for it."""
+
+    def count(self, spent: Spent, num_asked: int) -> None:
+        """Takes in what it has taken; prompts that nobody has counted are as long as they can be.
+
+        Args:
+            spent: What is known of it.
+            num_asked: Requests that may have been sent for it.
+        """
+        if spent.input_tokens is None:
+            longest = self.num_input + (spent.output_tokens or 0) + _OF_CLOSE
+            most = min(num_asked * longest, self.held.input_tokens or 0)
+            spent = replace(spent, input_tokens=most)
+        self.spent = spent
 
     def amount(self, spent: Spent) -> Amount:
         """Returns what something costs."""
@@ -213,7 +247,8 @@ class Cashier:
         if limit < wanted:
             self._metrics.budget_cut.inc()
         max_tokens = limit if limit < wanted else None
-        return Bill(request, tariff, held, max_tokens, self.pace.of(standings), standings)
+        urgency, num_input = self.pace.of(standings), size(limit).num_input
+        return Bill(request, tariff, held, num_input, max_tokens, urgency, standings)
 
     async def close(self, bill: Bill) -> None:
         """Settles a bill; what nobody has counted is taken to have cost all that it could."""
@@ -263,7 +298,7 @@ class Cashier:
         own = self._file.by_scope.get("request", Budget())
         if most is None:
             return own
-        nano = round(min(most * NANO, 10**18))
+        nano = round(min(most * NANO, _MOST))
         return Budget(nano if own.nano is None else min(nano, own.nano), own.tokens)
 
     def _tariff(self, model: str, budgets: list[Budget]) -> Tariff | None:
@@ -287,28 +322,33 @@ class Cashier:
         return RefusedError(429, "budget", str(short), _retry_after(seconds))
 
     def size_of(
-        self, num_bytes: int, body: Json, is_watched: bool, looks: bool
+        self, path: str, num_bytes: int, body: Json, is_watched: bool, looks: bool
     ) -> tuple[Callable[[int], Size], int | None]:
         """Returns how much a request can take, by the tokens it may generate, and its own limit.
 
         Args:
+            path: The endpoint's.
             num_bytes: Bytes of its body: no token of it has less than one.
-            body: What it says.
+            body: What it says; empty if that cannot be read.
             is_watched: Whether its thought may be halted.
             looks: Whether the head looks at answers.
+
+        Raises:
+            RefusedError: If nobody can tell how many answers it wants.
         """
-        limits = [body[name] for name in _LIMITS if _is_count(body.get(name))]
-        choices = [body[name] for name in ("n", "best_of") if _is_count(body.get(name))]
-        num_input = self._context if _has_more_than_text(body) else num_bytes + _OF_TEMPLATE
+        num_prompts = _num_prompts(body.get("prompt"))
+        num_choices = num_prompts * max(1, _choices(body, "n"), _choices(body, "best_of"))
+        is_told = bool(body) and not _has_more_than_text(body)
+        num_input = num_bytes + _OF_TEMPLATE if is_told else num_prompts * self._context
         spacing = self._rules.every_repeated or self._rules.every or 1
 
         def size(num: int) -> Size:
             looked = num // spacing if looks else 0
             goes_on = 1 + looked if is_watched else 0
             num_looked = self._rules.max_answer_tokens
-            return Size(num_input, num, max([1, *choices]), goes_on, num_looked)
+            return Size(num_input, num, num_choices, goes_on, num_looked)
 
-        return size, limits[0] if limits else None
+        return size, _limit(path, body)
 
     def _paces(self, name: str) -> bool:
         budget = self._budget_of(name)
@@ -342,7 +382,7 @@ def _amount(tariff: Tariff | None, spent: Spent, most: Spent) -> Amount:
     nano = 0
     if tariff is not None:
         nano = tariff.cost(num_input, spent.cached_tokens or 0, num_output)
-    return Amount(nano, num_input + num_output)
+    return Amount(min(nano, _MOST), min(num_input + num_output, _MOST))
 
 
 def _affordable(
@@ -366,23 +406,61 @@ def _check(budget: Budget, amount: Amount) -> None:
         ShortError: If it may not.
     """
     left = Amount(
-        10**18 if budget.nano is None else budget.nano,
-        10**18 if budget.tokens is None else budget.tokens,
+        _MOST if budget.nano is None else budget.nano,
+        _MOST if budget.tokens is None else budget.tokens,
     )
     if amount.nano > left.nano or amount.tokens > left.tokens:
         raise ShortError(Standing(Account("request", budget), left, 0, math.inf, 0.0))
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _limit(path: str, body: Json) -> int | None:
+    """Returns how many tokens a request may generate; None if nothing limits that for sure.
+
+    Servers differ in which of two limits holds, and may take what is no number above 0 for none.
+    """
+    if path.endswith(_ONLY_READ):
+        return 0
+    own = [body[name] for name in _LIMITS.get(path, ()) if body.get(name) is not None]
+    # llama-server heeds its own before any other.
+    told = own if body.get("n_predict") is None else [*own, body["n_predict"]]
+    return max(told) if own and all(map(_is_above_0, told)) else None
+
+
+def _is_above_0(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _choices(body: Json, name: str) -> int:
+    """Returns how many answers a field of a body wants.
+
+    Raises:
+        RefusedError: If it is no whole number: servers may take for one what is written as another.
+    """
+    value = body.get(name)
+    if not isinstance(value, int | None):
+        message = f"{name} is {value!r:.40}, expected a whole number"
+        raise RefusedError(400, "invalid_request_error", message)
+    return value or 0
+
+
+def _num_prompts(prompt: Any) -> int:
+    """Returns how many prompts there are, each of which is answered: a list of ids is one."""
+    is_list = isinstance(prompt, list) and not all(isinstance(one, int) for one in prompt)
+    return len(prompt) if is_list else 1
 
 
 def _has_more_than_text(body: Json) -> bool:
-    """Whether some message has a part of which the body does not tell how many tokens it has."""
-    messages = body.get("messages")
-    contents = [one.get("content") for one in messages or () if isinstance(one, dict)]
+    """Whether the prompt has a part of which the body does not tell how many tokens it has."""
+    lists = [body[name] for name in ("messages", "input") if isinstance(body.get(name), list)]
+    items = [one for told in lists for one in told if isinstance(one, dict)]
+    contents = [one.get("content") for one in items]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
+    return (
+        any(body.get(name) for name in _REFERRING)
+        or isinstance(body.get("prompt"), dict)
+        or any("type" in one and one["type"] not in _ITEMS for one in items)
+        or any(not isinstance(part, dict) or part.get("type") not in _TEXTS for part in parts)
+    )
 
 
 def _retry_after(seconds: int) -> RawHeaders:

@@ -59,7 +59,11 @@ def terms_of(
     if tariff is None:
         message = f"nobody has said what the tokens of model {model!r:.80} cost"
         raise RefusedError(400, "unknown_tariff", message)
-    return replace(terms, price=tariff.price_of(value), segment_prices={})
+    try:
+        return replace(terms, price=tariff.price_of(value), segment_prices={})
+    except InputError as error:
+        message = f"X-Haltwise-Value: {value} dollars: {error}"
+        raise RefusedError(400, "invalid_request_error", message) from None
 
 
 def dollars_named(name: str, told: str | None) -> float | None:

@@ -104,6 +104,11 @@ class WatchedCompletion:
         body = self.request.watched_body(extra, server.shows_numbers(self.request))
         return await self._closer.ask(body, self.request.chat)
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether its answer has come to an end."""
+        return self._answer.has_ended
+
     def release(self, reason: str) -> None:
         """Leaves the thought to its LM, whose server has refused to show it."""
         self._streamed.release(reason)
@@ -126,8 +131,12 @@ class WatchedCompletion:
             spent = Spent(outcome="passed on", seconds=spent.seconds)  # what follows is not seen
         if bill is None:
             return spent
-        bill.spent = spent
-        return spent if bill.tariff is None else replace(spent, cost_nano=bill.amount(spent).nano)
+        if not self._is_released:
+            num_asked = len(self._reader.usages) + self._prober.usage.num
+            bill.count(spent, num_asked + 1)  # a second leg may be on its way
+        if bill.tariff is None:
+            return spent
+        return replace(spent, cost_nano=bill.amount(bill.spent or spent).nano)
 
     async def whole(self, first: UpstreamLeg) -> Json:
         """The answer to a client that wants no stream.
@@ -273,7 +282,7 @@ class WatchedCompletion:
         first, second, *_ = self._reader.usages
         if first.prompt_tokens is None and second.prompt_tokens is not None:
             num_sent = self._reader.generated.num_tokens + self._server.num_close_tokens
-            first.prompt_tokens = second.prompt_tokens - num_sent
+            first.prompt_tokens = max(second.prompt_tokens - num_sent, 0)
         if self.request.wants_usage:
             yield self._answer.usage_event()
 

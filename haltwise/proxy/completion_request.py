@@ -30,6 +30,8 @@ _LONGEST_NAME = 1000
 # Levels of a body; what is nested deeper can be read, but not written from everywhere.
 _DEEPEST = 100
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
+# llama-server's own limit, which it heeds before any other.
+_N_PREDICT = "n_predict"
 _NUMBERS = ("n", "best_of", "logprobs", "top_logprobs", *_MAX_TOKENS)
 
 
@@ -221,13 +223,17 @@ class CompletionRequest:
 
     def limited(self, num: int) -> "CompletionRequest":
         """The same request, that may generate so many tokens."""
-        named = [name for name in _MAX_TOKENS if self.body.get(name) is not None]
-        return replace(self, body=self.body | dict.fromkeys(named or _MAX_TOKENS[1:], num))
+        named = self.fields_set(*_MAX_TOKENS)
+        is_heeded = bool(named) if self.chat else "max_tokens" in named
+        told = ({} if is_heeded else {"max_tokens": None}) | named | self.fields_set(_N_PREDICT)
+        is_less = {name: isinstance(one, int) and 0 < one < num for name, one in told.items()}
+        return replace(self, body=self.body | {n: told[n] if is_less[n] else num for n in told})
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
         """A body whose limits leave out the tokens that were generated already."""
         if self.max_tokens is not None:
-            body = {name: value for name, value in body.items() if name not in _MAX_TOKENS}
+            dropped = (*_MAX_TOKENS, _N_PREDICT)
+            body = {name: value for name, value in body.items() if name not in dropped}
             body["max_tokens"] = max(self.max_tokens - num_used, 1)
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = max(body["min_tokens"] - num_used, 0)

@@ -51,6 +51,10 @@ class Doubts:
             self._asked.popitem(last=False)
         return asked == before or says_doubt(request)
 
+    def forget(self, session: str) -> None:
+        """Forgets what a session has asked: it has got no answer that asking again could doubt."""
+        self._asked.pop(session, None)
+
 
 def says_doubt(request: CompletionRequest) -> bool:
     """Returns whether the last message of a chat says that the answer before may be wrong."""

@@ -86,4 +86,4 @@ def waiting_in(metrics: bytes) -> int | None:
     except ValueError:
         return None
     found = [s.value for one in families for s in one.samples if s.name in _WAITING]
-    return round(sum(found)) if found and all(map(math.isfinite, found)) else None
+    return round(sum(found)) if found and math.isfinite(sum(found)) else None

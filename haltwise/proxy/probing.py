@@ -237,7 +237,7 @@ class AnswerProber:
         self._metrics.probe_tokens.inc(usage.completion_tokens)
         num_before = None
         if num_prompt is not None:
-            num_before = num_prompt - seen.num_tokens - server.num_close_tokens
+            num_before = max(num_prompt - seen.num_tokens - server.num_close_tokens, 0)
         forced = said.forced_answer
         is_whole = said.ended_by_lm or rules.is_complete(forced.tokens)
         return SeenAnswer(rules.read(forced), is_whole, num_before)

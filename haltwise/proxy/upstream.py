@@ -18,7 +18,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import anyio
 import httpx2
@@ -40,6 +40,8 @@ _STATUSES = range(200, 600)
 _OF_LOAD = (429, 503)
 # Digits that are read of the seconds that a server wants to be left alone.
 _WAIT_DIGITS = 9
+# More tokens than any request can have.
+_MOST_TOKENS = 10**9
 
 T = TypeVar("T")
 
@@ -303,19 +305,24 @@ class LegUsage:
         """Believes the usage that the server tells, if it is one."""
         self.told = usage if isinstance(usage, dict) else self.told
         for name in ("prompt_tokens", "completion_tokens"):
-            if isinstance(usage, dict) and isinstance(usage.get(name), int):
-                setattr(self, name, usage[name])
+            if _is_count(self.told.get(name)):
+                setattr(self, name, self.told[name])
         details = self.told.get("prompt_tokens_details")
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
-        if isinstance(cached, int) and self.prompt_tokens is not None:
-            self.computed_tokens = self.prompt_tokens - cached
+        if _is_count(cached) and self.prompt_tokens is not None:
+            self.computed_tokens = max(self.prompt_tokens - cached, 0)
 
     def take_timings(self, timings: Any) -> None:
         """Believes llama-server's timings of a prompt, of which it has computed a part anew."""
         if isinstance(timings, dict):
             cached, computed = (timings.get(name) for name in wire.PROMPT_PARTS)
-            if isinstance(cached, int) and isinstance(computed, int):
+            if _is_count(cached) and _is_count(computed):
                 self.prompt_tokens, self.computed_tokens = cached + computed, computed
+
+
+def _is_count(told: Any) -> TypeGuard[int]:
+    """Whether what a server tells can be a number of tokens."""
+    return isinstance(told, int) and not isinstance(told, bool) and 0 <= told <= _MOST_TOKENS
 
 
 class Upstream:

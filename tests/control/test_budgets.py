@@ -223,6 +223,9 @@ def test_what_an_operator_says_of_a_budget(told: dict[str, Any], expected: Budge
         ({"tokens": 1.5}, "tokens is 1.5, expected a whole number"),
         ({"tokens": True}, "tokens is True"),
         ({"dollars": 1, "hours": 0}, "hours is 0"),
+        ({"dollars": 1, "hours": 1e-320}, "hours is 1e-320, expected 0.0003 to"),
+        ({"dollars": 1, "hours": 10**400}, "hours is 1000"),
+        ({"dollars": 1, "hours": 1, "requests": 10**400}, "requests is 1000"),
         ({"dollars": 1, "requests": 5}, "expected hours too"),
     ],
 )
@@ -252,3 +255,13 @@ def test_those_that_have_spent_most_are_told_behind_everything(store: Store) -> 
         assert (num, budgets.largest(budgets_of.get, 1)) == (4, (told[:1], 4))
         assert budgets.spent(mine) == Amount(50, 5)
         assert budgets.spent(ALL) == budgets.spent(Account("nobody", hour)) == Amount()
+
+
+def test_what_is_spent_beyond_all_reason_is_written_all_the_same(store: Store) -> None:
+    free = Account("everything", Budget(tokens=10))
+    with opened(store) as (budgets,):
+        for number in range(20):
+            budgets.reserve(f"r{number}", [free], Amount())
+            budgets.settle(f"r{number}", Amount(nano=10**18))
+        assert not budgets.trouble
+    assert held(store) == 0

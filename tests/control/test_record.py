@@ -36,7 +36,7 @@ def test_rows_of_every_kind_are_kept(store: Store) -> None:
     assert rows(store, "SELECT position, agrees FROM answer") == [(120, 1)]
     assert rows(store, "SELECT source, value FROM label") == [("gold", 1.0)]
     assert record.whose("a") == Whose(digest(KEY, "me"), None, None, is_rated=False)
-    assert record.whose("b") is None
+    assert record.whose("b") is None and record.whose("\ud800") is None
 
 
 def test_texts_that_a_store_cannot_hold_are_kept_as_far_as_it_can(store: Store) -> None:

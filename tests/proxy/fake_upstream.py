@@ -104,6 +104,8 @@ class Plan:
     """In which of the thought's tokens a tool call begins, and in which it ends."""
     mention: str = ""
     """What the answer begins with."""
+    told: str = ""
+    """JSON that its usage is told as, in place of the true one."""
     details: bool = False
     """Tells details of its usage: all tokens of its answer are of a thought, one was cached."""
     choices: str = ""
@@ -719,6 +721,9 @@ class _Writer:
 
     def usage(self) -> dict[str, Any]:
         """Both counts and their sum, and the details."""
+        if self.plan.told:
+            lie: dict[str, Any] = json.loads(self.plan.told)
+            return lie
         prompt, own = len(self.prompt_ids), self.num_tokens * self.num_choices
         details = {
             "prompt_tokens_details": {"cached_tokens": 1, "audio_tokens": None},

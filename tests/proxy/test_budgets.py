@@ -14,12 +14,22 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from haltwise import InputError
-from haltwise.control.tariffs import UNIT
+from haltwise.control.budgets import Budgets
+from haltwise.control.store import store_of
+from haltwise.control.tariffs import UNIT, Tariff
 from haltwise.proxy import ServeConfig, app, create_app
+from haltwise.proxy.billing import BudgetFile, Cashier, Size
+from haltwise.proxy.client import RefusedError
+from haltwise.proxy.completion import WatchedCompletion
+from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import tenant_of
+from haltwise.proxy.metrics import Metrics
+from haltwise.proxy.upstream import UpstreamLeg
+from haltwise.proxy.wire import UpstreamError
+from haltwise.session.thought import PointRules
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
-from tests.proxy.proxies import PATIENCE, Proxy, ask, proxied, saved_head, wait_until
+from tests.proxy.proxies import PATHS, PATIENCE, Proxy, ask, proxied, saved_head, wait_until
 
 #: Dollars of 1,000,000 tokens: a generated one costs 2,000 nano-dollars, and one of a prompt 1,000.
 TARIFFS = {"unit": UNIT, "models": {"fake": {"input": 1, "output": 2}}}
@@ -216,7 +226,7 @@ def test_what_a_right_answer_is_worth_is_a_price(serving: Serving, plan: Plan) -
     assert price("k", **{"X-Haltwise-Value": "0.002"}) == pytest.approx(1.0)
     assert price("k", **{"X-Haltwise-Price": "0.7"}) == 0.7
     assert price("p") == 0.3
-    for wrong in ("0", "-1", "nan", "inf", "much"):
+    for wrong in ("0", "-1", "nan", "inf", "much", "1e-320"):
         assert price("k", **{"X-Haltwise-Value": wrong}) == 400
     assert price("k", **{"X-Haltwise-Value": "1", "X-Haltwise-Price": "1"}) == 400
 
@@ -250,6 +260,150 @@ def test_a_reload_takes_other_budgets_of_tenants(tmp_path: Path) -> None:
     assert proxy.cashier.everything is not None
     assert proxy.cashier.everything.budget.requests is None
     proxy.cashier.budgets.close()
+
+
+CHAT, TEXT = PATHS[True], PATHS[False]
+PICTURE = [{"content": [{"type": "image_url"}]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        (CHAT, {"max_completion_tokens": 1, "max_tokens": 60}, (266, 60, 1)),
+        (CHAT, {"max_tokens": 60, "n_predict": 70}, (266, 70, 1)),
+        (CHAT, {"max_tokens": 60, "n_predict": -1}, (266, None, 1)),
+        (CHAT, {"n_predict": 70}, (266, None, 1)),
+        (CHAT, {"max_output_tokens": 1}, (266, None, 1)),
+        (CHAT, {"max_completion_tokens": 0, "max_tokens": 60}, (266, None, 1)),
+        (CHAT, {"max_tokens": "60"}, (266, None, 1)),
+        (CHAT, {"max_tokens": True}, (266, None, 1)),
+        (TEXT, {"max_completion_tokens": 1}, (266, None, 1)),
+        (TEXT, {"prompt": ["a", "b"], "n": 3, "max_tokens": 60}, (266, 60, 6)),
+        (TEXT, {"prompt": [[1, 2], [3]], "best_of": 2, "max_tokens": 60}, (266, 60, 4)),
+        (TEXT, {"prompt": [1, 2, 3], "max_tokens": 60}, (266, 60, 1)),
+        (CHAT, {"messages": PICTURE}, (1_000, None, 1)),
+        (CHAT, {"messages": 7, "chat_template": "{{ 'a' * 1000 }}"}, (1_000, None, 1)),
+        ("/v1/responses", {"input": PICTURE, "max_output_tokens": 60}, (1_000, 60, 1)),
+        ("/v1/responses", {"input": [{"type": "item_reference"}]}, (1_000, None, 1)),
+        ("/v1/responses", {"input": "a", "previous_response_id": "r"}, (1_000, None, 1)),
+        ("/v1/responses", {"max_tokens": 60}, (266, None, 1)),
+        ("/v1/fim/completions", {"max_tokens": 60}, (266, None, 1)),
+        ("/v1/embeddings", {"input": ["a"]}, (266, 0, 1)),
+        ("/v1/audio/transcriptions", {}, (1_000, None, 1)),
+    ],
+)
+def test_a_request_is_as_large_as_any_server_may_read_it(
+    path: str, body: Any, expected: tuple[int, int | None, int], tmp_path: Path
+) -> None:
+    file, rules = (
+        BudgetFile(written(tmp_path / "b", TOKENS)),
+        PointRules(sure_head().config.halting),
+    )
+    with closing(Budgets(store_of(tmp_path / "state"))) as budgets:
+        cashier = Cashier(budgets, file, {}, None, rules, 1_000, Metrics())
+        asked = {"model": "fake"} | body if body else {}
+        size, limit = cashier.size_of(path, 10, asked, is_watched=False, looks=False)
+        found = size(limit or 0)
+        assert (found.num_input, limit, found.num_choices) == expected
+        with pytest.raises(RefusedError, match="n is '3', expected a whole number"):
+            cashier.size_of(path, 10, {"n": "3"}, is_watched=False, looks=False)
+
+
+def test_a_first_leg_that_goes_on_unheard_is_held_back_too() -> None:
+    """Halted behind k of 100 tokens, both legs generate all that they may."""
+    tariff = Tariff.read({"input": 1, "output": 2})
+    held = Size(num_input=10, num_output=100, num_goes_on=1).spent()
+    assert held.input_tokens is not None and held.output_tokens is not None
+    most = tariff.cost(held.input_tokens, 0, held.output_tokens)
+    for k in range(101):
+        assert tariff.cost(10 + 10 + k + 64, 0, 100 + 100 - k) <= most
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        '{"prompt_tokens": -5, "completion_tokens": 3}',
+        '{"prompt_tokens": 5, "completion_tokens": -3}',
+        f'{{"prompt_tokens": {10**24}, "completion_tokens": 3}}',
+        f'{{"prompt_tokens": 5, "completion_tokens": {10**24}}}',
+        '{"prompt_tokens": NaN, "completion_tokens": "7"}',
+        f'{{"prompt_tokens": 5, "prompt_tokens_details": {{"cached_tokens": {-(10**24)}}}}}',
+    ],
+)
+@pytest.mark.parametrize("headers", [{}, NEVER])
+def test_a_usage_that_makes_no_sense_costs_what_was_seen(
+    serving: Serving, told: str, headers: dict[str, str]
+) -> None:
+    proxy = serving({"everything": {"dollars": 1, "tokens": 10**6}})
+    answer = ask(proxy.client, Plan("lies", told=told), headers=headers, stream=False)
+    assert answer.status == 200
+    assert 0 < account(proxy)["spent_nano"] < 10**9
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_an_answer_that_breaks_off_costs_no_looks_that_it_never_had(
+    serving: Serving, looks: bool
+) -> None:
+    proxy = serving({"everything": {"tokens": 10**12}}, looks=looks)
+    broken = Plan("broken", trouble="dies", at=2, legs=(1,))
+    assert ask(proxy.client, broken, stream=False).status == 502
+    assert 2 < account(proxy)["spent_tokens"] < 2_000
+
+
+def test_other_endpoints_cost_all_that_they_can(serving: Serving) -> None:
+    proxy = serving({"everything": {"tokens": 10**6}}, context=500)
+    asked = {"model": "fake"}
+    assert proxy.client.post("/v1/echo", json=asked).status_code == 203
+    assert account(proxy)["spent_tokens"] == len(json.dumps(asked, separators=(",", ":"))) + 756
+    proxy.client.post("/v1/messages/count_tokens", json=asked)
+    assert account(proxy)["requests"] == 1
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+def test_more_answers_than_can_be_counted_are_refused(
+    serving: Serving, plan: Plan, name: str
+) -> None:
+    proxy = serving({"everything": {"dollars": 1}})
+    more: Any = {name: 10**30}
+    assert ask(proxy.client, plan, **more).status == 429
+
+
+def test_a_server_that_is_lost_later_has_not_answered_for_nothing(
+    serving: Serving, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = WatchedCompletion.whole
+
+    async def lost(completion: WatchedCompletion, first: UpstreamLeg) -> Any:
+        await whole(completion, first)
+        raise UpstreamError("unreachable", "upstream cannot be reached")
+
+    monkeypatch.setattr(WatchedCompletion, "whole", lost)
+    proxy = serving({"everything": {"tokens": 10**6}})
+    assert ask(proxy.client, plan, stream=False).status == 502
+    assert account(proxy)["spent_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("chat", "limits", "expected"),
+    [
+        (True, {}, {"max_tokens": 9}),
+        (True, {"max_completion_tokens": 20}, {"max_completion_tokens": 9}),
+        (False, {"max_completion_tokens": 20}, {"max_completion_tokens": 9, "max_tokens": 9}),
+        (True, {"max_tokens": 20, "n_predict": 30}, {"max_tokens": 9, "n_predict": 9}),
+        (True, {"max_tokens": 20, "n_predict": 5}, {"max_tokens": 9, "n_predict": 5}),
+        (True, {"max_tokens": -1}, {"max_tokens": 9}),
+    ],
+)
+def test_a_limit_is_set_wherever_a_server_may_heed_it(
+    chat: bool, limits: Any, expected: Any
+) -> None:
+    assert CompletionRequest(chat, limits).limited(9).body == expected
+
+
+def test_a_client_that_sets_a_limit_learns_that_nobody_keeps_it(tmp_path: Path) -> None:
+    with proxied(ServeConfig(head=saved_head(tmp_path / "head"))) as proxy:
+        found = ask(proxy.client, Plan("a"), headers={"X-Haltwise-Max-Cost": "1"})
+    assert found.status == 400 and b"expected a proxy with --budgets" in found.body
 
 
 def settings(tmp_path: Path, **more: Any) -> ServeConfig:

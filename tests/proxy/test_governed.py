@@ -355,15 +355,18 @@ def test_labels_are_the_operators_and_know_the_right_answer(
     said: Any = {"request": full.headers["x-haltwise-request"], "gold": "nothing of it"}
     codes = [
         looking.client.post("/v1/haltwise/labels", headers=key, json=said | more).status_code
-        for more in ({"gold": 7}, {"request": "other"}, {}, {})
+        for more in ({"gold": 7}, {"request": "other"}, {"self": 1}, {}, {})
     ]
-    assert codes == [400, 400, 204, 400]
+    assert codes == [400, 400, 400, 204, 400]
     wait_until(lambda: told()["labels_due"] == 0)
     verdict = said | {"source": "judge", "right": {"full": 1}}
     del verdict["gold"]
     assert looking.client.post("/v1/haltwise/labels", headers=key, json=verdict).status_code == 400
     found = told()["groups"]["everything"]["by_price"]
-    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 4
+    assert {one["loss"]["estimate"] for one in found} == {0.0} and told()["refused"] == 5
+    for page in ("feedback", "breaker"):
+        odd = looking.client.post(f"/v1/haltwise/{page}", headers=key, json={"self": 1})
+        assert odd.status_code == 400
 
 
 def test_what_nobody_watches_after_all_is_no_audit_and_has_a_row(
@@ -448,6 +451,18 @@ def test_a_session_that_asks_again_is_followed(serving: Governed, plan: Plan) ->
     control = looking.client.get("/v1/haltwise/control").json()
     assert control["failures"] == 0
     wait_until(lambda: looking.client.get("/v1/haltwise/control").json()["dials"] == 1)
+
+
+def test_who_asks_again_for_want_of_an_answer_doubts_none(serving: Governed) -> None:
+    looking = serving(control="apply", follow_doubts=True)
+    for trouble in ("500", "dies"):
+        failing = Plan(f"x{trouble}", trouble=trouble, legs=(1,))
+        for _ in range(2):
+            ask(looking.client, failing, stream=False, headers={"X-Haltwise-Session": trouble})
+    ask(looking.client, Plan("y"))  # its entry comes behind theirs
+    told = looking.client.get
+    wait_until(lambda: told("/v1/haltwise/control").json()["groups"]["everything"]["audits"] == 1)
+    assert told("/v1/haltwise/control").json()["dials"] == 0
 
 
 def test_without_a_key_or_a_control_nobody_tells_anything(

@@ -75,6 +75,7 @@ def test_it_falls_late_and_slowly_and_unknown_moves_nothing() -> None:
         (b"sglang:num_queue_reqs 4", 4),
         (b"other 4", None),
         (b"vllm:num_requests_waiting NaN", None),
+        (b'vllm:num_requests_waiting 1e308\nvllm:num_requests_waiting{engine="1"} 1e308', None),
         (b"vllm:num_requests_waiting", None),
         (b"<html>\xff", None),
         (b"", None),
