@@ -6,7 +6,7 @@ The embedded LM is served by llama-server, and `haltwise serve --control apply` 
 Clients ask some thousands of questions, from the middle on of another kind too. The right answers
 are known to the driver alone, which tells them as an operator would: of the audits that wait for a
 label. What is lost in truth is measured aside: a sample of the questions is answered once more, in
-full, by the server itself.
+full, by the server itself. All answers are sampled, as the embedded LM makes no mistakes otherwise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LiveConfig:
     """The share of requests that is audited until the governor is settled."""
     at_once: int = 8
     """The number of requests at a time."""
-    sample: int = 300
+    sample: int = 600
     """The number of requests of each half whose loss is measured in truth."""
     head: Path = EMBEDDED.parent / "embedded-blind-head"
     """The folder of the head."""
@@ -134,7 +134,7 @@ async def _ask(
     client: httpx2.AsyncClient, question: Question, **headers: str
 ) -> tuple[Served, str]:
     """Asks a question; returns what came of it, and the request's id."""
-    body = {"model": NAME, "messages": _message(question), "temperature": 0}
+    body = {"model": NAME, "messages": _message(question), "temperature": 1}
     found = await client.post("/v1/chat/completions", json=body, headers=headers)
     told = found.raise_for_status().json()
     usage = told["usage"]
