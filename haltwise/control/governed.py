@@ -15,9 +15,8 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -27,10 +26,9 @@ from haltwise.control.audit_traces import AuditTraces, DenseAudit
 from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
-from haltwise.control.books import Awaited, Books, Entry
+from haltwise.control.books import Awaited, Entry
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
-from haltwise.control.governor import Promise
 from haltwise.control.groups import (
     EVERYTHING,
     BrokenOff,
@@ -43,13 +41,19 @@ from haltwise.control.groups import (
     Told,
 )
 from haltwise.control.history import History
-from haltwise.control.installation import installation_key, key_file_of
-from haltwise.control.library import Library, Note, Shelved, promotable
+from haltwise.control.library import Note, Shelved, promotable
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.status import group_status, head_status, price_of
-from haltwise.control.store import store_of
 from haltwise.control.telemetry import Telemetry
+from haltwise.control.verdicts import (
+    FULL,
+    JUDGES,
+    check_verdicts,
+    due_until,
+    places_due,
+    told_by_labels,
+)
 from haltwise.errors import InputError, reason_of
 from haltwise.policy.certificate import Certificate
 from haltwise.policy.head import HaltHead
@@ -70,27 +74,9 @@ _TENANT, _OF_TASK = "tenant:", " task:"
 _MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
 _COUNTED_AT = 100
-# How the answer is called that nothing has cut short.
-_FULL = "full"
 # Audits that are told of those that wait for labels.
 _MOST_TOLD = 1_000
-# Share of requests that is audited at rest, and on alert.
-_REST = 0.025
-_ALERT = 0.5
-# Who may hold answers to be right beside those that know the right one.
-_JUDGES = ("judge", "test")
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
-
-
-@dataclass(frozen=True)
-class KeptTraces:
-    """Which audits are kept as traces, and where."""
-
-    folder: Path
-    share: float
-    """Share of the audits that are dense, which alone are kept."""
-    content: bool = False
-    """Whether questions, answers and texts are kept as they are, and not as digests."""
 
 
 @dataclass(frozen=True)
@@ -501,7 +487,7 @@ class GovernedControl:
         positions = replay.positions.tolist()
         answers = [halted.get(at) or full for at in positions]
         digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
-        places = tuple(str(at) if halted.get(at) else _FULL for at in positions)
+        places = tuple(str(at) if halted.get(at) else FULL for at in positions)
         return Awaited(digests, self.clock() + self.label_seconds, places)
 
     def _note(
@@ -641,7 +627,7 @@ class GovernedControl:
         """
         try:
             known = isinstance(request, str) and isinstance(right, dict)
-            if others or not known or source not in _JUDGES:
+            if others or not known or source not in JUDGES:
                 raise InputError(
                     'expected {"request": "ID", "source": "judge" or "test", '
                     '"right": {"full": 0 to 1, "POSITION": 0 to 1, ...}}'
@@ -649,7 +635,7 @@ class GovernedControl:
             found = self._awaiting(request) if isinstance(request, str) else {}
             if not found or request in self._labelled:
                 raise InputError(f"no label of request {request!r:.80} is waited for")
-            _check_verdicts(right, _places_due(found))
+            check_verdicts(right, places_due(found))
         except InputError:
             self.num_refused += 1
             raise
@@ -657,7 +643,7 @@ class GovernedControl:
         self._put({n: self._judged_entry(request, *one, right) for n, one in found.items()})
         try:
             for place, value in right.items():
-                at = 0 if place == _FULL else int(place)
+                at = 0 if place == FULL else int(place)
                 self.record.put(LabelRow(request, at, source, value, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
@@ -669,7 +655,7 @@ class GovernedControl:
         forced, and the seconds since 1970 until when it waits.
         """
         told = [
-            {"request": request, "places": _places_due(found), "until": _until(found)}
+            {"request": request, "places": places_due(found), "until": due_until(found)}
             for request in self._all_awaited()
             if request not in self._labelled and (found := self._awaiting(request))
         ]
@@ -692,14 +678,14 @@ class GovernedControl:
         """Returns what a right answer says about an audit: digests tell who was right."""
         right = digest(self.key, gold.compared)
         *halted, full = [float(answer == right) for answer in awaited.answers]
-        return _told_by_labels(request, replace(audit, right=np.array(halted), full_right=full))
+        return told_by_labels(request, replace(audit, right=np.array(halted), full_right=full))
 
     def _judged_entry(
         self, request: str, audit: Audit, awaited: Awaited, right: Mapping[str, float]
     ) -> Entry:
         """Returns what verdicts by place say about an audit."""
         halted = np.array([float(right.get(place, np.nan)) for place in awaited.places])
-        return _told_by_labels(request, replace(audit, right=halted, full_right=right[_FULL]))
+        return told_by_labels(request, replace(audit, right=halted, full_right=right[FULL]))
 
     def _expire(self) -> None:
         """Waits no longer for labels that are late: what they would say counts as lost."""
@@ -708,7 +694,7 @@ class GovernedControl:
         for request in waiting:
             if request not in self._labelled:
                 found = self._awaiting(request)
-                if found and _until(found) < self.clock():
+                if found and due_until(found) < self.clock():
                     self._labelled.add(request)
                     self._put(dict.fromkeys(found, Entry(Expired(request))))
 
@@ -905,40 +891,6 @@ def _keep(newest: OrderedDict[str, T], request: str, what: T) -> None:
         newest.popitem(last=False)
 
 
-def _told_by_labels(request: str, known: Audit) -> Entry:
-    """Returns what an audit tells once it is known how right its answers are."""
-    losses = tuple(known.losses[_NET].tolist())
-    return Entry(Told(request, losses, (False,) * len(losses)), known)
-
-
-def _places_due(found: Mapping[str, tuple[Audit, Awaited]]) -> list[str]:
-    """Returns the places of an audit's answers that differ, each once; the full answer is one."""
-    pairs = (
-        pair
-        for audit, awaited in found.values()
-        for pair in zip(awaited.places, audit.due, strict=False)  # an older one has no places
-    )
-    return list(dict.fromkeys([_FULL, *(place for place, due in pairs if due)]))
-
-
-def _until(found: Mapping[str, tuple[Audit, Awaited]]) -> float:
-    """Returns the seconds since 1970 until when labels are waited for."""
-    return max(awaited.until for _, awaited in found.values())
-
-
-def _check_verdicts(right: Mapping[Any, Any], places: Sequence[str]) -> None:
-    """Refuses verdicts that are not about all places, or no shares.
-
-    Raises:
-        InputError: If they are.
-    """
-    if set(right) != set(places) or len(places) < 2:
-        raise InputError(f"right is about {sorted(right)!s:.80}, expected {', '.join(places)}")
-    for place, value in right.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise InputError(f"right of {place} is {value!r:.40}, expected a number from 0 to 1")
-
-
 def groups_of(request: ThoughtRequest) -> list[str]:
     """Returns the names of the groups that a request is in, beside everything.
 
@@ -951,109 +903,6 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
     of_task = f"{_OF_TASK}{task}" if task else ""
     return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
-
-
-def open_control(
-    head: HaltHead,
-    mode: Mode,
-    state: str | Path,
-    target: float,
-    audit: float,
-    usual_price: float,
-    most_tokens: int,
-    label_seconds: float = 0.0,
-    kept: KeptTraces | None = None,
-    key_file: Path | None = None,
-    telemetry: Telemetry | None = None,
-    challengers: Sequence[HaltHead] = (),
-) -> GovernedControl:
-    """Returns a control whose books and record are in a store, which is made if it is not there.
-
-    Args:
-        head: The policy.
-        mode: Whether it only looks, or moves prices.
-        state: The store, see `store_of`.
-        target: The mean loss that is promised.
-        audit: Share of requests that is audited; 0, in observe mode alone, for none.
-        usual_price: The price of requests that name none.
-        most_tokens: The most tokens that an answer can have.
-        label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
-        kept: Which audits are kept as traces, and where; None keeps none.
-        key_file: Has the installation's key, and is made if it is not there; by default one beside
-            the store's file.
-        telemetry: Is told of every request too; the control closes it.
-        challengers: Heads that replay all audits too, and may be promoted.
-
-    Raises:
-        InputError: If a value is out of its range, or a file or the store cannot be used.
-    """
-    if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
-        raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
-    if not 0 <= label_seconds < np.inf:
-        raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
-    if kept is not None and not 0 < kept.share <= 1:
-        raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
-    share = audit or 1.0
-    promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
-    store = store_of(state)
-    key = installation_key(key_file or key_file_of(state))
-    traces = None
-    if kept is not None:
-        traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
-    heads = {one.digest: one for one in (head, *challengers)}
-    begun = {name: _begun_books(one, promise, most_tokens) for name, one in heads.items()}
-    kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
-    history = History(kind, usual_price if mode == "observe" else None)
-    first = Library(head.digest, {head.digest: begun[head.digest]})
-    keeper = Bookkeeper(store, first, {}, history.note)
-    if keeper.library.champion not in heads:
-        keeper.close()
-        raise InputError(
-            "the state is about another head: expected the head that it serves as --head or as "
-            "--challenger, or a state of its own"
-        )
-    joins = {name: one for name, one in begun.items() if name not in keeper.library.shelf}
-    if joins:
-        keeper.put(Note(joins=joins))
-    return GovernedControl(
-        heads,
-        mode,
-        keeper,
-        Record(store, tell=None if telemetry is None else telemetry.tell),
-        key,
-        audit,
-        usual_price,
-        history,
-        label_seconds=label_seconds,
-        traces=traces,
-        dense_audits=0.0 if kept is None else kept.share,
-        telemetry=telemetry,
-    )
-
-
-def _begun_books(head: HaltHead, promise: Promise, most_tokens: int) -> Shelved:
-    """Returns the books of a head that no audit has told anything about."""
-    prices = prices_of(head)
-    certified = _certified(head, prices, promise.target)
-    groups = Groups.begin(promise, len(prices), certified=certified)
-    books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
-    return Shelved(books, tuple(prices.tolist()))
-
-
-def _room_for_looks(head: HaltHead) -> int:
-    """Returns how much longer than an answer all that is generated for it can be.
-
-    What looks for more tokens than it watches is not worth its looks.
-    """
-    return 2 if head.config.halting.probing == "always" else 1
-
-
-def _certified(head: HaltHead, prices: Float, target: float) -> int:
-    """Returns how many prices the head's certificate vouches for, if it bounds the same loss."""
-    certificate = head.config.certificate
-    if certificate is None or certificate.price is None or certificate.max_em_drop > target:
-        return 0
-    return int(np.searchsorted(prices, certificate.price, side="right"))
 
 
 def _name_of(certificate: Certificate | None) -> str | None:

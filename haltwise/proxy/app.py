@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.control.budgets import Budget, Budgets
-from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
+from haltwise.control.governed import GovernedControl, Mode
+from haltwise.control.opening import KeptTraces, open_control
 from haltwise.control.store import store_of
 from haltwise.control.tariffs import Tariffs
 from haltwise.control.telemetry import Telemetry

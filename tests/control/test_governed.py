@@ -17,8 +17,9 @@ from haltwise import Certificate, HaltHead, InputError, Terms, ThoughtReport, Th
 from haltwise.control import governed as module
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
-from haltwise.control.governed import GovernedControl, KeptTraces, Mode, open_control
+from haltwise.control.governed import GovernedControl, Mode
 from haltwise.control.groups import EVERYTHING
+from haltwise.control.opening import KeptTraces, open_control
 from haltwise.control.replay import prices_of
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import NEVER, PointRules

@@ -1,0 +1,146 @@
+"""Opens a control whose books and record are in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from haltwise.control.audit_traces import AuditTraces
+from haltwise.control.betting import Float
+from haltwise.control.bookkeeper import Bookkeeper
+from haltwise.control.books import Books
+from haltwise.control.estimates import LOSSES
+from haltwise.control.governed import GovernedControl, Mode
+from haltwise.control.governor import Promise
+from haltwise.control.groups import Groups
+from haltwise.control.history import History
+from haltwise.control.installation import installation_key, key_file_of
+from haltwise.control.library import Library, Note, Shelved
+from haltwise.control.record import Record
+from haltwise.control.replay import prices_of
+from haltwise.control.store import store_of
+from haltwise.control.telemetry import Telemetry
+from haltwise.errors import InputError
+from haltwise.policy.head import HaltHead
+
+# Share of requests that is audited at rest, and on alert.
+_REST = 0.025
+_ALERT = 0.5
+_NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+
+
+@dataclass(frozen=True)
+class KeptTraces:
+    """Which audits are kept as traces, and where."""
+
+    folder: Path
+    share: float
+    """Share of the audits that are dense, which alone are kept."""
+    content: bool = False
+    """Whether questions, answers and texts are kept as they are, and not as digests."""
+
+
+def open_control(
+    head: HaltHead,
+    mode: Mode,
+    state: str | Path,
+    target: float,
+    audit: float,
+    usual_price: float,
+    most_tokens: int,
+    label_seconds: float = 0.0,
+    kept: KeptTraces | None = None,
+    key_file: Path | None = None,
+    telemetry: Telemetry | None = None,
+    challengers: Sequence[HaltHead] = (),
+) -> GovernedControl:
+    """Returns a control whose books and record are in a store, which is made if it is not there.
+
+    Args:
+        head: The policy.
+        mode: Whether it only looks, or moves prices.
+        state: The store, see `store_of`.
+        target: The mean loss that is promised.
+        audit: Share of requests that is audited; 0, in observe mode alone, for none.
+        usual_price: The price of requests that name none.
+        most_tokens: The most tokens that an answer can have.
+        label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
+        kept: Which audits are kept as traces, and where; None keeps none.
+        key_file: Has the installation's key, and is made if it is not there; by default one beside
+            the store's file.
+        telemetry: Is told of every request too; the control closes it.
+        challengers: Heads that replay all audits too, and may be promoted.
+
+    Raises:
+        InputError: If a value is out of its range, or a file or the store cannot be used.
+    """
+    if not 0 < audit <= 1 and not (audit == 0 and mode == "observe"):
+        raise InputError(f"audit is {audit}, expected above 0 and at most 1; 0 in observe mode")
+    if not 0 <= label_seconds < np.inf:
+        raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
+    if kept is not None and not 0 < kept.share <= 1:
+        raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
+    share = audit or 1.0
+    promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
+    store = store_of(state)
+    key = installation_key(key_file or key_file_of(state))
+    traces = None
+    if kept is not None:
+        traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
+    heads = {one.digest: one for one in (head, *challengers)}
+    begun = {name: _begun_books(one, promise, most_tokens) for name, one in heads.items()}
+    kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
+    history = History(kind, usual_price if mode == "observe" else None)
+    first = Library(head.digest, {head.digest: begun[head.digest]})
+    keeper = Bookkeeper(store, first, {}, history.note)
+    if keeper.library.champion not in heads:
+        keeper.close()
+        raise InputError(
+            "the state is about another head: expected the head that it serves as --head or as "
+            "--challenger, or a state of its own"
+        )
+    joins = {name: one for name, one in begun.items() if name not in keeper.library.shelf}
+    if joins:
+        keeper.put(Note(joins=joins))
+    return GovernedControl(
+        heads,
+        mode,
+        keeper,
+        Record(store, tell=None if telemetry is None else telemetry.tell),
+        key,
+        audit,
+        usual_price,
+        history,
+        label_seconds=label_seconds,
+        traces=traces,
+        dense_audits=0.0 if kept is None else kept.share,
+        telemetry=telemetry,
+    )
+
+
+def _begun_books(head: HaltHead, promise: Promise, most_tokens: int) -> Shelved:
+    """Returns the books of a head that no audit has told anything about."""
+    prices = prices_of(head)
+    certified = _certified(head, prices, promise.target)
+    groups = Groups.begin(promise, len(prices), certified=certified)
+    books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
+    return Shelved(books, tuple(prices.tolist()))
+
+
+def _room_for_looks(head: HaltHead) -> int:
+    """Returns how much longer than an answer all that is generated for it can be.
+
+    What looks for more tokens than it watches is not worth its looks.
+    """
+    return 2 if head.config.halting.probing == "always" else 1
+
+
+def _certified(head: HaltHead, prices: Float, target: float) -> int:
+    """Returns how many prices the head's certificate vouches for, if it bounds the same loss."""
+    certificate = head.config.certificate
+    if certificate is None or certificate.price is None or certificate.max_em_drop > target:
+        return 0
+    return int(np.searchsorted(prices, certificate.price, side="right"))
