@@ -229,7 +229,10 @@ def test_bad_input_is_refused() -> None:
         ({"questions": []}, "no questions"),
         ({"questions": empty_gold}, "question q9: gold answer ' ' is empty"),
         ({"price": 0.0}, "price is 0.0"),
-        ({"halting": halting("at_halt")}, "groups confidence, tokens, agreement need"),
+        (
+            {"halting": halting("at_halt")},
+            "shows no forced answer: .* no feature group confidence, tokens, agreement",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             HaltEnv(**arguments(**changes))
