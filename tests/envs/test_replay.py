@@ -212,7 +212,7 @@ def test_what_is_told_of_an_episode_that_is_over(worked_example: Traces) -> None
 
 def test_features_of_answers_that_nobody_paid_for_are_refused(random_traces: Traces) -> None:
     with pytest.raises(
-        InputError, match="shows no forced answer: .* no feature group confidence, agreement"
+        InputError, match=r"shows no forced answer: .* no feature group confidence, agreement"
     ):
         ReplayEnv(random_traces, observing_of(random_traces, FEW), under("at_halt"), 2)
 
