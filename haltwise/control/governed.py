@@ -76,7 +76,7 @@ _MOST_RECENT = 10_000
 _COUNTED_AT = 100
 # Audits that are told of those that wait for labels.
 _MOST_TOLD = 1_000
-_NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+_DISAGREEMENT = LOSSES.index("disagreement")
 
 
 @dataclass(frozen=True)
