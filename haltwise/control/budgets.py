@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from haltwise.control.groups import EVERYTHING
 from haltwise.control.record import TABLES
 from haltwise.control.store import Connection, Store, Transactions
 from haltwise.control.tariffs import NANO
@@ -28,14 +29,12 @@ log = logging.getLogger("haltwise.control")
 
 T = TypeVar("T")
 
-#: The account of all requests, and its scope.
-EVERYTHING = "everything"
 # Seconds for which a process answers for what it holds, and after which it says so again.
 _LEASE, _RENEWS = 60.0, 15.0
 # Seconds for which accounts are kept behind the end of their window.
 _KEPT = 30 * 86_400.0
-# The most of anything, which all stores can hold with room for sums.
-_MOST = 10**18
+#: The most of anything, which all stores can hold with room for sums.
+MOST = 10**18
 # The least of a window: a second, and a request.
 _LEAST = {"hours": 0.0003, "requests": 1}
 _KEYS = ("dollars", "tokens", "hours", "requests")
@@ -59,8 +58,8 @@ class Amount:
             InputError: If one is negative, no whole number or beyond all reason.
         """
         for value in (self.nano, self.tokens):
-            if not isinstance(value, int) or not 0 <= value <= _MOST:
-                raise InputError(f"amount is {value!r:.40}, expected a whole number, 0 to {_MOST}")
+            if not isinstance(value, int) or not 0 <= value <= MOST:
+                raise InputError(f"amount is {value!r:.40}, expected a whole number, 0 to {MOST}")
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,17 @@ class Budget:
             if key in ("tokens", "requests") and value != int(value):
                 raise InputError(f"{key} is {value}, expected a whole number")
             least = _LEAST.get(key)
-            if least is not None and not least <= value <= _MOST:
-                raise InputError(f"{key} is {value!r:.40}, expected {least} to {_MOST:.0e}")
+            if least is not None and not least <= value <= MOST:
+                raise InputError(f"{key} is {value!r:.40}, expected {least} to {MOST:.0e}")
         if "requests" in told and "hours" not in told:
             raise InputError("requests are given, expected hours too, the window to pace")
         dollars, tokens = told.get("dollars"), told.get("tokens")
-        nano = None if dollars is None else round(min(dollars * NANO, _MOST))
+        nano = None if dollars is None else round(min(dollars * NANO, MOST))
         if nano == 0:
             raise InputError(f"dollars is {dollars}, expected a billionth at least")
         return cls(
             nano,
-            None if tokens is None else min(int(tokens), _MOST),
+            None if tokens is None else min(int(tokens), MOST),
             3600.0 * told.get("hours", math.inf),
             None if told.get("requests") is None else int(told["requests"]),
         )
@@ -138,7 +137,7 @@ class Standing:
 
     account: Account
     left: Amount
-    """What is neither spent nor held back; `_MOST` where there is no limit."""
+    """What is neither spent nor held back; `MOST` where there is no limit."""
     requests: int
     """Requests of this window so far."""
     until: float
@@ -400,7 +399,7 @@ def _finite(until: float) -> float | None:
 
 
 def _left(limit: int | None, gone: int) -> int:
-    return _MOST if limit is None else max(limit - gone, 0)
+    return MOST if limit is None else max(limit - gone, 0)
 
 
 def _settled(opened: Connection, request: str, spent: Amount | None) -> bool:
@@ -428,9 +427,9 @@ def _settled(opened: Connection, request: str, spent: Amount | None) -> bool:
             "WHERE id = ?",
             nano,
             tokens,
-            _MOST,
+            MOST,
             cost.nano,
-            _MOST,
+            MOST,
             cost.tokens,
             account,
         )

@@ -14,7 +14,7 @@ import anyio.to_thread
 
 from haltwise import InputError
 from haltwise.control.budgets import (
-    EVERYTHING,
+    MOST,
     Account,
     Amount,
     Budget,
@@ -22,9 +22,11 @@ from haltwise.control.budgets import (
     ShortError,
     Standing,
 )
+from haltwise.control.groups import EVERYTHING
 from haltwise.control.pacing import Pace
 from haltwise.control.tariffs import NANO, Tariff, Tariffs, read_object
 from haltwise.proxy.client import RefusedError
+from haltwise.proxy.client_terms import unknown_tariff
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.wire import Json, RawHeaders
 from haltwise.session.request import Spent
@@ -55,8 +57,6 @@ _REFERRING = ("previous_response_id", "conversation", "chat_template")
 # What is text of a body's own, among the parts of messages and among an input's items.
 _TEXTS = ("text", "input_text", "output_text")
 _ITEMS = ("message", "function_call")
-# The most of anything that an amount can have.
-_MOST = 10**18
 
 
 class BudgetFile:
@@ -298,7 +298,7 @@ class Cashier:
         own = self._file.by_scope.get("request", Budget())
         if most is None:
             return own
-        nano = round(min(most * NANO, _MOST))
+        nano = round(min(most * NANO, MOST))
         return Budget(nano if own.nano is None else min(nano, own.nano), own.tokens)
 
     def _tariff(self, model: str, budgets: list[Budget]) -> Tariff | None:
@@ -309,8 +309,7 @@ class Cashier:
         """
         found = None if self._tariffs is None else self._tariffs.of(model)
         if found is None and any(budget.nano is not None for budget in budgets):
-            message = f"nobody has said what the tokens of model {model!r:.80} cost"
-            raise RefusedError(400, "unknown_tariff", message)
+            raise unknown_tariff(model)
         return found
 
     def _refused(self, short: ShortError) -> RefusedError:
@@ -382,7 +381,7 @@ def _amount(tariff: Tariff | None, spent: Spent, most: Spent) -> Amount:
     nano = 0
     if tariff is not None:
         nano = tariff.cost(num_input, spent.cached_tokens or 0, num_output)
-    return Amount(min(nano, _MOST), min(num_input + num_output, _MOST))
+    return Amount(min(nano, MOST), min(num_input + num_output, MOST))
 
 
 def _affordable(
@@ -406,8 +405,8 @@ def _check(budget: Budget, amount: Amount) -> None:
         ShortError: If it may not.
     """
     left = Amount(
-        _MOST if budget.nano is None else budget.nano,
-        _MOST if budget.tokens is None else budget.tokens,
+        MOST if budget.nano is None else budget.nano,
+        MOST if budget.tokens is None else budget.tokens,
     )
     if amount.nano > left.nano or amount.tokens > left.tokens:
         raise ShortError(Standing(Account("request", budget), left, 0, math.inf, 0.0))

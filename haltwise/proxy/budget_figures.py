@@ -11,7 +11,8 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from haltwise import InputError
-from haltwise.control.budgets import EVERYTHING, Amount, Budget
+from haltwise.control.budgets import Amount, Budget
+from haltwise.control.groups import EVERYTHING
 from haltwise.control.tariffs import NANO
 from haltwise.proxy.billing import Cashier
 

@@ -57,13 +57,18 @@ def terms_of(
         return terms
     tariff = None if tariffs is None else tariffs.of(model)
     if tariff is None:
-        message = f"nobody has said what the tokens of model {model!r:.80} cost"
-        raise RefusedError(400, "unknown_tariff", message)
+        raise unknown_tariff(model)
     try:
         return replace(terms, price=tariff.price_of(value), segment_prices={})
     except InputError as error:
         message = f"X-Haltwise-Value: {value} dollars: {error}"
         raise RefusedError(400, "invalid_request_error", message) from None
+
+
+def unknown_tariff(model: str) -> RefusedError:
+    """What a client is told that names an LM of which nobody knows what its tokens cost."""
+    message = f"nobody has said what the tokens of model {model!r:.80} cost"
+    return RefusedError(400, "unknown_tariff", message)
 
 
 def dollars_named(name: str, told: str | None) -> float | None:
