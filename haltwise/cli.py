@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from haltwise import InputError, __version__
-from haltwise.control.status import promote, read_library, table_of
+from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
 from haltwise.errors import needing, what_failed
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Runs `haltwise serve` or `haltwise status`, or tells the version.
+    """Runs one of haltwise's commands, or tells the version.
 
     What a person got wrong is told in one line on stderr, with status 2.
     """
@@ -32,12 +32,19 @@ def main() -> None:
     about = "tell what a control knows: what every group loses, saves and is served"
     status = commands.add_parser("status", help=about, description=about)
     status.add_argument("--state", required=True, help="that of haltwise serve")
-    about = "let another head serve, of those that a control knows"
+    about = "let a challenger that is known to be better serve, step by step until all"
     promoting = commands.add_parser("promote", help=about, description=about)
-    promoting.add_argument("--state", required=True, help="that of haltwise serve")
-    told = "as much of its digest as tells it from others; previous for the head before"
-    promoting.add_argument("--head", required=True, help=told)
-    promoting.add_argument("--anyway", action="store_true", help="whatever is known of it")
+    promoting.add_argument("--anyway", action="store_true", help="all at once, whatever is known")
+    about = "let a challenger serve a share of all requests, until a rollback"
+    experiment = commands.add_parser("experiment", help=about, description=about)
+    experiment.add_argument("--share", type=float, default=0.5, help="of sessions, users, requests")
+    for parser_of_head in (promoting, experiment):
+        parser_of_head.add_argument("--state", required=True, help="that of haltwise serve")
+        told = "as much of its digest as tells it from others"
+        parser_of_head.add_argument("--head", required=True, help=told)
+    about = "take back the newest step: of the challenger that serves, else of the champion"
+    rolling = commands.add_parser("rollback", help=about, description=about)
+    rolling.add_argument("--state", required=True, help="that of haltwise serve")
     known, settings = parser.parse_known_args()
     if known.command != "serve" and settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
@@ -45,7 +52,11 @@ def main() -> None:
         if known.command == "status":
             print(table_of(read_library(known.state)))
         elif known.command == "promote":
-            print(f"{promote(known.state, known.head, known.anyway)} serves from now on")
+            print(promote(known.state, known.head, known.anyway))
+        elif known.command == "experiment":
+            print(begin_experiment(known.state, known.head, known.share))
+        elif known.command == "rollback":
+            print(roll_back(known.state))
         else:
             serve(_serve_config(settings))
     except (InputError, OSError) as error:

@@ -17,9 +17,9 @@ from typing import Literal
 from haltwise.errors import InputError
 
 #: What is drawn: whether a request is audited; whether an audit is dense, with an answer at every
-#: decision point; whether a question is kept back from training; which of two prices is served.
-#: Draws of two purposes have nothing to do with each other.
-Purpose = Literal["audit", "dense", "split", "price"]
+#: decision point; whether a question is kept back from training; which of two prices is served;
+#: which of two heads serves. Draws of two purposes have nothing to do with each other.
+Purpose = Literal["audit", "dense", "split", "price", "arm"]
 # Bytes of a key that nobody guesses.
 _FEWEST_BYTES = 16
 

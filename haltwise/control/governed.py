@@ -27,6 +27,7 @@ from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.books import Awaited, Entry
+from haltwise.control.canary import Canary
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.groups import (
@@ -41,9 +42,10 @@ from haltwise.control.groups import (
     Told,
 )
 from haltwise.control.history import History
-from haltwise.control.library import Note, Shelved, promotable
+from haltwise.control.library import Note, Shelved, experiment, promotion, rollback
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
+from haltwise.control.roster import Roster
 from haltwise.control.status import group_status, head_status, price_of
 from haltwise.control.telemetry import Telemetry
 from haltwise.control.verdicts import (
@@ -65,6 +67,8 @@ T = TypeVar("T")
 
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
+#: Whether a challenger that is known to be better waits for a person, or begins to serve by itself.
+Promotion = Literal["ask", "auto"]
 _LONGEST_NAME = 100
 # How OpenTelemetry calls what the proxy's endpoints do.
 _OPERATIONS = {"chat": "chat", "completions": "text_completion"}
@@ -87,6 +91,10 @@ class Rater:
     """Its tenant's group; empty if it has none."""
     user: str = ""
     """The name of its user's dial; empty if it has none."""
+    head: str | None = None
+    """The head that has served it, where that was drawn; None is unknown."""
+    probability: float | None = None
+    """With which that was drawn."""
 
     def says(self, score: float) -> Rated | Complained:
         """Returns what a score says: a user moves its own dial alone."""
@@ -139,6 +147,8 @@ class GovernedControl:
     """Share of the audits that are dense."""
     telemetry: Telemetry | None = None
     """Is told of every request by the record."""
+    promotion: Promotion = "ask"
+    """Whether a challenger that is known to be better begins to serve by itself."""
     asks_answers: bool = False
     """Whether somebody asks for the answers of audits with `taken`; else none tells anything."""
     failures: Failures = field(default_factory=Failures)
@@ -152,6 +162,8 @@ class GovernedControl:
         """
         check_key(self.key)
         self._prices = {name: prices_of(head) for name, head in self.heads.items()}
+        self.roster = Roster(self.heads, self.keeper, self.key)
+        """Says which head serves a request."""
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
@@ -168,17 +180,21 @@ class GovernedControl:
     @property
     def champion(self) -> str:
         """The digest of the head that serves."""
-        return self.keeper.library.champion
-
-    @property
-    def serving(self) -> str:
-        """The digest of the head that serves here: the champion's, unless that is not loaded."""
-        return self.champion if self.champion in self.heads else next(iter(self.heads))
+        return self.roster.champion
 
     @property
     def head(self) -> HaltHead:
         """The head that serves here."""
-        return self.heads[self.serving]
+        return self.heads[self.roster.serving]
+
+    def head_for(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what is to be known of a request that begins: its head, and how that was drawn.
+
+        Args:
+            about: What is known of it already.
+        """
+        unit = self._session_dial(about) or self._rater_of(about).user
+        return self.roster.head_for(about, unit)
 
     @property
     def prices(self) -> Float:
@@ -216,14 +232,14 @@ class GovernedControl:
 
     def _begun(self, request: ThoughtRequest, named: bool) -> Terms:
         self._expire()
-        library, head = self.keeper.library, self._head_of(request)
+        library, head = self.keeper.library, self.roster.head_of(request.about)
         names, asked = groups_of(request), request.terms
         groups, prices = library.shelf[head].books.groups, self._prices[head]
         number = str(request.about.get("id") or uuid.uuid4().hex)
         rates = groups.rates(names)
         if self.mode == "observe":
             rates = dict.fromkeys(rates, self.audit) if self.audit else {}
-        rater, session = self._rater_of(request), self._session_dial(request)
+        rater, session = self._rater_of(request.about), self._session_dial(request.about)
         if request.about.get("doubted") and session:
             doubt = Rated(session, 0.0)
             groups = groups.after(doubt)
@@ -262,17 +278,6 @@ class GovernedControl:
         if named and served > asked:
             return int(np.searchsorted(prices, asked, side="right")), asked
         return top, served
-
-    def _head_of(self, request: ThoughtRequest) -> str:
-        """Returns the head that watches a request: the champion, unless it began with another.
-
-        Raises:
-            InputError: If that is not loaded here.
-        """
-        head = str(request.about.get("head") or self.champion)
-        if head not in self.heads:
-            raise InputError(f"head {head[:12]} serves, expected it as --head or --challenger")
-        return head if head in self.keeper.library.shelf else self.champion
 
     def _shelf(self) -> list[tuple[str, Shelved]]:
         """Returns, with their digests, the books of the heads that are loaded here."""
@@ -342,9 +347,8 @@ class GovernedControl:
         told = {} if isinstance(entries, Entry) else entries
         try:
             note = {name: told.get(name, nothing) for name in self.keeper.library.shelf}
-            self.keeper.put(
-                Note({n: replace(one, num_requests=dict(counted)) for n, one in note.items()})
-            )
+            by_head = {n: replace(one, num_requests=dict(counted)) for n, one in note.items()}
+            self.keeper.put(Note(by_head, arms=self.roster.taken()))
         except Exception as error:
             self.failures.add("an entry of the books", error)
 
@@ -408,9 +412,23 @@ class GovernedControl:
             )
             self._note_answers(audit, full, halted)
             self._note(audit.report, audit, num_tokens)
+            self._propose()
         except Exception as error:
             self.failures.add("an audit", error)
             self._put(Entry(BrokenOff(audit.id)))
+
+    def _propose(self) -> None:
+        """Lets a challenger begin to serve that is known to be better, if nobody is to be asked.
+
+        One that has stopped before waits for a person.
+        """
+        library = self.keeper.library
+        if self.promotion == "ask" or library.canary is not None:
+            return
+        for name, one in self._shelf():
+            if name != library.champion and not one.stopped and one.is_ready:
+                self.keeper.put(Note(tries=Canary.begin(name)))
+                return
 
     def _told_entry(
         self,
@@ -497,6 +515,7 @@ class GovernedControl:
         if report is None:
             return
         try:
+            self.roster.ended(report)
             self.record.put(self._row(report, audit, num_tokens))
         except Exception as error:
             self.failures.add("a row of the record", error)
@@ -504,7 +523,7 @@ class GovernedControl:
     def _row(
         self, report: ThoughtReport, audit: AuditedRequest | None, num_tokens: int
     ) -> RequestRow:
-        about, head = report.request.about, self._head_of(report.request)
+        about, head = report.request.about, self.roster.head_of(report.request.about)
         groups = self.keeper.library.shelf[head].books.groups
         names, segment = groups_of(report.request), report.request.terms.segment
         known = {name: about.get(name) for name in ("tenant", "session", "user", "task")}
@@ -520,6 +539,7 @@ class GovernedControl:
             operation=_OPERATIONS.get(str(about.get("endpoint"))),
             lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
             head=head,
+            head_probability=about.get("head_probability"),
             certificate=_name_of(self.heads[head].config.certificate),
             price_asked=report.request.terms.price,
             price_ceiling=price_of(self._prices[head], groups.ceiling(names)),
@@ -723,6 +743,7 @@ class GovernedControl:
             self.num_refused += 1
             raise
         self._remember(request, None)
+        self.roster.complained(rater.head, rater.probability, 1 - float(score))
         self._put(Entry(rater.says(float(score))))
         try:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
@@ -730,27 +751,74 @@ class GovernedControl:
             self.failures.add("a row of the record", error)
 
     def promote(self, /, head: Any = None, anyway: Any = False, **others: Any) -> None:
-        """Lets another head serve, from the next request on.
+        """Lets a challenger serve step by step, from the next request on.
 
         Args:
             head: Its digest, or as much of it as tells it from others.
-            anyway: Whether no evidence is needed.
+            anyway: Whether it serves all at once, whatever is known of it.
             others: There are none.
 
         Raises:
-            InputError: If there is no such challenger, it is not loaded here, or nobody knows yet
-                that it is as good.
+            InputError: If there is no such challenger, it is not loaded here, nobody knows yet
+                that it is as good, or another one serves a share.
         """
         try:
             if others or not isinstance(head, str) or not isinstance(anyway, bool):
                 raise InputError('expected {"head": "DIGEST"}, and perhaps "anyway": true')
-            found = promotable(self.keeper.library, head, anyway)
-            if found not in self.heads:
-                raise InputError(f"head {head!r:.80} is not loaded, expected one of --challenger")
+            self._try_head(promotion(self.keeper.library, head, anyway))
         except InputError:
             self.num_refused += 1
             raise
-        self.keeper.put(Note(promotes=found))
+
+    def begin_experiment(self, /, head: Any = None, share: Any = None, **others: Any) -> None:
+        """Lets a challenger serve a share of all requests, from the next one until a rollback.
+
+        Args:
+            head: Its digest, or as much of it as tells it from others.
+            share: Of sessions, users and requests, between 0 and 1.
+            others: There are none.
+
+        Raises:
+            InputError: If there is no such challenger, it is not loaded here or known to be worse,
+                another one serves a share, or that is none.
+        """
+        try:
+            is_number = isinstance(share, int | float) and not isinstance(share, bool)
+            if others or not isinstance(head, str) or not is_number:
+                raise InputError('expected {"head": "DIGEST", "share": 0 to 1}')
+            self._try_head(experiment(self.keeper.library, head, float(share)))
+        except InputError:
+            self.num_refused += 1
+            raise
+
+    def _try_head(self, note: Note) -> None:
+        """Takes in that a head is to serve.
+
+        Raises:
+            InputError: If it is not loaded here.
+        """
+        head = note.promotes or (note.tries.head if note.tries else "")
+        if head not in self.heads:
+            raise InputError(f"head {head[:12]} is not loaded, expected one of --challenger")
+        self.keeper.put(note)
+
+    def roll_back(self, /, **others: Any) -> None:
+        """Takes back the newest step of who serves, from the next request on.
+
+        Args:
+            others: There are none.
+
+        Raises:
+            InputError: If there is nothing to take back.
+        """
+        try:
+            if others:
+                raise InputError("expected {}")
+            rollback(self.keeper.library)
+        except InputError:
+            self.num_refused += 1
+            raise
+        self.keeper.put(Note(rolls_back=True))
 
     def open_breaker(self, /, group: Any = None, **others: Any) -> None:
         """Opens the breaker of a group by hand: it halts nothing until it is certified anew.
@@ -768,17 +836,18 @@ class GovernedControl:
             raise InputError('expected {"group": "NAME"} of a group that halts something')
         self._put({self.champion: Entry(Opened(group))})
 
-    def _rater_of(self, request: ThoughtRequest) -> Rater:
+    def _rater_of(self, about: Mapping[str, Any]) -> Rater:
         """Returns whose feedback on a request counts, and for what."""
-        tenant, user = (str(request.about.get(name) or "") for name in ("tenant", "user"))
-        group = next((n for n in groups_of(request) if n.startswith(_TENANT)), "")
+        tenant, user = (str(about.get(name) or "") for name in ("tenant", "user"))
+        served = about.get("head"), about.get("head_probability")
         if not user:
-            return Rater(group)
-        return Rater(group, self._dial(digest(self.key, tenant), digest(self.key, user)))
+            return Rater(_tenant_group(about), "", *served)
+        dial = self._dial(digest(self.key, tenant), digest(self.key, user))
+        return Rater(_tenant_group(about), dial, *served)
 
-    def _session_dial(self, request: ThoughtRequest) -> str:
+    def _session_dial(self, about: Mapping[str, Any]) -> str:
         """Returns the name of the dial of a request's session; empty if it has none."""
-        tenant, session = (str(request.about.get(name) or "") for name in ("tenant", "session"))
+        tenant, session = (str(about.get(name) or "") for name in ("tenant", "session"))
         if not session:
             return ""
         return f"{self._dial(digest(self.key, tenant), digest(self.key, session))} session"
@@ -808,13 +877,14 @@ class GovernedControl:
         whose = self.record.whose(request)
         if whose is None or whose.is_rated:
             return None
+        served = whose.head, whose.head_probability
         if whose.user is not None:
-            return Rater("", self._dial(whose.tenant, whose.user))
+            return Rater("", self._dial(whose.tenant, whose.user), *served)
         for name in self.groups.groups if whose.tenant is not None else ():
             of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
             told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
             if name.startswith(_TENANT) and told == [whose.tenant, whose.task]:
-                return Rater(name)
+                return Rater(name, "", *served)
         return None
 
     def _remember(self, request: str, rater: Rater | None) -> None:
@@ -832,7 +902,7 @@ class GovernedControl:
         Raises:
             InputError: If there is no such group.
         """
-        books, kind = self.keeper.books, self.history.kind
+        books, kind, canary = self.keeper.books, self.history.kind, self.keeper.library.canary
         if group is not None and group not in books.groups.groups:
             raise InputError(f"no group has the name {group!r:.80}")
         failed = self.failures.last or self.keeper.trouble or self.record.trouble
@@ -853,6 +923,7 @@ class GovernedControl:
             "refused": books.groups.num_refused + self.num_refused,
             "trouble": failed,
             "heads": self._head_status(),
+            "canary": None if canary is None else canary.status(),
             "groups": {
                 name: group_status(books, name, self.prices, kind, self.usual_price)
                 | ({"history": self.history.series(name)} if group else {})
@@ -898,11 +969,17 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     as these are known.
     """
     about, segment = request.about, request.terms.segment
-    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
+    task = str(about.get("task") or "")[:_LONGEST_NAME]
     names = [f"task:{task}"] if task else []
     names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
+    return names + [one for one in [_tenant_group(about)] if one]
+
+
+def _tenant_group(about: Mapping[str, Any]) -> str:
+    """Returns the name of the group of a request's tenant; empty if it has none."""
+    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
     of_task = f"{_OF_TASK}{task}" if task else ""
-    return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
+    return f"{_TENANT}{tenant}{of_task}" if tenant else ""
 
 
 def _name_of(certificate: Certificate | None) -> str | None:

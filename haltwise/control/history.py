@@ -17,6 +17,7 @@ import numpy as np
 
 from haltwise.control.betting import Float
 from haltwise.control.books import Books
+from haltwise.control.canary import Canary
 from haltwise.control.estimates import Sums
 from haltwise.control.governor import GroupState, Promise, is_open, on_alert
 from haltwise.control.groups import EVERYTHING, Groups
@@ -96,6 +97,7 @@ class History:
         self._series: dict[str, Float] = {}
         self._groups: Groups | None = None
         self._champion = ""
+        self._canary: Canary | None = None
         #: (K,) that steps stand for.
         self.prices: Float = np.zeros(0)
         # By group, of what the newest measurement is.
@@ -106,6 +108,7 @@ class History:
     def note(self, library: Library) -> None:
         """Takes in the books as they are now."""
         books, now = library.books, self.clock()
+        self._note_canary(library.canary, library, now)
         if library.champion != self._champion:
             self._exchange(library, now)
         groups, before = books.groups, self._groups
@@ -127,6 +130,17 @@ class History:
             self._add(Move(now, EVERYTHING, "head promoted", 0.0, 0.0))
         self._champion, self._groups, self._measured = library.champion, None, {}
         self.prices, self._last = np.array(library.shelf[library.champion].prices), -np.inf
+
+    def _note_canary(self, canary: Canary | None, library: Library, now: float) -> None:
+        """Notes where a challenger begins to serve a share, goes on to another, or stops."""
+        before, self._canary = self._canary, canary
+        if canary is not None and (before is None or before.share != canary.share):
+            what = f"head {canary.head[:12]} serves {100 * canary.share:g} %"
+            self._add(Move(now, EVERYTHING, what, 0.0, 0.0))
+        elif canary is None and before is not None and before.head != library.champion:
+            why = library.shelf[before.head].stopped
+            what = f"head {before.head[:12]} stopped: {why}"
+            self._add(Move(now, EVERYTHING, what, 0.0, 0.0))
 
     def newest(self, name: str) -> Measured | None:
         """Returns the newest measurement of a group; None if there is none."""

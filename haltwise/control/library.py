@@ -2,110 +2,31 @@
 
 Every audit is replayed by all heads, so each has books of its own: what its prices would have lost
 and saved, what it would be served, and a certificate. The one that serves is the champion, an alias
-in the same fold of entries as all else: to promote another one is an entry, and so is to take that
-back. How a challenger compares with the champion is told by pairs: what each would have lost and
-cost on the same audit, at the price that each would have been served.
+in the same fold of entries as all else. How a challenger compares is told by pairs (`trial`).
+
+A challenger that is known to be as good, and cheaper, takes over step by step: a canary serves 1 %,
+5 % and 25 % of all requests, each until it has had its audits, and at last all. It goes on only
+while the evidence stands, and stops by itself where it loses more, its breaker opens or what it
+serves is harmed. No step hangs on a clock: where nothing is audited, nothing moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
-from haltwise.control.betting import STAKES, Float, growth, log_mean_exp
+from haltwise.control.betting import Float
 from haltwise.control.books import Books, Entry
+from haltwise.control.canary import Arms, Canary
 from haltwise.control.estimates import LOSSES
-from haltwise.control.groups import Gone, Told
+from haltwise.control.governor import is_open
+from haltwise.control.groups import EVERYTHING, Expired, Gone, Told
+from haltwise.control.trial import MARGIN, Side, Trial
 from haltwise.errors import InputError
 
-#: How much more a challenger may lose than the champion, and the evidence that is wanted.
-MARGIN = 0.01
-ENOUGH = 20.0
-_DISAGREEMENT = LOSSES.index("disagreement")
-
-
-@dataclass(frozen=True, eq=False)
-class Trial:
-    """Pairs of a challenger and the champion, from the challenger's first audit on.
-
-    Each capital is (S,), in logs, of who bets against a claim about the mean of the pairs; it
-    reaches `ENOUGH` with a probability of at most 1 / `ENOUGH` if the claim holds, whenever one
-    looks.
-    """
-
-    num: int = 0
-    """Pairs."""
-    worse: Float = field(default_factory=lambda: np.zeros(len(STAKES)))
-    """Against "the challenger loses `MARGIN` more, or more than that"."""
-    dearer: Float = field(default_factory=lambda: np.zeros(len(STAKES)))
-    """Against "the challenger saves no more"."""
-    as_good: Float = field(default_factory=lambda: np.zeros(len(STAKES)))
-    """Against "the challenger loses at most `MARGIN` more"."""
-    lost: float = 0.0
-    """Sum of what the challenger has lost more."""
-    saved: float = 0.0
-    """Sum of the shares of the full tokens that it has saved more."""
-
-    def after(self, lost: float, saved: float) -> Trial:
-        """Returns the trial after a pair.
-
-        Args:
-            lost: What the challenger lost more, in [-1, 1].
-            saved: The share of the full answer's tokens that it saved more; cut to [-1, 1].
-        """
-        saved = float(np.clip(saved, -1, 1))
-        return Trial(
-            self.num + 1,
-            self.worse + growth(lost, MARGIN),
-            self.dearer + growth(-saved, 0.0),
-            self.as_good + np.log1p(STAKES / (1 + MARGIN) * (lost - MARGIN)),
-            self.lost + lost,
-            self.saved + saved,
-        )
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is known that the challenger loses less than `MARGIN` more, and saves more."""
-        return self._enough(self.worse) and self._enough(self.dearer)
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether it is known that it loses more than that."""
-        return self._enough(self.as_good)
-
-    def _enough(self, log_capital: Float) -> bool:
-        return bool(log_mean_exp(log_capital) >= np.log(ENOUGH))
-
-    def status(self) -> dict[str, Any]:
-        """Returns, as a JSON object, what the pairs tell."""
-        num = max(self.num, 1)
-        known = "worse" if self.is_worse else "ready" if self.is_ready else "not known yet"
-        evidence = {
-            name: round(float(np.exp(min(float(log_mean_exp(logs)), 50.0))), 3)
-            for name, logs in (
-                ("worse", self.worse),
-                ("dearer", self.dearer),
-                ("as_good", self.as_good),
-            )
-        }
-        means = {"loses_more": self.lost / num, "saves_more": self.saved / num}
-        return {"pairs": self.num, "known": known, "evidence": evidence, **means}
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object."""
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Trial:
-        """Rebuilds a trial from parsed JSON."""
-        values: dict[str, Any] = {
-            name: np.array(value) if isinstance(value, list) else value
-            for name, value in data.items()
-        }
-        return cls(**values)
+_NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+_BY_HAND = "by hand"
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +36,30 @@ class Shelved:
     books: Books
     prices: tuple[float, ...]
     """(K,) that its steps stand for."""
-    trial: Trial = field(default_factory=Trial)
+    trial: Trial
     """How it compares with the champion."""
+    stopped: str = ""
+    """Why it has stopped serving as a canary, the last time; empty if it has not."""
+
+    @classmethod
+    def begin(cls, books: Books, prices: tuple[float, ...]) -> Shelved:
+        """Returns the books of a head, as they are, and a trial that begins."""
+        return cls(books, prices, Trial.begin(len(prices)))
+
+    @property
+    def step(self) -> int:
+        """The step that it would be served now."""
+        return self.books.groups.step([])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known to lose little more than the champion, and to save more."""
+        return self.trial.is_ready(self.step)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
         told = {"books": self.books.to_json(), "prices": list(self.prices)}
-        return told | {"trial": self.trial.to_json()}
+        return told | {"trial": self.trial.to_json(), "stopped": self.stopped}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Shelved:
@@ -131,7 +69,8 @@ class Shelved:
             InputError: If it is not readable.
         """
         trial = Trial.from_json(data["trial"])
-        return cls(Books.from_json(data["books"]), tuple(data["prices"]), trial)
+        books = Books.from_json(data["books"])
+        return cls(books, tuple(data["prices"]), trial, data["stopped"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +83,13 @@ class Note:
     """By head that begins as a challenger; one that is there is left as it is."""
     promotes: str = ""
     """The head that is to serve from now on; empty for none."""
+    tries: Canary | None = None
+    """The challenger that begins to serve a share; none while another one does."""
+    rolls_back: bool = False
+    """Whether the challenger that serves a share is to stop; if none does, whether the head before
+    is to serve again."""
+    arms: Arms | None = None
+    """What became of requests since the note before, while a challenger serves a share."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -151,6 +97,9 @@ class Note:
             "entries": {head: entry.to_json() for head, entry in self.entries.items()},
             "joins": {head: one.to_json() for head, one in self.joins.items()},
             "promotes": self.promotes,
+            "tries": None if self.tries is None else asdict(self.tries),
+            "rolls_back": self.rolls_back,
+            "arms": None if self.arms is None else asdict(self.arms),
         }
 
     @classmethod
@@ -163,7 +112,15 @@ class Note:
         try:
             entries = {head: Entry.from_json(one) for head, one in data["entries"].items()}
             joins = {head: Shelved.from_json(one) for head, one in data["joins"].items()}
-            return cls(entries, joins, data["promotes"])
+            tries, arms = data["tries"], data["arms"]
+            return cls(
+                entries,
+                joins,
+                data["promotes"],
+                None if tries is None else Canary.from_json(tries),
+                data["rolls_back"],
+                None if arms is None else Arms.from_json(arms),
+            )
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"note of the books is not readable ({error!r})") from None
 
@@ -179,10 +136,8 @@ class Library:
     previous: str = ""
     """The head that served before; empty if there was none."""
 
-    @classmethod
-    def begin(cls, head: str, books: Books, prices: tuple[float, ...]) -> Library:
-        """Returns the library of who begins with one head."""
-        return cls(head, {head: Shelved(books, prices)})
+    canary: Canary | None = None
+    """The challenger that serves a share of all requests; None if none does."""
 
     @property
     def books(self) -> Books:
@@ -196,53 +151,129 @@ class Library:
     def after(self, note: Note) -> Library:
         """Returns the library after a note."""
         shelf = {**note.joins, **self.shelf}
+        canary = self.canary
         for head, trial in self._trials(note).items():
+            if canary is not None and canary.head == head:
+                num = trial.num - shelf[head].trial.num
+                canary = replace(canary, audits=canary.audits + num)
             shelf[head] = replace(shelf[head], trial=trial)
         for head, entry in note.entries.items():
             if head in shelf:
                 shelf[head] = replace(shelf[head], books=shelf[head].books.after(entry))
-        moved = replace(self, shelf=shelf)
-        return moved._promoted(note.promotes) if note.promotes else moved
+        if canary is not None and note.arms is not None:
+            canary = replace(canary, arms=canary.arms + note.arms)
+        return replace(self, shelf=shelf, canary=canary)._moved(note)
+
+    def _moved(self, note: Note) -> Library:
+        """Returns it after what a note wants of who serves, and what the canary has come to."""
+        moved = self
+        if note.promotes:
+            moved = moved._promoted(note.promotes)
+        if note.rolls_back:
+            moved = moved._rolled_back()
+        if note.tries is not None:
+            moved = moved._tried(note.tries)
+        return moved._stepped()
 
     def _promoted(self, head: str) -> Library:
-        """Returns it with another champion, and every trial begun anew; unknown ones are none."""
+        """Returns it with another champion, every trial begun anew, and without a canary."""
         if head not in self.shelf or head == self.champion:
             return self
-        shelf = {name: replace(one, trial=Trial()) for name, one in self.shelf.items()}
+        shelf = {name: Shelved.begin(one.books, one.prices) for name, one in self.shelf.items()}
         return Library(head, shelf, self.champion)
 
+    def _rolled_back(self) -> Library:
+        """Returns it without its canary, or with the head before as the champion."""
+        if self.canary is not None:
+            return self._stopped(_BY_HAND)
+        return self._promoted(self.previous)._marked(self.champion, _BY_HAND)
+
+    def _tried(self, canary: Canary) -> Library:
+        """Returns it with a canary, if it knows the head and has none."""
+        is_known = canary.head in self.shelf and canary.head != self.champion
+        if self.canary is not None or not is_known:
+            return self
+        return replace(self._marked(canary.head, ""), canary=canary)
+
+    def _stopped(self, why: str) -> Library:
+        """Returns it without its canary, if it has one."""
+        if self.canary is None:
+            return self
+        return replace(self._marked(self.canary.head, why), canary=None)
+
+    def _marked(self, head: str, why: str) -> Library:
+        return replace(self, shelf={**self.shelf, head: replace(self.shelf[head], stopped=why)})
+
+    def _stepped(self) -> Library:
+        """Returns it after its canary has stopped, gone on to a larger share, or neither."""
+        canary = self.canary
+        if canary is None:
+            return self
+        one = self.shelf[canary.head]
+        if why := self._harm_of(canary, one):
+            return self._stopped(why)
+        if not (canary.is_due and one.is_ready):
+            return self
+        larger = canary.next()
+        return self._promoted(canary.head) if larger is None else replace(self, canary=larger)
+
+    @staticmethod
+    def _harm_of(canary: Canary, one: Shelved) -> str:
+        """Returns why a canary has to stop; empty if it has not."""
+        if one.trial.is_worse:
+            return "it loses more"
+        if is_open(one.books.groups.groups[EVERYTHING]):
+            return "its breaker has opened"
+        return canary.harm
+
     def _trials(self, note: Note) -> dict[str, Trial]:
-        """Returns, by challenger that an audit tells of, its trial after the pair."""
-        champion = self._outcome(self.champion, note)
-        if champion is None:
-            return {}
+        """Returns, by challenger that a note tells of, its trial after it."""
+        champion = self._side(self.champion, note)
         trials = {}
-        for head in note.entries.keys() - {self.champion}:
-            outcome = self._outcome(head, note)
-            if outcome is not None:
-                lost, saved = (new - old for new, old in zip(outcome, champion, strict=True))
-                trials[head] = self.shelf[head].trial.after(lost, saved)
+        for head in self.shelf.keys() - {self.champion}:
+            trial, side = self._labelled(head, note), self._side(head, note)
+            if champion is not None and side is not None:
+                trial = trial.after(_request_of(note.entries[head]), side, champion)
+            trials[head] = trial
         return trials
 
-    def _outcome(self, head: str, note: Note) -> tuple[float, float] | None:
+    def _labelled(self, head: str, note: Note) -> Trial:
+        """Returns a challenger's trial after the labels that a note has of audits told before."""
+        trial = self.shelf[head].trial
+        for request in {_request_of(entry) for entry in note.entries.values()} & {*trial.unknown}:
+            found = [_net_losses(note.entries.get(name)) for name in (head, self.champion)]
+            if any(one is not None for one in found):
+                trial = trial.labelled(request, *found)
+            else:
+                trial = trial.expired(request)
+        return trial
+
+    def _side(self, head: str, note: Note) -> Side | None:
         """Returns what a head would have lost and saved on an audit; None if that is not told."""
-        entry = note.entries.get(head)
+        entry, known = note.entries.get(head), self.shelf.get(head)
         if entry is None or entry.audit is None or not isinstance(entry.event, Told):
             return None
-        known = self.shelf.get(head)
-        audit = None if known is None else known.books.groups.under_way.get(entry.event.request)
-        if audit is None or audit.told:
+        audit = known and known.books.groups.under_way.get(entry.event.request)
+        if not audit or audit.told:
             return None
         told, at = entry.audit, audit.step - 1
-        if at < 0 or not told.full_cost:
-            return 0.0, 0.0
-        lost = float(told.losses[_DISAGREEMENT, at])
-        return lost, 1 - float(told.cost[at]) / told.full_cost
+        saves = at >= 0 and told.full_cost > 0
+        saved = 1 - float(told.cost[at]) / told.full_cost if saves else 0.0
+        if entry.awaited is None:
+            losses = told.losses[_DISAGREEMENT].tolist()
+            answers = ("",) * (len(losses) + 1)
+        else:
+            net = zip(told.losses[_NET].tolist(), told.due.tolist(), strict=True)
+            losses = [None if due else loss for loss, due in net]
+            answers = entry.awaited.answers
+        return Side(tuple(losses), answers, audit.step, saved)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
         shelf = {head: one.to_json() for head, one in self.shelf.items()}
-        return {"champion": self.champion, "previous": self.previous, "shelf": shelf}
+        canary = None if self.canary is None else asdict(self.canary)
+        told = {"champion": self.champion, "previous": self.previous, "canary": canary}
+        return told | {"shelf": shelf}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Library:
@@ -253,33 +284,101 @@ class Library:
         """
         try:
             shelf = {head: Shelved.from_json(one) for head, one in data["shelf"].items()}
-            return cls(data["champion"], shelf, data["previous"])
+            canary = None if data["canary"] is None else Canary.from_json(data["canary"])
+            return cls(data["champion"], shelf, data["previous"], canary)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"books are not readable ({error!r})") from None
 
 
-def promotable(library: Library, head: str, anyway: bool) -> str:
-    """Returns the digest of a challenger that is to serve.
+def _request_of(entry: Entry) -> str:
+    """Returns the audit that an entry tells of; empty if it tells of none."""
+    return entry.event.request if isinstance(entry.event, Told | Expired) else ""
+
+
+def _net_losses(entry: Entry | None) -> Float | None:
+    """Returns what each price (K,) has lost by labels; None if an entry has none."""
+    if entry is None or entry.audit is None or entry.audit.full_right is None:
+        return None
+    return entry.audit.losses[_NET]
+
+
+def challenger_named(library: Library, name: str) -> str:
+    """Returns the digest of a challenger.
 
     Args:
         library: The books.
-        head: As much of its digest as tells it from others; "previous" is the head before.
-        anyway: Whether no evidence is needed. None is for the head before.
+        name: As much of the digest as tells it from others.
 
     Raises:
-        InputError: If there is no such challenger, or nobody knows yet that it is as good.
+        InputError: If there is no such challenger.
     """
-    name = library.previous if head == "previous" else head
     found = [one for one in library.shelf if name and one.startswith(name)]
     if len(found) != 1 or found[0] == library.champion:
         others = ", ".join(one[:12] for one in library.shelf if one != library.champion)
         expected = f"expected one of {others}" if others else "there are no others"
-        raise InputError(f"head is {head!r:.80}, {expected}")
-    trial = library.shelf[found[0]].trial
-    if not (trial.is_ready or anyway or found[0] == library.previous):
-        told = trial.status()
-        raise InputError(
-            f"head {found[0][:12]} is {told['known']} after {told['pairs']} audits, expected one "
-            f'that is known to lose less than {MARGIN:g} more and to save more, or "anyway"'
-        )
+        raise InputError(f"head is {name!r:.80}, {expected}")
     return found[0]
+
+
+def promotion(library: Library, name: str, anyway: bool) -> Note:
+    """Returns what lets a challenger serve: step by step, or all requests at once.
+
+    Args:
+        library: The books.
+        name: As much of its digest as tells it from others.
+        anyway: Whether it is to serve all at once, whatever is known of it.
+
+    Raises:
+        InputError: If there is no such challenger, nobody knows yet that it is as good, or another
+            one serves a share.
+    """
+    head = challenger_named(library, name)
+    if anyway:
+        return Note(promotes=head)
+    one = library.shelf[head]
+    if not one.is_ready:
+        raise InputError(
+            f"head {head[:12]} is {one.trial.known(one.step)} after {one.trial.num} audits, "
+            f"expected one that is known to lose less than {MARGIN:g} more and to save more, or "
+            '"anyway"'
+        )
+    return _begun(library, Canary.begin(head))
+
+
+def experiment(library: Library, name: str, share: float) -> Note:
+    """Returns what lets a challenger serve a share of all requests until it is stopped.
+
+    Args:
+        library: The books.
+        name: As much of its digest as tells it from others.
+        share: Of the sessions, users and requests.
+
+    Raises:
+        InputError: If there is no such challenger, it is known to be worse, another one serves a
+            share, or that is none.
+    """
+    head = challenger_named(library, name)
+    if library.shelf[head].trial.is_worse:
+        raise InputError(f"head {head[:12]} is known to lose more, expected another one")
+    return _begun(library, Canary.begin(head, share))
+
+
+def _begun(library: Library, canary: Canary) -> Note:
+    """Raises InputError if a challenger serves a share already."""
+    if library.canary is not None:
+        told = f"head {library.canary.head[:12]} serves {library.canary.share:g} of all requests"
+        raise InputError(f"{told}, expected a rollback first")
+    return Note(tries=canary)
+
+
+def rollback(library: Library) -> tuple[str, str]:
+    """Returns which head a rollback takes back, and which serves all after it.
+
+    Raises:
+        InputError: If there is nothing to take back.
+    """
+    if library.canary is not None:
+        return library.canary.head, library.champion
+    if not library.previous:
+        raise InputError("no challenger serves and no head has served before, nothing to take back")
+    return library.champion, library.previous

@@ -13,7 +13,7 @@ from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.books import Books
 from haltwise.control.estimates import LOSSES
-from haltwise.control.governed import GovernedControl, Mode
+from haltwise.control.governed import GovernedControl, Mode, Promotion
 from haltwise.control.governor import Promise
 from haltwise.control.groups import Groups
 from haltwise.control.history import History
@@ -56,6 +56,7 @@ def open_control(
     key_file: Path | None = None,
     telemetry: Telemetry | None = None,
     challengers: Sequence[HaltHead] = (),
+    promotion: Promotion = "ask",
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -73,6 +74,7 @@ def open_control(
             the store's file.
         telemetry: Is told of every request too; the control closes it.
         challengers: Heads that replay all audits too, and may be promoted.
+        promotion: Whether one that is known to be better begins to serve by itself.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -118,6 +120,7 @@ def open_control(
         traces=traces,
         dense_audits=0.0 if kept is None else kept.share,
         telemetry=telemetry,
+        promotion=promotion,
     )
 
 
@@ -127,7 +130,7 @@ def _begun_books(head: HaltHead, promise: Promise, most_tokens: int) -> Shelved:
     certified = _certified(head, prices, promise.target)
     groups = Groups.begin(promise, len(prices), certified=certified)
     books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
-    return Shelved(books, tuple(prices.tolist()))
+    return Shelved.begin(books, tuple(prices.tolist()))
 
 
 def _room_for_looks(head: HaltHead) -> int:

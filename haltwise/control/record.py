@@ -36,6 +36,8 @@ class RequestRow:
     task: str | None = None
     lm: str | None = None
     head: str | None = None
+    head_probability: float | None = None
+    """With which it was drawn to serve, while another one served too."""
     certificate: str | None = None
     price_asked: float | None = None
     price_ceiling: float | None = None
@@ -182,11 +184,13 @@ def digest(key: bytes, text: str) -> str:
 
 @dataclass(frozen=True)
 class Whose:
-    """Who made a request, as digests; None is unknown."""
+    """Who made a request, as digests, and which head has served it; None is unknown."""
 
     tenant: str | None
     task: str | None
     user: str | None
+    head: str | None
+    head_probability: float | None
     is_rated: bool
     """Whether somebody has rated it."""
 
@@ -238,13 +242,12 @@ class Record:
         """
         request = _storable(request)
         with closing(self._store.connect(TABLES)) as opened:
-            asked = 'SELECT tenant, task, "user" FROM request WHERE id = ?'
+            asked = 'SELECT tenant, task, "user", head, head_probability FROM request WHERE id = ?'
             found = opened.execute(asked, request)
             rated = "SELECT 1 FROM label WHERE request = ? AND source = 'user'"
             if not found:
                 return None
-            tenant, task, user = found[0]
-            return Whose(tenant, task, user, bool(opened.execute(rated, request)))
+            return Whose(*found[0], bool(opened.execute(rated, request)))
 
     def close(self) -> None:
         """Writes what waits, and ends the writer; rows put from now on are never written."""

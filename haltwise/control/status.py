@@ -16,8 +16,9 @@ from haltwise.control.estimates import LOSSES, Interval
 from haltwise.control.governor import GroupState, is_open
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.ledger import Ledger
-from haltwise.control.library import ENOUGH, Library, Note, Shelved, promotable
+from haltwise.control.library import Library, Note, Shelved, experiment, promotion, rollback
 from haltwise.control.store import is_database, store_of
+from haltwise.control.trial import ENOUGH
 from haltwise.errors import InputError
 
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
@@ -90,16 +91,25 @@ def head_status(library: Library, head: str, shelved: Shelved) -> dict[str, Any]
         shelved: Its books.
     """
     groups, prices = shelved.books.groups, np.array(shelved.prices)
-    is_champion, is_previous = head == library.champion, head == library.previous
-    step = groups.step([])
     told = {
         "head": head,
-        "role": "champion" if is_champion else "previous" if is_previous else "challenger",
-        "price": price_of(prices, step),
+        "role": _role(library, head),
+        "price": price_of(prices, shelved.step),
         "ceiling": price_of(prices, groups.ceiling([])),
         "audits": shelved.books.sum_of(EVERYTHING).num_audits,
     }
-    return told if is_champion else told | {"trial": shelved.trial.status()}
+    if head == library.champion:
+        return told
+    return told | {"stopped": shelved.stopped, "trial": shelved.trial.status(shelved.step)}
+
+
+def _role(library: Library, head: str) -> str:
+    """Returns what a head is: champion, canary, previous or challenger."""
+    if head == library.champion:
+        return "champion"
+    if library.canary is not None and library.canary.head == head:
+        return "canary"
+    return "previous" if head == library.previous else "challenger"
 
 
 def read_library(state: str | Path) -> Library:
@@ -127,28 +137,60 @@ def read_library(state: str | Path) -> Library:
 
 
 def promote(state: str | Path, head: str, anyway: bool) -> str:
-    """Lets another head serve, which all processes of a state see within a second.
+    """Lets a challenger serve, which all processes of a state see within a second.
 
     Args:
         state: The store, see `store_of`.
-        head: As much of its digest as tells it from others; "previous" is the head before.
-        anyway: Whether no evidence is needed.
+        head: As much of its digest as tells it from others.
+        anyway: Whether it serves all at once, whatever is known of it.
 
     Returns:
-        Its digest.
+        What a person is told.
 
     Raises:
-        InputError: If there are no books, no such challenger, or nobody knows yet that it is as
-            good.
+        InputError: If there are no books, no such challenger, nobody knows yet that it is as good,
+            or another one serves a share.
     """
-    found = promotable(read_library(state), head, anyway)
+    note = promotion(read_library(state), head, anyway)
+    _write(state, note)
+    return f"{note.promotes} serves from now on" if anyway else _begins(note)
+
+
+def begin_experiment(state: str | Path, head: str, share: float) -> str:
+    """Lets a challenger serve a share of all requests until a rollback, see `promote`.
+
+    Raises:
+        InputError: If there are no books, no such challenger, it is known to be worse, another one
+            serves a share, or that is none.
+    """
+    note = experiment(read_library(state), head, share)
+    _write(state, note)
+    return _begins(note)
+
+
+def roll_back(state: str | Path) -> str:
+    """Takes back the newest step of who serves, see `promote`.
+
+    Raises:
+        InputError: If there are no books, or there is nothing to take back.
+    """
+    taken_back, serves = rollback(read_library(state))
+    _write(state, Note(rolls_back=True))
+    return f"{taken_back} is taken back, {serves} serves from now on"
+
+
+def _begins(note: Note) -> str:
+    assert note.tries is not None
+    return f"{note.tries.head} serves {100 * note.tries.share:g} % from now on"
+
+
+def _write(state: str | Path, note: Note) -> None:
+    """Writes a note into the books of a state."""
     ledger = Ledger(store_of(state))
     try:
-        known = ledger.load()[1]
-        ledger.exchange({f"promotion {uuid.uuid4().hex}": Note(promotes=found).to_json()}, known)
+        ledger.exchange({f"by hand {uuid.uuid4().hex}": note.to_json()}, ledger.load()[1])
     finally:
         ledger.close()
-    return found
 
 
 def table_of(library: Library) -> str:
@@ -171,7 +213,7 @@ def table_of(library: Library) -> str:
             f"{one['ceiling']:>10.4g}  {one['breaker']:8}"
             + "".join(f"{_percent(part):>21}" for part in (at["loss"], net, at["saving"]))
         )
-    return "\n".join([*lines, "", *_lines_of_heads(library)])
+    return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])
 
 
 def _lines_of_heads(library: Library) -> list[str]:
@@ -189,7 +231,24 @@ def _lines_of_heads(library: Library) -> list[str]:
                 f"saves {saved:+.1f}; evidence {evidence['worse']:.3g}, {evidence['dearer']:.3g}"
             )
             told += f" of {ENOUGH:g}"
+            told += f"; stopped, {one['stopped']}" if one["stopped"] else ""
         lines.append(told)
+    return lines
+
+
+def _lines_of_canary(library: Library) -> list[str]:
+    """Returns what a person is told of the challenger that serves a share, if one does."""
+    canary = library.canary
+    if canary is None:
+        return []
+    told = canary.status()
+    way = f"audit {canary.audits} of {told['audits_a_step']}" if canary.climbs else "held"
+    lines = ["", f"{canary.head[:12]} serves {100 * canary.share:g} % ({way})"]
+    for name, one in told["served"].items():
+        lines.append(
+            f"  {name:12}{one['requests']:>10} requests, {one['failures']:g} failed, "
+            f"{one['complaints']:g} complaints"
+        )
     return lines
 
 

@@ -32,6 +32,7 @@ ATTRIBUTES = MappingProxyType(
         "segment": "haltwise.segment",
         "task": "haltwise.task",
         "head": "haltwise.policy.head",
+        "head_probability": "haltwise.policy.head.probability",
         "certificate": "haltwise.policy.certificate",
         "price_asked": "haltwise.price.asked",
         "price_ceiling": "haltwise.price.ceiling",

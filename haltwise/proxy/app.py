@@ -372,8 +372,8 @@ class Proxy:
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
-            settings, head = self._serving()
-            about = self._about(client, request, names_own, bill) | head
+            about = self._about(client, request, names_own, bill)
+            settings = self._serving(about)
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, settings, bill)
             try:
@@ -387,12 +387,16 @@ class Proxy:
                 bill.spent = None  # of the answer that follows
             await self._pass_on(client, body, self._why_not(why_not, record))
 
-    def _serving(self) -> tuple[CompletionSettings, Json]:
-        """The settings of a completion that begins now, with the head that serves, and its name."""
+    def _serving(self, about: Json) -> CompletionSettings:
+        """The settings of a completion that begins now, with the head that is to serve it.
+
+        Args:
+            about: What is known of it, to which the head is added.
+        """
         if self.control is None:
-            return self._settings, {}
-        name = self.control.serving
-        return replace(self._settings, head=self.control.heads[name]), {"head": name}
+            return self._settings
+        about |= self.control.head_for(about)
+        return replace(self._settings, head=self.control.heads[about["head"]])
 
     def _about(
         self,
@@ -841,6 +845,7 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         config.state_key,
         Telemetry() if config.telemetry else None,
         [_challenger(path, head) for path in config.challenger],
+        config.promotion,
     )
 
 

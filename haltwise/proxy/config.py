@@ -27,8 +27,8 @@ GOVERNED = ("observe", "apply")
 
 # Settings that mean something to these controls alone.
 _OF_GOVERNED = (
-    "challenger", "target", "audit", "state_key", "label_hours", "audit_traces", "dense_audits",
-    "telemetry",
+    "challenger", "promotion", "target", "audit", "state_key", "label_hours", "audit_traces",
+    "dense_audits", "telemetry",
 )  # fmt: skip
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
@@ -105,6 +105,9 @@ class ServeConfig:
     that they certify; or MODULE:NAME of a class that sets terms, see haltwise.Control."""
     challenger: tuple[Path, ...] = ()
     """Folders of other heads, which replay all audits of the control and may be promoted."""
+    promotion: Literal["ask", "auto"] = "ask"
+    """Whether a challenger that is known to be better waits for `haltwise promote`, or begins to
+    serve by itself: 1, 5 and 25 % of all requests, and at last all."""
     target: float = 0.02
     """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
     audit: float = 0.05

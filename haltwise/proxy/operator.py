@@ -54,6 +54,8 @@ class OperatorPages:
             Route("/v1/haltwise/feedback", self.take_feedback, methods=["POST"]),
             Route("/v1/haltwise/breaker", self.open_breaker, methods=["POST"]),
             Route("/v1/haltwise/promote", self.promote, methods=["POST"]),
+            Route("/v1/haltwise/experiment", self.begin_experiment, methods=["POST"]),
+            Route("/v1/haltwise/rollback", self.roll_back, methods=["POST"]),
         ]
 
     async def tell(self, request: Request) -> Response:
@@ -100,6 +102,14 @@ class OperatorPages:
     async def promote(self, request: Request) -> Response:
         """Lets another head serve."""
         return await self._take(request, lambda control, told: control.promote(**told))
+
+    async def begin_experiment(self, request: Request) -> Response:
+        """Lets a challenger serve a share of all requests."""
+        return await self._take(request, lambda control, told: control.begin_experiment(**told))
+
+    async def roll_back(self, request: Request) -> Response:
+        """Takes back the newest step of who serves."""
+        return await self._take(request, lambda control, told: control.roll_back(**told))
 
     async def _take(
         self, request: Request, take: Callable[[GovernedControl, dict[str, Any]], None]
