@@ -4,7 +4,8 @@ Who is served by it is drawn by a key for each session, else user, else request,
 changes between heads; a larger share has everybody of a smaller one. Replays of audits have said
 before that it is as good. What they cannot see, requests that fail and people who complain, is
 watched while it serves: with p the probability of the challenger and A whether it was drawn, the
-sum of (A - p) * harm is above 0 in the mean only if the challenger harms more often.
+mean of (A - p) * harm is above 0 only if the challenger harms more often, and who bets on that by
+a share of 1 / p has a capital that grows in no mean if it does not.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from haltwise.control.betting import log_wealth
+from haltwise.control.betting import log_mean_exp
 from haltwise.control.draws import draw
-from haltwise.control.trial import ENOUGH
 from haltwise.errors import InputError
 
 #: The shares of all requests that a challenger serves, one after the other, before it has all.
 SHARES = (0.01, 0.05, 0.25)
 #: Audits that each of them waits for.
 STEP_AUDITS = 100
+# What is bet on every harm, as shares of the largest bet that cannot lose everything, and the
+# capital from which on it is known that a challenger harms more.
+_BETS = np.array([0.05, 0.2, 0.45])
+_HARMED = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,8 @@ class Harm:
     champion: float = 0.0
     """Sum of the champion's harm."""
     challenger: float = 0.0
-    excess: float = 0.0
-    """Sum of (A - p) * harm."""
-    squares: float = 0.0
-    """Sum of the squares of that."""
+    log_capital: tuple[float, ...] = (0.0,) * len(_BETS)
+    """Of each bet that the challenger harms more often."""
 
     @classmethod
     def of(cls, harm: float, is_challenger: bool, probability: float) -> Harm:
@@ -47,18 +49,28 @@ class Harm:
             is_challenger: Whether the challenger has served it.
             probability: With which the challenger was to serve it, in (0, 1).
         """
-        excess = (is_challenger - probability) * harm
+        gain = _BETS / probability * (is_challenger - probability) * harm
         own = harm if is_challenger else 0.0
-        return cls(harm - own, own, excess, excess**2)
+        return cls(harm - own, own, tuple(np.log1p(gain).tolist()))
 
     def __add__(self, other: Harm) -> Harm:
         """Returns that of both's requests."""
-        return Harm(*(one + more for one, more in zip(_values(self), _values(other), strict=True)))
+        pairs = zip(self.log_capital, other.log_capital, strict=True)
+        return Harm(
+            self.champion + other.champion,
+            self.challenger + other.challenger,
+            tuple(one + more for one, more in pairs),
+        )
 
     @property
     def is_more(self) -> bool:
         """Whether it is known that the challenger harms more often than the champion."""
-        return bool(log_wealth(self.excess, self.squares) >= np.log(ENOUGH))
+        return bool(log_mean_exp(np.array(self.log_capital)) >= np.log(_HARMED))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Harm:
+        """Rebuilds it from parsed JSON."""
+        return cls(**{**data, "log_capital": tuple(data["log_capital"])})
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,7 @@ class Arms:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Arms:
         """Rebuilds it from parsed JSON."""
-        harms = {name: Harm(**data[name]) for name in ("failures", "complaints")}
+        harms = {name: Harm.from_json(data[name]) for name in ("failures", "complaints")}
         return cls(**{**data, **harms})
 
 
@@ -166,7 +178,3 @@ class Canary:
     def from_json(cls, data: Mapping[str, Any]) -> Canary:
         """Rebuilds it from parsed JSON."""
         return cls(**{**data, "arms": Arms.from_json(data["arms"])})
-
-
-def _values(harm: Harm) -> tuple[float, ...]:
-    return harm.champion, harm.challenger, harm.excess, harm.squares

@@ -28,7 +28,8 @@ class Side:
     losses: tuple[float | None, ...]
     """(K,) at each price; None where it is not known before labels come."""
     answers: tuple[str, ...]
-    """(K + 1,) what tells the answer at each price from others, and the full one."""
+    """(K + 1,) what tells the answer at each price from others, and the full one; empty where that
+    is not told."""
     step: int
     """The step that it would have been served."""
     saved: float
@@ -63,7 +64,8 @@ class Pair:
     @classmethod
     def of(cls, challenger: Side, champion: Side) -> Pair:
         """Returns the pair of two sides of one audit."""
-        same = tuple(answer == champion.answer for answer in challenger.answers[:-1])
+        answer = champion.answer
+        same = tuple(bool(one) and one == answer for one in challenger.answers[:-1])
         return cls(champion.lost, challenger.losses, same, challenger.step, champion.step)
 
     @property
