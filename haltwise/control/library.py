@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from haltwise.control.betting import Float
 from haltwise.control.books import Books, Entry
 from haltwise.control.canary import Arms, Canary
@@ -256,9 +258,8 @@ class Library:
         audit = known and known.books.groups.under_way.get(entry.event.request)
         if not audit or audit.told:
             return None
-        told, at = entry.audit, audit.step - 1
-        saves = at >= 0 and told.full_cost > 0
-        saved = 1 - float(told.cost[at]) / told.full_cost if saves else 0.0
+        told = entry.audit
+        saved = 1 - told.cost / told.full_cost if told.full_cost else np.zeros(len(told.cost))
         if entry.awaited is None:
             losses = told.losses[_DISAGREEMENT].tolist()
             answers = ("",) * (len(losses) + 1)
@@ -266,7 +267,7 @@ class Library:
             net = zip(told.losses[_NET].tolist(), told.due.tolist(), strict=True)
             losses = [None if due else loss for loss, due in net]
             answers = entry.awaited.answers
-        return Side(tuple(losses), answers, audit.step, saved)
+        return Side(tuple(losses), answers, audit.step, tuple(saved.tolist()))
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -299,7 +300,8 @@ def _net_losses(entry: Entry | None) -> Float | None:
     """Returns what each price (K,) has lost by labels; None if an entry has none."""
     if entry is None or entry.audit is None or entry.audit.full_right is None:
         return None
-    return entry.audit.losses[_NET]
+    losses: Float = entry.audit.losses[_NET]
+    return losses
 
 
 def challenger_named(library: Library, name: str) -> str:

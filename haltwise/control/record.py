@@ -247,7 +247,9 @@ class Record:
             rated = "SELECT 1 FROM label WHERE request = ? AND source = 'user'"
             if not found:
                 return None
-            return Whose(*found[0], bool(opened.execute(rated, request)))
+            tenant, task, user, head, probability = found[0]
+            is_rated = bool(opened.execute(rated, request))
+            return Whose(tenant, task, user, head, probability, is_rated)
 
     def close(self) -> None:
         """Writes what waits, and ends the writer; rows put from now on are never written."""

@@ -32,8 +32,13 @@ class Side:
     is not told."""
     step: int
     """The step that it would have been served."""
-    saved: float
-    """The share of the full answer's tokens that it would have saved."""
+    saved: tuple[float, ...]
+    """(K,) the share of the full answer's tokens that it would have saved at each price."""
+
+    @property
+    def saved_at_step(self) -> float:
+        """The same at its step."""
+        return self.saved[self.step - 1] if self.step else 0.0
 
     @property
     def lost(self) -> float | None:
@@ -100,28 +105,31 @@ class Trial:
 
     Each capital is that of who bets against a claim about the mean of the pairs, in logs, (S,) for
     the stakes; it reaches `ENOUGH` with a probability of at most 1 / `ENOUGH` if the claim holds,
-    whenever one looks.
+    whenever one looks. A price that is higher than another saves at least as much on every audit,
+    so that the capitals of `dearer` keep to that for whichever price is served.
     """
 
     worse: Float
     """(K, S) against "the challenger loses `MARGIN` more, or more than that", at each price."""
+    dearer: Float
+    """(K, S) against "the challenger saves no more", at each price."""
+    lost: Float
+    """(K,) sum of what the challenger has lost more at each price; what is not known is lost."""
+    saved: Float
+    """(K,) sum of the shares of the full tokens that it has saved more at each price."""
+    as_good: Float
+    """(S,) against "the challenger loses at most `MARGIN` more", at what it would have served."""
     num: int = 0
     """Pairs."""
-    dearer: Float = field(default_factory=lambda: np.zeros(len(STAKES)))
-    """Against "the challenger saves no more"."""
-    as_good: Float = field(default_factory=lambda: np.zeros(len(STAKES)))
-    """Against "the challenger loses at most `MARGIN` more"."""
-    lost: float = 0.0
-    """Sum of what the challenger has lost more; what is not known counts as lost."""
-    saved: float = 0.0
-    """Sum of the shares of the full tokens that it has saved more."""
     unknown: Mapping[str, Pair] = field(default_factory=dict)
     """By request, the pairs that labels may put right."""
 
     @classmethod
     def begin(cls, num_prices: int) -> Trial:
         """Returns the trial of a challenger with K prices that no audit has told anything about."""
-        return cls(np.zeros((num_prices, len(STAKES))))
+        each, stakes = np.zeros(num_prices), np.zeros(len(STAKES))
+        capital = np.zeros((num_prices, len(STAKES)))
+        return cls(capital, capital, each, each, stakes)
 
     def after(self, request: str, challenger: Side, champion: Side) -> Trial:
         """Returns the trial after an audit.
@@ -132,7 +140,7 @@ class Trial:
             champion: The same of the champion.
         """
         pair = Pair.of(challenger, champion)
-        saved = float(np.clip(challenger.saved - champion.saved, -1, 1))
+        saved = np.clip(np.array(challenger.saved) - champion.saved_at_step, -1, 1)
         moved = replace(
             self,
             num=self.num + 1,
@@ -164,13 +172,13 @@ class Trial:
         """Returns the trial with a pair more, or with one less."""
         more, at_step = pair.more, pair.more_at_step
         worst = np.where(np.isnan(more), 1.0, more)
-        worst_at_step, best_at_step = (end if np.isnan(at_step) else at_step for end in (1.0, -1.0))
-        as_good = np.log1p(STAKES / (1 + MARGIN) * (best_at_step - MARGIN))
+        best = -1.0 if np.isnan(at_step) else at_step
+        as_good = np.log1p(STAKES / (1 + MARGIN) * (best - MARGIN))
         moved = replace(
             self,
             worse=self.worse + sign * growth(worst, MARGIN),
             as_good=self.as_good + sign * as_good,
-            lost=self.lost + sign * worst_at_step,
+            lost=self.lost + sign * worst,
         )
         return moved._keep(request, None if pair.is_known else pair)
 
@@ -188,7 +196,7 @@ class Trial:
             step: The step that the challenger would be served now.
         """
         below = bool(step) and all(_enough(one) for one in self.worse[:step])
-        return below and _enough(self.dearer)
+        return below and _enough(self.dearer[step - 1])
 
     @property
     def is_worse(self) -> bool:
@@ -205,14 +213,16 @@ class Trial:
         Args:
             step: The step that the challenger would be served now.
         """
-        num = max(self.num, 1)
-        weakest = min((log_mean_exp(one) for one in self.worse[:step]), default=0.0)
-        logs = {"worse": weakest}
-        logs |= {name: log_mean_exp(getattr(self, name)) for name in ("dearer", "as_good")}
+        num, at = max(self.num, 1), slice(max(step - 1, 0), step)
+        logs = {
+            "worse": min((log_mean_exp(one) for one in self.worse[:step]), default=0.0),
+            "dearer": log_mean_exp(self.dearer[at]).sum(),
+            "as_good": log_mean_exp(self.as_good),
+        }
         evidence = {
             name: round(float(np.exp(min(float(log), 50.0))), 3) for name, log in logs.items()
         }
-        means = {"loses_more": self.lost / num, "saves_more": self.saved / num}
+        means = {"loses_more": self.lost[at].sum() / num, "saves_more": self.saved[at].sum() / num}
         known = self.known(step)
         told = {"pairs": self.num, "unknown": len(self.unknown), "known": known}
         return told | {"evidence": evidence, **means}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from haltwise import HaltHead, InputError
+from haltwise.control.betting import STAKES
 from haltwise.control.books import Books, Entry
 from haltwise.control.canary import SHARES, STEP_AUDITS, Arms, Canary, Harm
 from haltwise.control.estimates import Audit
@@ -24,7 +25,7 @@ from haltwise.control.groups import EVERYTHING, Drawn, Groups, Opened, Told
 from haltwise.control.library import Library, Note, Shelved, experiment, promotion, rollback
 from haltwise.control.status import read_library
 from haltwise.control.status import roll_back as rolled_back
-from haltwise.control.trial import Trial
+from haltwise.control.trial import MARGIN, Trial
 from tests.control.test_governed import asked, control, told, until
 from tests.control.test_governed import run as run_request
 from tests.heads import sure_head
@@ -102,15 +103,19 @@ def test_a_pair_is_what_both_lost_and_saved_at_their_own_prices() -> None:
         drawn("u"), drawn("v"), Note({"b": answered("v", 0, 1).entries["b"]}),
     ]  # fmt: skip
     trial = fold(pairs).shelf["b"].trial
-    assert trial.num == 3 and trial.lost == pytest.approx(1 - 1 + 0)
-    assert trial.saved == pytest.approx((0.6 - 0.2) + (0 - 0.2) + (0.9 - 0.2))
+    assert trial.num == 3 and trial.lost.tolist() == [1, 1]
+    np.testing.assert_allclose(trial.saved, [3 * 0.6 - 3 * 0.2, 3 * 0.9 - 3 * 0.2])
+    served = [1 - 0, 0 - 1, 0 - 0]  # of the challenger, less the champion
+    as_good = sum(np.log1p(STAKES / 1.01 * (more - MARGIN)) for more in served)
+    np.testing.assert_allclose(trial.as_good, as_good)
     told_twice = fold([*pairs, answered("r", 0, 1)])
     assert told_twice.shelf["b"].trial.num == 3
 
 
 def sure(library: Library, logs: float = 9.0) -> Library:
     """The library with evidence that b is as good and cheaper; below 0 with none, at a cost."""
-    trial = Trial(np.full((2, 2), logs), 9, dearer=np.full(2, logs))
+    capital = np.full((2, 2), logs)
+    trial = replace(Trial.begin(2), worse=capital, dearer=capital)
     return replace(library, shelf={**library.shelf, "b": replace(library.shelf["b"], trial=trial)})
 
 
@@ -177,7 +182,8 @@ def test_an_experiment_is_held_at_its_share() -> None:
 def harmed(num: int, kind: str) -> Arms:
     """Requests that were harmed under the challenger, and none under the champion."""
     harm = reduce(Harm.__add__, [Harm.of(1.0, True, 0.01)] * num)
-    return replace(Arms("b", 99 * num, num), **{kind: harm})
+    harms: dict[str, Any] = {kind: harm}
+    return replace(Arms("b", 99 * num, num), **harms)
 
 
 @pytest.mark.parametrize("kind", ["failures", "complaints"])

@@ -14,8 +14,12 @@ from haltwise.control.trial import ENOUGH, MARGIN, Side, Trial
 
 
 def side(*losses: float | None, step: int = 1, saved: float = 0.0, answers: str = "") -> Side:
-    """What a head with two prices would have lost; answers are letters, the full one's last."""
-    return Side(losses, tuple(answers) if answers else ("",) * 3, step, saved)
+    """What a head with two prices would have lost; answers are letters, the full one's last.
+
+    At the second price it saves a tenth more.
+    """
+    told = tuple(answers) if answers else ("",) * 3
+    return Side(losses, told, step, (saved, saved + 0.1))
 
 
 def trial_of(*pairs: tuple[Side, Side]) -> Trial:
@@ -33,11 +37,13 @@ def test_a_pair_is_compared_at_all_prices_with_what_the_champion_would_have_serv
     """The champion loses 1 at its second price; the challenger 0 and 1, saving 40 points more."""
     trial = trial_of((side(0, 1, step=2, saved=0.6), side(0, 1, step=2, saved=0.2)))
     np.testing.assert_allclose(trial.worse, bets(-1, 0))
-    np.testing.assert_allclose(trial.dearer, np.log1p(STAKES * 0.4))
+    np.testing.assert_allclose(trial.dearer, [np.log1p(STAKES * more) for more in (0.3, 0.4)])
     np.testing.assert_allclose(trial.as_good, np.log1p(STAKES / 1.01 * -0.01))
-    assert (trial.num, trial.lost, trial.saved) == (1, 0, pytest.approx(0.4))
+    assert trial.num == 1 and trial.lost.tolist() == [-1, 0]
+    np.testing.assert_allclose(trial.saved, [0.3, 0.4])
     unhalted = trial_of((side(1, 1, step=0), side(1, 1, step=0)))
-    assert unhalted.lost == 0 and np.allclose(unhalted.worse, bets(1, 1))
+    np.testing.assert_allclose(unhalted.as_good, np.log1p(STAKES / 1.01 * -0.01))
+    assert np.allclose(unhalted.worse, bets(1, 1)) and unhalted.saved.tolist() == [0, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -56,23 +62,25 @@ def test_labels_put_a_pair_right(
 ) -> None:
     before = trial_of((challenger, champion))
     assert set(before.unknown) == {"r0"}
-    assert before.lost == 1  # the worst for the challenger until then
+    lost = before.lost.tolist()
+    assert lost[challenger.step - 1] == 1  # the worst for the challenger until then
     sides = [None if one is None else np.array(one, dtype=float) for one in told]
     again = Trial.from_json(json.loads(json.dumps(before.to_json())))
     for trial in (before, again):
         after = trial.labelled("r0", *sides)
         np.testing.assert_allclose(after.worse, bets(*more))
         assert not after.unknown and after.num == 1
-        assert after.lost == more[challenger.step - 1]
-        known = np.log1p(STAKES / (1 + MARGIN) * (after.lost - MARGIN))
+        assert after.lost.tolist() == list(more)
+        known = np.log1p(STAKES / (1 + MARGIN) * (more[challenger.step - 1] - MARGIN))
         np.testing.assert_allclose(after.as_good, known)
-    assert not before.expired("r0").unknown and before.expired("r0").lost == 1
+    late = before.expired("r0")
+    assert not late.unknown and late.lost.tolist() == lost
 
 
 def test_the_same_answer_needs_no_label() -> None:
     both = side(None, None, answers="ggf"), side(None, 0, answers="gff")
     trial = trial_of(both)
-    assert not trial.unknown and trial.lost == 0
+    assert not trial.unknown and trial.lost.tolist() == [0, 0]
     np.testing.assert_allclose(trial.worse, bets(0, 0))
 
 
@@ -87,9 +95,10 @@ def test_until_labels_come_a_pair_speaks_for_neither_side() -> None:
 
 def test_a_step_is_ready_if_all_below_it_are() -> None:
     enough, little = np.full(2, np.log(ENOUGH)), np.full(2, np.log(ENOUGH) - 0.01)
-    trial = Trial(np.stack([enough, little]), dearer=enough)
+    worse, dearer = np.stack([enough, little]), np.stack([enough, enough])
+    trial = replace(Trial.begin(2), worse=worse, dearer=dearer)
     assert [trial.is_ready(step) for step in (0, 1, 2)] == [False, True, False]
-    assert not replace(trial, dearer=little).is_ready(1)
+    assert not replace(trial, dearer=worse[::-1]).is_ready(1)
     assert trial.status(2)["evidence"]["worse"] == pytest.approx(ENOUGH - 0.2, abs=0.01)
 
 
@@ -105,7 +114,11 @@ def capital(seed: int, num: int, lost: tuple[float, float], saved: float) -> Any
             Trial.begin(2).after("r", side(one, one, saved=other), nothing)
             for one, other in zip(loses, saves, strict=True)
         ]
-        logs += [[s.worse[0] for s in steps], [s.dearer for s in steps], [s.as_good for s in steps]]
+        logs += [
+            [s.worse[0] for s in steps],
+            [s.dearer[0] for s in steps],
+            [s.as_good for s in steps],
+        ]
         enough |= log_mean_exp(logs) >= np.log(ENOUGH)
     return enough
 

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -387,50 +387,95 @@ def test_what_nobody_watches_after_all_is_no_audit_and_has_a_row(
     assert kept() == [("passed on", None, None)]
 
 
-def test_a_promoted_head_halts_from_the_next_request_on(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Streams that run are the old one's, and so are those behind a rollback."""
+@dataclass
+class Rivals:
+    """A proxy with two heads, of which the challenger halts at 12 tokens and the champion at 20."""
+
+    proxy: Proxy
+    upstream: FakeUpstream
+    sure: str
+    bold: str
+
+    def position(self, plan: Plan, name: str, session: str = "") -> Any:
+        headers = {"X-Haltwise-Session": session} if session else {}
+        reply = ask(self.proxy.client, replace(plan, name=name), headers=headers)
+        return reply.haltwise["position"]
+
+    def post(self, what: str, **body: Any) -> int:
+        path, key = f"/v1/haltwise/{what}", {"Authorization": "Bearer secret"}
+        return self.proxy.client.post(path, json=body, headers=key).status_code
+
+    def told(self) -> Any:
+        key = {"Authorization": "Bearer secret"}
+        return self.proxy.client.get("/v1/haltwise/control", headers=key).json()
+
+    def champion(self) -> Any:
+        return next(one["head"] for one in self.told()["heads"] if one["role"] == "champion")
+
+
+@pytest.fixture
+def rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rivals]:
     monkeypatch.setenv("OPERATOR", "secret")
-    key = {"Authorization": "Bearer secret"}
-    sure, bold = sure_head(), sure_head()
-    bold = HaltHead(bold.config, bold.weights | {"b0": bold.weights["b0"] + 1})
-    settings: dict[str, Any] = {"control": "observe", "audit": 0.0, "operator_key_env": "OPERATOR"}
-    with FakeUpstream("vllm") as upstream, ThreadPoolExecutor() as pool:
+    sure = sure_head()
+    bold = HaltHead(sure.config, sure.weights | {"b0": sure.weights["b0"] + 1})
+    with FakeUpstream("vllm") as upstream:
         config = ServeConfig(
             saved_head(tmp_path / "sure", sure),
             upstream.url,
             challenger=(saved_head(tmp_path / "bold", bold),),
+            control="observe",
+            audit=0.0,
+            operator_key_env="OPERATOR",
             state=tmp_path / "state",
-            **settings,
         )
         with proxied(config) as proxy:
+            yield Rivals(proxy, upstream, sure.digest, bold.digest)
 
-            def position(name: str) -> Any:
-                return ask(proxy.client, replace(plan, name=name)).haltwise["position"]
 
-            def promote(head: str, **more: Any) -> int:
-                body = {"head": head} | more
-                path = "/v1/haltwise/promote"
-                return proxy.client.post(path, json=body, headers=key).status_code
+def test_a_promoted_head_halts_from_the_next_request_on(plan: Plan, rivals: Rivals) -> None:
+    """Streams that run are the old one's, and so are those behind a rollback."""
+    upstream = rivals.upstream
+    with ThreadPoolExecutor() as pool:
+        assert rivals.position(plan, "a") == 20 and rivals.champion() == rivals.sure
+        hanging = replace(plan, name="b", trouble="hangs", at=6, legs=(1,))
+        running = pool.submit(ask, rivals.proxy.client, hanging)
+        wait_until(lambda: bool(upstream.of(hanging)))
+        assert rivals.post("promote", head=rivals.bold) == 400  # nobody knows if it is as good
+        assert rivals.post("promote", head=rivals.bold, anyway=True) == 204
+        wait_until(lambda: rivals.champion() == rivals.bold)
+        assert rivals.position(plan, "c") == 12
+        upstream.free(upstream.of(hanging)[0])
+        assert running.result(PATIENCE).haltwise["position"] == 20
+        assert rivals.post("rollback", all=True) == 400
+        assert rivals.post("rollback") == 204
+        wait_until(lambda: rivals.champion() == rivals.sure)
+        assert rivals.position(plan, "d") == 20
 
-            def champion() -> Any:
-                told = proxy.client.get("/v1/haltwise/control", headers=key).json()
-                return next(one["head"] for one in told["heads"] if one["role"] == "champion")
 
-            assert position("a") == 20 and champion() == sure.digest
-            hanging = replace(plan, name="b", trouble="hangs", at=6, legs=(1,))
-            running = pool.submit(ask, proxy.client, hanging)
-            wait_until(lambda: bool(upstream.of(hanging)))
-            assert promote(bold.digest) == 400  # nobody knows whether it is as good
-            assert promote(bold.digest, anyway=True) == 204
-            wait_until(lambda: champion() == bold.digest)
-            assert position("c") == 12
-            upstream.free(upstream.of(hanging)[0])
-            assert running.result(PATIENCE).haltwise["position"] == 20
-            assert promote("previous") == 204
-            wait_until(lambda: champion() == sure.digest)
-            assert position("d") == 20
+def test_a_challenger_serves_a_share_of_the_sessions_until_a_rollback(
+    plan: Plan, rivals: Rivals, tmp_path: Path
+) -> None:
+    """Whoever it serves is served by it again, and the record has which head and how likely."""
+    for wrong in (0, 1, "x", None, True):
+        assert rivals.post("experiment", head=rivals.bold, share=wrong) == 400
+    assert rivals.post("experiment", head=rivals.bold, share=0.5) == 204
+    wait_until(lambda: bool(rivals.told()["canary"]))
+    assert rivals.post("experiment", head=rivals.bold, share=0.5) == 400  # one serves already
+    names = [[(f"s{n}", f"{n}x{m}") for n in range(12)] for m in range(3)]
+    found = [[rivals.position(plan, name, one) for one, name in some] for some in names[:2]]
+    assert found[0] == found[1] and set(found[0]) == {12, 20}
+    assert rivals.post("rollback") == 204
+    wait_until(lambda: not rivals.told()["canary"])
+    assert {rivals.position(plan, name, one) for one, name in names[2]} == {20}
+    expected = {(rivals.bold, 12, 0.5), (rivals.sure, 20, 0.5), (rivals.sure, 20, None)}
+
+    def rows() -> list[Any]:
+        with sqlite3.connect(tmp_path / "state") as file:
+            asked = "SELECT head, position, head_probability FROM request"
+            return file.execute(asked).fetchall()
+
+    wait_until(lambda: len(rows()) == 36)
+    assert set(rows()) == expected
 
 
 def test_a_challenger_of_another_kind_is_refused(tmp_path: Path) -> None:
