@@ -30,6 +30,7 @@ from benchmarks import (
     memory,
     overhead,
     ppo,
+    promotion,
     proxy,
     recorder,
     wall_clock,
@@ -40,6 +41,7 @@ from benchmarks.environment import EnvironmentConfig
 from benchmarks.memory import MemoryConfig, TrainingMemoryConfig
 from benchmarks.overhead import OverheadConfig
 from benchmarks.ppo import PPOBenchConfig
+from benchmarks.promotion import PromotionConfig
 from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
 from benchmarks.synthetic import synthetic_traces
@@ -59,6 +61,7 @@ BenchPart = Literal[
     "wall_clock",
     "proxy",
     "control",
+    "promotion",
     "bound",
 ]
 
@@ -73,7 +76,8 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo, control and bound. Default: synthetic."""
+    """A file or folder of traces for environment, ppo, control, promotion and bound. Default:
+    synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -96,6 +100,8 @@ class BenchConfig:
     """What the proxy adds to the server that it stands before."""
     control: ControlConfig = field(default_factory=ControlConfig)
     """How well the governor keeps its promise, by simulation on the traces."""
+    promotion: PromotionConfig = field(default_factory=PromotionConfig)
+    """How often challengers take over, by simulation on the traces."""
     bound: BoundConfig = field(default_factory=BoundConfig)
     """What could be saved at most by the signals of the traces."""
 
@@ -119,6 +125,7 @@ def main(config: BenchConfig) -> None:
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
         "control": partial(control.measure, traces, config.control),
+        "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
     }
     results: list[BenchResult] = []

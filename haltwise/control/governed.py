@@ -426,7 +426,8 @@ class GovernedControl:
         if self.promotion == "ask" or library.canary is not None:
             return
         for name, one in self._shelf():
-            if name != library.champion and not one.stopped and one.is_ready:
+            is_new = name != library.champion and not one.stopped
+            if is_new and library.is_ready(name):
                 self.keeper.put(Note(tries=Canary.begin(name)))
                 return
 

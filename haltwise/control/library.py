@@ -24,7 +24,7 @@ from haltwise.control.canary import Arms, Canary
 from haltwise.control.estimates import LOSSES
 from haltwise.control.governor import is_open
 from haltwise.control.groups import EVERYTHING, Expired, Gone, Told
-from haltwise.control.trial import MARGIN, Side, Trial
+from haltwise.control.trial import MARGIN, Pair, Side, Trial
 from haltwise.errors import InputError
 
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
@@ -44,19 +44,23 @@ class Shelved:
     """Why it has stopped serving as a canary, the last time; empty if it has not."""
 
     @classmethod
-    def begin(cls, books: Books, prices: tuple[float, ...]) -> Shelved:
-        """Returns the books of a head, as they are, and a trial that begins."""
-        return cls(books, prices, Trial.begin(len(prices)))
+    def begin(
+        cls, books: Books, prices: tuple[float, ...], champions: tuple[float, ...] = ()
+    ) -> Shelved:
+        """Returns the books of a head, as they are, and a trial that begins.
+
+        Args:
+            books: Its books.
+            prices: (K,) that its steps stand for.
+            champions: The prices that the champion's steps stand for; a head that joins a library
+                is compared with the one that is champion there.
+        """
+        return cls(books, prices, Trial.begin(len(prices), len(champions)))
 
     @property
     def step(self) -> int:
         """The step that it would be served now."""
         return self.books.groups.step([])
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether it is known to lose little more than the champion, and to save more."""
-        return self.trial.is_ready(self.step)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -146,13 +150,28 @@ class Library:
         """The champion's."""
         return self.shelf[self.champion].books
 
+    def is_ready(self, head: str) -> bool:
+        """Returns whether a challenger is known to lose little more, and to save more."""
+        one = self.shelf[head]
+        return one.trial.is_ready(one.step, self.shelf[self.champion].step)
+
+    def known(self, head: str) -> str:
+        """Returns what is known of a challenger: worse, ready or not known yet."""
+        one = self.shelf[head]
+        return one.trial.known(one.step, self.shelf[self.champion].step)
+
     def gone(self, process: str) -> Note:
         """Returns that a process has ended, for all heads."""
         return Note({head: Entry(Gone(process)) for head in self.shelf})
 
     def after(self, note: Note) -> Library:
         """Returns the library after a note."""
-        shelf = {**note.joins, **self.shelf}
+        champions = self.shelf[self.champion].prices
+        joining = {
+            name: Shelved.begin(one.books, one.prices, champions)
+            for name, one in note.joins.items()
+        }
+        shelf = {**joining, **self.shelf}
         canary = self.canary
         for head, trial in self._trials(note).items():
             if canary is not None and canary.head == head:
@@ -181,8 +200,9 @@ class Library:
         """Returns it with another champion, every trial begun anew, and without a canary."""
         if head not in self.shelf or head == self.champion:
             return self
-        shelf = {name: Shelved.begin(one.books, one.prices) for name, one in self.shelf.items()}
-        return Library(head, shelf, self.champion)
+        prices, shelf = self.shelf[head].prices, self.shelf.items()
+        begun = {name: Shelved.begin(one.books, one.prices, prices) for name, one in shelf}
+        return Library(head, begun, self.champion)
 
     def _rolled_back(self) -> Library:
         """Returns it without its canary, or with the head before as the champion."""
@@ -214,7 +234,7 @@ class Library:
         one = self.shelf[canary.head]
         if why := self._harm_of(canary, one):
             return self._stopped(why)
-        if not (canary.is_due and one.is_ready):
+        if not (canary.is_due and self.is_ready(canary.head)):
             return self
         larger = canary.next()
         return self._promoted(canary.head) if larger is None else replace(self, canary=larger)
@@ -235,7 +255,7 @@ class Library:
         for head in self.shelf.keys() - {self.champion}:
             trial, side = self._labelled(head, note), self._side(head, note)
             if champion is not None and side is not None:
-                trial = trial.after(_request_of(note.entries[head]), side, champion)
+                trial = trial.after(_request_of(note.entries[head]), Pair(side, champion))
             trials[head] = trial
         return trials
 
@@ -267,7 +287,7 @@ class Library:
             net = zip(told.losses[_NET].tolist(), told.due.tolist(), strict=True)
             losses = [None if due else loss for loss, due in net]
             answers = entry.awaited.answers
-        return Side(tuple(losses), answers, audit.step, tuple(saved.tolist()))
+        return Side(tuple(losses), answers, tuple(saved.tolist()), audit.step)
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -337,10 +357,10 @@ def promotion(library: Library, name: str, anyway: bool) -> Note:
     head = challenger_named(library, name)
     if anyway:
         return Note(promotes=head)
-    one = library.shelf[head]
-    if not one.is_ready:
+    if not library.is_ready(head):
+        num = library.shelf[head].trial.num
         raise InputError(
-            f"head {head[:12]} is {one.trial.known(one.step)} after {one.trial.num} audits, "
+            f"head {head[:12]} is {library.known(head)} after {num} audits, "
             f"expected one that is known to lose less than {MARGIN:g} more and to save more, or "
             '"anyway"'
         )

@@ -100,7 +100,8 @@ def head_status(library: Library, head: str, shelved: Shelved) -> dict[str, Any]
     }
     if head == library.champion:
         return told
-    return told | {"stopped": shelved.stopped, "trial": shelved.trial.status(shelved.step)}
+    trial = shelved.trial.status(shelved.step, library.shelf[library.champion].step)
+    return told | {"stopped": shelved.stopped, "trial": trial}
 
 
 def _role(library: Library, head: str) -> str:

@@ -1,9 +1,12 @@
 """How a challenger compares with the champion: pairs of what both would have lost and saved.
 
-An audit tells what either head would have lost and cost at each of its prices. The champion counts
-with the price that it would have been served; the challenger is compared at all of its prices, so
-that a price that nobody would have served at first has its evidence once it is. Where labels are
-due, a pair counts with the worst for whatever is to be shown, and is put right once they come.
+An audit tells what either head would have lost and cost at each of its prices. So the heads are
+compared at all pairs of prices: what counts is the pair that would be served now, whatever would
+have been when an audit was drawn. Where labels are due, a pair counts with the worst for whatever
+is to be shown, and is put right once they come.
+
+Shapes: K prices of the challenger; J steps of the champion, the first of which halts nothing; S
+stakes.
 """
 
 from __future__ import annotations
@@ -23,129 +26,110 @@ ENOUGH = 20.0
 
 @dataclass(frozen=True)
 class Side:
-    """What one head would have lost on one audit."""
+    """What one head would have lost and saved on one audit, (K,) at each of its prices."""
 
     losses: tuple[float | None, ...]
-    """(K,) at each price; None where it is not known before labels come."""
+    """(K,) None where it is not known before labels come."""
     answers: tuple[str, ...]
     """(K + 1,) what tells the answer at each price from others, and the full one; empty where that
     is not told."""
+    saved: tuple[float, ...]
+    """(K,) the share of the full answer's tokens."""
     step: int
     """The step that it would have been served."""
-    saved: tuple[float, ...]
-    """(K,) the share of the full answer's tokens that it would have saved at each price."""
 
-    @property
-    def saved_at_step(self) -> float:
-        """The same at its step."""
-        return self.saved[self.step - 1] if self.step else 0.0
+    def labelled(self, losses: Float | None) -> Side:
+        """Returns it with losses (K,) by labels; None if there are none."""
+        return self if losses is None else replace(self, losses=tuple(losses.tolist()))
 
-    @property
-    def lost(self) -> float | None:
-        """What it would have lost at its step."""
-        return self.losses[self.step - 1] if self.step else 0.0
-
-    @property
-    def answer(self) -> str:
-        """Its answer."""
-        return self.answers[self.step - 1]
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Side:
+        """Rebuilds a side from parsed JSON."""
+        lists = {name: tuple(data[name]) for name in ("losses", "answers", "saved")}
+        return cls(**lists, step=data["step"])
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What a challenger would have lost more than the champion on one audit."""
+    """A challenger and the champion on one audit."""
 
-    champion: float | None
-    """What the champion lost; None where it is not known yet, as everywhere here."""
-    challenger: tuple[float | None, ...]
-    """(K,) what the challenger lost at each price."""
-    same: tuple[bool, ...]
-    """(K,) whether its answer is the champion's."""
-    step: int
-    """The step that the challenger would have been served."""
-    champion_step: int
-    """The same of the champion."""
-
-    @classmethod
-    def of(cls, challenger: Side, champion: Side) -> Pair:
-        """Returns the pair of two sides of one audit."""
-        answer = champion.answer
-        same = tuple(bool(one) and one == answer for one in challenger.answers[:-1])
-        return cls(champion.lost, challenger.losses, same, challenger.step, champion.step)
+    challenger: Side
+    champion: Side
 
     @property
-    def more(self) -> Float:
-        """(K,) what was lost more at each price; NaN where it is not known."""
-        known = np.array(self.challenger, dtype=np.float64)
-        champion = np.nan if self.champion is None else self.champion
-        return np.where(self.same, 0.0, known - champion)
+    def lost_more(self) -> Float:
+        """(K + 1, J) what the challenger lost more at its steps; NaN where that is not known yet.
+
+        What both have answered in the same way is no loss of either.
+        """
+        sides = self.challenger, self.champion
+        new, old = (np.array([0.0, *one.losses], dtype=np.float64) for one in sides)
+        mine, others = (np.array([one.answers[-1], *one.answers[:-1]]) for one in sides)
+        same = (mine[:, None] == others) & (mine != "")[:, None]
+        return np.where(same, 0.0, new[:, None] - old)
 
     @property
-    def more_at_step(self) -> float:
-        """The same at the step that would have been served."""
-        if self.step:
-            return float(self.more[self.step - 1])
-        return np.nan if self.champion is None else -self.champion
-
-    @property
-    def is_known(self) -> bool:
-        """Whether all of it is known."""
-        return not np.isnan([*self.more, self.more_at_step]).any()
+    def saved_more(self) -> Float:
+        """(K, J) the share of the full answer's tokens that the challenger saved more."""
+        new, old = np.array(self.challenger.saved), np.array([0.0, *self.champion.saved])
+        more: Float = np.clip(new[:, None] - old, -1, 1)
+        return more
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Pair:
         """Rebuilds a pair from parsed JSON."""
-        lists = {name: tuple(data[name]) for name in ("challenger", "same")}
-        return cls(**{**data, **lists})
+        return cls(*(Side.from_json(data[name]) for name in ("challenger", "champion")))
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Pairs of a challenger and the champion, from the challenger's first audit on.
 
-    Each capital is that of who bets against a claim about the mean of the pairs, in logs, (S,) for
-    the stakes; it reaches `ENOUGH` with a probability of at most 1 / `ENOUGH` if the claim holds,
-    whenever one looks. A price that is higher than another saves at least as much on every audit,
-    so that the capitals of `dearer` keep to that for whichever price is served.
+    Each capital is that of who bets against a claim about the mean of the pairs, in logs; it
+    reaches `ENOUGH` with a probability of at most 1 / `ENOUGH` if the claim holds, whenever one
+    looks.
     """
 
     worse: Float
-    """(K, S) against "the challenger loses `MARGIN` more, or more than that", at each price."""
+    """(K, J, S) against "the challenger loses `MARGIN` more, or more than that"."""
     dearer: Float
-    """(K, S) against "the challenger saves no more", at each price."""
-    lost: Float
-    """(K,) sum of what the challenger has lost more at each price; what is not known is lost."""
-    saved: Float
-    """(K,) sum of the shares of the full tokens that it has saved more at each price."""
+    """(K, J, S) against "the challenger saves no more"."""
     as_good: Float
-    """(S,) against "the challenger loses at most `MARGIN` more", at what it would have served."""
+    """(S,) against "the challenger loses at most `MARGIN` more", as both would have been served."""
+    lost: Float
+    """(K, J) sum of what the challenger has lost more; what is not known counts as lost."""
+    saved: Float
+    """(K, J) sum of the shares of the full tokens that it has saved more."""
     num: int = 0
     """Pairs."""
     unknown: Mapping[str, Pair] = field(default_factory=dict)
     """By request, the pairs that labels may put right."""
 
     @classmethod
-    def begin(cls, num_prices: int) -> Trial:
-        """Returns the trial of a challenger with K prices that no audit has told anything about."""
-        each, stakes = np.zeros(num_prices), np.zeros(len(STAKES))
-        capital = np.zeros((num_prices, len(STAKES)))
-        return cls(capital, capital, each, each, stakes)
+    def begin(cls, num_prices: int, num_champions: int) -> Trial:
+        """Returns the trial that no audit has told anything about.
 
-    def after(self, request: str, challenger: Side, champion: Side) -> Trial:
+        Args:
+            num_prices: K.
+            num_champions: The champion's prices, J - 1.
+        """
+        each, stakes = np.zeros((num_prices, num_champions + 1)), np.zeros(len(STAKES))
+        capital = each[..., None] + stakes
+        return cls(capital, capital, stakes, each, each)
+
+    def after(self, request: str, pair: Pair) -> Trial:
         """Returns the trial after an audit.
 
         Args:
             request: The audit's id.
-            challenger: What the challenger would have lost and saved.
-            champion: The same of the champion.
+            pair: What it tells of both heads.
         """
-        pair = Pair.of(challenger, champion)
-        saved = np.clip(np.array(challenger.saved) - champion.saved_at_step, -1, 1)
+        more = pair.saved_more
         moved = replace(
             self,
             num=self.num + 1,
-            dearer=self.dearer + growth(-saved, 0.0),
-            saved=self.saved + saved,
+            dearer=self.dearer + growth(-more, 0.0),
+            saved=self.saved + more,
         )
         return moved._counted(request, pair, 1)
 
@@ -155,13 +139,10 @@ class Trial:
         Args:
             request: The audit's id.
             challenger: (K,) what the challenger lost at each price; None if that was known.
-            champion: The same of the champion.
+            champion: (J - 1,) the same of the champion.
         """
-        before = told = self.unknown[request]
-        if challenger is not None:
-            told = replace(told, challenger=tuple(challenger.tolist()))
-        if champion is not None and told.champion_step:
-            told = replace(told, champion=float(champion[told.champion_step - 1]))
+        before = self.unknown[request]
+        told = Pair(before.challenger.labelled(challenger), before.champion.labelled(champion))
         return self._counted(request, before, -1)._counted(request, told, 1)
 
     def expired(self, request: str) -> Trial:
@@ -170,62 +151,64 @@ class Trial:
 
     def _counted(self, request: str, pair: Pair, sign: int) -> Trial:
         """Returns the trial with a pair more, or with one less."""
-        more, at_step = pair.more, pair.more_at_step
-        worst = np.where(np.isnan(more), 1.0, more)
-        best = -1.0 if np.isnan(at_step) else at_step
-        as_good = np.log1p(STAKES / (1 + MARGIN) * (best - MARGIN))
+        more = pair.lost_more
+        served = more[pair.challenger.step, pair.champion.step]
+        worst, best = np.where(np.isnan(more), 1.0, more)[1:], np.nan_to_num(served, nan=-1.0)
         moved = replace(
             self,
             worse=self.worse + sign * growth(worst, MARGIN),
-            as_good=self.as_good + sign * as_good,
+            as_good=self.as_good + sign * np.log1p(STAKES / (1 + MARGIN) * (best - MARGIN)),
             lost=self.lost + sign * worst,
         )
-        return moved._keep(request, None if pair.is_known else pair)
+        return moved._keep(request, pair if np.isnan(more).any() else None)
 
     def _keep(self, request: str, pair: Pair | None) -> Trial:
         others = {name: one for name, one in self.unknown.items() if name != request}
         return replace(self, unknown=others if pair is None else others | {request: pair})
 
-    def is_ready(self, step: int) -> bool:
+    def is_ready(self, step: int, champion: int) -> bool:
         """Returns whether it is known that the challenger loses little more, and saves more.
 
-        Prices are tested in their order, so that a step is as good as all below it, which keeps
-        the probability of a wrong claim at 1 / `ENOUGH` for whichever of them is served.
+        The challenger's prices are tested in their order, so that a step is as good as all below
+        it, which keeps the probability of a wrong claim for whichever of them is served.
 
         Args:
             step: The step that the challenger would be served now.
+            champion: The step that the champion is served now.
         """
-        below = bool(step) and all(_enough(one) for one in self.worse[:step])
-        return below and _enough(self.dearer[step - 1])
+        if not step or not _enough(self.dearer[step - 1, champion]):
+            return False
+        return all(_enough(one) for one in self.worse[:step, champion])
 
     @property
     def is_worse(self) -> bool:
         """Whether it is known that the challenger loses more than `MARGIN` more."""
         return _enough(self.as_good)
 
-    def known(self, step: int) -> str:
-        """Returns what is known: worse, ready, or not known yet."""
-        return "worse" if self.is_worse else "ready" if self.is_ready(step) else "not known yet"
+    def known(self, step: int, champion: int) -> str:
+        """Returns what is known, worse, ready or not known yet; see `is_ready`."""
+        if self.is_worse:
+            return "worse"
+        return "ready" if self.is_ready(step, champion) else "not known yet"
 
-    def status(self, step: int) -> dict[str, Any]:
-        """Returns, as a JSON object, what the pairs tell.
-
-        Args:
-            step: The step that the challenger would be served now.
-        """
-        num, at = max(self.num, 1), slice(max(step - 1, 0), step)
+    def status(self, step: int, champion: int) -> dict[str, Any]:
+        """Returns, as a JSON object, what the pairs tell; see `is_ready`."""
+        num, at = max(self.num, 1), (slice(max(step - 1, 0), step), champion)
+        below = log_mean_exp(self.worse[:step, champion])
         logs = {
-            "worse": min((log_mean_exp(one) for one in self.worse[:step]), default=0.0),
+            "worse": below.min(initial=np.inf) if step else 0.0,
             "dearer": log_mean_exp(self.dearer[at]).sum(),
             "as_good": log_mean_exp(self.as_good),
         }
         evidence = {
             name: round(float(np.exp(min(float(log), 50.0))), 3) for name, log in logs.items()
         }
-        means = {"loses_more": self.lost[at].sum() / num, "saves_more": self.saved[at].sum() / num}
-        known = self.known(step)
-        told = {"pairs": self.num, "unknown": len(self.unknown), "known": known}
-        return told | {"evidence": evidence, **means}
+        means = {
+            "loses_more": float(self.lost[at].sum() / num),
+            "saves_more": float(self.saved[at].sum() / num),
+        }
+        told = {"pairs": self.num, "unknown": len(self.unknown)}
+        return told | {"known": self.known(step, champion), "evidence": evidence} | means
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""

@@ -19,7 +19,7 @@ from haltwise.control.books import Awaited, Books, Entry
 from haltwise.control.estimates import Audit
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, BrokenOff, Drawn, Expired, Groups, Told
-from haltwise.control.library import Library
+from haltwise.control.library import Library, Shelved
 from haltwise.control.store import store_of
 from tests.stores import NewName
 
@@ -33,7 +33,7 @@ def begun(promise: Promise = PROMISE) -> Books:
 
 def shelved(books: Books) -> Library:
     """The books of the only head."""
-    return Library.begin("h", books, (1.0, 2.0))
+    return Library("h", {"h": Shelved.begin(books, (1.0, 2.0))})
 
 
 def opened(name: str, about: Any = ABOUT, promise: Promise = PROMISE) -> Bookkeeper:

@@ -35,7 +35,7 @@ def test_rows_of_every_kind_are_kept(store: Store) -> None:
     assert kept == [("a", 1.5, digest(KEY, "me"), 1, 0.05)]
     assert rows(store, "SELECT position, agrees FROM answer") == [(120, 1)]
     assert rows(store, "SELECT source, value FROM label") == [("gold", 1.0)]
-    assert record.whose("a") == Whose(digest(KEY, "me"), None, None, is_rated=False)
+    assert record.whose("a") == Whose(digest(KEY, "me"), None, None, None, None, is_rated=False)
     assert record.whose("b") is None and record.whose("\ud800") is None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from haltwise.control.betting import STAKES, growth, log_mean_exp
-from haltwise.control.trial import ENOUGH, MARGIN, Side, Trial
+from haltwise.control.trial import ENOUGH, MARGIN, Pair, Side, Trial
 
 
 def side(*losses: float | None, step: int = 1, saved: float = 0.0, answers: str = "") -> Side:
@@ -19,31 +19,32 @@ def side(*losses: float | None, step: int = 1, saved: float = 0.0, answers: str 
     At the second price it saves a tenth more.
     """
     told = tuple(answers) if answers else ("",) * 3
-    return Side(losses, told, step, (saved, saved + 0.1))
+    return Side(losses, told, (saved, saved + 0.1), step)
 
 
 def trial_of(*pairs: tuple[Side, Side]) -> Trial:
-    trial = Trial.begin(2)
+    trial = Trial.begin(2, 2)
     for n, (challenger, champion) in enumerate(pairs):
-        trial = trial.after(f"r{n}", challenger, champion)
+        trial = trial.after(f"r{n}", Pair(challenger, champion))
     return trial
 
 
-def bets(*more: float) -> Any:
-    return growth(np.array(more), MARGIN)
+def served_bets(more: float) -> Any:
+    return np.log1p(STAKES / (1 + MARGIN) * (more - MARGIN))
 
 
-def test_a_pair_is_compared_at_all_prices_with_what_the_champion_would_have_served() -> None:
-    """The champion loses 1 at its second price; the challenger 0 and 1, saving 40 points more."""
+def test_a_pair_is_compared_at_all_prices() -> None:
+    """The champion loses 1 at its second price; the challenger too, saving 40 points more."""
     trial = trial_of((side(0, 1, step=2, saved=0.6), side(0, 1, step=2, saved=0.2)))
-    np.testing.assert_allclose(trial.worse, bets(-1, 0))
-    np.testing.assert_allclose(trial.dearer, [np.log1p(STAKES * more) for more in (0.3, 0.4)])
-    np.testing.assert_allclose(trial.as_good, np.log1p(STAKES / 1.01 * -0.01))
-    assert trial.num == 1 and trial.lost.tolist() == [-1, 0]
-    np.testing.assert_allclose(trial.saved, [0.3, 0.4])
-    unhalted = trial_of((side(1, 1, step=0), side(1, 1, step=0)))
-    np.testing.assert_allclose(unhalted.as_good, np.log1p(STAKES / 1.01 * -0.01))
-    assert np.allclose(unhalted.worse, bets(1, 1)) and unhalted.saved.tolist() == [0, 0.1]
+    lost = np.array([[0, 0, -1], [1, 1, 0]])
+    saved = np.array([[0.6, 0.4, 0.3], [0.7, 0.5, 0.4]])
+    assert trial.num == 1 and trial.lost.tolist() == lost.tolist()
+    np.testing.assert_allclose(trial.saved, saved)
+    np.testing.assert_allclose(trial.worse, growth(lost, MARGIN))
+    np.testing.assert_allclose(trial.dearer, np.log1p(STAKES * saved[..., None]))
+    np.testing.assert_allclose(trial.as_good, served_bets(1 - 1))
+    unhalted = trial_of((side(1, 1, step=0), side(1, 1, step=2)))
+    np.testing.assert_allclose(unhalted.as_good, served_bets(0 - 1))
 
 
 @pytest.mark.parametrize(
@@ -60,28 +61,27 @@ def test_a_pair_is_compared_at_all_prices_with_what_the_champion_would_have_serv
 def test_labels_put_a_pair_right(
     challenger: Side, champion: Side, told: tuple[Any, Any], more: tuple[float, float]
 ) -> None:
+    """Beside the champion's first price, which it is served."""
     before = trial_of((challenger, champion))
     assert set(before.unknown) == {"r0"}
-    lost = before.lost.tolist()
+    lost = before.lost[:, 1].tolist()
     assert lost[challenger.step - 1] == 1  # the worst for the challenger until then
     sides = [None if one is None else np.array(one, dtype=float) for one in told]
     again = Trial.from_json(json.loads(json.dumps(before.to_json())))
     for trial in (before, again):
         after = trial.labelled("r0", *sides)
-        np.testing.assert_allclose(after.worse, bets(*more))
         assert not after.unknown and after.num == 1
-        assert after.lost.tolist() == list(more)
-        known = np.log1p(STAKES / (1 + MARGIN) * (more[challenger.step - 1] - MARGIN))
-        np.testing.assert_allclose(after.as_good, known)
+        assert after.lost[:, 1].tolist() == list(more)
+        np.testing.assert_allclose(after.worse[:, 1], growth(np.array(more), MARGIN))
+        np.testing.assert_allclose(after.as_good, served_bets(more[challenger.step - 1]))
     late = before.expired("r0")
-    assert not late.unknown and late.lost.tolist() == lost
+    assert not late.unknown and late.lost[:, 1].tolist() == lost
 
 
 def test_the_same_answer_needs_no_label() -> None:
-    both = side(None, None, answers="ggf"), side(None, 0, answers="gff")
-    trial = trial_of(both)
-    assert not trial.unknown and trial.lost.tolist() == [0, 0]
-    np.testing.assert_allclose(trial.worse, bets(0, 0))
+    trial = trial_of((side(None, None, answers="ggf"), side(None, None, answers="ggf")))
+    assert trial.lost[:, 1:].tolist() == [[0, 0], [0, 0]]
+    assert trial.lost[:, 0].tolist() == [1, 1] and trial.unknown  # beside never halting
 
 
 def test_until_labels_come_a_pair_speaks_for_neither_side() -> None:
@@ -94,12 +94,15 @@ def test_until_labels_come_a_pair_speaks_for_neither_side() -> None:
 
 
 def test_a_step_is_ready_if_all_below_it_are() -> None:
-    enough, little = np.full(2, np.log(ENOUGH)), np.full(2, np.log(ENOUGH) - 0.01)
-    worse, dearer = np.stack([enough, little]), np.stack([enough, enough])
-    trial = replace(Trial.begin(2), worse=worse, dearer=dearer)
-    assert [trial.is_ready(step) for step in (0, 1, 2)] == [False, True, False]
-    assert not replace(trial, dearer=worse[::-1]).is_ready(1)
-    assert trial.status(2)["evidence"]["worse"] == pytest.approx(ENOUGH - 0.2, abs=0.01)
+    enough, little = np.log(ENOUGH), np.log(ENOUGH) - 0.01
+    capital = np.full((2, 3, 2), enough)
+    worse = capital.copy()
+    worse[1, 1] = little
+    trial = replace(Trial.begin(2, 2), worse=worse, dearer=capital)
+    found = [[trial.is_ready(step, champion) for champion in range(3)] for step in range(3)]
+    assert found == [[False] * 3, [True] * 3, [True, False, True]]
+    assert not replace(trial, dearer=capital - 0.01).is_ready(1, 1)
+    assert trial.status(2, 1)["evidence"]["worse"] == pytest.approx(ENOUGH - 0.2, abs=0.01)
 
 
 def capital(seed: int, num: int, lost: tuple[float, float], saved: float) -> Any:
@@ -111,14 +114,11 @@ def capital(seed: int, num: int, lost: tuple[float, float], saved: float) -> Any
         loses = (draws < lost[0]).astype(float) - (draws > 1 - lost[1])
         saves = rng.normal(saved, 0.2, 300)
         steps = [
-            Trial.begin(2).after("r", side(one, one, saved=other), nothing)
+            Trial.begin(2, 2).after("r", Pair(side(one, one, saved=other), nothing))
             for one, other in zip(loses, saves, strict=True)
         ]
-        logs += [
-            [s.worse[0] for s in steps],
-            [s.dearer[0] for s in steps],
-            [s.as_good for s in steps],
-        ]
+        logs[:2] += [[getattr(s, name)[0, 1] for s in steps] for name in ("worse", "dearer")]
+        logs[2] += [s.as_good for s in steps]
         enough |= log_mean_exp(logs) >= np.log(ENOUGH)
     return enough
 
