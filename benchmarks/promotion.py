@@ -45,8 +45,8 @@ class PromotionConfig:
     """The number of streams."""
     num_audits: int = 2_000
     """The audits of each, from the challenger's registration on."""
-    num_prices: int = 36
-    """The number of prices."""
+    num_prices: int = 12
+    """The number of prices of either head; all pairs of them are compared."""
     target: float = 0.02
     """The mean loss that is promised."""
 

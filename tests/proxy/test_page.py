@@ -16,17 +16,21 @@ import numpy as np
 import pytest
 import uvicorn
 
+from haltwise import HaltHead
 from haltwise.control import history
 from haltwise.control.books import Entry
 from haltwise.control.budgets import Amount
+from haltwise.control.canary import Arms, Canary, Harm
 from haltwise.control.governed import GovernedControl
 from haltwise.control.groups import EVERYTHING, Opened
+from haltwise.control.library import Note
 from haltwise.control.tariffs import UNIT
 from haltwise.proxy import ServeConfig, app, load
 from haltwise.proxy.billing import Cashier
 from tests import browser as driver
 from tests.browser import CHROMIUM, Page
 from tests.control.population import Population
+from tests.heads import sure_head
 from tests.proxy.proxies import Proxy, listening, saved_head
 
 chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -346,6 +350,39 @@ def test_an_open_breaker_is_told_in_words_and_signs(page: Page, tmp_path: Path) 
         assert "▲ Breaker open: everything." in shown(page, "breakers")
         assert "▲ open" in shown(page, "numbers") and "breaker opened" in shown(page, "moves")
         assert "everything (breaker open)" in shown(page, "group")
+
+
+@chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_heads_and_the_share_that_a_challenger_serves(
+    page: Page, tmp_path: Path, scheme: str
+) -> None:
+    sure = sure_head()
+    bold = HaltHead(sure.config, sure.weights | {"b0": sure.weights["b0"] + 1})
+    with watched(tmp_path, challenger=(saved_head(tmp_path / "bold", bold),)) as found:
+        keeper = found.control.keeper
+        found.ask(3)
+        show(page, found.proxy)
+        rows = shown(page, "head-rows")
+        assert "champion" in rows and "not known yet" in rows and bold.digest[:12] in rows
+        assert page.run("document.getElementById('canary').hidden")
+        failed = Arms(bold.digest, 99, 1, failures=Harm(champion=3.0))
+        keeper.put(Note(tries=Canary.begin(bold.digest)))
+        keeper.put(Note(arms=failed))
+        found.people.settle()
+        page.until("!document.getElementById('canary').hidden")
+        told = shown(page, "canary")
+        assert f"{bold.digest[:12]} serves 1 % (audit 0 of 100)" in told
+        assert "It: 1 requests, 0 failed" in told and "meanwhile: 99 requests, 3 failed" in told
+        page.look(390, scheme=scheme)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        keeper.put(Note(rolls_back=True))
+        found.people.settle()
+        page.until("document.getElementById('canary').hidden")
+        assert "▲ stopped: by hand" in shown(page, "head-rows")
+        moves = shown(page, "moves")
+        assert f"head {bold.digest[:12]} serves 1 %" in moves
+        assert f"head {bold.digest[:12]} stopped: by hand" in moves
 
 
 @chromium
