@@ -8,9 +8,12 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from haltwise import InputError, __version__
+from haltwise.control.experiment import compare
+from haltwise.control.experiment import table_of as comparison_table
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
 from haltwise.errors import needing, what_failed
 
@@ -31,20 +34,21 @@ def main() -> None:
     commands.add_parser("serve", help=about, add_help=False)
     about = "tell what a control knows: what every group loses, saves and is served"
     status = commands.add_parser("status", help=about, description=about)
-    status.add_argument("--state", required=True, help="that of haltwise serve")
     about = "let a challenger that is known to be better serve, step by step until all"
     promoting = commands.add_parser("promote", help=about, description=about)
     promoting.add_argument("--anyway", action="store_true", help="all at once, whatever is known")
-    about = "let a challenger serve a share of all requests, until a rollback"
-    experiment = commands.add_parser("experiment", help=about, description=about)
-    experiment.add_argument("--share", type=float, default=0.5, help="of sessions, users, requests")
-    for parser_of_head in (promoting, experiment):
-        parser_of_head.add_argument("--state", required=True, help="that of haltwise serve")
-        told = "as much of its digest as tells it from others"
-        parser_of_head.add_argument("--head", required=True, help=told)
+    told = "as much of its digest as tells it from others"
+    promoting.add_argument("--head", required=True, help=told)
+    about = "tell how two heads compare of which one served a share of all requests, or begin that"
+    comparing = commands.add_parser("experiment", help=about, description=about)
+    comparing.add_argument("--head", help=f"begin, until a rollback, with this one: {told}")
+    comparing.add_argument("--share", type=float, default=0.5, help="of sessions, users, requests")
+    comparing.add_argument("--budget", type=int, help="of these, after which nobody has won")
+    comparing.add_argument("--html", type=Path, help="a file for the comparison as a page")
     about = "take back the newest step: of the challenger that serves, else of the champion"
     rolling = commands.add_parser("rollback", help=about, description=about)
-    rolling.add_argument("--state", required=True, help="that of haltwise serve")
+    for one in (status, promoting, comparing, rolling):
+        one.add_argument("--state", required=True, help="that of haltwise serve")
     known, settings = parser.parse_known_args()
     if known.command != "serve" and settings:
         parser.error(f"unrecognized arguments: {' '.join(settings)}")
@@ -54,13 +58,30 @@ def main() -> None:
         elif known.command == "promote":
             print(promote(known.state, known.head, known.anyway))
         elif known.command == "experiment":
-            print(begin_experiment(known.state, known.head, known.share))
+            print(_experiment(known))
         elif known.command == "rollback":
             print(roll_back(known.state))
         else:
             serve(_serve_config(settings))
     except (InputError, OSError) as error:
         _fail(what_failed(error))
+
+
+def _experiment(known: argparse.Namespace) -> str:
+    """Begins a randomised comparison, or tells what it has told until now.
+
+    Raises:
+        InputError: If a setting, the state or what it holds cannot be used.
+        OSError: If the page cannot be written.
+    """
+    if known.head is not None:
+        return begin_experiment(known.state, known.head, known.share)
+    found = compare(known.state, read_library(known.state), known.budget)
+    if known.html is not None:
+        with needing("haltwise experiment --html", "-e '.[proxy]'"):
+            from haltwise.proxy.experiment_page import experiment_page
+        known.html.write_text(experiment_page(found), encoding="utf-8")
+    return comparison_table(found)
 
 
 def _serve_config(settings: Sequence[str]) -> ServeConfig:

@@ -375,7 +375,7 @@ def test_heads_and_the_share_that_a_challenger_serves(
         assert f"{bold.digest[:12]} serves 1 % (audit 0 of 100)" in told
         assert "It: 1 requests, 0 failed" in told and "meanwhile: 99 requests, 3 failed" in told
         page.look(390, scheme=scheme)
-        assert page.run("document.documentElement.scrollWidth") <= 390
+        page.until("document.documentElement.scrollWidth <= 390")
         keeper.put(Note(rolls_back=True))
         found.people.settle()
         page.until("document.getElementById('canary').hidden")
