@@ -136,9 +136,9 @@ def effect(units: Sequence[Served], kind: Kind) -> Effect:
         LARGEST[kind] * scale * (float(scores.sum()) + end) / max(num, 1)
         for end in (-width, 0.0, width)
     )
-    means = (LARGEST[kind] * _mean(values[drawn == arm]) for arm in (False, True))
     most = LARGEST[kind]
-    return Effect(kind, num, *means, max(low, -most), estimate, min(high, most))
+    old, new = (most * _mean(values[drawn == arm]) for arm in (False, True))
+    return Effect(kind, num, old, new, max(low, -most), estimate, min(high, most))
 
 
 def _half_width(scores: Float, kind: Kind) -> float:
@@ -194,8 +194,7 @@ def _rows(state: str | Path) -> list[dict[str, object]]:
         "source = 'user') FROM request WHERE head_probability IS NOT NULL AND NOT audited "
         "ORDER BY at"
     )
-    names = ("id", "tenant", "session", "user", "head", "probability", "tokens", "seconds")
-    names += ("outcome", "complaint")
+    names = "id tenant session user head probability tokens seconds outcome complaint".split()
     with closing(store_of(state).connect(TABLES)) as opened:
         rows = [dict(zip(names, row, strict=True)) for row in opened.execute(asked)]
     if not rows:

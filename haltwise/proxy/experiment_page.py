@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html import escape
 from importlib.resources import files
@@ -55,14 +56,16 @@ def _chart(one: Effect) -> str:
     words = f"it adds {told[1]} {unit}, {told[0]} to {told[2]}"
     return (
         f"<figure><h3>{name}</h3>"
-        f'<svg viewBox="0 0 300 46" role="img" aria-label="{name}: {words}">'
+        f'<svg viewBox="0 0 300 32" role="img" aria-label="{name}: {words}">'
         f'<line class="axis" x1="150" x2="150" y1="4" y2="28"/>'
         f'<line class="end served" x1="{low:.1f}" x2="{high:.1f}" y1="16" y2="16"/>'
         f'<circle class="mark served" cx="{estimate:.1f}" cy="16" r="5"/>'
-        f'<text x="150" y="44" text-anchor="middle">as the champion</text></svg>'
+        "</svg>"
         f"<figcaption>{words}</figcaption></figure>"
     )
 
 
 def _told(number: float) -> str:
-    return "unknown" if number != number else f"{number:,.3g}".replace("-", "\u2212")
+    if math.isnan(number):
+        return "unknown"
+    return (f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}").replace("-", "\u2212")
