@@ -45,6 +45,7 @@ from haltwise.control.library import Note, Shelved, promotable
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.status import group_status, head_status, price_of
+from haltwise.control.targets import LONGEST_NAME, OF_TASK, TENANT
 from haltwise.control.telemetry import Telemetry
 from haltwise.control.verdicts import (
     FULL,
@@ -65,11 +66,8 @@ T = TypeVar("T")
 
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
-_LONGEST_NAME = 100
 # How OpenTelemetry calls what the proxy's endpoints do.
 _OPERATIONS = {"chat": "chat", "completions": "text_completion"}
-# What the names of tenants' groups are made of.
-_TENANT, _OF_TASK = "tenant:", " task:"
 # Newest requests whose rows may not be written yet.
 _MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
@@ -518,7 +516,7 @@ class GovernedControl:
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
             operation=_OPERATIONS.get(str(about.get("endpoint"))),
-            lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
+            lm=str(about["model"])[:LONGEST_NAME] if about.get("model") else None,
             head=head,
             certificate=_name_of(self.heads[head].config.certificate),
             price_asked=report.request.terms.price,
@@ -771,7 +769,7 @@ class GovernedControl:
     def _rater_of(self, request: ThoughtRequest) -> Rater:
         """Returns whose feedback on a request counts, and for what."""
         tenant, user = (str(request.about.get(name) or "") for name in ("tenant", "user"))
-        group = next((n for n in groups_of(request) if n.startswith(_TENANT)), "")
+        group = next((n for n in groups_of(request) if n.startswith(TENANT)), "")
         if not user:
             return Rater(group)
         return Rater(group, self._dial(digest(self.key, tenant), digest(self.key, user)))
@@ -811,9 +809,9 @@ class GovernedControl:
         if whose.user is not None:
             return Rater("", self._dial(whose.tenant, whose.user))
         for name in self.groups.groups if whose.tenant is not None else ():
-            of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
+            of_tenant, _, of_task = name.removeprefix(TENANT).partition(OF_TASK)
             told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
-            if name.startswith(_TENANT) and told == [whose.tenant, whose.task]:
+            if name.startswith(TENANT) and told == [whose.tenant, whose.task]:
                 return Rater(name)
         return None
 
@@ -898,11 +896,11 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     as these are known.
     """
     about, segment = request.about, request.terms.segment
-    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
+    tenant, task = (str(about.get(name) or "")[:LONGEST_NAME] for name in ("tenant", "task"))
     names = [f"task:{task}"] if task else []
-    names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
-    of_task = f"{_OF_TASK}{task}" if task else ""
-    return names + ([f"{_TENANT}{tenant}{of_task}"] if tenant else [])
+    names += [f"segment:{segment[:LONGEST_NAME]}"] if segment else []
+    of_task = f"{OF_TASK}{task}" if task else ""
+    return names + ([f"{TENANT}{tenant}{of_task}"] if tenant else [])
 
 
 def _name_of(certificate: Certificate | None) -> str | None:
@@ -910,4 +908,4 @@ def _name_of(certificate: Certificate | None) -> str | None:
     if certificate is None:
         return None
     told = f"{certificate.max_em_drop} at {certificate.price} by {certificate.traces}"
-    return told[:_LONGEST_NAME]
+    return told[:LONGEST_NAME]
