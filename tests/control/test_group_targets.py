@@ -213,8 +213,7 @@ def mean_losses(seed: int, num: int, targets: dict[str, float]) -> np.ndarray:
         counting = {name: rate for name, rate in rates.items() if drawn_at < rate}
         asked[kind] += 1
         if counting:
-            events = [Drawn(f"r{n}", step, counting), told(f"r{n}", *losses.tolist())]
-            state = fold(events, state)
+            state = fold([Drawn(f"r{n}", step, counting), told(f"r{n}", *losses.tolist())], state)
         elif step:
             lost[kind] += losses[step - 1]
     share: np.ndarray = lost / asked

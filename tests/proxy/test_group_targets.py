@@ -73,11 +73,11 @@ def test_nothing_of_a_group_is_halted_before_its_own_audits_vouch(
     by: str, serving: Serving, plan: Plan, tmp_path: Path
 ) -> None:
     usual, strict = {"Authorization": "Bearer usual"}, {"Authorization": "Bearer strict"}
-    name, keys, told = STRICT, KEYS, ()
-    if by == "flag":
-        name, keys, told = "task:math", {}, ("task:math=0.5",)
+    if by == "key":
+        name, proxy = STRICT, serving(KEYS)
+    else:
+        name, proxy = "task:math", serving(group_target=("task:math=0.5",))
         usual, strict = {}, {"X-Haltwise-Task": "math"}
-    proxy = serving(keys or None, group_target=told)
     assert (group(proxy, name)["target"], group(proxy, "everything")["target"]) == (0.5, 0.9)
     certify(proxy, "everything", plan, usual)
     wait_until(lambda: halts(proxy, plan, usual))  # it may be one of the few audits
@@ -106,16 +106,13 @@ def test_a_state_is_about_the_targets_that_it_was_made_with(tmp_path: Path) -> N
     proxy = app.Proxy(settings(tmp_path, KEYS, group_target=("task:math=0.5",)))
     assert proxy.control is not None
     proxy.control.close()
-    for more, told in [
-        ({}, "task:math with a target of 0.5, not everything's"),
-        ({"group_target": ("task:math=0.4",)}, "task:math with a target of 0.5, not 0.4"),
-        (
-            {"group_target": ("task:math=0.5", "task:new=0.1")},
-            "task:new with a target of everything's, not 0.1",
-        ),
+    for named, told in [
+        ((), "task:math with a target of 0.5, not everything's"),
+        (("task:math=0.4",), "task:math with a target of 0.5, not 0.4"),
+        (("task:math=0.5", "task:new=0.1"), "task:new with a target of everything's, not 0.1"),
     ]:
         with pytest.raises(InputError, match=f"the state is about {told}: expected the same head"):
-            app.Proxy(settings(tmp_path, KEYS, **more))
+            app.Proxy(settings(tmp_path, KEYS, group_target=named))
     again = app.Proxy(settings(tmp_path, KEYS, group_target=("task:math=0.5",)))
     assert again.control is not None
     assert again.control.groups.targets == {"task:math": 0.5, STRICT: 0.5}
