@@ -3,10 +3,12 @@
     python -m benchmarks.live --out checkpoints/live
 
 The embedded LM is served by llama-server, and `haltwise serve --control apply` stands before it.
-Clients ask some thousands of questions, from the middle on of another kind too. The right answers
-are known to the driver alone, which tells them as an operator would: of the audits that wait for a
-label. What is lost in truth is measured aside: a sample of the questions is answered once more, in
-full, by the server itself. All answers are sampled, as the embedded LM makes no mistakes otherwise.
+Clients ask some thousands of questions, from one on all of a harder kind: there the price that has
+been certified loses more than is promised, so that the governor has to take it back. The right
+answers are known to the driver alone, which tells them as an operator would: of the audits that
+wait for a label. What is lost in truth is measured aside: a sample of the questions is answered
+once more, in full, by the server itself. All answers are sampled, as the embedded LM makes no
+mistakes otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ from haltwise.policy.answers import READERS
 from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.questions import Question
-from lms.tasks import TASKS, each_question
+from lms.tasks import TASKS, each_question, questions
 from tests.browser import CHROMIUM, browser
 from tests.proxy.llama_server import NAME, llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy
@@ -39,6 +42,15 @@ _KEY = "HALTWISE_LIVE_KEY"
 _OPERATOR = {"Authorization": "Bearer operator"}
 # Seconds between two looks of the operator.
 _PAUSE = 0.5
+# What the parts of a run are called in the table.
+_NAMES = {
+    "before": "before the shift",
+    "after": "after it",
+    "until": "  until it reacted",
+    "since": "  from then on",
+}
+# Questions among which there is one of every kind, and more than are ever asked.
+_SEEN, _ENDLESS = 100, 10**9
 
 
 @dataclass(frozen=True)
@@ -47,20 +59,22 @@ class LiveConfig:
 
     out: Path = Path("checkpoints") / "live"
     """The folder for the result and the picture of the live page."""
-    requests: int = 2_400
+    requests: int = 2_300
     """The number of requests."""
-    before: str = "sum"
-    """The task of the first half: sum, let or leap."""
-    after: str = "let"
-    """The task of half of the requests from the middle on."""
-    target: float = 0.05
+    shift: int = 700
+    """The number of requests until the questions become harder."""
+    before: str = "sum:short"
+    """What is asked at first: a task of the embedded LM, or TASK:SEGMENT."""
+    after: str = "let:long"
+    """What is asked from the shift on."""
+    target: float = 0.03
     """The mean loss that is promised."""
     audit: float = 0.1
     """The share of requests that is audited until the governor is settled."""
     at_once: int = 8
     """The number of requests at a time."""
-    sample: int = 600
-    """The number of requests of each half whose loss is measured in truth."""
+    sample: int = 400
+    """The number of requests before and after the shift whose loss is measured in truth."""
     head: Path = EMBEDDED.parent / "embedded-blind-head"
     """The folder of the head."""
 
@@ -70,13 +84,15 @@ class LiveConfig:
         Raises:
             InputError: If one is out of its range.
         """
-        for name in ("requests", "at_once", "sample"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1")
+        for name in ("shift", "at_once", "sample"):
+            if (found := getattr(self, name)) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {found}, expected 1 at least")
+        if self.requests <= self.shift:
+            raise InputError(f"--requests is {self.requests}, expected more than {self.shift}")
         for name in ("before", "after"):
-            if getattr(self, name) not in TASKS:
+            if getattr(self, name) not in _kinds():
                 told = f"--{name} is {getattr(self, name)!r}"
-                raise InputError(f"{told}, expected one of {', '.join(TASKS)}")
+                raise InputError(f"{told}, expected one of {', '.join(_kinds())}")
 
 
 @dataclass
@@ -115,6 +131,8 @@ class Run:
 
     served: dict[int, Served] = field(default_factory=dict)
     """By the number of the request."""
+    full: dict[int, Served] = field(default_factory=dict)
+    """The same of those that were answered once more, in full."""
     looks: list[Look] = field(default_factory=list)
     golds: dict[str, str] = field(default_factory=dict)
     """By the request's id, the right answer."""
@@ -144,23 +162,33 @@ async def _ask(
     return served, found.headers.get("x-haltwise-request", "")
 
 
+def _kinds() -> list[str]:
+    """What can be asked: every task, and every segment of it."""
+    seen = {(one.task, one.segment) for one in questions("all", "test", _SEEN)}
+    return [*TASKS, *sorted(f"{task}:{segment}" for task, segment in seen)]
+
+
 def _stream(config: LiveConfig) -> Iterator[Question]:
-    """The questions, in order; from the middle on every second one is of the other task."""
-    usual = each_question(config.before, "test", 2 * config.requests)
-    other = each_question(config.after, "test", config.requests)
-    for n in range(config.requests):
-        late = 2 * n >= config.requests
-        yield next(other if late and n % 2 else usual)
+    """The questions, in order."""
+    yield from islice(_of_kind(config.before), config.shift)
+    yield from islice(_of_kind(config.after), config.requests - config.shift)
+
+
+def _of_kind(kind: str) -> Iterator[Question]:
+    """Questions of one task, or of one segment of it, without an end."""
+    task, _, segment = kind.partition(":")
+    every = each_question(task, "test", _ENDLESS)
+    return (one for one in every if segment in ("", one.segment))
 
 
 async def _drive(config: LiveConfig, proxy: Proxy, page: Path | None) -> Run:
     """Asks all questions, and labels what waits for it."""
-    found, questions = Run(), enumerate(_stream(config))
+    found, asked = Run(), enumerate(_stream(config))
     limits = httpx2.Limits(max_connections=config.at_once + 2)
     async with httpx2.AsyncClient(base_url=proxy.url, timeout=600, limits=limits) as client:
 
         async def worker() -> None:
-            for n, question in questions:
+            for n, question in asked:
                 found.served[n], request = await _ask(client, question)
                 found.golds[request] = question.gold
 
@@ -201,24 +229,20 @@ async def _operate(client: httpx2.AsyncClient, found: Run) -> None:
         await asyncio.sleep(_PAUSE)
 
 
-async def _losses(
-    config: LiveConfig, url: str, served: Sequence[Served]
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a sample lost and saved in truth: the server itself answers it in full."""
-    rng = np.random.default_rng(0)
-    chosen = rng.choice(len(served), min(config.sample, len(served)), replace=False)
-    lost, shares = [], []
-    todo = iter([served[int(i)] for i in chosen])
+async def _answer_in_full(config: LiveConfig, url: str, found: Run) -> None:
+    """Has the server itself answer a sample in full, so that what was lost in truth is known."""
+    rng, chosen = np.random.default_rng(0), list[int]()
+    for numbers in (range(config.shift), range(config.shift, config.requests)):
+        num = min(config.sample, len(numbers))
+        chosen += rng.choice(numbers, num, replace=False).tolist()
+    todo = iter(chosen)
     async with httpx2.AsyncClient(base_url=url, timeout=600) as client:
 
         async def worker() -> None:
-            for one in todo:
-                full, _ = await _ask(client, one.question)
-                lost.append(float(full.is_right) - float(one.is_right))
-                shares.append((full.tokens, one.tokens))
+            for n in todo:
+                found.full[n], _ = await _ask(client, found.served[n].question)
 
         await asyncio.gather(*(worker() for _ in range(config.at_once)))
-    return np.array(lost), np.array(shares, dtype=float)
 
 
 @contextmanager
@@ -259,21 +283,28 @@ def live(config: LiveConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True)
     with _started(config, config.out) as (server, proxy):
         found = asyncio.run(_drive(config, proxy, config.out / "page.png"))
-        middle = config.requests // 2
-        halves = {"before": range(middle), "after": range(middle, config.requests)}
-        told = {
-            name: _half(config, server, [found.served[n] for n in numbers])
-            for name, numbers in halves.items()
-        }
-    told |= _reaction(found, config)
+        asyncio.run(_answer_in_full(config, server, found))
+    told = _reaction(found, config)
+    parts = {"before": range(config.shift), "after": range(config.shift, config.requests)}
+    if reacted := told["breaker_opened_after"] or told["price_fell_after"]:
+        parts["until"], parts["since"] = parts["after"][:reacted], parts["after"][reacted:]
+    measured = {name: [n for n in numbers if n in found.full] for name, numbers in parts.items()}
+    told["parts"] = {
+        name: _part(found, numbers, measured[name])
+        for name, numbers in parts.items()
+        if len(measured[name]) > 1
+    }
     print(_table(told, config))
     write_json(config.out / "live.json", told)
     return told
 
 
-def _half(config: LiveConfig, server: str, served: list[Served]) -> dict[str, Any]:
-    lost, tokens = asyncio.run(_losses(config, server, served))
-    saving = 1 - tokens[:, 1].sum() / tokens[:, 0].sum()
+def _part(found: Run, numbers: Sequence[int], measured: Sequence[int]) -> dict[str, Any]:
+    """What became of some requests, and what those that were measured lost and saved in truth."""
+    served = [found.served[n] for n in numbers]
+    pairs = [(found.full[n], found.served[n]) for n in measured]
+    lost = np.array([float(full.is_right) - float(one.is_right) for full, one in pairs])
+    saving = 1 - sum(one.tokens for _, one in pairs) / sum(full.tokens for full, _ in pairs)
     width = 1.96 * lost.std(ddof=1) / len(lost) ** 0.5
     return {
         "requests": len(served),
@@ -282,17 +313,18 @@ def _half(config: LiveConfig, server: str, served: list[Served]) -> dict[str, An
         "loss": float(lost.mean()),
         "loss_low": float(lost.mean() - width),
         "loss_high": float(lost.mean() + width),
-        "saving": float(saving),
+        "saving": saving,
     }
 
 
 def _reaction(found: Run, config: LiveConfig) -> dict[str, Any]:
-    """When the price fell after the middle, and when the breaker opened."""
-    middle = config.requests // 2
-    late = [look for look in found.looks if look.num >= middle]
-    at = next((look for look in reversed(found.looks) if look.num < middle), found.looks[0])
-    fell = next((look.num - middle for look in late if look.price < at.price), None)
-    opened = next((look.num - middle for look in late if look.epoch > at.epoch), None)
+    """When the price fell after the shift, and when the breaker opened."""
+    shift = config.shift
+    late = [look for look in found.looks if look.num >= shift]
+    at = next((look for look in reversed(found.looks) if look.num < shift), found.looks[0])
+    fell = next((look.num - shift for look in late if look.price < at.price), None)
+    opened = next((look.num - shift for look in late if look.epoch > at.epoch), None)
+    again = next((look.num - shift for look in late if look.epoch > at.epoch and look.price), None)
     halts = next((look.num for look in found.looks if look.price > 0), None)
     last = found.looks[-1]
     return {
@@ -301,6 +333,7 @@ def _reaction(found: Run, config: LiveConfig) -> dict[str, Any]:
         "price_at_shift": at.price,
         "price_fell_after": fell,
         "breaker_opened_after": opened,
+        "certified_anew_after": again,
         "price_at_end": last.price,
         "audits": last.audits,
         "labels": found.num_labels,
@@ -313,22 +346,27 @@ def _table(told: dict[str, Any], config: LiveConfig) -> str:
     lines = [
         f"{config.requests} requests in {told['seconds']:.0f} s, target {config.target:g}; "
         f"{told['audits']} audits, {told['labels']} labels",
-        f"{'':8}{'requests':>10}{'halted, %':>11}{'EM, %':>8}{'loss, points':>24}{'saving, %':>11}",
+        f"{'':24}{'requests':>10}{'halted, %':>11}{'EM, %':>8}{'loss, points':>20}"
+        f"{'saving, %':>11}",
     ]
-    for name in ("before", "after"):
-        half = told[name]
-        ends = ", ".join(f"{100 * half[f'loss_{end}']:.1f}" for end in ("low", "high"))
-        lost = f"{100 * half['loss']:.1f} [{ends}]"
+    for name, part in told["parts"].items():
+        ends = ", ".join(f"{100 * part[f'loss_{end}']:.1f}" for end in ("low", "high"))
+        lost = f"{100 * part['loss']:.1f} [{ends}]"
         lines.append(
-            f"{name:8}{half['requests']:>10}{100 * half['halted']:>11.1f}{100 * half['em']:>8.1f}"
-            f"{lost:>24}{100 * half['saving']:>11.1f}"
+            f"{_NAMES[name]:24}{part['requests']:>10}{100 * part['halted']:>11.1f}"
+            f"{100 * part['em']:>8.1f}{lost:>20}{100 * part['saving']:>11.1f}"
         )
     before, end = told["price_at_shift"], told["price_at_end"]
-    fell, opened = told["price_fell_after"], told["breaker_opened_after"]
+    events = {
+        "the price fell": told["price_fell_after"],
+        "the breaker opened": told["breaker_opened_after"],
+        "a price was certified anew": told["certified_anew_after"],
+    }
+    after = (f"{what}: {'never' if num is None else num}" for what, num in events.items())
     lines += [
         f"halting began after {told['first_halt_after']} requests",
         f"price {before:.3g} at the shift, {end:.3g} at the end",
-        f"from the shift until the price fell: {fell} requests; until the breaker opened: {opened}",
+        f"requests from the shift until {'; until '.join(after)}",
     ]
     return "\n".join(lines)
 

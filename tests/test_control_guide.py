@@ -15,8 +15,8 @@ from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 
-TRY, LABEL, SPEND, KEEP, LEARN, RIVAL = blocks("CONTROL", "sh")
-ASK, LOOK, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
+TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL = blocks("CONTROL", "sh")
+ASK, LOOK, PART, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
 
 
 @pytest.fixture
@@ -60,6 +60,18 @@ def test_the_guide_certifies_a_price_and_halts_at_it(
     reasons, status = printed.strip().splitlines()[-2:]
     assert re.match(r"\[('closed by the LM', ){11}", reasons) and "'halted'" in reasons
     assert status.startswith("0 {'price': ")
+
+
+def test_the_guide_halts_nothing_of_a_stricter_group_yet(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(commands(TRY.text, folder)[1], {}, monkeypatch)
+    (serve,) = commands(STRICT.text, folder)
+    with served(serve, folder) as proxy:
+        ask(proxy, PART)
+    everything, strict = capsys.readouterr().out.splitlines()[-2:]
+    assert everything == "everything 0.5 True 0" and strict == "task:strict 0.3 False 21"
+    assert "21 more are due" in (ROOT / "docs" / "CONTROL.md").read_text()
 
 
 def test_the_guide_labels_what_differs_and_opens_the_breaker(

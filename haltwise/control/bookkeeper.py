@@ -35,6 +35,8 @@ _BEATS, _LIVES = 5.0, 30.0
 _SNAPSHOT = 200
 # Notes that may wait for a store that is away.
 _MOST_UNWRITTEN = 10_000
+# Groups whose targets differ that are told of.
+_MOST_TOLD = 3
 
 
 def _difference(found: Any, about: Mapping[str, Any]) -> str:
@@ -50,6 +52,11 @@ def _difference(found: Any, about: Mapping[str, Any]) -> str:
     for name, words in (("target", "a target of"), ("audit", "a share of audits of")):
         if was.get(name) != promise[name]:
             told.append(f"{words} {was.get(name)}, not {promise[name]}")
+    had, has = found.get("targets") or {}, about.get("targets") or {}
+    others = [name for name in sorted({*had, *has}) if had.get(name) != has.get(name)]
+    for name in others[:_MOST_TOLD]:
+        before, now = (one.get(name, "everything's") for one in (had, has))
+        told.append(f"{name} with a target of {before}, not {now}")
     return ", ".join(told) or "something else"
 
 
@@ -84,14 +91,16 @@ class Bookkeeper:
         """Notes that made no sense or could not be written at once."""
         self.trouble = ""
         """Why, the last time; empty if the store has everything."""
-        self._about = {**about, "promise": asdict(begun.books.groups.promise)}
+        groups = begun.books.groups
+        self._about = {**about, "promise": asdict(groups.promise)}
+        self._about |= {"targets": groups.targets} if groups.targets else {}
         self._ledger = Ledger(store)
         saved, self._number = self._ledger.load(self._state(begun))
         found = {} if saved is None else saved.get("about")
         if saved is None or found != self._about:
             raise InputError(
                 f"the state is about {_difference(found, self._about)}: expected the same head, "
-                "target and share of audits, or a state of its own"
+                "targets and share of audits, or a state of its own"
             )
         self.library = self._common = Library.from_json(saved["books"])
         """The newest."""

@@ -194,7 +194,18 @@ def _rows(state: str | Path) -> list[dict[str, object]]:
         "source = 'user') FROM request WHERE head_probability IS NOT NULL AND NOT audited "
         "ORDER BY at"
     )
-    names = "id tenant session user head probability tokens seconds outcome complaint".split()
+    names = [
+        "id",
+        "tenant",
+        "session",
+        "user",
+        "head",
+        "probability",
+        "tokens",
+        "seconds",
+        "outcome",
+        "complaint",
+    ]
     with closing(store_of(state).connect(TABLES)) as opened:
         rows = [dict(zip(names, row, strict=True)) for row in opened.execute(asked)]
     if not rows:

@@ -47,6 +47,7 @@ from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, dig
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.roster import Roster
 from haltwise.control.status import group_status, head_status, price_of
+from haltwise.control.targets import LONGEST_NAME, OF_TASK, TENANT
 from haltwise.control.telemetry import Telemetry
 from haltwise.control.verdicts import (
     FULL,
@@ -69,11 +70,8 @@ T = TypeVar("T")
 Mode = Literal["observe", "apply"]
 #: Whether a challenger that is known to be better waits for a person, or begins to serve by itself.
 Promotion = Literal["ask", "auto"]
-_LONGEST_NAME = 100
 # How OpenTelemetry calls what the proxy's endpoints do.
 _OPERATIONS = {"chat": "chat", "completions": "text_completion"}
-# What the names of tenants' groups are made of.
-_TENANT, _OF_TASK = "tenant:", " task:"
 # Newest requests whose rows may not be written yet.
 _MOST_RECENT = 10_000
 # Requests that may come before they are counted in the books, if no audit comes first.
@@ -538,7 +536,7 @@ class GovernedControl:
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
             operation=_OPERATIONS.get(str(about.get("endpoint"))),
-            lm=str(about["model"])[:_LONGEST_NAME] if about.get("model") else None,
+            lm=str(about["model"])[:LONGEST_NAME] if about.get("model") else None,
             head=head,
             head_probability=about.get("head_probability"),
             certificate=_name_of(self.heads[head].config.certificate),
@@ -882,9 +880,9 @@ class GovernedControl:
         if whose.user is not None:
             return Rater("", self._dial(whose.tenant, whose.user), *served)
         for name in self.groups.groups if whose.tenant is not None else ():
-            of_tenant, _, of_task = name.removeprefix(_TENANT).partition(_OF_TASK)
+            of_tenant, _, of_task = name.removeprefix(TENANT).partition(OF_TASK)
             told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
-            if name.startswith(_TENANT) and told == [whose.tenant, whose.task]:
+            if name.startswith(TENANT) and told == [whose.tenant, whose.task]:
                 return Rater(name, "", *served)
         return None
 
@@ -970,17 +968,17 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     as these are known.
     """
     about, segment = request.about, request.terms.segment
-    task = str(about.get("task") or "")[:_LONGEST_NAME]
+    task = str(about.get("task") or "")[:LONGEST_NAME]
     names = [f"task:{task}"] if task else []
-    names += [f"segment:{segment[:_LONGEST_NAME]}"] if segment else []
+    names += [f"segment:{segment[:LONGEST_NAME]}"] if segment else []
     return names + [one for one in [_tenant_group(about)] if one]
 
 
 def _tenant_group(about: Mapping[str, Any]) -> str:
     """Returns the name of the group of a request's tenant; empty if it has none."""
-    tenant, task = (str(about.get(name) or "")[:_LONGEST_NAME] for name in ("tenant", "task"))
-    of_task = f"{_OF_TASK}{task}" if task else ""
-    return f"{_TENANT}{tenant}{of_task}" if tenant else ""
+    tenant, task = (str(about.get(name) or "")[:LONGEST_NAME] for name in ("tenant", "task"))
+    of_task = f"{OF_TASK}{task}" if task else ""
+    return f"{TENANT}{tenant}{of_task}" if tenant else ""
 
 
 def _name_of(certificate: Certificate | None) -> str | None:
@@ -988,4 +986,4 @@ def _name_of(certificate: Certificate | None) -> str | None:
     if certificate is None:
         return None
     told = f"{certificate.max_em_drop} at {certificate.price} by {certificate.traces}"
-    return told[:_LONGEST_NAME]
+    return told[:LONGEST_NAME]

@@ -49,7 +49,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Promise:
-    """What is promised for every group, and how it is watched."""
+    """What is promised to a group, and how it is watched."""
 
     target: float = 0.02
     """Mean loss that is allowed: 0.02 is two points of exact match."""

@@ -3,7 +3,9 @@
 A request is in everything, and mostly in other groups too: a task, a segment, a tenant. It is
 served the strictest step of its groups. Everything has a certificate; another group has none of its
 own before its breaker has opened once, so that it may go as far as everything may, and its reach
-and its detector watch over it.
+and its detector watch over it. A group with a target of its own is there from the beginning, and
+begins with nothing: everything's certificate tells what is lost in the mean of everything, so none
+of its requests is halted before its own audits vouch for it.
 
 Audits are evidence in the order of their draws: one that has not told yet holds up those behind it,
 so that slow answers choose nothing, and many at once cost nothing but time.
@@ -31,11 +33,13 @@ from haltwise.control.governor import (
     felt,
     opened,
 )
+from haltwise.control.targets import check_targets, whole_tenant
 from haltwise.errors import InputError
 
 #: The group that every request is in.
 EVERYTHING = "everything"
-# Of what may be wrong with any certificate, what everything has; the other groups share the rest.
+# Of what may be wrong with any certificate, what everything has. The rest is shared evenly by the
+# groups with a target of their own and, together, all others.
 _EVERYTHING_SHARE = 0.5
 # How far the worst score turns a user's dial, and the best one turns it back.
 _TURN = 0.25
@@ -179,6 +183,7 @@ class Groups:
     """The state of all groups."""
 
     promise: Promise
+    """What is promised to every group; some have another target, see `promise_of`."""
     num_prices: int
     """K."""
     error: float
@@ -186,6 +191,8 @@ class Groups:
     most_groups: int
     """The most groups there may be; requests of others are in everything alone."""
     groups: Mapping[str, GroupState]
+    targets: Mapping[str, float] = field(default_factory=dict)
+    """By group that is promised a loss of its own, that target."""
     under_way: Mapping[str, UnderWay] = field(default_factory=dict)
     """By request, in the order of their draws, the audits that may tell more or wait for such."""
     dials: Mapping[str, float] = field(default_factory=dict)
@@ -205,11 +212,12 @@ class Groups:
         certified: int = 0,
         unvouched: int = 0,
         trial: int = 1_000,
+        targets: Mapping[str, float] | None = None,
     ) -> Groups:
         """Returns the state before any event.
 
         Args:
-            promise: What is promised for every group.
+            promise: What is promised to every group without a target of its own.
             num_prices: K.
             confidence: The probability that no certificate is ever wrong, at least; what
                 calibrate.py's may be wrong with comes on top.
@@ -218,9 +226,10 @@ class Groups:
             unvouched: The largest step that is served at first though nobody vouches for it, such
                 as another LM's.
             trial: For so many audits, see `GroupState`.
+            targets: By group that is promised a smaller loss than everything, that target.
 
         Raises:
-            InputError: If a value is out of its range.
+            InputError: If a value is out of its range, or a name is that of no group.
         """
         if not 0 < confidence < 1 or num_prices < 1 or most_groups < 1:
             raise InputError(
@@ -229,15 +238,25 @@ class Groups:
             )
         if not (0 <= certified <= num_prices and 0 <= unvouched <= num_prices):
             raise InputError(f"steps {certified} and {unvouched}, expected 0 to {num_prices}")
+        own = dict(sorted((targets or {}).items()))
+        check_targets(own, promise.target, most_groups - 1)
         error = 1 - confidence
         level = error * (_EVERYTHING_SHARE if most_groups > 1 else 1)
         trial = trial if unvouched > certified else 0
         everything = GroupState.begin(num_prices, level, certified, unvouched, trial)
-        return cls(promise, num_prices, error, most_groups, {EVERYTHING: everything})
+        each = error * (1 - _EVERYTHING_SHARE) / (len(own) + 1)
+        begun = {name: GroupState.begin(num_prices, each) for name in own}
+        groups = {EVERYTHING: everything} | begun
+        return cls(promise, num_prices, error, most_groups, groups, own)
 
     def group(self, name: str) -> GroupState:
         """Returns the state of a group, which may be one that no audit has told about yet."""
         return self.groups.get(name) or self._new_group()
+
+    def promise_of(self, name: str) -> Promise:
+        """Returns what is promised to a group: with its own target or its tenant's, if any."""
+        target = self.targets.get(name, self.targets.get(whole_tenant(name)))
+        return self.promise if target is None else replace(self.promise, target=target)
 
     def step(self, names: Iterable[str], users: Iterable[str] = ()) -> int:
         """Returns the step of a request of some groups and of everything: their strictest.
@@ -256,15 +275,15 @@ class Groups:
     def rates(self, names: Iterable[str]) -> dict[str, float]:
         """Returns, by group of a request, with which probability the group is to audit it."""
         known = self._known([*names, EVERYTHING])
-        return {name: float(audit_rate(self.group(name), self.promise)) for name in known}
+        return {n: float(audit_rate(self.group(n), self.promise_of(n))) for n in known}
 
     def takes(self, name: str) -> bool:
         """Returns whether a group is there, or there is room for it."""
-        return bool(self._known([name]))
+        return name in self._known([name])
 
-    def audits_due(self) -> int:
-        """Returns how many audits at least are due before anything is halted; 0 if none is."""
-        return int(audits_due(self.groups[EVERYTHING], self.promise))
+    def audits_due(self, name: str = EVERYTHING) -> int:
+        """Returns how many audits of a group at least are due before it halts; 0 if none is."""
+        return int(audits_due(self.group(name), self.promise_of(name)))
 
     def after(self, event: Event) -> Groups:
         """Returns the state after an event."""
@@ -282,11 +301,23 @@ class Groups:
         return replace(self, num_refused=self.num_refused + 1) if done is None else done
 
     def _known(self, names: Iterable[str]) -> list[str]:
-        """Returns those of some groups that there are, or are to be, each once."""
+        """Returns those of some groups that there are, or are to be, each once.
+
+        With them are those of whole tenants that have a target of their own.
+        """
         room = len(self.groups) < self.most_groups
-        return [name for name in dict.fromkeys(names) if room or name in self.groups]
+        every = dict.fromkeys(one for name in names for one in (name, *self._whole_tenant(name)))
+        return [name for name in every if room or name in self.groups]
+
+    def _whole_tenant(self, name: str) -> list[str]:
+        """Returns the group of all that a group's tenant asks, if it has a target of its own."""
+        return [one for one in [whole_tenant(name)] if one in self.targets]
 
     def _new_group(self) -> GroupState:
+        """Returns the state of the next group without a target of its own.
+
+        The levels of all numbers from n on sum to 1 / n of the level that there is for them.
+        """
         number = len(self.groups)
         level = self.error * (1 - _EVERYTHING_SHARE) / (number * (number + 1))
         return GroupState.begin(self.num_prices, level, ceiling=self.num_prices, trial=FOREVER)
@@ -339,8 +370,7 @@ class Groups:
         audit = self.under_way.get(event.request)
         if audit is None or audit.felt:
             return None
-        neutral = (self.promise.target,) * self.num_prices  # at which no bet moves
-        return self._corrected(audit, neutral)._keep(event.request, None)._count()
+        return self._corrected(audit, None)._keep(event.request, None)._count()
 
     def _count(self) -> Groups:
         """Takes audits in as evidence, in their order, up to the first that has not told yet."""
@@ -354,7 +384,7 @@ class Groups:
 
     def _counted(self, audit: UnderWay) -> Groups:
         """Takes an audit in as evidence."""
-        return self._each(audit, lambda group: counted(group, audit.losses, self.promise))
+        return self._each(audit, lambda group, own: counted(group, audit.losses, own))
 
     def _gone(self, event: Gone) -> Groups:
         state = self
@@ -367,7 +397,8 @@ class Groups:
         known = event.group != EVERYTHING and self.takes(event.group)
         if not known or not 0 <= event.weight <= 1:
             return None
-        group = complained(self.group(event.group), event.weight, self.promise)
+        promise = self.promise_of(event.group)
+        group = complained(self.group(event.group), event.weight, promise)
         return replace(self, groups={**self.groups, event.group: group})
 
     def _rated(self, event: Rated) -> Groups | None:
@@ -392,22 +423,35 @@ class Groups:
         loss = audit.losses[audit.step - 1] if audit.step else 0.0
         groups = dict(self.groups)
         for name, probability in audit.groups.items():
-            groups[name] = felt(groups[name], loss, probability, self.promise)
+            groups[name] = felt(groups[name], loss, probability, self.promise_of(name))
         return replace(self, groups=groups)
 
-    def _each(self, audit: UnderWay, move: Callable[[GroupState], GroupState]) -> Groups:
-        """Moves the groups of an audit, but not those that have begun a new epoch since."""
+    def _each(self, audit: UnderWay, move: Callable[[GroupState, Promise], GroupState]) -> Groups:
+        """Moves the groups of an audit, but not those that have begun a new epoch since.
+
+        Args:
+            audit: The audit.
+            move: Returns a group's state after the move, from the one before and its promise.
+        """
         groups = dict(self.groups)
         for name, epoch in audit.epochs.items():
             if groups[name].epoch == epoch:
-                groups[name] = move(groups[name])
+                groups[name] = move(groups[name], self.promise_of(name))
         return replace(self, groups=groups)
 
-    def _corrected(self, audit: UnderWay, losses: tuple[float, ...]) -> Groups:
-        """Takes in what an audit has lost, if it is among the evidence already."""
-        if not audit.counted:
-            return self
-        return self._each(audit, lambda group: corrected(group, audit.losses, losses, self.promise))
+    def _corrected(self, audit: UnderWay, losses: tuple[float, ...] | None) -> Groups:
+        """Takes in what an audit has lost, if it is among the evidence already.
+
+        Args:
+            audit: The audit.
+            losses: (K,) of all prices; None for one that is none, so that no bet is moved by it.
+        """
+
+        def move(group: GroupState, promise: Promise) -> GroupState:
+            told = (promise.target,) * self.num_prices if losses is None else losses
+            return corrected(group, audit.losses, told, promise)
+
+        return self._each(audit, move) if audit.counted else self
 
     def _keep(self, request: str, audit: UnderWay | None) -> Groups:
         """Keeps an audit in its place; None, or one of which nothing is left to say, is dropped."""

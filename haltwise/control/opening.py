@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def open_control(
     telemetry: Telemetry | None = None,
     challengers: Sequence[HaltHead] = (),
     promotion: Promotion = "ask",
+    group_targets: Mapping[str, float] | None = None,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -75,6 +76,7 @@ def open_control(
         telemetry: Is told of every request too; the control closes it.
         challengers: Heads that replay all audits too, and may be promoted.
         promotion: Whether one that is known to be better begins to serve by itself.
+        group_targets: By group that is promised a smaller loss than everything, that target.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -87,13 +89,13 @@ def open_control(
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
     share = audit or 1.0
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
+    heads, own = {one.digest: one for one in (head, *challengers)}, group_targets or {}
+    begun = {name: _begun_books(one, promise, own, most_tokens) for name, one in heads.items()}
     store = store_of(state)
     key = installation_key(key_file or key_file_of(state))
     traces = None
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
-    heads = {one.digest: one for one in (head, *challengers)}
-    begun = {name: _begun_books(one, promise, most_tokens) for name, one in heads.items()}
     kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
     history = History(kind, usual_price if mode == "observe" else None)
     first = Library(head.digest, {head.digest: begun[head.digest]})
@@ -124,11 +126,13 @@ def open_control(
     )
 
 
-def _begun_books(head: HaltHead, promise: Promise, most_tokens: int) -> Shelved:
+def _begun_books(
+    head: HaltHead, promise: Promise, targets: Mapping[str, float], most_tokens: int
+) -> Shelved:
     """Returns the books of a head that no audit has told anything about."""
     prices = prices_of(head)
     certified = _certified(head, prices, promise.target)
-    groups = Groups.begin(promise, len(prices), certified=certified)
+    groups = Groups.begin(promise, len(prices), certified=certified, targets=targets)
     books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
     return Shelved.begin(books, tuple(prices.tolist()))
 

@@ -48,6 +48,8 @@ def group_status(
         }
 
     return {
+        "target": books.groups.promise_of(name).target,
+        "audits_due": books.groups.audits_due(name),
         "requests": sums.num_requests,
         "audits": sums.num_audits,
         "audits_in_epoch": int(state.num_audits),
@@ -203,6 +205,7 @@ def table_of(library: Library) -> str:
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
         f"labels due, {due} audits due before anything is halted",
         f"{'group':32}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  {'breaker':8}"
+        f"{'target, %':>10}"
         f"{'differs, %':>21}{'EM loss, %':>21}{'saving, %':>21}",
     ]
     for name in books.groups.groups:
@@ -211,7 +214,7 @@ def table_of(library: Library) -> str:
         at = one["at_price"]
         lines.append(
             f"{name[:31]:32}{one['requests']:>10}{one['audits']:>8}{one['price']:>10.4g}"
-            f"{one['ceiling']:>10.4g}  {one['breaker']:8}"
+            f"{one['ceiling']:>10.4g}  {one['breaker']:8}{100 * one['target']:>10.4g}"
             + "".join(f"{_percent(part):>21}" for part in (at["loss"], net, at["saving"]))
         )
     return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])

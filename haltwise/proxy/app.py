@@ -50,7 +50,7 @@ from haltwise.proxy.client_terms import (
 )
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import APIKeys, Customer, ServeConfig, digest_of, tenant_of
+from haltwise.proxy.config import GOVERNED, APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
 from haltwise.proxy.lm_server import LMServer, find_lm_server
@@ -129,7 +129,8 @@ class Proxy:
         self._terms = self._default.terms
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
-        control = control or _control(config, head)
+        self._keys = _keys(config, self._default)
+        control = control or _control(config, head, self._keys)
         self.control = control if isinstance(control, GovernedControl) else None
         patience = config.read_timeout
         self._room = anyio.CapacityLimiter(config.max_streams)
@@ -144,7 +145,6 @@ class Proxy:
             config.answers == "seen",
             None if self.control is None else Auditor(self.control, self.metrics, patience),
         )
-        self._keys = _keys(config, self._default)
         governed = self.control if config.follow_doubts else None
         self._doubts = None if governed is None else Doubts(governed.key)
         self.load = None if config.load_target is None else Load(config.load_target)
@@ -189,7 +189,10 @@ class Proxy:
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
         file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
-        self._keys = _keys(config, default)
+        keys = _keys(config, default)
+        if self.control is not None and _targets(config, keys) != self.control.groups.targets:
+            raise InputError("the state is about the targets before, expected a process of its own")
+        self._keys = keys
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
         if self.cashier is not None and file is not None:
             self.cashier.replace(file, _own_budgets(self._keys), tariffs)
@@ -820,7 +823,7 @@ def _is_preflight(client: RequestingClient) -> bool:
     return client.scope["method"] == "OPTIONS" and asks is not None
 
 
-def _control(config: ServeConfig, head: HaltHead) -> Control:
+def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Control:
     """The control that the settings name.
 
     Raises:
@@ -846,7 +849,20 @@ def _control(config: ServeConfig, head: HaltHead) -> Control:
         Telemetry() if config.telemetry else None,
         [_challenger(path, head) for path in config.challenger],
         config.promotion,
+        _targets(config, keys),
     )
+
+
+def _targets(config: ServeConfig, keys: APIKeys | None) -> dict[str, float]:
+    """The targets that groups have of their own.
+
+    Raises:
+        InputError: If a group has two.
+    """
+    named, own = config.group_targets, {} if keys is None else keys.targets
+    for name in named.keys() & own.keys():
+        raise InputError(f"--keys: {config.keys}: {name} has a --group-target too, expected one")
+    return named | own
 
 
 def _challenger(path: Path, head: HaltHead) -> HaltHead:
@@ -883,6 +899,9 @@ def _keys(config: ServeConfig, default: Customer) -> APIKeys | None:
         raise InputError(f"--keys: {config.keys}: an entry has a value, expected --tariffs")
     if "budget" in keys.need and config.budgets is None:
         raise InputError(f"--keys: {config.keys}: an entry has a budget, expected --budgets")
+    if "target" in keys.need and config.control not in GOVERNED:
+        expected = "expected --control observe or apply"
+        raise InputError(f"--keys: {config.keys}: an entry has a target, {expected}")
     for own in keys.budgets.values():
         if own.nano is not None and config.tariffs is None:
             raise InputError(f"--keys: {config.keys}: dollars are given, expected --tariffs")

@@ -8,16 +8,22 @@ import os
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+
+import tyro
 
 from haltwise import InputError, Terms
 from haltwise.control.budgets import Budget
 from haltwise.control.store import is_database
+from haltwise.control.targets import TENANT, read_targets, whole_tenant
 from haltwise.errors import check_ranges, option, what_failed
 
 # The end of a Host header that names a port.
 _PORT = re.compile(r"^[^:\[]*:\d*$|^\[[^\]]*\]:\d*$")
+
+# The group of a tenant, which is named by a digest.
+_TENANT_GROUP = re.compile(f"{TENANT}[0-9a-f]{{16}}")
 
 # Requests that no process serves at a time; the pools for them alone would take minutes.
 _MOST = 100_000
@@ -27,8 +33,8 @@ GOVERNED = ("observe", "apply")
 
 # Settings that mean something to these controls alone.
 _OF_GOVERNED = (
-    "challenger", "promotion", "target", "audit", "state_key", "label_hours", "audit_traces",
-    "dense_audits", "telemetry",
+    "challenger", "promotion", "target", "group_target", "audit", "state_key", "label_hours",
+    "audit_traces", "dense_audits", "telemetry",
 )  # fmt: skip
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
@@ -110,6 +116,10 @@ class ServeConfig:
     serve by itself: 1, 5 and 25 % of all requests, and at last all."""
     target: float = 0.02
     """Mean loss that the control keeps to: 0.02 is two of 100 answers."""
+    group_target: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=TARGET, any number of times: a mean loss of its own, no larger than that, for a group as
+    the status names it, such as task:math=0.01. Its requests are not halted before their own audits
+    vouch for that."""
     audit: float = 0.05
     """Share of requests that are answered in full for that; 0, to observe alone, for none."""
     state: str | Path | None = None
@@ -226,6 +236,7 @@ class ServeConfig:
         if self.control not in GOVERNED:
             self._check_ungoverned()
             return
+        self.group_targets  # noqa: B018, asking for them checks them
         if self.state is None:
             raise InputError(f"--control is {self.control}, expected --state with a file for it")
         if self.control == "apply" and not self.audit:
@@ -278,6 +289,22 @@ class ServeConfig:
         return None if self.operator_key_env is None else _key_in(self.operator_key_env)
 
     @property
+    def group_targets(self) -> dict[str, float]:
+        """By group, the target that it has of its own.
+
+        Raises:
+            InputError: If one has another form.
+        """
+        try:
+            found = read_targets(self.group_target)
+        except InputError as error:
+            raise InputError(f"--group-target: {error}") from None
+        tenants = [whole_tenant(name) for name in found if name.startswith(TENANT)]
+        if not all(_TENANT_GROUP.fullmatch(name) for name in tenants):  # it may be a key
+            raise InputError("--group-target: expected a tenant's 16 digits as the status has them")
+        return found
+
+    @property
     def connections(self) -> "UpstreamConfig":
         """Where the upstream is, and how it is asked."""
         return UpstreamConfig(
@@ -325,6 +352,8 @@ class Customer:
     """Dollars that a right answer is worth, which name the price; None names none."""
     budget: Budget | None = None
     """What all of them may spend; None as everybody's."""
+    target: float | None = None
+    """The mean loss that its tenant is promised; None as everybody's."""
 
 
 class APIKeys:
@@ -359,15 +388,24 @@ class APIKeys:
 
     @property
     def need(self) -> set[str]:
-        """What some entry names: any of budget and value."""
+        """What some entry names: any of budget, value and target."""
         told = self._customers.values()
-        return {name for name in ("budget", "value") for one in told if getattr(one, name)}
+        names = ("budget", "value", "target")
+        return {name for name in names for one in told if getattr(one, name)}
 
     @property
     def budgets(self) -> dict[str, Budget]:
         """The budgets that entries have for themselves, by tenant, as `tenant_of` names it."""
         known = self._customers.items()
         return {_short(key): one.budget for key, one in known if one.budget is not None}
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The targets that entries have, by the group of all that their tenant asks."""
+        known = self._customers.items()
+        return {
+            f"{TENANT}{_short(key)}": one.target for key, one in known if one.target is not None
+        }
 
     def customer_of(self, authorization: str | None) -> Customer | None:
         """Whose a request's Authorization header is; None if its key is not let in.
@@ -417,10 +455,10 @@ def _short(digest: bytes) -> str:
 
 def _customer(entry: Any, default: Customer, source: str) -> Customer:
     if not isinstance(entry, dict):
-        expected = "an object with price, value, min_tokens, max_tokens, off or budget"
+        expected = "an object with price, value, min_tokens, max_tokens, off, budget or target"
         raise InputError(f"{source}: expected {expected}")
     asked = dict(entry)
-    budget, value = asked.pop("budget", None), asked.pop("value", None)
+    budget, value, target = (asked.pop(name, None) for name in ("budget", "value", "target"))
     try:
         if value is not None and {"price", "off"} & set(asked):
             raise InputError("value is given, expected it without price and off")
@@ -429,9 +467,22 @@ def _customer(entry: Any, default: Customer, source: str) -> Customer:
             Terms.read(asked, default.terms),
             read_dollars("value", value) if value is not None or named else default.value,
             default.budget if budget is None else Budget.read(budget),
+            None if target is None else _read_target(target),
         )
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def _read_target(told: Any) -> float:
+    """Reads the target of an entry.
+
+    Raises:
+        InputError: If it is no number between 0 and 1.
+    """
+    is_number = isinstance(told, int | float) and not isinstance(told, bool)
+    if not is_number or not 0 < told < 1:
+        raise InputError(f"target is {told!r:.40}, expected a number between 0 and 1")
+    return float(told)
 
 
 def read_dollars(name: str, told: Any) -> float | None:

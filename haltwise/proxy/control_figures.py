@@ -11,18 +11,29 @@ from prometheus_client.registry import Collector
 
 from haltwise.control.books import Books
 from haltwise.control.governed import GovernedControl
-from haltwise.control.governor import GroupState, is_open
+from haltwise.control.governor import is_open
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.history import Measured
 
 Kind = type[CounterMetricFamily] | type[GaugeMetricFamily]
 
 # Of groups, by name: what it is, and how it is read from the books.
-_OF_STATES: dict[str, tuple[str, Callable[[GroupState], float]]] = {
-    "haltwise_group_breaker_open": ("1 if the breaker is open", lambda one: float(is_open(one))),
-    "haltwise_group_epoch": ("How often it was begun to certify anew", lambda one: int(one.epoch)),
+_OfBooks = dict[str, tuple[str, Callable[[Books, str], float]]]
+_STANDING: _OfBooks = {
+    "haltwise_group_target_ratio": (
+        "Mean loss that is promised",
+        lambda books, name: books.groups.promise_of(name).target,
+    ),
+    "haltwise_group_breaker_open": (
+        "1 if the breaker is open",
+        lambda books, name: float(is_open(books.groups.group(name))),
+    ),
+    "haltwise_group_epoch": (
+        "How often it was begun to certify anew",
+        lambda books, name: int(books.groups.group(name).epoch),
+    ),
 }
-_COUNTED: dict[str, tuple[str, Callable[[Books, str], float]]] = {
+_COUNTED: _OfBooks = {
     "haltwise_group_requests": (
         "Requests, of all processes with this state",
         lambda books, name: books.sum_of(name).num_requests,
@@ -58,16 +69,16 @@ class ControlFigures(Collector):
         """Tells them."""
         yield from self._of_control()
         books, history = self.control.keeper.books, self.control.history
-        states = (
-            books.groups.groups if self.shows_all else {EVERYTHING: books.groups.group(EVERYTHING)}
+        names = list(books.groups.groups) if self.shows_all else [EVERYTHING]
+        kinds: tuple[tuple[Kind, _OfBooks], ...] = (
+            (GaugeMetricFamily, _STANDING),
+            (CounterMetricFamily, _COUNTED),
         )
-        for key, (text, of_state) in _OF_STATES.items():
-            told = {name: of_state(state) for name, state in states.items()}
-            yield _family(GaugeMetricFamily, key, text, told)
-        for key, (text, of_books) in _COUNTED.items():
-            told = {name: of_books(books, name) for name in states}
-            yield _family(CounterMetricFamily, key, text, told)
-        newest = {name: history.newest(name) for name in states}
+        for kind, families in kinds:
+            for key, (text, of_books) in families.items():
+                told = {name: of_books(books, name) for name in names}
+                yield _family(kind, key, text, told)
+        newest = {name: history.newest(name) for name in names}
         for key, (text, of_measured) in _MEASURED.items():
             told = {name: of_measured(one) for name, one in newest.items() if one is not None}
             yield _family(GaugeMetricFamily, key, text, told)

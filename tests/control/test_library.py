@@ -104,8 +104,8 @@ def test_a_pair_is_what_both_lost_and_saved_at_their_own_prices() -> None:
     ]  # fmt: skip
     trial = fold(pairs).shelf["b"].trial
     assert trial.num == 3 and trial.lost.tolist() == [[2, 1, 1]] * 2  # beside never halting too
-    at_first = [3 * 0.6, 3 * 0.6 - 3 * 0.2, 3 * 0.6 - 3 * 0.9]
-    np.testing.assert_allclose(trial.saved, [at_first, np.array(at_first) + 0.9], atol=1e-9)
+    at_first = np.array([3 * 0.6, 3 * 0.6 - 3 * 0.2, 3 * 0.6 - 3 * 0.9])
+    np.testing.assert_allclose(trial.saved, [at_first, at_first + 0.9], atol=1e-9)
     served = [1 - 0, 0 - 1, 0 - 0]  # of the challenger, less the champion
     as_good = sum(np.log1p(STAKES / 1.01 * (more - MARGIN)) for more in served)
     np.testing.assert_allclose(trial.as_good, as_good)

@@ -55,6 +55,7 @@ def test_groups_are_told_of_as_the_status_tells(busy: Watched) -> None:
             "requests_total": group["requests"],
             "audits_total": group["audits"],
             "epoch": group["epoch"],
+            "target_ratio": group["target"],
             "breaker_open": float(group["breaker"] == "open"),
             "price": group["price"],
             "ceiling": group["ceiling"],

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -232,6 +233,19 @@ def test_a_group_is_chosen_and_is_in_the_address(page: Page, busy: Watched) -> N
     page.open("about:blank")
     show(page, busy.proxy, "#group=task%3Agone")
     assert page.run("document.getElementById('group').value") == EVERYTHING
+
+
+@chromium
+def test_a_group_is_shown_against_its_own_target(window: Page, tmp_path: Path) -> None:
+    with watched(tmp_path, group_target=("task:math=0.01",)) as found:
+        found.ask(30)
+        for name, target in {EVERYTHING: "5", "task:math": "1"}.items():
+            window.open("about:blank")
+            show(window, found.proxy, f"#group={quote(name)}")
+            assert f"target {target}" in shown(window, "numbers")
+            assert f"At most {target} %" in shown(window, "about")
+            shown_at = "[...document.querySelectorAll('svg text.target')].map(t => t.textContent)"
+            assert set(window.run(shown_at)) == {f"target {target}"}
 
 
 @chromium
