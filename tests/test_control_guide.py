@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,7 +17,7 @@ from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 
-TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL = blocks("CONTROL", "sh")
+TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN = blocks("CONTROL", "sh")
 ASK, LOOK, PART, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
 
 
@@ -129,6 +131,24 @@ def test_the_guide_learns_from_what_it_has_served(
     with served(serve, folder) as proxy:
         ask(proxy)
         ask(proxy, COMPARE)
-    found = capsys.readouterr().out.splitlines()[-4:]
+        key = {"Authorization": "Bearer secret"}
+        told = proxy.client.get("/v1/haltwise/control", headers=key).json()
+        begin, compare = commands(UNSEEN.text.replace("DIGEST", told["heads"][1]["head"]), folder)
+        said = [haltwise(begin)]
+        wait_until(
+            lambda: bool(proxy.client.get("/v1/haltwise/control", headers=key).json()["canary"])
+        )
+        ask(proxy)
+        said.append(haltwise(compare))
+    found = capsys.readouterr().out.splitlines()[-6:]
     assert found[0] == "challenger True" and "is not known yet after" in found[1]
-    assert found[2:] == ["['champion', 'previous']"] * 2
+    assert found[2:5] == ["['champion', 'canary']", *["['champion', 'previous']"] * 2]
+    assert "serves 50 % from now on" in said[0] and "No winner yet: " in said[1]
+    assert "No winner yet: " in (folder / "two-heads.html").read_text()
+
+
+def haltwise(command: list[str]) -> str:
+    """What a command prints."""
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
