@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,13 +132,14 @@ def test_the_guide_learns_from_what_it_has_served(
     with served(serve, folder) as proxy:
         ask(proxy)
         ask(proxy, COMPARE)
-        key = {"Authorization": "Bearer secret"}
-        told = proxy.client.get("/v1/haltwise/control", headers=key).json()
-        begin, compare = commands(UNSEEN.text.replace("DIGEST", told["heads"][1]["head"]), folder)
+
+        def told() -> Any:
+            key = {"Authorization": "Bearer secret"}
+            return proxy.client.get("/v1/haltwise/control", headers=key).json()
+
+        begin, compare = commands(UNSEEN.text.replace("DIGEST", told()["heads"][1]["head"]), folder)
         said = [haltwise(begin)]
-        wait_until(
-            lambda: bool(proxy.client.get("/v1/haltwise/control", headers=key).json()["canary"])
-        )
+        wait_until(lambda: bool(told()["canary"]))
         ask(proxy)
         said.append(haltwise(compare))
     found = capsys.readouterr().out.splitlines()[-6:]
