@@ -72,6 +72,11 @@ class Rival:
         hit = right & (rng.random(len(right)) < share / right.mean())
         return replace(self, losses=self.losses + hit[:, None])
 
+    def elsewhere(self, seed: int = 0) -> Rival:
+        """Returns one that loses and saves as much in the mean, but on other traces."""
+        rows = np.random.default_rng(seed).permutation(len(self.losses))
+        return Rival(self.losses[rows], self.saved[rows])
+
     def saving_more(self, share: float) -> Rival:
         """Returns one that saves so much more of every answer."""
         return replace(self, saved=self.saved + share)
@@ -185,7 +190,7 @@ def play(streams: Streams, num_audits: int, seed: int) -> Played:
 
 
 def measure(traces: Traces, config: PromotionConfig) -> list[BenchResult]:
-    """Measures how often challengers take over: as good ones, worse ones, better ones, and a head.
+    """Measures how often challengers take over: no better ones, worse ones, better ones, a head.
 
     Raises:
         InputError: If the traces or the run cannot be used.
@@ -195,6 +200,7 @@ def measure(traces: Traces, config: PromotionConfig) -> list[BenchResult]:
     champion, begins = Rival.of(drawn), drawn.best(_CERTIFIED * config.target)
     rivals = {
         "itself": champion,
+        "as good, on other traces": champion.elsewhere(),
         "3 points more lost, 5 more saved": champion.losing_more(0.03).saving_more(0.05),
         "as much lost, 5 points more saved": champion.saving_more(0.05),
     }
@@ -214,6 +220,8 @@ def _told(name: str, played: Played) -> list[BenchResult]:
         BenchResult(_PART, f"{name}: {what}", "%", (100 * float(found.mean()),))
         for what, found in shares.items()
     ]
-    median = float(np.median(played.ready))
-    what = f"{name}: audits until it begins to serve, median"
-    return [*results, BenchResult(_PART, what, "audits", (median,))]
+    begun = played.ready[np.isfinite(played.ready)]
+    if not len(begun):
+        return results
+    what = f"{name}: audits until it begins to serve, where it does, median"
+    return [*results, BenchResult(_PART, what, "audits", (float(np.median(begun)),))]
