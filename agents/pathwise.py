@@ -97,6 +97,7 @@ def start_from_traces(
     config: PathwiseConfig,
     seed: int,
     log_dir: Path | None = None,
+    goes_on: bool = False,
 ) -> None:
     """Trains a network in place to halt recorded traces well at every price of the range.
 
@@ -110,6 +111,8 @@ def start_from_traces(
         seed: The seed of the batches and prices.
         log_dir: The folder that TensorBoard's files go to: the loss and the expected return of
             every tenth step. None writes none.
+        goes_on: Whether the network has learned already: then all of it stays near to what it is,
+            and not the rule that it starts from alone.
 
     Raises:
         InputError: If no trace has a decision point.
@@ -120,11 +123,13 @@ def start_from_traces(
     correct_net = nn.Linear(policy_net.out.in_features, 2)
     layers = nn.ModuleList([policy_net.first, policy_net.second, policy_net.out, correct_net])
     # AdamW's decay is to 0, where the hidden layers leave the rule as it is; the rule is the start
-    # of the straight path, to which the same decay is made by hand.
-    straight = policy_net.straight.weight
-    rule = straight.detach().clone()
-    decayed: dict[str, Any] = {"params": list(layers.parameters())}
-    kept: dict[str, Any] = {"params": [straight], "weight_decay": 0.0}
+    # of the straight path, to which the same decay is made by hand. A network that has learned
+    # already is such a start as a whole.
+    own = list((policy_net if goes_on else policy_net.straight).parameters())
+    starts = [(weight, weight.detach().clone()) for weight in own]
+    others = list((correct_net if goes_on else layers).parameters())
+    decayed: dict[str, Any] = {"params": others}
+    kept: dict[str, Any] = {"params": own, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decayed, kept], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps * len(chunks)
@@ -147,7 +152,8 @@ def start_from_traces(
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                straight.lerp_(rule, decay * schedule.get_last_lr()[0])
+                for weight, start in starts:
+                    weight.lerp_(start, decay * schedule.get_last_lr()[0])
             schedule.step()
             curve.add(loss, gained)
     curve.close()

@@ -38,6 +38,8 @@ class AuditedRequest:
     """The step that it would have been served."""
     replays: dict[str, Replay]
     """By head, where its prices would have halted it."""
+    question: str = ""
+    """What is asked, the same for equal questions; empty if it is unknown."""
     is_dense: bool = False
     """Whether an answer is asked for at every decision point."""
     looks: dict[int, Look] = field(default_factory=dict)

@@ -144,6 +144,9 @@ class Note:
     """By head that begins as a challenger; one that is there is left as it is."""
     promotes: str = ""
     """The head that is to serve from now on; empty for none."""
+    learned: frozenset[str] = frozenset()
+    """The heads that may have learned from the question of the audit, so that it is no pair of
+    theirs."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -151,6 +154,7 @@ class Note:
             "entries": {head: entry.to_json() for head, entry in self.entries.items()},
             "joins": {head: one.to_json() for head, one in self.joins.items()},
             "promotes": self.promotes,
+            "learned": sorted(self.learned),
         }
 
     @classmethod
@@ -163,7 +167,8 @@ class Note:
         try:
             entries = {head: Entry.from_json(one) for head, one in data["entries"].items()}
             joins = {head: Shelved.from_json(one) for head, one in data["joins"].items()}
-            return cls(entries, joins, data["promotes"])
+            learned = frozenset(data.get("learned", ()))  # notes are older than this
+            return cls(entries, joins, data["promotes"], learned)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"note of the books is not readable ({error!r})") from None
 
@@ -231,7 +236,7 @@ class Library:
             return None
         known = self.shelf.get(head)
         audit = None if known is None else known.books.groups.under_way.get(entry.event.request)
-        if audit is None or audit.told:
+        if audit is None or audit.told or head in note.learned:
             return None
         told, at = entry.audit, audit.step - 1
         if at < 0 or not told.full_cost:
