@@ -55,6 +55,8 @@ class PathwiseConfig:
     """Questions that the start, which is a linear rule, counts for. This by the number of questions
     to learn from is the weight decay: that times the learning rate is the share of the way back to
     the rule that each step takes every weight."""
+    parent_questions: float = 150.0
+    """The same of a parent, where a head goes on from one: its whole network is such a start."""
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
@@ -73,7 +75,7 @@ class PathwiseConfig:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "learning_rate": (0 < self.learning_rate < math.inf, "positive and finite"),
         }
-        for name in ("prior_questions", "correct_coef"):
+        for name in ("prior_questions", "parent_questions", "correct_coef"):
             ranges[name] = (0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         check_ranges(self, ranges, place)
 
@@ -118,6 +120,7 @@ def start_from_traces(
         InputError: If no trace has a decision point.
     """
     chunks = chunks_of(traces)
+    prior = config.parent_questions if goes_on else config.prior_questions
     steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
     correct_net = nn.Linear(policy_net.out.in_features, 2)
@@ -139,7 +142,7 @@ def start_from_traces(
         returns = _lay_out(chunk, observing, halting)
         num_questions = len(np.unique(chunk.question_id)) * len(chunks)
         # No step takes more than the whole way.
-        decay = min(config.prior_questions / num_questions, 1 / config.learning_rate)
+        decay = min(prior / num_questions, 1 / config.learning_rate)
         optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))

@@ -38,6 +38,9 @@ Index = NDArray[np.int64]
 LEVEL = 0.05
 # What is asked: of questions, thoughts and verdicts.
 _NUM_TESTS = 3
+# Where some thoughts are known to differ: below this, those that differ least do so too. It is no
+# level, as they are those that differ least.
+_LEVEL_OF_LEAST = 0.1
 _NUM_PERMUTATIONS = 999
 # The newest questions of a stretch that are compared: distances are kept between any two.
 _MOST = 1_000
@@ -77,7 +80,7 @@ class Drift:
         """What has changed, of "questions", "LM" and "scorer"."""
         level = LEVEL / _NUM_TESTS
         thoughts = _below(self.p_thoughts, level)
-        lm = bool(self.facts) or (thoughts and _below(self.p_least, level))
+        lm = bool(self.facts) or (thoughts and _below(self.p_least, _LEVEL_OF_LEAST))
         found = {
             "questions": self.p_questions <= level or (thoughts and not lm),
             "LM": lm,
@@ -142,9 +145,7 @@ def drift_between(
     p_thoughts = test.p(thoughts, kind)
     drift = Drift(*counts, facts, p_questions, p_thoughts)
     if p_thoughts <= LEVEL / _NUM_TESTS:
-        drift = replace(drift, p_least=test.p(thoughts, _least(test, thoughts, kind)))
-    if "LM" in drift.changed:
-        return drift
+        return replace(drift, p_least=_p_least(test, thoughts, kind))
     verdicts = _residuals(_verdicts(both), np.concatenate([given, seen, seen**2], axis=1))
     return replace(drift, p_verdicts=test.p(verdicts, 2 * kind + both.labelled))
 
@@ -262,6 +263,12 @@ class _Test:
             found += self._distances(values[rows], self.is_now[rows])
         return float((found >= found[0] - 1e-9 * abs(found[0])).mean())
 
+    def moved(self, values: Float, rows: NDArray[np.bool_]) -> Float:
+        """Returns how far the mean (K,) of values (N, K) in some rows is from what it was."""
+        now, before = values[rows & self.is_now], values[rows & ~self.is_now]
+        difference: Float = now.mean(axis=0) - before.mean(axis=0)
+        return difference
+
     def _distances(self, values: Float, is_now: NDArray[np.bool_]) -> Float:
         """Returns the energy distance (R + 1,) as it is, and after each permutation."""
         apart = np.sqrt(np.maximum(_squared_distances(values), 0.0)).astype(np.float32)
@@ -279,12 +286,27 @@ def _squared_distances(values: Float) -> Float:
     return distances
 
 
-def _least(test: _Test, values: Float, kind: Index) -> Index:
+def _p_least(test: _Test, values: Float, kind: Index) -> float:
+    """Returns how probable it is that those kinds differ by chance whose values differ least.
+
+    They are asked for one thing alone, whether they differ as the others do: along the line from
+    what the others were to what they are. Without others, it is what `_Test.p` says.
+    """
+    shared = test.shared(kind)
+    least = _least(test, values, kind, shared)
+    others = shared & (least < 0)
+    if not others.any():
+        return test.p(values, kind)
+    numbers, weights = np.unique(kind[others], return_counts=True)
+    moved = np.average([test.moved(values, kind == one) for one in numbers], 0, weights)
+    return test.p((values @ moved)[:, None], least)
+
+
+def _least(test: _Test, values: Float, kind: Index, shared: NDArray[np.bool_]) -> Index:
     """Returns kinds (N,) with those left out, below 0, whose values differ most.
 
     Those that are left have half of the questions or more. If they differ too, all kinds do.
     """
-    shared = test.shared(kind)
     numbers = np.unique(kind[shared])
     by_p = sorted((test.p(values, np.where(kind == one, one, -1)), one) for one in numbers.tolist())
     left = np.where(shared, kind, -1)

@@ -38,14 +38,14 @@ class AuditedRequest:
     """The step that it would have been served."""
     replays: dict[str, Replay]
     """By head, where its prices would have halted it."""
-    question: str = ""
-    """What is asked, the same for equal questions; empty if it is unknown."""
     is_dense: bool = False
     """Whether an answer is asked for at every decision point."""
     looks: dict[int, Look] = field(default_factory=dict)
     """By position, what is known of its decision points, in order."""
     report: ThoughtReport | None = None
     """What happened to it, once it has ended."""
+    question: str = ""
+    """What is asked, the same for equal questions; empty if it is unknown."""
 
     @property
     def replay(self) -> Replay:

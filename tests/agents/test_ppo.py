@@ -187,7 +187,7 @@ def test_a_child_stays_as_near_to_its_parent_as_the_prior_says(telling_traces: T
     config, moved = head_of(telling_traces), []
     parent = export(fit(telling_traces, config, FitConfig(NONE, PPO), seed=1, share=0), config)
     for prior in (0.0, 100.0, 1e9):
-        start = FitConfig(PathwiseConfig(steps=30, prior_questions=prior), PPO)
+        start = FitConfig(PathwiseConfig(steps=30, parent_questions=prior), PPO)
         child = export(fit(telling_traces, config, start, 0, parent=parent, share=0), config)
         away = [np.abs(child.weights[name] - parent.weights[name]).max() for name in child.weights]
         moved.append(max(away))
