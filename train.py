@@ -373,12 +373,13 @@ def _drift(audits: ServedAudits, copy: Path, parent: Parent, max_traces: int) ->
     """
     rows = audits.rows()
     now = parent.read(copy, max_traces)
+    known = [rows.get(name) for name in now.trace_id.tolist()]
+    # Of those without a row, the place in the files says when they came: before all others.
+    now = now.select(np.argsort([0.0 if one is None else one.at for one in known], kind="stable"))
     before = _own_audits(parent, now, max_traces)
     if before is None:
-        known = [rows.get(name) for name in now.trace_id.tolist()]
-        at = np.array([n if one is None else one.at for n, one in enumerate(known)])
-        order = at.argsort(kind="stable")
-        before, now = now.select(order[: len(order) // 2]), now.select(order[len(order) // 2 :])
+        middle = np.arange(len(now)) < len(now) // 2
+        before, now = now.select(middle), now.select(~middle)
     else:
         now = now.select(~np.isin(now.trace_id, before.trace_id))
     told = {name: (row.segment, row.input_tokens) for name, row in rows.items()}

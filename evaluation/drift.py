@@ -19,7 +19,7 @@ Shapes: N questions of both stretches, K columns, R permutations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -97,7 +97,7 @@ class Drift:
         compared = f"{self.num_now} questions beside {self.num_before} of before"
         told = " and ".join(_WORDS[name] for name in self.changed) or "nothing that could be seen"
         lines = [f"What has changed: {told} ({compared}; level {LEVEL:.0%}).", *self.facts]
-        if self.p_thoughts is None:
+        if self.p_thoughts is None and self.num_before and self.num_now:
             lines.append("No kind of question is in both, so that nothing is known of the LM.")
         return "\n".join(lines)
 
@@ -121,8 +121,8 @@ def drift_between(
         before: The earlier stretch, in order.
         now: The later one.
         config: The head's, which says what is looked at in thoughts.
-        asked: By trace id, the segment of a question and the tokens of its prompt, as far as they
-            are known beside the traces.
+        asked: By trace id, the segment of a question and the tokens of its prompt, as they are
+            known beside the traces. If one is missing, as old ones may be deleted, none counts.
         seed: The seed of the permutations.
 
     Raises:
@@ -132,7 +132,8 @@ def drift_between(
     counts = len(before), len(now)
     if not all(counts):
         return Drift(*counts)
-    both = concatenate([before, replace(now, signals=now.signals)])
+    shown = before.signals.keys() & now.signals.keys()
+    both = concatenate([_showing(traces, shown) for traces in (before, now)])
     is_now = np.arange(len(both)) >= len(before)
     test = _Test(is_now, np.random.default_rng(seed))
     kind, given = _asked(both, asked)
@@ -156,6 +157,11 @@ def _one_a_question(traces: Traces) -> Traces:
     return traces.select(np.sort(len(traces) - 1 - first)[-_MOST:])
 
 
+def _showing(traces: Traces, signals: Set[str]) -> Traces:
+    """Returns traces with some of their signals alone."""
+    return replace(traces, signals={name: traces.signals[name] for name in sorted(signals)})
+
+
 def _facts(before: Traces, now: Traces) -> tuple[str, ...]:
     """Returns what the recordings themselves tell to be other."""
     found = [", ".join(np.unique(each.model).tolist()) for each in (before, now)]
@@ -169,14 +175,14 @@ def _asked(traces: Traces, asked: Mapping[str, tuple[str, int | None]]) -> tuple
         The number of its kind (N,), of a task, a segment and a class of lengths of prompts; and the
         same as columns (N, K).
     """
-    told = [asked.get(name) for name in traces.trace_id.tolist()]
-    segments = [
-        own if one is None else one[0] for own, one in zip(traces.segment, told, strict=True)
-    ]
+    ids, unknown = traces.trace_id.tolist(), ("", None)
+    all_known = asked.keys() >= set(ids)
+    told = [asked[name] if all_known else unknown for name in ids]
+    segments = [one[0] or own for own, one in zip(traces.segment, told, strict=True)]
     names = np.array([f"{a}\n{b}" for a, b in zip(traces.task.tolist(), segments, strict=True)])
     kind = np.unique(names, return_inverse=True)[1]
     columns = np.eye(kind.max() + 1)[kind]
-    lengths = np.array([np.nan if one is None or not one[1] else one[1] for one in told])
+    lengths = np.array([one[1] or np.nan for one in told])
     if np.isnan(lengths).any():
         return kind, columns
     length = _normal(lengths[:, None])

@@ -50,8 +50,13 @@ class Installation:
         run.save_head(installation.head)
         run.save_learned(Learned(frozenset({"old"})))
         key_file_of(installation.state).write_bytes(KEY)
-        open_control(installation.head, "observe", installation.state, 0.5, 1.0, 1.0, 999).close()
+        installation.serve()
         return installation
+
+    def serve(self, *challengers: HaltHead) -> None:
+        """Begins to serve, so that the state knows the heads, and ends."""
+        settings = (self.state, 0.5, 1.0, 1.0, 999)
+        open_control(self.head, "observe", *settings, challengers=challengers).close()
 
     def audit(self, num: int, first: int = 0, hardness: float = 0.0) -> None:
         """Keeps audits of questions that are numbered from the first one on."""

@@ -228,3 +228,13 @@ def test_a_run_does_not_go_on_with_another_parent(learned: Installation, tmp_pat
     config = config_of(learned, learned.folder / "new", resume=True, parent=other.folder)
     with pytest.raises(InputError, match="was not begun with these settings"):
         train.main(config)
+
+
+def test_what_a_child_learned_from_is_what_was_before(
+    learned: Installation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = learned.folder / "new"
+    learned.serve(HaltHead.load(child))
+    learned.audit(40, first=60)
+    train.main(config_of(learned, learned.folder / "newer", parent=child, look=True))
+    assert "(40 questions beside 60 of before" in capsys.readouterr().out

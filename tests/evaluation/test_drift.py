@@ -122,6 +122,17 @@ def test_where_no_kind_of_question_came_before_nothing_is_known_of_the_lm(base: 
     assert str(drift).endswith("so that nothing is known of the LM.")
 
 
+def test_what_was_asked_counts_only_if_it_is_known_of_all(base: Traces) -> None:
+    first, asked = World().traces(40, 0, base)
+    second, more = World().traces(40, 1, base)
+    known = {name: ("segment", of) for name, (_, of) in (asked | more).items()}
+    some = {name: known[name] for name in more}  # older rows are deleted
+    config = config_of(first)
+    none = drift_between(first, second, config, {})
+    assert drift_between(first, second, config, some) == none
+    assert drift_between(first, second, config, known) != none
+
+
 def test_a_question_counts_once_a_stretch_however_often_it_came(base: Traces) -> None:
     first, _ = World().traces(30, 0, base)
     again = replace(first, trace_id=np.char.add(first.trace_id, "'"))
