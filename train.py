@@ -460,9 +460,11 @@ class _Prepared:
         Raises:
             InputError: If they are such, or do not fit the settings or the parent.
         """
-        rule = config.rule if parent is None else parent.head.config.halting.decision_rule
         files = TraceFiles.open(path, agreeing)
-        recorded = _under_rule(files, rule) if parent is None else files.under(rule)
+        if parent is None:
+            recorded = _under_rule(files, config.rule)
+        else:
+            recorded = files.under(parent.head.config.halting.decision_rule)
         doubts = check_sound(recorded, config.min_em)
         # Test questions are never learned from, nor anything chosen on them.
         material = _Material.of(recorded, config, parent)

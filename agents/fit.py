@@ -316,7 +316,7 @@ class _Fold:
     """The folder that the heads go to."""
     decided: Path
     """The file that the decisions go to."""
-    parent: HaltHead | None
+    parent: HaltHead | None = None
     """The head to go on from, whose observing is kept."""
 
 
