@@ -127,6 +127,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         lm=str(traces.model[0]),
         tokenizer=traces.recorder.get("tokenizer", ""),
         server=traces.recorder.get("server", {}),
+        installation=traces.recorder.get("installation", head.config.installation),
         traces=traces.digest,
         command=shlex.join(sys.argv),
         certificate=None,

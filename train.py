@@ -3,6 +3,8 @@
     python train.py                              the embedded LM: record, replay, live, export
     python train.py --traces FILE_OR_FOLDER      recorded traces of any LM
     python train.py --live                       PPO on the running LM from the start
+    python train.py --state STATE --audit-traces FOLDER --parent RUN
+                                                 a head that serves goes on from its own audits
 
 It writes a run folder: config.json, head.safetensors and head.json, operating_points.json, the
 questions that it learned from and the heads of its folds, the results out of fold (JSON, PNG) and
@@ -17,11 +19,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import installed  # noqa: F401, tells what is missing
@@ -33,11 +37,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
+from agents.parent import Parent
 from agents.ppo import Agent, PPOConfig, export
-from command import alone, run, warn
+from command import alone, run, warn, whole_folder
 from envs.live import LiveEnv
 from envs.replay import availability
 from evaluation.compare import parameter_free, swept
+from evaluation.drift import Drift, drift_between
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
 from evaluation.frozen import Choice, choose_points
 from evaluation.honest import price_words
@@ -46,7 +52,13 @@ from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
 from evaluation.rows import to_json
 from evaluation.table import format_honest, format_segments, format_table
-from evaluation.trials import Trials, format_trials, try_checkpoints
+from evaluation.trials import (
+    Trials,
+    balanced_returns,
+    compare_returns,
+    format_trials,
+    try_checkpoints,
+)
 from evaluation.verdict import conclusion
 from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.errors import check_ranges, option
@@ -58,12 +70,15 @@ from policies import baselines
 from policies.head import HeadPolicy, price_grid
 from policies.observing import observing_of
 from policies.supervised import SUPERVISED, Supervised
+from recording.audits import ServedAudits
 from recording.collect import CollectConfig, collect
 from runs import Learned, Run
 from traces import MAX_TRACES, Chunks, TraceFiles, Traces
 from traces.soundness import LEAST_EM, check_sound
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
+# Of fewer questions than these a parent learns nothing.
+_FEWEST_NEW = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +88,16 @@ class TrainConfig(AskConfig):
     traces: Path | None = None
     """Recorded traces to train on, a file or a folder. Default: those of the LM, recorded first
     if there are none."""
+    parent: Path | None = None
+    """Run whose head to go on from, with what it has learned and with the network that it has. It
+    learns from its own audits, as far as they are of questions that it has not learned from, and
+    never from the half of the questions that is kept back."""
+    state: str | None = None
+    """With --parent: the --state of the haltwise serve that knows that head."""
+    audit_traces: Path | None = None
+    """With --parent: the --audit-traces of that haltwise serve."""
+    look: bool = False
+    """With --parent: only tell what has changed since it has learned, and write nothing."""
     live: bool = False
     """Train on the running LM from the start, without training on recorded traces before."""
     run_dir: Path | None = None
@@ -114,6 +139,11 @@ class TrainConfig(AskConfig):
     )
     """Training on the running LM, after that on recorded traces; with --live instead of it."""
 
+    @property
+    def has_lm(self) -> bool:
+        """Whether the LM is here, to be recorded and run."""
+        return self.traces is None and self.parent is None
+
 
 def main(config: TrainConfig) -> Path:
     """Trains, chooses the operating points, exports the head, and judges it on test questions.
@@ -126,19 +156,23 @@ def main(config: TrainConfig) -> Path:
     """
     torch.set_num_threads(1)
     _check(config)
-    path = (config.traces or _record(config)).resolve()
-    recorded = _under_rule(TraceFiles.open(path, agreeing), config.rule)
-    for doubt in check_sound(recorded, config.min_em):
+    parent = None if config.parent is None else Parent.load(config.parent)
+    if parent is not None:
+        if config.look:
+            _look(config, parent)
+            return parent.folder
+        config = _of_size(config, parent)
+        if not config.resume:
+            config = _begun_from_audits(config, parent)
+        path = _named(config).audits.resolve()
+    else:
+        path = (config.traces or _record(config)).resolve()
+    prepared = _Prepared.of(path, config, parent)
+    for doubt in prepared.doubts:
         warn(doubt)
-    # Test questions are never learned from, nor anything chosen on them.
-    traces = _Material.of(recorded, config)
-    head = _head_config(traces, config)
-    head.halting.check_recorded(recorded.recorder, str(path))
-    fold = {
-        seed: folds(traces.sample.question_id, config.folds, seed)
-        for seed in range(config.seed, config.seed + config.seeds)
-    }
-    opened = _open_run(config, path, recorded.digest(recorded.rows()))
+    recorded, traces = prepared.material.recorded, prepared.material
+    head, fold = prepared.head, prepared.fold
+    opened = _open_run(config, path, prepared.digest, parent)
     # Not the folder itself: the head that is saved there locks it, too.
     with alone(opened.tensorboard):
         if traces.num_more:
@@ -146,7 +180,7 @@ def main(config: TrainConfig) -> Path:
         if config.live:
             learning = _train_beside(config, opened, head, traces)
         else:
-            learning = _train_from(config, opened, head, traces, fold)
+            learning = _train_from(config, opened, head, traces, fold, parent)
         choice = _choose(config, head, traces.learned_from, learning)
         _finish(opened, export(learning.agent, head), choice, learning)
         if config.verbose:
@@ -157,6 +191,8 @@ def main(config: TrainConfig) -> Path:
         if "test" in recorded.split:
             print("The exported head, loaded again, on the test questions:")
             _evaluate(config, opened)
+            if parent is not None:
+                print(_beside(parent, opened, recorded, config.max_traces))
         else:
             print("Out of fold, on the questions that the price was chosen on:")
             print(_conclusion(choice, learning))
@@ -165,18 +201,38 @@ def main(config: TrainConfig) -> Path:
     return opened.folder
 
 
+def _beside(parent: Parent, opened: Run, recorded: TraceFiles, max_traces: int) -> str:
+    """Says how a run's head compares with its parent on questions that neither learned from."""
+    rows = recorded.rows("test") & parent.fresh(recorded)
+    if not rows.any():
+        return "Its parent has learned from all of the test questions: nothing compares the two."
+    traces = recorded.read(recorded.sample(rows, max_traces))
+    head = opened.head()
+    weights = balance(np.array(price_grid(head.config.observing)), head.config.observing)
+    own, others = (
+        balanced_returns(swept(HeadPolicy(one), traces, one.config.halting.probing) or {}, weights)
+        for one in (head, parent.head)
+    )
+    more, (low, high) = compare_returns(traces.question_id, own, others)
+    num = len(np.unique(traces.question_id))
+    return (
+        f"On the {num} kept-back questions, the mean return over all prices is {more:+.3f} "
+        f"[{low:+.3f}, {high:+.3f}] beside that of its parent."
+    )
+
+
 def _evaluate(config: TrainConfig, opened: Run) -> None:
     """Judges the run on the test questions of its traces, and writes the results into it."""
     trained = Trained.load(opened)
     outputs = Outputs(opened.test_json, opened.test_page, opened.test_plot)
-    path, beside_lm = opened.beginning().traces, config.traces is None
+    path = opened.beginning().traces
     evaluate_run(
         trained,
         path,
         "test",
         config.max_traces,
         outputs,
-        live=beside_lm,
+        live=config.has_lm,
         verbose=config.verbose,
     )
 
@@ -195,6 +251,7 @@ def _check(config: TrainConfig) -> None:
     """
     if config.live and config.traces is not None:
         raise InputError("--live trains on the running LM: expected no --traces with it")
+    _check_parent(config)
     if config.resume and config.run_dir is None:
         raise InputError("--resume goes on with a run: expected --run-dir DIR with it")
     if config.run_dir is not None and config.run_dir.exists() and not config.resume:
@@ -208,12 +265,12 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"{found}: expected at least {', '.join(str(least[n]) for n in small)}")
     most = 2**31 - 1 - config.seeds
     check_ranges(config, {"seed": (config.seed <= most, f"0 to {most}")})
-    if config.traces is None:
+    if config.has_lm:
         _asking(config, _CHECKPOINTS).check()
     config.fit.pathwise.check("fit.pathwise.")
     config.fit.ppo.check("fit.ppo.")
     config.live_ppo.check("live_ppo.")
-    goes_on_live = config.traces is None and not config.live
+    goes_on_live = config.has_lm and not config.live
     if goes_on_live and config.live_ppo.net_width != config.fit.ppo.net_width:
         raise InputError(
             f"--live-ppo.net-width is {config.live_ppo.net_width}, --fit.ppo.net-width "
@@ -224,6 +281,119 @@ def _check(config: TrainConfig) -> None:
             feature_names(config.groups)
         except InputError as error:
             raise InputError(f"--groups: {error}") from None
+
+
+def _check_parent(config: TrainConfig) -> None:
+    """Refuses settings that do not go together with a parent, or without one.
+
+    Raises:
+        InputError: If they do not.
+    """
+    audits = {"state": config.state, "audit_traces": config.audit_traces}
+    if config.parent is None:
+        alone = [name for name, value in (audits | {"look": config.look or None}).items() if value]
+        if alone:
+            raise InputError(f"{option(alone[0])} is of audits: expected --parent RUN with it")
+        return
+    missing = [option(name) for name, value in audits.items() if value is None]
+    if missing:
+        raise InputError(
+            f"--parent goes on from its own audits: expected {' and '.join(missing)}, as the "
+            "haltwise serve has that keeps them"
+        )
+    names = ("traces", "live", "rule", "groups", "probing")
+    others = [option(name) for name in names if getattr(config, name)]
+    if others:
+        raise InputError(f"--parent says what is learned: expected no {', '.join(others)} with it")
+
+
+def _served(config: TrainConfig) -> ServedAudits:
+    """Returns the audits that the settings name."""
+    assert config.state is not None and config.audit_traces is not None
+    return ServedAudits(config.state, config.audit_traces)
+
+
+def _look(config: TrainConfig, parent: Parent) -> None:
+    """Tells what has changed since a parent has learned, and leaves nothing."""
+    audits = _served(config)
+    audits.check_knows(parent.head.digest, str(parent.folder))
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / "audits"
+        audits.copy(copy)
+        print(_drift(audits, copy, parent, config.max_traces))
+
+
+def _of_size(config: TrainConfig, parent: Parent) -> TrainConfig:
+    """Returns the settings with a network of the parent's size."""
+    num_hidden = int(parent.head.weights["b0"].size)
+    return replace(
+        config, fit=replace(config.fit, ppo=replace(config.fit.ppo, net_width=num_hidden))
+    )
+
+
+def _begun_from_audits(config: TrainConfig, parent: Parent) -> TrainConfig:
+    """Makes the run folder, with the audits that there are now, whole or not at all.
+
+    Returns:
+        The settings that go on with that run.
+
+    Raises:
+        InputError: If there is nothing to learn from the audits, or they do not fit the parent.
+    """
+    audits, run_dir = _served(config), _named(config).folder
+    audits.check_knows(parent.head.digest, str(parent.folder))
+    config = replace(config, run_dir=run_dir)
+    with whole_folder(run_dir) as folder:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        begun = Run(folder)
+        folder.mkdir()
+        num = audits.copy(begun.audits)
+        drift = _drift(audits, begun.audits, parent, config.max_traces)
+        print(drift)
+        prepared = _Prepared.of(begun.audits, config, parent)
+        splits = Counter(prepared.material.recorded.split.tolist())
+        told = {
+            "state": config.state,
+            "parent": {"run": str(parent.folder), "digest": parent.head.digest},
+            "audits": num,
+            "splits": dict(splits),
+            "learned_from": int(prepared.material.rows.sum()),
+            "drift": drift.to_json(),
+        }
+        path = Run(run_dir).audits.resolve()
+        begun.begin(_beginning(config, path, prepared.digest, parent) | told)
+    return replace(config, resume=True)
+
+
+def _drift(audits: ServedAudits, copy: Path, parent: Parent, max_traces: int) -> Drift:
+    """Finds what has changed since a parent has learned.
+
+    What was before are its own traces, if they are audits of the same installation, and else the
+    earlier half of the audits: nothing else was asked and seen in the same way.
+    """
+    rows = audits.rows()
+    now = parent.read(copy, max_traces)
+    known = [rows.get(name) for name in now.trace_id.tolist()]
+    # Of those without a row, the place in the files says when they came: before all others.
+    now = now.select(np.argsort([0.0 if one is None else one.at for one in known], kind="stable"))
+    before = _own_audits(parent, now, max_traces)
+    if before is None:
+        middle = np.arange(len(now)) < len(now) // 2
+        before, now = now.select(middle), now.select(~middle)
+    else:
+        now = now.select(~np.isin(now.trace_id, before.trace_id))
+    told = {name: (row.segment, row.input_tokens) for name, row in rows.items()}
+    return drift_between(before, now, parent.head.config, told)
+
+
+def _own_audits(parent: Parent, now: Traces, max_traces: int) -> Traces | None:
+    """Returns the traces that a parent has learned from, if they are of the same installation."""
+    try:
+        found = parent.read(Run(parent.folder).beginning().traces, max_traces)
+    except InputError:
+        return None
+    here = now.recorder.get("installation")
+    return found if here and found.recorder.get("installation") == here else None
 
 
 def _asking(config: TrainConfig, out: Path) -> CollectConfig:
@@ -270,6 +440,48 @@ def _under_rule(recorded: TraceFiles, rule: str | None) -> TraceFiles:
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """What a training begins with."""
+
+    material: _Material
+    head: HeadConfig
+    """What the head will be valid for."""
+    fold: dict[int, NDArray[np.int64]]
+    """By seed, the fold (N,) of each trace of the sample."""
+    digest: str
+    """That of all traces."""
+    doubts: list[str]
+    """What may be wrong with them."""
+
+    @classmethod
+    def of(cls, path: Path, config: TrainConfig, parent: Parent | None) -> _Prepared:
+        """Reads recorded traces, and refuses those that nothing can be learned from.
+
+        Raises:
+            InputError: If they are such, or do not fit the settings or the parent.
+        """
+        files = TraceFiles.open(path, agreeing)
+        if parent is None:
+            recorded = _under_rule(files, config.rule)
+        else:
+            recorded = files.under(parent.head.config.halting.decision_rule)
+        doubts = check_sound(recorded, config.min_em)
+        # Test questions are never learned from, nor anything chosen on them.
+        material = _Material.of(recorded, config, parent)
+        if parent is None:
+            head = _head_config(material, config)
+            head.halting.check_recorded(recorded.recorder, str(path))
+        else:
+            digest = recorded.digest(material.rows)
+            head = parent.child(material.learned_from, digest)
+        fold = {
+            seed: folds(material.sample.question_id, config.folds, seed)
+            for seed in range(config.seed, config.seed + config.seeds)
+        }
+        return cls(material, head, fold, recorded.digest(recorded.rows()), doubts)
+
+
+@dataclass(frozen=True)
 class _Material:
     """Traces of the train and dev splits, of which some are in memory; R recorded rows in all."""
 
@@ -284,13 +496,17 @@ class _Material:
     """The most traces to hold in memory."""
 
     @classmethod
-    def of(cls, recorded: TraceFiles, config: TrainConfig) -> _Material:
+    def of(cls, recorded: TraceFiles, config: TrainConfig, parent: Parent | None) -> _Material:
         """Reads the sample into memory.
 
         Raises:
-            InputError: If there is no train or dev trace, or a value is not as the schema says.
+            InputError: If there is no train or dev trace, too few are of questions that the parent
+                has not learned from, or a value is not as the schema says.
         """
         rows = recorded.rows("train", "dev")
+        if parent is not None:
+            rows = rows & parent.fresh(recorded)
+            _check_enough(recorded, rows, config)
         sampled = recorded.sample(rows, config.max_traces)
         sample = recorded.read(sampled)
         if not config.live:
@@ -310,6 +526,21 @@ class _Material:
         if not self.num_more:
             return self.learned_from
         return self.recorded.chunks(self.rows, self.max_traces, seed)
+
+
+def _check_enough(recorded: TraceFiles, rows: NDArray[np.bool_], config: TrainConfig) -> None:
+    """Refuses audits of which a parent has little to learn.
+
+    Raises:
+        InputError: If their questions are fewer than make folds, or than anything is learned from.
+    """
+    num, least = len(np.unique(recorded.question[rows])), max(_FEWEST_NEW, config.folds)
+    if num < least:
+        kept_back = len(np.unique(recorded.question[recorded.split == "test"]))
+        raise InputError(
+            f"{config.audit_traces}: {num} questions that the parent has not learned from, beside "
+            f"{kept_back} that are kept back: expected at least {least}"
+        )
 
 
 def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
@@ -332,6 +563,7 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
         lm=", ".join(np.unique(traces.model).tolist()),
         tokenizer=recorder.get("tokenizer", ""),
         server=recorder.get("server", {}),
+        installation=recorder.get("installation", ""),
         traces=material.recorded.digest(material.rows),
         command=shlex.join(sys.argv),
     )
@@ -347,31 +579,43 @@ def _available(traces: Traces, halting: Halting) -> tuple[str, ...]:
     return found.groups
 
 
-def _open_run(config: TrainConfig, traces: Path, digest: str) -> Run:
+def _named(config: TrainConfig) -> Run:
+    """Returns the run of the settings, in a new dated folder where they name none."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Run(config.run_dir or _CHECKPOINTS / f"run-{stamp}")
+
+
+def _open_run(config: TrainConfig, traces: Path, digest: str, parent: Parent | None) -> Run:
     """Makes the run folder and writes down what is about to be done, or goes on with a run.
 
     Raises:
         InputError: If the folder exists and is not to be resumed, or holds another run.
     """
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    opened = Run(config.run_dir or _CHECKPOINTS / f"run-{stamp}")
+    opened, content = _named(config), _beginning(config, traces, digest, parent)
+    if config.resume:
+        _check_same(opened, content["config"])
+    else:
+        opened.begin(content)
+    return opened
+
+
+def _beginning(
+    config: TrainConfig, traces: Path, digest: str, parent: Parent | None
+) -> dict[str, Any]:
+    """Returns what a run is begun with."""
     same = replace(config, resume=False, run_dir=None, traces=traces)
     settings = json.loads(json.dumps(asdict(same), default=str)) | {"digest": digest}
-    if config.resume:
-        _check_same(opened, settings)
-        return opened
+    if parent is not None:
+        settings["parent_digest"] = parent.head.digest
     packages = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
-    opened.begin(
-        {
-            "command": shlex.join(sys.argv),
-            "config": settings,
-            "traces": str(traces),
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "versions": {name: version(name) for name in packages},
-        },
-    )
-    return opened
+    return {
+        "command": shlex.join(sys.argv),
+        "config": settings,
+        "traces": str(traces),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
 
 
 def _check_same(opened: Run, settings: Mapping[str, Any]) -> None:
@@ -438,19 +682,22 @@ def _train_from(
     head: HeadConfig,
     material: _Material,
     fold: Mapping[int, NDArray[np.int64]],
+    parent: Parent | None,
 ) -> _Learning:
     """Trains on recorded traces, first fold by fold, then on all of them.
 
     If no traces were passed, the LM that was recorded is there: the agent goes on beside it.
     """
-    traces = material.sample
-    trials, learned = _try(config, opened, head, traces, fold), _learned(material, fold)
+    traces, start = material.sample, None if parent is None else parent.head
+    trials, learned = _try(config, opened, head, traces, fold, start), _learned(material, fold)
     opened.copy_kept_back(
         {at: fold_folder(opened.folds, *at) / str(trials.taken) for at in learned.trainings}
     )
-    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.taken])
-    if config.traces is None:
+    agent = _train_replay(config, opened, head, material, CHECKPOINTS[trials.taken], start)
+    if config.has_lm:
         agent = _train_live(config, opened, head, traces, agent)
+    if parent is not None:
+        learned = parent.with_own(learned)
     return _Learning(agent, learned, traces, trials.outcomes, trials)
 
 
@@ -474,10 +721,11 @@ def _try(
     head: HeadConfig,
     traces: Traces,
     fold: Mapping[int, NDArray[np.int64]],
+    parent: HaltHead | None,
 ) -> Trials:
     """Trains fold by fold with every seed."""
     prices = price_grid(head.observing)
-    decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds)
+    decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds, parent)
     weights = balance(np.array(prices), head.observing)
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
     _log_trials(trials, config.fit.ppo.total_timesteps, opened)
@@ -507,7 +755,12 @@ def _learned(material: _Material, fold: Mapping[int, NDArray[np.int64]]) -> Lear
 
 
 def _train_replay(
-    config: TrainConfig, opened: Run, head: HeadConfig, material: _Material, share: float
+    config: TrainConfig,
+    opened: Run,
+    head: HeadConfig,
+    material: _Material,
+    share: float,
+    parent: HaltHead | None = None,
 ) -> Agent:
     """Trains on recorded traces, up to a share of PPO's decisions."""
     if share < 1:  # else the progress bar looks like that of a training that broke off
@@ -517,6 +770,7 @@ def _train_replay(
         head,
         config.fit,
         config.seed,
+        parent=parent,
         share=share,
         log_dir=opened.tensorboard,
         checkpoint=opened.replay_agent,

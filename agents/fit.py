@@ -25,7 +25,16 @@ from tqdm import tqdm
 
 from agents.checkpoint import restore_agent, save_agent
 from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.ppo import (
+    Agent,
+    HaltLog,
+    PPOConfig,
+    export,
+    log_odds_net,
+    make_ppo,
+    set_log_odds,
+    take_up,
+)
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, observed_features
 from haltwise import HaltHead, HeadConfig, InputError
@@ -60,6 +69,7 @@ def fit(
     config: FitConfig,
     seed: int,
     *,
+    parent: HaltHead | None = None,
     share: float = 1.0,
     reached: Callable[[Agent], None] | None = None,
     log_dir: Path | None = None,
@@ -75,6 +85,7 @@ def fit(
         head: What the agent observes, and under which halting conditions.
         config: The settings of the training.
         seed: The seed of everything random.
+        parent: A head that observes the same, to go on from; None starts from the evidence.
         share: The share of PPO's decisions after which training ends. The schedule of the
             learning rate is that of the whole training all the same.
         reached: Called with the agent at each of CHECKPOINTS.
@@ -105,10 +116,14 @@ def fit(
     )
     if checkpoint is not None and checkpoint.exists():
         restore_agent(ppo, checkpoint)
-    elif config.pathwise.steps:
-        net = log_odds_net(ppo)
-        start_from_traces(net, chunks, head.observing, head.halting, config.pathwise, seed, log_dir)
-        set_log_odds(ppo, net)
+    else:
+        if parent is not None:
+            take_up(ppo, parent)
+        if config.pathwise.steps:
+            net, observing, start = log_odds_net(ppo), head.observing, config.pathwise
+            goes_on = parent is not None
+            start_from_traces(net, chunks, observing, head.halting, start, seed, log_dir, goes_on)
+            set_log_odds(ppo, net)
     total = config.ppo.total_timesteps
     if len(chunks) == 1:
         total = min(total, _MOST_PASSES * first.num_points)
@@ -301,6 +316,8 @@ class _Fold:
     """The folder that the heads go to."""
     decided: Path
     """The file that the decisions go to."""
+    parent: HaltHead | None = None
+    """The head to go on from, whose observing is kept."""
 
 
 def out_of_fold(
@@ -310,6 +327,7 @@ def out_of_fold(
     config: FitConfig,
     prices: Sequence[float],
     cache: Path,
+    parent: HaltHead | None = None,
 ) -> Mapping[int, NDArray[np.bool_]]:
     """Returns where agents that never saw a trace's question would halt it.
 
@@ -325,6 +343,7 @@ def out_of_fold(
         prices: The prices at which the agents decide.
         cache: The folder that keeps finished folds, so that an interrupted job goes on, and their
             agents' heads at each of CHECKPOINTS: see `fold_folder`.
+        parent: A head that all agents go on from; it has learned from none of the traces.
 
     Returns:
         By seed, the halting decisions (C, number of prices, P) at each of the C CHECKPOINTS, put
@@ -349,6 +368,7 @@ def out_of_fold(
             seed,
             fold_folder(cache, seed, k),
             paths[seed, k],
+            parent,
         )
         for seed, k in missing
     ]
@@ -460,8 +480,10 @@ def _fit_fold(job: _Fold) -> None:
         traces: Traces = pickle.load(file)
     train, held_out = traces.select(~job.kept_back), traces.select(job.kept_back)
     del traces
-    groups, halting = job.head.observing.groups, job.head.halting
-    observing = observing_at_prices(train, groups, halting, job.head.observing.price_range)
+    observing, halting = job.head.observing, job.head.halting
+    if job.parent is None:
+        groups, prices = observing.groups, observing.price_range
+        observing = observing_at_prices(train, groups, halting, prices)
     config = HeadConfig(observing, halting, job.head.default_price)
     features = observed_features(held_out, observing, halting)
     decided: list[NDArray[np.bool_]] = []
@@ -472,7 +494,7 @@ def _fit_fold(job: _Fold) -> None:
         head.save(job.folder / str(len(decided)))
         decided.append(_halts(head, features, job.prices))
 
-    ppo = fit(train, config, job.config, job.seed, reached=decide)
+    ppo = fit(train, config, job.config, job.seed, parent=job.parent, reached=decide)
     if not decided:  # PPO makes no decision at all, so no checkpoint was reached
         decide(ppo)
     temporary = job.decided.with_suffix(".part.npy")

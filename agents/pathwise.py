@@ -55,6 +55,8 @@ class PathwiseConfig:
     """Questions that the start, which is a linear rule, counts for. This by the number of questions
     to learn from is the weight decay: that times the learning rate is the share of the way back to
     the rule that each step takes every weight."""
+    parent_questions: float = 150.0
+    """The same of a parent, where a head goes on from one: its whole network is such a start."""
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
@@ -73,7 +75,7 @@ class PathwiseConfig:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "learning_rate": (0 < self.learning_rate < math.inf, "positive and finite"),
         }
-        for name in ("prior_questions", "correct_coef"):
+        for name in ("prior_questions", "parent_questions", "correct_coef"):
             ranges[name] = (0 <= getattr(self, name) < math.inf, "0 or more, and finite")
         check_ranges(self, ranges, place)
 
@@ -97,6 +99,7 @@ def start_from_traces(
     config: PathwiseConfig,
     seed: int,
     log_dir: Path | None = None,
+    goes_on: bool = False,
 ) -> None:
     """Trains a network in place to halt recorded traces well at every price of the range.
 
@@ -110,21 +113,26 @@ def start_from_traces(
         seed: The seed of the batches and prices.
         log_dir: The folder that TensorBoard's files go to: the loss and the expected return of
             every tenth step. None writes none.
+        goes_on: Whether the network has learned already: then all of it stays near to what it is,
+            and not the rule that it starts from alone.
 
     Raises:
         InputError: If no trace has a decision point.
     """
     chunks = chunks_of(traces)
+    prior = config.parent_questions if goes_on else config.prior_questions
     steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
     correct_net = nn.Linear(policy_net.out.in_features, 2)
     layers = nn.ModuleList([policy_net.first, policy_net.second, policy_net.out, correct_net])
     # AdamW's decay is to 0, where the hidden layers leave the rule as it is; the rule is the start
-    # of the straight path, to which the same decay is made by hand.
-    straight = policy_net.straight.weight
-    rule = straight.detach().clone()
-    decayed: dict[str, Any] = {"params": list(layers.parameters())}
-    kept: dict[str, Any] = {"params": [straight], "weight_decay": 0.0}
+    # of the straight path, to which the same decay is made by hand. A network that has learned
+    # already is such a start as a whole.
+    own = list((policy_net if goes_on else policy_net.straight).parameters())
+    starts = [(weight, weight.detach().clone()) for weight in own]
+    others = list((correct_net if goes_on else layers).parameters())
+    decayed: dict[str, Any] = {"params": others}
+    kept: dict[str, Any] = {"params": own, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decayed, kept], lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps * len(chunks)
@@ -134,7 +142,7 @@ def start_from_traces(
         returns = _lay_out(chunk, observing, halting)
         num_questions = len(np.unique(chunk.question_id)) * len(chunks)
         # No step takes more than the whole way.
-        decay = min(config.prior_questions / num_questions, 1 / config.learning_rate)
+        decay = min(prior / num_questions, 1 / config.learning_rate)
         optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
@@ -147,7 +155,8 @@ def start_from_traces(
             loss.backward()
             optimizer.step()
             with torch.no_grad():
-                straight.lerp_(rule, decay * schedule.get_last_lr()[0])
+                for weight, start in starts:
+                    weight.lerp_(start, decay * schedule.get_last_lr()[0])
             schedule.step()
             curve.add(loss, gained)
     curve.close()

@@ -17,7 +17,7 @@ from torch import nn
 from agents.network import HaltingPolicy, LogOdds, evidence_of
 from agents.vec_env import BalancedVecEnv
 from envs.batched import BatchedEnv
-from haltwise import HaltHead, HeadConfig, Observing
+from haltwise import HaltHead, HeadConfig, InputError, Observing
 from haltwise.errors import check_ranges
 
 #: An agent is what PPO trains; `export` makes a head of it.
@@ -153,6 +153,35 @@ def set_log_odds(ppo: Agent, net: LogOdds) -> None:
         weight = torch.cat([net.out.weight, net.straight.weight], dim=1)
         action.weight.copy_(torch.cat([torch.zeros_like(weight), weight]))
         action.bias.copy_(torch.cat([torch.zeros_like(net.out.bias), net.out.bias]))
+
+
+def take_up(ppo: Agent, head: HaltHead) -> None:
+    """Puts the weights of a head into the policy, which then decides as the head does.
+
+    Raises:
+        InputError: If the head is of another size.
+    """
+    first, second, action = _layers(ppo)
+    num_hidden, size = head.weights["b0"].size, head.config.observing.size
+    if (num_hidden, size) != (first.out_features, first.in_features):
+        raise InputError(
+            f"head with {num_hidden} units and {size} observations, expected "
+            f"{first.out_features} and {first.in_features}"
+        )
+    net = log_odds_net(ppo)
+    weights = {name: torch.from_numpy(value.copy()) for name, value in head.weights.items()}
+    out, straight = weights["w2"].split([num_hidden, weights["w2"].shape[1] - num_hidden], dim=1)
+    with torch.no_grad():
+        for layer, at in ((first, "0"), (second, "1")):
+            layer.weight.copy_(weights[f"w{at}"])
+            layer.bias.copy_(weights[f"b{at}"])
+        net.out.weight.copy_(out)
+        net.out.bias.copy_(weights["b2"])
+        # Heads without a straight path are older than it.
+        net.straight.weight.copy_(
+            straight if straight.numel() else torch.zeros_like(action.weight[:1, num_hidden:])
+        )
+    set_log_odds(ppo, net)
 
 
 def export(ppo: Agent, config: HeadConfig) -> HaltHead:

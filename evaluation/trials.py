@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.intervals import Resamples, interval
 from evaluation.outcome import Outcome, average, em_delta, saving, sweep
 from evaluation.protocol import GATES, operating_point
-from evaluation.rows import to_json
+from evaluation.rows import Interval, to_json
 from haltwise.policy.halting import Probing
 from traces import Traces
 
@@ -112,6 +113,21 @@ def balanced_returns(
     returns = [outcome.em - price * outcome.cost / 1000 for price, outcome in outcomes.items()]
     mean: NDArray[np.float64] = (weights[:, None] * returns).mean(axis=0)
     return mean
+
+
+def compare_returns(
+    question_id: NDArray[np.str_], returns: NDArray[np.float64], others: NDArray[np.float64]
+) -> tuple[float, Interval]:
+    """Returns how much larger some returns (N,) are in the mean than others, with an interval.
+
+    Args:
+        question_id: (N,) the question of each trace; questions are resampled.
+        returns: (N,) those of one policy.
+        others: (N,) those of another one, on the same traces.
+    """
+    more = returns - others
+    sums = Resamples.draw(question_id).sums([np.ones(len(more)), more])
+    return float(more.mean()), interval(sums[1] / sums[0])
 
 
 def earliest(returns: NDArray[np.float64], question_id: NDArray[np.str_]) -> int:

@@ -1,6 +1,7 @@
 """A run folder; nothing else knows the names of its files.
 
 config.json                      what the run was begun with
+audits/                          the traces that it learns from, if they are audits
 head.json, head.safetensors      the head; a folder with a head is a whole run
 operating_points.json            the frozen points of every policy
 questions.json                   what was learned from, and which fold kept what back
@@ -55,6 +56,11 @@ class Run:
     folder: Path
 
     @property
+    def audits(self) -> Path:
+        """The folder of the traces that the run learns from, if it learns from audits."""
+        return self.folder / "audits"
+
+    @property
     def replay_agent(self) -> Path:
         """The file of the agent, as PPO on replay left it."""
         return self.folder / "replay.safetensors"
@@ -102,11 +108,13 @@ class Run:
     def begin(self, content: Mapping[str, Any]) -> None:
         """Makes the folder, which must be new, and writes down what the run is begun with.
 
+        A folder that has the run's audits alone is new.
+
         Args:
             content: Holds the path of the traces as "traces", the settings as "config", and
                 whatever else is to be kept.
         """
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=self.audits.exists())
         write_json(self.folder / _CONFIG, dict(content))
 
     def beginning(self) -> Beginning:

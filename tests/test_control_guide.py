@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from haltwise import HaltHead
+from haltwise.control.installation import name_of
 from tests.guides import ROOT, Block, blocks, commands, run
 from tests.proxy.llama_server import llama_server
 from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
+from traces import read_traces
 
 TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN = blocks("CONTROL", "sh")
 ASK, LOOK, PART, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
@@ -118,11 +120,14 @@ def test_the_guide_learns_from_what_it_has_served(
         wait_until(lambda: num_kept() == 40)
     capsys.readouterr()
     for command in commands(LEARN.text, folder):
-        run(command, QUICK | {"collect.py": ""}, monkeypatch)
+        run(command, {} if "--look" in command else QUICK, monkeypatch)
     printed = capsys.readouterr().out
-    assert "served: 40 traces" in printed and "Certified: price" in printed
+    assert printed.count("What has changed: ") == 2 and "Certified: price" in printed
+    assert "beside that of its parent" in printed
     assert printed.count("No trace has a reference answer:") == 2  # of judging, and of certifying
+    assert len(read_traces(folder / "checkpoints/served/audits")) == 40
     head = HaltHead.load(folder / "checkpoints/served")
+    assert head.config.installation == name_of(b"k" * 32)
     assert head.config.halting.probing == "at_halt" and head.config.lm == "embedded"
     judged = json.loads((folder / "checkpoints/served/test.json").read_text())["traces"]
     assert judged["target"].startswith("No trace has a reference answer:")

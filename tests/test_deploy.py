@@ -12,10 +12,12 @@ import pytest
 import tyro
 
 from haltwise.proxy import ServeConfig
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "docs" / "deploy"
 UNIT = (DEPLOY / "haltwise@.service").read_text()
+RETRAIN = (DEPLOY / "haltwise-retrain.service").read_text()
 CONTAINERFILE = (DEPLOY / "Containerfile").read_text()
 
 
@@ -34,15 +36,33 @@ def test_the_unit_serves_with_settings_that_go_together() -> None:
     assert stops > config.drain_timeout
 
 
+def test_a_head_is_learned_from_the_audits_that_the_unit_keeps() -> None:
+    (serve,), (learn,) = (
+        re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE) for unit in (UNIT, RETRAIN)
+    )
+    kept = served(serve.split())
+    python, script, *flags = learn.split()
+    assert Path(python).name == "python" and (ROOT / script).exists()
+    config = tyro.cli(TrainConfig, args=flags)
+    assert (config.state, config.audit_traces) == (kept.state, kept.audit_traces)
+    assert config.parent == kept.head and config.run_dir is None
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd")
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / "haltwise@1.service"
-    installed = UNIT.replace("/opt/haltwise/.venv/bin/haltwise", sys.executable)
-    unit.write_text(installed.replace("User=haltwise", "User=root"))
+@pytest.mark.parametrize(
+    "name", ["haltwise@.service", "haltwise-retrain.service", "haltwise-retrain.timer"]
+)
+def test_systemd_takes_the_unit(name: str, tmp_path: Path) -> None:
+    for path in DEPLOY.glob("haltwise*"):
+        installed = re.sub(r"/opt/haltwise/.venv/bin/\w+", sys.executable, path.read_text())
+        installed = installed.replace("/opt/haltwise", str(ROOT))
+        found = installed.replace("User=haltwise", "User=root")
+        (tmp_path / path.name.replace("@.", "@1.")).write_text(found)
+    unit = tmp_path / name.replace("@.", "@1.")
     done = subprocess.run(
         ["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0 and unit.name not in done.stderr, done.stderr
+    assert done.returncode == 0 and unit.stem not in done.stderr, done.stderr
 
 
 def test_the_container_serves_with_settings_that_go_together() -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -68,10 +66,10 @@ class Fortnight:
                 return asked
             numbers = " + ".join(str(self.rng.randint(1, 9)) for _ in range(4))
             content = f"sum : {numbers}"
-            body = {"model": NAME, "messages": [{"role": "user", "content": content}]}
-            body |= {"temperature": 0, "user": f"user {asked}"}
+            said = [{"role": "user", "content": content}]
+            body: dict[str, Any] = {"model": NAME, "messages": said, "temperature": 0}
+            body["user"] = f"user {asked}"
             proxy.client.post("/v1/chat/completions", json=body, headers=KEY).raise_for_status()
-        assert until() or until.__name__ == "<lambda>"
         return num
 
 
@@ -112,7 +110,7 @@ def test_a_fortnight(
                     shares.append(found["canary"]["share"])
                 return role(proxy, second) == "champion"
 
-            days.ask(proxy, 400, is_promoted)
+            assert days.ask(proxy, 400, is_promoted) < 400
             assert shares == list(canary.SHARES)
             moves = [one["what"] for one in told(proxy)["moves"]]
             assert moves.count("head promoted") == 1

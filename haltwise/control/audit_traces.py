@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from haltwise.control.answers import GivenAnswer
-from haltwise.control.draws import draw
+from haltwise.control.installation import is_kept_back, name_of, question_id_of
 from haltwise.control.record import digest
 from haltwise.errors import InputError, reason_of, what_failed
 from haltwise.policy.head import HaltHead
@@ -37,8 +37,6 @@ _ID = "trace_id"
 _ROOM = 1_000
 # Newest traces that may still be labelled.
 _MOST_KNOWN = 10_000
-# Of the questions, as many are learned from as are kept back for a certificate.
-_TEST_SHARE = 0.5
 _LONGEST_NAME = 100
 # The task of requests that name none.
 _UNNAMED = "served"
@@ -89,6 +87,7 @@ class AuditTraces:
             "engine": "haltwise serve",
             "signals": self._signals,
             "answers": "text" if with_content else "digests",
+            "installation": name_of(key),
         }
         # By newest trace, whether nobody has labelled it.
         self._unlabelled: OrderedDict[str, bool] = OrderedDict()
@@ -132,8 +131,8 @@ class AuditTraces:
 
     def _row(self, audit: DenseAudit) -> dict[str, Any]:
         """Returns a trace by column name, unlabelled."""
-        question_id = digest(self._key, audit.question)
-        is_test = draw(self._key, question_id, "split") < _TEST_SHARE
+        question_id = question_id_of(self._key, audit.question)
+        is_test = is_kept_back(self._key, question_id)
         position = [int(seen.position[0]) for seen in audit.points]
         probe_tokens = [one.num_tokens - at for one, at in zip(audit.halted, position, strict=True)]
         _check(position, probe_tokens, audit.full.num_tokens)

@@ -44,6 +44,8 @@ class AuditedRequest:
     """By position, what is known of its decision points, in order."""
     report: ThoughtReport | None = None
     """What happened to it, once it has ended."""
+    question: str = ""
+    """What is asked, the same for equal questions; empty if it is unknown."""
 
     @property
     def replay(self) -> Replay:

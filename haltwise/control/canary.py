@@ -117,7 +117,7 @@ class Canary:
     climbs: bool = True
     """Whether it goes on to larger shares, and at last serves all."""
     audits: int = 0
-    """Pairs since it has this share."""
+    """Since it has this share."""
     arms: Arms = field(default_factory=lambda: Arms(""))
 
     @classmethod

@@ -42,6 +42,7 @@ from haltwise.control.groups import (
     Told,
 )
 from haltwise.control.history import History
+from haltwise.control.installation import is_kept_back, name_of, question_id_of
 from haltwise.control.library import Note, Shelved, experiment, promotion, rollback
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
@@ -333,11 +334,21 @@ class GovernedControl:
         looks = self.head.config.halting.probing == "always"
         return looks or draw(self.key, number, "dense") < self.dense_audits
 
-    def _put(self, entries: Entry | Mapping[str, Entry]) -> None:
+    def _may_have_learned_from(self, question: str) -> frozenset[str]:
+        """Returns the heads here that may have learned from a question, in any earlier audit."""
+        if is_kept_back(self.key, question_id_of(self.key, question)):
+            return frozenset()
+        here = name_of(self.key)
+        return frozenset(n for n, head in self.heads.items() if head.config.installation == here)
+
+    def _put(
+        self, entries: Entry | Mapping[str, Entry], learned: frozenset[str] = frozenset()
+    ) -> None:
         """Puts entries on their way, with the requests that have come since the last ones.
 
         Args:
             entries: By head; a single one is for all.
+            learned: The heads that may have learned from the question that they are about.
         """
         with self._counting:
             counted, self._waiting = self._waiting, Counter()
@@ -346,7 +357,7 @@ class GovernedControl:
         try:
             note = {name: told.get(name, nothing) for name in self.keeper.library.shelf}
             by_head = {n: replace(one, num_requests=dict(counted)) for n, one in note.items()}
-            self.keeper.put(Note(by_head, arms=self.roster.taken()))
+            self.keeper.put(Note(by_head, arms=self.roster.taken(), learned=learned))
         except Exception as error:
             self.failures.add("an entry of the books", error)
 
@@ -406,7 +417,8 @@ class GovernedControl:
                 {
                     name: self._told_entry(audit, replay, full, halted, name)
                     for name, replay in audit.replays.items()
-                }
+                },
+                self._may_have_learned_from(audit.question),
             )
             self._note_answers(audit, full, halted)
             self._note(audit.report, audit, num_tokens)

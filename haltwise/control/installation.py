@@ -7,8 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from haltwise.control.draws import check_key
+from haltwise.control.draws import check_key, draw
+from haltwise.control.record import digest
 from haltwise.errors import InputError
+
+# Of the questions, as many are learned from as are kept back.
+_KEPT_BACK = 0.5
 
 
 def key_file_of(state: str | Path) -> Path:
@@ -34,3 +38,18 @@ def installation_key(path: Path) -> bytes:
         raise InputError(f"{path}: {error.strerror}, expected to write there") from None
     check_key(key)
     return key
+
+
+def name_of(key: bytes) -> str:
+    """Returns what tells an installation from others, which does not tell its key."""
+    return digest(key, "installation")
+
+
+def question_id_of(key: bytes, question: str) -> str:
+    """Returns the name of a question: the same whenever it comes again, and for nobody to read."""
+    return digest(key, question)
+
+
+def is_kept_back(key: bytes, question_id: str) -> bool:
+    """Returns whether nothing is ever learned from a question, by a draw that never changes."""
+    return draw(key, question_id, "split") < _KEPT_BACK

@@ -23,7 +23,7 @@ from haltwise.control.books import Books, Entry
 from haltwise.control.canary import Arms, Canary
 from haltwise.control.estimates import LOSSES
 from haltwise.control.governor import is_open
-from haltwise.control.groups import EVERYTHING, Expired, Gone, Told
+from haltwise.control.groups import EVERYTHING, Expired, Gone, Told, UnderWay
 from haltwise.control.trial import MARGIN, Pair, Side, Trial
 from haltwise.errors import InputError
 
@@ -96,6 +96,9 @@ class Note:
     is to serve again."""
     arms: Arms | None = None
     """What became of requests since the note before, while a challenger serves a share."""
+    learned: frozenset[str] = frozenset()
+    """The heads that may have learned from the question of the audit, so that it is no pair of
+    theirs."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -106,6 +109,7 @@ class Note:
             "tries": None if self.tries is None else asdict(self.tries),
             "rolls_back": self.rolls_back,
             "arms": None if self.arms is None else asdict(self.arms),
+            "learned": sorted(self.learned),
         }
 
     @classmethod
@@ -126,6 +130,7 @@ class Note:
                 None if tries is None else Canary.from_json(tries),
                 data["rolls_back"],
                 None if arms is None else Arms.from_json(arms),
+                frozenset(data["learned"]),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"note of the books is not readable ({error!r})") from None
@@ -173,10 +178,9 @@ class Library:
         }
         shelf = {**joining, **self.shelf}
         canary = self.canary
+        if canary is not None and self._tells(self.champion, note):
+            canary = replace(canary, audits=canary.audits + 1)
         for head, trial in self._trials(note).items():
-            if canary is not None and canary.head == head:
-                num = trial.num - shelf[head].trial.num
-                canary = replace(canary, audits=canary.audits + num)
             shelf[head] = replace(shelf[head], trial=trial)
         for head, entry in note.entries.items():
             if head in shelf:
@@ -270,15 +274,25 @@ class Library:
                 trial = trial.expired(request)
         return trial
 
-    def _side(self, head: str, note: Note) -> Side | None:
-        """Returns what a head would have lost and saved on an audit; None if that is not told."""
+    def _tells(self, head: str, note: Note) -> UnderWay | None:
+        """Returns the audit of which a note tells a head's answers; None if there is none."""
         entry, known = note.entries.get(head), self.shelf.get(head)
-        if entry is None or entry.audit is None or not isinstance(entry.event, Told):
+        if entry is None or known is None or entry.audit is None:
             return None
-        audit = known and known.books.groups.under_way.get(entry.event.request)
-        if not audit or audit.told:
+        audit = known.books.groups.under_way.get(_request_of(entry))
+        return None if audit is None or audit.told else audit
+
+    def _side(self, head: str, note: Note) -> Side | None:
+        """Returns what a head would have lost and saved on an audit; None if that is not told.
+
+        Nor is it where the head may have learned from the question.
+        """
+        audit = self._tells(head, note)
+        if audit is None or head in note.learned:
             return None
+        entry = note.entries[head]
         told = entry.audit
+        assert told is not None
         saved = 1 - told.cost / told.full_cost if told.full_cost else np.zeros(len(told.cost))
         if entry.awaited is None:
             losses = told.losses[_DISAGREEMENT].tolist()

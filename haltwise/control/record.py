@@ -195,6 +195,28 @@ class Whose:
     """Whether somebody has rated it."""
 
 
+@dataclass(frozen=True)
+class AuditedRow:
+    """What is known of an audit before its LM says anything."""
+
+    at: float
+    """When it had ended, seconds since 1970."""
+    segment: str
+    """A digest; empty if it has none."""
+    input_tokens: int | None
+
+
+def audited_rows(store: Store) -> dict[str, AuditedRow]:
+    """Returns, by id, what a store has of audits.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
+    with closing(store.connect(TABLES)) as opened:
+        found = opened.execute("SELECT id, at, segment, input_tokens FROM request WHERE audited")
+    return {name: AuditedRow(at, segment or "", num) for name, at, segment, num in found}
+
+
 class Record:
     """Rows on their way into a store. To be closed."""
 

@@ -175,6 +175,9 @@ class HeadConfig:
     server: dict[str, Any] = field(default_factory=dict)
     """What the server told of itself that the training traces were recorded from; empty if they
     were recorded otherwise."""
+    installation: str = ""
+    """The installation whose audits the head learned from, see `haltwise.control.installation`;
+    empty if it learned from none. Of that one's questions it has seen half."""
 
     def __post_init__(self) -> None:
         """Checks that the parts fit each other.
@@ -210,7 +213,7 @@ class HeadConfig:
         """Returns what head.json holds: this config, and the features that the weights are for."""
         data = asdict(self)
         del data["observing"]["projection"]
-        for name in ("server", "segment_prices"):
+        for name in ("server", "segment_prices", "installation"):
             if not data[name]:  # as in heads that are older than this
                 del data[name]
         versions = {group: FEATURE_GROUPS[group].version for group in self.observing.groups}
@@ -226,7 +229,7 @@ class HeadConfig:
         """
         own = {f.name for f in fields(cls)}
         known = own | {"format", "features_version", "features"}
-        data = {"server": {}, "segment_prices": {}} | data
+        data = {"server": {}, "segment_prices": {}, "installation": ""} | data
         if set(data) != known:
             raise InputError(
                 f"head.json: missing keys {sorted(known - set(data))}, "

@@ -63,6 +63,7 @@ class Auditor:
         if said is None or reader.fallback or len(self._running) >= _MOST_WAITING:
             self._control.break_off(audit)
             return
+        audit.question = reader.request.question
         task = asyncio.create_task(self._ask(audit, reader, _full(reader, said)))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -189,7 +190,7 @@ def _dense(
         finished=ended and reader.thought.finished,
         model=str(about.get("model") or ""),
         task=str(about.get("task") or ""),
-        question=reader.request.question,
+        question=audit.question,
         text=reader.generated.text + full.text,
     )
 

@@ -15,14 +15,24 @@ from agents.balance import balance
 from agents.checkpoint import restore_agent, save_agent
 from agents.fit import CHECKPOINTS, FitConfig, fit, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import Agent, HaltLog, PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.ppo import (
+    Agent,
+    HaltLog,
+    PPOConfig,
+    export,
+    log_odds_net,
+    make_ppo,
+    set_log_odds,
+    take_up,
+)
 from agents.vec_env import BalancedVecEnv
 from envs.replay import ReplayEnv, point_features
 from envs.reward import halt_costs, never_costs
 from evaluation.outcome import halt_outcome, never_outcome
 from evaluation.protocol import folds
-from haltwise import Halting, HeadConfig, InputError
+from haltwise import HaltHead, Halting, HeadConfig, InputError
 from policies.observing import observing_of
+from tests.heads import random_head
 from traces import Traces
 
 GROUPS = ("pace", "confidence", "agreement")
@@ -154,6 +164,34 @@ def test_the_exported_head_is_the_policy(random_traces: Traces) -> None:
     _, log_prob, _ = ppo.policy.evaluate_actions(torch.from_numpy(obs), torch.ones(len(obs)))
     prob_halt = 1 / (1 + np.exp(-head.log_odds_of(obs)))
     assert prob_halt == pytest.approx(log_prob.exp().detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("is_straight", [True, False])
+def test_an_agent_takes_up_a_head_as_it_is(is_straight: bool, random_traces: Traces) -> None:
+    config = head_of(random_traces)
+    found = random_head(0, GROUPS, num_hidden=PPO.net_width)
+    rng, size = np.random.default_rng(0), config.observing.size
+    path = {"w2": np.hstack([found.weights["w2"], rng.normal(size=(1, size))]).astype(np.float32)}
+    head = HaltHead(config, found.weights | (path if is_straight else {}))
+    env = ReplayEnv(random_traces, config.observing, HALTING, PPO.num_envs)
+    ppo = make_ppo(env, config.observing, PPO, mean_points=8, seed=0)
+    take_up(ppo, head)
+    features = point_features(random_traces, GROUPS)
+    expected = head.log_odds(features, 1.0)
+    np.testing.assert_allclose(export(ppo, config).log_odds(features, 1.0), expected, atol=1e-4)
+    with pytest.raises(InputError, match="head with 8 units"):
+        take_up(ppo, random_head(0, GROUPS, num_hidden=8))
+
+
+def test_a_child_stays_as_near_to_its_parent_as_the_prior_says(telling_traces: Traces) -> None:
+    config, moved = head_of(telling_traces), []
+    parent = export(fit(telling_traces, config, FitConfig(NONE, PPO), seed=1, share=0), config)
+    for prior in (0.0, 100.0, 1e9):
+        start = FitConfig(PathwiseConfig(steps=30, parent_questions=prior), PPO)
+        child = export(fit(telling_traces, config, start, 0, parent=parent, share=0), config)
+        away = [np.abs(child.weights[name] - parent.weights[name]).max() for name in child.weights]
+        moved.append(max(away))
+    assert moved[0] > moved[1] > moved[2] and moved[2] < 0.02
 
 
 def test_a_fresh_agent_halts_about_once_a_trace(random_traces: Traces) -> None:

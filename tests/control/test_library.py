@@ -22,6 +22,7 @@ from haltwise.control.estimates import Audit
 from haltwise.control.governed import Mode
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, Drawn, Groups, Opened, Told
+from haltwise.control.installation import is_kept_back, key_file_of, name_of, question_id_of
 from haltwise.control.library import Library, Note, Shelved, experiment, promotion, rollback
 from haltwise.control.status import read_library
 from haltwise.control.status import roll_back as rolled_back
@@ -111,6 +112,14 @@ def test_a_pair_is_what_both_lost_and_saved_at_their_own_prices() -> None:
     np.testing.assert_allclose(trial.as_good, as_good)
     told_twice = fold([*pairs, answered("r", 0, 1)])
     assert told_twice.shelf["b"].trial.num == 3
+
+
+@pytest.mark.parametrize(("learned", "num"), [({"a"}, 0), ({"b"}, 0), ({"c"}, 1), (set(), 1)])
+def test_what_either_head_may_have_learned_from_is_no_pair(learned: set[str], num: int) -> None:
+    note = replace(answered("r", 0, 1), learned=frozenset(learned))
+    library = fold([drawn("r"), Note.from_json(json.loads(json.dumps(note.to_json())))])
+    assert library.shelf["b"].trial.num == num
+    assert library.shelf["b"].books.sum_of(EVERYTHING).num_audits == 1  # its certificate counts it
 
 
 def sure(library: Library, logs: float = 9.0) -> Library:
@@ -267,6 +276,30 @@ def test_a_challenger_learns_what_it_would_as_a_champion(tmp_path: Path) -> None
                 positions = [one.positions for one in seen(steering)]
                 assert positions[0].tolist() != positions[1].tolist()
     assert found[0] == found[1]
+
+
+def test_a_question_that_comes_again_is_no_pair_of_who_learned_from_it(tmp_path: Path) -> None:
+    """Half of the questions are learned from, wherever and whenever they come."""
+    questions = [f"{n} ?" for n in range(8)]
+    with control(tmp_path) as steering:
+        key = steering.key
+    kept_back = [is_kept_back(key, question_id_of(key, question)) for question in questions]
+    assert 0 < sum(kept_back) < 8
+    for place, name in enumerate(("", name_of(key), name_of(b"another" * 4))):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        key_file_of(folder / "state").write_bytes(key)
+        learned = HaltHead(replace(bolder().config, installation=name), bolder().weights)
+        with control(folder, challengers=[learned]) as steering:
+            until(lambda: learned.digest in steering.keeper.library.shelf)  # noqa: B023
+            for n, question in enumerate(questions * 2):
+                request = asked(id=f"r{n}")
+                run_request(steering, request)
+                steering.taken(request).question = question
+                told(steering, request, 8, 12)
+            until(lambda: steering.keeper.books.sum_of(EVERYTHING).num_audits == 16)
+            num = steering.keeper.library.shelf[learned.digest].trial.num
+            assert num == (2 * sum(kept_back) if name == name_of(key) else 16)
 
 
 def seen(steering: Any) -> list[Any]:
