@@ -6,6 +6,7 @@ evidence is larger and a step shorter than in earnest, so that dozens of request
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,10 @@ from tests.test_guides import QUICK
 KEY = {"Authorization": "Bearer secret"}
 
 
-def changed(head: HaltHead, bias: float, folder: Path) -> Path:
-    """A folder with the head, which halts later or sooner."""
+def changed(run_of: Path, bias: float, folder: Path) -> Path:
+    """A copy of a run whose head halts later, or sooner."""
+    shutil.copytree(run_of, folder)
+    head = HaltHead.load(run_of)
     last = max(name for name in head.weights if name.startswith("b"))
     weights = head.weights | {last: head.weights[last] + np.float32(bias)}
     HaltHead(head.config, weights).save(folder)
@@ -90,7 +93,7 @@ def test_a_fortnight(
     monkeypatch.setattr(canary, "STEP_AUDITS", 5)
     monkeypatch.chdir(tmp_path)
     write_gguf(tmp_path / "embedded.gguf")
-    blind = HaltHead.load(EMBEDDED.parent / "embedded-blind-head")
+    blind = EMBEDDED.parent / "embedded-blind-head"
     first = changed(blind, -1.5, tmp_path / "first")  # it could halt sooner
     with llama_server(tmp_path / "embedded.gguf") as server:
         days = Fortnight(tmp_path, server)
@@ -116,7 +119,7 @@ def test_a_fortnight(
             assert moves.count("head promoted") == 1
             assert sum("serves" in what for what in moves) == len(canary.SHARES)
         # Another one that halts at once, whatever it costs.
-        bad = changed(HaltHead.load(tmp_path / "second"), 20.0, tmp_path / "bad")
+        bad = changed(tmp_path / "second", 20.0, tmp_path / "bad")
         name = HaltHead.load(bad).digest
         with days.serving(tmp_path / "second", first, bad, promotion="auto") as proxy:
             days.ask(proxy, 40)
