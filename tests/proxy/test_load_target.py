@@ -108,8 +108,8 @@ def told(proxy: Any) -> Any:
 @pytest.mark.parametrize("kind", ["vllm", "llama-server"])
 def test_the_server_is_asked_who_waits(serving: Any, kind: Kind) -> None:
     proxy = serving(kind, 5)
-    wait_until(lambda: told(proxy)["waiting"] == 0)
-    assert told(proxy) == {"target": 1, "waiting": 0, "urgency": 0.0, "at_ceiling": False}
+    known = {"target": 1, "waiting": 0, "urgency": 0.0, "at_ceiling": False}
+    wait_until(lambda: told(proxy) == known)  # a server that is slow for once tells nothing
     assert "haltwise_load_urgency 0.0" in proxy.client.get("/metrics").text
 
 
