@@ -17,7 +17,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,13 +27,12 @@ from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.books import Awaited, Entry
-from haltwise.control.canary import Canary
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
+from haltwise.control.group_names import LONGEST_NAME, groups_of
 from haltwise.control.groups import (
     EVERYTHING,
     BrokenOff,
-    Complained,
     Drawn,
     Expired,
     Groups,
@@ -43,12 +42,12 @@ from haltwise.control.groups import (
 )
 from haltwise.control.history import History
 from haltwise.control.installation import is_kept_back, name_of, question_id_of
-from haltwise.control.library import Note, Shelved, experiment, promotion, rollback
+from haltwise.control.library import Note, Shelved
+from haltwise.control.raters import Raters
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
 from haltwise.control.replay import Replay, prices_of
 from haltwise.control.roster import Roster
 from haltwise.control.status import group_status, head_status, price_of
-from haltwise.control.targets import LONGEST_NAME, OF_TASK, TENANT
 from haltwise.control.telemetry import Telemetry
 from haltwise.control.verdicts import (
     FULL,
@@ -65,8 +64,6 @@ from haltwise.session.request import RunningRequest, Terms, ThoughtReport, Thoug
 
 log = logging.getLogger("haltwise.control")
 
-T = TypeVar("T")
-
 #: Today's prices are served and audits only look; or the governor's are served.
 Mode = Literal["observe", "apply"]
 #: Whether a challenger that is known to be better waits for a person, or begins to serve by itself.
@@ -80,24 +77,6 @@ _COUNTED_AT = 100
 # Audits that are told of those that wait for labels.
 _MOST_TOLD = 1_000
 _DISAGREEMENT = LOSSES.index("disagreement")
-
-
-@dataclass(frozen=True)
-class Rater:
-    """Who rates a request."""
-
-    group: str
-    """Its tenant's group; empty if it has none."""
-    user: str = ""
-    """The name of its user's dial; empty if it has none."""
-    head: str | None = None
-    """The head that has served it, where that was drawn; None is unknown."""
-    probability: float | None = None
-    """With which that was drawn."""
-
-    def says(self, score: float) -> Rated | Complained:
-        """Returns what a score says: a user moves its own dial alone."""
-        return Rated(self.user, score) if self.user else Complained(self.group, 1.0 - score)
 
 
 @dataclass
@@ -166,8 +145,7 @@ class GovernedControl:
         self._audits: dict[int, AuditedRequest] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
-        # By newest request who rates it; None if nobody does, or somebody has.
-        self._recent: OrderedDict[str, Rater | None] = OrderedDict()
+        self._raters = Raters(self.key, self.record)
         # By newest request with which probability its price was drawn, if it was.
         self._probabilities: OrderedDict[str, float] = OrderedDict()
         self.num_refused = 0
@@ -192,8 +170,11 @@ class GovernedControl:
         Args:
             about: What is known of it already.
         """
-        unit = self._session_dial(about) or self._rater_of(about).user
-        return self.roster.head_for(about, unit)
+        try:
+            return self.roster.head_for(about, self._raters.unit_of(about))
+        except Exception as error:
+            self.failures.add("a head is drawn", error)
+            return {"head": self.roster.serving}
 
     @property
     def prices(self) -> Float:
@@ -238,7 +219,8 @@ class GovernedControl:
         rates = groups.rates(names)
         if self.mode == "observe":
             rates = dict.fromkeys(rates, self.audit) if self.audit else {}
-        rater, session = self._rater_of(request.about), self._session_dial(request.about)
+        rater = self._raters.rater_of(request.about)
+        session = self._raters.session_dial(request.about)
         if request.about.get("doubted") and session:
             doubt = Rated(session, 0.0)
             groups = groups.after(doubt)
@@ -246,7 +228,7 @@ class GovernedControl:
         users = (rater.user, session)
         step, served = self._step(request, number, named, groups.step(names, users), prices)
         drawn = draw_audit(self.key, number, rates)
-        self._remember(number, rater)
+        self._raters.remember(number, rater)
         with self._counting:
             self._waiting.update(list(rates))
         if drawn.audited:
@@ -324,7 +306,9 @@ class GovernedControl:
         step = int(exact)
         rises = draw(self.key, number, "price") < exact - step
         share = exact - step if rises else 1 - (exact - step)
-        _keep(self._probabilities, number, share)
+        self._probabilities[number] = share
+        if len(self._probabilities) > _MOST_RECENT:
+            self._probabilities.popitem(last=False)
         return step + rises
 
     def _is_dense(self, number: str) -> bool:
@@ -422,24 +406,11 @@ class GovernedControl:
             )
             self._note_answers(audit, full, halted)
             self._note(audit.report, audit, num_tokens)
-            self._propose()
+            if self.promotion == "auto":
+                self.roster.propose()
         except Exception as error:
             self.failures.add("an audit", error)
             self._put(Entry(BrokenOff(audit.id)))
-
-    def _propose(self) -> None:
-        """Lets a challenger begin to serve that is known to be better, if nobody is to be asked.
-
-        One that has stopped before waits for a person.
-        """
-        library = self.keeper.library
-        if self.promotion == "ask" or library.canary is not None:
-            return
-        for name, one in self._shelf():
-            is_new = name != library.champion and not one.stopped
-            if is_new and library.is_ready(name):
-                self.keeper.put(Note(tries=Canary.begin(name)))
-                return
 
     def _told_entry(
         self,
@@ -749,87 +720,17 @@ class GovernedControl:
             is_number = isinstance(score, int | float) and not isinstance(score, bool)
             if not is_number or not 0 <= score <= 1:
                 raise InputError(f"score is {score!r:.40}, expected a number from 0 to 1")
-            rater = self._who_rates(request)
+            rater = self._raters.who_rates(request, self.groups)
         except InputError:
             self.num_refused += 1
             raise
-        self._remember(request, None)
+        self._raters.remember(request, None)
         self.roster.complained(rater.head, rater.probability, 1 - float(score))
         self._put(Entry(rater.says(float(score))))
         try:
             self.record.put(LabelRow(request, 0, "user", score, None, float(self.clock())))
         except Exception as error:
             self.failures.add("a row of the record", error)
-
-    def promote(self, /, head: Any = None, anyway: Any = False, **others: Any) -> None:
-        """Lets a challenger serve step by step, from the next request on.
-
-        Args:
-            head: Its digest, or as much of it as tells it from others.
-            anyway: Whether it serves all at once, whatever is known of it.
-            others: There are none.
-
-        Raises:
-            InputError: If there is no such challenger, it is not loaded here, nobody knows yet
-                that it is as good, or another one serves a share.
-        """
-        try:
-            if others or not isinstance(head, str) or not isinstance(anyway, bool):
-                raise InputError('expected {"head": "DIGEST"}, and perhaps "anyway": true')
-            self._try_head(promotion(self.keeper.library, head, anyway))
-        except InputError:
-            self.num_refused += 1
-            raise
-
-    def begin_experiment(self, /, head: Any = None, share: Any = None, **others: Any) -> None:
-        """Lets a challenger serve a share of all requests, from the next one until a rollback.
-
-        Args:
-            head: Its digest, or as much of it as tells it from others.
-            share: Of sessions, users and requests, between 0 and 1.
-            others: There are none.
-
-        Raises:
-            InputError: If there is no such challenger, it is not loaded here or known to be worse,
-                another one serves a share, or that is none.
-        """
-        try:
-            is_number = isinstance(share, int | float) and not isinstance(share, bool)
-            if others or not isinstance(head, str) or not is_number:
-                raise InputError('expected {"head": "DIGEST", "share": 0 to 1}')
-            self._try_head(experiment(self.keeper.library, head, float(share)))
-        except InputError:
-            self.num_refused += 1
-            raise
-
-    def _try_head(self, note: Note) -> None:
-        """Takes in that a head is to serve.
-
-        Raises:
-            InputError: If it is not loaded here.
-        """
-        head = note.promotes or (note.tries.head if note.tries else "")
-        if head not in self.heads:
-            raise InputError(f"head {head[:12]} is not loaded, expected one of --challenger")
-        self.keeper.put(note)
-
-    def roll_back(self, /, **others: Any) -> None:
-        """Takes back the newest step of who serves, from the next request on.
-
-        Args:
-            others: There are none.
-
-        Raises:
-            InputError: If there is nothing to take back.
-        """
-        try:
-            if others:
-                raise InputError("expected {}")
-            rollback(self.keeper.library)
-        except InputError:
-            self.num_refused += 1
-            raise
-        self.keeper.put(Note(rolls_back=True))
 
     def open_breaker(self, /, group: Any = None, **others: Any) -> None:
         """Opens the breaker of a group by hand: it halts nothing until it is certified anew.
@@ -846,61 +747,6 @@ class GovernedControl:
             self.num_refused += 1
             raise InputError('expected {"group": "NAME"} of a group that halts something')
         self._put({self.champion: Entry(Opened(group))})
-
-    def _rater_of(self, about: Mapping[str, Any]) -> Rater:
-        """Returns whose feedback on a request counts, and for what."""
-        tenant, user = (str(about.get(name) or "") for name in ("tenant", "user"))
-        served = about.get("head"), about.get("head_probability")
-        if not user:
-            return Rater(_tenant_group(about), "", *served)
-        dial = self._dial(digest(self.key, tenant), digest(self.key, user))
-        return Rater(_tenant_group(about), dial, *served)
-
-    def _session_dial(self, about: Mapping[str, Any]) -> str:
-        """Returns the name of the dial of a request's session; empty if it has none."""
-        tenant, session = (str(about.get(name) or "") for name in ("tenant", "session"))
-        if not session:
-            return ""
-        return f"{self._dial(digest(self.key, tenant), digest(self.key, session))} session"
-
-    def _dial(self, tenant: str | None, user: str) -> str:
-        """Returns the name of a user's dial; digests, as tenants may call users the same."""
-        return f"{tenant or digest(self.key, '')} {user}"
-
-    def _who_rates(self, request: str) -> Rater:
-        """Returns who rates a request that nobody has rated.
-
-        Raises:
-            InputError: If nobody can.
-        """
-        rater = self._recent[request] if request in self._recent else self._recorded_rater(request)
-        if rater is None or not (rater.user or rater.group):
-            raise InputError(
-                f"request {request!r:.80} is unknown, without user and tenant or rated already, "
-                "expected an X-Haltwise-Request"
-            )
-        if not rater.user and not self.groups.takes(rater.group):
-            raise InputError("there are too many groups, the tenant has none of its own")
-        return rater
-
-    def _recorded_rater(self, request: str) -> Rater | None:
-        """Returns the same of a request that was long ago, or another process's."""
-        whose = self.record.whose(request)
-        if whose is None or whose.is_rated:
-            return None
-        served = whose.head, whose.head_probability
-        if whose.user is not None:
-            return Rater("", self._dial(whose.tenant, whose.user), *served)
-        for name in self.groups.groups if whose.tenant is not None else ():
-            of_tenant, _, of_task = name.removeprefix(TENANT).partition(OF_TASK)
-            told = [digest(self.key, one) if one else None for one in (of_tenant, of_task)]
-            if name.startswith(TENANT) and told == [whose.tenant, whose.task]:
-                return Rater(name, "", *served)
-        return None
-
-    def _remember(self, request: str, rater: Rater | None) -> None:
-        """Remembers who rates a request; nobody does so twice."""
-        _keep(self._recent, request, rater)
 
     # What a person sees
 
@@ -931,7 +777,7 @@ class GovernedControl:
             "rows_dropped": self.record.num_dropped,
             "too_long": books.num_too_long,
             "pooled": books.groups.num_pooled,
-            "refused": books.groups.num_refused + self.num_refused,
+            "refused": books.groups.num_refused + self.num_refused + self.roster.num_refused,
             "trouble": failed,
             "heads": self._head_status(),
             "canary": None if canary is None else canary.status(),
@@ -964,33 +810,6 @@ class GovernedControl:
             self.traces.close()
         if self.telemetry is not None:
             self.telemetry.close()
-
-
-def _keep(newest: OrderedDict[str, T], request: str, what: T) -> None:
-    """Remembers something of a request, as one of the newest."""
-    newest[request] = what
-    if len(newest) > _MOST_RECENT:
-        newest.popitem(last=False)
-
-
-def groups_of(request: ThoughtRequest) -> list[str]:
-    """Returns the names of the groups that a request is in, beside everything.
-
-    They are those of its task, of its segment, and of its tenant's requests of that task, as far
-    as these are known.
-    """
-    about, segment = request.about, request.terms.segment
-    task = str(about.get("task") or "")[:LONGEST_NAME]
-    names = [f"task:{task}"] if task else []
-    names += [f"segment:{segment[:LONGEST_NAME]}"] if segment else []
-    return names + [one for one in [_tenant_group(about)] if one]
-
-
-def _tenant_group(about: Mapping[str, Any]) -> str:
-    """Returns the name of the group of a request's tenant; empty if it has none."""
-    tenant, task = (str(about.get(name) or "")[:LONGEST_NAME] for name in ("tenant", "task"))
-    of_task = f"{OF_TASK}{task}" if task else ""
-    return f"{TENANT}{tenant}{of_task}" if tenant else ""
 
 
 def _name_of(certificate: Certificate | None) -> str | None:

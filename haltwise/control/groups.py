@@ -33,7 +33,8 @@ from haltwise.control.governor import (
     felt,
     opened,
 )
-from haltwise.control.targets import check_targets, whole_tenant
+from haltwise.control.group_names import whole_tenant
+from haltwise.control.targets import check_targets
 from haltwise.errors import InputError
 
 #: The group that every request is in.

@@ -8,6 +8,7 @@ from typing import Any
 
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.canary import Arms, Canary, Harm
+from haltwise.control.library import Note, experiment, promotion, rollback
 from haltwise.errors import InputError
 from haltwise.policy.head import HaltHead
 from haltwise.session.request import ThoughtReport
@@ -28,6 +29,8 @@ class Roster:
     def __init__(self, heads: Mapping[str, HaltHead], keeper: Bookkeeper, key: bytes) -> None:
         """Has counted nothing yet."""
         self._heads, self._keeper, self._key = heads, keeper, key
+        self.num_refused = 0
+        """What a person wanted that makes no sense."""
         self._counting = threading.Lock()
         self._arms: Arms | None = None
 
@@ -112,3 +115,88 @@ class Roster:
         with self._counting:
             arms, self._arms = self._arms, None
         return arms
+
+    # What a person wants
+
+    def promote(self, /, head: Any = None, anyway: Any = False, **others: Any) -> None:
+        """Lets a challenger serve step by step, from the next request on.
+
+        Args:
+            head: Its digest, or as much of it as tells it from others.
+            anyway: Whether it serves all at once, whatever is known of it.
+            others: There are none.
+
+        Raises:
+            InputError: If there is no such challenger, it is not loaded here, nobody knows yet
+                that it is as good, or another one serves a share.
+        """
+        try:
+            if others or not isinstance(head, str) or not isinstance(anyway, bool):
+                raise InputError('expected {"head": "DIGEST"}, and perhaps "anyway": true')
+            self._try_head(promotion(self._keeper.library, head, anyway))
+        except InputError:
+            self.num_refused += 1
+            raise
+
+    def begin_experiment(self, /, head: Any = None, share: Any = None, **others: Any) -> None:
+        """Lets a challenger serve a share of all requests, from the next one until a rollback.
+
+        Args:
+            head: Its digest, or as much of it as tells it from others.
+            share: Of sessions, users and requests, between 0 and 1.
+            others: There are none.
+
+        Raises:
+            InputError: If there is no such challenger, it is not loaded here or known to be worse,
+                another one serves a share, or that is none.
+        """
+        try:
+            is_number = isinstance(share, int | float) and not isinstance(share, bool)
+            if others or not isinstance(head, str) or not is_number:
+                raise InputError('expected {"head": "DIGEST", "share": 0 to 1}')
+            self._try_head(experiment(self._keeper.library, head, float(share)))
+        except InputError:
+            self.num_refused += 1
+            raise
+
+    def _try_head(self, note: Note) -> None:
+        """Takes in that a head is to serve.
+
+        Raises:
+            InputError: If it is not loaded here.
+        """
+        head = note.promotes or (note.tries.head if note.tries else "")
+        if head not in self._heads:
+            raise InputError(f"head {head[:12]} is not loaded, expected one of --challenger")
+        self._keeper.put(note)
+
+    def roll_back(self, /, **others: Any) -> None:
+        """Takes back the newest step of who serves, from the next request on.
+
+        Args:
+            others: There are none.
+
+        Raises:
+            InputError: If there is nothing to take back.
+        """
+        try:
+            if others:
+                raise InputError("expected {}")
+            rollback(self._keeper.library)
+        except InputError:
+            self.num_refused += 1
+            raise
+        self._keeper.put(Note(rolls_back=True))
+
+    def propose(self) -> None:
+        """Lets a challenger begin to serve that is known to be better.
+
+        One that has stopped before waits for a person.
+        """
+        library = self._keeper.library
+        loaded = [pair for pair in library.shelf.items() if pair[0] in self._heads]
+        for name, one in loaded if library.canary is None else ():
+            is_new = name != library.champion and not one.stopped
+            if is_new and library.is_ready(name):
+                self._keeper.put(Note(tries=Canary.begin(name)))
+                return

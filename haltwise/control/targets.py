@@ -8,18 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from haltwise.control.group_names import is_name, whole_tenant
 from haltwise.errors import InputError
-
-#: What the names of tenants' groups are made of.
-TENANT, OF_TASK = "tenant:", " task:"
-#: The most characters of a task, segment or tenant in a group's name.
-LONGEST_NAME = 100
-_KINDS = ("task:", "segment:", TENANT)
-
-
-def whole_tenant(name: str) -> str:
-    """Returns the group of all that a group's tenant asks; other groups are returned themselves."""
-    return name.partition(OF_TASK)[0] if name.startswith(TENANT) else name
 
 
 def read_targets(told: Iterable[str]) -> dict[str, float]:
@@ -65,7 +55,7 @@ def check_targets(targets: Mapping[str, float], usual: float, most: int) -> None
         found = f"{len(targets)} groups have a target of their own"
         raise InputError(f"{found}, expected at most {most}")
     for name, target in targets.items():
-        if not _is_name(name):
+        if not is_name(name):
             kinds = "task:..., segment:..., tenant:... or tenant:... task:..."
             raise InputError(f"{name!r:.80} can have no target, expected {kinds}")
         tenant = whole_tenant(name)
@@ -74,14 +64,3 @@ def check_targets(targets: Mapping[str, float], usual: float, most: int) -> None
         if not 0 < target <= largest:
             expected = f"expected above 0 and at most {largest:g}, which is {whose}"
             raise InputError(f"target of {name:.80} is {target:g}, {expected}")
-
-
-def _is_name(name: str) -> bool:
-    """Returns whether a group may be called so."""
-    kind = next((kind for kind in _KINDS if name.startswith(kind)), None)
-    if kind is None:
-        return False
-    rest = name.removeprefix(kind)
-    tenant, of_task, task = rest.partition(OF_TASK)
-    parts = [tenant, task] if kind == TENANT and of_task else [rest]
-    return all(part == part.strip() and 0 < len(part) <= LONGEST_NAME for part in parts)

@@ -15,8 +15,9 @@ import tyro
 
 from haltwise import InputError, Terms
 from haltwise.control.budgets import Budget
+from haltwise.control.group_names import TENANT, whole_tenant
 from haltwise.control.store import is_database
-from haltwise.control.targets import TENANT, read_targets, whole_tenant
+from haltwise.control.targets import read_targets
 from haltwise.errors import check_ranges, option, what_failed
 
 # The end of a Host header that names a port.

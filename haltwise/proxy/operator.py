@@ -101,15 +101,17 @@ class OperatorPages:
 
     async def promote(self, request: Request) -> Response:
         """Lets another head serve."""
-        return await self._take(request, lambda control, told: control.promote(**told))
+        return await self._take(request, lambda control, told: control.roster.promote(**told))
 
     async def begin_experiment(self, request: Request) -> Response:
         """Lets a challenger serve a share of all requests."""
-        return await self._take(request, lambda control, told: control.begin_experiment(**told))
+        return await self._take(
+            request, lambda control, told: control.roster.begin_experiment(**told)
+        )
 
     async def roll_back(self, request: Request) -> Response:
         """Takes back the newest step of who serves."""
-        return await self._take(request, lambda control, told: control.roll_back(**told))
+        return await self._take(request, lambda control, told: control.roster.roll_back(**told))
 
     async def _take(
         self, request: Request, take: Callable[[GovernedControl, dict[str, Any]], None]

@@ -15,6 +15,7 @@ import pytest
 
 from haltwise import Certificate, HaltHead, InputError, Terms, ThoughtReport, ThoughtRequest
 from haltwise.control import governed as module
+from haltwise.control import raters
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
 from haltwise.control.governed import GovernedControl, Mode
@@ -366,7 +367,7 @@ def test_a_user_moves_its_own_dial_alone(tmp_path: Path) -> None:
 
         turns("a", 0.0, 1)
         until(lambda: len(rows(tmp_path, "request", "id")) > 3)
-        steering._recent.clear()
+        steering._raters._recent.clear()
         turns("b", 0.0, 2)
         assert {price("", *other) for other in (("s", "u"), ("t", "v"), ("t", ""), ("", "u"))} == {
             0.5
@@ -431,7 +432,7 @@ def test_feedback_before_any_audit_of_a_tenant_makes_it_known(tmp_path: Path) ->
 def test_feedback_finds_requests_of_other_processes_and_long_ago(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_RECENT", 1)
+    monkeypatch.setattr(raters, "_MOST_RECENT", 1)
     names = "abcd"
     with control(tmp_path) as before:
         for name in names:
@@ -439,7 +440,7 @@ def test_feedback_finds_requests_of_other_processes_and_long_ago(
             run(before, request)
             told(before, request, 4, 8, 12)
         wait(before)
-        assert list(before._recent) == ["d"]
+        assert list(before._raters._recent) == ["d"]
         while len(rows(tmp_path, "request", "id")) < len(names):
             pass
         with control(tmp_path) as steering:
@@ -448,7 +449,7 @@ def test_feedback_finds_requests_of_other_processes_and_long_ago(
             until(lambda: len(rows(tmp_path, "label", "request")) == 2)
             for name in ("a", "d"):
                 for one in (before, steering):
-                    one._recent.clear()
+                    one._raters._recent.clear()
                     with pytest.raises(InputError, match="rated already"):
                         one.rate(name, 0.0)
             full = float(steering.groups.group("task:sums").reach)

@@ -15,8 +15,9 @@ from haltwise import InputError
 from haltwise.control import groups
 from haltwise.control.ceiling import fewest_audits
 from haltwise.control.governor import Promise
+from haltwise.control.group_names import whole_tenant
 from haltwise.control.groups import EVERYTHING, BrokenOff, Complained, Drawn, Event, Groups, Opened
-from haltwise.control.targets import read_targets, whole_tenant
+from haltwise.control.targets import read_targets
 from tests.control.test_governor import Request, requests
 from tests.control.test_groups import K, fold, story, text, told
 

@@ -318,8 +318,8 @@ def test_a_head_is_promoted_by_whoever_has_the_state_and_rolled_back(tmp_path: P
         running = asked(id="running", head=first)
         steering.terms(running)
         with pytest.raises(InputError, match="is not known yet after 0 audits"):
-            steering.promote(second[:12])
-        steering.promote(second[:12], anyway=True)
+            steering.roster.promote(second[:12])
+        steering.roster.promote(second[:12], anyway=True)
         until(lambda: steering.champion == second)
         assert steering.head.digest == second and steering.history.moves[0].what == "head promoted"
         # What has begun goes on with the head that it has begun with.
@@ -350,7 +350,7 @@ def test_a_process_that_lacks_the_champion_halts_nothing_by_it(mode: Mode, tmp_p
     with control(tmp_path, challengers=[bolder()]) as other:
         until(lambda: len(other.keeper.library.shelf) == 2)
         with control(tmp_path, mode, audit=1.0) as steering:
-            other.promote(bolder().digest, anyway=True)
+            other.roster.promote(bolder().digest, anyway=True)
             until(lambda: steering.champion == bolder().digest)
             request = asked(id="r")
             assert run_request(steering, request).price == (1.0 if mode == "observe" else 0.0)
@@ -368,5 +368,5 @@ def test_promotions_that_make_no_sense_are_refused_and_counted(
     with control(tmp_path, challengers=[bolder()]) as steering:
         until(lambda: len(steering.keeper.library.shelf) == 2)
         with pytest.raises(InputError, match="expected"):
-            steering.promote(**said)
+            steering.roster.promote(**said)
         assert steering.status()["refused"] == 1
