@@ -79,7 +79,7 @@ def status(proxy: Proxy) -> Any:
         time.sleep(0.05)
         after = told()
         both = (before["groups"]["everything"], after["groups"]["everything"])
-        return before["under_way"] == after["under_way"] == 0 and both[0] == both[1]
+        return before["under_way"] == after["under_way"] == 0 and bool(both[0] == both[1])
 
     wait_until(is_settled)
     return told()
