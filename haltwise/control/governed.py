@@ -125,6 +125,9 @@ class GovernedControl:
     """Share of the audits that are dense."""
     telemetry: Telemetry | None = None
     """Is told of every request by the record."""
+    explore: float = 0.0
+    """Share of the requests that are served the next stricter price, which is drawn and recorded:
+    so requests that are served tell what a step of the price changes. In apply mode."""
     promotion: Promotion = "ask"
     """Whether a challenger that is known to be better begins to serve by itself."""
     asks_answers: bool = False
@@ -258,6 +261,9 @@ class GovernedControl:
         served = asked if self.mode == "observe" else price_of(prices, top)
         if named and served > asked:
             return int(np.searchsorted(prices, asked, side="right")), asked
+        if self.explore and self.mode == "apply" and top:
+            step = self._explored(number, top)
+            return step, price_of(prices, step)
         return top, served
 
     def _shelf(self) -> list[tuple[str, Shelved]]:
@@ -304,12 +310,29 @@ class GovernedControl:
         low = min(int(np.searchsorted(prices, asked, side="right")), top)
         exact = low + urgency * (top - low)
         step = int(exact)
-        rises = draw(self.key, number, "price") < exact - step
-        share = exact - step if rises else 1 - (exact - step)
-        self._probabilities[number] = share
+        return step + self._drawn(number, exact - step)
+
+    def _explored(self, number: str, top: int) -> int:
+        """Returns the step of a request in exploring: now and then the next stricter one.
+
+        Args:
+            number: The request's id.
+            top: The step that its groups are served.
+        """
+        return top - self._drawn(number, self.explore)
+
+    def _drawn(self, number: str, share: float) -> bool:
+        """Returns whether the second of two prices is drawn, and remembers with which probability.
+
+        Args:
+            number: The request's id.
+            share: The probability of the second one.
+        """
+        is_second = draw(self.key, number, "price") < share
+        self._probabilities[number] = share if is_second else 1 - share
         if len(self._probabilities) > _MOST_RECENT:
             self._probabilities.popitem(last=False)
-        return step + rises
+        return is_second
 
     def _is_dense(self, number: str) -> bool:
         """Returns whether an audit is dense, which those of a head that looks at answers are."""

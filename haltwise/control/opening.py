@@ -57,6 +57,7 @@ def open_control(
     telemetry: Telemetry | None = None,
     challengers: Sequence[HaltHead] = (),
     promotion: Promotion = "ask",
+    explore: float = 0.0,
     group_targets: Mapping[str, float] | None = None,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
@@ -76,6 +77,7 @@ def open_control(
         telemetry: Is told of every request too; the control closes it.
         challengers: Heads that replay all audits too, and may be promoted.
         promotion: Whether one that is known to be better begins to serve by itself.
+        explore: Share of the requests that are served the next stricter price.
         group_targets: By group that is promised a smaller loss than everything, that target.
 
     Raises:
@@ -87,6 +89,8 @@ def open_control(
         raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
     if kept is not None and not 0 < kept.share <= 1:
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
+    if not 0 <= explore < 1:
+        raise InputError(f"explore is {explore}, expected 0 or more, and less than 1")
     share = audit or 1.0
     promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
     heads, own = {one.digest: one for one in (head, *challengers)}, group_targets or {}
@@ -123,6 +127,7 @@ def open_control(
         dense_audits=0.0 if kept is None else kept.share,
         telemetry=telemetry,
         promotion=promotion,
+        explore=explore,
     )
 
 

@@ -849,6 +849,7 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         Telemetry() if config.telemetry else None,
         [_challenger(path, head) for path in config.challenger],
         config.promotion,
+        config.explore,
         _targets(config, keys),
     )
 

@@ -131,6 +131,9 @@ class ServeConfig:
     state need the same."""
     context: int = 32_768
     """Most tokens that an answer can have; longer ones are left out of losses and savings."""
+    explore: float = 0.0
+    """Share of the requests that name no price and are served the next stricter one, drawn and
+    recorded with its probability: what a step of the price changes is seen on served requests."""
     follow_doubts: bool = False
     """Take it for a bad score of a session (X-Haltwise-Session) if it asks the same again, or
     whether the LM is sure: its next requests are halted later. Needs --control apply."""
@@ -219,6 +222,7 @@ class ServeConfig:
             "max_thinking_tokens": (cap is None or cap >= least, f"at least {least}"),
             "target": (0 < self.target < 1, "between 0 and 1"),
             "audit": (0 <= self.audit <= 1, "from 0 to 1"),
+            "explore": (0 <= self.explore < 1, "0 or more, and less than 1"),
             "label_hours": (0 <= self.label_hours < math.inf, "0 or more, and finite"),
             "dense_audits": (0 <= self.dense_audits <= 1, "from 0 to 1"),
         }
@@ -270,6 +274,8 @@ class ServeConfig:
         """
         if self.follow_doubts and self.control != "apply":
             raise InputError("--follow-doubts is on, expected it with --control apply")
+        if self.explore and self.control != "apply":
+            raise InputError(f"--explore is {self.explore}, expected it with --control apply")
         if self.load_target is not None and self.control != "apply":
             found = f"--load-target is {self.load_target}"
             raise InputError(f"{found}, expected it with --control apply")

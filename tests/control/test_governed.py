@@ -415,6 +415,26 @@ def test_a_paced_price_lies_between_what_is_asked_and_what_is_certified(tmp_path
     assert probability == pytest.approx(share if rose else 1 - share)
 
 
+def test_a_share_explores_the_next_stricter_price_with_a_known_probability(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"head": certified_head(), "explore": 0.2}
+    with control(tmp_path, "apply", audit=1e-9, **settings) as steering:
+        top = int(np.searchsorted(steering.prices, 0.5, side="right"))
+        drawn = [float(steering.terms(asked(9.0, id=f"{n}")).price) for n in range(2_000)]
+        assert set(drawn) == {steering.price_of(top), steering.price_of(top - 1)}
+        lower = [price < steering.price_of(top) for price in drawn]
+        assert np.mean(lower) == pytest.approx(0.2, abs=0.03)
+        mine = asked(0.1, id="named", names_price=True)
+        assert steering.terms(mine).price == 0.1  # who names a lower price explores nothing
+        for name in ("0", str(lower.index(True))):
+            run(steering, asked(9.0, id=name))
+    found = dict(rows(tmp_path, "request", "price_served", "price_probability"))
+    assert found[steering.price_of(top - 1)] == 0.2
+    assert set(found.values()) <= {0.2, 0.8}
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(InputError, match="explore is"), control(tmp_path, explore=share):
+            pass
+
+
 def test_nothing_is_paced_where_control_only_looks(tmp_path: Path) -> None:
     with control(tmp_path, "observe", audit=0.0, head=certified_head()) as steering:
         assert steering.terms(asked(0.1, id="r", urgency=1.0)).price == 0.1

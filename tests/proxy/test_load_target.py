@@ -125,6 +125,8 @@ def test_who_moves_prices_needs_certified_ones(tmp_path: Path) -> None:
         create_app(ServeConfig(head, load_target=5))
     with pytest.raises(InputError, match="--follow-doubts is on, expected it with --control apply"):
         create_app(ServeConfig(head, follow_doubts=True))
+    with pytest.raises(InputError, match=r"--explore is 0.1, expected it with --control apply"):
+        create_app(ServeConfig(head, explore=0.1))
     with pytest.raises(InputError, match="--load-target is 0, expected 1 or more"):
         create_app(ServeConfig(head, load_target=0, control="apply", state=tmp_path / "s"))
 
