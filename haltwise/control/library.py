@@ -212,6 +212,8 @@ class Library:
         """Returns it without its canary, or with the head before as the champion."""
         if self.canary is not None:
             return self._stopped(_BY_HAND)
+        if self.previous not in self.shelf:
+            return self
         return self._promoted(self.previous)._marked(self.champion, _BY_HAND)
 
     def _tried(self, canary: Canary) -> Library:

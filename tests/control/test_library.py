@@ -242,6 +242,8 @@ def test_a_rollback_takes_back_the_newest_step() -> None:
     assert promoted.canary is None and rollback(promoted) == ("b", "a")
     old = promoted.after(Note(rolls_back=True))
     assert (old.champion, old.shelf["b"].stopped) == ("a", "by hand")
+    alone = Library("a", {"a": shelved()})
+    assert text(alone.after(Note(rolls_back=True))) == text(alone)
 
 
 # With a control
