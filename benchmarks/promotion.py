@@ -39,8 +39,8 @@ class PromotionConfig:
     """How often challengers take over that should, and that should not."""
 
     run: Path | None = None
-    """A run with folds on these traces, whose heads challenge the evidence rule on questions that
-    they never saw. Default: none do."""
+    """A run with folds on these traces, whose heads serve, and challenge the evidence rule, on
+    questions that they never saw. Default: the evidence rule serves, and none challenges it."""
     draws: int = 1_000
     """The number of streams."""
     num_audits: int = 2_000
@@ -196,22 +196,32 @@ def measure(traces: Traces, config: PromotionConfig) -> list[BenchResult]:
         InputError: If the traces or the run cannot be used.
     """
     rule = ControlConfig(num_prices=config.num_prices)
-    drawn = population(traces, rule)
-    champion, begins = Rival.of(drawn), drawn.best(_CERTIFIED * config.target)
+    drawn = population(traces, replace(rule, run=config.run))
+    champion = Rival.of(drawn)
     rivals = {
         "itself": champion,
         "as good, on other traces": champion.elsewhere(),
         "3 points more lost, 5 more saved": champion.losing_more(0.03).saving_more(0.05),
         "as much lost, 5 points more saved": champion.saving_more(0.05),
     }
-    if config.run is not None:
-        rivals["the run's heads"] = Rival.of(population(traces, replace(rule, run=config.run)))
-    promise = Promise(target=config.target)
     results = []
     for seed, (name, rival) in enumerate(rivals.items()):
-        streams = Streams(champion, rival, begins, promise, config.draws)
-        results += _told(name, play(streams, config.num_audits, seed))
+        results += _told(name, _played(drawn, champion, rival, config, seed))
+    if config.run is not None:
+        evidence = population(traces, rule)
+        found = _played(evidence, Rival.of(evidence), champion, config, len(rivals))
+        results += _told("the run's heads against the evidence rule", found)
     return results
+
+
+def _played(
+    drawn: Population, champion: Rival, challenger: Rival, config: PromotionConfig, seed: int
+) -> Played:
+    """Plays streams in which the champion begins with a price of its population that is safe."""
+    begins = drawn.best(_CERTIFIED * config.target)
+    promise = Promise(target=config.target)
+    streams = Streams(champion, challenger, begins, promise, config.draws)
+    return play(streams, config.num_audits, seed)
 
 
 def _told(name: str, played: Played) -> list[BenchResult]:

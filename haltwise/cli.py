@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from haltwise import InputError, __version__
 from haltwise.control.experiment import compare
 from haltwise.control.experiment import table_of as comparison_table
+from haltwise.control.mixing import mix
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
 from haltwise.errors import needing, what_failed
 
@@ -47,7 +48,12 @@ def main() -> None:
     comparing.add_argument("--html", type=Path, help="a file for the comparison as a page")
     about = "take back the newest step: of the challenger that serves, else of the champion"
     rolling = commands.add_parser("rollback", help=about, description=about)
-    for one in (status, promoting, comparing, rolling):
+    about = "make one head of several, weighed by what audits tell of them"
+    mixing = commands.add_parser("mix", help=about, description=about)
+    mixing.add_argument("--heads", required=True, nargs="+", type=Path, help="two folders or more")
+    mixing.add_argument("--out", required=True, type=Path, help="a folder that is not there")
+    mixing.add_argument("--price", type=float, help="at which they are weighed; the first's own")
+    for one in (status, promoting, comparing, rolling, mixing):
         one.add_argument("--state", required=True, help="that of haltwise serve")
     known, settings = parser.parse_known_args()
     if known.command != "serve" and settings:
@@ -59,6 +65,8 @@ def main() -> None:
             print(promote(known.state, known.head, known.anyway))
         elif known.command == "experiment":
             print(_experiment(known))
+        elif known.command == "mix":
+            print(mix(known.state, known.heads, known.price, known.out))
         elif known.command == "rollback":
             print(roll_back(known.state))
         else:

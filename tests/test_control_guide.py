@@ -20,7 +20,7 @@ from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 from traces import read_traces
 
-TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN = blocks("CONTROL", "sh")
+TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN, MIX = blocks("CONTROL", "sh")
 ASK, LOOK, PART, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
 
 
@@ -147,6 +147,9 @@ def test_the_guide_learns_from_what_it_has_served(
         wait_until(lambda: bool(told()["canary"]))
         ask(proxy)
         said.append(haltwise(compare))
+    (mixing,) = commands(MIX.text, folder)
+    assert haltwise(mixing).startswith("checkpoints/mixed: 0.")
+    assert HaltHead.load(folder / "checkpoints/mixed").config.certificate is None
     found = capsys.readouterr().out.splitlines()[-6:]
     assert found[0] == "challenger True" and "is not known yet after" in found[1]
     assert found[2:5] == ["['champion', 'canary']", *["['champion', 'previous']"] * 2]

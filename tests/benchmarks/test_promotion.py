@@ -12,6 +12,7 @@ from haltwise.control import trial
 from haltwise.control.books import Books, Entry
 from haltwise.control.canary import SHARES, Canary
 from haltwise.control.estimates import Audit
+from haltwise.control.experiment import Served, effect
 from haltwise.control.governor import Promise
 from haltwise.control.groups import EVERYTHING, Drawn, Groups, Told
 from haltwise.control.library import Library, Note, Shelved
@@ -84,6 +85,21 @@ def test_all_figures_are_found_on_traces() -> None:
     config = PromotionConfig(draws=4, num_audits=20, num_prices=4)
     found = [result.name for result in measure(synthetic_traces(60), config)]
     assert len(found) == 8 and found[0] == "itself: ever served 25 %"
+
+
+def test_who_is_drawn_tells_what_replay_tells() -> None:
+    """Both heads at their second price on the same 2,000 requests: the intervals agree."""
+    champion, challenger = generated(0), generated(0).saving_more(0.15)
+    rng = np.random.default_rng(2)
+    full = rng.lognormal(7, 0.5, 2_000)
+    old, new = (full * (1 - one.saved[:, 1]) for one in (champion, challenger))
+    units = [
+        Served(f"{n}", bool(drawn), 0.5, {"tokens": float(new[n] if drawn else old[n])})
+        for n, drawn in enumerate(rng.random(2_000) < 0.5)
+    ]
+    found, paired = effect(units, "tokens"), float((new - old).mean())
+    assert found.low < paired < found.high < 0
+    assert found.high - found.low < 4 * abs(paired)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.03])
