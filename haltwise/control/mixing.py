@@ -83,5 +83,6 @@ def weights_of(library: Library, heads: Sequence[str], price: float) -> Float:
     num = min(nums)
     rate = np.sqrt(8 * np.log(len(heads)) / num)
     logs = -rate * num * np.array(costs)
-    weights: Float = np.exp(logs - logs.max())
-    return weights / weights.sum()
+    raised = np.exp(logs - logs.max())
+    weights: Float = raised / raised.sum()
+    return weights
