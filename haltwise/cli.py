@@ -43,7 +43,8 @@ def main() -> None:
     about = "tell how two heads compare of which one served a share of all requests, or begin that"
     comparing = commands.add_parser("experiment", help=about, description=about)
     comparing.add_argument("--head", help=f"begin, until a rollback, with this one: {told}")
-    comparing.add_argument("--share", type=float, default=0.5, help="of sessions, users, requests")
+    told = "of sessions, users, requests, with --head; 0.5 by default"
+    comparing.add_argument("--share", type=float, help=told)
     comparing.add_argument("--budget", type=int, help="of these, after which nobody has won")
     comparing.add_argument("--html", type=Path, help="a file for the comparison as a page")
     about = "take back the newest step: of the challenger that serves, else of the champion"
@@ -83,7 +84,12 @@ def _experiment(known: argparse.Namespace) -> str:
         OSError: If the page cannot be written.
     """
     if known.head is not None:
-        return begin_experiment(known.state, known.head, known.share)
+        if known.budget is not None or known.html is not None:
+            raise InputError("--head begins a comparison: expected --budget and --html without it")
+        share = 0.5 if known.share is None else known.share
+        return begin_experiment(known.state, known.head, share)
+    if known.share is not None:
+        raise InputError("--share is of a comparison that begins: expected --head with it")
     found = compare(known.state, read_library(known.state), known.budget)
     if known.html is not None:
         with needing("haltwise experiment --html", "-e '.[proxy]'"):

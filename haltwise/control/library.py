@@ -214,7 +214,8 @@ class Library:
             return self._stopped(_BY_HAND)
         if self.previous not in self.shelf:
             return self
-        return self._promoted(self.previous)._marked(self.champion, _BY_HAND)
+        back = self._promoted(self.previous)._marked(self.champion, _BY_HAND)
+        return replace(back, previous="")  # what was taken back is not to come back by that
 
     def _tried(self, canary: Canary) -> Library:
         """Returns it with a canary, if it knows the head and has none."""
@@ -376,7 +377,7 @@ def promotion(library: Library, name: str, anyway: bool) -> Note:
     if not library.is_ready(head):
         num = library.shelf[head].trial.num
         raise InputError(
-            f"head {head[:12]} is {library.known(head)} after {num} audits, "
+            f"head {head[:12]} is {library.known(head)} after {num} audits beside this champion, "
             f"expected one that is known to lose less than {MARGIN:g} more and to save more, or "
             '"anyway"'
         )
@@ -418,5 +419,5 @@ def rollback(library: Library) -> tuple[str, str]:
     if library.canary is not None:
         return library.canary.head, library.champion
     if not library.previous:
-        raise InputError("no challenger serves and no head has served before, nothing to take back")
+        raise InputError("no challenger serves, and no promotion is left that could be taken back")
     return library.champion, library.previous

@@ -19,7 +19,7 @@ from haltwise.control.groups import Groups
 from haltwise.control.history import History
 from haltwise.control.installation import installation_key, key_file_of
 from haltwise.control.library import Library, Note, Shelved
-from haltwise.control.record import Record
+from haltwise.control.record import TABLES, Record
 from haltwise.control.replay import prices_of
 from haltwise.control.store import store_of
 from haltwise.control.telemetry import Telemetry
@@ -89,6 +89,8 @@ def open_control(
         raise InputError(f"labels are waited for {label_seconds} s, expected 0 or more, and finite")
     if kept is not None and not 0 < kept.share <= 1:
         raise InputError(f"dense audits are {kept.share} of all, expected above 0 and at most 1")
+    if len({head.digest, *(one.digest for one in challengers)}) <= len(challengers):
+        raise InputError("two of the heads are the same, expected a --challenger of each once")
     if not 0 <= explore < 1:
         raise InputError(f"explore is {explore}, expected 0 or more, and less than 1")
     share = audit or 1.0
@@ -96,6 +98,7 @@ def open_control(
     heads, own = {one.digest: one for one in (head, *challengers)}, group_targets or {}
     begun = {name: _begun_books(one, promise, own, most_tokens) for name, one in heads.items()}
     store = store_of(state)
+    store.connect(TABLES).close()  # what cannot be used gets no key
     key = installation_key(key_file or key_file_of(state))
     traces = None
     if kept is not None:
@@ -105,10 +108,11 @@ def open_control(
     first = Library(head.digest, {head.digest: begun[head.digest]})
     keeper = Bookkeeper(store, first, {}, history.note)
     if keeper.library.champion not in heads:
+        serves = keeper.library.champion[:12]
         keeper.close()
         raise InputError(
-            "the state is about another head: expected the head that it serves as --head or as "
-            "--challenger, or a state of its own"
+            f"the state is about another head, {serves}: expected the folder of that one as --head "
+            "or as --challenger, or a state of its own; haltwise status tells all of its heads"
         )
     joins = {name: one for name, one in begun.items() if name not in keeper.library.shelf}
     if joins:

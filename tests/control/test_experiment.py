@@ -170,8 +170,13 @@ def test_the_command_tells_a_comparison_and_draws_it(tmp_path: Path) -> None:
     assert "No winner yet: it costs fewer tokens" in said("--html", str(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert "No winner yet" in page and page.count("<svg") == 4 and "$" not in page
-    refused = subprocess.run([*command, "--budget", "0"], capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stderr.startswith("error: budget is 0")
+    for more, words in (
+        (["--budget", "0"], "error: budget is 0"),
+        (["--share", "0.1"], "error: --share is of a comparison that begins"),
+        (["--head", "new", "--budget", "9"], "error: --head begins a comparison"),
+    ):
+        refused = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert refused.returncode == 2 and refused.stderr.startswith(words)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_who_is_promoted_has_evidence() -> None:
     alone = Library("a", {"a": shelved()})
     with pytest.raises(InputError, match="there are no others"):
         promotion(alone, "b", False)
-    with pytest.raises(InputError, match="nothing to take back"):
+    with pytest.raises(InputError, match="no promotion is left"):
         rollback(alone)
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(InputError, match="expected between 0 and 1"):
@@ -242,6 +242,9 @@ def test_a_rollback_takes_back_the_newest_step() -> None:
     assert promoted.canary is None and rollback(promoted) == ("b", "a")
     old = promoted.after(Note(rolls_back=True))
     assert (old.champion, old.shelf["b"].stopped) == ("a", "by hand")
+    with pytest.raises(InputError, match="no promotion is left that could be taken back"):
+        rollback(old)
+    assert text(old.after(Note(rolls_back=True))) == text(old)
     alone = Library("a", {"a": shelved()})
     assert text(alone.after(Note(rolls_back=True))) == text(alone)
 
@@ -332,7 +335,7 @@ def test_a_head_is_promoted_by_whoever_has_the_state_and_rolled_back(tmp_path: P
         )
         until(lambda: steering.champion == first)
         roles = {one["head"]: one["role"] for one in steering.status()["heads"]}
-        assert roles == {first: "champion", second: "previous"}
+        assert roles == {first: "champion", second: "challenger"}
     command = [sys.executable, "-m", "haltwise", "promote", "--state", str(tmp_path / "state")]
     anyway = [*command, "--head", second[:8], "--anyway"]
     done = subprocess.run(anyway, capture_output=True, text=True)
