@@ -557,7 +557,7 @@ TELLS = (
     "A server takes the same on its command line:",
     "A request names its terms in `vllm_xargs`:",
     "`make test-vllm` runs all of this",
-    "To try it without an LM of your own",
+    "To try it, write the embedded LM",
     "`llama-server` is a program of",
     "If you have no `llama-server`",
     "In a terminal of its own, this serves the file",
