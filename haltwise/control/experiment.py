@@ -270,8 +270,9 @@ def _verdict(
         return f"The champion wins: the challenger has more {', '.join(harms)}."
     if effects["tokens"].low > 0:
         return "The champion wins: the challenger costs more tokens."
-    is_as_good = challenger == library.champion or library.known(challenger) == "ready"
-    if effects["tokens"].high < 0 and is_as_good:
+    if effects["tokens"].high < 0 and challenger == library.champion:
+        return "The challenger wins: it costs fewer tokens, and serves all requests already."
+    if effects["tokens"].high < 0 and library.known(challenger) == "ready":
         return "The challenger wins: it costs fewer tokens, and audits tell that it is as good."
     if budget is not None and num >= budget:
         return f"No winner: {num} units have been served, and the budget is {budget}."

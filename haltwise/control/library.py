@@ -145,8 +145,8 @@ class Library:
     shelf: Mapping[str, Shelved]
     """By head."""
     previous: str = ""
-    """The head that served before; empty if there was none."""
-
+    """The head that served before the newest promotion; empty if there was none, or it was taken
+    back."""
     canary: Canary | None = None
     """The challenger that serves a share of all requests; None if none does."""
 

@@ -107,8 +107,8 @@ class Roster:
         harms = (Harm.of(harm, is_canary, share) for harm in (failed, complained))
         one = Arms(canary.head, num * (not is_canary), num * is_canary, *harms)
         with self._counting:
-            known = self._arms is not None and self._arms.head == canary.head
-            self._arms = self._arms + one if known and self._arms else one
+            before = self._arms or Arms(canary.head)
+            self._arms = before + one if before.head == canary.head else one
 
     def taken(self) -> Arms | None:
         """Returns what was counted since the last call; None if nothing was."""

@@ -135,6 +135,7 @@ def test_a_comparison_is_told_from_the_record(tmp_path: Path) -> None:
     assert compare(state, over).challenger == "new"
     promoted = replace(running, canary=None).after(Note(promotes="new"))
     assert compare(state, promoted).challenger == "new"
+    assert "serves all requests already" in compare(state, promoted).verdict
     assert "tokens" in table_of(found) and found.verdict in table_of(found)
 
 
