@@ -80,6 +80,8 @@ class EmbeddedTrainingConfig:
     """The number of the LM's layers."""
     width: int = 128
     """The LM's hidden size; the feed-forward layers are four times as wide."""
+    slips: float = 1.0
+    """How often steps of a thought are wrong, as a multiple of the usual: larger LMs slip less."""
     temperature: float = 0.75
     """The temperature at which the finished model samples by default."""
     save_minutes: float = 2.0
@@ -160,7 +162,13 @@ def lesson_of_step(config: EmbeddedTrainingConfig, step: int) -> tuple[int, int,
     if step < config.first_steps:
         single = {t: replace(h, slip_first=0.0, attempts=1) for t, h in HABITS.items()}
         return 2 * config.rows, 0, single
-    return config.rows, config.probes, HABITS
+    habits = {
+        task: replace(
+            h, slip_first=config.slips * h.slip_first, slip_check=config.slips * h.slip_check
+        )
+        for task, h in HABITS.items()
+    }
+    return config.rows, config.probes, habits
 
 
 def build_sequence(
