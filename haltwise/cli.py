@@ -15,6 +15,8 @@ from haltwise import InputError, __version__
 from haltwise.control.experiment import compare
 from haltwise.control.experiment import table_of as comparison_table
 from haltwise.control.mixing import mix
+from haltwise.control.off_policy import spending_of
+from haltwise.control.off_policy import table_of as spending_table
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
 from haltwise.errors import needing, what_failed
 
@@ -46,6 +48,8 @@ def main() -> None:
     told = "of sessions, users, requests, with --head; 0.5 by default"
     comparing.add_argument("--share", type=float, help=told)
     comparing.add_argument("--budget", type=int, help="of these, after which nobody has won")
+    told = "tell instead what other prices would have spent, of serve --replay-all"
+    comparing.add_argument("--prices", action="store_true", help=told)
     comparing.add_argument("--html", type=Path, help="a file for the comparison as a page")
     about = "take back the newest step: of the challenger that serves, else of the champion"
     rolling = commands.add_parser("rollback", help=about, description=about)
@@ -84,10 +88,16 @@ def _experiment(known: argparse.Namespace) -> str:
         OSError: If the page cannot be written.
     """
     if known.head is not None:
-        if known.budget is not None or known.html is not None:
-            raise InputError("--head begins a comparison: expected --budget and --html without it")
+        if known.budget is not None or known.html is not None or known.prices:
+            raise InputError(
+                "--head begins a comparison: expected --budget, --html and --prices without it"
+            )
         share = 0.5 if known.share is None else known.share
         return begin_experiment(known.state, known.head, share)
+    if known.prices:
+        if known.share is not None or known.budget is not None or known.html is not None:
+            raise InputError("--prices tells of one head: expected no other option but --state")
+        return spending_table(spending_of(known.state, read_library(known.state)))
     if known.share is not None:
         raise InputError("--share is of a comparison that begins: expected --head with it")
     found = compare(known.state, read_library(known.state), known.budget)

@@ -20,7 +20,7 @@ from tests.proxy.proxies import Proxy, spawned_proxy, wait_until
 from tests.test_guides import QUICK
 from traces import read_traces
 
-TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN, MIX = blocks("CONTROL", "sh")
+TRY, STRICT, LABEL, SPEND, KEEP, LEARN, RIVAL, UNSEEN, PRICES, MIX = blocks("CONTROL", "sh")
 ASK, LOOK, PART, TELL, SAY, BUY, COMPARE = blocks("CONTROL", "python")
 
 
@@ -147,6 +147,8 @@ def test_the_guide_learns_from_what_it_has_served(
         wait_until(lambda: bool(told()["canary"]))
         ask(proxy)
         said.append(haltwise(compare))
+    (prices,) = commands(PRICES.text, folder)
+    assert "of them audits: tokens of the thought" in haltwise(prices)
     (mixing,) = commands(MIX.text, folder)
     assert haltwise(mixing).startswith("checkpoints/mixed: 0.")
     assert HaltHead.load(folder / "checkpoints/mixed").config.certificate is None

@@ -36,6 +36,8 @@ class AuditedRequest:
     """Whose prices it would have been served."""
     step: int
     """The step that it would have been served."""
+    price: float
+    """The price that it would have been served."""
     replays: dict[str, Replay]
     """By head, where its prices would have halted it."""
     is_dense: bool = False

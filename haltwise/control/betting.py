@@ -23,6 +23,10 @@ _TILTS: Float = np.geomspace(1e-3, 0.9, 14)
 # How much an observation's square takes from a bet's gain, see `log_wealth`.
 _TOLLS: Float = -np.log1p(-_TILTS) - _TILTS
 _HALVINGS = 30
+#: Observations from which on a sum of what has no small bound is taken for normal.
+FEWEST = 100
+# Those for which its interval is best.
+_BEST = 1_000.0
 
 
 def growth(losses: ArrayLike, target: ArrayLike) -> Float:
@@ -80,4 +84,27 @@ def half_width(squares: ArrayLike, level: float) -> Float:
         enough = log_wealth(middle, seen) >= needed
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     width: Float = high
+    return width
+
+
+def normal_half_width(num: int, deviation: ArrayLike, level: float) -> Float:
+    """Returns how far (...) a sum of `num` observations may be from that of their means.
+
+    By the time-uniform central limit theorem (Waudby-Smith et al., 2021, arXiv 2103.06476, theorem
+    2.2) it is further at some time from `FEWEST` observations on with a probability of about
+    `level`; below, it is infinite. For what has no small bound, such as tokens.
+
+    Args:
+        num: The number of observations.
+        deviation: (...) their standard deviation.
+        level: In (0, 1).
+    """
+    deviations = np.asarray(deviation, dtype=np.float64)
+    if num < FEWEST:
+        return np.full_like(deviations, np.inf)
+    over = -2 * np.log(level)
+    ratio = num * (over + np.log(over) + 1) / _BEST
+    width: Float = deviations * np.sqrt(
+        2 * num * (1 + 1 / ratio) * np.log(np.sqrt(ratio + 1) / level)
+    )
     return width

@@ -7,8 +7,7 @@ counts once. With p the probability of the challenger, A whether it was drawn an
 units before, (A / p - (1 - A) / (1 - p)) (Y - m) has the effect on Y as its mean (Horvitz and
 Thompson, 1952, centred). The interval around it holds at all times at once: of what happens or does
 not by `betting.half_width`; of tokens and seconds, whose largest values are far from usual ones, by
-the time-uniform central limit theorem (Waudby-Smith et al., 2021, arXiv 2103.06476, theorem 2.2)
-from `_FEWEST` units on.
+`betting.normal_half_width` from `FEWEST` units on.
 
 What exact match is lost is not told here but by pairs, `haltwise.control.trial`: there an audit
 tells it of both heads at once, and nobody has to be served worse for it.
@@ -25,7 +24,7 @@ from typing import Literal
 
 import numpy as np
 
-from haltwise.control.betting import Float, half_width
+from haltwise.control.betting import FEWEST, Float, half_width, normal_half_width
 from haltwise.control.library import Library
 from haltwise.control.record import TABLES
 from haltwise.control.roster import FAILED
@@ -42,8 +41,6 @@ LARGEST: dict[Kind, float] = {
     "complaints": 1.0,
 }
 _LEVEL = 0.05
-# Units from which on a sum of tokens is taken for normal, and those for which its interval is best.
-_FEWEST, _BEST = 100, 1_000.0
 # From which evidence on the shares do not fit the draws.
 _MISMATCH = 1_000.0
 
@@ -144,12 +141,9 @@ def effect(units: Sequence[Served], kind: Kind) -> Effect:
 def _half_width(scores: Float, kind: Kind) -> float:
     """Returns how far a sum of scores, each within 1 of 0, may be from that of their means."""
     num = len(scores)
-    if num < _FEWEST or kind not in ("tokens", "seconds"):
+    if num < FEWEST or kind not in ("tokens", "seconds"):
         return float(half_width(float((scores**2).sum()), _LEVEL / 2))
-    over = -2 * math.log(_LEVEL)
-    ratio = num * (over + math.log(over) + 1) / _BEST
-    log = math.log(math.sqrt(ratio + 1) / _LEVEL)
-    return float(scores.std() * math.sqrt(2 * num * (1 + 1 / ratio) * log))
+    return float(normal_half_width(num, scores.std(), _LEVEL))
 
 
 def evidence_of_mismatch(units: Iterable[Served]) -> float:

@@ -27,6 +27,7 @@ from haltwise.control.audited import AuditedRequest, Look
 from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.books import Awaited, Entry
+from haltwise.control.course import Course, halts_of
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.group_names import LONGEST_NAME, groups_of
@@ -128,6 +129,8 @@ class GovernedControl:
     explore: float = 0.0
     """Share of the requests that are served the next stricter price, which is drawn and recorded:
     so requests that are served tell what a step of the price changes. In apply mode."""
+    replay_all: bool = False
+    """Whether every request is replayed at all prices, not audits alone, for `off_policy`."""
     promotion: Promotion = "ask"
     """Whether a challenger that is known to be better begins to serve by itself."""
     asks_answers: bool = False
@@ -146,6 +149,7 @@ class GovernedControl:
         self.roster = Roster(self.heads, self.keeper, self.key)
         """Says which head serves a request."""
         self._audits: dict[int, AuditedRequest] = {}
+        self._courses: dict[int, Course] = {}
         self._waiting: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._raters = Raters(self.key, self.record)
@@ -210,6 +214,7 @@ class GovernedControl:
             return self._begun(request, named)
         except Exception as error:
             self._audits.pop(id(request), None)
+            self._courses.pop(id(request), None)
             self.failures.add("a request begins", error)
             return asked if self.mode == "observe" else replace(asked, price=0.0)
 
@@ -236,11 +241,14 @@ class GovernedControl:
             self._waiting.update(list(rates))
         if drawn.audited:
             steps = {name: one.books.groups.step(names, users) for name, one in self._shelf()}
-            self._draw(number, request, drawn, head, steps | {head: step})
+            self._draw(number, request, drawn, head, steps | {head: step}, served)
             return replace(asked, price=0.0, looked_at=True)
         if self._waiting[EVERYTHING] >= _COUNTED_AT:
             self._put({})
-        return replace(asked, price=served)
+        if self.replay_all:
+            replay = Replay(self.heads[head], prices, asked.min_tokens)
+            self._courses[id(request)] = Course(replay)
+        return replace(asked, price=served, looked_at=asked.looked_at or self.replay_all)
 
     def _step(
         self, request: ThoughtRequest, number: str, named: bool, top: int, prices: Float
@@ -277,6 +285,7 @@ class GovernedControl:
         drawn: AuditDraw,
         head: str,
         steps: Mapping[str, int],
+        price: float,
     ) -> None:
         """Begins an audit, which all heads replay.
 
@@ -286,12 +295,13 @@ class GovernedControl:
             drawn: What was drawn.
             head: The head that watches it.
             steps: By head, the step that it would be served.
+            price: The one that it would be served.
         """
         least = request.terms.min_tokens
         replays = {name: Replay(self.heads[name], self._prices[name], least) for name in steps}
         dense, process = self._is_dense(number), self.keeper.process
         self._audits[id(request)] = AuditedRequest(
-            number, request, drawn, head, steps[head], replays, dense
+            number, request, drawn, head, steps[head], price, replays, dense
         )
         self._put(
             {name: Entry(Drawn(number, at, drawn.groups, process)) for name, at in steps.items()}
@@ -370,7 +380,14 @@ class GovernedControl:
 
     def price(self, running: RunningRequest) -> float:
         """Returns the price of its terms; an audit's decision point is replayed at all prices."""
-        audit = self._audits.get(id(running.report.request))
+        asked = id(running.report.request)
+        audit, course = self._audits.get(asked), self._courses.get(asked)
+        if course is not None and running.point is not None:
+            try:
+                course.add(*running.point, running)
+            except Exception as error:
+                self.failures.add("a replay", error)
+                del self._courses[asked]
         if audit is not None and running.point is not None:
             try:
                 signals, place = running.point
@@ -549,6 +566,7 @@ class GovernedControl:
             price_asked=report.request.terms.price,
             price_ceiling=price_of(self._prices[head], groups.ceiling(names)),
             price_served=report.price,
+            price_due=audit.price if audit else report.price,
             price_probability=self._probabilities.pop(str(about.get("id")), None),
             audited=audit is not None,
             audit_probability=audit.drawn.probability if audit else max(rates.values()),
@@ -556,9 +574,22 @@ class GovernedControl:
             reason=report.reason,
             position=report.position,
             audit_tokens=num_tokens,
+            halts=self._halts(report, audit, head),
             **digests,
             **vars(report.spent),
         )
+
+    def _halts(self, report: ThoughtReport, audit: AuditedRequest | None, head: str) -> str | None:
+        """Returns from which price on a thought has how many tokens, where that was replayed."""
+        prices, course = self._prices[head], self._courses.pop(id(report.request), None)
+        if course is not None:
+            return course.told(prices, report)
+        if audit is None or not self.replay_all:
+            return None
+        end = float(report.position + report.num_probe_tokens)
+        positions = audit.replay.positions.tolist()
+        spent = {at: look.num_probe_tokens for at, look in audit.looks.items()}
+        return halts_of(prices, [at + spent[at] if at in spent else end for at in positions])
 
     def _note_answers(
         self,

@@ -59,6 +59,7 @@ def open_control(
     promotion: Promotion = "ask",
     explore: float = 0.0,
     group_targets: Mapping[str, float] | None = None,
+    replay_all: bool = False,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -79,6 +80,7 @@ def open_control(
         promotion: Whether one that is known to be better begins to serve by itself.
         explore: Share of the requests that are served the next stricter price.
         group_targets: By group that is promised a smaller loss than everything, that target.
+        replay_all: Whether every request is replayed at all prices, for `off_policy`.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -132,6 +134,7 @@ def open_control(
         telemetry=telemetry,
         promotion=promotion,
         explore=explore,
+        replay_all=replay_all,
     )
 
 

@@ -42,6 +42,8 @@ class RequestRow:
     price_asked: float | None = None
     price_ceiling: float | None = None
     price_served: float | None = None
+    price_due: float | None = None
+    """The price that it was served, or would have been if it were no audit."""
     price_probability: float | None = None
     """With which that price was drawn, where it was one of two."""
     audited: bool = False
@@ -62,6 +64,9 @@ class RequestRow:
     """How it ended: the answer's finish reason, "cut off", or "passed on" where nobody watched."""
     seconds: float | None = None
     """From its arrival to its end."""
+    halts: str | None = None
+    """From which price on its thought has how many tokens, see `course.halts_of`; of prices below
+    the one that was served, what it really had. None where it was not replayed."""
 
 
 @dataclass(frozen=True)

@@ -851,6 +851,7 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         config.promotion,
         config.explore,
         _targets(config, keys),
+        config.replay_all,
     )
 
 

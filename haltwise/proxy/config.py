@@ -35,7 +35,7 @@ GOVERNED = ("observe", "apply")
 # Settings that mean something to these controls alone.
 _OF_GOVERNED = (
     "challenger", "promotion", "target", "group_target", "audit", "state_key", "label_hours",
-    "audit_traces", "dense_audits", "telemetry",
+    "audit_traces", "dense_audits", "telemetry", "replay_all",
 )  # fmt: skip
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
@@ -134,6 +134,9 @@ class ServeConfig:
     explore: float = 0.0
     """Share of the requests that name no price and are served the next stricter one, drawn and
     recorded with its probability: what a step of the price changes is seen on served requests."""
+    replay_all: bool = False
+    """Replay every request at all prices, not audits alone, which takes time at every decision
+    point: then `haltwise experiment --prices` tells from all of them what prices would spend."""
     follow_doubts: bool = False
     """Take it for a bad score of a session (X-Haltwise-Session) if it asks the same again, or
     whether the LM is sure: its next requests are halted later. Needs --control apply."""

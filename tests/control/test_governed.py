@@ -18,6 +18,7 @@ from haltwise.control import governed as module
 from haltwise.control import raters
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
+from haltwise.control.course import tokens_at
 from haltwise.control.governed import GovernedControl, Mode
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.opening import KeptTraces, open_control
@@ -433,6 +434,24 @@ def test_a_share_explores_the_next_stricter_price_with_a_known_probability(tmp_p
     for share in (-0.1, 1.0, float("nan")):
         with pytest.raises(InputError, match="explore is"), control(tmp_path, explore=share):
             pass
+
+
+@pytest.mark.parametrize("price", [0.0, 0.5, 3.0, 9.0])
+def test_a_request_that_is_served_is_replayed_at_all_prices(price: float, tmp_path: Path) -> None:
+    """What it tells of prices from the one that was served on is what an audit tells."""
+    with control(tmp_path, audit=0.0, replay_all=True) as steering:
+        run(steering, asked(price, id="served"))
+        prices = steering.prices
+    with control(tmp_path, audit=1.0, replay_all=True) as steering:
+        request = asked(price, id="audit")
+        run(steering, request)
+        told(steering, request)
+    found = rows(tmp_path, "request", "id", "price_due", "halts")
+    halts = {name: tokens_at(told, prices) for name, due, told in found if due == price}
+    expected = np.where(prices >= LATER, 4, np.where(prices >= 1, 8, 12))
+    assert halts["audit"].tolist() == expected.tolist()
+    at_due = 4 if price >= LATER else 8 if price >= 1 else 12
+    assert halts["served"].tolist() == np.minimum(halts["audit"], at_due).tolist()
 
 
 def test_nothing_is_paced_where_control_only_looks(tmp_path: Path) -> None:

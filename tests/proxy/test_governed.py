@@ -549,6 +549,7 @@ def test_without_a_control_the_status_says_so(serving: Governed) -> None:
         ({"control": "observe", "context": 0}, "--context is 0"),
         ({"control": "observe", "state": "postgresql://x/y"}, "expected --state-key with a file"),
         ({"telemetry": True}, "--telemetry is given, expected it with --control"),
+        ({"replay_all": True}, "--replay-all is given, expected it with --control"),
         ({"control": "observe", "state": Path("no") / "where"}, "expected a file to write into"),
         ({"operator_key_env": "HALTWISE_NOT_SET"}, "HALTWISE_NOT_SET is not set"),
     ],
