@@ -147,7 +147,7 @@ def drift_between(
     drift = Drift(*counts, facts, p_questions, p_thoughts)
     if p_thoughts <= LEVEL / _NUM_TESTS:
         return replace(drift, p_least=_p_least(test, thoughts, kind))
-    verdicts = _residuals(_verdicts(both), np.concatenate([given, seen, seen**2], axis=1))
+    verdicts = _surprises(_verdicts(both), np.concatenate([given, seen, seen**2], axis=1))
     return replace(drift, p_verdicts=test.p(verdicts, 2 * kind + both.labelled))
 
 
@@ -237,6 +237,23 @@ def _residuals(values: Float, given: Float) -> Float:
     gram = centred.T @ centred + _RIDGE * np.eye(centred.shape[1])
     residuals: Float = values - centred @ np.linalg.solve(gram, centred.T @ values)
     return residuals
+
+
+def _surprises(verdicts: Float, given: Float) -> Float:
+    """Returns how far verdicts (N, K) in [0, 1] are from what other columns (N, L) let expect.
+
+    What is expected is a logistic regression's, which does not know the stretches either. A verdict
+    between 0 and 1 counts as both, in its share.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    twice, right = np.concatenate([given, given]), np.repeat([True, False], len(given))
+    surprises: Float = verdicts - verdicts.mean(axis=0)
+    for k in np.flatnonzero(verdicts.any(axis=0) & (verdicts < 1).any(axis=0)):
+        weights = np.concatenate([verdicts[:, k], 1 - verdicts[:, k]])
+        expected = LogisticRegression(C=1 / _RIDGE, max_iter=1_000).fit(twice, right, weights)
+        surprises[:, k] = verdicts[:, k] - expected.predict_proba(given)[:, 1]
+    return surprises
 
 
 @dataclass(frozen=True, eq=False)

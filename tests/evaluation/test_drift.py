@@ -172,7 +172,7 @@ def recorded_case(traces: Traces, seed: int) -> Mapping[str, tuple[Traces, Trace
         "": (of(here & early), of(here & ~early)),
         "questions": (of(here & source), of(here & hard)),
         "LM": (of(here & early), of(there & ~early)),
-        "scorer": (of(here & early), misjudged(of(here & ~early), 0.25, rng)),
+        "scorer": (of(here & early), misjudged(of(here & ~early), 0.2, rng)),
     }
 
 
