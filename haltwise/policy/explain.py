@@ -52,7 +52,7 @@ class Explanation:
     """The price at which the decision would flip, among the prices that the head was trained for.
 
     If there are several, it is the nearest one. It is 0 if the head halts at all of those prices,
-    and infinite if it halts at none. As in Gittins' index, it is what 1,000 more tokens are
+    and infinite if it halts at none, as without an answer. As in Gittins' index, it is what 1,000 more tokens are
     expected to buy: halting is best at every price above the largest ratio, over all later halts,
     of the expected gain in exact match to the expected tokens.
     """
@@ -90,6 +90,7 @@ def explain(
     point = _observed(head, "features", features, price)
     reference = config.observing.mean if reference is None else reference
     origin = _observed(head, "reference", reference, price)
+    may_halt = bool(head.may_halt(np.asarray(features, dtype=np.float32)[None])[0])
     reference_log_odds, log_odds = head.log_odds_of(np.stack([origin, point])).tolist()
     contributions = _integrated_gradients(head, origin, point, log_odds - reference_log_odds)
     return Explanation(
@@ -99,7 +100,7 @@ def explain(
         reference_log_odds=reference_log_odds,
         prob_halt=float(prob_of(np.array(log_odds))),
         price=price,
-        indifference_price=_indifference_price(head, point, price),
+        indifference_price=_indifference_price(head, point, price) if may_halt else np.inf,
     )
 
 

@@ -27,6 +27,9 @@ _LOWEST_CONFIDENCE = 1 / (1 + np.exp(-_LOWEST_LOGIT))
 _LEAST_DOUBT = 1e-6
 _MEAN_DECAY = 0.7
 
+#: The feature that tells whether a forced answer could be read.
+ANSWERED = "answered"
+
 Columns = Sequence[NDArray[Any]]
 
 
@@ -234,7 +237,7 @@ class _Agreement(FeatureGroup):
     """How far the forced answers agree with each other."""
 
     features = (
-        Feature("answered", "there is an answer", "there is no answer"),
+        Feature(ANSWERED, "there is an answer", "there is no answer"),
         Feature("log_run", "repeated more in a row", "repeated less in a row"),
         Feature("run_share", "settled for longer", "settled for less long"),
         Feature("top_share", "answers agree more", "answers agree less"),

@@ -30,7 +30,13 @@ from safetensors.numpy import save as save_tensors
 
 from haltwise.errors import InputError
 from haltwise.policy.certificate import Certificate
-from haltwise.policy.features import FEATURE_GROUPS, check_projection, feature_names, signals_of
+from haltwise.policy.features import (
+    ANSWERED,
+    FEATURE_GROUPS,
+    check_projection,
+    feature_names,
+    signals_of,
+)
 from haltwise.policy.halting import Halting
 from haltwise.policy.projection import Projection, check_tensor
 from haltwise.policy.signals import Bools, Float
@@ -353,9 +359,18 @@ class HaltHead:
     def halts(self, features: Float, price: ArrayLike | None = None) -> Bools:
         """Tells which rows to halt (B,); a row with a NaN feature continues.
 
-        The arguments are those of `log_odds`.
+        One whose forced answer was looked at and cannot be read continues too: whoever halts it has
+        no answer. The arguments are those of `log_odds`.
         """
-        return self.prob_halt(features, price) >= self.config.threshold
+        likely: Bools = self.prob_halt(features, price) >= self.config.threshold
+        return likely & self.may_halt(features)
+
+    def may_halt(self, features: Float) -> Bools:
+        """Tells which rows (B,) have an answer as far as is known, see `halts`."""
+        if ANSWERED not in self.config.features:
+            return np.ones(len(features), dtype=np.bool_)
+        answered: Bools = features[:, self.config.features.index(ANSWERED)] > 0
+        return answered
 
     def save(self, folder: Path | str) -> None:
         """Writes head.safetensors and head.json into a folder, each whole or not at all.

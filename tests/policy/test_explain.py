@@ -15,6 +15,7 @@ RUN = 1  # the column of log_run
 
 def features_of(run: float) -> np.ndarray:
     features = np.zeros(7, dtype=np.float32)
+    features[0] = 1  # there is an answer
     features[RUN] = np.log1p(run)
     return features
 
@@ -117,6 +118,12 @@ def test_indifference_price_is_zero_if_it_always_halts_and_infinite_if_never(
 ) -> None:
     assert explain(run_head, features_of(4)).indifference_price == 0  # it would be 0.041
     assert explain(run_head, features_of(0)).indifference_price == np.inf  # it would be 68
+
+
+def test_without_an_answer_no_price_halts(run_head: HaltHead) -> None:
+    unread = features_of(4)
+    unread[0] = 0
+    assert explain(run_head, unread).indifference_price == np.inf
 
 
 def test_of_several_flips_the_nearest_counts(run_head: HaltHead) -> None:

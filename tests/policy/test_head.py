@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, InputError, Observing
+from tests.heads import random_head
 
 
 def features_of(run: float) -> np.ndarray:
     features = np.zeros((1, 7), dtype=np.float32)
+    features[0, 0] = 1  # there is an answer
     features[0, 1] = np.log1p(run)
     return features
 
@@ -30,6 +32,17 @@ def test_log_odds_by_hand(run_head: HaltHead) -> None:
 def test_a_higher_price_halts_sooner(run_head: HaltHead) -> None:
     halts = [[run_head.halts(features_of(r), p)[0] for r in (1, 2, 4)] for p in (10, 1, 0.1)]
     assert halts == [[True, True, True], [False, True, True], [False, False, True]]
+
+
+def test_nothing_is_halted_without_an_answer(run_head: HaltHead) -> None:
+    unread = features_of(4)
+    unread[0, 0] = 0
+    both = np.concatenate([unread, features_of(4)])
+    assert run_head.prob_halt(both, 10).tolist()[0] >= 0.5
+    assert run_head.halts(both, 10).tolist() == [False, True]
+    assert run_head.may_halt(both).tolist() == [False, True]
+    blind = random_head(0, groups=("pace",), probing="at_halt")
+    assert blind.may_halt(np.zeros((2, 3), dtype=np.float32)).all()
 
 
 def test_default_price_is_the_heads_own(run_head: HaltHead) -> None:

@@ -85,7 +85,8 @@ def test_any_cache_will_do(attention: str, cache: dict[str, Any], sampling: dict
     generation = ProbingGeneration(head(), TOKENIZER)
     assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
     assert sum(row.num_probe_tokens for row in generation.report) > 5
-    generation = ProbingGeneration(head(), TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
+    unread = head(groups=("pace", "confidence"))  # halts whether its answer can be read or not
+    generation = ProbingGeneration(unread, TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
     out = generate(model, **arguments, custom_generate=generation)
     for i in (0, 2):
         assert new_tokens(out[i]) == new_tokens(plain[i])
