@@ -86,6 +86,8 @@ class Decoder:
         #: Why slots cannot go on: prompts that do not fit, logits that are not numbers.
         self.troubles: dict[int, str] = {}
         self._keeps_on = keeps_on
+        # By slot whose thought was closed here, the thought and the slot's length before that.
+        self._open: dict[int, tuple[Thought, int]] = {}
         # (num_slots, max_tokens) in [0, 1): what each token of each slot is sampled with.
         self._uniforms = np.zeros((num_slots, max_tokens), dtype=np.float32)
         self._reducer = SignalReducer(self.rules, signals, num_slots, model.device)
@@ -174,7 +176,8 @@ class Decoder:
     def close(self, slots: Index) -> None:
         """Closes the thoughts of slots (B,); their answers follow, as far as the budget goes."""
         close_ids = self.rules.close_ids
-        for thought in self._thoughts_in(slots):
+        for slot, thought in zip(slots.tolist(), self._thoughts_in(slots), strict=True):
+            self._open[slot] = thought.copy(), int(self._slots.lengths[slot])
             thought.closed = True
             for token in close_ids[: self.max_tokens - thought.num_tokens]:
                 thought.add(token)
@@ -183,6 +186,19 @@ class Decoder:
         going = slots[self._are_going(slots)]
         if len(going):
             self._slots.prefill(going, [close_ids] * len(going))
+
+    def reopen(self, slot: int) -> int:
+        """Takes back that the thought of a slot was closed, which goes on from there.
+
+        Returns:
+            How many tokens of an answer are dropped.
+        """
+        num_closed = self.thoughts[slot].num_tokens
+        thought, length = self._open.pop(slot)
+        self.thoughts[slot], row = thought, np.array([slot])
+        self._slots.rollback(row, length - 1)
+        self._slots.prefill(row, [thought.tokens[-1:]])
+        return max(num_closed - thought.num_tokens - len(self.rules.close_ids), 0)
 
     def signals(self, slots: Index, probes: Sequence[Probe] | None = None) -> Signals:
         """Returns what is seen of slots (B,) at their decision points.

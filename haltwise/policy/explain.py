@@ -52,9 +52,9 @@ class Explanation:
     """The price at which the decision would flip, among the prices that the head was trained for.
 
     If there are several, it is the nearest one. It is 0 if the head halts at all of those prices,
-    and infinite if it halts at none, as without an answer. As in Gittins' index, it is what 1,000 more tokens are
-    expected to buy: halting is best at every price above the largest ratio, over all later halts,
-    of the expected gain in exact match to the expected tokens.
+    and infinite if it halts at none, as without an answer. As in Gittins' index, it is what 1,000
+    more tokens are expected to buy: halting is best at every price above the largest ratio, over
+    all later halts, of the expected gain in exact match to the expected tokens.
     """
 
     def drivers(self, num: int) -> list[tuple[str, float]]:

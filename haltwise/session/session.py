@@ -28,6 +28,9 @@ log = logging.getLogger("haltwise")
 
 T = TypeVar("T")
 
+#: Why a halted thought went on: its answer could not be read, or was refused.
+UNGIVEN = "answer refused"
+
 #: Given rows (B,) at decision points and their thoughts, returns their signals in that order.
 ReadSignals = Callable[[Index, list[Thought]], Signals]
 
@@ -203,6 +206,12 @@ class Session:
         report = self.running[row].report
         report.decided = report.decided_at = None
         self.look(row)
+
+    def resume(self, row: int) -> None:
+        """Lets the thought of a halted row go on, whose answer cannot be given; its cap holds."""
+        self.undo(row)
+        self.running[row].report.fallback = UNGIVEN
+        self.lose(row)
 
     def release(self, row: int, fallback: str = "") -> None:
         """Leaves a row to its LM for good, even one that was to be halted.

@@ -1,5 +1,6 @@
 """A thought as its tokens come in, where it can be halted, and the answer that is forced then."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -91,6 +92,10 @@ class PointRules:
         text = self._opening + text if text.strip() else ""
         return Probe(**vars(answer), text=text, answer=self.read_answer(text))
 
+    def is_readable(self, text: str) -> bool:
+        """Tells whether an answer can be read from a text."""
+        return bool(self.read_answer(text))
+
     def is_complete(self, tokens: Sequence[Any]) -> bool:
         """Tells whether a forced answer with some tokens has come to the text that ends it."""
         return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
@@ -146,6 +151,12 @@ class Thought:
         self._latest = 0  # tokens at the latest decision point
         self._answer = 0  # the key of the forced answer that was told last
         self.read_prompt(prompt)
+
+    def copy(self) -> "Thought":
+        """Returns a thought that stands where this one does, and goes on by itself."""
+        twin = copy.copy(self)
+        twin.tokens, twin._half = list(self.tokens), list(self._half)
+        return twin
 
     def read_prompt(self, prompt: str) -> None:
         """Finds out whether a prompt, or the end of one, leaves the LM inside of a thought."""

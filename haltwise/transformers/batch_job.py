@@ -4,7 +4,7 @@ A fixed batch runs until its longest row has ended, whatever the others save; he
 tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,7 @@ def generate_all(
     temperature: float = 0.0,
     seed: int = 0,
     control: Control | None = None,
+    accepts: Callable[[str], bool] | None = None,
 ) -> Iterator[BatchAnswer]:
     """Answers prompts in refilled slots, with a head that halts their thoughts.
 
@@ -65,6 +66,9 @@ def generate_all(
         temperature: The temperature of sampling; 0 takes the likeliest token.
         seed: The seed of sampling.
         control: It sets terms and prices; by default those that are asked for are constant.
+        accepts: Tells of the text of an answer whether it can be given; by default of one that the
+            head's answer rule can read. Where the head has halted a thought and it cannot, the
+            thought goes on to its end.
 
     Returns:
         An iterator that gives each answer as soon as it is known.
@@ -89,15 +93,20 @@ def generate_all(
         signals=head.config.observing.signals if measures else (),
         keeps_on=True,
     )
-    return _BatchJob(Session(head, num_slots, control), decoder, terms).run(prompts, seed)
+    session = Session(head, num_slots, control)
+    job = _BatchJob(session, decoder, terms, accepts or decoder.rules.is_readable)
+    return job.run(prompts, seed)
 
 
 class _BatchJob:
     """A decoder whose slots are halted by a session, and refilled."""
 
-    def __init__(self, session: Session, decoder: Decoder, terms: Terms) -> None:
+    def __init__(
+        self, session: Session, decoder: Decoder, terms: Terms, accepts: Callable[[str], bool]
+    ) -> None:
         """Takes a session with a row for each of the decoder's slots, and the terms of prompts."""
         self._session, self._decoder, self._terms = session, decoder, terms
+        self._accepts = accepts
         self._looks = session.head.config.halting.probing == "always"
 
     def run(self, prompts: Iterable[str], seed: int) -> Iterator[BatchAnswer]:
@@ -114,6 +123,8 @@ class _BatchJob:
                 for slot in list(session.running):
                     if slot in troubles:
                         yield self._finish(slot, None)
+                    elif self._is_to_resume(slot, answers.get(slot)):
+                        self._resume(slot)
                     elif slot in answers or session.running[slot].thought.ended:
                         yield self._finish(slot, answers.get(slot))
         finally:  # whoever takes the answers may leave some
@@ -158,6 +169,21 @@ class _BatchJob:
         for slot, probe in probes.items():
             self._session.running[slot].report.num_probe_tokens += probe.num_tokens
         return probes
+
+    def _is_to_resume(self, slot: int, probe: Probe | None) -> bool:
+        """Tells whether the head has halted a slot whose answer is known, and cannot be given."""
+        running = self._session.running[slot]
+        if running.report.decided != "halted" or not (probe or running.thought.ended):
+            return False
+        return not self._accepts(probe.text if probe else running.thought.answer_text())
+
+    def _resume(self, slot: int) -> None:
+        """Lets the thought of a halted slot go on; what it has answered counts as a look."""
+        running = self._session.running[slot]
+        if running.thought.closed:
+            running.report.num_probe_tokens += self._decoder.reopen(slot)
+            running.thought = self._decoder.thoughts[slot]
+        self._session.resume(slot)
 
     def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
         """Frees a slot whose LM has ended, or whose forced answer is known."""

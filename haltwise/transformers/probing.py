@@ -7,7 +7,7 @@
 Rows that are not halted get exactly the tokens that `generate` gives by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -51,6 +51,9 @@ class ProbingGeneration:
         max_tokens: A thought is closed at this many thinking tokens, whatever the head says: one
             number, or one for each row; None for no such cap.
         control: It sets terms and prices; by default those that are asked for are constant.
+        accepts: Tells of the text of an answer whether it can be given; by default of one that the
+            head's answer rule can read. Where the head has halted a row and it cannot, the thought
+            goes on to its end.
 
     Raises:
         InputError: If the tokenizer is not the one that the head was trained with, or the head's
@@ -65,6 +68,7 @@ class ProbingGeneration:
         min_tokens: Any = 0,
         max_tokens: Any = None,
         control: Control | None = None,
+        accepts: Callable[[str], bool] | None = None,
     ) -> None:
         """Checks that head and tokenizer fit."""
         check_tokenizer(head, tokenizer)
@@ -72,6 +76,7 @@ class ProbingGeneration:
         self.asked = (price, min_tokens, max_tokens)
         self.rules = TokenRules(tokenizer, head.config.halting)
         self.control = control
+        self.accepts = accepts or self.rules.is_readable
         #: What happened to each row of the latest call.
         self.report: list[ThoughtReport] = []
 
@@ -144,6 +149,7 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
         self.eos_ids = end_tokens(generation_config)
         super().__init__(head, generation.rules, input_ids, generation.asked, generation.control)
         self.model, self.halting = model, head.config.halting
+        self.accepts = generation.accepts
         self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
         pad = generation_config._pad_token_tensor
         assert pad is not None  # transformers pads with the end token if there is no other
@@ -182,7 +188,7 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
     def halt_waiting(self, waiting: Sequence[int]) -> None:
         """Decides about rows that wait, and closes the thoughts of those that are halted.
 
-        A row whose forced answer is unsound goes on.
+        A row whose forced answer is unsound, or cannot be given, goes on.
         """
         looks = self.halting.probing == "always"
         probes = self.probe(waiting) if looks else {}
@@ -191,11 +197,14 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
         if not looks:
             probes = self.probe(halted)
         for row in halted:
-            if row in probes:
-                self.session.running[row].report.answer = probes[row].answer
-                self.close(row, [*probes[row].tokens, self.eos_ids[0]])
-            else:
+            report = self.session.running[row].report
+            if row not in probes:
                 self.session.undo(row)
+            elif report.decided == "halted" and not self.accepts(probes[row].text):
+                self.session.resume(row)
+            else:
+                report.answer = probes[row].answer
+                self.close(row, [*probes[row].tokens, self.eos_ids[0]])
 
     def probe(self, rows: Sequence[int]) -> dict[int, Probe]:
         """Forces the answers of some rows; those whose logits are not numbers are left out."""

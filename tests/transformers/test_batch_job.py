@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
 from haltwise import HaltHead, InputError
+from haltwise.engine.decoder import Decoder
 from haltwise.transformers import BatchAnswer, HaltProcessor, ProbingGeneration, generate_all
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm
 from tests.transformers.hf_cases import (
@@ -59,7 +61,7 @@ def test_a_head_that_never_halts_changes_nothing(
 def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
     terms: dict[str, Any] = {"price": 1.0, "min_tokens": 5, "max_tokens": 30}
     model, policy = tiny_lm(seed=seed), picky_head(seed)
-    for answer in answers(model, policy, num_slots, **terms):
+    for answer in answers(model, policy, num_slots, accepts=lambda text: True, **terms):
         looking = HaltProcessor(policy, model, TOKENIZER, **terms)
         prompt = PROMPTS[answer.index]
         assert answer.ids == alone(model, prompt, logits_processor=[looking])
@@ -181,3 +183,41 @@ def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) ->
     arguments: dict[str, Any] = {"model": tiny_lm(), "policy": head()}
     with pytest.raises(InputError, match=message):
         answers(**arguments | changes)
+
+
+@pytest.mark.parametrize("burst", [0, 16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_thought_goes_on_where_its_answer_is_refused(
+    temperature: float, burst: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refused answer leaves what there would be without a head, and counts as a look."""
+    monkeypatch.setattr("haltwise.transformers.batch_job.Decoder", partial(Decoder, burst=burst))
+    model, arguments = tiny_lm(seed=3), {"temperature": temperature, "num_slots": 3}
+    plain = answers(model, blind_head(), price=0, **arguments)
+    taken = answers(model, blind_head(), price=ALWAYS, accepts=lambda text: True, **arguments)
+    asked: list[str] = []
+
+    def refuses(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    refused = answers(model, blind_head(), price=ALWAYS, accepts=refuses, **arguments)
+    halted = [answer.index for answer in taken if answer.report.halted]
+    assert len(halted) >= 4 and len(asked) == len(halted)
+    for before, after, other in zip(plain, refused, taken, strict=True):
+        assert after.ids == before.ids
+        is_halted = after.index in halted
+        assert after.report.fallback == ("answer refused" if is_halted else "")
+        spent = other.ids[other.report.position :].index(CLOSE) + 1 if is_halted else 0
+        dropped = len(other.ids) - other.report.position - spent if is_halted else 0
+        assert after.report.num_probe_tokens == dropped
+        assert after.report.reason == before.report.reason
+
+
+def test_an_answer_that_is_not_read_is_refused_unless_the_cap_has_closed_its_thought() -> None:
+    follows = {CLOSE: IDS["."], IDS["."]: EOS}  # it answers "."
+    model = ScriptedLM(lambda token, _: follows.get(token, IDS["5"]))
+    (gone_on,) = answers(model, blind_head(), prompts=["5 <think>"], price=ALWAYS)
+    assert gone_on.report.fallback == "answer refused" and len(gone_on.ids) == 40
+    (capped,) = answers(model, blind_head(), prompts=["5 <think>"], price=ALWAYS, max_tokens=3)
+    assert (capped.report.reason, capped.report.fallback) == ("capped", "")

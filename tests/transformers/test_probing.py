@@ -85,8 +85,11 @@ def test_any_cache_will_do(attention: str, cache: dict[str, Any], sampling: dict
     generation = ProbingGeneration(head(), TOKENIZER)
     assert torch.equal(generate(model, **arguments, custom_generate=generation), plain)
     assert sum(row.num_probe_tokens for row in generation.report) > 5
-    unread = head(groups=("pace", "confidence"))  # halts whether its answer can be read or not
-    generation = ProbingGeneration(unread, TOKENIZER, price=np.array([NEVER, ALWAYS, NEVER]))
+    terms: dict[str, Any] = {
+        "price": np.array([NEVER, ALWAYS, NEVER]),
+        "accepts": lambda text: True,
+    }
+    generation = ProbingGeneration(head(groups=("pace", "confidence")), TOKENIZER, **terms)
     out = generate(model, **arguments, custom_generate=generation)
     for i in (0, 2):
         assert new_tokens(out[i]) == new_tokens(plain[i])
@@ -253,3 +256,23 @@ def test_fingerprints_follow_the_vocabulary() -> None:
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(TOKENIZER)
     other.add_tokens(["new"])
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(TOKENIZER)
+
+
+@pytest.mark.parametrize("probing", ["always", "at_halt"])
+def test_a_thought_goes_on_where_its_answer_is_refused(probing: Probing) -> None:
+    """A row whose answer is refused has the tokens of plain `generate`, and is halted no more."""
+    model, groups = tiny_lm(seed=3), ("pace",) if probing == "at_halt" else ("pace", "confidence")
+    plain, policy = generate(model), head(probing, groups=groups)
+    asked: list[str] = []
+
+    def refuses(text: str) -> bool:
+        asked.append(text)
+        return False
+
+    generation = ProbingGeneration(policy, TOKENIZER, price=ALWAYS, accepts=refuses)
+    assert torch.equal(generate(model, custom_generate=generation), plain)
+    assert [row.fallback for row in generation.report] == ["answer refused"] * len(asked)
+    assert len(asked) == 3 and all(row.num_probe_tokens for row in generation.report)
+    capped = ProbingGeneration(policy, TOKENIZER, price=ALWAYS, max_tokens=3, accepts=refuses)
+    generate(model, custom_generate=capped)
+    assert {row.reason for row in capped.report} == {"capped"}
