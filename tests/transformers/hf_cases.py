@@ -64,6 +64,11 @@ def blind_head(rule: str = "every 4 tokens", close: str = "</think>", **changes:
     return head("at_halt", rule, **{"groups": BLIND, "close": close} | changes)
 
 
+def accept(text: str) -> bool:
+    """Any answer can be given."""
+    return True
+
+
 def picky_head(seed: int, groups: tuple[str, ...] = BLIND) -> HaltHead:
     """A head with random weights; about half of its decisions are to halt."""
     policy, rng = blind_head(), np.random.default_rng(seed)

@@ -14,6 +14,7 @@ from tests.transformers.hf_cases import (
     ALWAYS,
     NEVER,
     TOKENIZER,
+    accept,
     blind_head,
     generate,
     head,
@@ -61,7 +62,7 @@ def test_a_head_that_never_halts_changes_nothing(
 def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
     terms: dict[str, Any] = {"price": 1.0, "min_tokens": 5, "max_tokens": 30}
     model, policy = tiny_lm(seed=seed), picky_head(seed)
-    for answer in answers(model, policy, num_slots, accepts=lambda text: True, **terms):
+    for answer in answers(model, policy, num_slots, accepts=accept, **terms):
         looking = HaltProcessor(policy, model, TOKENIZER, **terms)
         prompt = PROMPTS[answer.index]
         assert answer.ids == alone(model, prompt, logits_processor=[looking])
@@ -192,9 +193,10 @@ def test_a_thought_goes_on_where_its_answer_is_refused(
 ) -> None:
     """A refused answer leaves what there would be without a head, and counts as a look."""
     monkeypatch.setattr("haltwise.transformers.batch_job.Decoder", partial(Decoder, burst=burst))
-    model, arguments = tiny_lm(seed=3), {"temperature": temperature, "num_slots": 3}
+    arguments: dict[str, Any] = {"temperature": temperature}
+    model = tiny_lm(seed=3)
     plain = answers(model, blind_head(), price=0, **arguments)
-    taken = answers(model, blind_head(), price=ALWAYS, accepts=lambda text: True, **arguments)
+    taken = answers(model, blind_head(), price=ALWAYS, accepts=accept, **arguments)
     asked: list[str] = []
 
     def refuses(text: str) -> bool:

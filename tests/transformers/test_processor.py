@@ -27,6 +27,7 @@ from tests.transformers.hf_cases import (
     PROMPTS,
     SAMPLING,
     TOKENIZER,
+    accept,
     answer_to,
     blind_head,
     generate,
@@ -260,7 +261,7 @@ def test_a_row_alone_is_halted_as_in_any_batch_and_as_by_a_probing_generation(se
         row = generate(model, [prompt], **OPEN_END, logits_processor=[alone])
         assert alone.report == [together.report[i]]
         assert torch.equal(row[0, -40:], out[i, -40:])
-    generation = ProbingGeneration(policy, TOKENIZER, **terms)
+    generation = ProbingGeneration(policy, TOKENIZER, accepts=accept, **terms)
     generate(model, prompts, **OPEN_END, custom_generate=generation)
     for mine, theirs in zip(together.report, generation.report, strict=True):
         assert (mine.reason, mine.position) == (theirs.reason, theirs.position)
