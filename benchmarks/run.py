@@ -33,6 +33,7 @@ from benchmarks import (
     promotion,
     proxy,
     recorder,
+    resumed,
     wall_clock,
 )
 from benchmarks.bound import BoundConfig
@@ -44,6 +45,7 @@ from benchmarks.ppo import PPOBenchConfig
 from benchmarks.promotion import PromotionConfig
 from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
+from benchmarks.resumed import ResumedConfig
 from benchmarks.synthetic import synthetic_traces
 from benchmarks.timing import BenchResult
 from benchmarks.wall_clock import WallClockConfig
@@ -63,6 +65,7 @@ BenchPart = Literal[
     "control",
     "promotion",
     "bound",
+    "resumed",
 ]
 
 _NUM_TRACES = 2_700
@@ -76,8 +79,8 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo, control, promotion and bound. Default:
-    synthetic."""
+    """A file or folder of traces for environment, ppo, control, promotion, bound and resumed.
+    Default: synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -104,6 +107,8 @@ class BenchConfig:
     """How often challengers take over, by simulation on the traces."""
     bound: BoundConfig = field(default_factory=BoundConfig)
     """What could be saved at most by the signals of the traces."""
+    resumed: ResumedConfig = field(default_factory=ResumedConfig)
+    """What is lost where a forced answer cannot be read."""
 
 
 def main(config: BenchConfig) -> None:
@@ -127,6 +132,7 @@ def main(config: BenchConfig) -> None:
         "control": partial(control.measure, traces, config.control),
         "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
+        "resumed": partial(resumed.measure, traces, config.resumed),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))

@@ -20,7 +20,9 @@ from tests import (
 )
 from tests.engine import test_burst
 from tests.guides import all_blocks, page
+from tests.policy import test_head
 from tests.proxy import (
+    test_acceptance,
     test_fields,
     test_llama_server,
     test_load,
@@ -282,6 +284,38 @@ PROMISES: dict[str, Tests] = {
         test_trouble.test_a_server_of_one_stream_is_asked_again_if_the_second_leg_fails,
         test_trouble.test_a_server_of_one_stream_that_answers_otherwise_when_asked_again_is_heard,
     ),
+    "goes on to its end, unhalted, where its answer cannot be read": (
+        test_batch_job.test_an_answer_that_is_not_read_is_refused_unless_the_cap_has_closed_its_thought,
+    ),
+    "a function of the answer's text, may ask for more than that": (
+        test_batch_job.test_a_thought_goes_on_where_its_answer_is_refused,
+        test_probing_generation.test_a_thought_goes_on_where_its_answer_is_refused,
+    ),
+    "What was refused counts as a look": (
+        test_batch_job.test_a_thought_goes_on_where_its_answer_is_refused,
+    ),
+    "A cap closes a thought whatever its answer is": (
+        test_probing_generation.test_a_thought_goes_on_where_its_answer_is_refused,
+        test_batch_job.test_an_answer_that_is_not_read_is_refused_unless_the_cap_has_closed_its_thought,
+    ),
+    "halts nothing on one that cannot be read": (
+        test_head.test_nothing_is_halted_without_an_answer,
+    ),
+    "is held back until it is whole": (test_acceptance.test_an_answer_that_is_accepted_is_given,),
+    "goes on to its end as if nothing had been tried": (
+        test_acceptance.test_where_no_answer_is_accepted_clients_get_what_they_would_have_got,
+    ),
+    "which gets the request's body and the answer's text": (
+        test_acceptance.test_where_no_answer_is_accepted_clients_get_what_they_would_have_got,
+        test_acceptance.test_an_answer_that_is_accepted_is_given,
+    ),
+    "A refused answer is paid for": (
+        test_acceptance.test_where_no_answer_is_accepted_clients_get_what_they_would_have_got,
+    ),
+    "the full answer, at the tokens of both": (
+        test_governed.test_an_audit_counts_the_full_answer_where_halting_would_have_been_taken_back,
+    ),
+    "A cap asks nobody": (test_acceptance.test_a_cap_closes_a_thought_whatever_its_answer_is,),
     "What cannot be halted rightly is passed on unhalted": (
         test_proxy.test_what_cannot_be_halted_is_relayed_and_counted,
         test_proxy.test_prompts_of_ids_and_pictures_are_relayed,
@@ -573,6 +607,9 @@ TELLS = (
     "A client that wants its thoughts halted asks",
     "An operator whose cap has to hold everywhere",
     "**No answer is lost.",
+    "**Answers can be checked first.**",
+    "processor cannot go back",
+    "It costs a stream the time of",
     "Take `free` if clients expect explanations",
     "Give llama-server at least one slot more",
     "Begin with it.",

@@ -30,6 +30,7 @@ from haltwise.control.telemetry import Telemetry
 from haltwise.errors import what_failed
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import aside
+from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill, BudgetFile, Cashier, read_budgets
 from haltwise.proxy.budget_figures import BudgetFigures
@@ -134,6 +135,7 @@ class Proxy:
         self.control = control if isinstance(control, GovernedControl) else None
         patience = config.read_timeout
         self._room = anyio.CapacityLimiter(config.max_streams)
+        acceptance = Acceptance(config.check_answers)
         self._settings = CompletionSettings(
             head,
             control,
@@ -143,7 +145,10 @@ class Proxy:
             ProbeRoom(config.max_probes, lambda: self._room.borrowed_tokens),
             config.probe_timeout,
             config.answers == "seen",
-            None if self.control is None else Auditor(self.control, self.metrics, patience),
+            acceptance,
+            None
+            if self.control is None
+            else Auditor(self.control, self.metrics, patience, acceptance),
         )
         governed = self.control if config.follow_doubts else None
         self._doubts = None if governed is None else Doubts(governed.key)

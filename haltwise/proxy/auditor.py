@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import anyio
 
@@ -11,6 +12,7 @@ from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
 from haltwise.control.audited import AuditedRequest
 from haltwise.control.governed import GovernedControl
+from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
@@ -40,10 +42,14 @@ class Auditor:
         control: Tells which requests are audits, and takes in their answers.
         metrics: Where what happens is counted.
         patience: Seconds to wait for an answer to begin.
+        acceptance: Says whether an answer could be given.
     """
 
-    def __init__(self, control: GovernedControl, metrics: Metrics, patience: float) -> None:
+    def __init__(
+        self, control: GovernedControl, metrics: Metrics, patience: float, acceptance: Acceptance
+    ) -> None:
         """Asks nothing yet."""
+        self._acceptance = acceptance
         control.asks_answers = True
         self._control, self._metrics, self._patience = control, metrics, patience
         self._room = asyncio.Semaphore(_AT_ONCE)
@@ -88,7 +94,7 @@ class Auditor:
         except Exception as error:
             self._control.failures.add("an audit's answers", error)
         finally:
-            self._tell(audit, full, answers)
+            self._tell(audit, reader, full, answers)
 
     async def _complete(
         self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
@@ -101,17 +107,38 @@ class Auditor:
         except Exception as error:
             self._control.lose_trace(error)
 
-    def _tell(self, audit: AuditedRequest, full: GivenAnswer, answers: Answers) -> None:
+    def _tell(
+        self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
+    ) -> None:
         """Tells what came of an audit; without all of the answers at its prices it is none."""
         known = {at: one for at, one in answers.items() if one is not None}
         spent = sum(one.num_tokens - audit.looks[at].reached for at, one in known.items())
         spent += audit.num_probe_tokens
         self._metrics.audit_tokens.inc(spent)
-        halted = {at: answers[at] for at in audit.positions if at in answers}
+        halted = {
+            at: self._given(audit, reader, full, answers[at], at)
+            for at in audit.positions
+            if at in answers
+        }
         if len(halted) < len(audit.positions):
             self._control.break_off(audit, spent)
         else:
             self._control.tell(audit, full, halted, spent)
+
+    def _given(
+        self,
+        audit: AuditedRequest,
+        reader: ThoughtReader,
+        full: GivenAnswer,
+        answer: GivenAnswer | None,
+        position: int,
+    ) -> GivenAnswer | None:
+        """The answer that the client would get: the full one too, where this one is refused."""
+        body, rules = reader.request.body, reader.server.rules
+        if answer is None or not self._acceptance.refuses(body, answer.text, rules):
+            return answer
+        spent = answer.num_tokens - audit.looks[position].reached
+        return replace(full, num_tokens=full.num_tokens + spent)
 
     async def _answer_at(
         self, positions: list[int], audit: AuditedRequest, reader: ThoughtReader, found: Answers
@@ -151,7 +178,7 @@ class Auditor:
         )
         until.generated = _generated(reader, position)
         until.usages[0].completion_tokens = position
-        closer = ThoughtCloser(until, self._patience)
+        closer = ThoughtCloser(until, self._patience, self._acceptance)
         answer, usage = GeneratedSoFar(), LegUsage()
         try:
             with anyio.fail_after(self._patience):

@@ -5,6 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from haltwise import Control, HaltHead, ThoughtRequest
+from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill
@@ -17,6 +18,7 @@ from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import DONE, Json, StreamEvent, UpstreamError, WholeAnswer, texts_of
 from haltwise.session.request import Spent
+from haltwise.session.session import UNGIVEN
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import Probe
 
@@ -41,6 +43,8 @@ class CompletionSettings:
     """Seconds that a probe may take."""
     gives_seen: bool
     """Whether the answer that the head has seen is the answer, if it is whole."""
+    acceptance: Acceptance
+    """Says whether an answer behind a halted thought can be given."""
     auditor: Auditor | None = None
     """Asks for the answers of audits; None if there are none."""
 
@@ -87,7 +91,7 @@ class WatchedCompletion:
         self._reader = ThoughtReader(
             request, server, self._streamed, self._prober, settings.metrics
         )
-        self._closer = ThoughtCloser(self._reader, settings.patience)
+        self._closer = ThoughtCloser(self._reader, settings.patience, settings.acceptance)
         self._answer = ClientAnswer(self._reader, settings.shadow)
         self._halts = False  # at the newest event
         self._is_released = False
@@ -187,6 +191,9 @@ class WatchedCompletion:
                 source = await self._closer.asked_plainly(first, self._answer.envelope, error)
             else:
                 if self._halts and (seen := self._seen_answer()) is not None:
+                    if self._closer.refuses(seen.text):
+                        self._reader.fall_back(UNGIVEN)
+                        continue
                     await first.close()
                     for event in self._events_of_seen(seen):
                         yield event

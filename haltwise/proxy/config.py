@@ -162,6 +162,10 @@ class ServeConfig:
     answers: Answers = "seen"
     """What follows a thought that a head has halted which looks at answers. seen: the answer that
     it has seen, if that is whole, and else as with free. free: whatever the LM answers."""
+    check_answers: str = "off"
+    """readable or MODULE:NAME: the answer behind a thought that the head has halted is held back
+    until it is whole. If the head's answer rule cannot read it, or that function of the request's
+    body and the answer's text refuses it, the thought goes on to its end. off: it is given."""
     max_probes: int = 64
     """Most answers that are forced at a time; beyond, decision points are passed."""
     probe_timeout: float = 5.0

@@ -11,7 +11,9 @@ from contextlib import AsyncExitStack, suppress
 
 import anyio
 
+from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.metrics import log
+from haltwise.proxy.probing import counting
 from haltwise.proxy.thought import ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import (
@@ -23,6 +25,7 @@ from haltwise.proxy.wire import (
     says_more,
     texts_of,
 )
+from haltwise.session.session import UNGIVEN
 
 # Bytes of events that are held back; with more the upstream has to wait.
 _MOST_HELD = 2 * 2**20
@@ -40,11 +43,12 @@ class ThoughtCloser:
     Args:
         reader: Knows the request, the server, and the thought as far as it was shown.
         patience: Seconds to wait for a second leg.
+        acceptance: Says whether an answer can be given.
     """
 
-    def __init__(self, reader: ThoughtReader, patience: float) -> None:
+    def __init__(self, reader: ThoughtReader, patience: float, acceptance: Acceptance) -> None:
         """Sends nothing yet."""
-        self._reader, self._patience = reader, patience
+        self._reader, self._patience, self._acceptance = reader, patience, acceptance
         self._request, self._server = reader.request, reader.server
         self._headers = reader.request.headers
         self._tail = reader.server.close_text
@@ -86,7 +90,8 @@ class ThoughtCloser:
         """
         reader, server = self._reader, self._server
         reader.may_halt = False
-        if not reader.thinks_on and await self._server_ends_thought(envelope):
+        is_checked = self._acceptance.is_on and reader.streamed.report().reason == "halted"
+        if not (reader.thinks_on or is_checked) and await self._server_ends_thought(envelope):
             reader.is_closed = True
             return None, self._told_to_end(first)
         reader.is_closed = reader.thinks_on = False
@@ -103,6 +108,8 @@ class ThoughtCloser:
                 await first.close()
                 rest = self._asked_anew(envelope)
             second = await self._begun_to_answer(body, held)
+            if is_checked:
+                await self._check(second)
         except UpstreamError as error:
             reader.fall_back("second thought" if reader.is_close_shown else error.kind)
             reader.is_close_shown = False
@@ -113,6 +120,35 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
+
+    def refuses(self, text: str) -> bool:
+        """Whether an answer behind the closed thought cannot be given."""
+        return self._acceptance.refuses(self._request.body, text, self._server.rules)
+
+    async def _check(self, leg: UpstreamLeg) -> None:
+        """Reads the whole answer of a leg, which gives it again unless it is refused.
+
+        What is refused counts as a look at an answer.
+
+        Raises:
+            UpstreamError: If it is refused or not whole.
+        """
+        events, text, usage = list[StreamEvent](), "", LegUsage()
+        calls = False
+        async for event in counting(usage, leg):
+            events.append(event)
+            if (choice := event.choice) is not None:
+                text += texts_of(choice)[1]
+                calls |= bool(choice.get("delta", {}).get("tool_calls"))
+        if not calls and self.refuses(text):
+            probes = self._reader.prober.usage
+            probes.num += 1
+            probes.prompt_tokens += usage.prompt_tokens or 0
+            probes.completion_tokens += usage.completion_tokens
+            await leg.close()
+            raise UpstreamError(UNGIVEN, "the answer of a halted thought was refused")
+        for event in reversed(events):
+            leg.put_back(event)
 
     async def answering(self) -> UpstreamLeg:
         """A leg that answers behind the closed thought, where no first leg runs any more.

@@ -149,6 +149,26 @@ def test_an_audit_knows_the_answers_that_halting_would_have_given(
     assert found[-1][1] == mac(tmp_path / "state", full, False, is_open)
 
 
+def test_an_audit_counts_the_full_answer_where_halting_would_have_been_taken_back(
+    serving: Governed, plan: Plan, tmp_path: Path
+) -> None:
+    """At the tokens of both, as a request that is halted and taken up again."""
+    check = "tests.proxy.test_acceptance:refuse"
+    plain, looking = serving(check_answers=check), serving(control="observe", check_answers=check)
+    full = ask(looking.client, plan).usage["completion_tokens"]
+    everything = status(looking)["groups"]["everything"]
+    assert everything["audits"] == 1
+    *found, whole = answers_of(tmp_path / "state")
+    assert [position for position, *_ in found] == [12, 20] and whole[3] == full
+    for price, (_, answer, agrees, tokens) in zip(("10", "1"), found, strict=True):
+        resumed = ask(plain.client, plan, True, True, {"X-Haltwise-Price": price})
+        assert resumed.haltwise["fallback"] == "answer refused"
+        assert agrees and answer == whole[1]
+        assert tokens == resumed.usage["completion_tokens"] > full
+    (at,) = [one for one in everything["by_price"] if one["price"] == 1][:1] or [None]
+    assert at is None or at["saving"]["estimate"] < 0
+
+
 @pytest.mark.parametrize("answers", ["seen", "free"])
 @pytest.mark.parametrize(("kind", "chat"), [("vllm", True), ("sglang", True), ("vllm", False)])
 def test_an_audit_pays_for_looks_as_who_halts_does(

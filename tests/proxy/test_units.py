@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from haltwise import HaltHead, Terms
 from haltwise.proxy import aside, upstream
+from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.app import _without
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
@@ -595,7 +596,8 @@ def test_what_was_seen_can_be_gone_on_from() -> None:
 
 def settings_of(metrics: Metrics, patience: float = 9.0) -> CompletionSettings:
     room = ProbeRoom(9, lambda: 0)
-    return CompletionSettings(HEAD, ConstantControl(), metrics, False, patience, room, 9.0, True)
+    control, acceptance = ConstantControl(), Acceptance("off")
+    return CompletionSettings(HEAD, control, metrics, False, patience, room, 9.0, True, acceptance)
 
 
 def watched(request: CompletionRequest, patience: float = 600.0) -> WatchedCompletion:
