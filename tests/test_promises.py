@@ -24,6 +24,7 @@ from tests.policy import test_head
 from tests.proxy import (
     test_acceptance,
     test_fields,
+    test_governed,
     test_llama_server,
     test_load,
     test_open,
