@@ -34,6 +34,7 @@ from benchmarks import (
     proxy,
     recorder,
     resumed,
+    votes,
     wall_clock,
 )
 from benchmarks.bound import BoundConfig
@@ -48,6 +49,7 @@ from benchmarks.recorder import RecorderConfig
 from benchmarks.resumed import ResumedConfig
 from benchmarks.synthetic import synthetic_traces
 from benchmarks.timing import BenchResult
+from benchmarks.votes import VotesConfig
 from benchmarks.wall_clock import WallClockConfig
 from command import run, write_json
 from haltwise import InputError
@@ -66,6 +68,7 @@ BenchPart = Literal[
     "promotion",
     "bound",
     "resumed",
+    "votes",
 ]
 
 _NUM_TRACES = 2_700
@@ -79,8 +82,8 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo, control, promotion, bound and resumed.
-    Default: synthetic."""
+    """A file or folder of traces for environment, ppo, control, promotion, bound, resumed and
+    votes, which needs several of each question. Default: synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -109,6 +112,8 @@ class BenchConfig:
     """What could be saved at most by the signals of the traces."""
     resumed: ResumedConfig = field(default_factory=ResumedConfig)
     """What is lost where a forced answer cannot be read."""
+    votes: VotesConfig = field(default_factory=VotesConfig)
+    """Several thoughts of one question, halted jointly; intervals stand where spreads do."""
 
 
 def main(config: BenchConfig) -> None:
@@ -133,6 +138,7 @@ def main(config: BenchConfig) -> None:
         "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
         "resumed": partial(resumed.measure, traces, config.resumed),
+        "votes": partial(votes.measure, traces, config.votes),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))

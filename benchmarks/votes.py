@@ -1,0 +1,301 @@
+"""Several thoughts of one question, halted jointly, beside plain self-consistency.
+
+Self-consistency lets several thoughts of a question run to their ends and takes the answer that
+most of them give. Halted jointly, what all thoughts have answered so far is one vote: each gives
+its newest answer the log-odds that it is right, and all of them are halted where the best answer is
+ahead of the next one by a threshold. If thoughts are independent given the right answer (naive
+Bayes), that is the log-odds of the best answer against the next. How probable it is that an answer
+is right follows from the rule "evidence", logit(confidence) + 1.5 ln(times in a row), by isotonic
+regression on other questions: a sure thought is often wrong all the same, and two are not. Thoughts
+run side by side, or in turn, each only if the ones before are not enough.
+
+All is net of every token: those of all thoughts until then, and of all looks at answers. Answers
+are equal if both are right by the task's scorer, else if they are spelt alike.
+
+Shapes: Q questions (of one LM), P points of all traces, T thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.isotonic import IsotonicRegression
+
+from benchmarks.timing import BenchResult
+from evaluation.intervals import Resamples, interval
+from evaluation.protocol import folds
+from haltwise import InputError
+from policies.baselines import Evidence
+from traces import Traces
+
+Float = NDArray[np.float64]
+
+_PART = "votes"
+# No answer is held to be more or less probable.
+_BOUNDS = (0.02, 0.995)
+
+
+@dataclass(frozen=True)
+class VotesConfig:
+    """Several thoughts of one question, halted jointly."""
+
+    num_thoughts: int = 3
+    """The thoughts of a question."""
+    num_thresholds: int = 300
+    """The thresholds that are tried."""
+    drops: tuple[float, ...] = (1e-9, 0.002, 0.005)
+    """The exact match that may be lost on the other questions, each in turn."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a thought has answered at one place; an empty answer could not be read."""
+
+    tokens: int
+    """Of the thought until then."""
+    spent: int
+    """The same with all looks at its answers."""
+    answer: str
+    weight: float
+    """Of that answer in the vote: the log-odds that it is right, 0 at least."""
+    right: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Voting:
+    """How the vote of one question goes, at every place where something is said."""
+
+    lead: Float
+    """The weight of the best answer, less that of the next one."""
+    right: NDArray[np.bool_]
+    """Whether the best answer is right."""
+    cost: Float
+    """Tokens of all thoughts until then, looks included."""
+
+    def at(self, thresholds: Float) -> tuple[NDArray[np.bool_], Float]:
+        """Returns whether the answer is right, and what it costs (T,), halted at thresholds (T,).
+
+        Where no lead is above one, all thoughts run to their ends.
+        """
+        place = np.searchsorted(np.maximum.accumulate(self.lead), thresholds, side="right")
+        place = np.minimum(place, len(self.lead) - 1)
+        return self.right[place], self.cost[place]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """How probable it is that an answer is right, by the evidence for it.
+
+    Args:
+        at_points: Of forced answers.
+        at_ends: Of the answers that thoughts end with, by the evidence at their last points.
+    """
+
+    at_points: IsotonicRegression
+    at_ends: IsotonicRegression
+
+    @classmethod
+    def fit(cls, traces: Traces, evidence: Float, rows: Sequence[int]) -> Calibration:
+        """Learns from some traces.
+
+        Args:
+            traces: N traces with P points.
+            evidence: (P,) for the answer at each point; minus infinity where there is none.
+            rows: The traces to learn from.
+        """
+        at_end, asked = _evidence_at_end(traces, evidence), np.isin(np.arange(len(traces)), rows)
+        known = asked[traces.trace_of_point] & np.isfinite(evidence)
+        return cls(
+            _isotonic(evidence[known], traces.correct[known]),
+            _isotonic(at_end[asked], traces.final_correct[asked]),
+        )
+
+    def weights(self, traces: Traces, evidence: Float) -> tuple[Float, Float]:
+        """Returns the weights of the answers at all points (P,), and of those at the ends (N,)."""
+        known = np.isfinite(evidence)
+        at_points = np.zeros(len(evidence))
+        at_points[known] = _log_odds(self.at_points.predict(evidence[known]))
+        return at_points, _log_odds(self.at_ends.predict(_evidence_at_end(traces, evidence)))
+
+
+def _isotonic(evidence: Float, right: NDArray[np.bool_]) -> IsotonicRegression:
+    low, high = _BOUNDS
+    return IsotonicRegression(y_min=low, y_max=high, out_of_bounds="clip").fit(evidence, right)
+
+
+def _evidence_at_end(traces: Traces, evidence: Float) -> Float:
+    """Returns the evidence (N,) at each last point, 0 where the trace ends with another answer."""
+    some = np.diff(traces.offsets) > 0
+    last = np.where(some, traces.offsets[1:] - 1, 0)
+    alike = traces.answer[last] == traces.full_answer
+    same = some & (alike | traces.correct[last] & traces.final_correct)
+    return np.where(same & np.isfinite(evidence[last]), evidence[last], 0.0)
+
+
+def _log_odds(probability: Float) -> Float:
+    """Returns log-odds, 0 at least."""
+    log_odds: Float = np.maximum(np.log(probability) - np.log1p(-probability), 0.0)
+    return log_odds
+
+
+def said_by(traces: Traces, row: int, at_points: Float, at_ends: Float) -> list[Said]:
+    """Returns what one thought says, its own end last.
+
+    Args:
+        traces: N traces with P points.
+        row: The thought's trace.
+        at_points: (P,) the weight of the answer at each point.
+        at_ends: (N,) the weight of the answer that each trace ends with.
+    """
+    said, spent = [], 0
+    for p in range(traces.offsets[row], traces.offsets[row + 1]):
+        spent += int(traces.probe_tokens[p])
+        position, right = int(traces.position[p]), bool(traces.correct[p])
+        answer = _name(traces.answer[p], right)
+        said.append(Said(position, position + spent, answer, float(at_points[p]), right))
+    end, right = int(traces.num_tokens[row]), bool(traces.final_correct[row])
+    answer = _name(traces.full_answer[row], right)
+    return [*said, Said(end, end + spent, answer, float(at_ends[row]), right)]
+
+
+def _name(answer: str, right: bool) -> str:
+    """Returns what is the same for equal answers."""
+    return "right" if right else f"wrong {answer}" if answer else ""
+
+
+def voting(thoughts: Sequence[Sequence[Said]], in_turn: bool) -> Voting:
+    """Returns how the vote of one question goes.
+
+    Args:
+        thoughts: What each of them says, in order.
+        in_turn: Whether each begins where the one before has ended; else all run side by side.
+    """
+    events = [(k, one) for k, said in enumerate(thoughts) for one in said]
+    if not in_turn:
+        events.sort(key=lambda event: event[1].tokens)
+    newest: dict[int, Said] = {}
+    leads, rights, costs = [], [], []
+    for k, one in events:
+        newest[k] = one
+        votes: dict[str, float] = {}
+        for each in newest.values():
+            if each.answer:
+                votes[each.answer] = votes.get(each.answer, 0.0) + each.weight
+        ranked = sorted(votes.values(), reverse=True)
+        best = max(votes, key=votes.__getitem__, default="")
+        by_best = [each.right for each in newest.values() if each.answer == best]
+        leads.append(ranked[0] - (ranked[1] if len(ranked) > 1 else 0.0) if ranked else -np.inf)
+        rights.append(any(by_best))
+        costs.append(_cost(thoughts, newest, None if in_turn else one.tokens))
+    return Voting(np.array(leads), np.array(rights), np.array(costs, dtype=np.float64))
+
+
+def _cost(thoughts: Sequence[Sequence[Said]], newest: dict[int, Said], reached: int | None) -> int:
+    """Returns the tokens of all thoughts, and of all looks at their answers, until some place.
+
+    Args:
+        thoughts: What each of them says.
+        newest: By thought, what it said last.
+        reached: The tokens that each has come to, if it has not ended; None if they run in turn.
+    """
+    total = sum(one.spent for one in newest.values())
+    if reached is not None:
+        for k, said in enumerate(thoughts):
+            begun = newest[k].tokens if k in newest else 0
+            total += max(min(reached, said[-1].tokens) - begun, 0)
+    return total
+
+
+def self_consistency(traces: Traces, rows: Sequence[int]) -> tuple[bool, int]:
+    """Returns whether the answer that most thoughts end with is right, and what they all cost.
+
+    Of several such answers it is that of the earliest thought.
+    """
+    answers = [_name(traces.full_answer[row], bool(traces.final_correct[row])) for row in rows]
+    best = max(answers, key=lambda answer: (bool(answer), answers.count(answer)))
+    right = bool(traces.final_correct[rows[answers.index(best)]])
+    return right, int(traces.num_tokens[list(rows)].sum())
+
+
+def measure(traces: Traces, config: VotesConfig) -> list[BenchResult]:
+    """Measures joint halting against plain self-consistency of as many thoughts.
+
+    Raises:
+        InputError: If no question has so many traces of one LM, or no confidence is known.
+    """
+    evidence = Evidence().signal(traces)
+    groups = _groups(traces, config.num_thoughts)
+    if evidence is None or not groups:
+        raise InputError(
+            f"expected traces with confidences, and {config.num_thoughts} of each question and LM"
+        )
+    plain = np.array([self_consistency(traces, rows) for rows in groups], dtype=np.float64)
+    alone = np.array(
+        [[traces.final_correct[r].mean(), traces.num_tokens[r].mean()] for r in groups]
+    )
+    asked = np.array([traces.question_id[rows[0]] for rows in groups])
+    results = _row("one thought to its end", asked, alone, plain)
+    for in_turn, name in ((False, "side by side"), (True, "in turn")):
+        joint = _out_of_fold(traces, evidence, groups, plain, config, in_turn)
+        for drop, found in zip(config.drops, joint, strict=True):
+            what = f"halted jointly, {name}, {100 * drop:.1f} points may be lost"
+            results += _row(what, asked, found, plain)
+    return results
+
+
+def _groups(traces: Traces, num: int) -> list[list[int]]:
+    """Returns the rows of each question and LM that has so many traces."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    for row, key in enumerate(zip(traces.model, traces.question_id, strict=True)):
+        rows.setdefault((str(key[0]), str(key[1])), []).append(row)
+    return [found[:num] for found in rows.values() if len(found) >= num]
+
+
+def _out_of_fold(
+    traces: Traces,
+    evidence: Float,
+    groups: Sequence[Sequence[int]],
+    plain: Float,
+    config: VotesConfig,
+    in_turn: bool,
+) -> Float:
+    """Returns what joint halting comes to (drops, Q, 2).
+
+    Each fold's calibration and thresholds are of the others: the cheapest threshold that loses no
+    more than a drop against self-consistency there.
+    """
+    fold = folds(np.array([traces.question_id[rows[0]] for rows in groups]))
+    found = np.zeros((len(config.drops), *plain.shape))
+    for k in np.unique(fold):
+        learned = [row for rows, own in zip(groups, fold, strict=True) if own != k for row in rows]
+        weights = Calibration.fit(traces, evidence, learned).weights(traces, evidence)
+        said = [[said_by(traces, row, *weights) for row in rows] for rows in groups]
+        votes = [voting(thoughts, in_turn) for thoughts in said]
+        leads = np.concatenate([one.lead[np.isfinite(one.lead)] for one in votes])
+        grid = np.unique(np.quantile(leads, np.linspace(0, 1, config.num_thresholds)))
+        joint = np.array([one.at(grid) for one in votes])  # (Q, 2, T)
+        em, cost = joint[fold != k].mean(axis=0)
+        for place, drop in enumerate(config.drops):
+            kept = np.flatnonzero(em >= plain[fold != k, 0].mean() - drop)
+            best = kept[np.argmin(cost[kept])] if len(kept) else len(em) - 1
+            found[place, fold == k] = joint[fold == k][:, :, best]
+    return found
+
+
+def _row(name: str, asked: NDArray[np.str_], found: Float, plain: Float) -> list[BenchResult]:
+    """Returns the EM change and the saving against self-consistency, with their intervals."""
+    resamples = Resamples.draw(asked, 2_000)
+    ones, gained = np.ones(len(plain)), found[:, 0] - plain[:, 0]
+    num, change, cost, full = resamples.sums([ones, gained, found[:, 1], plain[:, 1]])
+    change_of, saving_of = interval(100 * change / num), interval(100 * (1 - cost / full))
+    mean_change = 100 * float(gained.mean())
+    mean_saving = 100 * float(1 - found[:, 1].sum() / plain[:, 1].sum())
+    return [
+        BenchResult(
+            _PART, f"{name}: EM change", "points", (change_of[0], mean_change, change_of[1])
+        ),
+        BenchResult(_PART, f"{name}: saving", "%", (saving_of[0], mean_saving, saving_of[1])),
+    ]
