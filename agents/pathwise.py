@@ -35,10 +35,15 @@ from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
 from haltwise.errors import check_ranges
+from haltwise.training import StoppingConfig, StoppingRule
 from traces import Chunks, Traces, chunks_of
 
 # The most prices, in the mean, that each trace has in one gradient step.
 _MOST_PRICES = 4
+# With questions held out: steps from no learning rate to the whole one, steps between evaluations,
+# prices of an evaluation, the gain in the return over all prices (see `balance`) that is asked of
+# each, and the steps that follow at a small rate.
+_WARM_UP, _EVERY, _NUM_PRICES, _LEAST_GAIN, _COOLDOWN = 30, 20, 6, 0.01, 60
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,9 @@ class PathwiseConfig:
     correct_coef: float = 2.0
     """Weight, in the loss, of predicting whether the answer at a point and the trace's last answer
     are correct."""
+    held_out: float = 0.0
+    """Share of the questions that tell when the gradient has been followed far enough, at most for
+    `steps`; nothing is learned from them. At 0 all are learned from, and all steps are done."""
 
     def check(self, place: str) -> None:
         """Checks the settings before any work.
@@ -77,6 +85,7 @@ class PathwiseConfig:
         }
         for name in ("prior_questions", "parent_questions", "correct_coef"):
             ranges[name] = (0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        ranges["held_out"] = (0 <= self.held_out < 1, "0 or more, below 1")
         check_ranges(self, ranges, place)
 
 
@@ -117,9 +126,15 @@ def start_from_traces(
             and not the rule that it starts from alone.
 
     Raises:
-        InputError: If no trace has a decision point.
+        InputError: If no trace has a decision point, or questions are held out and they are too
+            few, or come in chunks.
     """
     chunks = chunks_of(traces)
+    watch = None
+    if config.held_out:
+        kept, held_out = _without_held_out(chunks, config.held_out, seed)
+        chunks = chunks_of(kept)
+        watch = _Watch(policy_net, held_out, observing, halting, config.steps)
     prior = config.parent_questions if goes_on else config.prior_questions
     steps = max(config.steps // len(chunks), 1)
     rng = np.random.default_rng(seed)
@@ -134,9 +149,13 @@ def start_from_traces(
     decayed: dict[str, Any] = {"params": others}
     kept: dict[str, Any] = {"params": own, "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decayed, kept], lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_steps=steps * len(chunks)
-    )
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if watch is None:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, config.learning_rate, total_steps=steps * len(chunks)
+        )
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, watch.rate)
     curve = _Curve(log_dir)
     for chunk in chunks:
         returns = _lay_out(chunk, observing, halting)
@@ -146,7 +165,7 @@ def start_from_traces(
         optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
-        for _ in range(steps):
+        for num in range(steps):
             rows = torch.from_numpy(rng.integers(len(returns.em), size=size))
             price = observing.draw_price(rng, size)
             batch = _Batch.of(returns, rows, price, observing)
@@ -157,9 +176,99 @@ def start_from_traces(
             with torch.no_grad():
                 for weight, start in starts:
                     weight.lerp_(start, decay * schedule.get_last_lr()[0])
-            schedule.step()
             curve.add(loss, gained)
+            if watch is not None and watch.is_over(num + 1, curve):
+                break
+            schedule.step()
     curve.close()
+
+
+def _without_held_out(chunks: Chunks, share: float, seed: int) -> tuple[Traces, Traces]:
+    """Returns traces to learn from, and those of a share of the questions.
+
+    Raises:
+        InputError: If there are several chunks, or no question for one of both.
+    """
+    if len(chunks) > 1:
+        raise InputError(
+            f"held_out is {share}, expected 0: the traces come in {len(chunks)} chunks"
+        )
+    (traces,) = chunks
+    traces = traces.select(np.diff(traces.offsets) > 0)
+    question = np.unique(traces.question_id)
+    num = round(share * len(question))
+    if not 0 < num < len(question):
+        raise InputError(f"held_out is {share} of {len(question)} questions, expected at least 1")
+    chosen = np.random.default_rng([seed, 1]).permutation(question)[:num]
+    out = np.isin(traces.question_id, chosen)
+    return traces.select(~out), traces.select(out)
+
+
+class _Watch:
+    """Judges a network as it learns by questions that are held out, and says when it is enough."""
+
+    def __init__(
+        self,
+        policy_net: LogOdds,
+        traces: Traces,
+        observing: Observing,
+        halting: Halting,
+        most_steps: int,
+    ) -> None:
+        """Judges the network as it is.
+
+        Args:
+            policy_net: The network that learns.
+            traces: Those of the held-out questions, with points.
+            observing: How features become observations.
+            halting: The conditions of halting.
+            most_steps: The steps after which it is enough in any case.
+        """
+        returns, rows = _lay_out(traces, observing, halting), torch.arange(len(traces))
+        prices = np.geomspace(*observing.price_range, _NUM_PRICES)
+        self._net = policy_net
+        self._weights = balance(prices, observing)
+        self._batches = [
+            _Batch.of(returns, rows, np.full(len(traces), price), observing) for price in prices
+        ]
+        self._question = np.unique(traces.question_id, return_inverse=True)[1]
+        width = [batch.value.amax(dim=1) - batch.value.amin(dim=1) for batch in self._batches]
+        config = StoppingConfig(
+            patience=1,
+            least_gain=_LEAST_GAIN,
+            interval="normal",
+            span=float(self._by_question(width).max()),
+            most_steps=most_steps,
+            cooldown_steps=min(_COOLDOWN, most_steps // 2),
+        )
+        self._rule = StoppingRule(config)
+        self._rule.evaluated(0, self._judge())
+
+    def rate(self, step: int) -> float:
+        """Returns what the learning rate of a step is multiplied with."""
+        return min(1.0, (step + 1) / _WARM_UP) * self._rule.rate
+
+    def is_over(self, step: int, curve: _Curve) -> bool:
+        """Returns whether the network has learned enough after some steps, and tells the curve."""
+        if step % _EVERY == 0:
+            self._rule.evaluated(step, self._judge())
+            curve.judge(self._rule.curve.means[-1])
+        return self._rule.stepped(step).action == "stop"
+
+    @torch.no_grad()
+    def _judge(self) -> NDArray[np.float64]:
+        """Returns the expected return of each question, over all prices."""
+        return self._by_question(
+            [_expected_return(self._net(batch.obs)[:, 0], batch) for batch in self._batches]
+        )
+
+    def _by_question(self, found: list[Tensor]) -> NDArray[np.float64]:
+        """Returns the mean of each question's traces (N,), over prices by their weights."""
+        each = np.mean(
+            [w * one.numpy() for w, one in zip(self._weights, found, strict=True)], axis=0
+        )
+        mean: NDArray[np.float64] = np.bincount(self._question, each) / np.bincount(self._question)
+        return mean
 
 
 class _Curve:
@@ -178,6 +287,11 @@ class _Curve:
             self._writer.add_scalar("start/loss", loss.item(), self._num)
             self._writer.add_scalar("start/return", gained.item(), self._num)
         self._num += 1
+
+    def judge(self, mean: float) -> None:
+        """Takes in the mean return of held-out questions after the steps so far."""
+        if self._writer is not None:
+            self._writer.add_scalar("start/held_out_return", mean, self._num)
 
     def close(self) -> None:
         """Writes what is left."""

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "ENVIRONMENTS": "envs/test_guide.py",
     "SERVING": "test_serving_guide.py",
     "CONTROL": "test_control_guide.py",
+    "TRAINING": "training/test_guide.py",
 }
 
 

@@ -55,7 +55,8 @@ class StoppingConfig:
     factor: float = 0.5
     """What a plateau multiplies the learning rate with, or divides the batch size by."""
     cooldown_steps: int = 0
-    """Steps that follow the last plateau at a small learning rate before the run stops."""
+    """Steps that follow the last plateau at a small learning rate before the run stops; they are
+    the last ones of most_steps too."""
     cooldown_factor: float = 0.1
     """What the learning rate is multiplied with for them."""
 
@@ -86,6 +87,9 @@ class StoppingConfig:
         for name, (is_in_range, expected) in ranges.items():
             if not is_in_range:
                 raise InputError(f"{name} is {getattr(self, name)!r}, expected {expected}")
+        if self.most_steps is not None and self.cooldown_steps >= self.most_steps:
+            found = f"cooldown_steps is {self.cooldown_steps}"
+            raise InputError(f"{found}, expected fewer than most_steps, {self.most_steps}")
         if self.patience and self.level is not None and not self.least_gain:
             raise InputError(
                 "least_gain is 0: no interval tells a gain of 0 from none, expected more"

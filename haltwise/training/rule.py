@@ -142,6 +142,14 @@ class StoppingRule:
         """
         if self.is_over:
             return self.latest
+        config = self.config
+        is_last = (
+            config.most_steps is not None and step >= config.most_steps - config.cooldown_steps
+        )
+        if is_last and self._cool_until is None and config.cooldown_steps:
+            return self._cool_down(
+                step, f"at step {step} few of {config.most_steps} steps are left"
+            )
         reason = (
             self._spent(step, num_tokens) or self._cooled(step) or self._vanished(gradient_norm)
         )
@@ -188,10 +196,13 @@ class StoppingRule:
                 self.batch /= config.factor
             return self._decide(Decision("reduce", reason))
         if config.cooldown_steps:
-            self._cool_until = step + config.cooldown_steps
-            self.rate *= config.cooldown_factor
-            return self._decide(Decision("cool down", reason))
+            return self._cool_down(step, reason)
         return self._decide(Decision("stop", reason))
+
+    def _cool_down(self, step: int, reason: str) -> Decision:
+        self._cool_until = step + self.config.cooldown_steps
+        self.rate *= self.config.cooldown_factor
+        return self._decide(Decision("cool down", reason))
 
     def _spent(self, step: int, num_tokens: int | None) -> str:
         """Returns what the run has used up; nothing if there is more."""

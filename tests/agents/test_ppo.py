@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.logger import Logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.balance import balance
 from agents.checkpoint import restore_agent, save_agent
@@ -127,6 +128,36 @@ def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:
     halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
     best = mean_return(telling_traces, telling_traces.correct, 0.3)
     assert mean_return(telling_traces, halts, 0.3) > best - 0.02
+
+
+def test_held_out_questions_end_the_start_when_it_gains_no_more(
+    telling_traces: Traces, tmp_path: Path
+) -> None:
+    head_config = head_of(telling_traces)
+    config = FitConfig(PathwiseConfig(steps=2000, held_out=0.25), PPO)
+    ppo = fit(telling_traces, head_config, config, seed=0, share=0, log_dir=tmp_path)
+    halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
+    best = mean_return(telling_traces, telling_traces.correct, 0.3)
+    assert mean_return(telling_traces, halts, 0.3) > best - 0.02
+    told = EventAccumulator(str(tmp_path / "start")).Reload()
+    curve = told.Scalars("start/held_out_return")
+    assert [point.step for point in curve] == list(range(20, 20 * len(curve) + 1, 20))
+    assert curve[-1].step < 1000 and curve[-1].value > curve[0].value
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.01, "of 40 questions, expected"), (0.99, "of 40")]
+)
+def test_questions_are_left_to_learn_from_and_to_judge_by(
+    share: float, message: str, telling_traces: Traces
+) -> None:
+    config = FitConfig(PathwiseConfig(held_out=share), PPO)
+    with pytest.raises(InputError, match=message):
+        fit(telling_traces, head_of(telling_traces), config, seed=0)
+    config = FitConfig(PathwiseConfig(held_out=0.5), PPO)
+    parts = [telling_traces, telling_traces]
+    with pytest.raises(InputError, match="the traces come in 2 chunks"):
+        fit(parts, head_of(telling_traces), config, seed=0)
 
 
 def test_the_expected_return_is_that_of_the_halting_distribution(random_traces: Traces) -> None:

@@ -138,6 +138,9 @@ def test_budgets_stop_a_run() -> None:
     assert rule.stepped(1, 100).action == "stop"
     rule = StoppingRule(StoppingConfig(most_steps=3))
     assert [rule.stepped(step).action for step in (1, 2, 3)] == ["go on", "go on", "stop"]
+    rule = StoppingRule(StoppingConfig(most_steps=9, cooldown_steps=4))
+    told = [rule.stepped(step).action for step in range(1, 10)]
+    assert told == ["go on"] * 4 + ["cool down"] + ["go on"] * 3 + ["stop"] and rule.rate == 0.1
 
 
 def test_a_gradient_has_vanished_after_some_small_ones_in_a_row() -> None:
@@ -186,6 +189,7 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
         ({"factor": 1.0}, "factor is 1.0, expected between 0 and 1"),
         ({"cooldown_factor": 0.0}, "cooldown_factor is 0.0, expected above 0"),
         ({"cooldown_steps": -1}, "cooldown_steps is -1, expected 0 or more"),
+        ({"cooldown_steps": 9, "most_steps": 9}, "is 9, expected fewer than most_steps, 9"),
         ({"token_budget": 0}, "token_budget is 0, expected at least 1"),
         ({"dollar_budget": 3.0}, "dollar_budget is 3.0, expected a tariff with it"),
         ({"gradient_floor": 0.0}, "gradient_floor is 0.0, expected positive"),
