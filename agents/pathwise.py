@@ -132,8 +132,8 @@ def start_from_traces(
     chunks = chunks_of(traces)
     watch = None
     if config.held_out:
-        kept, held_out = _without_held_out(chunks, config.held_out, seed)
-        chunks = chunks_of(kept)
+        learned_from, held_out = _without_held_out(chunks, config.held_out, seed)
+        chunks = chunks_of(learned_from)
         watch = _Watch(policy_net, held_out, observing, halting, config.steps)
     prior = config.parent_questions if goes_on else config.prior_questions
     steps = max(config.steps // len(chunks), 1)
