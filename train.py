@@ -739,8 +739,12 @@ def _log_trials(trials: Trials, total: int, opened: Run) -> None:
     with SummaryWriter(str(opened.tensorboard / "folds")) as writer:
         for k, share in enumerate(CHECKPOINTS):
             here = [trial for trial in trials.each if trial.checkpoint == k]
-            curves = {"return": [trial.balanced_return for trial in here]}
+            curves = {
+                "return": [trial.balanced_return for trial in here],
+                "area": [trial.area for trial in here],
+            }
             for gate in GATES:
+                curves[f"em_change_{gate}"] = [trial.points[gate].em_delta for trial in here]
                 curves[f"saving_{gate}"] = [trial.points[gate].saving for trial in here]
             for name, values in curves.items():
                 writer.add_scalar(f"folds/{name}", np.mean(values), round(share * total))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluation.frontier import AREA_FLOOR, frontier_area
 from evaluation.intervals import Resamples, interval
 from evaluation.outcome import Outcome, average, em_delta, saving, sweep
 from evaluation.protocol import GATES, operating_point
@@ -36,6 +37,8 @@ class Trial:
     """The number of the checkpoint, from 0."""
     balanced_return: float
     """The return, in the mean over prices that count alike; see `balanced_returns`."""
+    area: float
+    """The area under the frontier of all prices, see `frontier_area`."""
     points: dict[float, TrialPoint]
     """By gate, the point that is chosen."""
 
@@ -45,6 +48,7 @@ class Trial:
             "seed": self.seed,
             "checkpoint": self.checkpoint,
             "return": self.balanced_return,
+            "area": self.area,
             "gates": to_json(self.points),
         }
 
@@ -87,6 +91,7 @@ def try_checkpoints(
             seed,
             k,
             float(balanced_returns(outcomes, weights).mean()),
+            _area(traces, outcomes),
             {gate: _chosen(traces, outcomes, gate) for gate in GATES},
         )
         for seed, each in swept.items()
@@ -147,6 +152,12 @@ def earliest(returns: NDArray[np.float64], question_id: NDArray[np.str_]) -> int
     by_question = [np.bincount(question, each - each.mean()) for each in lag]
     error = np.sqrt(np.square(by_question).sum(axis=1)) / len(question)
     return int(np.flatnonzero(lag.mean(axis=1) <= error)[0])
+
+
+def _area(traces: Traces, outcomes: Mapping[float, Outcome]) -> float:
+    """Returns the area under the frontier of one seed's prices."""
+    points = [(em_delta(traces, at), saving(traces, at)) for at in outcomes.values()]
+    return frontier_area(points, AREA_FLOOR)
 
 
 def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> TrialPoint:

@@ -77,7 +77,8 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
     assert head.config.traces == learned.of_split("train", "dev").digest
     assert list(run_dir.glob("tensorboard/replay*/events*"))
     assert curves(run_dir, "start") == {"start/loss", "start/return"}
-    assert curves(run_dir, "folds") == {"folds/return", "folds/saving_0.0", "folds/saving_0.01"}
+    of_gates = {f"folds/{name}_{gate}" for name in ("em_change", "saving") for gate in (0.0, 0.01)}
+    assert curves(run_dir, "folds") == {"folds/return", "folds/area"} | of_gates
 
 
 def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:

@@ -119,8 +119,10 @@ class StoppingRule:
         """
         self.curve.add(step, returns)
         patience = self.config.patience
-        if self.is_over or self._cool_until is not None or patience is None:
-            return _GO_ON if not self.is_over else self.latest
+        if self.is_over:
+            return self.latest
+        if self._cool_until is not None or patience is None:
+            return _GO_ON
         lack = self._lack_of_gain()
         self._num_without_gain = self._num_without_gain + 1 if lack else 0
         if self._num_without_gain < patience or step < self.config.least_steps:

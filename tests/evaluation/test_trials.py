@@ -26,7 +26,9 @@ def test_the_checkpoint_with_the_best_return_is_taken(worked_example: Traces) ->
         ]
     )
     first, second, *_ = [trial.to_json() for trial in trials.each]
-    assert list(first) == ["seed", "checkpoint", "return", "gates"]
+    assert list(first) == ["seed", "checkpoint", "return", "area", "gates"]
+    # 5 points above the floor, for each share of tokens that is more than what halting spends.
+    assert [first["area"], second["area"]] == pytest.approx([0, 0.05 * (1 - 272 / 600)])
     assert first["gates"]["0.0"] == {"price": None, "em_delta": 0.0, "saving": 0.0}
     chosen = second["gates"]["0.0"]
     assert chosen == {"price": 0.5, "em_delta": 0.0, "saving": pytest.approx(1 - 272 / 600)}
