@@ -109,7 +109,7 @@ def start_from_traces(
     seed: int,
     log_dir: Path | None = None,
     goes_on: bool = False,
-) -> None:
+) -> int:
     """Trains a network in place to halt recorded traces well at every price of the range.
 
     Args:
@@ -124,6 +124,9 @@ def start_from_traces(
             every tenth step. None writes none.
         goes_on: Whether the network has learned already: then all of it stays near to what it is,
             and not the rule that it starts from alone.
+
+    Returns:
+        The number of gradient steps.
 
     Raises:
         InputError: If no trace has a decision point, or questions are held out and they are too
@@ -181,6 +184,7 @@ def start_from_traces(
                 break
             schedule.step()
     curve.close()
+    return curve.num
 
 
 def _without_held_out(chunks: Chunks, share: float, seed: int) -> tuple[Traces, Traces]:
@@ -272,26 +276,26 @@ class _Watch:
 
 
 class _Curve:
-    """TensorBoard's curve of the start; without a folder, nothing."""
+    """TensorBoard's curve of the start; without a folder, its number of steps."""
 
     _EVERY = 10
 
     def __init__(self, log_dir: Path | None) -> None:
         """Starts before the first step."""
         self._writer = None if log_dir is None else SummaryWriter(str(log_dir / "start"))
-        self._num = 0
+        self.num = 0
 
     def add(self, loss: Tensor, gained: Tensor) -> None:
         """Takes in the loss and the mean return of a step."""
-        if self._writer is not None and self._num % self._EVERY == 0:
-            self._writer.add_scalar("start/loss", loss.item(), self._num)
-            self._writer.add_scalar("start/return", gained.item(), self._num)
-        self._num += 1
+        if self._writer is not None and self.num % self._EVERY == 0:
+            self._writer.add_scalar("start/loss", loss.item(), self.num)
+            self._writer.add_scalar("start/return", gained.item(), self.num)
+        self.num += 1
 
     def judge(self, mean: float) -> None:
         """Takes in the mean return of held-out questions after the steps so far."""
         if self._writer is not None:
-            self._writer.add_scalar("start/held_out_return", mean, self._num)
+            self._writer.add_scalar("start/held_out_return", mean, self.num)
 
     def close(self) -> None:
         """Writes what is left."""

@@ -34,6 +34,7 @@ from benchmarks import (
     proxy,
     recorder,
     resumed,
+    stopping,
     votes,
     wall_clock,
 )
@@ -47,6 +48,7 @@ from benchmarks.promotion import PromotionConfig
 from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
 from benchmarks.resumed import ResumedConfig
+from benchmarks.stopping import StoppingBenchConfig
 from benchmarks.synthetic import synthetic_traces
 from benchmarks.timing import BenchResult
 from benchmarks.votes import VotesConfig
@@ -69,6 +71,7 @@ BenchPart = Literal[
     "bound",
     "resumed",
     "votes",
+    "stopping",
 ]
 
 _NUM_TRACES = 2_700
@@ -82,8 +85,8 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo, control, promotion, bound, resumed and
-    votes, which needs several of each question. Default: synthetic."""
+    """A file or folder of traces for environment, ppo, control, promotion, bound, resumed, votes
+    and stopping. Default: synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -114,6 +117,8 @@ class BenchConfig:
     """What is lost where a forced answer cannot be read."""
     votes: VotesConfig = field(default_factory=VotesConfig)
     """Several thoughts of one question, halted jointly; intervals stand where spreads do."""
+    stopping: StoppingBenchConfig = field(default_factory=StoppingBenchConfig)
+    """What it takes and costs to end the start from traces by held-out questions."""
 
 
 def main(config: BenchConfig) -> None:
@@ -139,6 +144,7 @@ def main(config: BenchConfig) -> None:
         "bound": partial(bound.measure, traces, config.bound),
         "resumed": partial(resumed.measure, traces, config.resumed),
         "votes": partial(votes.measure, traces, config.votes),
+        "stopping": partial(stopping.measure, traces, config.stopping),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))

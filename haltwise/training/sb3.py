@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from haltwise.errors import InputError, needing
@@ -16,6 +17,18 @@ with needing("haltwise.training.sb3", "-e '.[train]'"):
     from stable_baselines3.common.callbacks import BaseCallback
 
     from haltwise.training.averaging import BestWeights
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A schedule of the learning rate, lowered by a rule; it is saved with the algorithm."""
+
+    schedule: Callable[[float], float]
+    rule: StoppingRule
+
+    def __call__(self, progress_remaining: float) -> float:
+        """Returns the learning rate."""
+        return self.rule.rate * self.schedule(progress_remaining)
 
 
 class StoppingCallback(BaseCallback):
@@ -67,6 +80,8 @@ class StoppingCallback(BaseCallback):
         model: Any = self.model
         config = self.rule.config
         self._schedule = model.lr_schedule
+        if isinstance(self._schedule, _Lowered):  # of a training that was interrupted
+            self._schedule = self._schedule.schedule
         self._batch_size = getattr(model, "batch_size", None)
         if config.reductions and config.reduce == "noise" and self._batch_size is None:
             raise InputError(
@@ -76,7 +91,7 @@ class StoppingCallback(BaseCallback):
     def _on_training_start(self) -> None:
         """Lowers the learning rate of the algorithm's own schedule by what the rule says."""
         model: Any = self.model
-        model.lr_schedule = lambda progress: self.rule.rate * self._schedule(progress)
+        model.lr_schedule = _Lowered(self._schedule, self.rule)
 
     def _on_step(self) -> bool:
         """Returns False, which ends the training, once the rule has stopped it."""

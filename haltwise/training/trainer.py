@@ -81,6 +81,11 @@ class StoppingCallback(TrainerCallback, ExportableState):
             raise InputError(
                 "eval_strategy is no, expected steps or epoch: plateaus need evaluations"
             )
+        if args.deepspeed and (config.cooldown_steps or config.reductions):
+            raise InputError(
+                "DeepSpeed takes its steps by itself, at the rate of the schedule: expected "
+                "reductions and cooldown_steps of 0"
+            )
         if self._returns_of is None and config.patience and args.metric_for_best_model is None:
             raise InputError("neither returns_of nor metric_for_best_model, expected one of them")
         has_budget = math.isfinite(config.most_tokens)

@@ -1,5 +1,6 @@
 """The stopping rule in real algorithms of stable-baselines3, on a bandit."""
 
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -8,6 +9,7 @@ import pytest
 import torch
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 
 from haltwise import InputError
@@ -145,6 +147,24 @@ def test_it_stops_algorithms_that_learn_off_policy() -> None:
     dqn.learn(4000, callback)
     assert callback.rule.is_over and dqn.num_timesteps < 4000
     assert np.mean(np.asarray(greedy(dqn))) == max(callback.rule.curve.means) > 0.9
+
+
+def test_an_interrupted_training_is_saved_and_goes_on_at_its_own_rates(tmp_path: Path) -> None:
+    config = StoppingConfig(level=None, least_gain=10.0, patience=1, reductions=9, factor=0.5)
+    ppo = make_ppo(learning_rate=1e-3)
+
+    def interrupting(model: BaseAlgorithm) -> Returns:
+        if model.num_timesteps >= 192:
+            raise KeyboardInterrupt
+        return returns_of(model)
+
+    saving = CheckpointCallback(100, str(tmp_path), "ppo")
+    with pytest.raises(KeyboardInterrupt):
+        ppo.learn(640, [StoppingCallback(config, interrupting, every=64), saving])
+    again = PPO.load(tmp_path / "ppo_100_steps", Bandit())
+    assert (ppo.lr_schedule(1.0), again.lr_schedule(1.0)) == pytest.approx((0.25e-3, 1e-3))
+    ppo.learn(64, StoppingCallback(config, returns_of, every=64), reset_num_timesteps=False)
+    assert ppo.lr_schedule(1.0) == 1e-3
 
 
 def test_evaluations_need_some_decisions_between_them() -> None:

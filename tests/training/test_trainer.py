@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from haltwise import InputError
 from haltwise.training import Returns, StoppingConfig
@@ -184,6 +184,14 @@ def test_settings_of_the_trainer_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         trained(tmp_path, StoppingCallback(config, returns_of), **settings)
+
+
+def test_deepspeed_whose_steps_it_cannot_slow_is_refused(tmp_path: Path) -> None:
+    arguments = TrainingArguments(str(tmp_path), eval_strategy="steps", eval_steps=5, report_to=[])
+    arguments.deepspeed = {"train_batch_size": 4}  # as given to it where DeepSpeed is installed
+    callback = StoppingCallback(StoppingConfig(cooldown_steps=5), returns_of)
+    with pytest.raises(InputError, match="expected reductions and cooldown_steps of 0"):
+        callback.on_init_end(arguments, TrainerState(), TrainerControl())
 
 
 def test_intervals_and_weights_need_returns(tmp_path: Path) -> None:
