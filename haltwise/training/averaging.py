@@ -78,11 +78,14 @@ class BestWeights:
         model.load_state_dict(best)
         if len(each) == 1:
             return False
+        was_training = model.training
+        model.eval()
         mean = mean_of(checked(returns_of(model)))
         model.load_state_dict(average(each))
         is_better = mean_of(checked(returns_of(model))) > mean
         if not is_better:
             model.load_state_dict(best)
+        model.train(was_training)
         return is_better
 
 

@@ -180,7 +180,8 @@ class StoppingCallback(TrainerCallback, ExportableState):
         """Returns what the evaluation found; None if its metrics are not those to go by."""
         if self._returns_of is not None:
             return self._returns_of(model)
-        assert args.metric_for_best_model is not None
+        if args.metric_for_best_model is None:
+            return None  # no plateau is asked for
         name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
         if name not in metrics:
             log.warning("no %s in %s: this evaluation does not count", name, sorted(metrics))

@@ -35,8 +35,13 @@ def test_the_average_is_taken_where_it_is_better(optimum: float, expected: float
         model = at(value)
         best.offer(near(optimum, model)[0], model)
     model = at(100.0)
-    assert best.settle(model, lambda one: near(optimum, one)) is (expected == 5)
-    assert near(expected, model) == [0.0]
+
+    def judged(one: nn.Module) -> list[float]:
+        assert not one.training
+        return near(optimum, one)
+
+    assert best.settle(model, judged) is (expected == 5)
+    assert near(expected, model) == [0.0] and model.training
 
 
 def test_what_is_kept_does_not_move_with_the_model() -> None:

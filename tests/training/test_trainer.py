@@ -147,9 +147,7 @@ def test_it_stops_for_a_budget_or_a_vanished_gradient(
     # The gradient is 6 x 0.96^n at step n + 1, and below 0.5 from n = 61 on: 62, 63, 64.
     assert trainer.state.global_step == math.ceil(math.log(0.5 / 6) / math.log(0.96)) + 3
     budget = StoppingConfig(patience=None, dollar_budget=1e-4, tariff=2.0)
-    trainer = trained(
-        tmp_path / "b", StoppingCallback(budget, returns_of), include_num_input_tokens_seen="all"
-    )
+    trainer = trained(tmp_path / "b", StoppingCallback(budget), include_num_input_tokens_seen="all")
     # Of main_input_name, 4 numbers a step: 50 tokens are used up at step 13.
     assert trainer.state.global_step == 13
     monkeypatch.delattr(Pull, "main_input_name")
