@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from haltwise import InputError
 from haltwise.training import MeanReturn, StoppingConfig, StoppingRule
-from haltwise.training.curve import _quantile
+from haltwise.training.curve import Curve, _quantile
 
 GAIN = 0.02
 POINTS = StoppingConfig(level=None, least_gain=0.0, patience=3)
@@ -84,6 +84,22 @@ def test_after_the_stated_number_of_evaluations_any_run_is_at_a_plateau() -> Non
         config = StoppingConfig(span=span, least_gain=gain, patience=patience)
         num = ended(config, [[0.0, i % 2 * span] for i in range(100)])
         assert num == math.floor(span / gain + 1e-9) + patience + 1
+
+
+@pytest.mark.parametrize("interval", ["bounded", "normal"])
+def test_a_gain_is_lacking_where_its_bound_is_below_it(interval: Any) -> None:
+    rng, found = np.random.default_rng(4), []
+    for gain in np.geomspace(1e-3, 0.5, 40):
+        curve = Curve(1.0, interval)
+        for step, returns in enumerate(ems(rng, [0.2, 0.6, 0.5, 0.6])):
+            curve.add(step, returns)
+        lacking = [
+            since for since in range(3) if curve.most_gained(since, 0.05) < gain * (3 - since)
+        ]
+        best = max(lacking, key=lambda since: curve.means[since], default=None)
+        assert curve.without_gain(0, gain, 0.05) == best
+        found.append(best)
+    assert None in found and len(set(found)) > 2
 
 
 def test_patience_by_the_points_is_that_of_the_best_one() -> None:
