@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from envs.replay import observed_features
 from envs.reward import halt_costs, never_costs, reward
-from evaluation.outcome import first_halts
 from haltwise import HaltHead, HeadConfig, explain
 from haltwise.policy.halting import Probing
 from haltwise.policy.head import prob_of
 from haltwise.policy.signals import Float
+from policies.policy import first_halts
 from traces import Traces, Words
 
 Bools = NDArray[np.bool_]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from envs.reward import halt_costs, never_costs
 from evaluation.rows import Interval, SweepRow
 from haltwise.policy.halting import Probing
+from policies.policy import first_halts
 from traces import Traces
 
 
@@ -32,18 +33,6 @@ class Outcome:
     def select(self, rows: NDArray[np.bool_]) -> Outcome:
         """Returns the outcome on the traces of a mask (N,)."""
         return Outcome(self.em[rows], self.cost[rows], self.halted[rows])
-
-
-def first_halts(traces: Traces, halts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns the index (N,) of the point that each trace is halted at, -1 if never.
-
-    It is an index among the points of all traces.
-    """
-    points = np.flatnonzero(halts)[::-1]
-    first = np.full(len(traces), -1, dtype=np.int64)
-    # The points come last first, and of several values for a trace the last one stays.
-    first[traces.trace_of_point[points]] = points
-    return first
 
 
 def never_outcome(traces: Traces) -> Outcome:

@@ -68,3 +68,15 @@ def signal_under(policy: Policy, traces: Traces, probing: Probing) -> Signal | N
 def decisions(policy: Policy, signal: Signal) -> dict[float, Halts]:
     """Returns, by each parameter of a policy's grid, where it would halt (P,)."""
     return {parameter: policy.halts(signal, parameter) for parameter in policy.grid(signal)}
+
+
+def first_halts(traces: Traces, halts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Returns the index (N,) of the point that each trace is halted at, -1 if never.
+
+    It is an index among the points of all traces.
+    """
+    points = np.flatnonzero(halts)[::-1]
+    first = np.full(len(traces), -1, dtype=np.int64)
+    # The points come last first, and of several values for a trace the last one stays.
+    first[traces.trace_of_point[points]] = points
+    return first

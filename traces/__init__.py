@@ -2,6 +2,7 @@
 
 from traces.arrays import Traces
 from traces.json_lines import import_json_lines
+from traces.pairs import Pairs, pair_up, read_pairs
 from traces.schema import SCHEMA, SIGNALS
 from traces.store import read_ids, write_shard
 from traces.stream import MAX_TRACES, Chunks, TraceFiles, Words, chunks_of, read_traces
@@ -11,12 +12,15 @@ __all__ = [
     "SCHEMA",
     "SIGNALS",
     "Chunks",
+    "Pairs",
     "TraceFiles",
     "Traces",
     "Words",
     "chunks_of",
     "import_json_lines",
+    "pair_up",
     "read_ids",
+    "read_pairs",
     "read_traces",
     "write_shard",
 ]

@@ -386,8 +386,8 @@ class HaltHead:
         content = save_tensors(self.weights | beside)
         told = self.config.to_json() | {_BOUND: hashlib.sha256(content).hexdigest()}
         with _locked(folder, alone=True):
-            _write(folder / "head.safetensors", content)
-            _write(folder / "head.json", (json.dumps(told, indent=2) + "\n").encode())
+            write_whole(folder / "head.safetensors", content)
+            write_whole(folder / "head.json", (json.dumps(told, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> HaltHead:
@@ -452,7 +452,7 @@ def _locked(folder: Path, alone: bool) -> Iterator[None]:
         os.close(held)
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, through one whose name no other process takes."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from envs.replay import point_features
-from evaluation.outcome import first_halts
 from haltwise import MEAN_LOGPROB, HaltHead, Halting, HaltMonitor, HeadConfig, Observing, Signals
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.signal_reducer import MEASURED, SignalReducer, logprobs_of
@@ -22,6 +21,7 @@ from haltwise.session.thought import ForcedAnswer, Thought
 from haltwise.transformers import ProbingGeneration
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from policies.policy import first_halts
 from recording.hf_engine import record
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, IDS, WORDS, tiny_lm, tiny_tokenizer

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from evaluation.outcome import (
     Outcome,
     em_delta,
-    first_halts,
     halt_outcome,
     never_outcome,
     outcome_row,
@@ -25,6 +24,7 @@ from evaluation.protocol import (
 from evaluation.rows import MissingSweep, to_json
 from haltwise import InputError
 from haltwise.policy.halting import Probing
+from policies.policy import first_halts
 from traces import Traces
 
 MakeTraces = Callable[..., Traces]
