@@ -57,7 +57,7 @@ from policies.escalating import (
     Router,
 )
 from policies.head import HeadPolicy, price_grid
-from policies.observing import observing_of
+from policies.observing import cascade_prices, observing_at_prices
 from runs import Learned, Run
 from traces import Pairs, read_pairs
 
@@ -222,7 +222,9 @@ def _head(config: CascadeCommandConfig, known: Pairs) -> HaltHead | HeadConfig:
         head.config.halting.check_recorded(known.small.recorder, str(config.small))
         return head
     halting = Halting.of_recorder(known.small.recorder)
-    observing = observing_of(known.small, availability(known.small, halting).groups, halting)
+    groups = availability(known.small, halting).groups
+    prices = cascade_prices(known.large, config.price_ratio)
+    observing = observing_at_prices(known.small, groups, halting, prices)
     lm = ", ".join(np.unique(known.small.model).tolist())
     return HeadConfig(
         observing,

@@ -44,6 +44,7 @@ from haltwise.policy.cascade import (
 from haltwise.policy.question import QuestionReader
 from policies.cascade import last_features
 from policies.course import Bills, LargeAnswers
+from policies.observing import cascade_prices, observing_at_prices
 from traces import Pairs
 
 # The most prices, in the mean, that each pair has in one gradient step.
@@ -107,7 +108,8 @@ def fit_cascade(
     Args:
         pairs: The pairs to learn from.
         large: What the large LM answers to them.
-        head: The small LM's head, which stays as it is; or the conditions of one to train.
+        head: The small LM's head, which stays as it is; or the conditions of one to train, which is
+            standardised by the pairs.
         told: The conditions of the cascade, whose reader is fitted to the pairs.
         config: The settings of the training.
         seed: The seed of everything random.
@@ -125,13 +127,17 @@ def fit_cascade(
     halting = _net_of(alone)
     mean_points = max(pairs.small.num_points / len(pairs), 2.0)
     escalating = _start(observed_size(observing, told.reader), config.net_width, mean_points)
-    _train(halting, escalating, table, observing, config.both, seed, keep_head=given)
+    prices = cascade_prices(pairs.large, told.price_ratio)
+    _train(halting, escalating, table, observing, prices, config.both, seed, keep_head=given)
     end = alone if given else HaltHead(alone.config, _weights(halting))
     return Trained(Cascade(end, told, _weights(escalating)), alone)
 
 
 def _fit_head(pairs: Pairs, head: HeadConfig, config: CascadeFitConfig, seed: int) -> HaltHead:
     """Trains a head of the small LM by itself, by the exact gradient alone."""
+    groups, prices = head.observing.groups, head.observing.price_range
+    observing = observing_at_prices(pairs.small, groups, head.halting, prices)
+    head = replace(head, observing=observing)
     fitting = FitConfig(config.head, PPOConfig(total_timesteps=0))
     return export(fit(pairs.small, head, fitting, seed), head)
 
@@ -327,12 +333,17 @@ def _train(
     escalating: LogOdds,
     table: _Table,
     observing: Observing,
+    prices: tuple[float, float],
     config: PathwiseConfig,
     seed: int,
     *,
     keep_head: bool,
 ) -> None:
-    """Follows the gradient; the networks are trained in place, the first one unless it is kept."""
+    """Follows the gradient; the networks are trained in place, the first one unless it is kept.
+
+    Prices are drawn from a range of their own: a given head may have learned another one.
+    """
+    drawing = replace(observing, price_range=prices)
     rng = np.random.default_rng(seed)
     right_net = nn.Linear(escalating.out.in_features, _NUM_RIGHT)
     size = min(config.batch_size, _MOST_PRICES * len(table.em))
@@ -356,14 +367,14 @@ def _train(
     )
     for _ in range(config.steps):
         rows = torch.from_numpy(rng.integers(len(table.em), size=size))
-        price = observing.draw_price(rng, size)
+        price = drawing.draw_price(rng, size)
         batch = Batch.of(table, rows, price, observing)
         hidden = escalating.hidden(batch.obs)
         halt_odds = halting(torch.cat([batch.obs[:, : batch.features], batch.obs[:, -1:]], dim=1))
         if keep_head:
             halt_odds = halt_odds.detach()
         expected = expected_return(escalating.of(hidden, batch.obs)[:, 0], halt_odds[:, 0], batch)
-        weight = torch.from_numpy(balance(price, observing)).float()
+        weight = torch.from_numpy(balance(price, drawing)).float()
         loss = -(expected * weight).mean()
         loss += config.correct_coef * binary_cross_entropy_with_logits(
             right_net(hidden), batch.right

@@ -128,6 +128,8 @@ class Played:
         for gate in GATES:
             within = [k for k in kept if em[k] >= least - gate - _ROUNDING]
             points[gate] = grid[within[0]] if within else None  # the cheapest comes first
+        if len(grid) == 1:  # there is nothing to choose
+            points = dict.fromkeys(GATES, grid[0])
         return Chosen(self.policy, [grid[k] for k in kept], points)
 
 
