@@ -123,7 +123,7 @@ def fit_cascade(
     alone = head if isinstance(head, HaltHead) else _fit_head(pairs, head, config, seed)
     observing = alone.config.observing
     told = replace(told, reader=QuestionReader.fit(pairs.questions))
-    table = _Table.of(pairs, large, alone, told)
+    table = Table.of(pairs, large, alone, told)
     halting = _net_of(alone)
     mean_points = max(pairs.small.num_points / len(pairs), 2.0)
     escalating = _start(observed_size(observing, told.reader), config.net_width, mean_points)
@@ -191,7 +191,7 @@ def _weights(net: LogOdds) -> dict[str, NDArray[np.float32]]:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """All that decides the return of N pairs with P points, T at most in one; on the CPU.
 
     A pair has T + 2 places: before the first token, its points, and its end, which is the last one.
@@ -211,7 +211,7 @@ class _Table:
     features: int  # F, the number of features
 
     @classmethod
-    def of(cls, pairs: Pairs, large: LargeAnswers, head: HaltHead, told: CascadeConfig) -> _Table:
+    def of(cls, pairs: Pairs, large: LargeAnswers, head: HaltHead, told: CascadeConfig) -> Table:
         """Lays pairs out in rows as long as the longest."""
         small, config = pairs.small, head.config
         lengths = np.diff(small.offsets)
@@ -282,7 +282,7 @@ class Batch:
 
     @classmethod
     def of(
-        cls, table: _Table, rows: Tensor, price: NDArray[np.float64], observing: Observing
+        cls, table: Table, rows: Tensor, price: NDArray[np.float64], observing: Observing
     ) -> Batch:
         """Takes the pairs of some rows (B,), which may repeat, at prices (B,)."""
         reached = table.real[rows, :-1].any(dim=0).nonzero().max().item()
@@ -331,7 +331,7 @@ def expected_return(log_odds: Tensor, halt_log_odds: Tensor, batch: Batch) -> Te
 def _train(
     halting: LogOdds,
     escalating: LogOdds,
-    table: _Table,
+    table: Table,
     observing: Observing,
     prices: tuple[float, float],
     config: PathwiseConfig,
