@@ -316,7 +316,10 @@ def _head_courses(head: HeadPolicy | None, pairs: Pairs) -> dict[float, Course]:
 
 
 def _reading(questions: Sequence[Question]) -> Callable[[Sequence[Question]], _Scores]:
-    """Returns what turns questions into numbers, with the words that are frequent among some."""
+    """Returns what turns questions into numbers, with the words that are frequent among some.
+
+    The first number is always 1: of some questions nothing is known.
+    """
     from sklearn.feature_extraction.text import CountVectorizer
 
     reader = QuestionReader.fit(questions)
@@ -324,11 +327,14 @@ def _reading(questions: Sequence[Question]) -> Callable[[Sequence[Question]], _S
     try:
         words.fit([question.text for question in questions])
     except ValueError:  # no word is in so many questions, or no text is known
-        return lambda asked: reader.read(asked).astype(np.float64)
+        words = None
 
     def read(asked: Sequence[Question]) -> _Scores:
-        counts = words.transform([question.text for question in asked]).toarray()
-        return np.concatenate([reader.read(asked), np.log1p(counts)], axis=1)
+        parts = [np.ones((len(asked), 1)), reader.read(asked)]
+        if words is not None:
+            counts = words.transform([question.text for question in asked])
+            parts.append(np.log1p(counts.toarray()))
+        return np.concatenate(parts, axis=1)
 
     return read
 

@@ -35,18 +35,6 @@ class Pairs:
         of = tuple(self.questions[n] for n in np.flatnonzero(rows))
         return Pairs(self.small.select(rows), self.large.select(rows), of)
 
-    def of_split(self, *names: str) -> Pairs:
-        """Returns the pairs whose split is one of some names.
-
-        Raises:
-            InputError: If there is no such pair.
-        """
-        rows = np.isin(self.small.split, names)
-        if not rows.any():
-            found = ", ".join(repr(str(name)) for name in np.unique(self.small.split))
-            raise InputError(f"no pair has split {' or '.join(map(repr, names))}: found {found}")
-        return self.select(rows)
-
 
 def pair_up(small: Traces, large: Traces, text_of: Mapping[str, str] | None = None) -> Pairs:
     """Pairs the traces of a small LM with those of a large one, by question.

@@ -163,7 +163,7 @@ def test_another_head_beside_it_is_refused(run_head: HaltHead, tmp_path: Path) -
     HaltHead(replace(run_head.config, threshold=0.6), run_head.weights).save(tmp_path)
     with pytest.raises(InputError, match="for another head"):
         Cascade.load(tmp_path)
-    with pytest.raises(InputError, match="no cascade.json in .*: expected a folder written by"):
+    with pytest.raises(InputError, match=r"no cascade.json in .*: expected a folder written by"):
         Cascade.load(tmp_path / "none")
 
 
