@@ -40,7 +40,7 @@ def population(make_row: MakeRow, folder: Path, num: int = 120) -> CascadeComman
         large.append(make_row(**known, **place, model="big", final_correct=True))
     write_shard(folder / "small.parquet", small, {"decision_rule": "every 50 tokens"})
     write_shard(folder / "large.parquet", large, {})
-    quick = PathwiseConfig(steps=120, prior_questions=10)
+    quick = PathwiseConfig(steps=80, prior_questions=10)
     return CascadeCommandConfig(
         small=folder / "small.parquet",
         large=folder / "large.parquet",

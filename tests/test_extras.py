@@ -63,7 +63,9 @@ def test_the_command_names_what_serving_needs(missing: str) -> None:
     assert missing in done.stderr and "pip install -e '.[proxy]'" in done.stderr
 
 
-@pytest.mark.parametrize("script", ["train", "evaluate", "calibrate", "adapt", "collect"])
+@pytest.mark.parametrize(
+    "script", ["train", "evaluate", "calibrate", "adapt", "cascade", "collect"]
+)
 @pytest.mark.parametrize("missing", ["numpy", "tyro", "torch", "pyarrow"])
 def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> None:
     run = f"import runpy; sys.argv[0] = '{script}.py'; runpy.run_path('{script}.py')"

@@ -32,11 +32,17 @@ QUICK = {
     "collect.py": "--num 40 --max-tokens 160 --batch-size 40",
     "train.py": "--folds 2 --seeds 1 --fit.pathwise.steps 20 --fit.ppo.total-timesteps 512 "
     "--fit.ppo.num-envs 16 --fit.ppo.n-steps 16 --fit.ppo.batch-size 64",
+    "cascade.py": "--folds 2 --fit.head.steps 20 --fit.both.steps 20",
     "examples.small_lm": "--num 60",
     "lms.prune": "--steps 1",
 }
 # What a page names and we have not, and what stands for it.
-HERE = {"Qwen/Qwen3-0.6B": "embedded", "gsm8k  ": "all", "DEVICE=cuda": "DEVICE=cpu"}
+HERE = {
+    "Qwen/Qwen3-8B": "checkpoints/twin",
+    "Qwen/Qwen3-0.6B": "embedded",
+    "gsm8k  ": "all",
+    "DEVICE=cuda": "DEVICE=cpu",
+}
 SERVER = "http://127.0.0.1:8080"
 SECOND_SERVER = "http://127.0.0.1:8081"
 ASKED = {"What is 6 times 7?": "sum : 9 + 3 + 6 + 7 - 2 - 5"}
@@ -77,6 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "checkpoints").mkdir()
     for name in ("embedded", "embedded-head", "embedded-blind-head"):
         (folder / "checkpoints" / name).symlink_to(ROOT / "checkpoints" / name)
+    shutil.copytree(ROOT / "checkpoints/embedded", folder / "checkpoints/twin")
     (folder / ".venv/bin").mkdir(parents=True)
     (folder / ".venv/bin/activate").touch()
     return folder
@@ -108,6 +115,7 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
         "TRACES",
         "SIGNALS",
         "PRICE",
+        "CASCADE",
         pytest.param("QUANTISATION", marks=pytest.mark.slow),
         pytest.param("CLUSTER", marks=pytest.mark.slow),
     ],
@@ -124,8 +132,12 @@ def test_every_command_of_a_page_runs(
     found = found_commands(name, folder, here)
     if name == "PRICE" and not (folder / "checkpoints/mine").exists():
         found = [*found_commands("YOUR_LM", folder, HERE)[1:3], *found]
+    quick = QUICK | {"collect.py": "--num 12 --max-tokens 160"} if name == "CASCADE" else QUICK
     for command in found:
-        run(command, QUICK, monkeypatch)
+        run(command, quick, monkeypatch)
+    if name == "CASCADE":
+        (snippet,) = blocks(name, "python")
+        exec(compile(snippet.text, name, "exec"), {})
 
 
 @pytest.mark.parametrize("lm", ["embedded", "tiny.gguf"])

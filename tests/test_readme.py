@@ -35,7 +35,9 @@ def test_the_table_of_the_front_page_is_that_of_the_results() -> None:
     assert set(re.findall(numbers, README)) <= set(re.findall(numbers, page("RESULTS")))
 
 
-@pytest.mark.parametrize("script", ["train", "adapt", "evaluate", "calibrate", "collect"])
+@pytest.mark.parametrize(
+    "script", ["train", "adapt", "evaluate", "calibrate", "cascade", "collect"]
+)
 def test_scripts_know_the_flags_that_the_pages_name(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

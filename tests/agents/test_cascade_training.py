@@ -71,9 +71,9 @@ def test_the_gradient_is_that_of_finite_differences(make_traces: MakeTraces) -> 
     assert torch.autograd.gradcheck(total, (odds[0], odds[1]))
 
 
-def fitted(pairs: Pairs, head: HaltHead | HeadConfig, steps: int = 250) -> CascadePolicy:
+def fitted(pairs: Pairs, head: HaltHead | HeadConfig, steps: int = 150) -> CascadePolicy:
     both = PathwiseConfig(steps=steps, prior_questions=10)
-    config = CascadeFitConfig(PathwiseConfig(steps=150, prior_questions=10), both, net_width=8)
+    config = CascadeFitConfig(PathwiseConfig(steps=100, prior_questions=10), both, net_width=8)
     large = LargeAnswers.unhalted(pairs.large)
     return CascadePolicy(fit_cascade(pairs, large, head, TOLD, config, 0).cascade)
 
@@ -86,7 +86,7 @@ def conditions(pairs: Pairs) -> HeadConfig:
 
 
 def test_where_escalating_never_pays_a_given_head_decides_alone(make_traces: MakeTraces) -> None:
-    pairs = made_up(make_traces, 60, lambda easy: False)
+    pairs = made_up(make_traces, 40, lambda easy: False)
     head = random_head(1)
     policy = fitted(pairs, head)
     cascade = policy.cascade
@@ -102,7 +102,7 @@ def test_where_escalating_never_pays_a_given_head_decides_alone(make_traces: Mak
 def test_where_escalating_always_pays_everything_is_escalated_at_once(
     make_traces: MakeTraces,
 ) -> None:
-    pairs = made_up(make_traces, 60, lambda easy: True, large_tokens=1)
+    pairs = made_up(make_traces, 40, lambda easy: True, large_tokens=1)
     policy = fitted(pairs, random_head(1))
     course = policy.course(pairs, policy.signal(pairs), (1.0,))
     assert course.escalated.all() and (course.point == AT_START).all()
@@ -111,7 +111,7 @@ def test_where_escalating_always_pays_everything_is_escalated_at_once(
 def test_it_learns_to_answer_what_is_easy_and_to_escalate_what_is_hard(
     make_traces: MakeTraces,
 ) -> None:
-    pairs = made_up(make_traces, 200, lambda easy: True)
+    pairs = made_up(make_traces, 120, lambda easy: True)
     policy = fitted(pairs, conditions(pairs))
     fresh = made_up(make_traces, 100, lambda easy: True, seed=1)
     course = policy.course(fresh, policy.signal(fresh), (0.5,))
