@@ -127,8 +127,7 @@ def main(config: CascadeCommandConfig) -> Path:
         for policy in policies
     ]
     rows = judge(material.fresh, material.large_fresh, config.price_ratio, chosen, "cascade")
-    costs = {of.policy.name: _cost(of, material, config.price_ratio) for of in chosen}
-    strongest = {kind: strongest_of(costs, begins) for kind, begins in _KINDS.items()}
+    strongest = {kind: strongest_of(chosen, begins) for kind, begins in _KINDS.items()}
     return _write(config, material, trained, rows, chosen, strongest)
 
 
@@ -275,15 +274,6 @@ def _policies(
     if probing == "always":  # else the head's answers are not seen before it halts
         policies += [ConfidenceCascade(large, head)]
     return [*policies, Hindsight(material.answers, config.price_ratio, prices, probing)]
-
-
-def _cost(chosen: Chosen, material: _Material, price_ratio: float) -> float:
-    """Returns what a policy costs, on the pairs that it was chosen on, at the strictest gate."""
-    parameter = chosen.points[min(chosen.points)]
-    if parameter is None:
-        return price_ratio * float(material.known.large.num_tokens.mean())
-    played = Played.of(chosen.policy, material.known, material.large_known, price_ratio)
-    return float(played.outcome(parameter).cost.mean())
 
 
 def _write(

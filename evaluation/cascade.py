@@ -79,7 +79,11 @@ class Chosen:
     parameters: list[Parameter]
     """The numbers that no other ones beat in both EM and cost."""
     points: dict[float, Parameter | None]
-    """By gate, the cheapest numbers within it; None if there are none."""
+    """By gate, the cheapest numbers within it; None if there are none: then the large LM answers
+    everything."""
+    cost: float
+    """What a question costs in the mean at the strictest gate, on the pairs that it was chosen
+    on."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,8 @@ class Played:
     def choose(self) -> Chosen:
         """Freezes the numbers of the policy on these pairs."""
         grid = self.policy.grid(self.signal)
-        outcomes = [self.outcome(parameter) for parameter in grid]
-        em = np.array([outcome.em.mean() for outcome in outcomes])
-        cost = np.array([outcome.cost.mean() for outcome in outcomes])
+        each = (self.outcome(parameter) for parameter in grid)
+        em, cost = np.array([(of.em.mean(), of.cost.mean()) for of in each]).T
         order = np.lexsort([-em, cost])
         best_before = np.maximum.accumulate(np.concatenate([[-1.0], em[order][:-1]]))
         kept = order[em[order] > best_before]
@@ -130,7 +133,10 @@ class Played:
             points[gate] = grid[within[0]] if within else None  # the cheapest comes first
         if len(grid) == 1:  # there is nothing to choose
             points = dict.fromkeys(GATES, grid[0])
-        return Chosen(self.policy, [grid[k] for k in kept], points)
+        strictest = points[min(GATES)]
+        all_large = self.price_ratio * self.pairs.large.num_tokens.mean()
+        paid = all_large if strictest is None else cost[grid.index(strictest)]
+        return Chosen(self.policy, [grid[k] for k in kept], points, float(paid))
 
 
 @dataclass(frozen=True)
@@ -319,10 +325,10 @@ def title(policy: str) -> str:
     return _TITLES.get(policy, policy.replace("_", " "))
 
 
-def strongest_of(rows: Mapping[str, float], begins: str) -> str:
-    """Returns the cheapest of the policies whose names begin in a way."""
-    named = {name: cost for name, cost in rows.items() if name.startswith(begins)}
-    return min(named, key=lambda name: named[name])
+def strongest_of(chosen: Sequence[Chosen], begins: str) -> str:
+    """Returns the cheapest of the policies whose names begin in a way, as they were chosen."""
+    named = [of for of in chosen if of.policy.name.startswith(begins)]
+    return min(named, key=lambda of: of.cost).policy.name
 
 
 def verdict(

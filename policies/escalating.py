@@ -330,7 +330,7 @@ def _reading(questions: Sequence[Question]) -> Callable[[Sequence[Question]], _S
         words = None
 
     def read(asked: Sequence[Question]) -> _Scores:
-        parts = [np.ones((len(asked), 1)), reader.read(asked)]
+        parts: list[NDArray[Any]] = [np.ones((len(asked), 1)), reader.read(asked)]
         if words is not None:
             counts = words.transform([question.text for question in asked])
             parts.append(np.log1p(counts.toarray()))

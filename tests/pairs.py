@@ -58,7 +58,7 @@ def made_up(
                 "answer_logprobs": [[float(np.log(each))] for each in sure],
             }
         )
-        point = {"position": [], "probe_tokens": [], "answer": [], "correct": []}
+        point: dict[str, Any] = {"position": [], "probe_tokens": [], "answer": [], "correct": []}
         point |= {"confidence": [], "answer_logprobs": []}
         known = {"num_tokens": large_tokens, "final_correct": large_right(easy)}
         large.append(of | {"model": "big"} | point | known)

@@ -117,7 +117,9 @@ def test_a_price_of_0_is_the_lowest(run_head: HaltHead) -> None:
 
 def test_parts_are_joined_in_order() -> None:
     dial = np.array([0.5, -0.5], dtype=np.float32)
-    obs = joined(np.ones((2, 3)), np.zeros((2, 1)), (False, np.array([True, False]), 1), dial)
+    obs = joined(
+        np.ones((2, 3), "f4"), np.zeros((2, 1), "f4"), (False, np.array([True, False]), 1), dial
+    )
     assert obs.tolist() == [[1, 1, 1, 0, 0, 1, 1, 0.5], [1, 1, 1, 0, 0, 0, 1, -0.5]]
 
 
