@@ -320,6 +320,12 @@ def format_rows(rows: Sequence[CascadeRow]) -> str:
     return "\n".join(lines[1:])
 
 
+def _ends(interval: Interval) -> str:
+    """Returns an interval behind a blank; nothing where there is none."""
+    found = between(interval, percent)
+    return f" {found}" if found else ""
+
+
 def title(policy: str) -> str:
     """Returns the readable name of a policy."""
     return _TITLES.get(policy, policy.replace("_", " "))
@@ -353,13 +359,13 @@ def verdict(
     is_clear = [row.cheaper >= MARGIN and row.cheaper_interval[0] > 0 for row in rivals.values()]
     said = "cheaper than all of them" if all(is_clear) else "no clear gain over all of them"
     each = "; ".join(
-        f"{percent(row.cheaper)} % {between(row.cheaper_interval, percent)} than {kind}"
+        f"{percent(row.cheaper)} %{_ends(row.cheaper_interval)} than {kind}"
         + (f" ({title(row.policy)})" if row.policy != "always_large" else "")
         for kind, row in rivals.items()
     )
-    price = "none" if own.parameter is None else number(own.parameter[0])
+    price = "no price" if own.parameter is None else f"a price of {number(own.parameter[0])}"
     return (
-        f"Verdict: {said}: at a ratio of {price_ratio:g} and a price of {price}, the cascade is "
+        f"Verdict: {said}: at a ratio of {price_ratio:g} and {price}, the cascade is "
         f"right on {100 * own.em:.2f} % of {counted(num_questions, 'test question')} (small "
         f"{100 * small.em:.2f} %, large {100 * (own.em - own.em_delta):.2f} %), escalates "
         f"{percent(own.escalated)} %, and at equal EM is cheaper by {each}."
