@@ -194,7 +194,8 @@ class Cascade:
     def at_point(self, features: Float, asked: Float, price: ArrayLike | None = None) -> Acts:
         """Decides at a decision point: CONTINUE, HALT or ESCALATE (B,).
 
-        Where a feature is unknown it continues, as the head does.
+        Where a feature is unknown it continues, as the head does; where the answer cannot be read
+        it does not halt.
 
         Args:
             features: (B, F), the columns of `head.config.features`.
@@ -202,6 +203,7 @@ class Cascade:
             price: (B,) or one for all; by default the cascade's own.
         """
         halt, escalate = self._both(features, asked, price)
+        halt = np.where(self.head.may_halt(features), halt, np.float32(-np.inf))
         halts = prob_of(halt) >= self.head.config.threshold
         acts = np.where(halts, Act.HALT, Act.CONTINUE)
         escalates = escalate > np.maximum(halt - self._bar, 0)

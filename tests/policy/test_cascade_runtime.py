@@ -33,6 +33,7 @@ def cascade_of(head: HaltHead, bias: float, **straight: float) -> Cascade:
 
 def features_of(*runs: float) -> np.ndarray:
     features = np.zeros((len(runs), 7), dtype=np.float32)
+    features[:, 0] = 1  # there is an answer
     features[:, 1] = np.log1p(runs)
     return features
 
@@ -85,6 +86,15 @@ def test_what_is_likeliest_is_done(run_head: HaltHead) -> None:
     assert cascade.at_halt(features, some, 1.0).tolist() == [HALT, ESCALATE, HALT, HALT]
     assert cascade.at_end(features, some, 1.0).tolist() == [HALT, ESCALATE, HALT, ESCALATE]
     assert cascade.at_start(some, 1.0).tolist() == [CONTINUE, ESCALATE, CONTINUE, ESCALATE]
+
+
+def test_an_answer_that_cannot_be_read_is_not_taken(run_head: HaltHead) -> None:
+    features = features_of(4, 4)
+    features[0, 0] = 0
+    some = asked(cascade_of(run_head, 0.0), "", "")
+    assert cascade_of(run_head, -1.0).at_point(features, some, 1.0).tolist() == [CONTINUE, HALT]
+    # 0.4 is less than the head's log-odds of halting, 0.53, which do not count in the first row.
+    assert cascade_of(run_head, 0.4).at_point(features, some, 1.0).tolist() == [ESCALATE, HALT]
 
 
 def test_the_threshold_of_the_head_counts(run_head: HaltHead) -> None:
