@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.timing import BenchResult
-from evaluation.outcome import Outcome, em_delta, first_halts, halt_outcome, saving
+from evaluation.outcome import Outcome, em_delta, halt_outcome, saving
 from policies.baselines import Budget, Entropy
-from policies.policy import decisions
+from policies.policy import decisions, first_halts
 from traces import Traces
 
 _PART = "resumed"
