@@ -173,7 +173,7 @@ class ClientAnswer:
             found = reader.streamed.report()
         report: Json = {
             "halted": found.halted,
-            "reason": found.reason,
+            "reason": "escalated" if reader.escalated else found.reason,
             "position": found.position,
             "price": found.price,
             "legs": [usage.counts() for usage in reader.usages],
@@ -182,6 +182,8 @@ class ClientAnswer:
             report["length"] = reader.thought.position
         if reader.prober.usage.num:
             report["probes"] = reader.prober.usage.report()
+        if reader.escalated:
+            report["escalated"] = reader.escalated
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:

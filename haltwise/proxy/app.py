@@ -54,6 +54,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import GOVERNED, APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
+from haltwise.proxy.large import large_lm
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
@@ -146,6 +147,7 @@ class Proxy:
             config.probe_timeout,
             config.answers == "seen",
             acceptance,
+            large_lm(config),
             None
             if self.control is None
             else Auditor(self.control, self.metrics, patience, acceptance),
@@ -751,6 +753,8 @@ class Proxy:
         if self.cashier is not None:
             self.cashier.budgets.close()
         await self.upstream.close()
+        if self._settings.large is not None:
+            await self._settings.large.upstream.close()
 
     async def tell_metrics(self, request: Request) -> Response:
         """Tells the metrics in the form that Prometheus reads."""

@@ -10,6 +10,7 @@ from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill
 from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.large import EscalatingHead, LargeLM, Where, question_of
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.probing import AnswerProber, ProbeRoom
@@ -45,6 +46,8 @@ class CompletionSettings:
     """Whether the answer that the head has seen is the answer, if it is whole."""
     acceptance: Acceptance
     """Says whether an answer behind a halted thought can be given."""
+    large: LargeLM | None = None
+    """The LM that requests may be left to; None if there is none."""
     auditor: Auditor | None = None
     """Asks for the answers of audits; None if there are none."""
 
@@ -77,9 +80,10 @@ class WatchedCompletion:
         self._asked, self._texts = asked, list[str]()
         begins = not request.chat and opened_in_text(request.prompt, server.rules)
         opening = server.rules.think_start if begins else ""
-        self._streamed = StreamedThought(
-            settings.head, server.rules, asked, opening, settings.control
-        )
+        self._head = settings.head
+        if settings.large is not None:
+            self._head = EscalatingHead(settings.large.cascade, question_of(request, asked))
+        self._streamed = StreamedThought(self._head, server.rules, asked, opening, settings.control)
         self._prober = AnswerProber(
             request,
             server,
@@ -94,6 +98,8 @@ class WatchedCompletion:
         self._closer = ThoughtCloser(self._reader, settings.patience, settings.acceptance)
         self._answer = ClientAnswer(self._reader, settings.shadow)
         self._halts = False  # at the newest event
+        self._where: Where | None = None  # it is to be left to the large LM
+        self._unshown: StreamEvent | None = None  # if that is so at the thought's end
         self._is_released = False
 
     async def open(self) -> UpstreamLeg:
@@ -103,6 +109,10 @@ class WatchedCompletion:
             UpstreamError: If no answer comes.
         """
         settings, server = self._settings, self._server
+        if settings.large is not None and self._escalates("start"):
+            large = await self._closer.escalated_at_start(settings.large)
+            if large is not None:
+                return large
         goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
         extra = server.extra_fields(self.request) if goes_on else {}
         body = self.request.watched_body(extra, server.shows_numbers(self.request))
@@ -190,17 +200,30 @@ class WatchedCompletion:
             except UpstreamError as error:
                 source = await self._closer.asked_plainly(first, self._answer.envelope, error)
             else:
-                if self._halts and (seen := self._seen_answer()) is not None:
-                    if self._closer.refuses(seen.text):
-                        self._reader.fall_back(UNGIVEN)
-                        continue
+                seen = self._seen_answer() if self._halts and self._where is None else None
+                if seen is None:
+                    second, source = await self._goes_on(first)
+                elif self._closer.refuses(seen.text):
+                    self._reader.fall_back(UNGIVEN)
+                else:
                     await first.close()
                     for event in self._events_of_seen(seen):
                         yield event
                     return
-                second, source = await self._closer.continued(first, self._answer.envelope)
         async for event in self._events_behind_thought(second):
             yield event
+
+    async def _goes_on(
+        self, first: UpstreamLeg
+    ) -> tuple[UpstreamLeg | None, AsyncIterable[StreamEvent]]:
+        """What takes the place of a first leg whose thought is closed, see `continued`."""
+        envelope, where, large = self._answer.envelope, self._where, self._settings.large
+        if where is None or large is None:
+            return await self._closer.continued(first, envelope)
+        if self._unshown is not None:
+            first.put_back(self._unshown)
+        self._where = None
+        return None, await self._closer.escalated(first, envelope, large, where)
 
     async def _until_halted(
         self, source: AsyncIterable[StreamEvent | None]
@@ -258,19 +281,57 @@ class WatchedCompletion:
         """
         if event is None:
             halts = await self._reader.read_answer()
-            return None, halts and self._answer.finish is None and not self._settings.shadow
+            halts = halts and self._answer.finish is None and not self._settings.shadow
+            self._where = "point" if halts and self._escalates("point") else None
+            return None, halts
         if event.chunk is None:
             return self._answer.passed(event), False
         choice, halts = event.choice, False
         self._reader.check_choices(event.chunk)
         if choice is not None and self._reader.is_thinking:
             halts = await self._reader.read(event.chunk, choice)
+            if self._escalates_instead(halts, choice):
+                self._unshown = event
+                return None, True
         elif choice is not None and any(texts_of(choice)):
             self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
         if choice is not None and self._settings.auditor is not None:
             self._texts.append(texts_of(choice)[1])
         shown = self._answer.shown(event, event.chunk)
         return shown, halts and self._answer.finish is None and not self._settings.shadow
+
+    def _escalates_instead(self, halts: bool, choice: Json) -> bool:
+        """Whether the newest chunk of the small LM is not shown, as the large LM is to answer.
+
+        Args:
+            halts: Whether the thought is to be closed behind it.
+            choice: Its choice.
+        """
+        reader = self._reader
+        if halts:
+            self._where = "point" if self._escalates("point") else None
+            return False  # it is the thought's, which the client gets
+        is_cut = reader.is_thinking and choice.get("finish_reason") == "length"
+        if is_cut or (not reader.is_thinking and reader.thought.closed and not reader.fallback):
+            self._where = "end" if self._escalates("end", is_cut) else None
+        return self._where is not None
+
+    def _escalates(self, where: Where, is_cut: bool = False) -> bool:
+        """Whether the request is to be left to the large LM here.
+
+        Args:
+            where: Where it is.
+            is_cut: Whether the token budget has ended the thought.
+        """
+        report = self._streamed.report()
+        is_off = self._settings.shadow or not self._asked.terms.price
+        if is_off or not isinstance(self._head, EscalatingHead):
+            return False
+        if where == "start":
+            return self._head.escalates_at_start(report.price)
+        if where == "end":
+            return self._head.escalates_at_end(report.price, is_cut)
+        return self._head.escalates_here(report.price, report.reason == "capped")
 
     async def _events_behind_thought(self, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
         """The close text, the second leg's answer, and the rest in a third if that breaks off."""

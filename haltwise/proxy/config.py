@@ -107,6 +107,13 @@ class ServeConfig:
     """Thinking tokens before which the head halts no thought."""
     max_thinking_tokens: int | None = None
     """Thinking tokens at which every thought is closed, whatever the head says."""
+    large: str | None = None
+    """Address of the server of a large LM, for a --head that is a cascade: requests that the small
+    LM cannot answer are left to it."""
+    large_model: str | None = None
+    """Name of the large LM there; default: the one that the client names."""
+    large_key_env: str | None = None
+    """Environment variable with the API key of that server; default: each client's own."""
     control: str = "off"
     """off; observe, to learn by audits what each price loses and saves; apply, to serve the price
     that they certify; or MODULE:NAME of a class that sets terms, see haltwise.Control."""
@@ -211,6 +218,7 @@ class ServeConfig:
             raise InputError(f"--upstream: {error}") from None
         self._check_control()
         self._check_money()
+        self._check_large()
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """By name of a setting, whether it is in its range, and what that is."""
@@ -233,6 +241,30 @@ class ServeConfig:
             "label_hours": (0 <= self.label_hours < math.inf, "0 or more, and finite"),
             "dense_audits": (0 <= self.dense_audits <= 1, "from 0 to 1"),
         }
+
+    def _check_large(self) -> None:
+        """Checks that what is told about a large LM goes together.
+
+        Raises:
+            InputError: If it does not.
+        """
+        if self.large is None:
+            for name in ("large_model", "large_key_env"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{option(name)} is given, expected it with --large")
+            return
+        try:
+            address = self.large_connections.url
+        except InputError as error:
+            raise InputError(f"--large: {error}") from None
+        if address.lower() == self.connections.url.lower():
+            raise InputError(
+                f"--large is {self.large}, as --upstream is, expected another LM's server"
+            )
+        usual = {one.name: one.default for one in fields(self)}
+        for name in ("control", "budgets", "tariffs", "check_answers"):
+            if getattr(self, name) != usual[name]:
+                raise InputError(f"{option(name)} is given, which does not know of --large yet")
 
     def _check_control(self) -> None:
         """Checks that what a control is told goes together.
@@ -328,6 +360,11 @@ class ServeConfig:
             self.connect_timeout,
             self.read_timeout,
         )
+
+    @property
+    def large_connections(self) -> "UpstreamConfig":
+        """Where the large LM's server is, and how it is asked."""
+        return replace(self.connections, address=self.large or "", key_env=self.large_key_env)
 
     def lets_browsers_in_by(self, host: str) -> bool:
         """Whether pages may ask by this name, which a hostile one may have lent to the proxy.

@@ -6,12 +6,13 @@ No answer is lost: whatever fails on the way, the LM thinks on, and its client s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, suppress
 
 import anyio
 
 from haltwise.proxy.acceptance import Acceptance
+from haltwise.proxy.large import FAILED, LargeLM, Where
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import counting
 from haltwise.proxy.thought import ThoughtReader
@@ -149,6 +150,57 @@ class ThoughtCloser:
             raise UpstreamError(UNGIVEN, "the answer of a halted thought was refused")
         for event in reversed(events):
             leg.put_back(event)
+
+    async def escalated(
+        self, first: UpstreamLeg, envelope: Json, large: LargeLM, where: Where
+    ) -> AsyncIterable[StreamEvent]:
+        """Leaves the request to the large LM; returns what the client gets from here on.
+
+        The first leg goes on until the large LM has begun to answer. Its answer comes as a whole;
+        where there is none, the small LM goes on, or is asked anew.
+
+        Args:
+            first: The first leg.
+            envelope: What all chunks of the answer have in common.
+            large: The large LM.
+            where: Where it is asked.
+        """
+        reader = self._reader
+        reader.may_halt = False
+        reader.is_thinking &= where != "end"
+        held: HeldBackLeg | None = None
+        if not self._server.one_at_a_time:
+            held = HeldBackLeg(first)
+            self._running.push_async_callback(held.close)
+        try:
+            leg = await large.begun(self._request, self._headers)
+        except UpstreamError:
+            reader.fall_back(FAILED)
+            return first if held is None else held
+        if held is not None:
+            await held.close()
+            reader.usages[0].completion_tokens += held.num_tokens()
+        await first.close()
+        try:
+            events = await large.events_of(leg)
+        except UpstreamError:
+            reader.fall_back(FAILED)
+            return self._asked_anew(envelope)
+        reader.leave_to_large(where)
+        return _in_envelope(events, envelope)
+
+    async def escalated_at_start(self, large: LargeLM) -> UpstreamLeg | None:
+        """The large LM's answer, whole, before the small one is asked; None if there is none."""
+        try:
+            leg = await large.begun(self._request, self._headers)
+            events = await large.events_of(leg)
+        except UpstreamError:
+            self._reader.fall_back(FAILED)
+            return None
+        self._reader.leave_to_large("start")
+        for event in reversed(events):
+            leg.put_back(event)
+        return leg
 
     async def answering(self) -> UpstreamLeg:
         """A leg that answers behind the closed thought, where no first leg runs any more.
@@ -306,6 +358,12 @@ class ThoughtCloser:
                 yield StreamEvent(chunk=event.chunk | envelope)
             elif event.chunk is None:
                 yield event
+
+
+async def _in_envelope(events: Sequence[StreamEvent], envelope: Json) -> AsyncIterator[StreamEvent]:
+    """The events of another leg in the envelope of the first one."""
+    for event in events:
+        yield event if event.chunk is None else StreamEvent(chunk=event.chunk | envelope)
 
 
 class HeldBackLeg:

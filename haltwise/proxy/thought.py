@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.large import Where
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics, log
 from haltwise.proxy.probing import AnswerProber
@@ -78,6 +79,8 @@ class ThoughtReader:
         """Whether the client has the end of the thought, which the server was told to write."""
         self.thinks_on = False
         """Whether the LM thinks on in spite of that, or again."""
+        self.escalated: Where | None = None
+        """Where the request was left to the large LM; None if it was not."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
         self.call_end = ""
@@ -235,6 +238,13 @@ class ThoughtReader:
             self.is_thinking = False
             self.fall_back("policy")
             return False
+
+    def leave_to_large(self, where: Where) -> None:
+        """Notes that the large LM answers; what comes from it is not watched."""
+        self.is_thinking = self.may_halt = False
+        self.escalated = where
+        if where != "start":
+            self.usages.append(LegUsage())
 
     def fall_back(self, reason: str) -> None:
         """Lets the LM think on, and counts why."""
