@@ -194,6 +194,7 @@ class Proxy:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
+        large = None if self._settings.large is None else self._settings.large.anew(config.head)
         file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         keys = _keys(config, default)
@@ -203,7 +204,7 @@ class Proxy:
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
         if self.cashier is not None and file is not None:
             self.cashier.replace(file, _own_budgets(self._keys), tariffs)
-        self._settings = replace(self._settings, head=head)
+        self._settings = replace(self._settings, head=head, large=large)
 
     def try_probes(self) -> None:
         """Tries whether forced answers run beside a thought, if the head looks at any.

@@ -289,9 +289,11 @@ class WatchedCompletion:
         choice, halts = event.choice, False
         self._reader.check_choices(event.chunk)
         if choice is not None and self._reader.is_thinking:
+            num_shown = len(self._reader.shown_texts)
             halts = await self._reader.read(event.chunk, choice)
             if self._escalates_instead(halts, choice):
                 self._unshown = event
+                del self._reader.shown_texts[num_shown:]
                 return None, True
         elif choice is not None and any(texts_of(choice)):
             self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better

@@ -258,9 +258,8 @@ class ServeConfig:
         except InputError as error:
             raise InputError(f"--large: {error}") from None
         if address.lower() == self.connections.url.lower():
-            raise InputError(
-                f"--large is {self.large}, as --upstream is, expected another LM's server"
-            )
+            told = f"--large is {self.large}, which is --upstream too"
+            raise InputError(f"{told}, expected the server of another LM")
         usual = {one.name: one.default for one in fields(self)}
         for name in ("control", "budgets", "tariffs", "check_answers"):
             if getattr(self, name) != usual[name]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -106,6 +108,16 @@ class LargeLM:
         self.cascade = cascade
         self.upstream = Upstream(connections)
         self._model = model
+
+    def anew(self, folder: Path) -> LargeLM:
+        """Returns the same with the cascade that is in a folder now, and the connections that are.
+
+        Raises:
+            InputError: If there is none.
+        """
+        twin = copy.copy(self)
+        twin.cascade = Cascade.load(folder)
+        return twin
 
     def body_of(self, request: CompletionRequest) -> Json:
         """The body of a request, as the large LM is asked."""

@@ -292,8 +292,9 @@ class _Fake:
         crowd: int = 0,
         paced: int = 0,
         probed: bool = False,
+        trouble: str = "",
     ) -> None:
-        self.probed = probed
+        self.probed, self.trouble = probed, trouble
         self.kind, self.key, self.thoughts, self.paced = kind, key, thoughts, paced
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
@@ -410,6 +411,8 @@ class _Fake:
             return _refusal(asked, 401, "invalid api key")
         if self.probed and is_probe(body):
             plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="")
+        if self.trouble:
+            plan = replace(plan, trouble=self.trouble, at=30)
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
         return await self._answer(asked, plan, prompt, numbers)
@@ -854,6 +857,7 @@ class FakeUpstream:
         thoughts: Where they stand in a chat.
         paced: Tokens between places where a thought waits for the proxy's decision; 0 for none.
         probed: Whether a proxy looks at answers here; recorders ask alike.
+        trouble: What happens here to all that is asked, after 30 tokens, see `Plan`.
     """
 
     def __init__(
@@ -864,8 +868,11 @@ class FakeUpstream:
         thoughts: Thoughts = "field",
         paced: int = 0,
         probed: bool = False,
+        trouble: str = "",
     ) -> None:
-        self._fake = _Fake(kind, key, num_slots, thoughts, paced=paced, probed=probed)
+        self._fake = _Fake(
+            kind, key, num_slots, thoughts, paced=paced, probed=probed, trouble=trouble
+        )
         self._socket = listening_socket()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(server_config(self._fake.app))
