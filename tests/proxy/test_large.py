@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from haltwise import InputError
+from haltwise import HaltHead, InputError
 from haltwise.policy.cascade import Cascade, CascadeConfig, observed_size
 from haltwise.policy.question import QuestionReader
 from haltwise.proxy import ServeConfig, create_app
@@ -35,12 +35,12 @@ PLACES: dict[str, dict[str, float]] = {
 }
 
 
-def cascade(where: str, folder: Path) -> Path:
+def cascade(where: str, folder: Path, head: HaltHead | None = None) -> Path:
     """A cascade whose head is `sure_head`: at a price of 1 it closes a thought at 20 tokens.
 
     It escalates nowhere, at once, there, or at the end of the thought.
     """
-    head, reader = sure_head(), QuestionReader()
+    head, reader = head or sure_head(), QuestionReader()
     names = [*head.config.features, "at_start", "at_end", "cut", "price"]
     assert len(names) == observed_size(head.config.observing, reader)
     last = [0.0, *(PLACES[where].get(name, 0.0) for name in names)]

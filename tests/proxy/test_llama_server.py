@@ -24,6 +24,7 @@ from lms.tasks import questions
 from tests.heads import sure_head
 from tests.proxy.llama_server import NAME, LlamaServer, llama_server
 from tests.proxy.proxies import Proxy, proxied, saved_head
+from tests.proxy.test_large import cascade
 
 ASKED = questions("sum", "test", 4)
 PRICE = 10.0
@@ -104,7 +105,31 @@ def chat(
     parts = [choice.delta for chunk in chunks for choice in chunk.choices]
     thought = "".join(getattr(part, "reasoning_content", None) or "" for part in parts)
     answer = "".join(part.content or "" for part in parts)
-    return thought, answer, chunks[-1].usage.haltwise
+    return thought, answer, getattr(chunks[-1].usage, "haltwise", {})
+
+
+@pytest.mark.parametrize("where", ["start", "point", "end"])
+def test_a_large_lm_answers_while_it_lives_and_then_the_small_one(
+    where: str, gguf: Path, server: LlamaServer, tmp_path: Path
+) -> None:
+    """Both servers have the embedded LM here, so that their whole answers are equal."""
+    with llama_server(gguf) as large:
+        folder = cascade(where, tmp_path / "cascade", sure_head(CLOSE, "every 12 tokens"))
+        config = ServeConfig(head=folder, upstream=server.url, large=large.url)
+        with proxied(config) as proxy:
+            client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+            price = NEVER if where == "end" else {"X-Haltwise-Price": "1"}
+            direct = openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+            plain = [chat(direct, question, {})[:2] for question in ASKED]
+            left = [chat(client, question, price) for question in ASKED]
+            large.kill()
+            kept = [chat(client, question, price) for question in ASKED]
+    for (thought, answer), found in zip(plain, left, strict=True):
+        assert found[1] == answer and found[0].endswith(thought)
+        assert found[2]["escalated"] == where
+        assert found[2]["legs"][-1]["completion_tokens"] >= 20
+    assert [found[:2] for found in kept] == plain
+    assert {found[2]["fallback"] for found in kept} == {"large LM"}
 
 
 def is_number(lm: LanguageModel, answer: str) -> bool:
