@@ -116,6 +116,7 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
         "SIGNALS",
         "PRICE",
         "CASCADE",
+        "DISTILL",
         pytest.param("QUANTISATION", marks=pytest.mark.slow),
         pytest.param("CLUSTER", marks=pytest.mark.slow),
     ],

@@ -1,0 +1,88 @@
+"""The command that teaches an LM to think no longer than a head would have let it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill import DistillConfig, main
+from haltwise import HaltHead, InputError
+from lms.embedded import EMBEDDED
+from lms.fine_tune import FineTuneConfig
+from lms.language_model import LanguageModel
+from tests.recording.test_cut_thoughts import THOUGHT
+from traces import Traces
+
+
+@pytest.fixture
+def told(
+    make_traces: Callable[..., Traces], tmp_path: Path, run_head: HaltHead
+) -> Callable[..., DistillConfig]:
+    def config(steps: int = 2, row: dict[str, Any] = THOUGHT, **changes: Any) -> DistillConfig:
+        make_traces([row] * 4)
+        run_head.save(tmp_path / "head")
+        tuning = FineTuneConfig(epochs=steps, lr=1e-3, batch_size=4)
+        found = DistillConfig(tmp_path / "head", tmp_path / "made.parquet", tmp_path / "lm")
+        return replace(found, price=1.0, **{"fine_tune": tuning} | changes)
+
+    return config
+
+
+def loss_of(lm: LanguageModel, text: str) -> float:
+    ids = torch.tensor([lm.tokenizer.encode(text, add_special_tokens=False)])
+    model: Any = lm.model
+    with torch.inference_mode():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_lm_learns_its_own_cut_thoughts(
+    told: Callable[..., DistillConfig], capsys: pytest.CaptureFixture[str], rank: int
+) -> None:
+    config = told(steps=8)
+    tuning = replace(config.fine_tune, lora_rank=rank, lora_targets="q_proj, v_proj", lr=5e-3)
+    folder = main(replace(config, fine_tune=tuning))
+    assert "4 of 4 thoughts are right where they end or are cut: 28 tokens each, 26" in (
+        capsys.readouterr().out
+    )
+    before, after = LanguageModel.load(EMBEDDED), LanguageModel.load(folder)
+    cut = "sum : 9 + 3 <think> 9 + 3 = 11 so 11 . check 9 + 3 = 12 so 12 wait 9 + 3 = 12 so 12"
+    cut += " </think> 12 <eos>"
+    assert loss_of(after, cut) < loss_of(before, cut)
+    assert after.fingerprint == before.fingerprint and after.temperature == before.temperature
+    assert after.model.num_parameters() == before.model.num_parameters()
+    record = json.loads((folder / "distilled.json").read_text())
+    assert record["thoughts"] == 4 and record["lora_rank"] == rank
+
+
+def test_what_cannot_be_learned_is_refused(
+    told: Callable[..., DistillConfig], tmp_path: Path
+) -> None:
+    def refused(expected: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=expected):
+            main(told(**changes))
+        assert not (tmp_path / "lm").exists()
+
+    refused("no train questions", row=THOUGHT | {"split": "dev"})
+    refused("no answer is right", row=THOUGHT | {"correct": [False] * 3, "final_correct": False})
+    refused("expected a folder", head=tmp_path / "nothing")
+    lora = FineTuneConfig(lora_rank=2, lora_targets="no_such_layer")
+    refused("LoRA targets 'no_such_layer'", fine_tune=lora)
+    (tmp_path / "there").mkdir()
+    refused("exists: expected a new folder", out=tmp_path / "there")
+
+
+def test_a_head_of_another_lm_is_refused(
+    told: Callable[..., DistillConfig], run_head: HaltHead
+) -> None:
+    config = told()
+    other = HaltHead(replace(run_head.config, tokenizer="0" * 16), run_head.weights)
+    other.save(config.head)
+    with pytest.raises(InputError, match="the head is of an LM with tokenizer 0000"):
+        main(config)
