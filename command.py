@@ -33,6 +33,9 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         return
     try:
         main(tyro.cli(config_class))
+    except BrokenPipeError:  # whoever read what is printed has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as shells know it
     except (InputError, OSError) as error:
         print("error:", " ".join(what_failed(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -100,8 +100,9 @@ def _own_words(own: float, segments: Sequence[str]) -> str:
     by_segment = f"; one that names its segment ({', '.join(segments)}) takes that of the segment"
     return (
         f"The head's own price is {number(own)}, which lost nothing on the questions that it was "
-        f"chosen on: a request that names no price takes it{by_segment if segments else ''}. Serve "
-        "the head as it is, unless you promise somebody what is lost."
+        f"chosen on: a request that names no price takes it{by_segment if segments else ''}. If "
+        "the verdict is against the head, record more questions before you serve it; else serve it "
+        "as it is, unless you promise somebody what is lost."
     )
 
 

@@ -125,11 +125,11 @@ def test_the_guide_learns_from_what_it_has_served(
     assert printed.count("What has changed: ") == 2 and "Certified: price" in printed
     assert "beside that of its parent" in printed
     assert printed.count("No trace has a reference answer:") == 2  # of judging, and of certifying
-    assert len(read_traces(folder / "checkpoints/served/audits")) == 40
-    head = HaltHead.load(folder / "checkpoints/served")
+    assert len(read_traces(folder / "checkpoints/learned/audits")) == 40
+    head = HaltHead.load(folder / "checkpoints/learned")
     assert head.config.installation == name_of(b"k" * 32)
     assert head.config.halting.probing == "at_halt" and head.config.lm == "embedded"
-    judged = json.loads((folder / "checkpoints/served/test.json").read_text())["traces"]
+    judged = json.loads((folder / "checkpoints/learned/test.json").read_text())["traces"]
     assert judged["target"].startswith("No trace has a reference answer:")
 
     monkeypatch.setenv("OPERATOR_KEY", "secret")

@@ -211,7 +211,8 @@ class Sums:
         over = self.floor * max(self.num_requests, 1)
         width = half_width(self.loss_squares, level / 2)
         low = np.maximum((self.loss - self.due - width) / over, _LEAST)
-        return Interval(low, self.loss / over, np.minimum((self.loss + width) / over, 1.0))
+        estimate = np.clip(self.loss / over, _LEAST, 1.0)  # weights of few audits can be too large
+        return Interval(low, estimate, np.minimum((self.loss + width) / over, 1.0))
 
     def savings(self, level: float = 0.05) -> Interval:
         """Returns the share of the full answers' tokens (K,) that each price saves.

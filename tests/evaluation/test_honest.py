@@ -74,8 +74,9 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     own, promised, last = price_words(0.4, [], rows, traces).splitlines()
     assert own == (
         "The head's own price is 0.4, which lost nothing on the questions that it was chosen on: a "
-        "request that names no price takes it. Serve the head as it is, unless you promise "
-        "somebody what is lost."
+        "request that names no price takes it. If the verdict is against the head, record more "
+        "questions before you serve it; else serve it as it is, unless you promise somebody what "
+        "is lost."
     )
     assert promised == (
         f"{said}a price of 0.1, which saves 10.0 % and is not the head's own: name it (haltwise "
