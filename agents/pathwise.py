@@ -90,7 +90,7 @@ class PathwiseConfig:
 
 
 @dataclass(frozen=True)
-class _Returns:
+class Returns:
     """All that decides the return of N traces with P points, at most T in one trace; on the CPU."""
 
     obs: Tensor  # (P, F + 1) the observations, at a price of 1
@@ -161,7 +161,7 @@ def start_from_traces(
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, watch.rate)
     curve = _Curve(log_dir)
     for chunk in chunks:
-        returns = _lay_out(chunk, observing, halting)
+        returns = lay_out(chunk, observing, halting)
         num_questions = len(np.unique(chunk.question_id)) * len(chunks)
         # No step takes more than the whole way.
         decay = min(prior / num_questions, 1 / config.learning_rate)
@@ -171,7 +171,7 @@ def start_from_traces(
         for num in range(steps):
             rows = torch.from_numpy(rng.integers(len(returns.em), size=size))
             price = observing.draw_price(rng, size)
-            batch = _Batch.of(returns, rows, price, observing)
+            batch = Batch.of(returns, rows, price, observing)
             loss, gained = _loss(policy_net, correct_net, batch, balance(price, observing), config)
             optimizer.zero_grad()
             loss.backward()
@@ -228,12 +228,12 @@ class _Watch:
             halting: The conditions of halting.
             most_steps: The steps after which it is enough in any case.
         """
-        returns, rows = _lay_out(traces, observing, halting), torch.arange(len(traces))
+        returns, rows = lay_out(traces, observing, halting), torch.arange(len(traces))
         prices = np.geomspace(*observing.price_range, _NUM_PRICES)
         self._net = policy_net
         self._weights = balance(prices, observing)
         self._batches = [
-            _Batch.of(returns, rows, np.full(len(traces), price), observing) for price in prices
+            Batch.of(returns, rows, np.full(len(traces), price), observing) for price in prices
         ]
         self._question = np.unique(traces.question_id, return_inverse=True)[1]
         width = [batch.value.amax(dim=1) - batch.value.amin(dim=1) for batch in self._batches]
@@ -263,7 +263,7 @@ class _Watch:
     def _judge(self) -> NDArray[np.float64]:
         """Returns the expected return of each question, over all prices."""
         return self._by_question(
-            [_expected_return(self._net(batch.obs)[:, 0], batch) for batch in self._batches]
+            [expected_return(self._net(batch.obs)[:, 0], batch) for batch in self._batches]
         )
 
     def _by_question(self, found: list[Tensor]) -> NDArray[np.float64]:
@@ -306,7 +306,7 @@ class _Curve:
 def _loss(
     policy_net: LogOdds,
     correct_net: nn.Linear,
-    batch: _Batch,
+    batch: Batch,
     weight: NDArray[np.float64],
     config: PathwiseConfig,
 ) -> tuple[Tensor, Tensor]:
@@ -316,7 +316,7 @@ def _loss(
     and the cross-entropy of the two predictions of correctness.
     """
     hidden = policy_net.hidden(batch.obs)
-    expected = _expected_return(policy_net.of(hidden, batch.obs)[:, 0], batch)
+    expected = expected_return(policy_net.of(hidden, batch.obs)[:, 0], batch)
     loss = -(expected * torch.from_numpy(weight).float()).mean()
     if config.correct_coef:
         predicted = correct_net(hidden)
@@ -325,7 +325,7 @@ def _loss(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """B traces, each at a price, with Q points in all, at most T in one trace."""
 
     obs: Tensor  # (Q, F + 1) the observations at the points that exist
@@ -335,8 +335,8 @@ class _Batch:
 
     @classmethod
     def of(
-        cls, returns: _Returns, rows: Tensor, price: NDArray[np.float64], observing: Observing
-    ) -> _Batch:
+        cls, returns: Returns, rows: Tensor, price: NDArray[np.float64], observing: Observing
+    ) -> Batch:
         """Takes the traces of some rows (B,), which may repeat, at prices (B,)."""
         longest = int(returns.real[rows].any(dim=0).nonzero().max()) + 1
         real = returns.real[rows, :longest]
@@ -350,7 +350,7 @@ class _Batch:
         return cls(obs, both[real], real, em - cost)
 
 
-def _expected_return(log_odds: Tensor, batch: _Batch) -> Tensor:
+def expected_return(log_odds: Tensor, batch: Batch) -> Tensor:
     """Returns the expected return (B,) of halting with log-odds (Q,) at the points that exist."""
     # At a point that does not exist, the policy continues.
     odds = log_odds.new_full(batch.real.shape, -30.0)
@@ -362,7 +362,7 @@ def _expected_return(log_odds: Tensor, batch: _Batch) -> Tensor:
     return (prob * batch.value).sum(dim=1)
 
 
-def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns:
+def lay_out(traces: Traces, observing: Observing, halting: Halting) -> Returns:
     """Lays the traces that have points out in rows as long as the longest.
 
     Raises:
@@ -387,4 +387,4 @@ def _lay_out(traces: Traces, observing: Observing, halting: Halting) -> _Returns
     cost = np.zeros((num, longest + 1), dtype=np.float32)
     cost[at] = halt_costs(traces, halting.probing) / 1000
     cost[:, -1] = never_costs(traces, halting.probing) / 1000
-    return _Returns(*map(torch.from_numpy, (obs, traces.offsets[:-1], real, em, cost)))
+    return Returns(*map(torch.from_numpy, (obs, traces.offsets[:-1], real, em, cost)))

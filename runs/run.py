@@ -12,6 +12,7 @@ replay.safetensors, live.safetensors             the agents
 out_of_fold.json, .png           the results that the points were chosen on
 test.json, .html, .png           the results on test questions
 tensorboard/                     TensorBoard's files
+scorecard.json                   the rules, if the head is a scorecard
 """
 
 from __future__ import annotations
@@ -232,6 +233,10 @@ class Run:
     def save_out_of_fold(self, content: Mapping[str, Any]) -> None:
         """Writes the results that the points were chosen on."""
         write_json(self.folder / "out_of_fold.json", dict(content))
+
+    def save_scorecard(self, content: Mapping[str, Any]) -> None:
+        """Writes the rules of a head that is a scorecard, and what is measured of them."""
+        write_json(self.folder / "scorecard.json", dict(content))
 
     def _kept_back(self, at: tuple[int, int]) -> Path:
         """Returns the folder of the head that a seed and fold left."""

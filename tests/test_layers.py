@@ -15,7 +15,7 @@ LAYERS = [
     {"envs"},
     {"policies"},
     {"agents", "evaluation", "recording"},
-    {"train", "adapt", "evaluate", "calibrate", "cascade", "distill", "collect", "benchmarks"},
+    {"train", "adapt", "evaluate", "calibrate", "cascade", "distill", "scorecard", "collect", "benchmarks"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside of haltwise; its front has what policy and session give to those above them.
@@ -147,7 +147,7 @@ def without_words(path: Path) -> str:
             {"torch", "transformers", "gymnasium", "stable_baselines3", "pyarrow"},
         ),
         ("collect, evaluate, adapt, calibrate", {"torch", "transformers", "sklearn", "mapie"}),
-        ("train, cascade", {"transformers", "sklearn"}),
+        ("train, cascade, scorecard", {"transformers", "sklearn"}),
     ],
 )
 def test_what_takes_long_to_load_is_imported_where_it_is_used(

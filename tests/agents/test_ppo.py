@@ -161,7 +161,7 @@ def test_questions_are_left_to_learn_from_and_to_judge_by(
 
 
 def test_the_expected_return_is_that_of_the_halting_distribution(random_traces: Traces) -> None:
-    from agents.pathwise import _Batch, _expected_return, _lay_out
+    from agents.pathwise import Batch, expected_return, lay_out
 
     head_config = head_of(random_traces)
     env = ReplayEnv(random_traces, head_config.observing, HALTING, 4)
@@ -169,9 +169,9 @@ def test_the_expected_return_is_that_of_the_halting_distribution(random_traces: 
     with_points = np.flatnonzero(np.diff(random_traces.offsets))
     price = np.geomspace(0.5, 5, len(with_points))
     rows = torch.arange(len(with_points))
-    returns = _lay_out(random_traces, head_config.observing, HALTING)
-    batch = _Batch.of(returns, rows, price, head_config.observing)
-    found = _expected_return(net(batch.obs)[:, 0], batch).detach().numpy()
+    returns = lay_out(random_traces, head_config.observing, HALTING)
+    batch = Batch.of(returns, rows, price, head_config.observing)
+    found = expected_return(net(batch.obs)[:, 0], batch).detach().numpy()
     final = random_traces.final_correct[random_traces.trace_of_point]
     assert (batch.correct.numpy() == np.stack([random_traces.correct, final], 1)).all()
     features = point_features(random_traces, GROUPS)
