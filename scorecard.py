@@ -86,6 +86,8 @@ def main(config: ScorecardConfig) -> Path:
     kept_back = old.kept_back(learned)
     path = (config.traces or old.beginning().traces).resolve()
     traces = _read(path, old, head, learned)
+    if traces.target:
+        print(traces.target)
     cards = _by_fold(kept_back, learned, traces, config.rules)
     card = distil(head, traces, config.rules)
     own = card.to_head(replace(head.config, command=shlex.join(sys.argv)))

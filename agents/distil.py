@@ -6,7 +6,8 @@ greedily: the next one is that along which the loss falls steepest, after all be
 anew (orthogonal matching pursuit, Pati, Rezaiifar and Krishnaprasad, 1993, of a general loss).
 Then the points are rounded, and moved by one as long as the return of the card as it is rises.
 
-Shapes: N traces with points, P of those points where all is known and there is an answer, C candidates, J prices, R rules.
+Shapes: N traces with points, P of those points where all is known and there is an answer, C
+candidates, J prices, R rules.
 """
 
 from __future__ import annotations

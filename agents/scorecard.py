@@ -25,9 +25,9 @@ Double = NDArray[np.float64]
 # Prices that the bar is shown at, beside the own one.
 _NUM_SHOWN = 7
 
-# A first hidden unit is at its threshold within 1 / 2^16 of a standard deviation. The power of two
-# keeps its float32 exact; more would be too steep to be explained.
-_STEEP = 2.0**16
+# A first hidden unit tells a threshold within 1 / 2^14 of a standard deviation. The power of two
+# keeps its float32 exact; more would be too steep for `haltwise.explain`.
+_STEEP = 2.0**14
 # A second one is 1 where the first is 0 or more, and -1 where that is -1.
 _SECOND, _SHIFT = 40.0, 20.0
 
@@ -89,7 +89,7 @@ class Scorecard:
 
         It reads only the groups that the rules need, and the answers' if `config` does: a thought
         is not halted on an answer that cannot be read. It decides otherwise only for features that
-        are below a threshold by less than 1e-5 of their standard deviation.
+        are below a threshold by less than 1e-4 of their standard deviation.
 
         Args:
             config: The config of a head that reads all features of the rules.
@@ -252,5 +252,5 @@ def format_card(card: Scorecard, observing: Observing, price: float) -> str:
     lines += ["", "Halt where the points are at least the bar:", "     price     bar"]
     for at in prices:
         bar = np.ceil(card.bar_at(float(observing.dial(at))))
-        lines.append(f"{at:>10.4g}{bar:>8.0f}" + ("  the card's own price" if at == price else ""))
+        lines.append(f"{at:>10.4g}{bar:z8.0f}" + ("  the card's own price" if at == price else ""))
     return "\n".join(lines) + "\n"

@@ -20,10 +20,13 @@ Double = NDArray[np.float64]
 
 # The nodes of Gauss-Legendre quadrature on [0, 1], and the share that each has in a mean.
 _NODES, _SHARES = (np.polynomial.legendre.leggauss(16) + np.array([[1.0], [0.0]])) / 2
-# The line is cut into 1, 2, 4, ... equal pieces until the contributions sum to the change of the
-# log-odds, to this precision.
-_TOLERANCE = 1e-9
+# A piece of the line is halved until its contributions sum to its change of the log-odds, to this
+# precision. More pieces than these are never halved at once.
+_TOLERANCE = 1e-8
 _MOST_PIECES = 1024
+# A unit of the first layer whose input moves by more than this flips where no node may be. The line
+# is cut there, so that no two flips can hide each other.
+_ABRUPT = 32.0
 
 # So many prices are tried, and between two neighbours the decision is taken to flip at most once.
 # So often is the interval of a flip halved: it is finer then than the float32 of an observed price.
@@ -92,7 +95,7 @@ def explain(
     origin = _observed(head, "reference", reference, price)
     may_halt = bool(head.may_halt(np.asarray(features, dtype=np.float32)[None])[0])
     reference_log_odds, log_odds = head.log_odds_of(np.stack([origin, point])).tolist()
-    contributions = _integrated_gradients(head, origin, point, log_odds - reference_log_odds)
+    contributions = _integrated_gradients(head, origin, point)
     return Explanation(
         names=config.features,
         contributions=contributions[:-1],
@@ -132,7 +135,7 @@ def _slopes(head: HaltHead, obs: Double) -> Double:
     return slopes + straight if straight.size else slopes
 
 
-def _integrated_gradients(head: HaltHead, origin: Double, point: Double, change: float) -> Double:
+def _integrated_gradients(head: HaltHead, origin: Double, point: Double) -> Double:
     """Returns the contributions (O,) to the change of the log-odds between two observations (O,).
 
         contribution = (point - origin) * mean of the gradient over the line between them
@@ -140,18 +143,33 @@ def _integrated_gradients(head: HaltHead, origin: Double, point: Double, change:
     Raises:
         InputError: If the head is so steep that the contributions do not sum to the change.
     """
-    pieces = 1
-    while pieces <= _MOST_PIECES:
-        places = ((np.arange(pieces)[:, None] + _NODES) / pieces).ravel()
-        slopes = _slopes(head, origin + places[:, None] * (point - origin))
-        contributions: Double = (point - origin) * (np.tile(_SHARES, pieces) @ slopes / pieces)
-        if abs(contributions.sum() - change) <= _TOLERANCE * (1 + np.abs(contributions).sum()):
+    line = point - origin
+    contributions = np.zeros_like(line)
+    cuts = np.concatenate([[0.0], _flips(head, origin, point), [1.0]])
+    starts, ends = cuts[:-1], cuts[1:]
+    while len(starts) <= _MOST_PIECES:
+        widths = (ends - starts)[:, None]
+        places = (starts[:, None] + widths * _NODES).ravel()
+        slopes = _slopes(head, origin + places[:, None] * line)
+        parts = line * widths * (_SHARES @ slopes.reshape(len(starts), len(_NODES), -1))
+        before, after = (head.log_odds_of(origin + at[:, None] * line) for at in (starts, ends))
+        wrong = np.abs(parts.sum(axis=1) - (after - before)) > _TOLERANCE
+        contributions += parts[~wrong].sum(axis=0)
+        if not wrong.any():
             return contributions
-        pieces *= 2
-    raise InputError(
-        f"head is too steep to explain: contributions sum to {contributions.sum():.6g}, "
-        f"expected {change:.6g}"
-    )
+        starts, ends = starts[wrong], ends[wrong]
+        middle = (starts + ends) / 2
+        starts, ends = np.concatenate([starts, middle]), np.concatenate([middle, ends])
+    raise InputError("head is too steep to explain: contributions do not sum to the change")
+
+
+def _flips(head: HaltHead, origin: Double, point: Double) -> Double:
+    """Returns the places in (0, 1), in order, where units flip abruptly between observations."""
+    w = head.weights
+    before, after = (obs @ w["w0"].T.astype(np.float64) + w["b0"] for obs in (origin, point))
+    abrupt = (before * after < 0) & (np.abs(after - before) > _ABRUPT)
+    places: Double = np.unique(before[abrupt] / (before - after)[abrupt])
+    return places
 
 
 def _indifference_price(head: HaltHead, point: Double, price: float) -> float:

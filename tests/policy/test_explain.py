@@ -153,6 +153,21 @@ def test_the_decision_flips_at_the_indifference_price(seed: int) -> None:
         }
 
 
+def test_a_step_belongs_to_the_feature_that_makes_it(run_head: HaltHead) -> None:
+    # Two steps beside each other that undo one another, where no node of the quadrature lies.
+    w0 = np.zeros((2, 8))
+    w0[0, RUN], w0[1, 2] = 1e6, 1e6
+    head = with_weights(
+        run_head, w0=w0, b0=[-1000.0, -1000.1], w1=9 * np.eye(2), b1=[0, 0], w2=[[2, -2]]
+    )
+    origin = np.array(head.config.observing.mean)
+    now = origin + np.eye(7)[RUN] + np.eye(7)[2]
+    explanation = explain(head, now, 1.0)
+    expected = np.zeros(7)
+    expected[[RUN, 2]] = 4.0, -4.0
+    assert explanation.contributions == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_cannot_be_explained_is_refused(run_head: HaltHead) -> None:
     unknown = features_of(1)
     unknown[RUN] = np.nan
@@ -165,6 +180,6 @@ def test_what_cannot_be_explained_is_refused(run_head: HaltHead) -> None:
     for price in (0.0, np.inf, np.nan):
         with pytest.raises(InputError, match="price is"):
             explain(run_head, features_of(1), price)
-    steep = with_weights(run_head, w0=1e8 * run_head.weights["w0"])
+    steep = with_weights(run_head, w0=1e14 * run_head.weights["w0"])
     with pytest.raises(InputError, match="too steep to explain"):
         explain(steep, features_of(4), 1.0, features_of(1))
