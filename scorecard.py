@@ -25,19 +25,24 @@ import installed  # noqa: F401, tells what is missing
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from agents.balance import balance
 from agents.distil import distil
 from agents.scorecard import format_card
 from command import run, whole_folder
 from evaluation.compare import parameter_free, swept
 from evaluation.frontier import saving_at_em
-from evaluation.frozen import choose_points
+from evaluation.frozen import Choice, choose_points
 from evaluation.honest import price_words
 from evaluation.outcome import Outcome, average, em_delta, saving
 from evaluation.protocol import own_price
+from evaluation.rows import Interval
+from evaluation.trials import balanced_returns, compare_returns
 from haltwise import HaltHead, InputError
 from haltwise.errors import check_ranges
+from haltwise.policy.halting import Probing
 from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy, judging_heads, price_grid
@@ -46,7 +51,7 @@ from traces import MAX_TRACES, TraceFiles, Traces
 
 # The EM losses at which frontiers are read, and the baseline that is beside the heads.
 _LOSSES = (0.0, 0.005, 0.01, 0.02)
-_BESIDE = baselines.Evidence.name
+_BESIDE = baselines.Evidence()
 
 
 @dataclass(frozen=True)
@@ -91,43 +96,28 @@ def main(config: ScorecardConfig) -> Path:
     cards = _by_fold(kept_back, learned, traces, config.rules)
     card = distil(head, traces, config.rules)
     own = card.to_head(replace(head.config, command=shlex.join(sys.argv)))
-
     judged_on = traces.select(_kept_back_by_all(traces, learned))
-    networks, own_judges = (
-        judging_heads(one, folds, learned.folds) for one, folds in ((head, kept_back), (own, cards))
-    )
-    outcomes: dict[str, Mapping[float, Outcome] | None] = {
-        policy.name: swept(policy, judged_on, head.config.halting.probing)
-        for policy in baselines.BASELINES
-    }
-    outcomes["head"] = _out_of_fold(own_judges, judged_on)
-    choice = choose_points(
-        judged_on, outcomes, parameter_free(judged_on, head.config.halting.probing)
-    )
-    price = own_price(choice.gates)
-    own = HaltHead(
-        replace(own.config, default_price=price, segment_prices=choice.segment_prices), own.weights
-    )
-    frontiers = {
-        "scorecard": _frontier(judged_on, outcomes["head"]),
-        "network": _frontier(judged_on, _out_of_fold(networks, judged_on)),
-        _BESIDE: _frontier(judged_on, outcomes[_BESIDE]),
-    }
-    alike = _alike(networks, own_judges, judged_on)
+    judges = judging_heads(own, cards, learned.folds)
+    networks = judging_heads(head, kept_back, learned.folds)
+    outcomes = _out_of_fold(judges, judged_on)
+    choice = _choose(outcomes, judged_on, head.config.halting.probing)
+    worth = _Worth.of(judges, outcomes, networks, judged_on)
+    price, by_segment = own_price(choice.gates), choice.segment_prices
+    priced = replace(own.config, default_price=price, segment_prices=by_segment)
 
     settings = json.loads(json.dumps(asdict(config), default=str))
+    beginning = {"command": own.config.command, "config": settings, "traces": str(path)}
     with whole_folder(config.run_dir) as folder:
         written = Run(folder)
-        written.begin({"command": own.config.command, "config": settings, "traces": str(path)})
+        written.begin(beginning | {"target": traces.target})
         written.save_kept_back(cards)
         written.save_learned(learned)
         written.save_operating_points(choice.gates)
-        measured = {"decides_as_the_network": alike, "savings_at_em_losses": frontiers}
-        written.save_scorecard(card.to_json(head.config.observing) | measured)
-        written.save_head(own)
+        written.save_scorecard(card.to_json(head.config.observing) | asdict(worth))
+        written.save_head(HaltHead(priced, own.weights))
     print(format_card(card, head.config.observing, price))
-    print(_measured(frontiers, alike, judged_on))
-    print(price_words(price, choice.segment_prices, choice.honest, judged_on))
+    print(worth.in_words(len(np.unique(judged_on.question_id))))
+    print(price_words(price, by_segment, choice.honest, judged_on))
     print(f"wrote {config.run_dir}")
     return config.run_dir
 
@@ -159,7 +149,7 @@ def _by_fold(
     return cards
 
 
-def _kept_back_by_all(traces: Traces, learned: Learned) -> np.ndarray:
+def _kept_back_by_all(traces: Traces, learned: Learned) -> NDArray[np.bool_]:
     """Returns which traces (N,) are of questions that a fold of every seed kept back."""
     known = set.intersection(*(set(fold) for fold in learned.folds.values()))
     return np.isin(traces.question_id, list(known))
@@ -171,45 +161,71 @@ def _out_of_fold(judges: Sequence[HeadPolicy], traces: Traces) -> dict[float, Ou
     return {price: average([outcomes[price] for outcomes in each]) for price in each[0]}
 
 
-def _alike(networks: Sequence[HeadPolicy], cards: Sequence[HeadPolicy], traces: Traces) -> float:
-    """Returns the share of points and prices at which cards decide as their networks do."""
-    prices = price_grid(networks[0].head.config.observing)
-    alike = []
-    for network, card in zip(networks, cards, strict=True):
-        theirs, own = network.signal(traces), card.signal(traces)
-        alike += [
-            (network.halts(theirs, price) == card.halts(own, price)).mean() for price in prices
+def _choose(outcomes: Mapping[float, Outcome], traces: Traces, probing: Probing) -> Choice:
+    """Chooses the operating points of the cards, by price, and of the baselines."""
+    others = {policy.name: swept(policy, traces, probing) for policy in baselines.BASELINES}
+    return choose_points(traces, {"head": outcomes, **others}, parameter_free(traces, probing))
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """What cards are worth beside the heads that they were distilled from, out of fold."""
+
+    decides_as_the_network: float
+    """The share of all points and prices."""
+    return_beside_the_network: tuple[float, Interval]
+    """How much larger the mean return is over prices that count alike, with its interval."""
+    savings_at_em_losses: dict[str, dict[float, float | None]]
+    """By policy and loss of exact match, the saving; None if it does not reach that EM."""
+
+    @classmethod
+    def of(
+        cls,
+        cards: Sequence[HeadPolicy],
+        outcomes: Mapping[float, Outcome],
+        networks: Sequence[HeadPolicy],
+        traces: Traces,
+    ) -> _Worth:
+        """Compares cards, with their outcomes by price, and heads, one of each for a training."""
+        observing, halting = networks[0].head.config.observing, networks[0].head.config.halting
+        prices = price_grid(observing)
+        alike = []
+        for card, network in zip(cards, networks, strict=True):
+            own, theirs = card.signal(traces), network.signal(traces)
+            alike += [(card.halts(own, at) == network.halts(theirs, at)).mean() for at in prices]
+        of_networks = _out_of_fold(networks, traces)
+        weights = balance(np.array(prices), observing)
+        returns = [balanced_returns(each, weights) for each in (outcomes, of_networks)]
+        beside = swept(_BESIDE, traces, halting.probing)
+        frontiers = {"scorecard": outcomes, "network": of_networks, _BESIDE.name: beside or {}}
+        return cls(
+            float(np.mean(alike)),
+            compare_returns(traces.question_id, *returns),
+            {name: _savings(traces, each) for name, each in frontiers.items()},
+        )
+
+    def in_words(self, num_questions: int) -> str:
+        """Returns all of it for a person, with a table."""
+        more, (low, high) = self.return_beside_the_network
+        titles = [f"-{100 * loss:g}" if loss else "0" for loss in _LOSSES]
+        lines = [
+            f"Out of fold, on {num_questions:,} questions: the card decides as the network does at "
+            f"{self.decides_as_the_network:.1%} of all points and prices.",
+            f"The mean return over all prices is {more:+.3f} [{low:+.3f}, {high:+.3f}] beside that "
+            "of the network.",
+            "Saving %, at a change of exact match, in points, of:",
+            f"  {'':<10}" + "".join(title.rjust(7) for title in titles),
         ]
-    return float(np.mean(alike))
+        for name, savings in self.savings_at_em_losses.items():
+            cells = ["" if share is None else f"{100 * share:.1f}" for share in savings.values()]
+            lines.append(f"  {name:<10}" + "".join(cell.rjust(7) for cell in cells))
+        return "\n".join(lines) + "\n"
 
 
-def _frontier(
-    traces: Traces, outcomes: Mapping[float, Outcome] | None
-) -> dict[float, float | None]:
-    """Returns the saving at each of the EM losses; None where the policy does not reach that EM."""
-    points = [
-        (em_delta(traces, outcome), saving(traces, outcome))
-        for outcome in (outcomes or {}).values()
-    ]
+def _savings(traces: Traces, outcomes: Mapping[float, Outcome]) -> dict[float, float | None]:
+    """Returns the saving at each of the EM losses, by the outcomes of a policy's parameters."""
+    points = [(em_delta(traces, each), saving(traces, each)) for each in outcomes.values()]
     return {loss: saving_at_em(points, -loss) for loss in _LOSSES}
-
-
-def _measured(
-    frontiers: Mapping[str, Mapping[float, float | None]], alike: float, traces: Traces
-) -> str:
-    """Returns in words, with a table, what a card is worth beside what it was distilled from."""
-    num = len(np.unique(traces.question_id))
-    titles = [f"-{100 * loss:g}" if loss else "0" for loss in _LOSSES]
-    lines = [
-        f"Out of fold, on {num:,} questions: the card decides as the network does at {alike:.1%} "
-        "of all points and prices.",
-        "Saving %, at a change of exact match, in points, of:",
-        f"  {'':<10}" + "".join(title.rjust(7) for title in titles),
-    ]
-    for name, savings in frontiers.items():
-        cells = ["" if share is None else f"{100 * share:.1f}" for share in savings.values()]
-        lines.append(f"  {name:<10}" + "".join(cell.rjust(7) for cell in cells))
-    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
