@@ -25,7 +25,8 @@ from agents.balance import balance
 from agents.pathwise import Batch, expected_return, lay_out
 from agents.scorecard import Double, Rule, Scorecard, unit_of
 from envs.replay import observed_features
-from haltwise import FEATURE_GROUPS, HaltHead, InputError
+from haltwise import FEATURE_GROUPS, HaltHead, InputError, Observing, feature_names
+from haltwise.policy.head import CLIP
 from haltwise.policy.signals import Float
 from traces import Traces
 
@@ -90,7 +91,7 @@ class _Lesson:
         features, real = features[answered], returns.real.clone()
         real[returns.real] = torch.from_numpy(answered)
         returns = replace(returns, real=real)
-        candidates, holds = _candidates(features, head.config.features)
+        candidates, holds = _candidates(features, observing)
         prices = np.geomspace(*observing.price_range, _NUM_PRICES)
         num = len(returns.em)
         batches = [
@@ -124,7 +125,7 @@ class _Lesson:
 
 
 def _candidates(
-    features: Float, names: Sequence[str]
+    features: Float, observing: Observing
 ) -> tuple[list[tuple[str, float]], NDArray[np.bool_]]:
     """Returns features with thresholds that a person can say, and where they hold (P, C).
 
@@ -133,13 +134,17 @@ def _candidates(
     """
     levels = np.linspace(0, 1, _NUM_THRESHOLDS + 2)[1:-1]
     candidates, holds = [], []
-    for name, column in zip(names, features.T, strict=True):
+    names = feature_names(observing.groups)
+    for name, column, mean, scale in zip(
+        names, features.T, observing.mean, observing.scale, strict=True
+    ):
         if name in _UNREADABLE:
             continue
         near = {unit_of(name).near(level) for level in np.quantile(column, levels).tolist()}
         for at_least in sorted(filter(np.isfinite, near)):
             above = column >= at_least
-            if _RAREST <= above.mean() <= 1 - _RAREST:
+            is_seen = abs(at_least - mean) < CLIP * scale  # else a head cannot tell what is above
+            if is_seen and _RAREST <= above.mean() <= 1 - _RAREST:
                 candidates.append((name, at_least))
                 holds.append(above)
     if not candidates:
