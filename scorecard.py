@@ -1,4 +1,4 @@
-"""Distils a run's head to a scorecard: a few rules with points, which a person can use.
+"""Makes a scorecard of a run's head: a few rules with points, which a person can use.
 
     python scorecard.py --head RUN --run-dir NEW
     python scorecard.py --head RUN --run-dir NEW --rules 8
@@ -6,7 +6,7 @@
 A thought is halted where the points of the rules that hold reach a bar, which falls as the price
 rises. The card is a head like any other: served, evaluated, certified and explained by the same
 commands. It learns from the traces of the run, test questions aside; what it is worth is told out
-of fold, by cards that are distilled from the heads of the run's folds.
+of fold, by cards that are made of the heads of the run's folds.
 
 It writes a run folder: config.json, operating_points.json, head.safetensors and head.json, the
 questions that were learned from, the cards of the folds, and scorecard.json, which has the rules.
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from agents.balance import balance
-from agents.distil import distil
+from agents.learn_scorecard import learn_scorecard
 from agents.scorecard import format_card
 from command import run, whole_folder
 from evaluation.compare import parameter_free, swept
@@ -56,7 +56,7 @@ _BESIDE = baselines.Evidence()
 
 @dataclass(frozen=True)
 class ScorecardConfig:
-    """Distil a run's head to a scorecard that a person can read."""
+    """Make a scorecard of a run's head, which a person can read."""
 
     head: Path
     """Run folder, written by train.py, with the heads of its folds."""
@@ -69,7 +69,7 @@ class ScorecardConfig:
 
 
 def main(config: ScorecardConfig) -> Path:
-    """Distils a head, tells what the card is worth, and writes it as a new run.
+    """Makes a card of a head, tells what the card is worth, and writes it as a new run.
 
     Returns:
         The new run folder.
@@ -94,7 +94,7 @@ def main(config: ScorecardConfig) -> Path:
     if traces.target:
         print(traces.target)
     cards = _by_fold(kept_back, learned, traces, config.rules)
-    card = distil(head, traces, config.rules)
+    card = learn_scorecard(head, traces, config.rules)
     own = card.to_head(replace(head.config, command=shlex.join(sys.argv)))
     judged_on = traces.select(_kept_back_by_all(traces, learned))
     judges = judging_heads(own, cards, learned.folds)
@@ -140,12 +140,12 @@ def _read(path: Path, old: Run, head: HaltHead, learned: Learned) -> Traces:
 def _by_fold(
     kept_back: Mapping[tuple[int, int], HaltHead], learned: Learned, traces: Traces, num_rules: int
 ) -> dict[tuple[int, int], HaltHead]:
-    """Distils the heads of the folds, each from traces that it learned from; by seed and fold."""
+    """Makes cards of the heads of the folds, each with traces that it learned from; by seed and fold."""
     cards = {}
     for (seed, k), head in tqdm(kept_back.items(), "folds"):
         fold = learned.folds[seed]
         own = np.array([fold.get(question) != k for question in traces.question_id.tolist()])
-        cards[seed, k] = distil(head, traces.select(own), num_rules).to_head(head.config)
+        cards[seed, k] = learn_scorecard(head, traces.select(own), num_rules).to_head(head.config)
     return cards
 
 
@@ -169,7 +169,7 @@ def _choose(outcomes: Mapping[float, Outcome], traces: Traces, probing: Probing)
 
 @dataclass(frozen=True)
 class _Worth:
-    """What cards are worth beside the heads that they were distilled from, out of fold."""
+    """What cards are worth beside the heads that they were made of, out of fold."""
 
     decides_as_the_network: float
     """The share of all points and prices."""

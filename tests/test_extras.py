@@ -64,7 +64,8 @@ def test_the_command_names_what_serving_needs(missing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["train", "evaluate", "calibrate", "adapt", "cascade", "distill", "scorecard", "collect"]
+    "script",
+    ["train", "evaluate", "calibrate", "adapt", "cascade", "distill", "scorecard", "collect"],
 )
 @pytest.mark.parametrize("missing", ["numpy", "tyro", "torch", "pyarrow"])
 def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> None:

@@ -15,7 +15,17 @@ LAYERS = [
     {"envs"},
     {"policies"},
     {"agents", "evaluation", "recording"},
-    {"train", "adapt", "evaluate", "calibrate", "cascade", "distill", "scorecard", "collect", "benchmarks"},
+    {
+        "train",
+        "adapt",
+        "evaluate",
+        "calibrate",
+        "cascade",
+        "distill",
+        "scorecard",
+        "collect",
+        "benchmarks",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside of haltwise; its front has what policy and session give to those above them.

@@ -36,7 +36,8 @@ def test_the_table_of_the_front_page_is_that_of_the_results() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["train", "adapt", "evaluate", "calibrate", "cascade", "distill", "scorecard", "collect"]
+    "script",
+    ["train", "adapt", "evaluate", "calibrate", "cascade", "distill", "scorecard", "collect"],
 )
 def test_scripts_know_the_flags_that_the_pages_name(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""Distilling a run's head to a scorecard, through the script's own `main`."""
+"""A scorecard of a run's head, through the script's own `main`."""
 
 import json
 from dataclasses import replace
@@ -74,7 +74,7 @@ def test_the_json_is_enough_to_decide_as_the_head_does(run: Path, tmp_path: Path
         assert (halts == (points >= bar)).mean() > 0.99
 
 
-def test_what_cannot_be_distilled_is_refused_and_leaves_nothing(
+def test_what_has_no_card_is_refused_and_leaves_nothing(
     run: Path, random_traces_path: Path, tmp_path: Path
 ) -> None:
     config = ScorecardConfig(run, tmp_path / "card")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.balance import balance
-from agents.distil import distil
+from agents.learn_scorecard import learn_scorecard
 from agents.scorecard import Rule, Scorecard, format_card, unit_of
 from evaluation.compare import swept
 from evaluation.trials import balanced_returns
@@ -145,7 +145,7 @@ def test_a_learned_card_has_no_more_rules_and_is_told_in_whole_points(
     random_traces: Traces, num_rules: int
 ) -> None:
     head = random_head(1, GROUPS)
-    card = distil(head, random_traces, num_rules)
+    card = learn_scorecard(head, random_traces, num_rules)
     assert 1 <= len(card.rules) <= num_rules
     assert all(isinstance(rule.points, int) and rule.points for rule in card.rules)
     assert not any(rule.feature == "answered" for rule in card.rules)
@@ -157,7 +157,7 @@ def test_a_learned_card_has_no_more_rules_and_is_told_in_whole_points(
 
 def test_a_learned_card_returns_more_than_its_teacher(random_traces: Traces) -> None:
     _, head = card_and_head()
-    learned = distil(head, random_traces, 8).to_head(head.config)
+    learned = learn_scorecard(head, random_traces, 8).to_head(head.config)
     weights = balance(np.array(price_grid(head.config.observing)), head.config.observing)
     own, taught = (
         balanced_returns(swept(HeadPolicy(one), random_traces, "always") or {}, weights).mean()
@@ -172,7 +172,7 @@ def test_a_head_that_sees_hidden_states_alone_has_no_card(random_traces: Traces)
     weights = head.weights | {"w0": np.ones((8, 17), dtype=np.float32)}
     hidden = HaltHead(replace(head.config, observing=observing), weights)
     with pytest.raises(InputError, match="no feature that a person can measure"):
-        distil(hidden, random_traces, 3)
+        learn_scorecard(hidden, random_traces, 3)
 
 
 def test_units_lead_back_and_thresholds_are_short() -> None:

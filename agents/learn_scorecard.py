@@ -50,7 +50,7 @@ _MOVES = (2.0, 1.0, 0.5, 0.25)
 _ROUNDING = 1e-9
 
 
-def distil(head: HaltHead, traces: Traces, num_rules: int) -> Scorecard:
+def learn_scorecard(head: HaltHead, traces: Traces, num_rules: int) -> Scorecard:
     """Learns a scorecard that stands for a head.
 
     Args:
