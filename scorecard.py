@@ -140,7 +140,7 @@ def _read(path: Path, old: Run, head: HaltHead, learned: Learned) -> Traces:
 def _by_fold(
     kept_back: Mapping[tuple[int, int], HaltHead], learned: Learned, traces: Traces, num_rules: int
 ) -> dict[tuple[int, int], HaltHead]:
-    """Makes cards of the heads of the folds, each with traces that it learned from; by seed and fold."""
+    """Makes cards of the heads of the folds, of traces that each learned from; by seed and fold."""
     cards = {}
     for (seed, k), head in tqdm(kept_back.items(), "folds"):
         fold = learned.folds[seed]
