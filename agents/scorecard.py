@@ -173,6 +173,16 @@ def _logit(confidence: Any) -> Any:
     return np.log(confidence) - np.log1p(-confidence)
 
 
+def _log_prob(surprise: Any) -> Any:
+    """Returns the log probability of what the head is fed of it."""
+    return -np.expm1(-surprise)
+
+
+def _surprise(log_prob: Any) -> Any:
+    """Returns what the head is fed of a log probability."""
+    return -np.log1p(-log_prob)
+
+
 def _count(what: str) -> Unit:
     """Returns the unit of log(1 + a whole number)."""
     return Unit(what, np.expm1, np.log1p, "count")
@@ -219,6 +229,7 @@ _UNITS = {
     "entropy_mean": _as_it_is("mean entropy of late, nats"),
     "max_entropy": Unit("largest entropy since the last point, nats", np.expm1, np.log1p),
     "logprob": _as_it_is("mean log probability since the last point"),
+    "min_logprob": Unit("least log probability since the last point", _log_prob, _surprise),
     "margin": _as_it_is("mean margin since the last point"),
     "margin_mean": _as_it_is("mean margin of late"),
     "end_think": _chance("chance that the thought ends here"),
