@@ -157,7 +157,8 @@ def answer(
     from haltwise.transformers import ProbingGeneration
 
     torch.manual_seed(sampling.seed)
-    generation = ProbingGeneration(head, lm.tokenizer, price)
+    # Answers are taken as they are, as replay takes them: one that cannot be read is a wrong one.
+    generation = ProbingGeneration(head, lm.tokenizer, price, accepts=lambda text: True)
     lm.tokenizer.padding_side = "left"
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     columns: list[tuple[bool, int, bool]] = []
