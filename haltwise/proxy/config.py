@@ -38,6 +38,11 @@ _OF_GOVERNED = (
     "audit_traces", "dense_audits", "telemetry", "replay_all",
 )  # fmt: skip
 
+# What an entry of the file of keys may have.
+_OF_ENTRIES = (
+    "price", "value", "min_tokens", "max_tokens", "off", "segment", "budget", "target",
+)  # fmt: skip
+
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 Answers = Literal["seen", "free"]
 
@@ -504,9 +509,11 @@ def _short(digest: bytes) -> str:
 
 
 def _customer(entry: Any, default: Customer, source: str) -> Customer:
+    expected = f"{', '.join(_OF_ENTRIES[:-1])} or {_OF_ENTRIES[-1]}"
     if not isinstance(entry, dict):
-        expected = "an object with price, value, min_tokens, max_tokens, off, budget or target"
-        raise InputError(f"{source}: expected {expected}")
+        raise InputError(f"{source}: expected an object with {expected}")
+    if unknown := sorted(entry.keys() - set(_OF_ENTRIES)):
+        raise InputError(f"{source}: {unknown[0]!r}: expected {expected}")
     asked = dict(entry)
     budget, value, target = (asked.pop(name, None) for name in ("budget", "value", "target"))
     try:
