@@ -63,6 +63,7 @@ def main(config: DistillConfig) -> Path:
     if not len(traces):
         raise InputError(f"{config.traces} has no train questions, expected some to learn from")
     lm = LanguageModel.load(config.lm, config.device)
+    head.config.halting.check_recorded(traces.recorder, str(config.traces))
     _check_one_lm(head, str(traces.recorder.get("tokenizer", "")), lm)
     price = head.config.default_price if config.price is None else config.price
     started = time.monotonic()

@@ -120,5 +120,8 @@ def _promise(row: HonestRow, own: float, num_questions: int) -> str:
         return f"{told} and is not the head's own: name it (haltwise serve --price {price})."
     fewest = fewest_questions(row.gate, 1 - row.confidence)
     if num_questions < fewest:
-        return f"{said}: {fewest} questions are needed at least, here are {num_questions:,}."
+        return (
+            f"{said}: no price; without a single win that takes {fewest} questions, here are "
+            f"{num_questions:,}."
+        )
     return f"{said}: no price, of {counted(num_questions, 'question')}."

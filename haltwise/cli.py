@@ -7,7 +7,8 @@ import json
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -134,15 +135,18 @@ def serve(config: ServeConfig) -> None:
     logging.basicConfig(handlers=[lines])
     logging.captureWarnings(True)
     logging.getLogger("haltwise").setLevel(logging.INFO)
-    running = create_server(config)
-    with _listener(config.host, config.port, config.share_port) as listener:
+    config.check()
+    with _bound(config.host, config.port, config.share_port) as listener:
+        running = create_server(config)  # which makes a state: what cannot listen makes none
+        with _told_of(config.host, config.port):
+            listener.listen(4096)
         host, port = listener.getsockname()[:2]
         logging.getLogger("haltwise").info(json.dumps({"listening": host, "port": port}))
         running.run(sockets=[listener])
 
 
-def _listener(host: str, port: int, shares: bool) -> socket.socket:
-    """Returns a socket that listens at a port, which others that want to share it may too.
+def _bound(host: str, port: int, shares: bool) -> socket.socket:
+    """Returns a socket that may listen at a port, which others that want to share it may too.
 
     Raises:
         OSError: If the port cannot be had.
@@ -154,12 +158,25 @@ def _listener(host: str, port: int, shares: bool) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shares:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        listener.bind((host, port))
-        listener.listen(4096)
-    except OSError as error:
+        with _told_of(host, port):
+            listener.bind((host, port))
+    except OSError:
         listener.close()
-        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
+        raise
     return listener
+
+
+@contextmanager
+def _told_of(host: str, port: int) -> Iterator[None]:
+    """Tells which port cannot be had.
+
+    Raises:
+        OSError: If it cannot.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from lms.questions import SPLITS
 from lms.scorers import needed, scorer_of
 from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
-from recording.shards import recorded_ids, write_shards
+from recording.shards import recorded_ids, told_of, write_shards
 from recording.trace_row import SeededQuestion, trace_id
 from traces import TraceFiles, import_json_lines, read_ids
 from traces.soundness import two_verdicts
@@ -189,11 +189,33 @@ def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)
 
 
+def _is_done(out: Path, done: Mapping[str, int], model: str, job: SeededQuestion) -> bool:
+    """Returns whether a folder has the trace of a question and a seed.
+
+    Args:
+        out: The folder.
+        done: What it has, see `recorded_ids`.
+        model: The LM's name.
+        job: The question and the seed.
+
+    Raises:
+        InputError: If the question has another reference answer or segment there.
+    """
+    question, name = job[0], trace_id(model, *job)
+    if name in done and done[name] != told_of(question.gold, question.segment):
+        raise InputError(
+            f"{out} has {question.question_id} with another reference answer or segment than "
+            f"{question.gold!r:.40} and {question.segment!r:.30}: choose another --out, or delete "
+            "it"
+        )
+    return name in done
+
+
 def _record(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     """Records the traces that the folder lacks."""
     done = recorded_ids(out, engine.recorder)
     model = engine.recorder["lm"]
-    is_done = (trace_id(model, *job) in done for job in seeded_questions(config))
+    is_done = (_is_done(out, done, model, job) for job in seeded_questions(config))
     num_done, total = 0, 0
     for each in is_done:
         num_done, total = num_done + each, total + 1

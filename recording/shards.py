@@ -8,11 +8,14 @@ from typing import Any
 
 from haltwise import InputError
 from recording.trace_row import TraceRow
-from traces import read_ids, write_shard
+from traces import write_shard
+from traces.store import read_columns, read_recorder, shards_of
+
+_COLUMNS = ("trace_id", "gold", "segment")
 
 
-def recorded_ids(out: Path, recorder: dict[str, Any]) -> set[str]:
-    """Returns the ids of the traces that a folder holds already.
+def recorded_ids(out: Path, recorder: dict[str, Any]) -> dict[str, int]:
+    """Returns the ids of the traces that a folder holds already, each with `told_of` its question.
 
     Args:
         out: The folder.
@@ -22,8 +25,9 @@ def recorded_ids(out: Path, recorder: dict[str, Any]) -> set[str]:
         InputError: If it was recorded under other settings.
     """
     if not any(out.glob("*.parquet")):
-        return set()
-    ids, known = read_ids(out)
+        return {}
+    shards = shards_of(out)
+    known = read_recorder(shards)
     for name, expected in recorder.items():
         if name == "code_version":  # another version of haltwise records the same
             continue
@@ -33,7 +37,17 @@ def recorded_ids(out: Path, recorder: dict[str, Any]) -> set[str]:
                 f"{out} was recorded with {name} {found!r}, not {expected!r}: "
                 "choose another --out, or delete it"
             )
-    return ids
+    pieces = (rows for shard in shards for rows in read_columns(shard, _COLUMNS))
+    return {
+        name: told_of(gold, segment)
+        for rows in pieces
+        for name, gold, segment in zip(*rows, strict=True)
+    }
+
+
+def told_of(gold: str, segment: str) -> int:
+    """Returns what tells, in this process, what is told of a question from what was told before."""
+    return hash((gold, segment))
 
 
 def write_shards(

@@ -288,6 +288,30 @@ def test_a_new_recording_begins_with_a_self_test_and_a_bad_lm_ends_there(
     assert f"{config.out}: all 14 traces are there, nothing is new" in told.out
 
 
+def test_a_recording_knows_other_answers_and_segments_than_its_own(tmp_path: Path) -> None:
+    """Who corrects an answer, or names a column of segments, is not told that all is well."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"question": f"sum : {n} + 3", "answer": str(n + 3), "topic": "easy"} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = CollectConfig(
+        task=str(path),
+        scorer="number",
+        instruction="",
+        split=("train",),
+        num=5,
+        max_tokens=60,
+        out=tmp_path / "out",
+    )
+    main(asked)
+    with pytest.raises(InputError, match=r"another reference answer or segment than .* 'easy'"):
+        main(replace(asked, segment_column="topic"))
+    for row in rows:
+        row["answer"] = "70"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="another reference answer or segment than '70' and ''"):
+        main(asked)
+
+
 def test_bad_settings_are_refused(
     config: CollectConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

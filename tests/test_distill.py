@@ -24,8 +24,13 @@ from traces import Traces
 def told(
     make_traces: Callable[..., Traces], tmp_path: Path, run_head: HaltHead
 ) -> Callable[..., DistillConfig]:
-    def config(steps: int = 2, row: dict[str, Any] = THOUGHT, **changes: Any) -> DistillConfig:
-        make_traces([row] * 4)
+    def config(
+        steps: int = 2,
+        row: dict[str, Any] = THOUGHT,
+        recorder: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> DistillConfig:
+        make_traces([row] * 4, recorder)
         run_head.save(tmp_path / "head")
         tuning = FineTuneConfig(epochs=steps, lr=1e-3, batch_size=4)
         found = DistillConfig(tmp_path / "head", tmp_path / "made.parquet", tmp_path / "lm")
@@ -70,6 +75,7 @@ def test_what_cannot_be_learned_is_refused(
         assert not (tmp_path / "lm").exists()
 
     refused("no train questions", row=THOUGHT | {"split": "dev"})
+    refused("answer_rule is 'number', the head expects", recorder={"answer_rule": "number"})
     refused("no answer is right", row=THOUGHT | {"correct": [False] * 3, "final_correct": False})
     refused("expected a folder", head=tmp_path / "nothing")
     lora = FineTuneConfig(lora_rank=2, lora_targets="no_such_layer")

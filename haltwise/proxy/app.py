@@ -132,6 +132,10 @@ class Proxy:
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
         self._keys = _keys(config, self._default)
+        # What else may be refused comes before the state, which is made where it is not there.
+        config.operator_key  # noqa: B018, asking for it checks it
+        if config.budgets is not None:
+            _budgets_in(config.budgets, config, self._tariffs)
         control = control or _control(config, head, self._keys)
         self.control = control if isinstance(control, GovernedControl) else None
         patience = config.read_timeout

@@ -32,10 +32,11 @@ def check_served(head: HaltHead) -> None:
     """
     groups = head.config.observing.groups
     if unshown := unshown_groups(groups, "proxy"):
+        stays_blind = head.config.halting.probing == "at_halt" and len(unshown) < len(groups)
         raise InputError(
             f"head has groups {', '.join(unshown)}, which a server does not show; train one "
             "without them: python train.py --traces TRACES --run-dir NEW "
-            f"--groups {' '.join(_shown(groups))}"
+            f"--groups {' '.join(_shown(groups))}{' --probing at_halt' if stays_blind else ''}"
         )
 
 

@@ -93,4 +93,6 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     assert rows[0].parameter is None and rows[0].saving == 0
     own, promised, _ = price_words(0.0, [], rows, few).splitlines()
     assert own == "The head's own price is 0: of a request that names no price it halts nothing."
-    assert promised == f"{said}230 questions are needed at least, here are 20."
+    assert promised == (
+        f"{said}no price; without a single win that takes 230 questions, here are 20."
+    )

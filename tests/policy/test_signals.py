@@ -56,5 +56,7 @@ def test_a_new_signal_is_a_column_and_is_served_if_it_is_of_the_text(
     head = random_head(0, ("pace", "moods"), probing="at_halt")
     check_served(head)
     monkeypatch.setitem(SIGNAL_KINDS, "mood", SignalKind("hidden_state"))
-    with pytest.raises(InputError, match="which a server does not show"):
+    with pytest.raises(
+        InputError, match=r"which a server does not show; .* pace --probing at_halt$"
+    ):
         check_served(head)

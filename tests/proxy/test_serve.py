@@ -76,6 +76,25 @@ def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
             assert line.startswith("error: ") and expected in line
 
 
+def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path) -> None:
+    """Else it would be about the head and the target of somebody who never served."""
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}}")
+    control = ("--head", str(head), "--control", "apply", "--state", str(tmp_path / "state"))
+    with listening_socket() as taken:
+        for flags in (
+            ("--port", str(taken.getsockname()[1])),
+            ("--operator-key-env", "HALTWISE_NOT_SET"),
+            ("--tariffs", str(bad)),
+            ("--budgets", str(bad)),
+            ("--keys", str(bad)),
+            ("--challenger", str(tmp_path / "nothing")),
+        ):
+            done = run(*control, "--upstream", "http://127.0.0.1:1", *flags)
+            assert done.returncode == 2 and done.stderr.startswith("error: ")
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json"], flags
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
