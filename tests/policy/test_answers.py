@@ -5,7 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from haltwise.policy.answers import (
@@ -265,6 +265,7 @@ def test_a_formula_is_boxed_or_follows_the_words(text: str, answer: str) -> None
 
 @pytest.mark.parametrize("rule", READERS)
 @given(text=st.text() | st.from_regex(r"(answer: |\\boxed\{|[-$ .,/{}A-c0-3]|\\frac|\n){0,12}"))
+@example(text="c:\u0327")
 def test_whatever_an_lm_says_can_be_read_and_read_again(rule: str, text: str) -> None:
     answer = READERS[rule](text)
     if rule in ("number", "choice"):

@@ -178,7 +178,8 @@ def _without_marks(text: str) -> str:
         if i in kept
         or (letter not in string.punctuation and unicodedata.category(letter)[0] != "P")
     )  # fmt: skip
-    return " ".join(_ARTICLES.sub(" ", text).split())
+    # What was parted by a mark may be one character now.
+    return unicodedata.normalize("NFC", " ".join(_ARTICLES.sub(" ", text).split()))
 
 
 def read_text(text: str) -> str:
