@@ -26,6 +26,7 @@ test: $(STAMP)
 
 # The slow tests too: simulations, and what needs minutes.
 test-all: export OMP_NUM_THREADS := 1
+test-all: export HYPOTHESIS_PROFILE := new
 test-all: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
