@@ -136,11 +136,11 @@ class Proxy:
         config.operator_key  # noqa: B018, asking for it checks it
         if config.budgets is not None:
             _budgets_in(config.budgets, config, self._tariffs)
+        acceptance = Acceptance(config.check_answers)
         control = control or _control(config, head, self._keys)
         self.control = control if isinstance(control, GovernedControl) else None
         patience = config.read_timeout
         self._room = anyio.CapacityLimiter(config.max_streams)
-        acceptance = Acceptance(config.check_answers)
         self._settings = CompletionSettings(
             head,
             control,

@@ -88,6 +88,7 @@ def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path)
             ("--tariffs", str(bad)),
             ("--budgets", str(bad)),
             ("--keys", str(bad)),
+            ("--check-answers", "no.such:thing"),
             ("--challenger", str(tmp_path / "nothing")),
         ):
             done = run(*control, "--upstream", "http://127.0.0.1:1", *flags)
