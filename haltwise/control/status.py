@@ -201,21 +201,22 @@ def table_of(library: Library) -> str:
     books, prices = library.books, np.array(library.shelf[library.champion].prices)
     target = books.groups.promise.target
     due = books.groups.audits_due()
+    width = max(map(len, ["group", *books.groups.groups]))
     lines = [
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
         f"labels due, {due} audits due before anything is halted",
-        f"{'group':32}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  {'breaker':8}"
-        f"{'target, %':>10}"
-        f"{'differs, %':>21}{'EM loss, %':>21}{'saving, %':>21}",
+        f"{'group':{width}}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  "
+        f"{'breaker':8}{'target, %':>10}"
+        f"{'differs, %':>23}{'EM loss, %':>23}{'saving, %':>23}",
     ]
     for name in books.groups.groups:
         one = group_status(books, name, prices, _DISAGREEMENT, 0.0)
         net = group_status(books, name, prices, _NET, 0.0)["at_price"]["loss"]
         at = one["at_price"]
         lines.append(
-            f"{name[:31]:32}{one['requests']:>10}{one['audits']:>8}{one['price']:>10.4g}"
+            f"{name:{width}}{one['requests']:>10}{one['audits']:>8}{one['price']:>10.4g}"
             f"{one['ceiling']:>10.4g}  {one['breaker']:8}{100 * one['target']:>10.4g}"
-            + "".join(f"{_percent(part):>21}" for part in (at["loss"], net, at["saving"]))
+            + "".join(f"{_percent(part):>23}" for part in (at["loss"], net, at["saving"]))
         )
     return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])
 

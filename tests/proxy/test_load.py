@@ -203,7 +203,8 @@ def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: 
             told = status()
     audited = rows(state, "SELECT id FROM request WHERE audited = 1")
     answered = rows(state, "SELECT request FROM answer")
-    assert len(audited) > num / 10 and answered <= audited
+    # A fifth of what was asked is to be audited; one run in 100,000 draws less than a sixteenth.
+    assert len(audited) > asked / 16 and answered <= audited
     assert told["groups"]["everything"]["audits"] == len(answered)
     assert told["rows_dropped"] == told["refused"] == 0
     for case, each in zip(cases, found, strict=True):
