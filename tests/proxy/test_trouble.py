@@ -411,7 +411,8 @@ def test_if_the_second_leg_fails_the_first_one_goes_on(
     assert is_unhalted(reply, plan, chat)
     assert not reply.haltwise["halted"] and reply.haltwise["fallback"]
     assert watching.proxy.metric("haltwise_fallbacks_total") == counted + 1
-    assert watching.upstream.of(plan)[0].ended == "done"
+    first = watching.upstream.of(plan)[0]
+    assert first.gone.wait(PATIENCE) and first.ended == "done"
 
 
 @BOTH
@@ -499,7 +500,9 @@ def test_a_server_of_one_stream_is_halted(pairs: Pairs, kind: Kind, plan: Plan, 
     plan = replace(plan, trouble="hangs", at=20, legs=(1,))
     reply = ask(pair.client, plan, chat)
     assert reply.text.endswith(plan.answer_text(20)) and reply.haltwise["halted"]
-    assert [asked.ended for asked in pair.upstream.of(plan)] == ["closed", "done"]
+    legs = pair.upstream.of(plan)
+    assert all(leg.gone.wait(PATIENCE) for leg in legs)
+    assert [leg.ended for leg in legs] == ["closed", "done"]
 
 
 @BOTH
