@@ -18,16 +18,21 @@ from numpy.typing import NDArray
 
 from benchmarks.timing import BenchResult
 from envs.reward import never_costs
+from evaluation.cascade import billed
 from evaluation.outcome import Outcome, sweep
 from haltwise import InputError
 from haltwise.control.governor import GroupState, Promise, audit_rate, counted, felt
 from haltwise.control.replay import prices_of
+from haltwise.policy.cascade import Cascade
+from haltwise.policy.cascade_head import CascadeHead
 from haltwise.policy.halting import Probing
 from policies.baselines import Evidence
+from policies.cascade import CascadePolicy
+from policies.course import Bills, LargeAnswers
 from policies.head import judging_heads
 from policies.policy import decisions
 from runs import Run
-from traces import Traces
+from traces import Traces, read_pairs
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -43,6 +48,9 @@ class ControlConfig:
     run: Path | None = None
     """A run with folds on these traces, whose heads that never saw a question decide on it.
     Default: the evidence rule, whose thresholds stand for prices."""
+    large: Path | None = None
+    """The large LM's traces of the same questions, if the run is that of a cascade: what is lost
+    and saved is then against the large LM alone, on the run's test questions."""
     draws: int = 1_000
     """The number of streams."""
     num_prices: int = 36
@@ -106,6 +114,35 @@ def population(traces: Traces, config: ControlConfig) -> Population:
         np.column_stack([np.zeros(len(traces)), traces.final_correct[:, None] - ems]),
         np.column_stack([full, costs]),
         never_costs(traces, probing).astype(float),
+    )
+
+
+def _of_cascade(small: Path | None, large: Path, config: ControlConfig) -> Population:
+    """Works out what a cascade loses and costs on the pairs that it did not learn from.
+
+    Raises:
+        InputError: If there are no such pairs, or no cascade.
+    """
+    if small is None or config.run is None:
+        raise InputError("--control.large is given, expected --traces and --control.run with it")
+    cascade = Cascade.load(config.run)
+    pairs = read_pairs(small, large)
+    fresh = ~Run(config.run).learned().among(pairs.small.question_id)
+    if not fresh.any():
+        raise InputError(f"{config.run} has learned from all of these questions, expected others")
+    pairs, policy = pairs.select(fresh), CascadePolicy(cascade)
+    answers, bills = LargeAnswers.unhalted(pairs.large), Bills.of(pairs.small, policy.probing)
+    signal, ratio = policy.signal(pairs), cascade.config.price_ratio
+    courses = [policy.course(pairs, signal, (p,)) for p in prices_of(CascadeHead(cascade))]
+    found = [billed(pairs, bills, course, answers, 1.0, ratio) for course in courses]
+    full = ratio * pairs.large.num_tokens.astype(float)
+    ems = np.stack([one.em for one in found], axis=1).astype(float)
+    lost = pairs.large.final_correct[:, None] - ems
+    costs = np.stack([one.cost for one in found], axis=1).astype(float)
+    return Population(
+        np.column_stack([np.zeros(len(pairs)), lost]),
+        np.column_stack([full, costs]),
+        full + never_costs(pairs.small, policy.probing),
     )
 
 
@@ -213,13 +250,21 @@ class Account:
         return loss
 
 
-def measure(traces: Traces, config: ControlConfig) -> list[BenchResult]:
+def measure(traces: Traces, config: ControlConfig, source: Path | None = None) -> list[BenchResult]:
     """Measures all figures of the governor on some traces.
+
+    Args:
+        traces: The traces.
+        config: The settings.
+        source: Where they were read; None if they were made up.
 
     Raises:
         InputError: If the traces or the run cannot be used.
     """
-    drawn = population(traces, config)
+    if config.large is None:
+        drawn = population(traces, config)
+    else:
+        drawn = _of_cascade(source, config.large, config)
     promise = Promise(target=config.target)
     results = at_rest(drawn, config, promise) + sudden(drawn, config, promise)
     lms = np.unique(traces.model).tolist()

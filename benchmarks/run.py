@@ -139,7 +139,7 @@ def main(config: BenchConfig) -> None:
         "overhead": partial(overhead.measure, config.overhead, config.repeats),
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
-        "control": partial(control.measure, traces, config.control),
+        "control": partial(control.measure, traces, config.control, config.traces),
         "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
         "resumed": partial(resumed.measure, traces, config.resumed),
@@ -164,7 +164,7 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name in ("lms", "run", "groups") or isinstance(value, PPOConfig):
+            if name in ("lms", "run", "large", "groups") or isinstance(value, PPOConfig):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ import numpy as np
 
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import AuditTraces, DenseAudit
-from haltwise.control.audited import AuditedRequest, Look
+from haltwise.control.audited import AuditedRequest
 from haltwise.control.betting import Float
 from haltwise.control.bookkeeper import Bookkeeper
 from haltwise.control.books import Awaited, Entry
+from haltwise.control.cascade_replay import replay_of
 from haltwise.control.course import Course, halts_of
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
@@ -46,12 +47,11 @@ from haltwise.control.installation import is_kept_back, name_of, question_id_of
 from haltwise.control.library import Note, Shelved
 from haltwise.control.raters import Raters
 from haltwise.control.record import AnswerRow, LabelRow, Record, RequestRow, digest
-from haltwise.control.replay import Replay, prices_of
+from haltwise.control.replay import FULL, Answers, Look, Outcome, Replay, prices_of
 from haltwise.control.roster import Roster
-from haltwise.control.status import group_status, head_status, price_of
+from haltwise.control.status import group_status, head_status, price_of, reference_of
 from haltwise.control.telemetry import Telemetry
 from haltwise.control.verdicts import (
-    FULL,
     JUDGES,
     check_verdicts,
     due_until,
@@ -297,8 +297,7 @@ class GovernedControl:
             steps: By head, the step that it would be served.
             price: The one that it would be served.
         """
-        least = request.terms.min_tokens
-        replays = {name: Replay(self.heads[name], self._prices[name], least) for name in steps}
+        replays = {n: replay_of(self.heads[n], self._prices[n], request) for n in steps}
         dense, process = self._is_dense(number), self.keeper.process
         self._audits[id(request)] = AuditedRequest(
             number, request, drawn, head, steps[head], price, replays, dense
@@ -405,7 +404,7 @@ class GovernedControl:
         """Takes in what happened to a request."""
         audit = self._audits.get(id(report.request))
         if audit is not None:
-            audit.report = report
+            audit.report = audit.thought = report
             if not self.asks_answers:
                 self.break_off(audit)
             return
@@ -429,22 +428,23 @@ class GovernedControl:
         Args:
             audit: The audit.
             full: The answer that the client got.
-            halted: By position, the answer if its thought is closed there; None where the LM
-                would have been left to think on.
+            halted: By position, the answer if its thought is closed there before its end; None
+                where the LM would have been left to think on.
             num_tokens: Tokens that were generated for the audit alone.
         """
         if self._audits.pop(id(audit.request), None) is None:
             return
         self.num_audit_tokens += num_tokens
+        answers = audit.answers(full, halted)
         try:
             self._put(
                 {
-                    name: self._told_entry(audit, replay, full, halted, name)
+                    name: self._told_entry(replay, answers, audit.id, name)
                     for name, replay in audit.replays.items()
                 },
                 self._may_have_learned_from(audit.question),
             )
-            self._note_answers(audit, full, halted)
+            self._note_answers(audit, answers)
             self._note(audit.report, audit, num_tokens)
             if self.promotion == "auto":
                 self.roster.propose()
@@ -452,21 +452,17 @@ class GovernedControl:
             self.failures.add("an audit", error)
             self._put(Entry(BrokenOff(audit.id)))
 
-    def _told_entry(
-        self,
-        audit: AuditedRequest,
-        replay: Replay,
-        full: GivenAnswer,
-        halted: Mapping[int, GivenAnswer | None],
-        head: str,
-    ) -> Entry:
+    def _told_entry(self, replay: Replay, answers: Answers, request: str, head: str) -> Entry:
         """Returns what an audit tells the books of one head."""
-        told, shelved = self._told(audit, replay, full, halted), self.keeper.library.shelf[head]
+        outcomes, full = replay.outcomes(answers), answers.full
+        agrees = np.array([one.answer.compared == full.compared for one in outcomes])
+        cost = np.array([one.cost for one in outcomes], dtype=np.float64)
+        told = Audit(agrees, cost, replay.full_cost(full))
         losses = tuple(told.losses[_DISAGREEMENT].tolist())
-        waits = told.due.any() and not shelved.books.is_too_long(told)
-        awaited = self._awaited(replay, full, halted) if waits else None
+        waits = told.due.any() and not self.keeper.library.shelf[head].books.is_too_long(told)
+        awaited = self._awaited(outcomes, full) if waits else None
         due = told.due if awaited else np.zeros_like(told.due)
-        return Entry(Told(audit.id, losses, tuple(due.tolist())), told, {}, awaited)
+        return Entry(Told(request, losses, tuple(due.tolist())), told, {}, awaited)
 
     def keep(self, audit: DenseAudit) -> None:
         """Keeps a dense audit as a trace; one that cannot be kept is counted."""
@@ -494,40 +490,13 @@ class GovernedControl:
             self._put(Entry(BrokenOff(audit.id)))
             self._note(audit.report, audit, num_tokens)
 
-    def _told(
-        self,
-        audit: AuditedRequest,
-        replay: Replay,
-        full: GivenAnswer,
-        halted: Mapping[int, GivenAnswer | None],
-    ) -> Audit:
-        """Returns what an audit tells of every price; differing answers count as a loss.
-
-        A head that looks at answers pays for every look until it halts.
-        """
-        positions = replay.positions.tolist()
-        answers = [halted.get(position) or full for position in positions]
-        agrees = np.array([one.compared == full.compared for one in answers])
-        cost = [
-            one.num_tokens
-            + (audit.looks[at].num_probe_tokens if halted.get(at) else audit.num_probe_tokens)
-            for at, one in zip(positions, answers, strict=True)
-        ]
-        return Audit(agrees, np.array(cost, dtype=np.float64), float(full.num_tokens))
-
-    def _awaited(
-        self,
-        replay: Replay,
-        full: GivenAnswer,
-        halted: Mapping[int, GivenAnswer | None],
-    ) -> Awaited | None:
+    def _awaited(self, outcomes: Sequence[Outcome], full: GivenAnswer) -> Awaited | None:
         """Returns what is waited for of an audit whose answers differ; None if nothing is."""
         if not self.label_seconds:
             return None
-        positions = replay.positions.tolist()
-        answers = [halted.get(at) or full for at in positions]
-        digests = tuple(digest(self.key, one.compared) for one in [*answers, full])
-        places = tuple(str(at) if halted.get(at) else FULL for at in positions)
+        answers = [*(one.answer for one in outcomes), full]
+        digests = tuple(digest(self.key, one.compared) for one in answers)
+        places = tuple(one.place for one in outcomes)
         return Awaited(digests, self.clock() + self.label_seconds, places)
 
     def _note(
@@ -571,7 +540,7 @@ class GovernedControl:
             audited=audit is not None,
             audit_probability=audit.drawn.probability if audit else max(rates.values()),
             halted=report.halted,
-            reason=report.reason,
+            reason="escalated" if report.escalated else report.reason,
             position=report.position,
             audit_tokens=num_tokens,
             halts=self._halts(report, audit, head),
@@ -591,18 +560,13 @@ class GovernedControl:
         spent = {at: look.num_probe_tokens for at, look in audit.looks.items()}
         return halts_of(prices, [at + spent[at] if at in spent else end for at in positions])
 
-    def _note_answers(
-        self,
-        audit: AuditedRequest,
-        full: GivenAnswer,
-        halted: Mapping[int, GivenAnswer | None],
-    ) -> None:
-        positions = audit.replay.positions
-        for position, answer in halted.items():
+    def _note_answers(self, audit: AuditedRequest, answers: Answers) -> None:
+        positions, full = audit.replay.positions, answers.full
+        for position, answer in answers.halted.items():
             if answer is not None:
                 prices = self._prices[audit.head][positions == position]
                 if not len(prices):
-                    continue  # another head would have halted there
+                    continue  # another head would have halted there, or no price answers there
                 bounds = (float(prices[0]), float(prices[-1]))
                 self.record.put(self._answer_row(audit, position, bounds, answer, full))
         end = audit.report.position if audit.report else 0
@@ -821,6 +785,7 @@ class GovernedControl:
             "mode": self.mode,
             "target": books.groups.promise.target,
             "loss": LOSSES[kind],
+            "reference": reference_of(self.champion),
             "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),

@@ -24,6 +24,7 @@ from haltwise.control.replay import prices_of
 from haltwise.control.store import store_of
 from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError
+from haltwise.policy.cascade_head import CascadeHead, is_cascade
 from haltwise.policy.head import HaltHead
 
 # Share of requests that is audited at rest, and on alert.
@@ -64,13 +65,13 @@ def open_control(
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
     Args:
-        head: The policy.
+        head: The policy; that of a cascade is measured against the large LM alone.
         mode: Whether it only looks, or moves prices.
         state: The store, see `store_of`.
         target: The mean loss that is promised.
         audit: Share of requests that is audited; 0, in observe mode alone, for none.
         usual_price: The price of requests that name none.
-        most_tokens: The most tokens that an answer can have.
+        most_tokens: The most tokens that an answer can have, of any LM.
         label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
         kept: Which audits are kept as traces, and where; None keeps none.
         key_file: Has the installation's key, and is made if it is not there; by default one beside
@@ -110,12 +111,9 @@ def open_control(
     first = Library(head.digest, {head.digest: begun[head.digest]})
     keeper = Bookkeeper(store, first, {}, history.note)
     if keeper.library.champion not in heads:
-        serves = keeper.library.champion[:12]
+        serves = keeper.library.champion
         keeper.close()
-        raise InputError(
-            f"the state is about another head, {serves}: expected the folder of that one as --head "
-            "or as --challenger, or a state of its own; haltwise status tells all of its heads"
-        )
+        raise InputError(_another(head, serves))
     joins = {name: one for name, one in begun.items() if name not in keeper.library.shelf}
     if joins:
         keeper.put(Note(joins=joins))
@@ -138,6 +136,21 @@ def open_control(
     )
 
 
+def _another(head: HaltHead, serves: str) -> str:
+    """Returns what a person is told whose state is about another head, or about a cascade."""
+    if is_cascade(serves) and is_cascade(head.digest):
+        expected = "the same folder, price ratio and LMs"
+        return f"the state is about another cascade: expected {expected}, or a state of its own"
+    if is_cascade(serves) or is_cascade(head.digest):
+        about, given = ("a cascade", "a head") if is_cascade(serves) else ("a head", "a cascade")
+        told = f"the state is about {about} and this is {given}"
+        return f"{told}: expected {'' if is_cascade(serves) else 'no '}--large, or another state"
+    return (
+        f"the state is about another head, {serves[:12]}: expected the folder of that one as "
+        "--head or as --challenger, or a state of its own; haltwise status tells all of its heads"
+    )
+
+
 def _begun_books(
     head: HaltHead, promise: Promise, targets: Mapping[str, float], most_tokens: int
 ) -> Shelved:
@@ -145,7 +158,7 @@ def _begun_books(
     prices = prices_of(head)
     certified = _certified(head, prices, promise.target)
     groups = Groups.begin(promise, len(prices), certified=certified, targets=targets)
-    books = Books(groups, {}, float(most_tokens * _room_for_looks(head)))
+    books = Books(groups, {}, most_tokens * (_room_for_looks(head) + _price_ratio(head)))
     return Shelved.begin(books, tuple(prices.tolist()))
 
 
@@ -155,6 +168,11 @@ def _room_for_looks(head: HaltHead) -> int:
     What looks for more tokens than it watches is not worth its looks.
     """
     return 2 if head.config.halting.probing == "always" else 1
+
+
+def _price_ratio(head: HaltHead) -> float:
+    """Returns what a token of the large LM costs; 0 where there is none."""
+    return head.price_ratio if isinstance(head, CascadeHead) else 0.0
 
 
 def _certified(head: HaltHead, prices: Float, target: float) -> int:

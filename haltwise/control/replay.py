@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 
+from haltwise.control.answers import GivenAnswer
 from haltwise.control.betting import Float
 from haltwise.policy.head import HaltHead
 from haltwise.policy.signals import Index, Signals
+from haltwise.session.request import ThoughtReport
 from haltwise.session.session import HaltMonitor
 from haltwise.session.thought import NEVER
+
+#: How the answer is called that what is saved and lost is measured against.
+FULL = "full"
 
 # Prices of a grid: fewer miss the best one, more cost time and tell little.
 _NUM_PRICES = 36
@@ -25,6 +33,55 @@ def prices_of(head: HaltHead) -> Float:
     if certificate is None or certificate.price is None:
         return grid
     return np.unique(np.append(grid, certificate.price))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of an audit at one decision point."""
+
+    signals: Signals
+    """What was seen there, (1,)."""
+    reached: int
+    """Tokens of the thought when the head was asked: beside a look at an answer it goes on."""
+    num_probe_tokens: int
+    """Tokens that were generated to look at answers until then."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one price would have come to in an audit."""
+
+    answer: GivenAnswer
+    """What would have been answered."""
+    cost: float
+    """The tokens that it would have taken, in those of the LM that thinks."""
+    place: str
+    """Where its answer was forced, in tokens of the thought; `FULL` is not forced."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What has been answered in an audit, and what was seen on the way."""
+
+    full: GivenAnswer
+    """The answer that the client got."""
+    halted: Mapping[int, GivenAnswer | None]
+    """By position, the answer if its thought is closed there; None where the LM would have been
+    left to think on."""
+    looks: Mapping[int, Look]
+    """By position, what is known of its decision points."""
+    thought: ThoughtReport | None
+    """What happened to the thought that all prices are replayed on."""
+
+    @property
+    def num_probe_tokens(self) -> int:
+        """Tokens that were generated to look at answers while the thought ran."""
+        return self.thought.num_probe_tokens if self.thought else 0
+
+    def spent_until(self, position: int) -> int:
+        """Tokens of looks at answers until a position: all of them where nothing was looked at."""
+        look = self.looks.get(position)
+        return self.num_probe_tokens if look is None else look.num_probe_tokens
 
 
 class Replay:
@@ -54,3 +111,23 @@ class Replay:
         position = int(signals.position[place])
         if position >= self._min_tokens:
             self.positions[halts & (self.positions == NEVER)] = position
+
+    def outcomes(self, answers: Answers) -> list[Outcome]:
+        """Returns what each price (K,) would have come to.
+
+        A head that looks at answers pays for every look until it halts.
+        """
+        return [self._outcome(at, answers) for at in self.positions.tolist()]
+
+    def full_cost(self, full: GivenAnswer) -> float:
+        """Returns the tokens of the full answer."""
+        return float(full.num_tokens)
+
+    def _outcome(self, position: int, answers: Answers) -> Outcome:
+        """Returns what halting at a position would have come to."""
+        halted = answers.halted.get(position)
+        if halted is None:
+            full = answers.full
+            return Outcome(full, full.num_tokens + answers.num_probe_tokens, FULL)
+        cost = halted.num_tokens + answers.spent_until(position)
+        return Outcome(halted, cost, str(position))

@@ -20,6 +20,7 @@ from haltwise.control.library import Library, Note, Shelved, experiment, promoti
 from haltwise.control.store import is_database, store_of
 from haltwise.control.trial import ENOUGH
 from haltwise.errors import InputError
+from haltwise.policy.cascade_head import is_cascade
 
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
 
@@ -71,6 +72,11 @@ def breaker_of(state: GroupState) -> str:
 def price_of(prices: Float, step: int) -> float:
     """Returns the price that a step stands for; step 0 halts nothing."""
     return float(prices[step - 1]) if step else 0.0
+
+
+def reference_of(head: str) -> str:
+    """Returns what a head's losses and savings are measured against, by its digest."""
+    return "large LM" if is_cascade(head) else "full answer"
 
 
 def _told(interval: Interval, step: int) -> dict[str, float]:
@@ -204,7 +210,7 @@ def table_of(library: Library) -> str:
     width = max(map(len, ["group", *books.groups.groups]))
     lines = [
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
-        f"labels due, {due} audits due before anything is halted",
+        f"labels due, {due} audits due before {_what_is_due(library)}",
         f"{'group':{width}}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  "
         f"{'breaker':8}{'target, %':>10}"
         f"{'differs, %':>23}{'EM loss, %':>23}{'saving, %':>23}",
@@ -219,6 +225,13 @@ def table_of(library: Library) -> str:
             + "".join(f"{_percent(part):>23}" for part in (at["loss"], net, at["saving"]))
         )
     return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])
+
+
+def _what_is_due(library: Library) -> str:
+    """Returns what does not happen before the first certificate."""
+    if is_cascade(library.champion):
+        return "the small LM answers; all beside the large LM alone"
+    return "anything is halted"
 
 
 def _lines_of_heads(library: Library) -> list[str]:

@@ -8,10 +8,9 @@ from typing import Any
 from haltwise.control.books import Awaited, Entry
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.groups import Told
+from haltwise.control.replay import FULL
 from haltwise.errors import InputError
 
-#: How the answer is called that nothing has cut short.
-FULL = "full"
 #: Who may hold answers to be right beside those that know the right one.
 JUDGES = ("judge", "test")
 _NET = LOSSES.index("net-em-loss")

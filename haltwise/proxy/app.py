@@ -54,7 +54,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import GOVERNED, APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
-from haltwise.proxy.large import large_lm
+from haltwise.proxy.large import LargeLM, large_lm, served_head
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
@@ -121,7 +121,7 @@ class Proxy:
         config.check()
         self.config = config
         self.metrics = Metrics()
-        head = HaltHead.load(config.head)
+        head = served_head(config)
         check_served(head)
         halting = head.config.halting
         halting.check_runnable()
@@ -190,7 +190,7 @@ class Proxy:
             log.info(json.dumps(told))
 
     def _reload(self) -> None:
-        head, before = HaltHead.load(self.config.head), self._settings.head
+        head, before = served_head(self.config), self._settings.head
         check_served(head)
         if head.config.halting != before.config.halting:
             raise InputError("the head halts under other conditions, expected a process of its own")
@@ -198,7 +198,6 @@ class Proxy:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
         tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
-        large = None if self._settings.large is None else self._settings.large.anew(config.head)
         file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         keys = _keys(config, default)
@@ -208,7 +207,7 @@ class Proxy:
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
         if self.cashier is not None and file is not None:
             self.cashier.replace(file, _own_budgets(self._keys), tariffs)
-        self._settings = replace(self._settings, head=head, large=large)
+        self._settings = replace(self._settings, head=head)
 
     def try_probes(self) -> None:
         """Tries whether forced answers run beside a thought, if the head looks at any.
@@ -378,7 +377,8 @@ class Proxy:
         is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         is_large = aside.is_large(request.body)
-        uncounted = off and bill is None  # who has to know what it costs has to watch
+        # Who has to know what it costs has to watch, and whoever may be answered by the large LM.
+        uncounted = off and bill is None and self._reference is None
         why_not = "off" if uncounted else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
@@ -400,7 +400,15 @@ class Proxy:
         if why_not is not None:
             if bill is not None:
                 bill.spent = None  # of the answer that follows
-            await self._pass_on(client, body, self._why_not(why_not, record))
+            told = self._why_not(why_not, record)
+            if not await self._refer(client, request, body, told):
+                await self._pass_on(client, body, told)
+
+    @property
+    def _reference(self) -> LargeLM | None:
+        """The large LM, if a control measures against it; None if there is none."""
+        large = self._settings.large
+        return large if large is not None and large.is_reference else None
 
     def _serving(self, about: Json) -> CompletionSettings:
         """The settings of a completion that begins now, with the head that is to serve it.
@@ -426,6 +434,8 @@ class Proxy:
         about["tenant"] = tenant_of(client.headers.get("authorization"))
         about |= {name: named.get(name, "") for name in ("task", "session")}
         about |= {"user": request.user, "names_price": names_own}
+        if self._settings.large is not None:
+            about["question"] = request.question  # of which a cascade decides
         if self._doubts is not None and about["session"]:
             about["doubted"] = self._doubts.sees(_session_of(about), request)
         urgent = [
@@ -637,6 +647,36 @@ class Proxy:
             self.metrics.ignored_terms.labels(name).inc()
         return [(b"x-haltwise", json.dumps({"halted": False} | told).encode())]
 
+    async def _refer(
+        self, client: RequestingClient, request: CompletionRequest, body: bytes, more: RawHeaders
+    ) -> bool:
+        """Lets the large LM answer what nobody watches, where a control measures against it.
+
+        Args:
+            client: Gets its answer.
+            request: What is asked.
+            body: The same as bytes.
+            more: Headers that the answer has beside its own.
+
+        Returns:
+            Whether it does.
+        """
+        large = self._reference
+        if large is None:
+            return False
+        try:
+            renamed = large.renamed(request.body)
+            body = body if renamed == request.body else await aside.encoded(renamed)
+            leg = await self._open(client, body, large.upstream)
+        except (UpstreamError, RecursionError):  # what is nested deeply cannot be written
+            return False
+        try:
+            if leg.response.is_success:
+                await self._relay(client, leg, more)
+            return leg.response.is_success
+        finally:
+            await leg.close()
+
     async def _pass_on(self, client: RequestingClient, body: bytes, headers: RawHeaders) -> None:
         """Passes a request on as it is, and the answer back with some headers more."""
         leg = await self._open(client, body)
@@ -645,8 +685,15 @@ class Proxy:
         finally:
             await leg.close()
 
-    async def _open(self, client: RequestingClient, body: bytes) -> UpstreamLeg:
-        """Asks the server as a client has asked, with a body that may be another one.
+    async def _open(
+        self, client: RequestingClient, body: bytes, upstream: Upstream | None = None
+    ) -> UpstreamLeg:
+        """Asks a server as a client has asked, with a body that may be another one.
+
+        Args:
+            client: Asks.
+            body: The body.
+            upstream: Where the server is; by default the LM's own.
 
         Raises:
             RefusedError: If there can be no such path.
@@ -657,7 +704,8 @@ class Proxy:
         target = scope["raw_path"] + (b"?" + query if query else b"")
         passed = _passed_headers(client)
         try:
-            return await self.upstream.open(scope["method"], target, passed, body)
+            server = upstream or self.upstream
+            return await server.open(scope["method"], target, passed, body)
         except httpx2.InvalidURL:
             raise RefusedError(404, "not_found", "no such path") from None
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 import anyio
 
 from haltwise import ThoughtRequest
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import DenseAudit
-from haltwise.control.audited import AuditedRequest
+from haltwise.control.audited import AuditedRequest, UnhaltedThought
 from haltwise.control.governed import GovernedControl
 from haltwise.proxy.acceptance import Acceptance
+from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import UpstreamError, without_markers
 from haltwise.session.thought import ForcedAnswer, Probe
 
-# Audits whose answers are asked for at once, so that clients' own requests have the server.
-_AT_ONCE = 2
+T = TypeVar("T")
+
+# Audits whose answers are asked for at once, so that clients' own requests have the server; and
+# audits of a cascade whose thoughts the small LM has at once.
+_AT_ONCE, _THOUGHTS_AT_ONCE = 2, 4
 # Audits that may wait for it; others tell nothing.
 _MOST_WAITING = 256
 # Errors of a server that may be too busy, or away for a while.
@@ -53,15 +60,23 @@ class Auditor:
         control.asks_answers = True
         self._control, self._metrics, self._patience = control, metrics, patience
         self._room = asyncio.Semaphore(_AT_ONCE)
+        self._room_to_think = asyncio.Semaphore(_THOUGHTS_AT_ONCE)
         self._running: set[asyncio.Task[None]] = set()
 
-    def take(self, request: ThoughtRequest, reader: ThoughtReader, said: str | None) -> None:
+    def take(
+        self,
+        request: ThoughtRequest,
+        reader: ThoughtReader,
+        said: str | None,
+        settings: CompletionSettings,
+    ) -> None:
         """Takes over a request that has ended, if it is an audit.
 
         Args:
             request: What was asked.
             reader: Has read its thought.
             said: All text outside of the thought's own field; None if the answer is not whole.
+            settings: Those of its completion.
         """
         audit = self._control.taken(request)
         if audit is None:
@@ -69,8 +84,12 @@ class Auditor:
         if said is None or reader.fallback or len(self._running) >= _MOST_WAITING:
             self._control.break_off(audit)
             return
+        full = _full(reader, said)
+        if reader.escalated and not full.text.strip():  # a tool call, or a thought that was cut
+            self._control.break_off(audit)
+            return
         audit.question = reader.request.question
-        task = asyncio.create_task(self._ask(audit, reader, _full(reader, said)))
+        task = asyncio.create_task(self._ask(audit, reader, full, settings))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -80,21 +99,64 @@ class Auditor:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _ask(self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer) -> None:
+    async def _ask(
+        self,
+        audit: AuditedRequest,
+        reader: ThoughtReader,
+        full: GivenAnswer,
+        settings: CompletionSettings,
+    ) -> None:
         """Asks for all answers of an audit, one after the other.
 
         What else a dense audit asks for can only cost its trace.
         """
         answers: Answers = {}
+        is_known = False
         try:
+            if reader.escalated:
+                async with self._room_to_think:
+                    reader = await self._small(audit, reader, settings)
             async with self._room:
                 await self._answer_at(audit.positions, audit, reader, answers)
+                is_known = True
                 if audit.is_dense:
                     await self._complete(audit, reader, full, answers)
         except Exception as error:
             self._control.failures.add("an audit's answers", error)
         finally:
-            self._tell(audit, reader, full, answers)
+            self._tell(audit, reader, full, answers, is_known)
+
+    async def _small(
+        self, audit: AuditedRequest, reader: ThoughtReader, settings: CompletionSettings
+    ) -> ThoughtReader:
+        """Lets the small LM answer to its end what the large one has answered.
+
+        Args:
+            audit: Takes in its thought and its answer.
+            reader: Knows the request and the small LM's server.
+            settings: Those of the completion that the large LM has answered.
+
+        Returns:
+            What has read its thought.
+
+        Raises:
+            UpstreamError: If it gives no answer, or its thought could not be watched.
+        """
+        unhalted = UnhaltedThought(self._control)
+        alone = replace(settings, control=unhalted, large=None, auditor=None)
+        completion = WatchedCompletion(reader.request, audit.request, reader.server, alone)
+        small = completion.reader
+        try:
+            answer = await completion.whole(await self._patiently(partial(_opened, completion)))
+        finally:
+            await completion.close()
+            audit.thought = unhalted.report
+        if small.fallback or unhalted.report is None:
+            raise UpstreamError(small.fallback or "cut", "the small LM could not be watched")
+        choice = answer["choices"][0]
+        said = choice["message"].get("content") if small.request.chat else choice["text"]
+        audit.end(unhalted.report, small.is_cut, _full(small, said or ""))
+        return small
 
     async def _complete(
         self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
@@ -108,22 +170,23 @@ class Auditor:
             self._control.lose_trace(error)
 
     def _tell(
-        self, audit: AuditedRequest, reader: ThoughtReader, full: GivenAnswer, answers: Answers
+        self,
+        audit: AuditedRequest,
+        reader: ThoughtReader,
+        full: GivenAnswer,
+        answers: Answers,
+        is_known: bool,
     ) -> None:
         """Tells what came of an audit; without all of the answers at its prices it is none."""
         known = {at: one for at, one in answers.items() if one is not None}
         spent = sum(one.num_tokens - audit.looks[at].reached for at, one in known.items())
-        spent += audit.num_probe_tokens
+        spent += audit.num_more_tokens
         self._metrics.audit_tokens.inc(spent)
-        halted = {
-            at: self._given(audit, reader, full, answers[at], at)
-            for at in audit.positions
-            if at in answers
-        }
-        if len(halted) < len(audit.positions):
+        if not is_known:
             self._control.break_off(audit, spent)
-        else:
-            self._control.tell(audit, full, halted, spent)
+            return
+        halted = {at: self._given(audit, reader, full, answers[at], at) for at in audit.positions}
+        self._control.tell(audit, full, halted, spent)
 
     def _given(
         self,
@@ -141,7 +204,7 @@ class Auditor:
         return replace(full, num_tokens=full.num_tokens + spent)
 
     async def _answer_at(
-        self, positions: list[int], audit: AuditedRequest, reader: ThoughtReader, found: Answers
+        self, positions: Sequence[int], audit: AuditedRequest, reader: ThoughtReader, found: Answers
     ) -> None:
         """Finds the answers at some positions, and puts each where it is wanted."""
         for position in positions:
@@ -150,22 +213,22 @@ class Auditor:
             if seen is not None:
                 found[position] = GivenAnswer(seen.answer, seen.text, reached)
             else:
-                found[position] = await self._patiently(reader, reached)
+                found[position] = await self._patiently(partial(self._answer, reader, reached))
 
-    async def _patiently(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
-        """The same as `_answer`, which is asked again where the server has no time for it now.
+    async def _patiently(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What a server is asked for, and again where it has no time for it now.
 
         Raises:
             UpstreamError: If the server does not give it.
         """
         for pause in _PAUSES:
             try:
-                return await self._answer(reader, position)
+                return await ask()
             except UpstreamError as error:
                 if error.kind not in _NOT_NOW and not error.wait:
                     raise
                 await asyncio.sleep(max(pause, min(error.wait, _LONGEST_PAUSE)))
-        return await self._answer(reader, position)
+        return await ask()
 
     async def _answer(self, reader: ThoughtReader, position: int) -> GivenAnswer | None:
         """The answer if the thought is closed at a position; None if the LM would think on.
@@ -227,11 +290,27 @@ def _seen(probe: Probe, position: int) -> GivenAnswer:
     return GivenAnswer(probe.answer, probe.text, position + probe.num_tokens, probe.logprobs)
 
 
+async def _opened(completion: WatchedCompletion) -> UpstreamLeg:
+    """The first leg of a completion, whose server shows its thought.
+
+    Raises:
+        UpstreamError: If it does not.
+    """
+    leg = await completion.open()
+    if leg.response.is_success and leg.is_readable:
+        return leg
+    await leg.close()
+    status = leg.response.status_code
+    raise UpstreamError("status", f"the small LM's server answered with {status}", wait=leg.wait)
+
+
 def _full(reader: ThoughtReader, said: str) -> GivenAnswer:
-    """The answer that the client got."""
-    rules = reader.server.rules
-    in_text = reader.thought.begun and not reader.field and rules.think_end
-    text = said.partition(rules.think_end)[2] if in_text else said
+    """A whole answer, without a thought that stands in its text; one that has no end is all."""
+    rules, in_text = reader.server.rules, reader.thought.begun
+    if reader.escalated:
+        in_text |= rules.think_start in said or rules.think_end in said
+    is_apart = reader.field or not (in_text and rules.think_end)
+    text = said if is_apart else said.partition(rules.think_end)[2]
     text = without_markers(text, rules.think_end)
     num_tokens = sum(usage.completion_tokens for usage in reader.usages)
     return GivenAnswer(rules.read_answer(text), text, num_tokens)

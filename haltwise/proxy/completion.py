@@ -1,16 +1,20 @@
 """One watched completion: from the first token of its thought to the last of its answer."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from haltwise import Control, HaltHead, ThoughtRequest
+from haltwise.control.cascade_replay import question_of
+from haltwise.policy.cascade_head import CascadeHead, EscalatingHead
 from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.answer import ClientAnswer
-from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.billing import Bill
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.large import EscalatingHead, LargeLM, Where, question_of
+from haltwise.proxy.large import LargeLM, Where
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.probing import AnswerProber, ProbeRoom
@@ -22,6 +26,9 @@ from haltwise.session.request import Spent
 from haltwise.session.session import UNGIVEN
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import Probe
+
+if TYPE_CHECKING:
+    from haltwise.proxy.auditor import Auditor
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class WatchedCompletion:
         begins = not request.chat and opened_in_text(request.prompt, server.rules)
         opening = server.rules.think_start if begins else ""
         self._head = settings.head
-        if settings.large is not None:
-            self._head = EscalatingHead(settings.large.cascade, question_of(request, asked))
+        if settings.large is not None and isinstance(settings.head, CascadeHead):
+            self._head = settings.head.asked(question_of(asked))
         self._streamed = StreamedThought(self._head, server.rules, asked, opening, settings.control)
         self._prober = AnswerProber(
             request,
@@ -119,6 +126,11 @@ class WatchedCompletion:
         return await self._closer.ask(body, self.request.chat)
 
     @property
+    def reader(self) -> ThoughtReader:
+        """Reads its thought."""
+        return self._reader
+
+    @property
     def has_answered(self) -> bool:
         """Whether its answer has come to an end."""
         return self._answer.has_ended
@@ -135,7 +147,7 @@ class WatchedCompletion:
         await self._prober.close()
         if self._settings.auditor is not None:
             said = "".join(self._texts) if self._answer.finish is not None else None
-            self._settings.auditor.take(self._asked, self._reader, said)
+            self._settings.auditor.take(self._asked, self._reader, said, self._settings)
         await self._closer.close()
 
     def _spent(self) -> Spent:
@@ -313,9 +325,9 @@ class WatchedCompletion:
         if halts:
             self._where = "point" if self._escalates("point") else None
             return False  # it is the thought's, which the client gets
-        is_cut = reader.is_thinking and choice.get("finish_reason") == "length"
-        if is_cut or (not reader.is_thinking and reader.thought.closed and not reader.fallback):
-            self._where = "end" if self._escalates("end", is_cut) else None
+        reader.note_end(choice)
+        if reader.is_cut is not None:
+            self._where = "end" if self._escalates("end", reader.is_cut) else None
         return self._where is not None
 
     def _escalates(self, where: Where, is_cut: bool = False) -> bool:
@@ -325,15 +337,16 @@ class WatchedCompletion:
             where: Where it is.
             is_cut: Whether the token budget has ended the thought.
         """
-        report = self._streamed.report()
-        is_off = self._settings.shadow or not self._asked.terms.price
-        if is_off or not isinstance(self._head, EscalatingHead):
+        report, large = self._streamed.report(), self._settings.large
+        if large is None or self._settings.shadow or not isinstance(self._head, EscalatingHead):
             return False
+        if not report.price:  # under a control, that is what all else is measured against
+            return large.is_reference and where == "start"
         if where == "start":
-            return self._head.escalates_at_start(report.price)
+            return bool(self._head.escalates_at_start(report.price)[0])
         if where == "end":
-            return self._head.escalates_at_end(report.price, is_cut)
-        return self._head.escalates_here(report.price, report.reason == "capped")
+            return bool(self._head.escalates_at_end(report.price, is_cut)[0])
+        return bool(self._head.escalates_here(report.price, report.reason == "capped")[0])
 
     async def _events_behind_thought(self, leg: UpstreamLeg) -> AsyncIterator[StreamEvent]:
         """The close text, the second leg's answer, and the rest in a third if that breaks off."""

@@ -38,6 +38,9 @@ _OF_GOVERNED = (
     "audit_traces", "dense_audits", "telemetry", "replay_all",
 )  # fmt: skip
 
+# Settings that mean nothing to a control of a cascade.
+_NOT_BESIDE_BOTH = ("shadow", "challenger", "promotion", "audit_traces", "replay_all")
+
 # What an entry of the file of keys may have.
 _OF_ENTRIES = (
     "price", "value", "min_tokens", "max_tokens", "off", "segment", "budget", "target",
@@ -266,9 +269,26 @@ class ServeConfig:
             told = f"--large is {self.large}, which is --upstream too"
             raise InputError(f"{told}, expected the server of another LM")
         usual = {one.name: one.default for one in fields(self)}
-        for name in ("control", "budgets", "tariffs", "check_answers"):
+        for name in ("budgets", "tariffs", "check_answers"):
             if getattr(self, name) != usual[name]:
                 raise InputError(f"{option(name)} is given, which does not know of --large yet")
+        if self.control != "off":
+            self._check_control_of_both()
+
+    def _check_control_of_both(self) -> None:
+        """Checks that what a control of a small and a large LM is told goes together.
+
+        Raises:
+            InputError: If it does not.
+        """
+        usual = {one.name: one.default for one in fields(self)}
+        if self.control not in GOVERNED:
+            expected = f"{' or '.join(GOVERNED)} with --large"
+            raise InputError(f"--control is {self.control!r}, expected {expected}")
+        for name in _NOT_BESIDE_BOTH:
+            if getattr(self, name) != usual[name]:
+                told = f"{option(name)} is given, which does not know of --large"
+                raise InputError(f"{told} under --control {self.control}")
 
     def _check_control(self) -> None:
         """Checks that what a control is told goes together.

@@ -43,7 +43,7 @@ _COUNTED: _OfBooks = {
         lambda books, name: books.sum_of(name).num_audits,
     ),
 }
-_PART = "share of the tokens that is saved at the price served"
+_PART = "share of the bill at a price of 0 that is saved at the price served"
 _LOST = "mean loss at the price served"
 _MEASURED: dict[str, tuple[str, Callable[[Measured], float]]] = {
     "haltwise_group_price": ("Price served, in EM per 1,000 tokens", lambda one: one.price),
@@ -88,7 +88,7 @@ class ControlFigures(Collector):
         gauges = {
             "haltwise_target_ratio": ("Mean loss that is promised", books.groups.promise.target),
             "haltwise_audit_ratio": ("Share of requests to be audited at rest", control.audit),
-            "haltwise_audits_due": ("Audits before anything is halted", books.groups.audits_due()),
+            "haltwise_audits_due": ("Audits before any price is served", books.groups.audits_due()),
             "haltwise_audits_under_way": ("Audits under way", len(books.groups.under_way)),
             "haltwise_labels_due": ("Audits that wait for a label", len(books.awaited)),
         }

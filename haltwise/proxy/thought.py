@@ -81,6 +81,8 @@ class ThoughtReader:
         """Whether the LM thinks on in spite of that, or again."""
         self.escalated: Where | None = None
         """Where the request was left to the large LM; None if it was not."""
+        self.is_cut: bool | None = None
+        """Whether its token budget has ended the thought, once that has ended by itself."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
         self.call_end = ""
@@ -239,10 +241,22 @@ class ThoughtReader:
             self.fall_back("policy")
             return False
 
+    def note_end(self, choice: Json) -> None:
+        """Notes that the thought has ended by itself, if it has.
+
+        Args:
+            choice: The newest chunk's.
+        """
+        is_cut = self.is_thinking and choice.get("finish_reason") == "length"
+        is_over = not self.is_thinking and self.thought.closed and not self.is_closed
+        if is_cut or (is_over and not self.fallback):
+            self.is_cut = is_cut
+
     def leave_to_large(self, where: Where) -> None:
         """Notes that the large LM answers; what comes from it is not watched."""
         self.is_thinking = self.may_halt = False
         self.escalated = where
+        self.streamed.note_escalated()
         if where != "start":
             self.usages.append(LegUsage())
 

@@ -160,13 +160,15 @@ class ThoughtReport:
     """The position at which it was."""
     fallback: str = ""
     """Why a thought that was to be halted went on, if it did."""
+    escalated: bool = False
+    """Whether a large LM has answered in place of the one that thought."""
     spent: Spent = Spent()
     """What the whole request took."""
 
     @property
     def halted(self) -> bool:
         """Whether the thought was closed for the LM, by the head or by its cap."""
-        return self.reason in ("halted", "capped")
+        return self.reason in ("halted", "capped") and not self.escalated
 
 
 @dataclass

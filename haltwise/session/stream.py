@@ -140,6 +140,10 @@ class StreamedThought:
         """Notes the forced answer that the request was given in place of one of its LM's own."""
         self._session.running[0].report.answer = answer
 
+    def note_escalated(self) -> None:
+        """Notes that a large LM answers."""
+        self._session.running[0].report.escalated = True
+
     def note_spent(self, spent: Spent) -> None:
         """Notes what the whole request has taken."""
         self._session.running[0].report.spent = spent

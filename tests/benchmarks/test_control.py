@@ -86,3 +86,8 @@ def test_all_figures_come_from_traces() -> None:
 def test_a_run_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no questions\.json"):
         population(synthetic_traces(6), replace(CONFIG, run=tmp_path))
+
+
+def test_a_cascade_needs_the_traces_of_both_lms(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected --traces and --control\.run with it"):
+        measure(synthetic_traces(6), replace(CONFIG, large=tmp_path))

@@ -35,7 +35,8 @@ def paced() -> Iterator[None]:
         taken = await take(completion, event)
         reader = completion._reader
         probe = reader.prober.running
-        if probe is None or probe.done() or not reader.is_thinking:
+        is_decided = probe is None or probe.done() or not reader.is_thinking
+        if is_decided and not reader.escalated:  # what a large LM says is none of the small one's
             texts = () if event is None or event.choice is None else texts_of(event.choice)
             newest = ("".join(texts), *map(str, reader.thought.tokens[-1:]))
             DECIDED.update(text.rstrip("é\ufffd") for text in newest)

@@ -294,7 +294,7 @@ class _Fake:
         probed: bool = False,
         trouble: str = "",
     ) -> None:
-        self.probed, self.trouble = probed, trouble
+        self.probed, self.trouble, self.errs = probed, trouble, False
         self.kind, self.key, self.thoughts, self.paced = kind, key, thoughts, paced
         self.crowd, self.complete = crowd, asyncio.Event()
         self.asked: list[Asked] = []
@@ -413,6 +413,8 @@ class _Fake:
             plan = replace(plan, trouble=plan.probes, at=0, legs=(2,), closes="")
         if self.trouble:
             plan = replace(plan, trouble=self.trouble, at=30)
+        if self.errs:
+            plan = replace(plan, mention=" wrong")
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
         return await self._answer(asked, plan, prompt, numbers)
@@ -910,6 +912,14 @@ class FakeUpstream:
             and (self._fake.probed and is_probe(asked.body)) == probes
             and name in self._fake.prompt_of(asked.body, "/chat/" in asked.path)
         ]
+
+    def err(self) -> None:
+        """Gives other answers from now on."""
+        self._fake.errs = True
+
+    def fail(self, trouble: str) -> None:
+        """Lets something happen to all that is asked from now on, see `Plan`."""
+        self._fake.trouble = trouble
 
     def free(self, asked: Asked) -> None:
         """Ends the hanging of a request."""

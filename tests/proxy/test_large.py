@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,30 @@ def test_who_wants_no_halting_has_no_large_lm_either(serving: Serving, plan: Pla
     assert two.large.of(plan) == []
 
 
+@pytest.mark.parametrize("kind", ["vllm", "llama-server", "sglang"])
+def test_a_thought_that_was_halted_is_not_escalated_at_its_end(
+    serving: Serving, plan: Plan, kind: Kind
+) -> None:
+    """Servers that close it themselves show its end like any other one's."""
+    two, waiting = serving("end", kind), replace(plan, trouble="hangs", at=20, legs=(1,))
+    reply = ask(two.proxy.client, waiting)
+    assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
+    assert "escalated" not in reply.haltwise and two.large.of(plan) == []
+    assert len(reply.haltwise["legs"]) == (1 if kind == "llama-server" else 2)
+
+
+def test_a_request_that_names_no_price_is_served_the_cascades_own(
+    tmp_path: Path, plan: Plan
+) -> None:
+    """Not that of the head, which halts nothing by itself."""
+    patient = HaltHead(replace(sure_head().config, default_price=0.0), sure_head().weights)
+    with FakeUpstream() as small, FakeUpstream() as large:
+        folder = cascade("point", tmp_path, patient)
+        with proxied(ServeConfig(head=folder, upstream=small.url, large=large.url)) as proxy:
+            reply = ask(proxy.client, plan)
+    assert (reply.haltwise["price"], reply.haltwise["escalated"]) == (1.0, "point")
+
+
 def test_a_cap_asks_the_cascade_too(serving: Serving, plan: Plan) -> None:
     """Before the first decision point it knows nothing, and the small LM answers."""
     capped = [{"X-Haltwise-Max-Tokens": num} for num in ("6", "2")]
@@ -190,7 +214,7 @@ def test_a_cap_asks_the_cascade_too(serving: Serving, plan: Plan) -> None:
         ({"large": "http://127.0.0.1:8080"}, "--large is .*, which is --upstream too"),
         ({"large": "nowhere"}, "--large: server is 'nowhere'"),
         ({"large": None, "large_model": "big"}, "--large-model is given, expected it with --large"),
-        ({"control": "observe", "state": Path("s")}, "--control is given, which does not know"),
+        ({"tariffs": Path("t")}, "--tariffs is given, which does not know of --large yet"),
         ({"head": "plain"}, "no cascade.json in .*: expected a folder written by cascade.py"),
     ],
 )
