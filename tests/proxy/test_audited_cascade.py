@@ -27,7 +27,7 @@ from tests.control.test_governed import certified_head
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
 from tests.proxy.llama_server import NAME, llama_server
-from tests.proxy.proxies import PATIENCE, Reply, ask, proxied
+from tests.proxy.proxies import PATIENCE, Proxy, Reply, ask, proxied, wait_until
 from tests.proxy.test_governed import answers_of, status
 from tests.proxy.test_large import Serving, Two, cascade
 
@@ -92,6 +92,12 @@ def serving(
         yield started
 
 
+def audited(proxy: Proxy, num: int = 1) -> Any:
+    """The status once so many audits have told something."""
+    wait_until(lambda: status(proxy)["groups"]["everything"]["audits"] >= num)
+    return status(proxy)
+
+
 def by_price(told: Any) -> list[Any]:
     """What the lowest, the middle and the highest price lose and save: 0.1, just above 1, 10."""
     found = told["groups"]["everything"]["by_price"]
@@ -110,7 +116,7 @@ def test_an_audit_tells_what_every_price_would_have_lost_and_saved(
     assert reply.haltwise["escalated"] == "start" and reply.haltwise["price"] == 0
     num = full.usage["completion_tokens"]
     assert num == 34  # 28 of the thought, its marker, 4 of the answer, and its end
-    told = status(two.proxy)
+    told = audited(two.proxy)
     assert (told["failures"], told["groups"]["everything"]["audits"]) == (0, 1)
     ends = {"nowhere": 0, "start": 0, "point": 20, "end": 29}
     for found, at in zip(by_price(told), AT[where], strict=True):
@@ -132,7 +138,7 @@ def test_what_an_audit_tells_is_what_serving_comes_to(
     plain, looking = (serving(where, looks=looks, control=one) for one in ("off", "observe"))
     full = ask(looking.proxy.client, plan)
     num = 2 * full.usage["completion_tokens"]
-    for found in by_price(status(looking.proxy)):
+    for found in by_price(audited(looking.proxy)):
         again = replace(plan, name=f"{plan.name}x{found['price']:.0f}")
         reply = ask(plain.proxy.client, again, headers={"X-Haltwise-Price": str(found["price"])})
         told, legs = reply.haltwise, [leg["completion_tokens"] for leg in reply.haltwise["legs"]]
@@ -154,7 +160,7 @@ def test_a_cap_is_replayed_too(serving: Serving, plan: Plan) -> None:
     two, sure = serving("cap", control="observe"), replace(plan, logprobs=((0, -1.5),))
     full = ask(two.proxy.client, sure, headers={"X-Haltwise-Max-Tokens": "6"})
     assert full.thought == sure.thought() and full.text == sure.answer_text()  # it knows no cap
-    found = status(two.proxy)["groups"]["everything"]["by_price"]
+    found = audited(two.proxy)["groups"]["everything"]["by_price"]
     at_cap, answered, halted = found[0], found[20], found[-1]
     assert [one["loss"]["estimate"] for one in (at_cap, answered, halted)] == [0, 1, 1]
     assert at_cap["saving"]["estimate"] == pytest.approx(1 - (6 + 68) / 68, abs=1e-6)
@@ -205,6 +211,7 @@ def test_the_large_lm_alone_serves_until_a_price_is_certified_and_again_after_a_
     due = status(two.proxy)["audits_due"]
     assert due > 1
     assert {(one.get("escalated"), one["price"]) for one in served(due)} == {("start", 0)}
+    audited(two.proxy, due)
     assert 0.1 <= everything()["price"] < 1  # from 1 on it is halted, and then nothing agrees
     assert everything()["at_price"]["saving"]["estimate"] == pytest.approx(0.5)
     both = served(24)  # half of them are audits
@@ -297,6 +304,7 @@ def test_if_the_small_lm_fails_in_an_audit_its_client_notices_nothing(
     reply = ask(two.proxy.client, plan)
     assert (reply.thought, reply.text) == (plan.thought(), plan.answer_text())
     assert reply.haltwise["escalated"] == "start" and "fallback" not in reply.haltwise
+    wait_until(lambda: bool(status(two.proxy)["failures"]))
     told = status(two.proxy)
     assert (told["groups"]["everything"]["audits"], told["failures"]) == (0, 1)
     assert bool(told["audit_tokens"]) == (trouble in ("dies", "ends"))  # after 30 of them
@@ -343,7 +351,7 @@ def test_the_record_tells_who_has_answered(serving: Serving, plan: Plan, tmp_pat
 def test_what_is_told_is_about_the_large_lm(serving: Serving, plan: Plan, tmp_path: Path) -> None:
     two = serving("point", control="observe")
     ask(two.proxy.client, plan)
-    told = status(two.proxy)
+    told = audited(two.proxy)
     assert told["reference"] == "large LM" and told["loss"] == "disagreement"
     answers = answers_of(tmp_path / "state")
     # The highest price answers behind 12 tokens; none at the small LM's own end.
@@ -456,6 +464,6 @@ def test_two_real_lms_are_audited_and_then_the_small_one_answers(tmp_path: Path)
         due = status(proxy)["audits_due"]
         assert 0 < due < 20
         assert {told(message)["escalated"] for message in asked[:due]} == {"start"}
-        everything = status(proxy)["groups"]["everything"]
+        everything = audited(proxy, due)["groups"]["everything"]
         assert (everything["audits"], everything["price"] > 0) == (due, True)
         assert any("escalated" not in told(message) for message in asked[due:])
