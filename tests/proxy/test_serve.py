@@ -65,8 +65,8 @@ def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
     with listening_socket() as taken:
         port = str(taken.getsockname()[1])
         for flags, expected in {
-            ("--head", "nowhere"): "nowhere",
-            ("--head", str(head), "--price", "-1"): "--price",
+            ("--port", "0", "--head", "nowhere"): "nowhere",
+            ("--port", "0", "--head", str(head), "--price", "-1"): "--price",
             ("--head", str(head), "--port", "99999"): "--port is 99999, expected 0 to 65535",
             ("--head", str(head), "--port", port): port,
         }.items():
@@ -83,7 +83,7 @@ def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path)
     control = ("--head", str(head), "--control", "apply", "--state", str(tmp_path / "state"))
     with listening_socket() as taken:
         for flags in (
-            ("--port", str(taken.getsockname()[1])),
+            (),
             ("--operator-key-env", "HALTWISE_NOT_SET"),
             ("--tariffs", str(bad)),
             ("--budgets", str(bad)),
@@ -91,8 +91,10 @@ def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path)
             ("--check-answers", "no.such:thing"),
             ("--challenger", str(tmp_path / "nothing")),
         ):
-            done = run(*control, "--upstream", "http://127.0.0.1:1", *flags)
+            port = "0" if flags else str(taken.getsockname()[1])
+            done = run(*control, "--upstream", "http://127.0.0.1:1", "--port", port, *flags)
             assert done.returncode == 2 and done.stderr.startswith("error: ")
+            assert flags[-1:] in ((), (str(bad),)) or flags[-1].split(":")[0] in done.stderr
             assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json"], flags
 
 
