@@ -52,9 +52,32 @@ def folder_of(path: Path) -> Path:
             raise InputError(
                 f"{path} cannot be read without more packages: expected pip install -e '.[gguf]'"
             )
+        _check_is_read_right(path)
         print(f"{path.name}: unpacked once, into {folder}", file=sys.stderr, flush=True)
         _write(path, folder)
     return folder
+
+
+def _check_is_read_right(path: Path) -> None:
+    """Checks that transformers puts the rows of attention weights back in its own order.
+
+    GGUF files of this family may leave out how many heads keys and values have, and then
+    transformers leaves the rows as they are, without a word: it would be another LM.
+
+    Raises:
+        InputError: If it would not, or the file is damaged.
+    """
+    import gguf
+
+    try:
+        known = set(gguf.GGUFReader(path).fields)
+    # The reader raises errors of many kinds about a damaged file.
+    except Exception as error:
+        raise InputError(f"cannot read the GGUF file {str(path)!r}: {reason_of(error)}") from None
+    needed = "llama.attention.head_count_kv"
+    if "llama.attention.head_count" in known and needed not in known:
+        expected = f"expected {needed} in it, or collect.py --engine openai from its server"
+        raise InputError(f"transformers would read {str(path)!r} wrongly: {expected}")
 
 
 def _write(path: Path, folder: Path) -> None:

@@ -12,10 +12,12 @@ import gguf.quants
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from haltwise import InputError
 from lms.embedded import CLOSE, EMBEDDED, EOS, VOCABULARY, prompt_of
 from lms.gguf import GgufConfig, WeightType, _type_of, _weights, main, write_gguf
+from lms.gguf_file import folder_of
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import TASKS, questions
@@ -125,6 +127,22 @@ def test_a_begun_message_goes_on(
     begun = {"role": "assistant", "reasoning_content": "9 + 3 = 12", "content": ""}
     body = {"messages": [*MESSAGES, begun], **options}
     assert server.post("/apply-template", body) == {"prompt": expected}
+
+
+def test_transformers_reads_the_same_weights_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALTWISE_CACHE", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "embedded.gguf")
+    unpacked = load_file(folder_of(tmp_path / "embedded.gguf") / "model.safetensors")
+    for name, weight in load_file(EMBEDDED / "model.safetensors").items():
+        np.testing.assert_array_equal(unpacked[name], weight, name)
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count_kv", lambda writer, num: None)
+    write_gguf(tmp_path / "vague.gguf")
+    with pytest.raises(
+        InputError, match=r"wrongly: expected llama\.attention\.head_count_kv in it"
+    ):
+        folder_of(tmp_path / "vague.gguf")
 
 
 def test_an_earlier_file_is_replaced_and_nothing_else_is_left(tmp_path: Path) -> None:
