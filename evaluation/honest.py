@@ -101,7 +101,7 @@ def _own_words(own: float, segments: Sequence[str]) -> str:
     return (
         f"The head's own price is {number(own)}, which lost nothing on the questions that it was "
         f"chosen on: a request that names no price takes it{by_segment if segments else ''}. If "
-        "the verdict is against the head, record more questions before you serve it; else serve it "
+        "the verdict says behind, record more questions before you serve it; else serve it "
         "as it is, unless you promise somebody what is lost."
     )
 
@@ -114,10 +114,13 @@ def _promise(row: HonestRow, own: float, num_questions: int) -> str:
     )
     if row.parameter is not None:
         price = number(row.parameter)
-        told = f"{said}: a price of {price}, which saves {percent(row.saving)} %"
+        told = (
+            f"{said}: a price of {price}, which saves {percent(row.saving)} % on the "
+            f"{num_questions:,} questions that it was chosen on"
+        )
         if row.parameter == own:
-            return f"{told} and is the head's own."
-        return f"{told} and is not the head's own: name it (haltwise serve --price {price})."
+            return f"{told}, and is the head's own."
+        return f"{told}, and is not the head's own: name it (haltwise serve --price {price})."
     fewest = fewest_questions(row.gate, 1 - row.confidence)
     if num_questions < fewest:
         return (

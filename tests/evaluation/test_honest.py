@@ -74,17 +74,17 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     own, promised, last = price_words(0.4, [], rows, traces).splitlines()
     assert own == (
         "The head's own price is 0.4, which lost nothing on the questions that it was chosen on: a "
-        "request that names no price takes it. If the verdict is against the head, record more "
+        "request that names no price takes it. If the verdict says behind, record more "
         "questions before you serve it; else serve it as it is, unless you promise somebody what "
         "is lost."
     )
-    assert promised == (
-        f"{said}a price of 0.1, which saves 10.0 % and is not the head's own: name it (haltwise "
-        "serve --price 0.1)."
-    )
+    num = len(np.unique(traces.question_id))
+    saves = f"which saves 10.0 % on the {num:,} questions that it was chosen on"
+    name_it = "name it (haltwise serve --price 0.1)."
+    assert promised == f"{said}a price of 0.1, {saves}, and is not the head's own: {name_it}"
     assert last.startswith("calibrate.py --apply gives the head a price that is certified")
     _, promised, _ = price_words(0.1, [], rows, traces).splitlines()
-    assert promised == f"{said}a price of 0.1, which saves 10.0 % and is the head's own."
+    assert promised == f"{said}a price of 0.1, {saves}, and is the head's own."
     by_segment = price_words(0.1, ["b", "a"], rows, traces)
     assert "takes it; one that names its segment (a, b) takes that of the segment." in by_segment
     few = make_traces([{}] * 20)
