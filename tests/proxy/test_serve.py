@@ -82,20 +82,21 @@ def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path)
     bad.write_text("{}}")
     control = ("--head", str(head), "--control", "apply", "--state", str(tmp_path / "state"))
     with listening_socket() as taken:
-        for flags in (
-            (),
-            ("--operator-key-env", "HALTWISE_NOT_SET"),
-            ("--tariffs", str(bad)),
-            ("--budgets", str(bad)),
-            ("--keys", str(bad)),
-            ("--check-answers", "no.such:thing"),
-            ("--challenger", str(tmp_path / "nothing")),
+        port = str(taken.getsockname()[1])
+        for name, value, expected in (
+            ("--port", port, port),
+            ("--operator-key-env", "HALTWISE_NOT_SET", "HALTWISE_NOT_SET"),
+            ("--tariffs", str(bad), "bad.json"),
+            ("--budgets", str(bad), "bad.json"),
+            ("--keys", str(bad), "bad.json"),
+            ("--check-answers", "no.such:thing", "no.such"),
+            ("--challenger", str(tmp_path / "nothing"), "nothing"),
         ):
-            port = "0" if flags else str(taken.getsockname()[1])
-            done = run(*control, "--upstream", "http://127.0.0.1:1", "--port", port, *flags)
+            free = () if name == "--port" else ("--port", "0")
+            done = run(*control, "--upstream", "http://127.0.0.1:1", *free, name, value)
             assert done.returncode == 2 and done.stderr.startswith("error: ")
-            assert flags[-1:] in ((), (str(bad),)) or flags[-1].split(":")[0] in done.stderr
-            assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json"], flags
+            assert expected in done.stderr
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json"], name
 
 
 @pytest.mark.parametrize(
