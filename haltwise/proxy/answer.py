@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from haltwise.proxy.probing import ProbeUsage
 from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.upstream import LegUsage
 from haltwise.proxy.wire import (
     DONE,
     Json,
@@ -121,11 +124,12 @@ class ClientAnswer:
 
         What the server tells of a leg is believed if that is the only one.
         """
-        prompt = sum(usage.prompt_tokens or 0 for usage in self._usages)
-        completion = sum(usage.completion_tokens for usage in self._usages)
+        legs = self._reader.legs
+        prompt = sum(usage.prompt_tokens or 0 for usage in legs)
+        completion = sum(usage.completion_tokens for usage in legs)
         usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
         usage |= {"total_tokens": prompt + completion}
-        usage |= self._usages[0].told if len(self._usages) == 1 else self._details()
+        usage |= legs[0].told if len(legs) == 1 else self._details()
         if (probes := self._reader.prober.usage).num:
             for name in ("prompt_tokens", "completion_tokens"):
                 usage[name] += getattr(probes, name)
@@ -134,25 +138,41 @@ class ClientAnswer:
 
     def spent(self) -> Spent:
         """What the whole request took."""
-        thought, usages, probes = self._reader.thought, self._usages, self._reader.prober.usage
-        prompts = [one.prompt_tokens for one in usages if one.prompt_tokens is not None]
-        cached = [one.cached_tokens for one in usages if one.cached_tokens is not None]
+        thought = self._reader.thought
+        return replace(
+            self._taken(self._reader.legs, self._reader.prober.usage),
+            reasoning_tokens=thought.position if thought.begun else None,
+            outcome=self.finish or "cut off",
+            seconds=time.monotonic() - self._began,
+        )
+
+    def spent_by_small(self) -> Spent:
+        """The tokens that the small LM, which is the only one without a large one, has taken."""
+        legs = [one for one in self._reader.legs if not one.is_large]
+        return self._taken(legs, self._reader.prober.usage)
+
+    def spent_by_large(self) -> Spent:
+        """The tokens that the large LM has taken, if it was asked."""
+        return self._taken([one for one in self._reader.legs if one.is_large], ProbeUsage())
+
+    @staticmethod
+    def _taken(legs: Sequence[LegUsage], probes: ProbeUsage) -> Spent:
+        """The tokens of some legs and probes."""
+        prompts = [one.prompt_tokens for one in legs if one.prompt_tokens is not None]
+        cached = [one.cached_tokens for one in legs if one.cached_tokens is not None]
         # A prompt of which the server tells nothing is as long as the longest one.
-        num_unknown = len(usages) - len(prompts)
+        num_unknown = len(legs) - len(prompts)
         num_prompts = sum(prompts) + num_unknown * max(prompts, default=0)
         return Spent(
             input_tokens=num_prompts + probes.prompt_tokens if prompts else None,
             cached_tokens=sum(cached) if cached else None,
-            reasoning_tokens=thought.position if thought.begun else None,
-            output_tokens=sum(one.completion_tokens for one in usages) + probes.completion_tokens,
-            outcome=self.finish or "cut off",
-            seconds=time.monotonic() - self._began,
+            output_tokens=sum(one.completion_tokens for one in legs) + probes.completion_tokens,
         )
 
     def _details(self) -> Json:
         """The details that servers tell of usage, of all legs together."""
         details: Json = {}
-        for told in (usage.told for usage in self._usages):
+        for told in (usage.told for usage in self._reader.legs):
             details = _sum(details, {n: v for n, v in told.items() if isinstance(v, dict)})
         name = "completion_tokens_details"
         num_thought = details.get(name, {}).get("reasoning_tokens")
@@ -176,7 +196,7 @@ class ClientAnswer:
             "reason": "escalated" if reader.escalated else found.reason,
             "position": found.position,
             "price": found.price,
-            "legs": [usage.counts() for usage in reader.usages],
+            "legs": [usage.counts() for usage in reader.legs],
         }
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
@@ -184,6 +204,8 @@ class ClientAnswer:
             report["probes"] = reader.prober.usage.report()
         if reader.escalated:
             report["escalated"] = reader.escalated
+        if reader.not_escalated:
+            report["not_escalated"] = reader.not_escalated
         if reader.fallback:
             report["fallback"] = reader.fallback
         if self._shadow and found.decided_at is not None:

@@ -126,7 +126,7 @@ class Proxy:
         halting = head.config.halting
         halting.check_runnable()
         self._looks = halting.probing == "always"
-        self._tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
+        self._tariffs = _tariffs(config)
         self._default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         self._terms = self._default.terms
         if self._terms.price == 0:
@@ -197,7 +197,7 @@ class Proxy:
         if self.control is not None and head.digest not in self.control.heads:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
-        tariffs = None if config.tariffs is None else Tariffs(config.tariffs)
+        tariffs = _tariffs(config)
         file = None if config.budgets is None else _budgets_in(config.budgets, config, tariffs)
         default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         keys = _keys(config, default)
@@ -356,7 +356,9 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = terms_of(client, customer, self._tariffs, request.model)
         record.about = {"model": request.model[:100], **logged(terms)}
-        async with self._billed(client, customer, body, asked, is_watched=True) as bill:
+        large = self._settings.large
+        may_ask = None if large is None or self.config.shadow else large.model_of(request)
+        async with self._billed(client, body, asked, is_watched=True, large=may_ask) as bill:
             if bill is not None and bill.max_tokens is not None:
                 request = request.limited(bill.max_tokens)
                 body = await aside.encoded(request.body)
@@ -449,12 +451,19 @@ class Proxy:
     async def _billed(
         self,
         client: RequestingClient,
-        customer: Customer,
         body: bytes,
         asked: Json,
         is_watched: bool,
+        large: str | None = None,
     ) -> AsyncIterator[Bill | None]:
         """Holds back what a request can cost for as long as its block runs, and settles its bill.
+
+        Args:
+            client: Asks.
+            body: Its request.
+            asked: What that says.
+            is_watched: Whether its thought may be halted.
+            large: The large LM that may be asked too; None if none may.
 
         Raises:
             RefusedError: If a budget has not enough left.
@@ -479,6 +488,7 @@ class Proxy:
             size,
             limit,
             can_cut=is_watched,
+            large=large,
         )
         if bill.max_tokens is not None:
             record.about["budget_max_tokens"] = bill.max_tokens
@@ -583,13 +593,13 @@ class Proxy:
             return
         asked = await aside.read_object(body) or {} if self._tells_models else {}
         if not (path in _UNWATCHED or has_terms):
-            async with self._billed(client, customer, body, asked, is_watched=False):
+            async with self._billed(client, body, asked, is_watched=False):
                 await self._pass_on(client, body, [])
             return
         model = str(asked.get("model") or "")
         terms = terms_of(client, customer, self._tariffs, model)
         record.about = logged(terms)
-        async with self._billed(client, customer, body, asked, is_watched=False):
+        async with self._billed(client, body, asked, is_watched=False):
             leg = await self._capped(client, body, terms) if path == _RESPONSES else None
             if leg is None:
                 leg = await self._open(client, body)
@@ -915,6 +925,21 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         _targets(config, keys),
         config.replay_all,
     )
+
+
+def _tariffs(config: ServeConfig) -> Tariffs | None:
+    """What tokens cost, if the settings tell.
+
+    Raises:
+        InputError: If their file cannot be used, or does not know the large LM.
+    """
+    if config.tariffs is None:
+        return None
+    found = Tariffs(config.tariffs)
+    if config.large_model is not None and found.of(config.large_model) is None:
+        told = f"--large-model is {config.large_model!r:.60}"
+        raise InputError(f"{told}, expected a tariff of it in --tariffs {config.tariffs}")
+    return found
 
 
 def _targets(config: ServeConfig, keys: APIKeys | None) -> dict[str, float]:

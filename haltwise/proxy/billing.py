@@ -144,15 +144,19 @@ class Bill:
     held: Spent
     num_input: int
     """Tokens of its prompt, at most."""
-    max_tokens: int | None
+    max_tokens: int | None = None
     """Tokens that it may generate, fewer than it asks for; None if it may have what it asks for."""
-    urgency: float | None
+    urgency: float | None = None
     """How urgent it is that it costs less, in [0, 1]; None if no budget of it is paced."""
     standings: list[Standing] = field(default_factory=list)
     spent: Spent | None = None
     """What it has taken; None if nobody has counted it."""
     is_free: bool = False
     """Whether nothing was generated for it."""
+    large: Bill | None = None
+    """What is held back for the large LM; None if that is not to be asked."""
+    is_unescalated: bool = False
+    """Whether the large LM is not to be asked since a budget has no room for it."""
 
     def count(self, spent: Spent, num_asked: int) -> None:
         """Takes in what it has taken; prompts that nobody has counted are as long as they can be.
@@ -161,15 +165,23 @@ class Bill:
             spent: What is known of it.
             num_asked: Requests that may have been sent for it.
         """
+        self.is_free = False
         if spent.input_tokens is None:
             longest = self.num_input + (spent.output_tokens or 0) + _OF_CLOSE
             most = min(num_asked * longest, self.held.input_tokens or 0)
             spent = replace(spent, input_tokens=most)
         self.spent = spent
 
-    def amount(self, spent: Spent) -> Amount:
-        """Returns what something costs."""
-        return _amount(self.tariff, spent, self.held)
+    def cost(self) -> Amount:
+        """Returns what it costs; what nobody has counted costs all that it could."""
+        spent = Spent(0, 0, 0, 0) if self.is_free else self.spent or self.held
+        own = _amount(self.tariff, spent, self.held)
+        return own if self.large is None else _sum(own, self.large.cost())
+
+    def most(self) -> Amount:
+        """Returns what it can cost."""
+        held = _amount(self.tariff, self.held, self.held)
+        return held if self.large is None else _sum(held, self.large.most())
 
 
 class Cashier:
@@ -214,8 +226,12 @@ class Cashier:
         size: Callable[[int], Size],
         asked: int | None,
         can_cut: bool,
+        large: str | None = None,
     ) -> Bill:
         """Holds back what a request can cost at most.
+
+        Where a budget has no room for the large LM, it is not to be asked; where there is none
+        for the other one, it is to generate fewer tokens.
 
         Args:
             request: Its id.
@@ -225,35 +241,48 @@ class Cashier:
             size: Tells how much it can take, if it may generate so many tokens.
             asked: Tokens that it may generate; None if it sets no limit.
             can_cut: Whether it can be told to generate fewer.
+            large: The large LM that it may be left to; None if there is none.
 
         Raises:
             RefusedError: If a budget has not enough left, or cannot be asked.
         """
         accounts, for_one = self._accounts(who), self._for_one(most)
-        tariff = self._tariff(model, [*(one.budget for one in accounts), for_one])
+        budgets = [*(one.budget for one in accounts), for_one]
+        tariff = self._tariff(model, budgets)
         wanted = limit = self._context if asked is None else min(asked, self._context)
+        whole, bill = size(limit), _bill(request, tariff, size(limit))
+        if large is not None:
+            # The request goes there as it is, and once.
+            bill.large = _bill(request, self._tariff(large, budgets), replace(whole, num_goes_on=0))
+            bill.large.is_free = True  # until it is asked
         standings: list[Standing] | None = None
         while standings is None:
-            held = size(limit).spent()
-            amount = _amount(tariff, held, held)
+            amount = bill.most()
             try:
                 _check(for_one, amount)
                 standings = await self._reserved(request, accounts, amount)
             except ShortError as short:
+                if bill.large is not None:
+                    bill.large, bill.is_unescalated = None, True
+                    continue
                 less = _affordable(tariff, size, limit, short.standing.left) if can_cut else 0
                 if less < max(min(wanted, _FEWEST), 1):
                     raise self._refused(short) from None
                 limit = less
+                bill = replace(
+                    _bill(request, tariff, size(limit)), is_unescalated=large is not None
+                )
+        if bill.is_unescalated:
+            self._metrics.budget_unescalated.inc()
         if limit < wanted:
             self._metrics.budget_cut.inc()
-        max_tokens = limit if limit < wanted else None
-        urgency, num_input = self.pace.of(standings), size(limit).num_input
-        return Bill(request, tariff, held, num_input, max_tokens, urgency, standings)
+            bill.max_tokens = limit
+        bill.urgency, bill.standings = self.pace.of(standings), standings
+        return bill
 
     async def close(self, bill: Bill) -> None:
         """Settles a bill; what nobody has counted is taken to have cost all that it could."""
-        spent = Spent(0, 0, 0, 0) if bill.is_free else bill.spent or bill.held
-        cost = bill.amount(spent)
+        cost = bill.cost()
         self._metrics.cost_dollars.inc(cost.nano / NANO)
         for standing in bill.standings:
             self.pace.spent(standing, cost)
@@ -371,6 +400,15 @@ class Cashier:
             # Where urgency is 1, no certified price is high enough.
             "urgency": {name: moved.get(name, 0.0) for name in names if self._paces(name)},
         }
+
+
+def _bill(request: str, tariff: Tariff | None, size: Size) -> Bill:
+    """Returns a bill for which nothing is held back yet."""
+    return Bill(request, tariff, size.spent(), size.num_input)
+
+
+def _sum(one: Amount, other: Amount) -> Amount:
+    return Amount(min(one.nano + other.nano, MOST), min(one.tokens + other.tokens, MOST))
 
 
 def _amount(tariff: Tariff | None, spent: Spent, most: Spent) -> Amount:

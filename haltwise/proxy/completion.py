@@ -14,7 +14,7 @@ from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.billing import Bill
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.large import LargeLM, Where
+from haltwise.proxy.large import FAILED, LargeLM, Where
 from haltwise.proxy.lm_server import LMServer, opened_in_text
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.probing import AnswerProber, ProbeRoom
@@ -87,8 +87,10 @@ class WatchedCompletion:
         self._asked, self._texts = asked, list[str]()
         begins = not request.chat and opened_in_text(request.prompt, server.rules)
         opening = server.rules.think_start if begins else ""
+        is_kept = bill is not None and bill.is_unescalated
+        self._large = None if is_kept else settings.large
         self._head = settings.head
-        if settings.large is not None and isinstance(settings.head, CascadeHead):
+        if self._large is not None and isinstance(settings.head, CascadeHead):
             self._head = settings.head.asked(question_of(asked))
         self._streamed = StreamedThought(self._head, server.rules, asked, opening, settings.control)
         self._prober = AnswerProber(
@@ -102,6 +104,7 @@ class WatchedCompletion:
         self._reader = ThoughtReader(
             request, server, self._streamed, self._prober, settings.metrics
         )
+        self._reader.not_escalated = "budget" if is_kept else ""
         self._closer = ThoughtCloser(self._reader, settings.patience, settings.acceptance)
         self._answer = ClientAnswer(self._reader, settings.shadow)
         self._halts = False  # at the newest event
@@ -116,8 +119,8 @@ class WatchedCompletion:
             UpstreamError: If no answer comes.
         """
         settings, server = self._settings, self._server
-        if settings.large is not None and self._escalates("start"):
-            large = await self._closer.escalated_at_start(settings.large)
+        if self._large is not None and self._escalates("start"):
+            large = await self._closer.escalated_at_start(self._large)
             if large is not None:
                 return large
         goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
@@ -157,12 +160,23 @@ class WatchedCompletion:
             spent = Spent(outcome="passed on", seconds=spent.seconds)  # what follows is not seen
         if bill is None:
             return spent
+        if bill.large is not None and self._reader.large is not None:
+            bill.large.count(self._answer.spent_by_large(), 1)
         if not self._is_released:
-            num_asked = len(self._reader.usages) + self._prober.usage.num
-            bill.count(spent, num_asked + 1)  # a second leg may be on its way
+            self._count_small(bill)
         if bill.tariff is None:
             return spent
-        return replace(spent, cost_nano=bill.amount(bill.spent or spent).nano)
+        return replace(spent, cost_nano=bill.cost().nano)
+
+    def _count_small(self, bill: Bill) -> None:
+        """Puts what the small LM has taken on a bill."""
+        if not self._closer.has_asked:
+            bill.count(Spent(input_tokens=0, output_tokens=0), 0)
+            return
+        num_legs = sum(not one.is_large for one in self._reader.legs)
+        # Where the large LM was not asked, a second leg may be on its way.
+        num_asked = num_legs + self._prober.usage.num + (self._reader.large is None)
+        bill.count(self._answer.spent_by_small(), num_asked)
 
     async def whole(self, first: UpstreamLeg) -> Json:
         """The answer to a client that wants no stream.
@@ -229,7 +243,7 @@ class WatchedCompletion:
         self, first: UpstreamLeg
     ) -> tuple[UpstreamLeg | None, AsyncIterable[StreamEvent]]:
         """What takes the place of a first leg whose thought is closed, see `continued`."""
-        envelope, where, large = self._answer.envelope, self._where, self._settings.large
+        envelope, where, large = self._answer.envelope, self._where, self._large
         if where is None or large is None:
             return await self._closer.continued(first, envelope)
         if self._unshown is not None:
@@ -307,7 +321,7 @@ class WatchedCompletion:
                 self._unshown = event
                 del self._reader.shown_texts[num_shown:]
                 return None, True
-        elif choice is not None and any(texts_of(choice)):
+        elif choice is not None and any(texts_of(choice)) and not self._reader.escalated:
             self._reader.usages[-1].completion_tokens += 1  # unless the server tells it better
         if choice is not None and self._settings.auditor is not None:
             self._texts.append(texts_of(choice)[1])
@@ -337,8 +351,9 @@ class WatchedCompletion:
             where: Where it is.
             is_cut: Whether the token budget has ended the thought.
         """
-        report, large = self._streamed.report(), self._settings.large
-        if large is None or self._settings.shadow or not isinstance(self._head, EscalatingHead):
+        report, large = self._streamed.report(), self._large
+        is_off = self._settings.shadow or self._reader.fallback in (FAILED, UNGIVEN)
+        if large is None or is_off or not isinstance(self._head, EscalatingHead):
             return False
         if not report.price:  # under a control, that is what all else is measured against
             return large.is_reference and where == "start"

@@ -39,7 +39,10 @@ _OF_GOVERNED = (
 )  # fmt: skip
 
 # Settings that mean nothing to a control of a cascade.
-_NOT_BESIDE_BOTH = ("shadow", "challenger", "promotion", "audit_traces", "replay_all")
+_NOT_BESIDE_BOTH = (
+    "shadow", "challenger", "promotion", "audit_traces", "replay_all",
+    "budgets", "tariffs", "check_answers",
+)  # fmt: skip
 
 # What an entry of the file of keys may have.
 _OF_ENTRIES = (
@@ -268,10 +271,9 @@ class ServeConfig:
         if address.lower() == self.connections.url.lower():
             told = f"--large is {self.large}, which is --upstream too"
             raise InputError(f"{told}, expected the server of another LM")
-        usual = {one.name: one.default for one in fields(self)}
-        for name in ("budgets", "tariffs", "check_answers"):
-            if getattr(self, name) != usual[name]:
-                raise InputError(f"{option(name)} is given, which does not know of --large yet")
+        if self.tariffs is not None and self.large_model is None:
+            told = "--tariffs is given, expected --large-model with the name that it gives a tariff"
+            raise InputError(f"{told} beside --large")
         if self.control != "off":
             self._check_control_of_both()
 

@@ -9,11 +9,15 @@ from haltwise.policy.cascade_head import CascadeHead
 from haltwise.policy.head import HaltHead
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import GOVERNED, ServeConfig, UpstreamConfig
-from haltwise.proxy.upstream import Upstream, UpstreamLeg
+from haltwise.proxy.probing import counting
+from haltwise.proxy.upstream import LegUsage, Upstream, UpstreamLeg
 from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError, texts_of
 
 #: Why a request that was left to the large LM is answered by the small one.
 FAILED = "large LM"
+
+#: Errors of the large LM's server that has generated nothing.
+TOOK_NOTHING = ("unreachable", "connect timeout", "status")
 
 #: Where a request was left to the large LM: before the small one's first token, at a decision point
 #: or cap, or at the end of its thought.
@@ -53,6 +57,10 @@ class LargeLM:
         self.upstream = Upstream(connections)
         self._model, self.is_reference = model, is_reference
 
+    def model_of(self, request: CompletionRequest) -> str:
+        """The large LM's name, as a request asks for it."""
+        return request.model if self._model is None else self._model
+
     def body_of(self, request: CompletionRequest) -> Json:
         """The body of a request, as the large LM is asked."""
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
@@ -71,9 +79,11 @@ class LargeLM:
         path = "/v1/chat/completions" if request.chat else "/v1/completions"
         leg = await self.upstream.stream(path, self.body_of(request), headers)
         try:
-            if not (leg.response.is_success and leg.is_readable):
+            if not leg.response.is_success:
                 status = leg.response.status_code
                 raise UpstreamError("status", f"the large LM's server answered with {status}")
+            if not leg.is_readable:
+                raise UpstreamError("malformed", "the large LM's server answered with no stream")
             async for event in leg:
                 leg.put_back(event)
                 return leg
@@ -82,15 +92,19 @@ class LargeLM:
             await leg.close()
             raise
 
-    async def events_of(self, leg: UpstreamLeg) -> list[StreamEvent]:
+    async def events_of(self, leg: UpstreamLeg, usage: LegUsage) -> list[StreamEvent]:
         """All events of a leg, which is closed.
+
+        Args:
+            leg: The leg.
+            usage: Takes what it takes.
 
         Raises:
             UpstreamError: If its answer is not whole, or empty.
         """
         events, has_end, says_something = list[StreamEvent](), False, False
         try:
-            async for event in leg:
+            async for event in counting(usage, leg):
                 events.append(event)
                 if (choice := event.choice) is not None:
                     calls = choice.get("delta", {}).get("tool_calls")

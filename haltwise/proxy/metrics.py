@@ -63,6 +63,8 @@ class Metrics:
         self.budget_refused = counter("haltwise_budget_refused", text, ["scope"])
         text = "Requests whose answer a budget has limited"
         self.budget_cut = counter("haltwise_budget_cut", text)
+        text = "Requests that a budget has kept from the large LM"
+        self.budget_unescalated = counter("haltwise_budget_unescalated", text)
         self.cost_dollars = counter("haltwise_cost_dollars", "What requests have cost")
         name, text = "haltwise_budget_over", "Requests that cost more than was held back for them"
         self.budget_over = Gauge(name, text, registry=self.registry)

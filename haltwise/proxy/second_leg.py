@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, suppress
 import anyio
 
 from haltwise.proxy.acceptance import Acceptance
-from haltwise.proxy.large import FAILED, LargeLM, Where
+from haltwise.proxy.large import FAILED, TOOK_NOTHING, LargeLM, Where
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import counting
 from haltwise.proxy.thought import ThoughtReader
@@ -49,6 +49,8 @@ class ThoughtCloser:
 
     def __init__(self, reader: ThoughtReader, patience: float, acceptance: Acceptance) -> None:
         """Sends nothing yet."""
+        self.has_asked = False
+        """Whether the small LM has been asked."""
         self._reader, self._patience, self._acceptance = reader, patience, acceptance
         self._request, self._server = reader.request, reader.server
         self._headers = reader.request.headers
@@ -65,6 +67,7 @@ class ThoughtCloser:
         Raises:
             UpstreamError: If no answer comes.
         """
+        self.has_asked = True
         path = "/v1/chat/completions" if chat else "/v1/completions"
         leg = await self._server.upstream.stream(path, body, self._headers)
         self._running.push_async_callback(leg.close)
@@ -173,7 +176,7 @@ class ThoughtCloser:
             held = HeldBackLeg(first)
             self._running.push_async_callback(held.close)
         try:
-            leg = await large.begun(self._request, self._headers)
+            leg, usage = await self._begun_by(large)
         except UpstreamError:
             reader.fall_back(FAILED)
             return first if held is None else held
@@ -182,7 +185,7 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
         await first.close()
         try:
-            events = await large.events_of(leg)
+            events = await large.events_of(leg, usage)
         except UpstreamError:
             reader.fall_back(FAILED)
             return self._asked_anew(envelope)
@@ -192,8 +195,8 @@ class ThoughtCloser:
     async def escalated_at_start(self, large: LargeLM) -> UpstreamLeg | None:
         """The large LM's answer, whole, before the small one is asked; None if there is none."""
         try:
-            leg = await large.begun(self._request, self._headers)
-            events = await large.events_of(leg)
+            leg, usage = await self._begun_by(large)
+            events = await large.events_of(leg, usage)
         except UpstreamError:
             self._reader.fall_back(FAILED)
             return None
@@ -201,6 +204,20 @@ class ThoughtCloser:
         for event in reversed(events):
             leg.put_back(event)
         return leg
+
+    async def _begun_by(self, large: LargeLM) -> tuple[UpstreamLeg, LegUsage]:
+        """A leg of the large LM whose first event has come, and what counts its tokens.
+
+        Raises:
+            UpstreamError: If none comes.
+        """
+        self._reader.large = usage = LegUsage(is_large=True)
+        try:
+            return await large.begun(self._request, self._headers), usage
+        except UpstreamError as error:
+            if error.kind in TOOK_NOTHING:
+                self._reader.large = None
+            raise
 
     async def answering(self) -> UpstreamLeg:
         """A leg that answers behind the closed thought, where no first leg runs any more.

@@ -83,6 +83,10 @@ class ThoughtReader:
         """Where the request was left to the large LM; None if it was not."""
         self.is_cut: bool | None = None
         """Whether its token budget has ended the thought, once that has ended by itself."""
+        self.large: LegUsage | None = None
+        """What the large LM takes; None if it was not asked, or could not be reached."""
+        self.not_escalated = ""
+        """Why the large LM may not be asked; empty if it may, or if there is none."""
         self.fallback = ""
         """Why the LM was left to think on; empty if it was not."""
         self.call_end = ""
@@ -257,8 +261,14 @@ class ThoughtReader:
         self.is_thinking = self.may_halt = False
         self.escalated = where
         self.streamed.note_escalated()
-        if where != "start":
-            self.usages.append(LegUsage())
+        assert self.large is not None
+        self.usages[0 if where == "start" else len(self.usages) :] = [self.large]
+
+    @property
+    def legs(self) -> list[LegUsage]:
+        """The tokens of all legs, and of the large LM's too if its answer has come to nothing."""
+        lost = [] if self.large is None or self.escalated else [self.large]
+        return [*self.usages, *lost]
 
     def fall_back(self, reason: str) -> None:
         """Lets the LM think on, and counts why."""

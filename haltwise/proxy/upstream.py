@@ -289,6 +289,8 @@ class LegUsage:
     """Tokens of the prompt that the server's cache did not have; None if it does not tell."""
     told: wire.Json = field(default_factory=dict)
     """All that the server told of it."""
+    is_large: bool = False
+    """Whether it is the large LM's."""
 
     @property
     def cached_tokens(self) -> int | None:
@@ -299,7 +301,8 @@ class LegUsage:
 
     def counts(self) -> wire.Json:
         """The numbers of its tokens, as a client is told them."""
-        return {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
+        told = {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
+        return told | ({"large": True} if self.is_large else {})
 
     def take(self, usage: Any) -> None:
         """Believes the usage that the server tells, if it is one."""
