@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from haltwise import Control, HaltHead, ThoughtRequest
 from haltwise.control.cascade_replay import question_of
@@ -27,8 +27,24 @@ from haltwise.session.session import UNGIVEN
 from haltwise.session.stream import StreamedThought
 from haltwise.session.thought import Probe
 
-if TYPE_CHECKING:
-    from haltwise.proxy.auditor import Auditor
+
+class EndedRequests(Protocol):
+    """Takes over requests that have ended, if they are audits: what asks more of the LM for them.
+
+    That is a completion too, so that it is not named here.
+    """
+
+    def take(
+        self,
+        request: ThoughtRequest,
+        reader: ThoughtReader,
+        said: str | None,
+        settings: CompletionSettings,
+    ) -> None:
+        """Takes over a request, see `haltwise.proxy.auditor.Auditor.take`."""
+
+    async def close(self) -> None:
+        """Gives up what is under way."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class CompletionSettings:
     """Says whether an answer behind a halted thought can be given."""
     large: LargeLM | None = None
     """The LM that requests may be left to; None if there is none."""
-    auditor: Auditor | None = None
+    auditor: EndedRequests | None = None
     """Asks for the answers of audits; None if there are none."""
 
 

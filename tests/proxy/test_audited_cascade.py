@@ -180,16 +180,14 @@ def test_labels_tell_who_of_the_two_was_right(
         return two.proxy.client.get(f"/v1/haltwise/{path}", headers=OPERATOR).json()
 
     reply = ask(two.proxy.client, plan)
-    while not told()["labels_due"]:
-        pass
+    wait_until(lambda: bool(told()["labels_due"]))
     (due,) = told("labels")
     assert due["request"] == reply.headers["x-haltwise-request"]
     assert due["places"] == ["full", "12"]
     verdict = {"request": due["request"], "source": "judge", "right": {"full": 0, "12": 1}}
     said = two.proxy.client.post("/v1/haltwise/labels", headers=OPERATOR, json=verdict)
     assert said.status_code == 204
-    while told()["labels_due"]:
-        pass
+    wait_until(lambda: not told()["labels_due"])
     lowest, _, highest = by_price(told())
     assert (lowest["loss"]["estimate"], highest["loss"]["estimate"]) == (0, -1)
 
@@ -342,8 +340,7 @@ def test_the_record_tells_who_has_answered(serving: Serving, plan: Plan, tmp_pat
         with sqlite3.connect(tmp_path / "state") as file:
             return file.execute(f"SELECT {names} FROM request").fetchall()
 
-    while not rows():
-        pass
+    wait_until(lambda: bool(rows()))
     ((*told, head),) = rows()
     assert told == ["escalated", 0, 20] and head.startswith("cascade-")
 
