@@ -99,8 +99,9 @@ class GovernedControl:
     """Audits, and in apply mode moves prices; see the top of this module. To be closed.
 
     Requests are in groups, see `groups_of`. One that asks to be off, with `names_price` in its
-    `about`, is neither audited nor counted; one that names another price is never served a higher
-    one.
+    `about`, is neither audited nor counted; nor is one that no budget lets a cascade's large LM
+    answer, with `unescalated`: its thought is not halted. One that names another price is never
+    served a higher one.
     """
 
     heads: Mapping[str, HaltHead]
@@ -207,11 +208,10 @@ class GovernedControl:
     def terms(self, request: ThoughtRequest) -> Terms:
         """Returns the terms on which a request begins; those of an audit never halt."""
         asked = request.terms
-        named = bool(request.about.get("names_price", True))
-        if named and asked.price == 0:
-            return asked
+        if _is_apart(request):
+            return replace(asked, price=0.0)
         try:
-            return self._begun(request, named)
+            return self._begun(request, _names_price(request))
         except Exception as error:
             self._audits.pop(id(request), None)
             self._courses.pop(id(request), None)
@@ -524,6 +524,7 @@ class GovernedControl:
             if told
         }
         rates = {EVERYTHING: self.audit} if self.mode == "observe" else groups.rates(names)
+        probability = 0.0 if _is_apart(report.request) else max(rates.values())
         return RequestRow(
             id=str(about.get("id") or (audit.id if audit else uuid.uuid4().hex)),
             at=float(self.clock()),
@@ -538,7 +539,7 @@ class GovernedControl:
             price_due=audit.price if audit else report.price,
             price_probability=self._probabilities.pop(str(about.get("id")), None),
             audited=audit is not None,
-            audit_probability=audit.drawn.probability if audit else max(rates.values()),
+            audit_probability=audit.drawn.probability if audit else probability,
             halted=report.halted,
             reason="escalated" if report.escalated else report.reason,
             position=report.position,
@@ -829,6 +830,17 @@ class GovernedControl:
             self.traces.close()
         if self.telemetry is not None:
             self.telemetry.close()
+
+
+def _names_price(request: ThoughtRequest) -> bool:
+    """Whether a request names its own price."""
+    return bool(request.about.get("names_price", True))
+
+
+def _is_apart(request: ThoughtRequest) -> bool:
+    """Whether a request is neither audited nor counted: nothing of it is this control's choice."""
+    is_off = _names_price(request) and request.terms.price == 0
+    return is_off or bool(request.about.get("unescalated"))
 
 
 def _name_of(certificate: Certificate | None) -> str | None:

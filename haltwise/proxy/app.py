@@ -54,7 +54,7 @@ from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import GOVERNED, APIKeys, Customer, ServeConfig, digest_of, tenant_of
 from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
-from haltwise.proxy.large import LargeLM, large_lm, served_head
+from haltwise.proxy.large import TOOK_NOTHING, LargeLM, large_lm, served_head
 from haltwise.proxy.lm_server import LMServer, find_lm_server
 from haltwise.proxy.load import Load
 from haltwise.proxy.metrics import Metrics, RequestRecord, log
@@ -71,6 +71,7 @@ from haltwise.proxy.wire import (
     UpstreamError,
 )
 from haltwise.session.control import ConstantControl, load_control
+from haltwise.session.request import Spent
 from haltwise.session.stream import check_served
 from haltwise.session.thought import PointRules
 
@@ -403,7 +404,7 @@ class Proxy:
             if bill is not None:
                 bill.spent = None  # of the answer that follows
             told = self._why_not(why_not, record)
-            if not await self._refer(client, request, body, told):
+            if not await self._refer(client, request, body, told, bill):
                 await self._pass_on(client, body, told)
 
     @property
@@ -438,6 +439,7 @@ class Proxy:
         about |= {"user": request.user, "names_price": names_own}
         if self._settings.large is not None:
             about["question"] = request.question  # of which a cascade decides
+            about["unescalated"] = bill is not None and bill.is_unescalated
         if self._doubts is not None and about["session"]:
             about["doubted"] = self._doubts.sees(_session_of(about), request)
         urgent = [
@@ -658,7 +660,12 @@ class Proxy:
         return [(b"x-haltwise", json.dumps({"halted": False} | told).encode())]
 
     async def _refer(
-        self, client: RequestingClient, request: CompletionRequest, body: bytes, more: RawHeaders
+        self,
+        client: RequestingClient,
+        request: CompletionRequest,
+        body: bytes,
+        more: RawHeaders,
+        bill: Bill | None,
     ) -> bool:
         """Lets the large LM answer what nobody watches, where a control measures against it.
 
@@ -667,21 +674,29 @@ class Proxy:
             request: What is asked.
             body: The same as bytes.
             more: Headers that the answer has beside its own.
+            bill: What is held back for it; None if nobody wants to know what it costs.
 
         Returns:
             Whether it does.
         """
         large = self._reference
-        if large is None:
+        if large is None or (bill is not None and bill.is_unescalated):
             return False
         try:
             renamed = large.renamed(request.body)
             body = body if renamed == request.body else await aside.encoded(renamed)
             leg = await self._open(client, body, large.upstream)
-        except (UpstreamError, RecursionError):  # what is nested deeply cannot be written
+        except UpstreamError as error:
+            if bill is not None and error.kind not in TOOK_NOTHING:
+                bill.leave_to_large()
+            return False
+        except RecursionError:  # what is nested deeply cannot be written
             return False
         try:
             if leg.response.is_success:
+                if bill is not None:
+                    bill.leave_to_large()
+                    bill.count(Spent(input_tokens=0, output_tokens=0), 0)
                 await self._relay(client, leg, more)
             return leg.response.is_success
         finally:

@@ -196,12 +196,12 @@ class Auditor:
         answer: GivenAnswer | None,
         position: int,
     ) -> GivenAnswer | None:
-        """The answer that the client would get: the full one too, where this one is refused."""
+        """The answer that the client would get: where this one is refused, the LM's own one too."""
         body, rules = reader.request.body, reader.server.rules
         if answer is None or not self._acceptance.refuses(body, answer.text, rules):
             return answer
-        spent = answer.num_tokens - audit.looks[position].reached
-        return replace(full, num_tokens=full.num_tokens + spent)
+        spent, own = answer.num_tokens - audit.looks[position].reached, audit.own or full
+        return replace(own, num_tokens=own.num_tokens + spent)
 
     async def _answer_at(
         self, positions: Sequence[int], audit: AuditedRequest, reader: ThoughtReader, found: Answers

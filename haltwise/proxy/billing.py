@@ -172,6 +172,11 @@ class Bill:
             spent = replace(spent, input_tokens=most)
         self.spent = spent
 
+    def leave_to_large(self) -> None:
+        """Takes in that the large LM is asked, and nobody counts what it takes."""
+        if self.large is not None:
+            self.large.is_free = False
+
     def cost(self) -> Amount:
         """Returns what it costs; what nobody has counted costs all that it could."""
         spent = Spent(0, 0, 0, 0) if self.is_free else self.spent or self.held

@@ -39,10 +39,7 @@ _OF_GOVERNED = (
 )  # fmt: skip
 
 # Settings that mean nothing to a control of a cascade.
-_NOT_BESIDE_BOTH = (
-    "shadow", "challenger", "promotion", "audit_traces", "replay_all",
-    "budgets", "tariffs", "check_answers",
-)  # fmt: skip
+_NOT_BESIDE_BOTH = ("shadow", "challenger", "promotion", "audit_traces", "replay_all")
 
 # What an entry of the file of keys may have.
 _OF_ENTRIES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -27,7 +28,9 @@ from haltwise.session.thought import PointRules
 from tests.heads import sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
 from tests.proxy.proxies import PATHS, PATIENCE, Proxy, Reply, ask, proxied, wait_until
+from tests.proxy.test_audited_cascade import audited, by_price
 from tests.proxy.test_budgets import account, written
+from tests.proxy.test_governed import status
 from tests.proxy.test_large import cascade
 
 #: In nano-dollars: the small LM's tokens cost 1,000 and 2,000, the large one's 10,000 and 30,000.
@@ -61,11 +64,10 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
                 upstream=small.url,
                 large=large.url,
                 large_model="big",
-                read_timeout=PATIENCE,
                 tariffs=written(tmp_path / "tariffs", TARIFFS),
                 budgets=written(tmp_path / "budgets", budgets),
                 state=tmp_path / "state",
-                **settings,
+                **{"read_timeout": PATIENCE} | settings,
             )
             return Served(stack.enter_context(proxied(config)), small, large)
 
@@ -199,6 +201,81 @@ def test_many_requests_at_once_leave_no_more_to_the_large_lm_than_there_is_money
     told = [one.get("escalated", one.get("not_escalated")) for one in served]
     assert set(told) == {"start", "budget"} and {one.status for one in replies} <= {200, 429}
     assert 0 < account(two.proxy)["spent_nano"] <= 20_000_000
+
+
+def test_an_audit_of_a_control_costs_its_client_the_large_lm_alone(
+    serving: Serving, plan: Plan
+) -> None:
+    """What the small LM then answers for the audit is nobody's bill, and is told apart."""
+    two = serving("nowhere", control="apply", audit=1.0)
+    reply = ask(two.proxy.client, plan)
+    assert reply.haltwise["escalated"] == "start"
+    assert audited(two.proxy)["audit_tokens"] >= 34 and len(two.small.of(plan)) >= 1
+    prompt, answer = parts(reply)[2:]
+    assert account(two.proxy)["spent_nano"] == 10_000 * prompt + 30_000 * answer
+
+
+@pytest.mark.parametrize("control", ["observe", "apply"])
+@pytest.mark.parametrize("price", ["", "0", "10"])
+def test_a_control_leaves_alone_what_no_budget_lets_the_large_lm_answer(
+    serving: Serving, plan: Plan, control: str, price: str, tmp_path: Path
+) -> None:
+    """The small LM answers in full: no price of it is certified against itself."""
+    two = serving("start", context=1_000, control=control, audit=1.0)
+    named = {"X-Haltwise-Price": price} if price else {}
+    reply = ask(two.proxy.client, plan, headers={"X-Haltwise-Max-Cost": "0.01"} | named)
+    assert reply.haltwise["not_escalated"] == "budget" and not reply.haltwise["halted"]
+    assert (reply.thought, reply.text) == (plan.thought(), plan.answer_text())
+    assert two.large.of(plan) == []
+    told = status(two.proxy)
+    assert (told["groups"]["everything"]["requests"], told["failures"]) == (0, 0)
+
+    def rows() -> list[Any]:
+        with closing(sqlite3.connect(tmp_path / "state")) as file:
+            chosen = "price_served, audited, audit_probability"
+            return file.execute(f"SELECT {chosen} FROM request").fetchall()
+
+    wait_until(lambda: rows() == [(0, 0, 0)])
+
+
+def test_what_no_control_watches_is_billed_to_the_large_lm_as_long_as_it_answers(
+    serving: Serving, plan: Plan
+) -> None:
+    """Of its answers nobody counts the tokens: they cost all that they could."""
+    two = serving("start", control="apply", audit=1.0, read_timeout=3.0)
+    body = {"model": "fake", "messages": plan.messages(), "n": 2, "max_tokens": 60}
+    content = httpx2.Request("POST", "http://a", json=body).content
+    num_input = len(content) + 256
+
+    spent = 0
+
+    def asked(headers: Any = None) -> int:
+        nonlocal spent
+        before = spent
+        assert two.proxy.client.post(PATHS[True], json=body, headers=headers).status_code == 200
+        spent = account(two.proxy)["spent_nano"]
+        return spent - before
+
+    at_large = 10_000 * num_input + 30_000 * 120
+    assert asked() == at_large and two.small.of(plan) == []
+    # There is no room for both.
+    at_small = asked({"X-Haltwise-Max-Cost": str((at_large - 1) / 10**9)})
+    assert 1_000 * num_input < at_small < at_large and len(two.small.of(plan)) == 1
+    two.large.fail("500")
+    assert asked() == at_small and len(two.small.of(plan)) == 2
+    two.large.fail("hangs")  # whatever it does meanwhile
+    assert asked() == at_large + at_small
+
+
+def test_a_control_tells_what_checked_answers_come_to(serving: Serving, plan: Plan) -> None:
+    """By hand: halted behind 20 and 12 tokens, 5 more are refused, and all 34 are thought on."""
+    two = serving("nowhere", control="observe", audit=1.0, check_answers=f"{__name__}:says_no")
+    ask(two.proxy.client, plan)
+    lowest, middle, highest = by_price(audited(two.proxy))
+    assert [one["loss"]["estimate"] for one in (lowest, middle, highest)] == [0, 0, 0]
+    costs = [34 / 68, 39 / 68, 39 / 68]
+    found = [1 - one["saving"]["estimate"] for one in (lowest, middle, highest)]
+    assert found == pytest.approx(costs, abs=1e-6)
 
 
 def held(cashier: Cashier, num: int) -> Coroutine[Any, Any, Bill]:
