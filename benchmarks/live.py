@@ -67,10 +67,12 @@ class LiveConfig:
     """What is asked at first: a task of the embedded LM, or TASK:SEGMENT."""
     after: str = "let:long"
     """What is asked from the shift on."""
-    target: float = 0.03
+    target: float = 0.05
     """The mean loss that is promised."""
-    audit: float = 0.1
-    """The share of requests that is audited until the governor is settled."""
+    audit: float = 0.25
+    """The share of requests that is audited until the governor is settled. The fewer requests there
+    are, the larger it has to be: audits tell that something is wrong, and until they do it is
+    served."""
     at_once: int = 8
     """The number of requests at a time."""
     sample: int = 400

@@ -35,6 +35,12 @@ _BEATS, _LIVES = 5.0, 30.0
 _SNAPSHOT = 200
 # Notes that may wait for a store that is away.
 _MOST_UNWRITTEN = 10_000
+# What a person is told of a promise that differs.
+_PROMISED = {
+    "target": "a target of",
+    "audit": "a share of audits of",
+    "rest": "a share of audits at rest of",
+}
 # Groups whose targets differ that are told of.
 _MOST_TOLD = 3
 
@@ -49,7 +55,7 @@ def _difference(found: Any, about: Mapping[str, Any]) -> str:
     found = found if isinstance(found, dict) else {}
     was, promise = found.get("promise") or {}, about["promise"]
     told = ["another head"] if found.get("head") != about.get("head") else []
-    for name, words in (("target", "a target of"), ("audit", "a share of audits of")):
+    for name, words in _PROMISED.items():
         if was.get(name) != promise[name]:
             told.append(f"{words} {was.get(name)}, not {promise[name]}")
     had, has = found.get("targets") or {}, about.get("targets") or {}

@@ -27,8 +27,10 @@ from haltwise.errors import InputError
 from haltwise.policy.cascade_head import CascadeHead, is_cascade
 from haltwise.policy.head import HaltHead
 
-# Share of requests that is audited at rest, and on alert.
-_REST = 0.025
+# Of the share of requests that is audited at first, what is audited at rest. What is promised holds
+# for audits weighted by this share over their own: a small one would let much be lost unnoticed.
+_REST = 0.5
+# Share of requests that is audited on alert.
 _ALERT = 0.5
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
 
@@ -97,7 +99,7 @@ def open_control(
     if not 0 <= explore < 1:
         raise InputError(f"explore is {explore}, expected 0 or more, and less than 1")
     share = audit or 1.0
-    promise = Promise(target, audit=share, rest=min(_REST, share), alert=max(_ALERT, share))
+    promise = Promise(target, audit=share, rest=_REST * share, alert=max(_ALERT, share))
     heads, own = {one.digest: one for one in (head, *challengers)}, group_targets or {}
     begun = {name: _begun_books(one, promise, own, most_tokens) for name, one in heads.items()}
     store = store_of(state)

@@ -137,7 +137,8 @@ class ServeConfig:
     the status names it, such as task:math=0.01. Its requests are not halted before their own audits
     vouch for that."""
     audit: float = 0.05
-    """Share of requests that are answered in full for that; 0, to observe alone, for none."""
+    """Share of requests that are answered in full for that, and half of it from 2,000 audits on; 0,
+    to observe alone, for none."""
     state: str | Path | None = None
     """File in which the control keeps what it knows, made if it is not there; or postgresql://...,
     for proxies on several machines."""

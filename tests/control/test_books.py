@@ -259,6 +259,7 @@ def test_who_closes_has_nothing_under_way(new_name: NewName) -> None:
         (ABOUT | {"head": "other"}, PROMISE, "another head"),
         (ABOUT, Promise(target=0.2, audit=0.5, rest=0.25), "a target of 0.1, not 0.2"),
         (ABOUT, Promise(target=0.1, audit=0.4, rest=0.25), "a share of audits of 0.5, not 0.4"),
+        (ABOUT, replace(PROMISE, rest=0.2), "a share of audits at rest of 0.25, not 0.2"),
         (ABOUT | {"prices": [1.0, 3.0]}, PROMISE, "something else"),
     ],
 )

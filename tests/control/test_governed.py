@@ -676,3 +676,9 @@ def test_a_breaker_is_opened_by_hand_where_something_is_halted(tmp_path: Path) -
         with pytest.raises(InputError, match="of a group that halts something"):
             steering.open_breaker(EVERYTHING)
         assert steering.status()["refused"] == 5
+
+
+@pytest.mark.parametrize("audit", [0.01, 0.05, 0.4, 1.0])
+def test_at_rest_half_as_many_requests_are_audited(tmp_path: Path, audit: float) -> None:
+    with control(tmp_path, audit=audit) as steering:
+        assert steering.groups.promise.rest == audit / 2
