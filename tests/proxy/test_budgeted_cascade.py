@@ -254,7 +254,7 @@ def test_what_no_control_watches_is_billed_to_the_large_lm_as_long_as_it_answers
         before = spent
         assert two.proxy.client.post(PATHS[True], json=body, headers=headers).status_code == 200
         spent = account(two.proxy)["spent_nano"]
-        return spent - before
+        return int(spent - before)
 
     at_large = 10_000 * num_input + 30_000 * 120
     assert asked() == at_large and two.small.of(plan) == []
