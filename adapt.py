@@ -33,6 +33,7 @@ from evaluation.outcome import Outcome, saving, sweep
 from evaluation.protocol import own_price
 from evaluation.table import format_table
 from haltwise import HaltHead, InputError, Observing
+from haltwise.policy.head import told_by
 from lms.scorers import agreeing
 from policies import baselines
 from policies.head import HeadPolicy
@@ -125,8 +126,7 @@ def adapt(head: HaltHead, traces: Traces) -> HaltHead:
         head.config,
         observing=Observing.fit(groups, features, head.config.observing.price_range),
         lm=str(traces.model[0]),
-        tokenizer=traces.recorder.get("tokenizer", ""),
-        server=traces.recorder.get("server", {}),
+        **told_by(traces.recorder),
         installation=traces.recorder.get("installation", head.config.installation),
         traces=traces.digest,
         command=shlex.join(sys.argv),
@@ -222,9 +222,7 @@ def _read(path: Path, head: HaltHead, max_traces: int) -> Traces:
         InputError: If they were recorded under other conditions than the head's, are of several
             LMs, or are too few.
     """
-    halting = head.config.halting
-    files = TraceFiles.open(path, agreeing).under(halting.decision_rule)
-    halting.check_recorded(files.recorder, str(path))
+    files = TraceFiles.of_head(path, head.config, agreeing, is_same_lm=False)
     traces = files.read(files.sample(files.rows() & (files.split != "test"), max_traces))
     lms = np.unique(traces.model).tolist()
     if len(lms) > 1:

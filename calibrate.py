@@ -144,9 +144,7 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
         InputError: If there are none, or they were recorded under other conditions than the head's.
     """
     learned = certified.learned()
-    halting = head.config.halting
-    files = TraceFiles.open(config.traces, agreeing).under(halting.decision_rule)
-    halting.check_recorded(files.recorder, str(config.traces))
+    files = TraceFiles.of_head(config.traces, head.config, agreeing)
     rows = files.rows(*([] if config.split == "all" else [config.split]))
     known = rows & (files.rows_of_questions(learned.questions) | files.rows_of_texts(learned.texts))
     dropped = len(np.unique(files.question[known]))

@@ -43,6 +43,7 @@ from evaluation.protocol import folds
 from haltwise import HaltHead, Halting, HeadConfig, InputError
 from haltwise.errors import check_ranges
 from haltwise.policy.cascade import Cascade, CascadeConfig, check_positive
+from haltwise.policy.head import told_by
 from haltwise.policy.question import QuestionReader
 from lms.scorers import agreeing
 from policies.cascade import CascadePolicy
@@ -59,7 +60,7 @@ from policies.escalating import (
 from policies.head import HeadPolicy, price_grid
 from policies.observing import cascade_prices, observing_at_prices
 from runs import Learned, Run
-from traces import Pairs, read_pairs
+from traces import Pairs, check_recorded, read_pairs
 
 # What begins the names of the policies of each kind that the verdict compares with.
 _KINDS = {
@@ -184,6 +185,8 @@ class _Material:
             raise InputError("a head learned from all test questions, expected others")
         known = pairs.select(~is_fresh)
         large_head = None if config.large_head is None else Run(config.large_head).head()
+        if large_head is not None:
+            check_recorded(large_head.config, pairs.large.recorder, config.large)
         told = CascadeConfig(
             reader=QuestionReader(),
             price_ratio=config.price_ratio,
@@ -195,14 +198,14 @@ class _Material:
             command=shlex.join(sys.argv),
         )
         known_large, fresh_large = (
-            _answers(some, large_head, str(config.large)) for some in (known, pairs.select(fresh))
+            _answers(some, large_head) for some in (known, pairs.select(fresh))
         )
         head = _head(config, known)
         return cls(known, pairs.select(fresh), known_large, fresh_large, large_head, head, told)
 
     def answers(self, pairs: Pairs) -> LargeAnswers:
         """Returns what the large LM answers to some pairs."""
-        return _answers(pairs, self.large_head, "")
+        return _answers(pairs, self.large_head)
 
     def train(self, config: CascadeCommandConfig, rows: np.ndarray) -> Trained:
         """Trains on some of the known pairs."""
@@ -218,7 +221,7 @@ def _head(config: CascadeCommandConfig, known: Pairs) -> HaltHead | HeadConfig:
     """
     if config.head is not None:
         head = Run(config.head).head()
-        head.config.halting.check_recorded(known.small.recorder, str(config.small))
+        check_recorded(head.config, known.small.recorder, config.small)
         return head
     halting = Halting.of_recorder(known.small.recorder)
     groups = availability(known.small, halting).groups
@@ -230,27 +233,21 @@ def _head(config: CascadeCommandConfig, known: Pairs) -> HaltHead | HeadConfig:
         halting,
         default_price=0.0,
         lm=lm,
-        tokenizer=known.small.recorder.get("tokenizer", ""),
+        **told_by(known.small.recorder),
         traces=known.small.digest,
         command=shlex.join(sys.argv),
     )
 
 
-def _answers(pairs: Pairs, head: HaltHead | None, source: str) -> LargeAnswers:
-    """Returns what the large LM answers, halted by a head if there is one.
-
-    Raises:
-        InputError: If the head does not fit the traces.
-    """
+def _answers(pairs: Pairs, head: HaltHead | None) -> LargeAnswers:
+    """Returns what the large LM answers, halted by a head if there is one."""
     if head is None:
         return LargeAnswers.unhalted(pairs.large)
-    halting = head.config.halting
-    halting.check_recorded(pairs.large.recorder, source)
     policy = HeadPolicy(head)
     signal = policy.signal(pairs.large)
     prices = np.array(price_grid(head.config.observing))
     halts = np.stack([policy.halts(signal, price) for price in prices.tolist()])
-    return LargeAnswers.halted(pairs.large, halts, prices, halting.probing)
+    return LargeAnswers.halted(pairs.large, halts, prices, head.config.halting.probing)
 
 
 def _policies(

@@ -22,7 +22,7 @@ from haltwise import HaltHead, InputError
 from lms.fine_tune import Example, FineTuneConfig, fine_tune, save_lm
 from lms.language_model import LanguageModel
 from recording.cut_thoughts import cut_thoughts
-from traces import read_traces
+from traces import check_recorded, read_traces
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def main(config: DistillConfig) -> Path:
     if not len(traces):
         raise InputError(f"{config.traces} has no train questions, expected some to learn from")
     lm = LanguageModel.load(config.lm, config.device)
-    head.config.halting.check_recorded(traces.recorder, str(config.traces))
+    check_recorded(head.config, traces.recorder, config.traces)
     _check_one_lm(head, str(traces.recorder.get("tokenizer", "")), lm)
     price = head.config.default_price if config.price is None else config.price
     started = time.monotonic()

@@ -128,9 +128,7 @@ def _read(path: Path, old: Run, head: HaltHead, learned: Learned) -> Traces:
     Raises:
         InputError: If they are not there any more as they were.
     """
-    halting = head.config.halting
-    files = TraceFiles.open(path, agreeing).under(halting.decision_rule)
-    halting.check_recorded(files.recorder, str(path))
+    files = TraceFiles.of_head(path, head.config, agreeing)
     rows = files.rows_of_questions(learned.questions) & (files.split != "test")
     if files.digest(rows) != head.config.traces:
         raise InputError(f"{path}: not the traces that {old.folder} learned from, expected those")

@@ -63,6 +63,7 @@ from evaluation.verdict import conclusion
 from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.errors import check_ranges, option
 from haltwise.policy.halting import Probing
+from haltwise.policy.head import told_by
 from lms.ask import AskConfig, questions
 from lms.language_model import LanguageModel
 from lms.scorers import agreeing
@@ -561,8 +562,7 @@ def _head_config(material: _Material, config: TrainConfig) -> HeadConfig:
         halting=halting,
         default_price=0.0,  # until one is chosen
         lm=", ".join(np.unique(traces.model).tolist()),
-        tokenizer=recorder.get("tokenizer", ""),
-        server=recorder.get("server", {}),
+        **told_by(recorder),
         installation=recorder.get("installation", ""),
         traces=material.recorded.digest(material.rows),
         command=shlex.join(sys.argv),

@@ -11,6 +11,7 @@ import numpy as np
 
 from envs.replay import availability
 from haltwise import HaltHead, HeadConfig, InputError
+from haltwise.policy.head import told_by
 from lms.scorers import agreeing
 from runs import Learned, Run
 from traces import TraceFiles, Traces
@@ -54,11 +55,9 @@ class Parent:
             InputError: If they were recorded under other conditions than the parent's, or lack what
                 it looks at.
         """
-        halting = self.head.config.halting
-        files = TraceFiles.open(path, agreeing).under(halting.decision_rule)
-        halting.check_recorded(files.recorder, str(path))
+        files = TraceFiles.of_head(path, self.head.config, agreeing)
         traces = files.read(files.sample(files.rows(), max_traces))
-        missing = availability(traces, halting).left_out
+        missing = availability(traces, self.head.config.halting).left_out
         for group in self.head.config.observing.groups:
             if group in missing:
                 raise InputError(
@@ -80,8 +79,7 @@ class Parent:
             segment_prices={},
             certificate=None,
             lm=", ".join(np.unique(traces.model).tolist()),
-            tokenizer=recorder.get("tokenizer", ""),
-            server=recorder.get("server", {}),
+            **told_by(recorder),
             installation=recorder.get("installation", config.installation),
             traces=digest,
             command=shlex.join(sys.argv),

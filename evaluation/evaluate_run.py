@@ -71,10 +71,7 @@ class Trained:
         Raises:
             InputError: If they cannot be read, or were recorded under other conditions.
         """
-        halting = self.head.config.halting
-        recorded = TraceFiles.open(path, agreeing).under(halting.decision_rule)
-        halting.check_recorded(recorded.recorder, str(path))
-        return recorded
+        return TraceFiles.of_head(path, self.head.config, agreeing)
 
 
 @dataclass(frozen=True)

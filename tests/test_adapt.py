@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import adapt
@@ -17,6 +18,7 @@ from evaluation.outcome import Outcome
 from evaluation.results import Report
 from evaluation.rows import to_json
 from haltwise import Certificate, HaltHead, InputError, Observing, feature_names
+from haltwise.policy.head import told_by
 from runs import Learned, Run
 from tests.projections import some_projection
 from traces import Traces, read_traces, write_shard
@@ -91,6 +93,19 @@ def test_weights_prices_and_points_are_the_runs_own(config: AdaptConfig, run: Pa
     )
     assert head.config == kept
     assert head.config.observing.price_range == source.config.observing.price_range
+
+
+def test_another_lm_is_expected_and_another_temperature_is_not(
+    config: AdaptConfig, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, recorder = HaltHead.load(run), {"lm": "lm", "dtype": "float32", "temperature": 0.75}
+    HaltHead(replace(source.config, lm="lm", **told_by(recorder)), source.weights).save(run)
+    now = {"lm": "other", "dtype": "bfloat16", "temperature": 0.6}
+    write(config.traces, pq.read_table(config.traces).to_pylist(), **now)
+    head = HaltHead.load(adapt.main(config))
+    told = f"{config.traces}: the head learned from other traces: temperature 0.75, here 0.6"
+    assert capsys.readouterr().err == f"warning: {told}\n"
+    assert head.config.recording == {"dtype": "bfloat16", "temperature": 0.6}
 
 
 def test_without_the_flag_labels_have_no_influence(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import calibrate
@@ -73,6 +74,19 @@ def test_without_apply_nothing_is_written(
     # At its own price, 1, the head halts at two equal answers.
     assert "The head's own price, 1, saves 27.8% here and loses 0 points, uncertified." in told
     assert f"--apply would make {certificate.price:.6g} its own price." in told
+
+
+def test_traces_of_another_temperature_are_warned_of(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HaltHead.load(config.head)
+    HaltHead(replace(head.config, recording={"temperature": 0.75}), head.weights).save(config.head)
+    rows = pq.read_table(config.traces).to_pylist()
+    for temperature, told in [(0.75, ""), (0.0, "temperature 0.75, here 0.0\n")]:
+        write_shard(config.traces, rows, {"temperature": temperature})
+        calibrate.main(replace(config, apply=False))
+        warned = f"warning: {config.traces}: the head learned from other traces: {told}"
+        assert capsys.readouterr().err == (warned if told else "")
 
 
 def test_a_certificate_of_no_price_would_never_halt(

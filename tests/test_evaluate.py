@@ -22,8 +22,9 @@ from haltwise import HaltHead, InputError
 from policies.baselines import BASELINES
 from policies.head import HeadPolicy
 from runs import Learned, Points, Run
+from tests.conftest import random_rows
 from tests.evaluation.reports import known, made, made_row
-from traces import Traces
+from traces import Traces, write_shard
 
 MakeTraces = Callable[..., Traces]
 Row = dict[str, Any]
@@ -103,6 +104,17 @@ def test_report_holds_every_policy_and_freezes_the_runs_points(
         assert [head[name] for name in same] == [stability[name] for name in same]
         assert stability["head_saving_lead"] == 0.0
         assert stability["head_saving_lead_interval"] == [0.0, 0.0]
+
+
+def test_traces_of_another_engine_are_warned_of(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HaltHead.load(run_folder)
+    HaltHead(replace(head.config, recording={"engine": "hf"}), head.weights).save(run_folder)
+    write_shard(tmp_path / "vllm.parquet", random_rows(), {"engine": "vllm"})
+    evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "vllm.parquet", split="all"))
+    told = "the head learned from other traces: engine 'hf', here 'vllm'"
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'vllm.parquet'}: {told}\n"
 
 
 def test_frozen_comparisons_add_up(run_folder: Path, traces_path: Path) -> None:

@@ -5,7 +5,15 @@ from traces.json_lines import import_json_lines
 from traces.pairs import Pairs, pair_up, read_pairs
 from traces.schema import SCHEMA, SIGNALS
 from traces.store import read_ids, write_shard
-from traces.stream import MAX_TRACES, Chunks, TraceFiles, Words, chunks_of, read_traces
+from traces.stream import (
+    MAX_TRACES,
+    Chunks,
+    TraceFiles,
+    Words,
+    check_recorded,
+    chunks_of,
+    read_traces,
+)
 
 __all__ = [
     "MAX_TRACES",
@@ -16,6 +24,7 @@ __all__ = [
     "TraceFiles",
     "Traces",
     "Words",
+    "check_recorded",
     "chunks_of",
     "import_json_lines",
     "pair_up",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from haltwise import DecisionRule, InputError
+from command import warn
+from haltwise import DecisionRule, HeadConfig, InputError
 from traces.arrays import Traces, concatenate, digest_of_fingerprints
 from traces.checks import check_unique
 from traces.looks import looked_at
@@ -45,6 +46,25 @@ Scorer = Callable[[str], Agree]
 def same_reading(answer_rule: str) -> Agree:
     """Returns what says that answers agree if the rule reads the same from them."""
     return operator.eq
+
+
+def check_recorded(
+    config: HeadConfig, recorder: Mapping[str, Any], path: Path | str, *, is_same_lm: bool = True
+) -> None:
+    """Refuses traces that a head is not valid for, and warns of what may shift its numbers there.
+
+    Args:
+        config: The head's conditions.
+        recorder: How the traces were recorded.
+        path: Their file or folder.
+        is_same_lm: Whether they should be of the LM that the head was trained on.
+
+    Raises:
+        InputError: If they were recorded under other conditions.
+    """
+    config.halting.check_recorded(recorder, str(path))
+    if told := config.recorded_otherwise(recorder, is_same_lm):
+        warn(f"{path}: {told}")
 
 
 class Chunks(Protocol):
@@ -152,6 +172,25 @@ class TraceFiles:
             scorer(recorder.get("answer_rule", "short")),
         )
         files._check_unique()
+        return files
+
+    @classmethod
+    def of_head(
+        cls, path: Path | str, config: HeadConfig, scorer: Scorer, *, is_same_lm: bool = True
+    ) -> TraceFiles:
+        """Reads the ids of traces that a head is valid for, see `check_recorded`.
+
+        Args:
+            path: The file or folder.
+            config: The head's conditions.
+            scorer: Tells which answers agree where nobody knows what is right.
+            is_same_lm: Whether the traces should be of the LM that the head was trained on.
+
+        Raises:
+            InputError: If they cannot be read, or were recorded under other conditions.
+        """
+        files = cls.open(path, scorer).under(config.halting.decision_rule)
+        check_recorded(config, files.recorder, path, is_same_lm=is_same_lm)
         return files
 
     def under(self, rule: str) -> TraceFiles:

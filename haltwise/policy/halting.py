@@ -225,7 +225,7 @@ class Halting:
                 f"{', '.join(counting)}"
             )
 
-    def check_recorded(self, recorder: dict[str, Any], source: str) -> None:
+    def check_recorded(self, recorder: Mapping[str, Any], source: str) -> None:
         """Refuses traces that were recorded under other conditions.
 
         A file may leave out what its writer did not know. What it states must agree.

@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -50,12 +50,17 @@ NEVER_HALTS = "The head's own price is 0: it halts no thought, unless a request 
 #: Standardised features are clipped here, so that an outlier cannot saturate the network.
 CLIP = 5.0
 
+# Keys of head.json that older heads lack, each with what that stands for.
+_NEWER: dict[str, Any] = {"server": {}, "segment_prices": {}, "recording": {}, "installation": ""}
 _WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
 # The key of head.json that names its weights: the SHA-256 of head.safetensors.
 _BOUND = "weights"
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 # What the names of the projection's tensors begin with.
 _PROJECTION = "projection."
+# What recorders tell of how an LM was run and asked, and first what is of that LM alone.
+_ASKED = ("engine", "temperature", "max_tokens", "instruction", "messages")
+_RECORDING = ("revision", "dtype", *_ASKED)
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,9 @@ class HeadConfig:
     server: dict[str, Any] = field(default_factory=dict)
     """What the server told of itself that the training traces were recorded from; empty if they
     were recorded otherwise."""
+    recording: dict[str, Any] = field(default_factory=dict)
+    """How the LM of the training traces was run and asked: its engine, temperature and so on, as
+    far as the traces tell; empty in heads that are older than this."""
     installation: str = ""
     """The installation whose audits the head learned from, see `haltwise.control.installation`;
     empty if it learned from none. Of that one's questions it has seen half."""
@@ -210,6 +218,28 @@ class HeadConfig:
         """
         return self.segment_prices.get(segment or "", self.default_price)
 
+    def recorded_otherwise(self, recorder: Mapping[str, Any], is_same_lm: bool = True) -> str:
+        """Says what thoughts hang on that was another for some traces than for the training ones.
+
+        It is nothing to refuse traces for, but numbers change with it.
+
+        Args:
+            recorder: The traces' `haltwise.recorder` metadata.
+            is_same_lm: Whether the traces should be of the LM that the head was trained on.
+
+        Returns:
+            Words with both values of each; no text if nothing is known to differ.
+        """
+        told = told_by(recorder)
+        was = _facts(self.lm, self.recording, self.server)
+        lm = str(recorder.get("lm", ""))
+        now = _facts(self.lm if lm in self.lm.split(", ") else lm, **told)
+        names = [name for name in was if name in now and was[name] != now[name]]
+        if not is_same_lm or "lm" in names:  # what is of one LM alone follows from that
+            names = [name for name in names if name in _ASKED or (name == "lm" and is_same_lm)]
+        differ = [f"{name} {was[name]!r:.60}, here {now[name]!r:.60}" for name in names]
+        return f"the head learned from other traces: {'; '.join(differ)}" if differ else ""
+
     @property
     def features(self) -> tuple[str, ...]:
         """The names of the features, in order."""
@@ -219,7 +249,7 @@ class HeadConfig:
         """Returns what head.json holds: this config, and the features that the weights are for."""
         data = asdict(self)
         del data["observing"]["projection"]
-        for name in ("server", "segment_prices", "installation"):
+        for name in _NEWER:
             if not data[name]:  # as in heads that are older than this
                 del data[name]
         versions = {group: FEATURE_GROUPS[group].version for group in self.observing.groups}
@@ -235,7 +265,7 @@ class HeadConfig:
         """
         own = {f.name for f in fields(cls)}
         known = own | {"format", "features_version", "features"}
-        data = {"server": {}, "segment_prices": {}, "installation": ""} | data
+        data = _NEWER | data
         if set(data) != known:
             raise InputError(
                 f"head.json: missing keys {sorted(known - set(data))}, "
@@ -250,6 +280,30 @@ class HeadConfig:
             "certificate": None if certificate is None else Certificate.from_json(certificate),
         }
         return cls(**{name: data[name] for name in own} | parts)
+
+
+def told_by(recorder: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what traces tell of their LM, by the names of a head's conditions.
+
+    Args:
+        recorder: The traces' `haltwise.recorder` metadata.
+    """
+    # In audits the engine is the proxy, and each client asks in its own way.
+    names = () if "installation" in recorder else _RECORDING
+    server = recorder.get("server")
+    return {
+        "tokenizer": recorder.get("tokenizer", ""),
+        "server": server if isinstance(server, dict) else {},
+        "recording": {name: recorder[name] for name in names if name in recorder},
+    }
+
+
+def _facts(
+    lm: str, recording: dict[str, Any], server: dict[str, Any], tokenizer: str = ""
+) -> dict[str, Any]:
+    """Returns, by name, all that is known of how an LM was run and asked."""
+    named = {"lm": lm} if lm else {}
+    return named | recording | {f"server {name}": value for name, value in server.items()}
 
 
 def _check_features(data: dict[str, Any]) -> None:

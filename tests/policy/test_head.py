@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from haltwise import FEATURE_GROUPS, HaltHead, Halting, HeadConfig, InputError, Observing
+from haltwise.policy.head import told_by
 from tests.heads import random_head
 
 
@@ -219,6 +220,39 @@ def test_halting_is_checked_against_a_recording() -> None:
             halting.check_recorded({name: "other"}, "f")
     with pytest.raises(InputError, match="without probes"):
         halting.check_recorded({"probing": "at_halt"}, "f")
+
+
+def test_what_was_recorded_otherwise_is_told_with_both_values(
+    run_head: HaltHead, tmp_path: Path
+) -> None:
+    recorder = {"lm": "a", "engine": "hf", "temperature": 0.75, "dtype": "float32", "signals": []}
+    recorder |= {"server": {"quantisation": "Q8_0", "build": None}}
+    HaltHead(replace(run_head.config, lm="a, b", **told_by(recorder)), run_head.weights).save(
+        tmp_path
+    )
+    config = HaltHead.load(tmp_path).config
+    told = "the head learned from other traces: "
+    for now, expected in [
+        ({}, ""),
+        ({"temperature": 0}, f"{told}temperature 0.75, here 0"),
+        (
+            {"engine": "vllm", "dtype": "b"},
+            f"{told}dtype 'float32', here 'b'; engine 'hf', here 'vllm'",
+        ),
+        ({"server": {"quantisation": "Q4"}}, f"{told}server quantisation 'Q8_0', here 'Q4'"),
+        ({"lm": "b", "signals": ["x"]}, ""),
+        (
+            {"lm": "c", "dtype": "b", "temperature": 1},
+            f"{told}lm 'a, b', here 'c'; temperature 0.75, here 1",
+        ),
+        ({"installation": "here", "engine": "haltwise serve"}, ""),
+    ]:
+        assert config.recorded_otherwise(recorder | now) == expected
+    other = recorder | {"lm": "c", "dtype": "b", "temperature": 1}
+    assert config.recorded_otherwise(other, is_same_lm=False) == f"{told}temperature 0.75, here 1"
+    # Older heads know nothing, and their files are as they were; nor need the traces tell.
+    assert run_head.config.recorded_otherwise(recorder) == config.recorded_otherwise({}) == ""
+    assert "recording" not in run_head.config.to_json()
 
 
 @pytest.mark.parametrize("change", [{"probing": "maybe"}, {"max_answer_tokens": 0}])
