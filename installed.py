@@ -27,7 +27,7 @@ MODULES = [
 if missing := [name for name in MODULES if find_spec(name) is None]:
     print(
         f"error: {sys.argv[0]} needs {', '.join(missing)}, not installed: "
-        "run pip install -e '.[train]' in the clone of haltwise",
+        "run pip install -e '.[train]' -c constraints.txt in the clone of haltwise",
         file=sys.stderr,
     )
     sys.exit(2)

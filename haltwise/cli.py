@@ -19,7 +19,7 @@ from haltwise.control.mixing import mix
 from haltwise.control.off_policy import spending_of
 from haltwise.control.off_policy import table_of as spending_table
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
-from haltwise.errors import needing, what_failed
+from haltwise.errors import from_clone, needing, what_failed
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig
@@ -103,7 +103,7 @@ def _experiment(known: argparse.Namespace) -> str:
         raise InputError("--share is of a comparison that begins: expected --head with it")
     found = compare(known.state, read_library(known.state), known.budget)
     if known.html is not None:
-        with needing("haltwise experiment --html", "-e '.[proxy]'"):
+        with needing("haltwise experiment --html", from_clone("proxy")):
             from haltwise.proxy.experiment_page import experiment_page
         known.html.write_text(experiment_page(found), encoding="utf-8")
     return comparison_table(found)
@@ -112,7 +112,7 @@ def _experiment(known: argparse.Namespace) -> str:
 def _serve_config(settings: Sequence[str]) -> ServeConfig:
     """Returns the settings of `haltwise serve` from its command line."""
     try:
-        with needing("haltwise serve", "-e '.[proxy]'"):
+        with needing("haltwise serve", from_clone("proxy")):
             import tyro
 
             from haltwise.proxy import ServeConfig

@@ -65,13 +65,18 @@ def what_failed(error: Exception) -> str:
     return str(error)
 
 
+def from_clone(extra: str) -> str:
+    """Says how an extra is installed: haltwise is in no package index."""
+    return f"run pip install -e '.[{extra}]' -c constraints.txt in the clone of haltwise"
+
+
 @contextmanager
 def needing(name: str, install: str) -> Iterator[None]:
     """Makes one line of a missing package: who needs it, and the command that installs it.
 
     Args:
         name: What needs the packages that are imported inside.
-        install: What `pip install` is to be told in the clone; haltwise is in no package index.
+        install: Says how they are installed, see `from_clone`.
 
     Raises:
         ModuleNotFoundError: If one of them is not installed.
@@ -83,10 +88,7 @@ def needing(name: str, install: str) -> Iterator[None]:
         missing = str(error.name).partition(".")[0]
         if missing == "haltwise":
             raise
-        told = (
-            f"{name} needs {missing}, which is not installed: "
-            f"run pip install {install} in the clone of haltwise"
-        )
+        told = f"{name} needs {missing}, which is not installed: {install}"
         program = getattr(sys.modules.get("__main__"), "__spec__", None)
         if program is not None and program.name == name:
             print("error:", told, file=sys.stderr)

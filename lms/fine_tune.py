@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from haltwise import InputError
-from haltwise.errors import reason_of
+from haltwise.errors import from_clone, reason_of
 
 if TYPE_CHECKING:
     from lms.language_model import LanguageModel
@@ -51,7 +51,7 @@ def fine_tune(lm: LanguageModel, examples: Sequence[Example], config: FineTuneCo
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # loaded lazily
     except ImportError as error:
-        told = "fine-tuning needs trl: run pip install -e '.[distill]' in the clone"
+        told = f"fine-tuning needs trl: {from_clone('distill')}"
         raise InputError(f"{told} ({error})") from None
     columns = {
         "input_ids": [[*one.prompt, *one.completion] for one in examples],

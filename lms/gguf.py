@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 
 from command import run, whole_file
 from haltwise import InputError
-from haltwise.errors import needing
+from haltwise.errors import from_clone, needing
 from lms.embedded import CHAT_TEMPLATE, CLOSE, EMBEDDED, EOS, PAD, THINK, UNKNOWN, VOCABULARY
 
-with needing("lms.gguf", "-e '.[gguf]'"):
+with needing("lms.gguf", from_clone("gguf")):
     import gguf
     from gguf.quants import quantize
 

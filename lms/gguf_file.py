@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from haltwise import InputError
-from haltwise.errors import reason_of
+from haltwise.errors import from_clone, reason_of
 
 _NAME_LENGTH = 16
 # The packages with which transformers reads GGUF files.
@@ -39,19 +39,15 @@ def folder_of(path: Path) -> Path:
         path: The GGUF file.
 
     Raises:
-        InputError: If there is no such file, a package that reads it is missing, or transformers
-            cannot read what is in it.
+        InputError: If a package that reads it is missing, or transformers cannot read what is in
+            it.
     """
-    if not path.is_file():
-        raise InputError(f"cannot load an LM from {str(path)!r}: expected a GGUF file there")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / digest[:_NAME_LENGTH]
     if not folder.is_dir():
         if any(find_spec(name) is None for name in _NEEDED):
-            raise InputError(
-                f"{path} cannot be read without more packages: expected pip install -e '.[gguf]'"
-            )
+            raise InputError(f"{path} cannot be read without more packages: {from_clone('gguf')}")
         _check_is_read_right(path)
         print(f"{path.name}: unpacked once, into {folder}", file=sys.stderr, flush=True)
         _write(path, folder)

@@ -16,6 +16,7 @@ from haltwise.errors import reason_of
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
+from lms.hub_names import is_hub_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ class LanguageModel:
             InputError: If there is no such LM or device, the LM is damaged, its chat makes no
                 sense, or nothing ends what it says.
         """
+        source = source_of(name)
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
@@ -77,10 +79,7 @@ class LanguageModel:
         except (RuntimeError, AssertionError) as error:
             reason = reason_of(error)
             raise InputError(f"cannot use device {device!r}: {reason}") from None
-        if not str(name).strip():
-            raise InputError("lm is empty, expected 'embedded', a folder or a name of the hub")
         disable_progress_bar()  # else it is shown for the smallest LM, amid an error's one line
-        source = source_of(name)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = load_tokenizer(source)
@@ -160,30 +159,37 @@ class LanguageModel:
         return digest.hexdigest()
 
 
+def check_name(name: str | Path) -> None:
+    """Refuses, at once, an LM's name that nothing can be loaded from.
+
+    Raises:
+        InputError: If it is neither "embedded" nor a name of the hub, and there is no such folder
+            or GGUF file, or the folder is a head's.
+    """
+    told, folder = f"cannot load an LM from {str(name)!r}", Path(name)
+    if str(name) == "embedded":
+        return
+    if is_gguf(name):
+        if not folder.is_file():
+            raise InputError(f"{told}: expected a GGUF file there")
+    elif (folder / "head.json").exists():
+        raise InputError(f"{told}: it holds a head, expected the folder of an LM")
+    elif not str(name).strip() or not (folder.is_dir() or is_hub_name(str(name))):
+        raise InputError(
+            f"{told}: expected 'embedded', a folder, a GGUF file, or OWNER/NAME of the hub"
+        )
+
+
 def source_of(name: str | Path) -> str:
     """Returns the hub name or folder that an LM of some name is loaded from.
 
     Raises:
-        InputError: If the name is that of a GGUF file that cannot be read, or of a folder that is
-            missing or a head's.
+        InputError: If the name is none, or that of a GGUF file that cannot be read.
     """
+    check_name(name)
     if str(name) == "embedded":
         return str(EMBEDDED)
-    if is_gguf(name):
-        return str(folder_of(Path(name)))
-    folder = Path(name)
-    if (folder / "head.json").exists():
-        raise InputError(
-            f"cannot load an LM from {str(name)!r}: it holds a head, expected the folder of an LM"
-        )
-    # A name of the hub has one slash, and neither begins nor ends with it.
-    is_path = str(name).startswith((".", "/", "~")) or len(folder.parts) > 2
-    if is_path and not folder.is_dir():
-        raise InputError(
-            f"cannot load an LM from {str(name)!r}: expected a folder there, a GGUF file, or "
-            "OWNER/NAME of the hub"
-        )
-    return str(name)
+    return str(folder_of(Path(name))) if is_gguf(name) else str(name)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

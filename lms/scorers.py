@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from haltwise import InputError
+from haltwise.errors import from_clone
 from haltwise.policy.answers import READERS, canonical, normal_latex, normal_text
 from haltwise.policy.answers.formulas import measure
 
@@ -270,7 +271,7 @@ def _has_math_verify() -> bool:
 
 def needed(package: str, extra: str) -> str:
     """Returns a message that says that a package is missing, and what installs it."""
-    return f"{package} is not installed: expected it, pip install -e '.[{extra}]'"
+    return f"{package} is not installed: {from_clone(extra)}"
 
 
 def check_scorer(name: str) -> None:

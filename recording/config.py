@@ -10,6 +10,7 @@ import numpy as np
 from haltwise import InputError
 from haltwise.errors import check_ranges
 from lms.ask import AskConfig
+from lms.language_model import check_name
 
 # The least token budget of a question in a trial.
 _TRIAL_TOKENS = 256
@@ -65,8 +66,10 @@ class EngineConfig(AskConfig):
         Raises:
             InputError: If a number makes no sense, or the engine cannot do what is asked.
         """
-        if not self.lm.strip():
-            raise InputError("--lm names no LM, expected 'embedded', a folder or a name of the hub")
+        if self.engine != "openai":
+            check_name(self.lm)
+        elif not self.lm.strip():
+            raise InputError("--lm names no LM, expected the server's name of one")
         counts = ("batch_size", "tensor_parallel", "max_answer_tokens", "every", "max_tokens")
         given = {name: value for name in counts if (value := getattr(self, name)) is not None}
         ranges = {name: (value >= 1, "at least 1") for name, value in given.items()}

@@ -66,7 +66,10 @@ def open_engine(config: EngineConfig, task_format: TaskFormat) -> RecordingEngin
             raise InputError(f"--engine openai: {error}") from None
         return OpenAIEngine(config, task_format)
     if find_spec("vllm") is None:
-        raise InputError("vLLM is not installed: expected it for --engine vllm (pip install vllm)")
+        raise InputError(
+            "vLLM is not installed: expected it for --engine vllm, run pip install vllm -e . in "
+            "the clone of haltwise"
+        )
     from recording.vllm_engine import VllmEngine
 
     return VllmEngine(config, task_format)

@@ -258,7 +258,7 @@ def test_splits_that_are_not_there_are_told_before_the_lm_is_loaded(
 ) -> None:
     task = tmp_path / "own.jsonl"
     task.write_text('{"question": "1", "answer": "1"}\n')
-    nowhere = replace(config, lm=str(tmp_path / "nowhere"), task=str(task))
+    nowhere = replace(config, lm="no/where", task=str(task))
     with pytest.raises(InputError, match=r"no question of split dev, .*or --split with those"):
         main(nowhere)
 
@@ -326,7 +326,7 @@ def test_bad_settings_are_refused(
         ({"seed": 3_000_000_000}, "--seed is 3000000000, expected 0 to 2147483646"),
         ({"out": tmp_path / "file"}, "is a file"),
         ({"out": tmp_path / "file" / "in"}, "file is a file, expected a folder to record into"),
-        ({"lm": " "}, "--lm names no LM"),
+        ({"lm": "embeded"}, "cannot load an LM from 'embeded': expected 'embedded', a folder"),
         ({"max_tokens": 10**8}, "--max-tokens is 100000000, expected at most the .* tokens that"),
         ({"max_answer_tokens": 0}, "--max-answer-tokens is 0"),
         ({"max_tokens": 0}, "--max-tokens is 0"),
@@ -353,7 +353,7 @@ def test_bad_settings_are_refused(
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
         main(replace(config, device="abacus"))
     with pytest.raises(InputError, match="cannot load an LM from"):
-        main(replace(config, lm=str(tmp_path / "nowhere")))
+        main(replace(config, lm="no/where"))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for path in Path(config.lm).iterdir():

@@ -30,16 +30,16 @@ def command(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("missing", "module", "install"),
     [
-        ("transformers", "haltwise.transformers", "-e '.[hf]'"),
-        ("transformers", "haltwise.transformers.hub", "-e '.[hf]'"),
-        ("torch", "haltwise.transformers", "-e '.[hf]'"),
-        ("transformers", "haltwise.training.trainer", "-e '.[training]'"),
-        ("stable_baselines3", "haltwise.training.sb3", "-e '.[train]'"),
-        ("torch", "haltwise.training.averaging", "-e '.[hf]'"),
+        ("transformers", "haltwise.transformers", "-e '.[hf]' -c constraints.txt"),
+        ("transformers", "haltwise.transformers.hub", "-e '.[hf]' -c constraints.txt"),
+        ("torch", "haltwise.transformers", "-e '.[hf]' -c constraints.txt"),
+        ("transformers", "haltwise.training.trainer", "-e '.[training]' -c constraints.txt"),
+        ("stable_baselines3", "haltwise.training.sb3", "-e '.[train]' -c constraints.txt"),
+        ("torch", "haltwise.training.averaging", "-e '.[hf]' -c constraints.txt"),
         ("vllm", "haltwise.vllm", "vllm -e ."),
-        ("starlette", "haltwise.proxy", "-e '.[proxy]'"),
-        ("uvicorn", "haltwise.proxy", "-e '.[proxy]'"),
-        ("gguf", "lms.gguf", "-e '.[gguf]'"),
+        ("starlette", "haltwise.proxy", "-e '.[proxy]' -c constraints.txt"),
+        ("uvicorn", "haltwise.proxy", "-e '.[proxy]' -c constraints.txt"),
+        ("gguf", "lms.gguf", "-e '.[gguf]' -c constraints.txt"),
     ],
 )
 def test_an_adapter_names_what_it_needs(missing: str, module: str, install: str) -> None:
@@ -74,7 +74,7 @@ def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> No
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {script}.py needs {missing}, not installed: "
-        "run pip install -e '.[train]' in the clone of haltwise\n"
+        "run pip install -e '.[train]' -c constraints.txt in the clone of haltwise\n"
     )
 
 

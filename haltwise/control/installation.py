@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +11,8 @@ from tempfile import NamedTemporaryFile
 from haltwise.control.draws import check_key, draw
 from haltwise.control.record import digest
 from haltwise.errors import InputError
+
+log = logging.getLogger("haltwise.control")
 
 # Of the questions, as many are learned from as are kept back.
 _KEPT_BACK = 0.5
@@ -38,6 +41,15 @@ def installation_key(path: Path) -> bytes:
         raise InputError(f"{path}: {error.strerror}, expected to write there") from None
     check_key(key)
     return key
+
+
+def tell_if_readable(path: Path) -> None:
+    """Warns if a file with keys can be read by whoever has an account on this machine."""
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o004:
+        log.warning(
+            "%s holds keys and can be read by everybody (mode %o), expected 600", path, mode
+        )
 
 
 def name_of(key: bytes) -> str:

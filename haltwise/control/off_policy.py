@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from haltwise.control.betting import Float, normal_half_width
+from haltwise.control.betting import FEWEST, Float, normal_half_width
 from haltwise.control.course import tokens_at
 from haltwise.control.library import Library
 from haltwise.control.record import TABLES
@@ -116,10 +116,12 @@ def _replayed(state: str | Path, head: str, prices: Float) -> Iterator[Replayed]
 
 
 def table_of(found: Spending) -> str:
-    """Returns what a person is told, a line for each price."""
+    """Returns what a person is told, a line for each price; in a sentence if that is nothing."""
+    told = f"{found.num_requests} requests, {found.num_audits} of them audits"
+    if found.num_requests < FEWEST:
+        return f"{told}: what other prices would have spent is told from {FEWEST} requests on"
     lines = [
-        f"{found.num_requests} requests, {found.num_audits} of them audits: tokens of the thought "
-        "in the mean of a request",
+        f"{told}: tokens of the thought in the mean of a request",
         f"{'price':>10}{'known, %':>10}{'by all requests, 95 %':>30}{'by audits alone':>30}",
     ]
     for k in range(len(found.prices)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from haltwise.control.governed import GovernedControl, Mode, Promotion
 from haltwise.control.governor import Promise
 from haltwise.control.groups import Groups
 from haltwise.control.history import History
-from haltwise.control.installation import installation_key, key_file_of
+from haltwise.control.installation import installation_key, key_file_of, tell_if_readable
 from haltwise.control.library import Library, Note, Shelved
 from haltwise.control.record import TABLES, Record
 from haltwise.control.replay import prices_of
@@ -26,6 +28,8 @@ from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError
 from haltwise.policy.cascade_head import CascadeHead, is_cascade
 from haltwise.policy.head import HaltHead
+
+log = logging.getLogger("haltwise.control")
 
 # Of the share of requests that is audited at first, what is audited at rest. What is promised holds
 # for audits weighted by this share over their own: a small one would let much be lost unnoticed.
@@ -102,9 +106,15 @@ def open_control(
     promise = Promise(target, audit=share, rest=_REST * share, alert=max(_ALERT, share))
     heads, own = {one.digest: one for one in (head, *challengers)}, group_targets or {}
     begun = {name: _begun_books(one, promise, own, most_tokens) for name, one in heads.items()}
-    store = store_of(state)
-    store.connect(TABLES).close()  # what cannot be used gets no key
-    key = installation_key(key_file or key_file_of(state))
+    store, key_file = store_of(state), key_file or key_file_of(state)
+    with closing(store.connect(TABLES)) as opened:  # what cannot be used gets no key
+        is_older = not key_file.exists() and opened.execute("SELECT 1 FROM request LIMIT 1")
+    key = installation_key(key_file)
+    if is_older:
+        told = "%s was not there, and is a new key: what the state knows of questions, tenants and "
+        told += "tasks is by another one, expected that of all proxies of the state"
+        log.warning(told, key_file)
+    tell_if_readable(key_file)
     traces = None
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)

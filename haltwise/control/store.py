@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_type_hints
 from urllib.parse import urlsplit
 
-from haltwise.errors import InputError, reason_of
+from haltwise.errors import InputError, from_clone, reason_of
 
 T = TypeVar("T")
 #: The version of the tables; others are refused.
@@ -156,7 +156,7 @@ def store_of(name: str | Path, patience: float = 5.0) -> Store:
     try:
         import psycopg  # noqa: F401
     except ImportError:
-        told = "a PostgreSQL state needs psycopg: run pip install -e '.[postgres]' in the clone"
+        told = f"a PostgreSQL state needs psycopg: {from_clone('postgres')}"
         raise InputError(told) from None
     return PostgreSQLStore(str(name), patience)
 
@@ -175,8 +175,8 @@ class SQLiteStore:
                 self.path, timeout=self.patience, isolation_level=None, check_same_thread=False
             )
         except sqlite3.Error as error:
-            told = f"{self.path}: {reason_of(error)}, expected a file to write into"
-            raise InputError(told) from None
+            found = "is a folder" if self.path.is_dir() else reason_of(error)
+            raise InputError(f"{self.path}: {found}, expected the file of a state") from None
         opened = Connection(raw, str(self.path), ["BEGIN IMMEDIATE"], sqlite3.Error)
         try:
             opened.execute("PRAGMA synchronous = NORMAL")

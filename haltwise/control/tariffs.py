@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haltwise.errors import InputError, reason_of
+from haltwise.errors import InputError, from_clone, reason_of
 
 #: Nano-dollars in a dollar.
 NANO = 10**9
@@ -134,7 +134,7 @@ def check_list() -> None:
     try:
         import genai_prices  # noqa: F401
     except ImportError:
-        told = "needs genai-prices: run pip install -e '.[tariffs]' in the clone"
+        told = f"needs genai-prices: {from_clone('tariffs')}"
         raise InputError(f"beside is {LISTED!r}, which {told}") from None
 
 

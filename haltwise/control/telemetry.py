@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from haltwise.control.record import RequestRow, Row
-from haltwise.errors import InputError
+from haltwise.errors import InputError, from_clone
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -66,7 +66,7 @@ class Telemetry:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            told = f"telemetry needs {error.name}: run pip install -e '.[otel]' in the clone"
+            told = f"telemetry needs {error.name}: {from_clone('otel')}"
             raise InputError(told) from None
         named = Resource({"service.name": "haltwise"}).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=named, shutdown_on_exit=False)

@@ -225,6 +225,13 @@ class Halting:
                 f"{', '.join(counting)}"
             )
 
+    def differs(self, other: Halting) -> str:
+        """Says which conditions differ from another head's, and what it expects; none: no text."""
+        names = [one.name for one in fields(self)]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        told = [f"{name} is {own!r}, expected {its!r}" for name, own, its in pairs if own != its]
+        return "; ".join(told)
+
     def check_recorded(self, recorder: Mapping[str, Any], source: str) -> None:
         """Refuses traces that were recorded under other conditions.
 

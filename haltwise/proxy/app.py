@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.control.budgets import Budget, Budgets
 from haltwise.control.governed import GovernedControl, Mode
+from haltwise.control.installation import tell_if_readable
 from haltwise.control.opening import KeptTraces, open_control
 from haltwise.control.store import store_of
 from haltwise.control.tariffs import Tariffs
@@ -51,7 +52,15 @@ from haltwise.proxy.client_terms import (
 )
 from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
-from haltwise.proxy.config import GOVERNED, APIKeys, Customer, ServeConfig, digest_of, tenant_of
+from haltwise.proxy.config import (
+    GOVERNED,
+    APIKeys,
+    Customer,
+    ServeConfig,
+    UpstreamConfig,
+    digest_of,
+    tenant_of,
+)
 from haltwise.proxy.control_figures import ControlFigures
 from haltwise.proxy.doubt import Doubts
 from haltwise.proxy.large import TOOK_NOTHING, LargeLM, large_lm, served_head
@@ -133,6 +142,8 @@ class Proxy:
         if self._terms.price == 0:
             log.warning(json.dumps({"warning": NEVER_HALTS}))
         self._keys = _keys(config, self._default)
+        if config.keys is not None:
+            tell_if_readable(config.keys)
         # What else may be refused comes before the state, which is made where it is not there.
         config.operator_key  # noqa: B018, asking for it checks it
         if config.budgets is not None:
@@ -193,8 +204,9 @@ class Proxy:
     def _reload(self) -> None:
         head, before = served_head(self.config), self._settings.head
         check_served(head)
-        if head.config.halting != before.config.halting:
-            raise InputError("the head halts under other conditions, expected a process of its own")
+        if differs := head.config.halting.differs(before.config.halting):
+            told = f"the head halts under other conditions: {differs}"
+            raise InputError(f"{told}, or a process of its own")
         if self.control is not None and head.digest not in self.control.heads:
             raise InputError("the state is about the head before, expected a process of its own")
         config = self.config
@@ -210,21 +222,27 @@ class Proxy:
             self.cashier.replace(file, _own_budgets(self._keys), tariffs)
         self._settings = replace(self._settings, head=head)
 
-    def try_probes(self) -> None:
-        """Tries whether forced answers run beside a thought, if the head looks at any.
+    def try_upstream(self) -> None:
+        """Tries whether the LM's server answers, and runs forced answers if the head looks at any.
 
-        A server that does not answer yet is none to be refused.
+        A server that does not answer yet is none to be refused, but a person is told.
 
         Raises:
-            InputError: If they do not, and the settings do not say that this is no matter.
+            InputError: If forced answers do not run beside a thought, and the settings do not say
+                that this is no matter.
         """
-        if self._looks:
+        config = self.config
+        trials = [(config.connections, self._try_probes if self._looks else _try_calls)]
+        if config.large is not None:
+            trials.append((config.large_connections, _try_calls))
+        for connections, tried in trials:
             try:
-                asyncio.run(self._try_probes())
+                asyncio.run(_with_own(connections, tried))
             except UpstreamError as error:
-                self._next_trial = -math.inf
-                told = f"forced answers beside a thought were not tried at start: {error}"
+                told = f"{connections.url} does not answer at start, it is asked again: {error}"
                 log.warning(json.dumps({"warning": told}))
+                if tried != _try_calls:
+                    self._next_trial = -math.inf
 
     def _try_probes_late(self, server: LMServer, headers: RawHeaders) -> None:
         """Tries them beside the requests, where that could not be done at start."""
@@ -242,15 +260,11 @@ class Proxy:
         except Exception:
             log.exception("a defect of the proxy")
 
-    async def _try_probes(self) -> None:
-        config, rules = self.config, self._unknown.rules
-        upstream = Upstream(config.connections)  # connections belong to one event loop
-        try:
-            unknown = LMServer(upstream, rules, self._unknown.close_text)
-            server = await find_lm_server(unknown, config.kind, [])
-            await check_probes(server, config.probe_timeout, config.probe_anyway, [])
-        finally:
-            await upstream.close()
+    async def _try_probes(self, upstream: Upstream) -> None:
+        config = self.config
+        unknown = LMServer(upstream, self._unknown.rules, self._unknown.close_text)
+        server = await find_lm_server(unknown, config.kind, [])
+        await check_probes(server, config.probe_timeout, config.probe_anyway, [])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -942,6 +956,30 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
     )
 
 
+async def _with_own(
+    connections: UpstreamConfig, tried: Callable[[Upstream], Awaitable[None]]
+) -> None:
+    """Tries something on a server, by connections of its own: they belong to one event loop."""
+    upstream = Upstream(connections)
+    try:
+        await tried(upstream)
+    finally:
+        await upstream.close()
+
+
+async def _try_calls(upstream: Upstream) -> None:
+    """Tries whether a server answers anything: whatever status it does it with.
+
+    Raises:
+        UpstreamError: If it does not.
+    """
+    try:
+        await upstream.call("/v1/models", None, [])
+    except UpstreamError as error:
+        if error.kind != "status":
+            raise
+
+
 def _tariffs(config: ServeConfig) -> Tariffs | None:
     """What tokens cost, if the settings tell.
 
@@ -977,9 +1015,8 @@ def _challenger(path: Path, head: HaltHead) -> HaltHead:
     """
     found = HaltHead.load(path)
     check_served(found)
-    if found.config.halting != head.config.halting:
-        told = f"--challenger {path} halts under other conditions than --head"
-        raise InputError(f"{told}, expected the same decision rule, close text and answer rule")
+    if differs := found.config.halting.differs(head.config.halting):
+        raise InputError(f"--challenger {path} halts under other conditions than --head: {differs}")
     return found
 
 

@@ -1,5 +1,6 @@
 """What a client's headers name: its terms, and what else X-Haltwise-... tells of a request."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from haltwise import InputError, Terms
@@ -52,7 +53,8 @@ def terms_of(
             raise InputError("value is given, expected it without price and off")
         terms = Terms.within(asked, customer.terms)
     except InputError as error:
-        raise RefusedError(400, "invalid_request_error", f"X-Haltwise-...: {error}") from None
+        message = f"{_headers_of(str(error), named)}: {error}"
+        raise RefusedError(400, "invalid_request_error", message) from None
     if value is None:
         return terms
     tariff = None if tariffs is None else tariffs.of(model)
@@ -63,6 +65,12 @@ def terms_of(
     except InputError as error:
         message = f"X-Haltwise-Value: {value} dollars: {error}"
         raise RefusedError(400, "invalid_request_error", message) from None
+
+
+def _headers_of(fault: str, named: Mapping[str, str]) -> str:
+    """The header that a fault is about, which begins with the term's name; else all with terms."""
+    about = [name for name in named if fault.startswith((f"{name} ", repr(name)))]
+    return ", ".join(f"{TERMS}{name.replace('_', '-')}".title() for name in about or named)
 
 
 def unknown_tariff(model: str) -> RefusedError:

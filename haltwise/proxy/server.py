@@ -189,7 +189,7 @@ def create_server(config: ServeConfig) -> uvicorn.Server:
             forced answers and they do not run beside a thought on the server.
     """
     proxy = Proxy(config)
-    proxy.try_probes()
+    proxy.try_upstream()
     most = _CONNECTIONS_A_STREAM * config.max_streams + _OTHER_CONNECTIONS
     wanted = most + _UPSTREAM_FILES * config.max_streams + _OTHER_FILES
     if (allowed := _allow_files(wanted)) < wanted:

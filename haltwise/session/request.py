@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from haltwise.errors import InputError
 from haltwise.policy.head import HeadConfig
 from haltwise.policy.signals import Signals
 from haltwise.session.thought import Reason, Thought
+
+log = logging.getLogger("haltwise.session")
 
 # Counts are kept as 64-bit integers, and no context is nearly as long.
 _MOST_TOKENS = 2**53
@@ -82,7 +86,10 @@ class Terms:
         if "price" in asked:
             terms = replace(terms, segment_prices={})
         elif "segment" in asked:
-            own = default.segment_prices.get(terms.segment or "", default.price)
+            known = default.segment_prices
+            own = known.get(terms.segment or "", default.price)
+            if terms.segment and known and terms.segment not in known:
+                _tell_unknown(terms.segment, tuple(known))
             terms = replace(terms, price=own)
         return replace(terms, price=0.0) if _truth("off", asked.get("off", False)) else terms
 
@@ -100,6 +107,13 @@ class Terms:
         terms = cls.read(asked, replace(limits, max_tokens=None))
         caps = [cap for cap in (terms.max_tokens, limits.max_tokens) if cap is not None]
         return replace(terms, max_tokens=min(caps, default=None))
+
+
+@lru_cache(maxsize=100)  # once a name, of which clients may have any number
+def _tell_unknown(segment: str, known: tuple[str, ...]) -> None:
+    """Warns that a segment has no price of its own, and says which have."""
+    told = "segment %.60r has no price of its own, as %s have: the default price holds"
+    log.warning(told, segment, ", ".join(sorted(known)))
 
 
 @dataclass(frozen=True)

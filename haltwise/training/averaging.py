@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from haltwise.errors import InputError, needing
+from haltwise.errors import InputError, from_clone, needing
 from haltwise.training.curve import Returns, checked, mean_of
 
-with needing("haltwise.training.averaging", "-e '.[hf]'"):
+with needing("haltwise.training.averaging", from_clone("hf")):
     import torch
     from torch import nn
 

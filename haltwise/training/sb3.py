@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from haltwise.errors import InputError, needing
+from haltwise.errors import InputError, from_clone, needing
 from haltwise.training.config import StoppingConfig
 from haltwise.training.curve import Returns
 from haltwise.training.rule import Decision, StoppingRule
 
-with needing("haltwise.training.sb3", "-e '.[train]'"):
+with needing("haltwise.training.sb3", from_clone("train")):
     import torch
     from stable_baselines3.common.base_class import BaseAlgorithm
     from stable_baselines3.common.callbacks import BaseCallback

@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from haltwise.errors import InputError, needing
+from haltwise.errors import InputError, from_clone, needing
 from haltwise.training.config import StoppingConfig
 from haltwise.training.curve import MeanReturn, Returns
 from haltwise.training.rule import Decision, StoppingRule
 
-with needing("haltwise.training.trainer", "-e '.[training]'"):
+with needing("haltwise.training.trainer", from_clone("training")):
     import torch
     from torch import nn
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

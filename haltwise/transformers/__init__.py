@@ -1,8 +1,8 @@
 """Halting inside transformers' `generate`, in batch jobs, and from a hub repository."""
 
-from haltwise.errors import needing
+from haltwise.errors import from_clone, needing
 
-with needing("haltwise.transformers", "-e '.[hf]'"):
+with needing("haltwise.transformers", from_clone("hf")):
     from haltwise.transformers.batch_job import BatchAnswer, generate_all
     from haltwise.transformers.probing import ProbingGeneration
     from haltwise.transformers.processor import HaltProcessor

@@ -2,7 +2,7 @@
 
 from haltwise.errors import needing
 
-with needing("haltwise.vllm", "vllm -e ."):
+with needing("haltwise.vllm", "run pip install vllm -e . in the clone of haltwise"):
     from haltwise.vllm.halting import HaltCounts
     from haltwise.vllm.processor import HaltProcessor
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from haltwise import InputError
 from haltwise.errors import option
+from lms.hub_names import is_hub_name
 from lms.questions import Question
 from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
@@ -93,7 +94,7 @@ def _own(config: DataConfig) -> QuestionTask:
     if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
         name, rows = path.resolve().stem, rows_of(path)
-    elif "/" in name:
+    elif is_hub_name(name.partition(":")[0]):
         rows = rows_of(Path(config.data_file)) if config.data_file else rows_of_hub(name)
     else:
         known = ", ".join(("all", *TASKS, *BUILT_INS))

@@ -77,7 +77,9 @@ def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
         for row in filter(None, reader):  # a line without anything is no row
             place = f"line {reader.line_num}"
             if len(row) != len(names):
-                raise InputError(f"{place}: found {len(row)} fields, expected {len(names)}")
+                raise InputError(
+                    f"{place}: found {len(row)} fields, expected {len(names)}, as in line 1"
+                )
             yield place, dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise InputError(f"line {reader.line_num}: {error}") from None
@@ -129,6 +131,13 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
     except pa.ArrowException as error:
         reason = reason_of(error)
         raise InputError(f"cannot read {path}: {reason}: expected a Parquet file") from None
+
+
+def columns_of(place: str) -> str:
+    """Returns the place where the columns of a row are named: a table names those of all rows."""
+    table = place.rpartition(", ")[0]
+    in_table = {".csv": f"{table}, line 1", ".parquet": table}
+    return in_table.get(Path(table).suffix.lower(), place)
 
 
 def rows_of(path: Path) -> DataRows:

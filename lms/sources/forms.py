@@ -31,14 +31,18 @@ class RowQuestion:
 Form = Callable[[DataRow], RowQuestion | None]
 
 
+class NoColumnError(InputError):
+    """A row has no column of some name."""
+
+
 def cell(row: DataRow, column: str) -> Any:
     """Returns one cell of a row.
 
     Raises:
-        InputError: If there is no such column.
+        NoColumnError: If there is no such column.
     """
     if column not in row:
-        raise InputError(f"no column {column!r}, found {', '.join(map(str, row))}")
+        raise NoColumnError(f"no column {column!r}, found {', '.join(map(str, row))}")
     return row[column]
 
 
@@ -139,7 +143,7 @@ class NamedColumns:
         for flag in ("question_column", "answer_column"):
             if (name := getattr(config, flag)) not in row:
                 found = ", ".join(map(str, row))
-                raise InputError(
+                raise NoColumnError(
                     f"no column {name!r}, found {found}: expected {option(flag)} COLUMN"
                 )
         text = words(row, config.question_column)

@@ -12,8 +12,8 @@ from heapq import heappop, heappush
 from haltwise import InputError
 from lms.questions import SPLITS, Question, question_digest, split_of
 from lms.scorers import scorer_of
-from lms.sources.data_rows import SPLIT_NAMES, DataRow, DataRows
-from lms.sources.forms import Form, RowQuestion, cell
+from lms.sources.data_rows import SPLIT_NAMES, DataRow, DataRows, columns_of
+from lms.sources.forms import Form, NoColumnError, RowQuestion, cell
 from lms.sources.task import check_draw, with_instruction
 
 
@@ -28,6 +28,8 @@ class _RowSurvey:
     """The shortened digests of the questions that stand in dev and test."""
     num_skipped: int = 0
     """The number of rows that have no answer."""
+    num_repeated: int = 0
+    """The number of rows whose question stands in a row before."""
 
     def split(self, own: str, digest: str) -> str | None:
         """Returns the split of a question; None if a later split has the same question.
@@ -145,17 +147,22 @@ class TableTask:
         survey = self._survey
         rows = ", ".join(f"{split} {num:,}" for split, num in survey.num_rows().items())
         skipped = f", {survey.num_skipped:,} skipped without an answer" * bool(survey.num_skipped)
+        if survey.num_repeated:
+            skipped += f", {survey.num_repeated:,} repeat a question, which is asked once"
         asked_by = f"scorer {self.scorer}; instruction {self.instruction!r}"
         return f"{self.name}: {rows} rows{skipped}; {asked_by}"
 
     @cached_property
     def _survey(self) -> _RowSurvey:
-        survey = _RowSurvey()
+        survey, seen = _RowSurvey(), set[int]()
         for own, _, digest, item in self._each():
             if item is None:
                 survey.num_skipped += 1
                 continue
             survey.rows[own, split_of(digest)] += 1
+            key = int(digest[:16], 16)
+            survey.num_repeated += key in seen
+            seen.add(key)
             if own in survey.digests:
                 survey.digests[own].add(digest[:16])
         return survey
@@ -173,6 +180,8 @@ class TableTask:
                 item = self.form(row)
                 if item:
                     compare("", item.gold)  # refuses a gold answer that cannot be compared
+            except NoColumnError as error:
+                raise InputError(f"{columns_of(place)}: {error}") from None
             except InputError as error:
                 raise InputError(f"{place}: {error}") from None
             # The same words have the same digest, whatever the instruction or the blanks.

@@ -17,7 +17,7 @@ from haltwise.control.course import halts_of, tokens_at
 from haltwise.control.governor import Promise
 from haltwise.control.groups import Groups
 from haltwise.control.library import Library, Shelved
-from haltwise.control.off_policy import Replayed, spending, spending_of
+from haltwise.control.off_policy import Replayed, spending, spending_of, table_of
 from haltwise.control.record import Record, RequestRow
 from haltwise.control.store import store_of
 
@@ -100,6 +100,13 @@ def test_the_command_tells_it_from_a_state(tmp_path: Path) -> None:
     for more in (["--share", "0.5"], ["--head", "h"], ["--budget", "3"]):
         refused = subprocess.run([*command, *more], capture_output=True, text=True)
         assert refused.returncode == 2 and "--prices" in refused.stderr
+
+
+def test_nothing_is_told_of_few_requests() -> None:
+    few = [Replayed(2.0, True, 1.0, np.array([90.0, 30.0, 20.0]))] * 99
+    told = "99 requests, 99 of them audits: what other prices would have spent is told from 100 "
+    assert table_of(spending(PRICES, few)) == f"{told}requests on"
+    assert len(table_of(spending(PRICES, few + few[:1])).splitlines()) == 2 + len(PRICES)
 
 
 def test_a_state_without_replays_is_refused(tmp_path: Path) -> None:

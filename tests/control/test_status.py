@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from haltwise import InputError
 from haltwise.control.status import read_library, table_of
 from tests.control.test_books import ENTRIES, opened, settle, shelved
 from tests.control.test_history import state_of
@@ -40,6 +41,11 @@ def test_what_is_served_is_told_with_its_intervals(tmp_path: Path) -> None:
     assert task.split()[3:5] == ["2", "2"]
     # Of 80 tokens 60 are saved at the second price; four audits are too few for an interval.
     assert task.split("closed")[1].split()[-3:] == ["75.0", "[-100.0,", "100.0]"]
+
+
+def test_a_folder_is_no_state(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}: is a folder, expected the file of a state"):
+        read_library(tmp_path)
 
 
 @pytest.mark.parametrize("state", ["missing", "empty"])

@@ -83,5 +83,5 @@ def test_whatever_telemetry_does_rows_are_kept(tmp_path: Path) -> None:
 
 def test_without_opentelemetry_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(InputError, match=r"run pip install -e '\.\[otel\]' in the clone"):
+    with pytest.raises(InputError, match=r"-e '\.\[otel\]' -c constraints.txt in the clone"):
         Telemetry()

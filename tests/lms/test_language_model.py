@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lms import gguf_file
 from lms.chat import ChatConfig
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of
-from lms.language_model import LanguageModel, LMConfig
+from lms.language_model import LanguageModel, LMConfig, check_name
 from recording.weightless import load_weightless
 from tests.families import (
     FAMILIES,
@@ -98,7 +99,7 @@ def test_gguf_files_that_cannot_be_read(
     with pytest.raises(InputError, match=r"cannot read the GGUF file .*damaged"):
         LanguageModel.load(damaged)
     monkeypatch.setattr(gguf_file, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pip install -e '.\[gguf\]'$"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[gguf\]' -c constraints.txt in"):
         LanguageModel.load(file)
 
 
@@ -153,12 +154,17 @@ def test_the_embedded_lm_goes_by_its_name() -> None:
 
 def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="lm is empty, expected 'embedded', a folder or a name"):
-        LanguageModel.load("", "cpu")
     with pytest.raises(InputError, match="cannot load an LM from"):
         LanguageModel.load(tmp_path)
-    with pytest.raises(InputError, match=r"from '\./nothing': expected a folder there, a GGUF"):
-        LanguageModel.load("./nothing")
+    (tmp_path / "file").touch()
+    expected = "expected 'embedded', a folder, a GGUF file, or OWNER/NAME of the hub"
+    absent = ("", " ", "./nothing", "../no/thing", "/no/thing", "~/nothing", "no/such/thing")
+    for name in (*absent, "embeded", "gpt2", "owner/", "owner/.name", str(tmp_path / "file")):
+        with pytest.raises(InputError, match=re.escape(f"from {name!r}: {expected}")):
+            check_name(name)
+    check_name("Qwen/Qwen3-0.6B")
+    with pytest.raises(InputError, match=r"from 'embeded': expected"):
+        LanguageModel.load("embeded")
     with pytest.raises(InputError, match="it holds a head, expected the folder of an LM"):
         LanguageModel.load(EMBEDDED.with_name("embedded-head"))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):

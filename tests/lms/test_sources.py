@@ -182,6 +182,22 @@ def test_a_split_column_may_use_other_names(tmp_path: Path) -> None:
     assert task.describe().startswith("sums: train 20, dev 20, test 20 rows; scorer number; instr")
 
 
+def test_rows_that_repeat_a_question_are_counted(tmp_path: Path) -> None:
+    spaced = {"question": " What is 1  + 1?", "answer": "2"}
+    task = own(write(tmp_path / "sums.csv", [*ROWS, spaced, ROWS[1], ROWS[2]]))
+    assert ", 3 repeat a question, which is asked once; scorer short" in task.describe()
+    assert len(everything(task)) == 60
+    assert "repeat" not in own(write(tmp_path / "once.csv", ROWS)).describe()
+
+
+@pytest.mark.parametrize("flag", ["segment_column", "split_column", "answer_column"])
+def test_a_table_lacks_a_column_where_it_names_them(tmp_path: Path, flag: str) -> None:
+    told = r"no column 'no', found question, answer(: expected --answer-column COLUMN)?$"
+    for name, line in [("a.csv", ", line 1"), ("a.parquet", ""), ("a.jsonl", ", line 1")]:
+        with pytest.raises(InputError, match=f"{name}{line}: {told}"):
+            own(write(tmp_path / name, ROWS), **{flag: "no"}).describe()
+
+
 def test_only_what_is_taken_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     task = own(write(tmp_path / "sums.csv", ROWS))
@@ -289,7 +305,12 @@ def test_a_row_that_cannot_be_asked_is_named(
         ("a.json", b'{\n"question": "?"\n}', r"a.json, found one object over many lines, expected"),
         ("a.jsonl", b'{"question": "?", "answer": NaN}', r"answer is nan, expected a text or a"),
         ("a.json", b"[{]\n", r"a.json, Expecting .*: expected a list of JSON objects"),
-        ("a.csv", b"question,answer\n1,2,3\n", r"a.csv, line 2: found 3 fields, expected 2"),
+        ("a.csv", b"question,answer\n1,2,3\n", r"line 2: found 3 fields, expected 2, as in line 1"),
+        (
+            "a.csv",
+            b"question,gold\n1,2\n",
+            r"a.csv, line 1: no column 'answer', found",
+        ),
         ("a.csv", b"question,answer\n1\n", r"a.csv, line 2: found 1 fields, expected 2"),
         ("a.csv", b"question;answer\n1;2\n", r"a.csv, line 1: found ';' between columns"),
         ("a.csv", b"question,answer,answer\n1,2,3\n", r"a.csv, column answer is there twice"),
@@ -322,6 +343,8 @@ def test_a_file_that_cannot_be_read_is_named(
     ("flags", "message"),
     [
         ({"task": "absent.csv"}, "absent.csv: no such file"),
+        ({"task": "./absent"}, "unknown task './absent': choose from .* a file or folder, or OWN"),
+        ({"task": "/absent/too"}, "unknown task '/absent/too': choose from"),
         ({"task": " "}, "--task names no task, expected"),
         ({"task": "gsm9k"}, "unknown task 'gsm9k': choose from all, sum, let, leap, gsm8k"),
         ({"task": "sum", "scorer": "number"}, "--scorer is not for task sum"),

@@ -232,7 +232,7 @@ def test_what_was_recorded_otherwise_is_told_with_both_values(
     )
     config = HaltHead.load(tmp_path).config
     told = "the head learned from other traces: "
-    for now, expected in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({}, ""),
         ({"temperature": 0}, f"{told}temperature 0.75, here 0"),
         (
@@ -246,9 +246,10 @@ def test_what_was_recorded_otherwise_is_told_with_both_values(
             f"{told}lm 'a, b', here 'c'; temperature 0.75, here 1",
         ),
         ({"installation": "here", "engine": "haltwise serve"}, ""),
-    ]:
+    ]
+    for now, expected in cases:
         assert config.recorded_otherwise(recorder | now) == expected
-    other = recorder | {"lm": "c", "dtype": "b", "temperature": 1}
+    other = {**recorder, "lm": "c", "dtype": "b", "temperature": 1}
     assert config.recorded_otherwise(other, is_same_lm=False) == f"{told}temperature 0.75, here 1"
     # Older heads know nothing, and their files are as they were; nor need the traces tell.
     assert run_head.config.recorded_otherwise(recorder) == config.recorded_otherwise({}) == ""

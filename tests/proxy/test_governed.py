@@ -18,7 +18,8 @@ from haltwise import HaltHead, InputError
 from haltwise.control import governed
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.installation import installation_key, key_file_of
-from haltwise.control.record import digest
+from haltwise.control.record import Record, RequestRow, digest
+from haltwise.control.store import store_of
 from haltwise.proxy import ServeConfig, auditor, create_app
 from haltwise.proxy.auditor import Auditor
 from haltwise.proxy.config import tenant_of
@@ -511,7 +512,8 @@ def test_a_challenger_serves_a_share_of_the_sessions_until_a_rollback(
 def test_a_challenger_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = saved_head(tmp_path / "other", sure_head(rule="every 8 tokens"))
     head = saved_head(tmp_path / "head")
-    with pytest.raises(InputError, match="other halts under other conditions than --head"):
+    told = r"than --head: decision_rule is 'every 8 tokens', expected 'every 4 tokens'$"
+    with pytest.raises(InputError, match=told):
         create_app(
             ServeConfig(head, challenger=(other,), control="observe", state=tmp_path / "state")
         )
@@ -570,7 +572,7 @@ def test_without_a_control_the_status_says_so(serving: Governed) -> None:
         ({"control": "observe", "state": "postgresql://x/y"}, "expected --state-key with a file"),
         ({"telemetry": True}, "--telemetry is given, expected it with --control"),
         ({"replay_all": True}, "--replay-all is given, expected it with --control"),
-        ({"control": "observe", "state": Path("no") / "where"}, "expected a file to write into"),
+        ({"control": "observe", "state": Path("no") / "where"}, "expected the file of a state"),
         ({"operator_key_env": "HALTWISE_NOT_SET"}, "HALTWISE_NOT_SET is not set"),
     ],
 )
@@ -625,3 +627,30 @@ def test_apply_certifies_by_audits_and_then_halts_a_real_lm(tmp_path: Path) -> N
         assert 0 < everything["price"] <= everything["ceiling"]
         assert everything["at_price"]["saving"]["estimate"] > 0.2
         wait_until(lambda: halts(asked[0]))  # it may be one of the few audits
+
+
+def test_a_key_that_is_lost_or_readable_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, head = tmp_path / "state", saved_head(tmp_path / "head")
+    config = ServeConfig(head=head, control="observe", state=state)
+    create_app(config)
+    key = key_file_of(state)
+    key.unlink()
+    create_app(config)  # nothing is known by a key yet
+    assert not caplog.messages
+    record = Record(store_of(state))
+    record.put(RequestRow("a", 1.0))
+    record.close()
+    key.unlink()
+    key.with_name("keys.json").write_text('{"sk": {}}')
+    key.with_name("keys.json").chmod(0o640)
+    create_app(replace(config, keys=key.with_name("keys.json")))
+    (told,) = caplog.messages
+    assert told.startswith(f"{key} was not there, and is a new key: what the state knows of")
+    caplog.clear()
+    for one in (key, key.with_name("keys.json")):
+        one.chmod(0o644)
+    create_app(replace(config, keys=key.with_name("keys.json")))
+    expected = "holds keys and can be read by everybody (mode 644), expected 600"
+    assert sorted(caplog.messages) == [f"{tmp_path / 'keys.json'} {expected}", f"{key} {expected}"]

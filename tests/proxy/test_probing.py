@@ -392,7 +392,10 @@ def test_a_server_that_is_not_there_yet_is_not_refused(
     create_server(
         ServeConfig(saved_head(tmp_path, sure_head(probing="always")), "http://127.0.0.1:1")
     )
-    assert any("were not tried at start" in record.getMessage() for record in caplog.records)
+    assert any(
+        "http://127.0.0.1:1 does not answer at start" in record.getMessage()
+        for record in caplog.records
+    )
 
 
 def test_a_server_that_comes_later_is_tried_then(

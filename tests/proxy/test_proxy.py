@@ -836,6 +836,8 @@ def test_bad_terms_are_refused_and_go_no_further(
 ) -> None:
     reply = ask(vllm.client, plan, headers=headers)
     assert reply.status == 400 and "expected" in reply.error["message"]
+    # All that are given are about one term, or about one another.
+    assert reply.error["message"].startswith(f"{[*headers][-1]}: ")
     assert "\n" not in reply.error["message"]
     assert vllm.upstream.of(plan) == []
 

@@ -16,7 +16,7 @@ import pytest
 
 from haltwise import HaltHead, InputError, cli
 from haltwise.policy.head import NEVER_HALTS
-from haltwise.proxy import ServeConfig, app, create_app
+from haltwise.proxy import ServeConfig, app, create_app, create_server
 from haltwise.proxy.config import ServerKind
 from tests.heads import sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
@@ -214,6 +214,17 @@ def test_a_bad_file_of_keys_is_refused_without_telling_a_key(
     assert "sk-secret" not in str(raised.value)
 
 
+def test_a_server_that_does_not_answer_at_start_is_told(
+    head: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeUpstream("vllm") as upstream:
+        create_server(ServeConfig(head=head, upstream=upstream.url))
+    assert not caplog.messages
+    create_server(ServeConfig(head=head, upstream="http://127.0.0.1:1"))
+    (told,) = caplog.messages
+    assert "http://127.0.0.1:1 does not answer at start, it is asked again: " in told
+
+
 def test_it_listens_on_the_loopback_interface_alone(head: Path) -> None:
     with spawned_proxy("--head", str(head)) as proxy, socket.socket() as client:
         port = int(proxy.url.rpartition(":")[2])
@@ -381,7 +392,7 @@ def test_the_head_and_the_keys_are_read_anew_and_no_stream_is_dropped(
         assert asked(proxy, "new", "b").haltwise["position"] == 12
         assert asked(proxy, "old", "c").status == 401
         sure_head(rule="every 8 tokens").save(head)
-        reload(1, "nothing is reloaded: the head halts under other conditions")
+        reload(1, "other conditions: decision_rule is 'every 8 tokens', expected 'every 4")
         saved_head(head)
         keys.write_text("{}")
         reload(2, "nothing is reloaded")

@@ -49,6 +49,18 @@ def test_who_names_a_segment_and_no_price_has_that_of_the_segment(
     assert Terms.within({"segment": "hard"}, default).price == 0.1
 
 
+def test_a_segment_without_a_price_is_told_once_with_those_that_have_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    default = Terms(0.5, segment_prices={"hard": 0.1, "easy": 0.3})
+    for segment in ("hart", "hart", "hard", None):
+        Terms.read({"segment": segment}, default)
+    Terms.read({"segment": "hart"}, Terms(0.5))
+    (told,) = caplog.messages
+    told_of = "segment 'hart' has no price of its own, as easy, hard have"
+    assert told == f"{told_of}: the default price holds"
+
+
 @pytest.mark.parametrize(
     ("asked", "cap"),
     [({}, 100), ({"max_tokens": 50}, 50), ({"max_tokens": 500}, 100), ({"max_tokens": None}, 100)],
