@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from agents.balance import balance
 from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
@@ -708,9 +709,9 @@ def _choose(
     kept_back = learning.learned.folds.get(config.seed, {})
     models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
     probing = head.halting.probing
+    simple = tqdm([*baselines.BASELINES, *models], "simple policies")
     outcomes = {"head": learning.outcomes} | {
-        policy.name: swept(policy, learning.judged_on, probing)
-        for policy in (*baselines.BASELINES, *models)
+        policy.name: swept(policy, learning.judged_on, probing) for policy in simple
     }
     return choose_points(learning.judged_on, outcomes, parameter_free(learning.judged_on, probing))
 
@@ -778,7 +779,7 @@ def _train_replay(
         share=share,
         log_dir=opened.tensorboard,
         checkpoint=opened.replay_agent,
-        progress_bar=share > 0,
+        progress_bar=True,
     )
 
 

@@ -91,7 +91,7 @@ def fit(
         reached: Called with the agent at each of CHECKPOINTS.
         log_dir: The folder that TensorBoard's files go to; None writes none.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
-        progress_bar: Whether to show a progress bar.
+        progress_bar: Whether to show progress bars.
 
     Returns:
         The trained agent.
@@ -120,9 +120,18 @@ def fit(
         if parent is not None:
             take_up(ppo, parent)
         if config.pathwise.steps:
-            net, observing, start = log_odds_net(ppo), head.observing, config.pathwise
-            goes_on = parent is not None
-            start_from_traces(net, chunks, observing, head.halting, start, seed, log_dir, goes_on)
+            net = log_odds_net(ppo)
+            start_from_traces(
+                net,
+                chunks,
+                head.observing,
+                head.halting,
+                config.pathwise,
+                seed,
+                log_dir,
+                goes_on=parent is not None,
+                progress_bar=progress_bar,
+            )
             set_log_odds(ppo, net)
     total = config.ppo.total_timesteps
     if len(chunks) == 1:
@@ -131,7 +140,7 @@ def fit(
     callbacks: list[BaseCallback] = [_Checkpoints(total, share, reached)]
     if len(chunks) > 1:
         callbacks.append(_Streaming(env, one_pass, share * total / len(chunks)))
-    learn(ppo, total, "replay", checkpoint, progress_bar, callbacks)
+    learn(ppo, total, "replay", checkpoint, progress_bar and share > 0, callbacks)
     return ppo
 
 

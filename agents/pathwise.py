@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from agents.balance import balance
 from agents.network import LogOdds
@@ -109,6 +110,7 @@ def start_from_traces(
     seed: int,
     log_dir: Path | None = None,
     goes_on: bool = False,
+    progress_bar: bool = False,
 ) -> int:
     """Trains a network in place to halt recorded traces well at every price of the range.
 
@@ -124,6 +126,7 @@ def start_from_traces(
             every tenth step. None writes none.
         goes_on: Whether the network has learned already: then all of it stays near to what it is,
             and not the rule that it starts from alone.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
         The number of gradient steps.
@@ -168,7 +171,7 @@ def start_from_traces(
         optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
-        for num in range(steps):
+        for num in tqdm(range(steps), "start", disable=not progress_bar):
             rows = torch.from_numpy(rng.integers(len(returns.em), size=size))
             price = observing.draw_price(rng, size)
             batch = Batch.of(returns, rows, price, observing)

@@ -29,7 +29,7 @@ MARKERS = (
 
 # The errors that templates raise about messages that they refuse, or stumble over.
 _REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError)
-_THOUGHT, _ANSWER = "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
+_QUESTION, _THOUGHT, _ANSWER = "HALTWISE-QUESTION", "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
 
 #: One turn of a chat, with the keys "role" and "content".
 Message = dict[str, str]
@@ -165,7 +165,7 @@ class Chat:
 
         They tell how the LM is asked, where its thoughts begin and end, and what closes them.
         """
-        prompt = self.prompt("?")
+        prompt = self.prompt(_QUESTION)
         how = "chat template" if self.template.text else "no chat template"
         if not self.think_start:
             thought = "in the open, from the prompt's end; the LM has no think markers"
@@ -175,7 +175,7 @@ class Chat:
             thought = f"the LM opens it with {self.think_start!r} and closes it with "
             thought += repr(self.think_end)
         return (
-            f"asked:      {how}, the prompt ends in {prompt[-32:]!r}\n"
+            f"asked:      {how}, behind a question stands {prompt.rpartition(_QUESTION)[2]!r}\n"
             f"thought:    {thought}\n"
             f"closed by:  {self.close_mark!r}, then the task's cue"
         )

@@ -16,10 +16,10 @@ from lms.ask import check_closes
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from lms.tried import Tried, never_right, report, short
 
 # The decision points of a thought that are probed: to look at more would teach nothing new.
 _POINTS = 8
-_SHOWN = 160
 
 
 @dataclass
@@ -41,6 +41,21 @@ class TriedQuestion:
     def is_right(self) -> bool:
         """Whether the LM's own answer is the gold answer."""
         return self.question.is_right(self.answer)
+
+    @property
+    def told(self) -> Tried:
+        """What a person is told of it."""
+        return Tried(
+            self.prompt,
+            self.thought.text(),
+            self.answer,
+            self.question.gold,
+            self.is_right,
+            self.thought.finished,
+            self.thought.num_tokens,
+            [probe.answer for probe in self.probes],
+            self.probes[0].text if self.probes else "",
+        )
 
 
 @dataclass
@@ -67,24 +82,9 @@ class SelfTest:
 
     def __str__(self) -> str:
         """Returns about ten lines for a person, and one for each warning."""
-        one = next((one for one in self.answered if one.probes), self.answered[0])
-        probe, probes = one.probes[0], self.probes
-        num_read = sum(bool(probe.answer) for probe in probes)
-        mean = np.mean([one.thought.num_tokens for one in self.answered])
-        lines = [
-            self.chat,
-            f"close text: {self.close_text!r}",
-            f"prompt:     {_short(one.prompt)}",
-            f"goes on:    {_short(one.thought.text())}",
-            f"forced:     {_short(probe.text)}, read as {_short(probe.answer)}",
-            f"own answer: {_short(one.answer)}, gold {_short(one.question.gold)}",
-            f"{len(self.answered)} questions: "
-            f"thought begun {self.share(lambda one: one.thought.begun):.0%}, "
-            f"ended by the LM {self.share(lambda one: one.thought.finished):.0%}, "
-            f"right {self.share(lambda one: one.is_right):.0%}, {mean:,.0f} tokens on average",
-            f"{len(probes)} forced answers: {num_read / len(probes):.0%} could be read",
-        ]
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+        begun = self.share(lambda one: one.thought.begun)
+        tried = [one.told for one in self.answered]
+        return report(self.chat, self.close_text, tried, self.warnings, begun)
 
 
 def self_test(
@@ -121,14 +121,14 @@ def self_test(
     if not any(probe.answer for probe in probes):
         raise InputError(
             f"none of {len(probes)} forced answers can be read by the rule "
-            f"{halting.answer_rule!r}, such as {_short(probes[0].text)}: set --close-text to what "
+            f"{halting.answer_rule!r}, such as {short(probes[0].text)}: set --close-text to what "
             "leads the LM to its answer, or raise --max-answer-tokens"
         )
     warnings = [
         *_warn_of_texts(decoder.rules, halting),
         *_warn_of_ends(answered, decoder),
         *_warn_of_markers(answered, halting),
-        *_warn_of_answers(answered),
+        *never_right([one.told for one in answered]),
     ]
     return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
 
@@ -161,7 +161,7 @@ def _check_thoughts(answered: Sequence[TriedQuestion], halting: Halting) -> None
         text = answered[0].thought.text()
         raise InputError(
             f"no thought begins: {halting.think_start!r} neither ends the prompt nor is among the "
-            f"first {LONGEST_OPENING} tokens, which are {_short(text)}; set --think-start and "
+            f"first {LONGEST_OPENING} tokens, which are {short(text)}; set --think-start and "
             "--think-end, both empty if the LM reasons in the open"
         )
     if not any(one.probes for one in answered):
@@ -217,24 +217,3 @@ def _warn_of_markers(answered: Sequence[TriedQuestion], halting: Halting) -> lis
                     f"it thinks, set --think-start '{start}' --think-end '{end}'"
                 ]
     return []
-
-
-def _warn_of_answers(answered: Sequence[TriedQuestion]) -> list[str]:
-    """Returns a warning if the LM is never right: then no head can learn what halting loses."""
-    ended = [one for one in answered if one.thought.finished]
-    if not ended or any(one.is_right for one in ended):
-        return []
-    one = ended[0]
-    return [
-        f"none of {len(ended)} full answers is right, such as {_short(one.answer)} where "
-        f"{_short(one.question.gold)} was expected: see whether --scorer reads what the LM writes, "
-        "and whether the LM can answer such questions at all"
-    ]
-
-
-def _short(text: str) -> str:
-    """Returns a text as Python writes it, without its middle if it is long."""
-    shown = repr(text)
-    if len(shown) <= _SHOWN:
-        return shown
-    return f"{shown[: _SHOWN // 2]} ... {shown[-_SHOWN // 2 :]}"

@@ -49,6 +49,8 @@ _SAME_NUMBER = 0.1
 _NOTHING = ServedPrompt("", [])
 # Likeliest tokens whose numbers are compared.
 _NUM_COMPARED = 5
+# What else may be to blame where a trial fails.
+_ALONE = "if others ask the server at the same time, they may have taken its slots or its cache"
 # Seeds that every server takes.
 _SEEDS = 2**31 - 1
 
@@ -118,9 +120,12 @@ class OpenAIEngine:
                 f"{self._lm.context} tokens: expected shorter ones, or lower --max-tokens"
             )
         budget = min(self._max_tokens, max_tokens or self._max_tokens)
-        told = judged_trial(
-            list(self._record(iter(asked), budget)), self.description, self._halting
-        )
+        prompts = {question.question_id: prompt.text for (question, _), prompt in asked}
+        try:
+            rows = list(self._record(iter(asked), budget))
+            told = judged_trial(rows, prompts, self.description, self._halting)
+        except InputError as error:
+            raise InputError(f"{error}; {_ALONE}") from None
         at_once = f"{self._num_slots} questions at once"
         return "\n".join([told, at_once, *(f"not shown: {note}" for note in self._notes)])
 

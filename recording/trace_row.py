@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from haltwise import Halting, InputError, Signals
 from haltwise.session.thought import PointRules, Probe, Thought
 from lms.language_model import LanguageModel
 from lms.questions import Question
+from lms.tried import Tried, never_right, report
 
 #: A finished trace, by the column names of `traces.SCHEMA`.
 TraceRow = dict[str, Any]
@@ -152,11 +153,14 @@ def sampling_seed(prompt: str, seed: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def judged_trial(rows: Sequence[TraceRow], description: str, halting: Halting) -> str:
+def judged_trial(
+    rows: Sequence[TraceRow], prompts: Mapping[str, str], description: str, halting: Halting
+) -> str:
     """Returns what the first traces of an engine tell, for a person.
 
     Args:
         rows: The traces.
+        prompts: By question id, the LM's whole input.
         description: How the LM is asked and how it thinks.
         halting: How it is halted.
 
@@ -177,13 +181,20 @@ def judged_trial(rows: Sequence[TraceRow], description: str, halting: Halting) -
             f"{halting.answer_rule!r}, {shown}: set --close-text to what leads the LM to "
             "its answer, or raise --max-answer-tokens"
         )
-    num_read = sum(map(bool, answers))
-    first = next(answer for answer in answers if answer)
-    return (
-        f"{description}\n{len(rows)} questions, {num_read} of {len(answers)} forced "
-        f"answers could be read, the first as {first!r}\n"
-        f"the first whole text: {rows[0]['text']!r:.160}"
-    )
+    tried = [
+        Tried(
+            prompts[row["question_id"]],
+            row["text"],
+            row["final_answer"],
+            row["gold"],
+            row["final_correct"],
+            row["finished"],
+            row["num_tokens"],
+            row["answer"],
+        )
+        for row in rows
+    ]
+    return report(description, halting.close_text, tried, never_right(tried))
 
 
 def known_lm(lm: LanguageModel) -> dict[str, Any]:

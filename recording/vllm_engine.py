@@ -121,8 +121,10 @@ class VllmEngine:
         """
         check_closes(self._halting)
         budget = min(self._max_tokens, max_tokens or self._max_tokens)
-        rows = list(self._answer(fitting_prompts(self._lm, work, self._max_prompt), budget))
-        return judged_trial(rows, self.description, self._halting)
+        fitting = fitting_prompts(self._lm, work, self._max_prompt)
+        prompts = {question.question_id: prompt for (question, _), prompt in fitting}
+        rows = list(self._answer(fitting, budget))
+        return judged_trial(rows, prompts, self.description, self._halting)
 
     def close(self) -> None:
         """Ends the engine's processes."""

@@ -45,7 +45,6 @@ HERE = {
 }
 SERVER = "http://127.0.0.1:8080"
 SECOND_SERVER = "http://127.0.0.1:8081"
-ASKED = {"What is 6 times 7?": "sum : 9 + 3 + 6 + 7 - 2 - 5"}
 SMOL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Pages whose blocks other tests run: how they have to be run is their own.
 ELSEWHERE = {
@@ -159,8 +158,6 @@ def test_the_inference_loop_of_the_guide_takes_whatever_recording_takes(
     (snippet,) = blocks("YOUR_LM", "python")
     torch.manual_seed(0)
     text = snippet.text.replace("max_new_tokens=4096", "max_new_tokens=200")
-    for old, new in ASKED.items():
-        text = text.replace(old, new)
     exec(compile(text, "YOUR_LM", "exec"), {})
     assert re.search(r"ThoughtReport\(.*reason='halted'", capsys.readouterr().out)
 

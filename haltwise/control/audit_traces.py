@@ -39,7 +39,7 @@ _ROOM = 1_000
 _MOST_KNOWN = 10_000
 _LONGEST_NAME = 100
 # The task of requests that name none.
-_UNNAMED = "served"
+_UNNAMED = "no task named"
 
 Line = Mapping[str, Any]
 

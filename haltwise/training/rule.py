@@ -33,10 +33,10 @@ class Decision:
     """Reduce: lower the learning rate or raise the batch size. Cool down: go on for some steps at a
     small learning rate."""
     reason: str = ""
-    """A sentence; of "go on" none."""
+    """A sentence."""
 
 
-_GO_ON = Decision("go on")
+_GO_ON = Decision("go on", "no plateau yet, and nothing else that stops the run")
 # What changes beside the curve and the latest decision.
 _COUNTS = (
     "rate",

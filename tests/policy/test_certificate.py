@@ -207,6 +207,9 @@ def test_prices_are_certified_in_order_until_the_first_that_is_not() -> None:
 def test_segments_share_the_error_as_long_as_their_questions_suffice() -> None:
     # At 0.1, 0.05 and 0.0333 a segment needs 45, 59 and 67 questions without a loss.
     assert [fewest_questions(0.05, 0.1 / k) for k in (1, 2, 3)] == [45, 59, 67]
+    # As docs/YOUR_DATA.md has it.
+    of_points = [fewest_questions(points / 100, 0.1) for points in (10, 5, 3, 2, 1)]
+    assert of_points == [22, 45, 76, 114, 230]
     assert segments_to_test({"a": 60, "b": 59, "c": 66}, 0.05, 0.1) == ["c", "a"]
     assert segments_to_test({"a": 67, "b": 80, "c": 67}, 0.05, 0.1) == ["b", "a", "c"]
     assert segments_to_test({"a": 44, "b": 1}, 0.05, 0.1) == []

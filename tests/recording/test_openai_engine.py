@@ -296,8 +296,22 @@ def test_numbers_that_hang_on_the_temperature_are_told(
         (row,) = engine.record([(asked(Plan("p")), 0)])
         report = engine.self_test([(asked(Plan("p")), 0)], None)
     assert ("hang on the temperature" in report) == told
-    first = next(answer for answer in row["answer"] if answer)
-    assert f"could be read, the first as {first!r}\nthe first whole text: " in report
+    # The very lines of transformers' self-test, but for what no server tells.
+    lines = report.splitlines()
+    assert r"""prompt:     '{"name": "p"}\n<|assistant|><think>\n'""" in lines
+    assert f"forced:     read as {row['answer'][0]!r}" in lines
+    assert f"own answer: {row['final_answer']!r}, gold {asked(Plan('p')).gold!r}" in lines
+    ended = f"ended by the LM 100%, right 0%, {row['num_tokens']} tokens on average"
+    assert f"1 questions: {ended}" in lines
+    assert any(line.startswith("warning: none of 1 full answers is right, such") for line in lines)
+    assert f"{len(row['answer'])} forced answers: 100% could be read" in lines
+
+
+def test_a_trial_that_fails_names_others_as_a_possible_cause() -> None:
+    with FakeUpstream("vllm") as fake, opened(fake.url) as engine:
+        told = r"upstream broke off its answer; if others ask the server at the same time, they may"
+        with pytest.raises(InputError, match=told):
+            engine.self_test([(asked(Plan("p", trouble="ends", at=5)), 0)], None)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,12 @@ def test_a_known_optimum_is_passed_before_the_run_stops(config: StoppingConfig, 
     assert np.mean(np.array(at) < 12) <= 0.05 and max(at) <= 60
 
 
+def test_a_run_that_ends_before_the_rule_says_so() -> None:
+    rule = StoppingRule(StoppingConfig())
+    assert rule.evaluated(1, [0.0, 1.0]).reason == rule.latest.reason
+    assert rule.latest.reason == "no plateau yet, and nothing else that stops the run"
+
+
 def test_after_the_stated_number_of_evaluations_any_run_is_at_a_plateau() -> None:
     # Two questions: no evidence is ever enough, but more than the span cannot be gained.
     for span, gain, patience in ((1.0, 0.1, 2), (2.0, 0.3, 1), (0.5, 0.05, 4)):
