@@ -132,7 +132,8 @@ def test_a_self_test_tells_what_it_found(
 ) -> None:
     engine = open_vllm(config, SHORT)
     asked = list(seeded_questions(config))
-    assert "14 questions, " in engine.self_test(asked, 32)
+    report = engine.self_test(asked, 32)
+    assert "14 questions: ended by the LM " in report and "\nprompt:     'sum : " in report
     with pytest.raises(InputError, match="no thought comes to a decision point"):
         engine.self_test(asked, 4)
     monkeypatch.setattr(FakeLLM, "spoil", staticmethod(silence))
