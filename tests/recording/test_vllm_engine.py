@@ -133,7 +133,7 @@ def test_a_self_test_tells_what_it_found(
     engine = open_vllm(config, SHORT)
     asked = list(seeded_questions(config))
     report = engine.self_test(asked, 32)
-    assert "14 questions: ended by the LM " in report and "\nprompt:     'sum : " in report
+    assert "14 questions: ended by the LM " in report and "\nprompt:     '" in report
     with pytest.raises(InputError, match="no thought comes to a decision point"):
         engine.self_test(asked, 4)
     monkeypatch.setattr(FakeLLM, "spoil", staticmethod(silence))
