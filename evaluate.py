@@ -2,7 +2,7 @@
 
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID --price 0.2
-python evaluate.py --head RUN --traces FOLDER --beside FOLDER FOLDER --json out.json
+python evaluate.py --head RUN --traces FOLDER --beside FOLDER FOLDER --json out.json --plot out.png
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def main(config: EvaluateConfig) -> Report | list[RecordingRow] | None:
         return None
     if config.beside:
         entrants = [Entrant(path, trained), *_entrants(config, trained)]
-        return compare_recordings(entrants, config.split, config.max_traces, config.json)
+        return compare_recordings(
+            entrants, config.split, config.max_traces, config.json, config.plot
+        )
     outputs = Outputs(config.json, config.report, config.plot)
     return evaluate_run(
         trained,
@@ -114,11 +116,11 @@ def _check_beside(config: EvaluateConfig) -> None:
     num_heads, num = len(config.beside_heads), len(config.beside)
     if num_heads not in (0, num):
         raise InputError(f"--beside-heads names {num_heads} runs, expected {num}, as in --beside")
-    others = (config.report, config.plot, config.explain)
+    others = (config.report, config.explain)
     if num and (config.live or config.verbose or any(other is not None for other in others)):
         raise InputError(
-            "--beside compares recordings: expected no --report, --plot, --explain, --live, "
-            "--verbose with it"
+            "--beside compares recordings: expected no --report, --explain, --live, --verbose "
+            "with it"
         )
 
 

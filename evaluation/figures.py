@@ -18,7 +18,16 @@ from matplotlib.figure import Figure
 from evaluation.behaviour import Behaviour, Reliability, WhereHalted
 from evaluation.protocol import RATE_MATCHED
 from evaluation.results import Report
-from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint, MissingSweep, SweepRow
+from evaluation.rows import (
+    FrozenRow,
+    GroupRow,
+    Interval,
+    MissingPoint,
+    MissingSweep,
+    PricePoint,
+    RecordingRow,
+    SweepRow,
+)
 from evaluation.svg import COLOR
 from evaluation.wording import gate_title, kind_title, policy_title, signed
 from policies.rules import RULE_NAMES
@@ -29,6 +38,7 @@ MOST_GROUPS = 16
 _BOUND_MARKERS = {"hindsight": "*", "hindsight_give_up": "p"}
 _MARKERS = "osv^DPX<>h"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1)))
+_Drawn = SweepRow | GroupRow | RecordingRow | PricePoint
 _NUM_OTHERS = sum(name.startswith("other-") for name in COLOR)
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -140,6 +150,56 @@ def frontier(
     return figure
 
 
+def recordings(rows: Sequence[RecordingRow]) -> Figure:
+    """Draws EM against tokens: each recording alone, and its line over the prices of its head.
+
+    Squares are LMs alone, dots are at a head's own price, both with 95 % intervals, as the bands.
+
+    Args:
+        rows: The recordings, with intervals or without.
+    """
+    with style():
+        figure = Figure(figsize=(6.4, 4.9))
+        axes = figure.subplots()
+        for k, row in enumerate(rows):
+            look = _looks(["head", *map(str, range(k))])[str(k - 1) if k else "head"]
+            _draw_recording(axes, row, look)
+        low = [100 * (row.em_interval or [row.em])[0] for row in rows]
+        low += [100 * (row.sweep[0].em_interval or [row.sweep[0].em])[0] for row in rows]
+        axes.set_ylim(min(low) - 6, 100)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("tokens a question, probes included")
+        axes.set_ylabel("EM, %")
+        figure.legend(loc="outside lower center", ncols=2, handlelength=3.2)
+    return figure
+
+
+def _draw_recording(axes: Axes, row: RecordingRow, look: _Look) -> None:
+    """Draws a recording alone, the line of its head with a band, and the head's own price."""
+    own, *grid = row.sweep
+    points = sorted(grid, key=lambda point: point.tokens)
+    tokens = [point.tokens for point in points]
+    axes.plot(
+        tokens, [100 * point.em for point in points], label=f"{plain(row.lm)}, halted",
+        color=look.color, linestyle=look.dash, linewidth=1.8, zorder=4,
+    )  # fmt: skip
+    if all(point.em_interval for point in points):
+        low, high = zip(*(_bounds(point, "em") for point in points), strict=True)
+        axes.fill_between(tokens, low, high, color=look.color, alpha=0.16, linewidth=0)
+    for place, marker, label in ((own, "o", None), (row, "s", f"{plain(row.lm)} alone")):
+        axes.errorbar(
+            place.tokens, 100 * place.em, xerr=_token_errors(place), yerr=_errors([place], "em"),
+            color=look.color, marker=marker, markersize=7, linestyle="none", linewidth=1.2,
+            capsize=2.5, label=label, zorder=6,
+        )  # fmt: skip
+
+
+def _token_errors(place: RecordingRow | PricePoint) -> list[list[float]]:
+    """Returns how far (2, 1) an interval of tokens reaches below and above their number."""
+    low, high = place.tokens_interval or [place.tokens] * 2
+    return [[max(place.tokens - low, 0.0)], [max(high - place.tokens, 0.0)]]
+
+
 @dataclass(frozen=True)
 class _Look:
     """How a policy is drawn."""
@@ -150,7 +210,7 @@ class _Look:
     heavy: bool
 
 
-def _looks(policies: Sequence[str], strongest: Sequence[str]) -> dict[str, _Look]:
+def _looks(policies: Sequence[str], strongest: Sequence[str] = ()) -> dict[str, _Look]:
     """Gives each policy a look of its own, and the head and the strongest baselines heavy ones."""
     looks, num_others = {}, 0
     for k, policy in enumerate(policies):
@@ -200,14 +260,14 @@ def _draw_points(axes: Axes, rows: Sequence[FrozenRow], look: _Look) -> None:
         )  # fmt: skip
 
 
-def _bounds(row: SweepRow | GroupRow, column: str) -> tuple[float, float]:
+def _bounds(row: _Drawn, column: str) -> tuple[float, float]:
     """Returns a value's interval in points of a hundred; where it has none, the value twice."""
     interval: Interval | None = getattr(row, f"{column}_interval")
     low, high = interval or [getattr(row, column)] * 2
     return 100 * low, 100 * high
 
 
-def _errors(rows: Sequence[SweepRow | GroupRow], column: str) -> list[list[float]]:
+def _errors(rows: Sequence[_Drawn], column: str) -> list[list[float]]:
     """Returns how far (2, N) intervals reach below and above values, in points of a hundred."""
     # No length is below 0: where all resamples agree, rounding may put a value outside of its
     # interval.

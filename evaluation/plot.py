@@ -1,4 +1,4 @@
-"""Draws the picture of exact match against tokens."""
+"""Draws the pictures of exact match against tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command import whole_file
-from evaluation.figures import frontier, style
-from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, SweepRow
+from evaluation.figures import frontier, recordings, style
+from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, RecordingRow, SweepRow
 
 
 def plot_frontiers(
@@ -22,3 +22,14 @@ def plot_frontiers(
     """
     with style(), whole_file(path) as temporary:
         frontier(rows, frozen).savefig(temporary, format="png")
+
+
+def plot_recordings(rows: Sequence[RecordingRow], path: Path) -> None:
+    """Draws recordings, alone and halted at every price of their heads, into a PNG file.
+
+    Args:
+        rows: The recordings.
+        path: The file, which is written whole or not at all.
+    """
+    with style(), whole_file(path) as temporary:
+        recordings(rows).savefig(temporary, format="png")

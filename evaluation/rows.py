@@ -145,6 +145,18 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
+class PricePoint:
+    """What a recording comes to when it is halted at some price."""
+
+    price: float
+    em: float
+    em_interval: Interval | None
+    tokens: float
+    """The tokens, probes included."""
+    tokens_interval: Interval | None
+
+
+@dataclass(frozen=True)
 class RecordingRow:
     """What a recording comes to, alone and halted by a head at the head's own price.
 
@@ -165,10 +177,14 @@ class RecordingRow:
     num_traces: int
     em: float
     """The EM of never halting."""
+    em_interval: Interval | None
     em_lead: float
     em_lead_interval: Interval | None
     tokens: float
     """The tokens of never halting."""
+    tokens_interval: Interval | None
+    tokens_lead: float
+    tokens_lead_interval: Interval | None
     halted_em: float
     halted_em_lead: float
     halted_em_lead_interval: Interval | None
@@ -180,9 +196,11 @@ class RecordingRow:
     saving_interval: Interval | None
     saving_lead: float
     saving_lead_interval: Interval | None
+    sweep: tuple[PricePoint, ...]
+    """The recording at the head's own price, and then at each price of its grid."""
 
 
-_WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow, RecordingRow)
+_WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow, RecordingRow, PricePoint)
 
 
 def without_intervals(row: _WithIntervals) -> _WithIntervals:
@@ -193,6 +211,8 @@ def without_intervals(row: _WithIntervals) -> _WithIntervals:
     nothing: dict[str, Any] = {
         field.name: None for field in fields(row) if field.name.endswith("_interval")
     }
+    if isinstance(row, RecordingRow):
+        nothing["sweep"] = tuple(map(without_intervals, row.sweep))
     return replace(row, **nothing)
 
 

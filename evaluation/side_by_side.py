@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from command import write_json
 from evaluation.evaluate_run import Trained, judged
-from evaluation.intervals import Resampled, Resamples, interval
+from evaluation.intervals import Float, Resampled, Resamples, interval, intervals
 from evaluation.outcome import Outcome, average, em_delta, halt_outcome, never_outcome, saving
-from evaluation.rows import RecordingRow, to_json, without_intervals
+from evaluation.plot import plot_recordings
+from evaluation.rows import PricePoint, RecordingRow, to_json, without_intervals
 from evaluation.table import format_recordings
 from evaluation.verdict import side_by_side
 from haltwise import InputError
+from policies.head import price_grid
 from traces import Traces
 
 
@@ -33,22 +34,27 @@ class Entrant:
 
 
 def compare_recordings(
-    entrants: Sequence[Entrant], split: str, max_traces: int, json: Path | None
+    entrants: Sequence[Entrant],
+    split: str,
+    max_traces: int,
+    json: Path | None,
+    plot: Path | None,
 ) -> list[RecordingRow]:
-    """Compares recordings with the first, prints a table and the verdict, and writes a JSON file.
+    """Compares recordings with the first, prints a table and the verdict, and writes files.
 
     Args:
         entrants: The recordings, the one to compare with first.
         split: Which of the traces to judge: train, dev, test, or all.
         max_traces: The most traces of the first to hold in memory; of more, a sample by question.
-        json: The file to write; None writes none.
+        json: The JSON file to write; None writes none.
+        plot: The PNG file to draw exact match against tokens into; None draws none.
 
     Returns:
         A row for each recording.
 
     Raises:
         InputError: If traces cannot be used, do not fit their head, or are of other questions.
-        OSError: If the file cannot be written.
+        OSError: If a file cannot be written.
     """
     found = _read(entrants, split, max_traces)
     rows = recording_rows(entrants, found)
@@ -57,6 +63,8 @@ def compare_recordings(
     print(format_recordings(rows))
     if json is not None:
         write_json(json, {"split": split, "recordings": to_json(rows)})
+    if plot is not None:
+        plot_recordings(rows, plot)
     print(f"\n{side_by_side(rows)}")
     return rows
 
@@ -116,13 +124,16 @@ class _Found:
 
     entrant: Entrant
     traces: Traces
-    halted: Outcome
-    em: NDArray[np.float64]
-    """(R,) the EM of never halting."""
-    halted_em: NDArray[np.float64]
-    """(R,) the EM when the head halts."""
+    prices: list[float]
+    """K prices, the head's own first."""
+    outcomes: list[Outcome]
+    """What the head comes to at each of them."""
+    em: Float
+    """(K + 1, R) the EM at each of them; last that of never halting."""
+    tokens: Float
+    """(K + 1, R) the tokens, likewise."""
     resampled: Resampled
-    """How that changes when the head halts, and what it saves."""
+    """How EM changes when the head halts at its own price, and what it saves."""
 
     @classmethod
     def of(cls, entrant: Entrant, traces: Traces, drawn: Resamples) -> _Found:
@@ -130,29 +141,45 @@ class _Found:
         # Another recording may have the questions in another order, or more answers to one.
         _, question = np.unique(traces.question_id, return_inverse=True)
         resamples = replace(drawn, question=question)
-        halted = _halted(entrant.trained, traces)
-        num, *right = resamples.sums([np.ones(len(traces)), traces.final_correct, halted.em])
-        em, halted_em = (each / num for each in right)
-        return cls(entrant, traces, halted, em, halted_em, resamples.of(traces, [halted])[0])
+        own = entrant.trained.head.config.default_price
+        prices = [own, *price_grid(entrant.trained.head.config.observing)]
+        outcomes = _halted(entrant.trained, traces, prices)
+        each = [*outcomes, never_outcome(traces)]
+        columns = [np.ones(len(traces)), *(one.em for one in each), *(one.cost for one in each)]
+        num, *sums = resamples.sums(columns)
+        em, tokens = np.split(np.array(sums) / num, 2)
+        return cls(
+            entrant, traces, prices, outcomes, em, tokens, resamples.of(traces, outcomes[:1])[0]
+        )
+
+    def points(self) -> tuple[PricePoint, ...]:
+        """Returns what the recording comes to at each price."""
+        ends = zip(intervals(self.em), intervals(self.tokens), strict=True)
+        return tuple(
+            PricePoint(price, float(one.em.mean()), em, float(one.cost.mean()), tokens)
+            for price, one, (em, tokens) in zip(self.prices, self.outcomes, ends, strict=False)
+        )
 
 
-def _halted(trained: Trained, traces: Traces) -> Outcome:
-    """Returns what a run's head comes to at its own price; at 0 it neither halts nor looks."""
-    price, probing = trained.head.config.default_price, trained.head.config.halting.probing
-    if not price:
-        return never_outcome(traces)
-    return average(
-        [
-            halt_outcome(traces, judge.halts(judge.signal(traces), price), probing)
-            for judge in trained.judges(traces)
-        ]
-    )
+def _halted(trained: Trained, traces: Traces, prices: Sequence[float]) -> list[Outcome]:
+    """Returns what a run's head comes to at each price; at 0 it neither halts nor looks."""
+    probing = trained.head.config.halting.probing
+    judges = [(judge, judge.signal(traces)) for judge in trained.judges(traces)]
+    return [
+        average(
+            [halt_outcome(traces, judge.halts(signal, price), probing) for judge, signal in judges]
+        )
+        if price
+        else never_outcome(traces)
+        for price in prices
+    ]
 
 
 def _row(found: _Found, first: _Found) -> RecordingRow:
     """Makes the row of a recording, beside the first one."""
-    traces, halted, trained = found.traces, found.halted, found.entrant.trained
+    traces, halted, trained = found.traces, found.outcomes[0], found.entrant.trained
     em, first_em = traces.final_correct.mean(), first.traces.final_correct.mean()
+    tokens, first_tokens = traces.num_tokens.mean(), first.traces.num_tokens.mean()
     own, of_first = found.resampled, first.resampled
     saved = saving(traces, halted)
     return RecordingRow(
@@ -164,16 +191,21 @@ def _row(found: _Found, first: _Found) -> RecordingRow:
         num_questions=len(np.unique(traces.question_id)),
         num_traces=len(traces),
         em=float(em),
+        em_interval=interval(found.em[-1]),
         em_lead=float(em - first_em),
-        em_lead_interval=interval(found.em - first.em),
-        tokens=float(traces.num_tokens.mean()),
+        em_lead_interval=interval(found.em[-1] - first.em[-1]),
+        tokens=float(tokens),
+        tokens_interval=interval(found.tokens[-1]),
+        tokens_lead=float(tokens - first_tokens),
+        tokens_lead_interval=interval(found.tokens[-1] - first.tokens[-1]),
         halted_em=float(halted.em.mean()),
-        halted_em_lead=float(halted.em.mean() - first.halted.em.mean()),
-        halted_em_lead_interval=interval(found.halted_em - first.halted_em),
+        halted_em_lead=float(halted.em.mean() - first.outcomes[0].em.mean()),
+        halted_em_lead_interval=interval(found.em[0] - first.em[0]),
         em_delta=em_delta(traces, halted),
         em_delta_interval=interval(own.em_delta),
         saving=saved,
         saving_interval=interval(own.saving),
-        saving_lead=saved - saving(first.traces, first.halted),
+        saving_lead=saved - saving(first.traces, first.outcomes[0]),
         saving_lead_interval=interval(own.saving - of_first.saving),
+        sweep=found.points(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from distill import DistillConfig, main
 from haltwise import HaltHead, InputError
 from lms.embedded import EMBEDDED
 from lms.fine_tune import FineTuneConfig
+from lms.grpo import GrpoConfig
 from lms.language_model import LanguageModel
 from tests.recording.test_cut_thoughts import THOUGHT
 from traces import Traces
@@ -34,7 +36,7 @@ def told(
         run_head.save(tmp_path / "head")
         tuning = FineTuneConfig(epochs=steps, lr=1e-3, batch_size=4)
         found = DistillConfig(tmp_path / "head", tmp_path / "made.parquet", tmp_path / "lm")
-        return replace(found, price=1.0, **{"fine_tune": tuning} | changes)
+        return replace(found, **{"price": 1.0, "fine_tune": tuning} | changes)
 
     return config
 
@@ -63,7 +65,32 @@ def test_an_lm_learns_its_own_cut_thoughts(
     assert after.fingerprint == before.fingerprint and after.temperature == before.temperature
     assert after.model.num_parameters() == before.model.num_parameters()
     record = json.loads((folder / "distilled.json").read_text())
-    assert record["thoughts"] == 4 and record["lora_rank"] == rank
+    assert record["fine_tune"]["thoughts"] == 4 and record["fine_tune"]["lora_rank"] == rank
+
+
+def test_an_lm_learns_from_its_own_answers_alone(
+    told: Callable[..., DistillConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = GrpoConfig(steps=2, questions=2, generations=2)
+    budget = {"max_tokens": 16}
+    folder = main(told(steps=0, recorder=budget, row=THOUGHT | {"gold": "99"}, price=2.0, grpo=own))
+    # No answer is right, and all take the 16 tokens that there are, which cost 0.032.
+    assert "answers to 4 questions return -0.032 in the first tenth of 2 steps, -0.032 in" in (
+        capsys.readouterr().out
+    )
+    before, after = LanguageModel.load(EMBEDDED), LanguageModel.load(folder)
+    assert after.fingerprint == before.fingerprint and after.temperature == before.temperature
+    record = json.loads((folder / "distilled.json").read_text())
+    assert record["grpo"]["steps"] == 2 and "fine_tune" not in record
+
+
+def test_held_out_questions_end_the_fine_tuning(told: Callable[..., DistillConfig]) -> None:
+    """Two of four questions are held out: no evaluation is 10 points above all before it."""
+    config = told(steps=40, recorder={"max_tokens": 32}, held_out=0.5, least_gain=10.0)
+    folder = main(config)
+    record = json.loads((folder / "distilled.json").read_text())["fine_tune"]
+    assert record["thoughts"] == 2 and record["steps"] < 40
+    assert record["held_out_returns"][0][0] == 0
 
 
 def test_what_cannot_be_learned_is_refused(
@@ -80,6 +107,17 @@ def test_what_cannot_be_learned_is_refused(
     refused("expected a folder", head=tmp_path / "nothing")
     lora = FineTuneConfig(lora_rank=2, lora_targets="no_such_layer")
     refused("LoRA targets 'no_such_layer'", fine_tune=lora)
+    once = FineTuneConfig(epochs=0)
+    refused("--fine-tune.epochs and --grpo.steps are 0", fine_tune=once)
+    own: dict[str, Any] = {"fine_tune": once, "grpo": GrpoConfig(steps=1)}
+    unknown = THOUGHT | {"gold": None, "final_correct": None, "correct": None}
+    refused("no train question has a gold answer", row=unknown, **own)
+    refused("--grpo.generations is 1, expected at least 2", grpo=GrpoConfig(generations=1))
+    refused("--grpo.lr is nan, expected positive", grpo=GrpoConfig(lr=math.nan))
+    refused("--fine-tune.epochs is -1, expected 0 or more", fine_tune=FineTuneConfig(epochs=-1))
+    refused("--price is -1.0, expected 0 or more", price=-1.0)
+    refused("--price is nan, expected 0 or more", price=math.nan)
+    refused("--held-out is 0.1 of 4 questions, expected at least 1", held_out=0.1)
     (tmp_path / "there").mkdir()
     refused("exists: expected a new folder", out=tmp_path / "there")
 

@@ -1,0 +1,57 @@
+"""An LM learns from what its own answers are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lms.fine_tune import FineTuneConfig
+from lms.grpo import GrpoConfig, reinforce
+from lms.held_out import HeldOut
+from lms.language_model import LanguageModel
+from lms.questions import Question
+from lms.tasks import questions
+from tests.tiny_lm import tiny_lm, tiny_tokenizer
+
+ASKED = questions("sum", "train", 4)
+CONFIG = GrpoConfig(steps=20, lr=1e-2, questions=2, generations=8)
+
+
+def shortness(_: Question, tokens: Sequence[int]) -> float:
+    return -len(tokens) / 8
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_an_lm_finds_the_optimum(rank: int) -> None:
+    """Where each of at most 8 tokens costs an eighth, the best answer is the end token alone."""
+    lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
+    shape = {name: weight.shape for name, weight in lm.model.state_dict().items()}
+    told = reinforce(lm, ASKED, shortness, 8, CONFIG, FineTuneConfig(lora_rank=rank))
+    assert told["steps"] == 20
+    assert told["first_return"] < -0.5 and told["last_return"] > -0.2
+    prompt = torch.tensor([lm.tokenizer.encode(lm.prompt(ASKED[0].text))])
+    with torch.inference_mode():
+        likeliest = int(lm.model(input_ids=prompt).logits[0, -1].argmax())
+    assert likeliest == lm.tokenizer.eos_token_id
+    assert {name: weight.shape for name, weight in lm.model.state_dict().items()} == shape
+
+
+def test_nothing_is_learned_where_all_answers_are_worth_the_same() -> None:
+    lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
+    before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
+    reinforce(lm, ASKED, lambda *_: 1.0, 8, CONFIG, FineTuneConfig())
+    after = lm.model.state_dict()
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+
+
+def test_held_out_questions_end_the_training() -> None:
+    """Their returns never change: by Student's interval of no spread, that is no gain at once."""
+    lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
+    flat = HeldOut(lambda: [0.0, 1.0, 0.5], span=2.0, least_gain=0.01)
+    told = reinforce(lm, ASKED, shortness, 8, CONFIG, FineTuneConfig(), flat)
+    steps = [step for step, _ in told["held_out_returns"]]
+    # Evaluations at each step; two in a row without gain, and then a tenth of 20 steps.
+    assert steps == [0, 1, 2, 3, 4] and told["steps"] == 4
+    assert "the return has gained at most" in told["ended"]
