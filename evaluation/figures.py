@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -161,9 +162,9 @@ def recordings(rows: Sequence[RecordingRow]) -> Figure:
     with style():
         figure = Figure(figsize=(6.4, 4.9))
         axes = figure.subplots()
+        looks = _looks([str(k) for k in range(len(rows))])
         for k, row in enumerate(rows):
-            look = _looks(["head", *map(str, range(k))])[str(k - 1) if k else "head"]
-            _draw_recording(axes, row, look)
+            _draw_recording(axes, row, looks[str(k)])
         low = [100 * (row.em_interval or [row.em])[0] for row in rows]
         low += [100 * (row.sweep[0].em_interval or [row.sweep[0].em])[0] for row in rows]
         axes.set_ylim(min(low) - 6, 100)
@@ -178,15 +179,15 @@ def _draw_recording(axes: Axes, row: RecordingRow, look: _Look) -> None:
     """Draws a recording alone, the line of its head with a band, and the head's own price."""
     own, *grid = row.sweep
     points = sorted(grid, key=lambda point: point.tokens)
-    tokens = [point.tokens for point in points]
+    tokens, name = [point.tokens for point in points], plain(row.lm)
     axes.plot(
-        tokens, [100 * point.em for point in points], label=f"{plain(row.lm)}, halted",
-        color=look.color, linestyle=look.dash, linewidth=1.8, zorder=4,
+        tokens, [100 * point.em for point in points], color=look.color, linestyle=look.dash,
+        linewidth=1.8, label=f"{name} halted by {plain(Path(row.head).name)}", zorder=4,
     )  # fmt: skip
     if all(point.em_interval for point in points):
         low, high = zip(*(_bounds(point, "em") for point in points), strict=True)
         axes.fill_between(tokens, low, high, color=look.color, alpha=0.16, linewidth=0)
-    for place, marker, label in ((own, "o", None), (row, "s", f"{plain(row.lm)} alone")):
+    for place, marker, label in ((own, "o", None), (row, "s", f"{name} alone")):
         axes.errorbar(
             place.tokens, 100 * place.em, xerr=_token_errors(place), yerr=_errors([place], "em"),
             color=look.color, marker=marker, markersize=7, linestyle="none", linewidth=1.2,

@@ -1,6 +1,6 @@
 import itertools
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,11 +16,13 @@ from evaluation.figures import (
     frontier,
     groups,
     plain,
+    recordings,
     reliability,
     shown_groups,
     style,
     where,
 )
+from evaluation.rows import PricePoint, RecordingRow
 from evaluation.svg import COLOR, PALETTE, svg
 from evaluation.wording import gate_title, policy_title
 from tests.evaluation.reports import (
@@ -219,3 +221,26 @@ def test_names_and_gates_are_readable() -> None:
     ]
     assert plain(" a\tb\n\x1b c ") == "a b c" and plain("\x00") == "(no name)"
     assert plain("x" * 40, most=5) == "xxxx\N{HORIZONTAL ELLIPSIS}"
+
+
+def recording(lm: str, em: float, **changes: Any) -> RecordingRow:
+    """A recording of 600 tokens that is halted at 100, 400 and 300 tokens, of 3 EM."""
+    found = dict.fromkeys(field.name for field in fields(RecordingRow))
+    sweep = [PricePoint(p, e, [e - 0.1, e + 0.1], t, [t - 9, t + 9]) for p, e, t in changes["of"]]
+    known = {"lm": lm, "em": em, "em_interval": [em - 0.02, em + 0.02], "tokens": 600.0}
+    known |= {"tokens_interval": [590.0, 620.0], "head": "runs/a-head", "sweep": tuple(sweep)}
+    return RecordingRow(**found | known)  # type: ignore[arg-type]  # the rest is not drawn
+
+
+def test_recordings_are_drawn_alone_and_over_the_prices_of_their_heads() -> None:
+    grid = [(1.0, 0.7, 300.0), (4.0, 0.2, 100.0), (0.1, 0.8, 400.0), (1.0, 0.7, 300.0)]
+    figure = recordings([recording("small", 0.8, of=grid), recording("new", 0.9, of=grid[:2])])
+    axes = figure.axes[0]
+    drawn = lines(axes, "small halted by a-head")
+    assert drawn == [(100, pytest.approx(20)), (300, pytest.approx(70)), (400, pytest.approx(80))]
+    assert lines(axes, "new halted by a-head") == [(100, pytest.approx(20))]
+    assert labels(figure)[:2] == ["small halted by a-head", "new halted by a-head"]
+    assert set(labels(figure)[2:]) == {"small alone", "new alone"}
+    # 6 points below the lowest end of an interval that counts, which is of the own price.
+    assert axes.get_ylim() == pytest.approx((54, 100))
+    assert len([c for c in axes.collections if isinstance(c, FillBetweenPolyCollection)]) == 2

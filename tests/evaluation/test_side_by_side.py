@@ -64,9 +64,10 @@ def test_recordings_by_hand(
     run_folder: Path, recordings: tuple[Path, Path], tmp_path: Path
 ) -> None:
     first, second = recordings
-    out = tmp_path / "out.json"
-    config = EvaluateConfig(head=run_folder, traces=first, beside=(second,), json=out)
+    out, plot = tmp_path / "out.json", tmp_path / "out.png"
+    config = EvaluateConfig(head=run_folder, traces=first, beside=(second,), json=out, plot=plot)
     one, other = compared(config)
+    assert plot.read_bytes().startswith(b"\x89PNG")
     # The head halts at 400 of 600 tokens and has looked for 33; all forced answers there are right.
     assert [one.saving, other.saving] == pytest.approx([167 / 600] * 2)
     assert (one.em, one.halted_em, one.em_delta) == (1.0, 1.0, 0.0)
@@ -77,8 +78,15 @@ def test_recordings_by_hand(
     assert (other.em_lead_interval, other.em_delta_interval) == ([-1.0, 0.0], [0.0, 1.0])
     assert other.halted_em_lead_interval == [0.0, 0.0]
     assert (other.num_questions, other.tokens, other.price, other.evidence) == (2, 600, 1.0, True)
+    assert (other.tokens_lead, other.tokens_lead_interval) == (0.0, [0.0, 0.0])
+    # At the lowest price of the range the run of 4 that the head waits for never comes.
+    own, lowest = other.sweep[0], other.sweep[15 + 1]
+    assert (own.price, own.em, own.tokens) == (1.0, 1.0, pytest.approx(433))
+    assert (lowest.price, lowest.em, lowest.tokens) == (pytest.approx(0.1), 0.5, 633)
+    assert lowest.em_interval == [0.0, 1.0] and len(other.sweep) == 1 + 75
     found = json.loads(out.read_text())
-    assert found == {"split": "test", "recordings": [asdict(one), asdict(other)]}
+    expected = json.loads(json.dumps([asdict(one), asdict(other)]))
+    assert found == {"split": "test", "recordings": expected}
 
 
 def test_differences_are_paired_by_question(run_folder: Path, tmp_path: Path) -> None:
@@ -127,6 +135,7 @@ def test_one_question_has_no_intervals(run_folder: Path, tmp_path: Path) -> None
     first, second = (recorded(tmp_path / name, [{}]) for name in ("first", "second"))
     rows = compared(EvaluateConfig(head=run_folder, traces=first, beside=(second,)))
     assert {row.em_lead_interval for row in rows} == {row.saving_interval for row in rows} == {None}
+    assert {point.em_interval for row in rows for point in row.sweep} == {None}
 
 
 def test_a_sample_is_of_the_same_questions(run_folder: Path, tmp_path: Path) -> None:
@@ -170,9 +179,8 @@ def test_other_questions_are_refused(run_folder: Path, tmp_path: Path) -> None:
     [
         ({"beside_heads": (Path("a"), Path("b"))}, "names 2 runs, expected 1, as in --beside"),
         ({"beside": (), "beside_heads": (Path("a"),)}, "names 1 runs, expected 0"),
-        ({"explain": "t0"}, "--beside compares recordings: expected no --report, --plot"),
+        ({"explain": "t0"}, "--beside compares recordings: expected no --report, --explain"),
         ({"report": Path("x.html")}, "--beside compares recordings"),
-        ({"plot": Path("x.png")}, "--beside compares recordings"),
         ({"live": True}, "--beside compares recordings"),
         ({"verbose": True}, "--beside compares recordings"),
         ({"json": Path("nowhere/x.json")}, "found no folder nowhere"),
