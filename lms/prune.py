@@ -26,6 +26,7 @@ from lms.train_embedded import (
     build_tokenizer,
     generation,
     learn,
+    learning_rate,
 )
 
 
@@ -116,7 +117,7 @@ def main(config: PruneConfig) -> None:
     )
     optimizers = build_optimizers(model.train(), training)
     for step, rows in enumerate(batches(training, 0)):
-        losses = learn(model, optimizers, rows, training, step)
+        losses = learn(model, optimizers, rows, training, learning_rate(training, step))
         if step % 50 == 0:
             told = ", ".join(f"{name} {nats:.3f}" for name, nats in losses.items())
             print(f"step {step} of {config.steps}, losses in nats: {told}", flush=True)

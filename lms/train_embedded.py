@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from command import run
 from haltwise.policy.answers import read_answer
+from haltwise.training import StoppingConfig, StoppingRule
 from lms.embedded import (
     CHAT_TEMPLATE,
     CLOSE,
@@ -49,6 +50,8 @@ IDS = {word: i for i, word in enumerate(VOCABULARY)}
 MAX_TOKENS = 1024
 #: The batches that are drawn together and sorted by length, so that little is padded.
 POOL = 32
+# The most that the loss on one thought changes from one evaluation to another.
+_MOST_NATS = 10.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class EmbeddedTrainingConfig:
     save_minutes: float = 2.0
     """The time between two checkpoints in minutes. They are kept in OUT.work, and the same command
     resumes from there."""
+    held_out: int = 0
+    """The number of train questions that tell by their loss when the LM has learned enough, at most
+    for all steps; nothing is learned from them. The learning rate then falls once they are at a
+    plateau. At 0 all steps are done."""
+    least_gain: float = 0.005
+    """The fall of that loss, in nats, that is asked of each 100 steps."""
     check: int = 40
     """The number of test questions that are answered at the end, to print the exact match of every
     task."""
@@ -252,18 +261,25 @@ def loss_of(
 
 def batches(config: EmbeddedTrainingConfig, first: int) -> Iterator[list[TrainingSequence]]:
     """Yields the batches of all steps from `first` on; the seed alone decides on each of them."""
+    out = {question.question_id for question in held_out_questions(config)}
     for pool in range(first // POOL, math.ceil(config.steps / POOL)):
         rng = np.random.default_rng([config.seed, pool])
         size, probes, habits = lesson_of_step(config, pool * POOL)
         rows: list[TrainingSequence] = []
         while len(rows) < POOL * size:
             question = draw(TASKS[len(rows) % len(TASKS)], rng)
-            if question.split == "train":
+            if question.split == "train" and question.question_id not in out:
                 rows.append(build_sequence(question, habits[question.task], probes, rng))
         rows.sort(key=lambda row: len(row.ids))
         order = [int(i) for i in rng.permutation(POOL)]
         for i in order[max(first - pool * POOL, 0) : config.steps - pool * POOL]:
             yield rows[i * size : (i + 1) * size]
+
+
+def held_out_questions(config: EmbeddedTrainingConfig) -> list[Question]:
+    """Returns the train questions that nothing is learned from."""
+    num = config.held_out
+    return questions("all", "train", num, config.seed) if num else []
 
 
 def learning_rate(config: EmbeddedTrainingConfig, step: int) -> float:
@@ -289,9 +305,9 @@ def learn(
     optimizers: list[torch.optim.Optimizer],
     rows: list[TrainingSequence],
     config: EmbeddedTrainingConfig,
-    step: int,
+    rate: float,
 ) -> dict[str, float]:
-    """Takes one step on a batch.
+    """Takes one step on a batch, at some learning rate.
 
     Returns:
         The mean losses of thoughts and forced answers before the step, in nats.
@@ -302,9 +318,50 @@ def learn(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = rate
         optimizer.step()
     return parts
+
+
+class Watch:
+    """Judges an LM as it learns by thoughts that are held out, and says when it is enough.
+
+    It begins once the LM is shown whole thoughts.
+
+    Args:
+        model: The LM that learns.
+        config: The settings.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, config: EmbeddedTrainingConfig) -> None:
+        """Writes a thought about each held-out question."""
+        self._model, self._config = model, config
+        rng = np.random.default_rng([config.seed, config.held_out])
+        _, probes, habits = lesson_of_step(config, config.first_steps)
+        asked = held_out_questions(config)
+        self._rows = [build_sequence(each, habits[each.task], probes, rng) for each in asked]
+        self.rule = StoppingRule(
+            StoppingConfig(
+                least_gain=config.least_gain,
+                span=_MOST_NATS,
+                interval="normal",
+                most_steps=config.steps,
+                cooldown_steps=config.steps // 5,
+            )
+        )
+
+    def rate(self, step: int) -> float:
+        """Returns the learning rate of a step."""
+        return self._config.lr * min(1.0, (step + 1) / 100) * self.rule.rate
+
+    @torch.no_grad()
+    def stepped(self, step: int) -> None:
+        """Takes in that some steps are done, and judges the LM after each hundredth."""
+        if step > self._config.first_steps and step % 100 == 0:
+            weight = self._config.probe_weight
+            nats = [loss_of(self._model, [row], weight)[0].item() for row in self._rows]
+            self.rule.evaluated(step, [-each for each in nats])
+        self.rule.stepped(step)
 
 
 @dataclass
@@ -326,6 +383,7 @@ class TrainingCheckpoint:
     path: Path
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
+    watch: Watch | None
 
     def save(self, progress: TrainingProgress) -> None:
         """Writes the present state, whole or not at all."""
@@ -334,6 +392,7 @@ class TrainingCheckpoint:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": asdict(progress),
+            "rule": self.watch and self.watch.rule.state(),
         }
         torch.save(state, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)  # a kill during a save harms nothing
@@ -346,13 +405,15 @@ class TrainingCheckpoint:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if self.watch is not None:
+            self.watch.rule.restore(state["rule"])
         return TrainingProgress(**state["progress"])
 
 
 def train(
     config: EmbeddedTrainingConfig,
 ) -> tuple[LlamaForCausalLM, TrainingProgress, dict[str, float]]:
-    """Trains to the end, from the last checkpoint if there is one.
+    """Trains to the end, or to a plateau, from the last checkpoint if there is one.
 
     Returns:
         The LM, what was spent on it, and the mean losses of the last hundred steps in nats.
@@ -360,17 +421,25 @@ def train(
     model = build_model(config).train()
     model.to(config.device)
     optimizers = build_optimizers(model, config)
-    checkpoint = TrainingCheckpoint(_work_folder(config) / "state.pt", model, optimizers)
+    watch = Watch(model, config) if config.held_out else None
+    checkpoint = TrainingCheckpoint(_work_folder(config) / "state.pt", model, optimizers, watch)
     progress = checkpoint.load()
     recent: deque[dict[str, float]] = deque(maxlen=100)
     since = last_save = time.monotonic()
     for rows in batches(config, progress.step):
-        recent.append(learn(model, optimizers, rows, config, progress.step))
+        if watch is not None and watch.rule.is_over:
+            log.info("stopped: %s", watch.rule.latest.reason)
+            break
+        step = progress.step
+        rate = learning_rate(config, step) if watch is None else watch.rate(step)
+        recent.append(learn(model, optimizers, rows, config, rate))
         progress.step += 1
         progress.tokens += sum(len(row.ids) for row in rows)
         now = time.monotonic()
         progress.seconds += now - since
         since = now
+        if watch is not None:
+            watch.stepped(progress.step)
         if progress.step % 100 == 0:
             spent = f"{progress.tokens / 1e6:.2f} M tokens, {progress.seconds / 60:.1f} min"
             log.info("step %d of %d, %s, %s", progress.step, config.steps, spent, _means(recent))

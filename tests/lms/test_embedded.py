@@ -35,6 +35,7 @@ from lms.train_embedded import (
     build_model,
     build_sequence,
     build_tokenizer,
+    held_out_questions,
     learning_rate,
     loss_of,
     main,
@@ -189,6 +190,23 @@ def test_training_resumes_after_a_kill_and_writes_a_whole_model(tmp_path: Path) 
     assert not (tmp_path / "lm.work").exists()
     assert AutoTokenizer.from_pretrained(config.out).get_vocab() == IDS
     assert AutoModelForCausalLM.from_pretrained(config.out).config.hidden_size == 16
+
+
+def test_held_out_questions_end_the_training(tmp_path: Path) -> None:
+    """5 nats in each 100 steps are too much to ask: that is told twice, and a fifth follows."""
+    config = EmbeddedTrainingConfig(
+        out=tmp_path / "lm", steps=500, first_steps=0, rows=1, width=16, layers=1, probes=1,
+        save_minutes=0.0, held_out=20, least_gain=5.0,
+    )  # fmt: skip
+    _, progress, _ = train(config)
+    assert progress.step == 300 + 100
+    assert train(config)[1].step == 400  # it goes on from its end, where there is nothing to do
+    kept_back = {prompt_of(question) for question in held_out_questions(config)}
+    words = {index: word for word, index in IDS.items()}
+    learned = [" ".join(words[i] for i in row.ids) for rows in batches(config, 0) for row in rows]
+    assert len(kept_back) == 20 and not any(
+        text.startswith(prompt) for text in learned for prompt in kept_back
+    )
 
 
 def test_shipped_model_is_small_and_answers() -> None:
