@@ -112,12 +112,14 @@ def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
-    """Returns a share in points of a hundred, with its interval where there is one."""
+def _with_interval(
+    value: float, interval: Sequence[float] | None, form: str, scale: int = 100
+) -> str:
+    """Returns a value with its interval where there is one: a share in points of a hundred."""
     if interval is None:
-        return f"{100 * value:{form}}"
-    low, high = interval
-    return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+        return f"{scale * value:{form}}"
+    low, high = (scale * end for end in interval)
+    return f"{scale * value:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def format_honest(rows: Sequence[HonestRow]) -> str:
@@ -195,7 +197,7 @@ def _recording_cells(row: RecordingRow) -> tuple[str, ...]:
         f"{100 * row.em:.2f}",
         _with_interval(row.em_lead, row.em_lead_interval, "+.2f"),
         f"{row.tokens:.0f}",
-        _with_interval(row.tokens_lead, row.tokens_lead_interval, "+.0f"),
+        _with_interval(row.tokens_lead, row.tokens_lead_interval, "+.0f", 1),
         f"{row.price:.4g}" if row.price else "never",
         f"{100 * row.halted_em:.2f}",
         _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),

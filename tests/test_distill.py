@@ -36,7 +36,8 @@ def told(
         run_head.save(tmp_path / "head")
         tuning = FineTuneConfig(epochs=steps, lr=1e-3, batch_size=4)
         found = DistillConfig(tmp_path / "head", tmp_path / "made.parquet", tmp_path / "lm")
-        return replace(found, **{"price": 1.0, "fine_tune": tuning} | changes)
+        settings: dict[str, Any] = {"price": 1.0, "fine_tune": tuning}
+        return replace(found, **settings | changes)
 
     return config
 

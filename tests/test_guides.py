@@ -32,6 +32,7 @@ QUICK = {
     "collect.py": "--num 40 --max-tokens 160 --batch-size 40",
     "train.py": "--folds 2 --seeds 1 --fit.pathwise.steps 20 --fit.ppo.total-timesteps 512 "
     "--fit.ppo.num-envs 16 --fit.ppo.n-steps 16 --fit.ppo.batch-size 64",
+    "distill.py": "--grpo.steps 1 --grpo.questions 1 --grpo.generations 2 --grpo.max-tokens 40",
     "cascade.py": "--folds 2 --fit.head.steps 20 --fit.both.steps 20",
     "examples.small_lm": "--num 60",
     "lms.prune": "--steps 1",

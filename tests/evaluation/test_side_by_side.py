@@ -81,12 +81,23 @@ def test_recordings_by_hand(
     assert (other.tokens_lead, other.tokens_lead_interval) == (0.0, [0.0, 0.0])
     # At the lowest price of the range the run of 4 that the head waits for never comes.
     own, lowest = other.sweep[0], other.sweep[15 + 1]
-    assert (own.price, own.em, own.tokens) == (1.0, 1.0, pytest.approx(433))
-    assert (lowest.price, lowest.em, lowest.tokens) == (pytest.approx(0.1), 0.5, 633)
+    assert [own.price, own.em, own.tokens] == pytest.approx([1.0, 1.0, 433])
+    assert [lowest.price, lowest.em, lowest.tokens] == pytest.approx([0.1, 0.5, 633])
     assert lowest.em_interval == [0.0, 1.0] and len(other.sweep) == 1 + 75
     found = json.loads(out.read_text())
     expected = json.loads(json.dumps([asdict(one), asdict(other)]))
     assert found == {"split": "test", "recordings": expected}
+
+
+def test_tokens_are_told_beside_the_first(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = recorded(tmp_path / "first", [{}, {}])
+    longer = [{"num_tokens": 700}, {"num_tokens": 800}]
+    second = recorded(tmp_path / "second", longer)
+    _, other = compared(EvaluateConfig(head=run_folder, traces=first, beside=(second,)))
+    assert (other.tokens, other.tokens_lead, other.tokens_interval) == (750, 150, [700, 800])
+    assert "+150 [+100, +200]" in capsys.readouterr().out
 
 
 def test_differences_are_paired_by_question(run_folder: Path, tmp_path: Path) -> None:
