@@ -110,11 +110,12 @@ def main(config: DistillConfig) -> Path:
     lesson = _Lesson(config, head, lm, traces)
     started = time.monotonic()
     told: dict[str, Any] = {"lm": config.lm, "head": head.digest, "price": lesson.price}
-    told["traces"] = str(config.traces)
+    told |= {"traces": str(config.traces)}
+    told |= {"fine_tune": asdict(config.fine_tune), "grpo": asdict(config.grpo)}
     if config.fine_tune.epochs:
-        told["fine_tune"] = asdict(config.fine_tune) | lesson.of_cut_thoughts()
+        told["fine_tune"] |= lesson.of_cut_thoughts()
     if config.grpo.steps:
-        told["grpo"] = asdict(config.grpo) | lesson.of_own_answers()
+        told["grpo"] |= lesson.of_own_answers()
     minutes = (time.monotonic() - started) / 60
     with whole_folder(config.out) as folder:
         save_lm(lm, folder)

@@ -82,7 +82,7 @@ def test_an_lm_learns_from_its_own_answers_alone(
     before, after = LanguageModel.load(EMBEDDED), LanguageModel.load(folder)
     assert after.fingerprint == before.fingerprint and after.temperature == before.temperature
     record = json.loads((folder / "distilled.json").read_text())
-    assert record["grpo"]["steps"] == 2 and "fine_tune" not in record
+    assert record["grpo"]["steps"] == 2 and "thoughts" not in record["fine_tune"]
 
 
 def test_held_out_questions_end_the_fine_tuning(told: Callable[..., DistillConfig]) -> None:
