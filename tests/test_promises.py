@@ -335,6 +335,12 @@ PROMISES: dict[str, Tests] = {
     "come from the first of these that names them": (
         test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
     ),
+    "A file of keys that everybody can read is warned of": (
+        test_governed.test_a_key_that_is_lost_or_readable_is_told,
+    ),
+    "whatever the head, is named in a warning": (
+        test_serve.test_a_server_that_does_not_answer_at_start_is_told,
+    ),
     "other keys get a 401": (
         test_proxy.test_an_unknown_key_is_refused_everywhere_and_no_key_is_told,
     ),
@@ -391,7 +397,7 @@ PROMISES: dict[str, Tests] = {
         test_probing.test_what_may_come_of_a_busy_machine_is_told_and_no_reason_to_refuse,
         test_probing.test_a_sound_server_on_a_slow_machine_is_not_refused,
     ),
-    "A server that does not answer at the start is tried once it serves clients": (
+    "It is tried once it serves clients": (
         test_probing.test_a_server_that_is_not_there_yet_is_not_refused,
         test_probing.test_a_server_that_comes_later_is_tried_then,
     ),

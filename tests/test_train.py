@@ -240,6 +240,12 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     )
     run_dir = train.main(config)
     assert run_dir.parent == tmp_path
+    recording = HaltHead.load(run_dir).config.recording
+    assert [recording[name] for name in ("engine", "temperature", "max_tokens")] == [
+        "hf",
+        0.75,
+        200,
+    ]
     assert (run_dir / "live.safetensors").exists()
     assert list(run_dir.glob("tensorboard/live*/events*"))
     assert (run_dir / "replay.safetensors").exists() != live

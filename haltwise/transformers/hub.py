@@ -21,6 +21,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -37,6 +38,12 @@ from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
 _FILES = ["head.json", "head.safetensors"]
+_NOT_THERE = (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 # What a repository is made from: its code and its card.
 _TEMPLATES = files("haltwise.transformers") / "repository"
 
@@ -54,7 +61,7 @@ def export(head: HaltHead, folder: Path | str, repo_id: str | None = None) -> No
         InputError: If the repository's name makes no sense, or the folder is a file.
     """
     folder = Path(folder)
-    if repo_id is not None and [bool(part) for part in repo_id.split("/")] != [True, True]:
+    if repo_id is not None and not _is_repository(repo_id):
         raise InputError(f"repository is {repo_id!r}, expected OWNER/NAME")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write")
@@ -79,7 +86,14 @@ def load(source: str, revision: str | None = None) -> HaltHead:
     """
     if Path(source).is_dir():
         return HaltHead.load(source)
+    if not _is_repository(source):  # where the hub cannot be reached, a look takes a minute
+        raise InputError(f"{source!r} is no folder, expected one with a head, or OWNER/NAME")
     return _load_from_hub(source, revision)
+
+
+def _is_repository(name: str) -> bool:
+    """Returns whether a text can be OWNER/NAME of the hub."""
+    return [bool(part.strip(".~")) for part in name.split("/")] == [True, True]
 
 
 @lru_cache(maxsize=8)
@@ -91,7 +105,7 @@ def _load_from_hub(source: str, revision: str | None) -> HaltHead:
     """
     try:
         folder = snapshot_download(source, revision=revision, allow_patterns=_FILES)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+    except _NOT_THERE as error:
         reason = reason_of(error)
         raise InputError(f"{source!r} is no folder and no repository: {reason}") from None
     return HaltHead.load(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import dynamic_module_utils
 
 from haltwise import HaltHead, InputError
@@ -117,6 +118,25 @@ def test_the_card_tells_what_the_head_is_for(tmp_path: Path) -> None:
 def test_names_that_are_no_repository_are_refused(repo_id: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected OWNER/NAME"):
         hub.export(head(), tmp_path, repo_id)
+
+
+@pytest.mark.parametrize("source", ["halting", "./halting", "../halting", "/no/where", ""])
+def test_what_can_be_no_repository_is_not_looked_up(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: pytest.fail("looked up"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no (folder, expected one with a head, or O|head\.json)"):
+        hub.load(source)
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any, **__: Any) -> str:
+        raise LocalEntryNotFoundError("no\nnetwork")
+
+    monkeypatch.setattr(hub, "snapshot_download", gone)
+    with pytest.raises(InputError, match="'some/head' is no folder and no repository: no network"):
+        hub.load("some/head")
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
