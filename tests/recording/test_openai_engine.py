@@ -403,5 +403,5 @@ def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recording.served_lm._FIRST_PAUSE", 0.01)
     with FakeUpstream("vllm") as fake:
         with pytest.raises(InputError, match="answered with 503"):
-            recorded(fake.url, Plan("p", trouble="503"), patience=0.3)
-        assert len(fake.of(Plan("p"))) > 2
+            recorded(fake.url, Plan("p", trouble="503"), patience=2.0)
+        assert len(fake.of(Plan("p"))) > 1
