@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lms.held_out import HeldOut
 from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import questions
+from tests.families import FAMILIES
 from tests.tiny_lm import tiny_lm, tiny_tokenizer
 
 ASKED = questions("sum", "train", 4)
@@ -36,6 +38,28 @@ def test_an_lm_finds_the_optimum(rank: int) -> None:
         likeliest = int(lm.model(input_ids=prompt).logits[0, -1].argmax())
     assert likeliest == lm.tokenizer.eos_token_id
     assert {name: weight.shape for name, weight in lm.model.state_dict().items()} == shape
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_lm_reads_what_it_reads_when_it_is_recorded(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where its tokenizer would put a first token before a prompt that has one."""
+    made = FAMILIES[family]()
+    lm = LanguageModel(family, made.model, made.tokenizer)
+    lm.set_end_tokens()
+    read: list[torch.Tensor] = []
+    generate = made.model.generate
+
+    def noting(**inputs: Any) -> Any:
+        read.append(inputs["input_ids"][0])
+        return generate(**inputs)
+
+    monkeypatch.setattr(made.model, "generate", noting)
+    once = GrpoConfig(steps=1, questions=1, generations=2)
+    reinforce(lm, ASKED[:1], shortness, 8, once, FineTuneConfig())
+    prompt = lm.prompt(ASKED[0].text)
+    assert read[0].tolist() == lm.tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def test_nothing_is_learned_where_all_answers_are_worth_the_same() -> None:
