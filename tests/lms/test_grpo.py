@@ -75,7 +75,7 @@ def test_held_out_questions_end_the_training() -> None:
     lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
     flat = HeldOut(lambda: [0.0, 1.0, 0.5], span=2.0, least_gain=0.01)
     told = reinforce(lm, ASKED, shortness, 8, CONFIG, FineTuneConfig(), flat)
-    steps = [step for step, _ in told["held_out_returns"]]
+    steps, means = zip(*told["held_out_returns"], strict=True)
     # Evaluations at each step; two in a row without gain, and then a tenth of 20 steps.
-    assert steps == [0, 1, 2, 3, 4] and told["steps"] == 4
+    assert steps == (0, 1, 2, 3, 4) and told["steps"] == 4 and set(means) == {0.5}
     assert "the return has gained at most" in told["ended"]
