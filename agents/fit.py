@@ -327,6 +327,8 @@ class _Fold:
     """The file that the decisions go to."""
     parent: HaltHead | None = None
     """The head to go on from, whose observing is kept."""
+    share: float = 1.0
+    """The share of PPO's decisions after which training ends."""
 
 
 def out_of_fold(
@@ -337,6 +339,7 @@ def out_of_fold(
     prices: Sequence[float],
     cache: Path,
     parent: HaltHead | None = None,
+    share: float = 1.0,
 ) -> Mapping[int, NDArray[np.bool_]]:
     """Returns where agents that never saw a trace's question would halt it.
 
@@ -353,6 +356,8 @@ def out_of_fold(
         cache: The folder that keeps finished folds, so that an interrupted job goes on, and their
             agents' heads at each of CHECKPOINTS: see `fold_folder`.
         parent: A head that all agents go on from; it has learned from none of the traces.
+        share: The share of PPO's decisions after which trainings end; what they come to then
+            stands for the later checkpoints too.
 
     Returns:
         By seed, the halting decisions (C, number of prices, P) at each of the C CHECKPOINTS, put
@@ -378,6 +383,7 @@ def out_of_fold(
             fold_folder(cache, seed, k),
             paths[seed, k],
             parent,
+            share,
         )
         for seed, k in missing
     ]
@@ -503,7 +509,9 @@ def _fit_fold(job: _Fold) -> None:
         head.save(job.folder / str(len(decided)))
         decided.append(_halts(head, features, job.prices))
 
-    ppo = fit(train, config, job.config, job.seed, parent=job.parent, reached=decide)
+    ppo = fit(
+        train, config, job.config, job.seed, parent=job.parent, share=job.share, reached=decide
+    )
     if not decided:  # PPO makes no decision at all, so no checkpoint was reached
         decide(ppo)
     temporary = job.decided.with_suffix(".part.npy")

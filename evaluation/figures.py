@@ -146,7 +146,7 @@ def frontier(
         axes.axhline(0, color=COLOR["ink"], linewidth=0.8)
         axes.set_xlabel("saving, % of the tokens of never halting, probes included")
         axes.set_ylabel("EM change, points of a hundred")
-        axes.yaxis.set_major_formatter(_tick)
+        axes.yaxis.set_major_formatter(tick)
         figure.legend(loc="outside lower center", ncols=3, handlelength=3.2)
     return figure
 
@@ -382,7 +382,7 @@ def groups(rows: Sequence[GroupRow], column: str, label: str) -> Figure:
         axes.set_ylim(min(place.values()) - 0.6, 1.2)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(_tick if column == "em_delta" else "{x:g}")
+        axes.xaxis.set_major_formatter(tick if column == "em_delta" else "{x:g}")
         axes.set_xlabel(label)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -488,6 +488,6 @@ def reliability(found: Reliability) -> Figure:
     return figure
 
 
-def _tick(value: float, _: object = None) -> str:
+def tick(value: float, _: object = None) -> str:
     """Returns the label of a tick, with its sign; 0 has none."""
     return f"{value:+.4g}".replace("-", "\N{MINUS SIGN}") if value else "0"

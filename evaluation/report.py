@@ -6,16 +6,17 @@ is what the JSON is written from, so that page and JSON cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from command import whole_file
 from evaluation.behaviour import Behaviour, ReliabilityBin
-from evaluation.figures import compared_groups, draw, style
+from evaluation.figures import Drawing, compared_groups, draw, style
 from evaluation.frontier import AREA_FLOOR
 from evaluation.results import Report
 from evaluation.rows import FrozenRow, GroupRow, MissingPoint
@@ -56,8 +57,14 @@ def write_report(report: Report, path: Path) -> None:
         temporary.write_text(render(report), encoding="utf-8")
 
 
-def render(report: Report) -> str:
-    """Returns the page as HTML; the same report gives the same page."""
+def page(template: str, drawings: Mapping[str, Drawing], **values: Any) -> str:
+    """Returns a page as HTML.
+
+    Args:
+        template: The file of its template, beside this one.
+        drawings: Its figures, by name.
+        values: What else the template reads.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -75,23 +82,28 @@ def render(report: Report) -> str:
         "number": number,
         "counted": counted,
     }
-    drawings = draw(report)
     with style():
         figures = {
             name: svg(drawing.figure, name, drawing.title, drawing.text)
             for name, drawing in drawings.items()
         }
+    return environment.get_template(template).render(
+        drawings=drawings, figures=figures, palette=PALETTE, **values
+    )
+
+
+def render(report: Report) -> str:
+    """Returns the page as HTML; the same report gives the same page."""
     gates = sorted({row.gate for row in report.frozen})
     trainings = " (all trainings together)" if report.num_trainings > 1 else ""
-    return environment.get_template(_TEMPLATE).render(
+    return page(
+        _TEMPLATE,
+        draw(report),
         report=report,
         gates=[_gate(report, gate) for gate in gates],
         behaviour=_behaviour(report.behaviour, trainings),
         certificate=_certificate(report.certificate),
         never=next(row for row in report.rows if row.policy == "never"),
-        drawings=drawings,
-        figures=figures,
-        palette=PALETTE,
         policies=in_words(),
         trainings=trainings,
         column={column.key: column for column in _MAIN},

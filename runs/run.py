@@ -13,6 +13,7 @@ out_of_fold.json, .png           the results that the points were chosen on
 test.json, .html, .png           the results on test questions
 tensorboard/                     TensorBoard's files
 scorecard.json                   the rules, if the head is a scorecard
+search.sqlite, .json, .html      the candidates of a search, and what it has found; no head then
 """
 
 from __future__ import annotations
@@ -100,6 +101,21 @@ class Run:
     def test_plot(self) -> Path:
         """The file of the picture of the results on test questions."""
         return self.folder / "test.png"
+
+    @property
+    def search_storage(self) -> Path:
+        """The SQLite file of the candidates of a search."""
+        return self.folder / "search.sqlite"
+
+    @property
+    def search_json(self) -> Path:
+        """The file of what a search has found."""
+        return self.folder / "search.json"
+
+    @property
+    def search_page(self) -> Path:
+        """The file of the page about what a search has found."""
+        return self.folder / "search.html"
 
     def is_part(self, path: Path) -> bool:
         """Returns whether a file is one that the run cannot do without."""

@@ -23,6 +23,7 @@ LAYERS = [
         "cascade",
         "distill",
         "scorecard",
+        "search",
         "collect",
         "benchmarks",
     },
