@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -37,7 +37,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from agents.balance import balance
-from agents.fit import CHECKPOINTS, FitConfig, fit, fit_live, fold_folder, out_of_fold
+from agents.fit import (
+    CHECKPOINTS,
+    START_CHECKPOINTS,
+    START_EVERY,
+    FitConfig,
+    OutOfFold,
+    fit,
+    fit_live,
+    fold_folder,
+    out_of_fold,
+)
 from agents.parent import Parent
 from agents.ppo import Agent, PPOConfig, export
 from command import alone, run, warn, whole_folder
@@ -53,6 +63,7 @@ from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
 from evaluation.rows import to_json
 from evaluation.table import format_honest, format_segments, format_table
+from evaluation.training_curve import CurvePoint, curve_point
 from evaluation.trials import (
     Trials,
     balanced_returns,
@@ -660,6 +671,8 @@ class _Learning:
     """By price, the head's outcomes on those traces."""
     trials: Trials | None
     """What the trainings fold by fold came to; None without folds."""
+    curve: Sequence[CurvePoint] = ()
+    """What they came to on the way."""
 
 
 def _train_beside(
@@ -690,7 +703,8 @@ def _train_from(
     If no traces were passed, the LM that was recorded is there: the agent goes on beside it.
     """
     traces, start = material.sample, None if parent is None else parent.head
-    trials, learned = _try(config, opened, head, traces, fold, start), _learned(material, fold)
+    trials, curve = _try(config, opened, head, traces, fold, start)
+    learned = _learned(material, fold)
     opened.copy_kept_back(
         {at: fold_folder(opened.folds, *at) / str(trials.taken) for at in learned.trainings}
     )
@@ -699,7 +713,7 @@ def _train_from(
         agent = _train_live(config, opened, head, traces, agent)
     if parent is not None:
         learned = parent.with_own(learned)
-    return _Learning(agent, learned, traces, trials.outcomes, trials)
+    return _Learning(agent, learned, traces, trials.outcomes, trials, curve)
 
 
 def _choose(
@@ -723,16 +737,54 @@ def _try(
     traces: Traces,
     fold: Mapping[int, NDArray[np.int64]],
     parent: HaltHead | None,
-) -> Trials:
-    """Trains fold by fold with every seed."""
+) -> tuple[Trials, list[CurvePoint]]:
+    """Trains fold by fold with every seed; returns what that came to, at last and on the way."""
     prices = price_grid(head.observing)
     decided = out_of_fold(traces, fold, head, config.fit, prices, opened.folds, parent)
     weights = balance(np.array(prices), head.observing)
     trials = try_checkpoints(traces, decided, prices, weights, head.halting.probing)
+    curve = _curve(config, head, traces, decided, trials.taken)
     _log_trials(trials, config.fit.ppo.total_timesteps, opened)
+    _log_curve(curve, opened)
     if config.verbose:
         print(format_trials(trials, CHECKPOINTS))
-    return trials
+    return trials, curve
+
+
+def _curve(
+    config: TrainConfig, head: HeadConfig, traces: Traces, decided: OutOfFold, taken: int
+) -> list[CurvePoint]:
+    """Judges the trainings by folds on their way, on the questions that were kept from them."""
+    prices = price_grid(head.observing)[::START_EVERY]
+    weights = balance(np.array(prices), head.observing)
+
+    def point(each: Sequence[NDArray[np.bool_]], **where: Any) -> CurvePoint:
+        """Judges one decision (number of prices, P) a seed."""
+        return curve_point(traces, each, prices, weights, head.halting.probing, **where)
+
+    starting = [decided.starting(seed) for seed in decided]
+    after = [decided[seed][:, ::START_EVERY] for seed in decided]
+    start, total = config.fit.pathwise.steps, config.fit.ppo.total_timesteps
+    return [
+        *(
+            point([of[k] for of in starting], ppo=False, step=round(share * start))
+            for k, share in enumerate(START_CHECKPOINTS)
+        ),
+        point([of[0] for of in after], ppo=False, step=start, taken=taken == 0),
+        *(
+            point([of[k] for of in after], ppo=True, step=round(share * total), taken=k == taken)
+            for k, share in enumerate(CHECKPOINTS)
+        ),
+    ]
+
+
+def _log_curve(curve: Sequence[CurvePoint], opened: Run) -> None:
+    """Writes TensorBoard's curves of the questions that were kept back, over all of a training."""
+    for ppo, name in ((False, "folds_start"), (True, "folds")):
+        with SummaryWriter(str(opened.tensorboard / name)) as writer:
+            for point in (point for point in curve if point.ppo == ppo):
+                for scalar, value in point.scalars.items():
+                    writer.add_scalar(f"train/{scalar}", value, point.step)
 
 
 def _log_trials(trials: Trials, total: int, opened: Run) -> None:
@@ -836,6 +888,7 @@ def _finish(opened: Run, head: HaltHead, choice: Choice, learning: _Learning) ->
     content["target"] = learning.judged_on.target
     if learning.trials is not None:
         content["trials"] = [trial.to_json() for trial in learning.trials.each]
+        content["curve"] = to_json(learning.curve)
     opened.save_learned(learning.learned)
     opened.save_out_of_fold(content)
     plot_frontiers(choice.rows, choice.frozen, opened.out_of_fold_plot)

@@ -161,7 +161,7 @@ class Candidates:
 
     def found(self) -> list[tuple[Candidate, Found]]:
         """Returns all candidates that have been tried, with what they come to, cheapest first."""
-        every = []
+        every: list[tuple[Candidate, Found]] = []
         for number, asked in enumerate(self._asked(TrialState.COMPLETE)):
             points = [(t.params["price"], *t.values) for t in [asked, *self._of(asked)]]
             at = {price: (em, tokens) for price, em, tokens in sorted(points)}

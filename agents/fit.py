@@ -24,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tqdm import tqdm
 
 from agents.checkpoint import restore_agent, save_agent
+from agents.network import LogOdds
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import (
     Agent,
@@ -44,6 +45,10 @@ from traces import Chunks, Traces, chunks_of
 
 #: Shares of PPO's decisions after which an agent is tried out of fold. 0 is where PPO begins.
 CHECKPOINTS = (0.0, 0.25, 0.5, 1.0)
+#: Shares of the start's gradient steps after which it is tried, too; where it ends, PPO begins.
+START_CHECKPOINTS = (0.0, 0.1, 0.25, 0.5, 0.75)
+#: There it is tried at every such price alone, so that a training takes no longer.
+START_EVERY = 10
 
 # PPO decides no more often than this about each point: of a few traces there is nothing more to
 # learn after that, and they are soon through.
@@ -72,6 +77,7 @@ def fit(
     parent: HaltHead | None = None,
     share: float = 1.0,
     reached: Callable[[Agent], None] | None = None,
+    starting: Callable[[Agent], None] | None = None,
     log_dir: Path | None = None,
     checkpoint: Path | None = None,
     progress_bar: bool = False,
@@ -89,6 +95,7 @@ def fit(
         share: The share of PPO's decisions after which training ends. The schedule of the
             learning rate is that of the whole training all the same.
         reached: Called with the agent at each of CHECKPOINTS.
+        starting: Called with it at each of START_CHECKPOINTS.
         log_dir: The folder that TensorBoard's files go to; None writes none.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
         progress_bar: Whether to show progress bars.
@@ -130,6 +137,7 @@ def fit(
                 seed,
                 log_dir,
                 goes_on=parent is not None,
+                before=_handing_over(ppo, net, config.pathwise.steps, starting),
                 progress_bar=progress_bar,
             )
             set_log_odds(ppo, net)
@@ -142,6 +150,29 @@ def fit(
         callbacks.append(_Streaming(env, one_pass, share * total / len(chunks)))
     learn(ppo, total, "replay", checkpoint, progress_bar and share > 0, callbacks)
     return ppo
+
+
+def _handing_over(
+    ppo: Agent, net: LogOdds, steps: int, starting: Callable[[Agent], None] | None
+) -> Callable[[int], None] | None:
+    """Returns what hands over an agent whose start is at so many steps, if anybody takes it.
+
+    Args:
+        ppo: The agent.
+        net: Its network, which learns.
+        steps: The steps of the whole start.
+        starting: Takes the agent at each of START_CHECKPOINTS.
+    """
+    if starting is None:
+        return None
+
+    def hand_over(num_done: int) -> None:
+        """Hands the agent over as it is now, as often as it is asked for after so many steps."""
+        for _ in range([round(at * steps) for at in START_CHECKPOINTS].count(num_done)):
+            set_log_odds(ppo, net)
+            starting(ppo)
+
+    return hand_over
 
 
 def fit_live(
@@ -340,7 +371,7 @@ def out_of_fold(
     cache: Path,
     parent: HaltHead | None = None,
     share: float = 1.0,
-) -> Mapping[int, NDArray[np.bool_]]:
+) -> OutOfFold:
     """Returns where agents that never saw a trace's question would halt it.
 
     For every seed and fold one agent is trained on the other folds, in as many processes as there
@@ -360,14 +391,13 @@ def out_of_fold(
             stands for the later checkpoints too.
 
     Returns:
-        By seed, the halting decisions (C, number of prices, P) at each of the C CHECKPOINTS, put
-        together when they are asked for.
+        The halting decisions, put together when they are asked for.
     """
     cache.mkdir(parents=True, exist_ok=True)
     paths = {
         (seed, int(k)): cache / f"{seed}-{k}.npy" for seed in fold for k in np.unique(fold[seed])
     }
-    missing = [at for at, path in paths.items() if not path.exists()]
+    missing = [at for at, path in paths.items() if not (path.exists() and _starting(path).exists())]
     everything = cache / "traces.pickle"
     if missing:
         with everything.open("wb") as file:
@@ -393,7 +423,7 @@ def out_of_fold(
     finally:
         everything.unlink(missing_ok=True)
     of_point = {seed: of[traces.trace_of_point] for seed, of in fold.items()}
-    return _Decided(paths, of_point)
+    return OutOfFold(paths, of_point)
 
 
 def _fit_all(jobs: Sequence[_Fold], num_cores: int) -> Iterator[None]:
@@ -438,8 +468,12 @@ def _light_processes() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-class _Decided(Mapping[int, NDArray[np.bool_]]):
-    """The decisions of every seed; those of a seed are read from files when they are asked for."""
+class OutOfFold(Mapping[int, NDArray[np.bool_]]):
+    """By seed, the decisions of agents about traces whose questions they never saw.
+
+    They are of shape (C, number of prices, P) at C CHECKPOINTS, and are read from files when they
+    are asked for.
+    """
 
     def __init__(
         self, paths: Mapping[tuple[int, int], Path], fold: Mapping[int, NDArray[np.int64]]
@@ -462,10 +496,19 @@ class _Decided(Mapping[int, NDArray[np.bool_]]):
 
     def __getitem__(self, seed: int) -> NDArray[np.bool_]:
         """Reads the decisions (C, number of prices, P) of a seed's agents, each on its own fold."""
+        return self._read(seed, self._paths)
+
+    def starting(self, seed: int) -> NDArray[np.bool_]:
+        """Reads the decisions (S, number of prices, P) at S START_CHECKPOINTS.
+
+        They are at every START_EVERY-th price alone.
+        """
+        return self._read(seed, {at: _starting(path) for at, path in self._paths.items()})
+
+    def _read(self, seed: int, paths: Mapping[tuple[int, int], Path]) -> NDArray[np.bool_]:
+        """Puts the folds of a seed together."""
         fold = self._fold[seed]
-        each = {
-            k: np.load(path, mmap_mode="r") for (of, k), path in self._paths.items() if of == seed
-        }
+        each = {k: np.load(path, mmap_mode="r") for (of, k), path in paths.items() if of == seed}
         shape = next(iter(each.values())).shape[:-1]
         decided = np.empty((*shape, len(fold)), dtype=bool)
         for k, halts in each.items():
@@ -502,6 +545,11 @@ def _fit_fold(job: _Fold) -> None:
     config = HeadConfig(observing, halting, job.head.default_price)
     features = observed_features(held_out, observing, halting)
     decided: list[NDArray[np.bool_]] = []
+    starting: list[NDArray[np.bool_]] = []
+
+    def decide_at_start(ppo: Agent) -> None:
+        """Keeps the decisions at some prices."""
+        starting.append(_halts(export(ppo, config), features, job.prices[::START_EVERY]))
 
     def decide(ppo: Agent) -> None:
         """Saves the agent as a head, and keeps the head's decisions."""
@@ -510,13 +558,32 @@ def _fit_fold(job: _Fold) -> None:
         decided.append(_halts(head, features, job.prices))
 
     ppo = fit(
-        train, config, job.config, job.seed, parent=job.parent, share=job.share, reached=decide
+        train,
+        config,
+        job.config,
+        job.seed,
+        parent=job.parent,
+        share=job.share,
+        reached=decide,
+        starting=decide_at_start,
     )
     if not decided:  # PPO makes no decision at all, so no checkpoint was reached
         decide(ppo)
-    temporary = job.decided.with_suffix(".part.npy")
-    np.save(temporary, np.stack(decided + decided[-1:] * (len(CHECKPOINTS) - len(decided))))
-    os.replace(temporary, job.decided)
+    starting = starting or [decided[0][::START_EVERY]]  # there is no start, or it ended early
+    _save(_starting(job.decided), starting, len(START_CHECKPOINTS))
+    _save(job.decided, decided, len(CHECKPOINTS))
+
+
+def _starting(decided: Path) -> Path:
+    """Returns the file of the decisions during a start, which lies beside that of a training."""
+    return decided.with_suffix(".start.npy")
+
+
+def _save(path: Path, each: list[NDArray[np.bool_]], num: int) -> None:
+    """Saves decisions, whole or not at all; the last ones stand for those of `num` that lack."""
+    temporary = path.with_suffix(".part.npy")
+    np.save(temporary, np.stack(each + each[-1:] * (num - len(each))))
+    os.replace(temporary, path)
 
 
 def _halts(head: HaltHead, features: Float, prices: Sequence[float]) -> NDArray[np.bool_]:

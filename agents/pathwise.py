@@ -18,6 +18,7 @@ hundred questions this is what keeps them from learning the questions by heart.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def start_from_traces(
     seed: int,
     log_dir: Path | None = None,
     goes_on: bool = False,
+    before: Callable[[int], None] | None = None,
     progress_bar: bool = False,
 ) -> int:
     """Trains a network in place to halt recorded traces well at every price of the range.
@@ -126,6 +128,7 @@ def start_from_traces(
             every tenth step. None writes none.
         goes_on: Whether the network has learned already: then all of it stays near to what it is,
             and not the rule that it starts from alone.
+        before: Called before each step with the number of steps that are done.
         progress_bar: Whether to show a progress bar.
 
     Returns:
@@ -172,6 +175,8 @@ def start_from_traces(
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
         for num in tqdm(range(steps), "start", disable=not progress_bar):
+            if before is not None:
+                before(curve.num)
             rows = torch.from_numpy(rng.integers(len(returns.em), size=size))
             price = observing.draw_price(rng, size)
             batch = Batch.of(returns, rows, price, observing)

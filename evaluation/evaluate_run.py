@@ -21,6 +21,7 @@ from evaluation.protocol import strictest_price
 from evaluation.report import log_to_tensorboard, write_report
 from evaluation.results import JudgedTraces, Report
 from evaluation.table import format_cases, format_table
+from evaluation.training_curve import CurvePoint
 from haltwise import HaltHead, InputError
 from lms.ask import asked_before, questions
 from lms.language_model import LanguageModel
@@ -155,7 +156,20 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
         groups=group_rows(traces, compared.outcomes),
         behaviour=_behaviour(traces, judges, gates),
         certificate=config.certificate,
+        curve=_curve(trained.run),
     )
+
+
+def _curve(run: Run) -> list[CurvePoint]:
+    """Reads what a run's trainings came to on the way.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        return [CurvePoint.from_json(point) for point in run.out_of_fold().get("curve", ())]
+    except TypeError as error:
+        raise InputError(f"{run.folder}: its curve over the training has {error}") from None
 
 
 def _supervised(trained: Trained) -> dict[str, list[Supervised]]:

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from evaluation.behaviour import Behaviour, Reliability, WhereHalted
 from evaluation.protocol import RATE_MATCHED
@@ -30,6 +31,7 @@ from evaluation.rows import (
     SweepRow,
 )
 from evaluation.svg import COLOR
+from evaluation.training_curve import THIRDS, CurvePoint
 from evaluation.wording import gate_title, kind_title, policy_title, signed
 from policies.rules import RULE_NAMES
 
@@ -96,6 +98,8 @@ def draw(report: Report) -> dict[str, Drawing]:
         drawings += [_group_drawing(rows, gate, column) for column in _GROUP_WORDS]
     for behaviour in report.behaviour:
         drawings += [_where_drawing(behaviour), _reliability_drawing(behaviour)]
+    if report.curve:
+        drawings.append(_training_drawing(report.curve))
     return {drawing.name: drawing for drawing in drawings}
 
 
@@ -486,6 +490,71 @@ def reliability(found: Reliability) -> Figure:
         lower.set_xlim(-2, 102)
         figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _training_drawing(curve: Sequence[CurvePoint]) -> Drawing:
+    """Draws what heads come to over a training, with the words."""
+    return Drawing(
+        "training",
+        "Exact match, tokens, return and area over the training",
+        "On the questions that each training by folds has not seen, in the mean over trainings. "
+        "Left the gradient steps of the start from traces, right the decisions of PPO, which goes "
+        "on from there. Exact match and tokens are those at the low, the middle and the high third "
+        "of the prices; return and area are over all of these. Hollow circles: what the run took.",
+        training(curve),
+    )
+
+
+def training(curve: Sequence[CurvePoint]) -> Figure:
+    """Draws EM, tokens, return and area of the frontier by step."""
+    looks = zip(THIRDS, ("other-2", "other-0", "strongest"), "o^s", _DASHES, strict=False)
+    by_price = [(third, COLOR[color], marker, dash) for third, color, marker, dash in looks]
+    with style():
+        figure = Figure(figsize=(6.4, 7.2))
+        grid = figure.subplots(4, 2, sharex="col", sharey="row")
+        for k, ppo in enumerate((False, True)):
+            here = [point for point in curve if point.ppo == ppo]
+            columns = {
+                "em": [{of: 100 * value for of, value in at.em.items()} for at in here],
+                "tokens": [at.tokens for at in here],
+            }
+            for axes, found in zip(grid[:2, k], columns.values(), strict=True):
+                for third, color, marker, dash in by_price:
+                    label = f"{third} prices" if axes is grid[0, 0] else None
+                    _over_steps(axes, here, [at[third] for at in found], color, marker, dash, label)
+            lines = ([at.balanced_return for at in here], [100 * at.area for at in here])
+            for axes, line in zip(grid[2:, k], lines, strict=True):
+                _over_steps(axes, here, line, COLOR["head"], "D", "-", None)
+            grid[-1, k].set_xlabel("PPO, decisions" if ppo else "start, gradient steps")
+            grid[-1, k].xaxis.set_major_formatter("{x:,.0f}")
+            grid[-1, k].xaxis.set_major_locator(MaxNLocator(4))
+        for axes, label in zip(
+            grid[:, 0], ("EM, %", "tokens", "return", "area, points"), strict=True
+        ):
+            axes.set_ylabel(label)
+        figure.legend(loc="outside lower center", ncols=3, handlelength=3.2)
+    return figure
+
+
+def _over_steps(
+    axes: Axes,
+    curve: Sequence[CurvePoint],
+    values: Sequence[float],
+    color: str,
+    marker: str,
+    dash: Any,
+    label: str | None,
+) -> None:
+    """Draws one line over steps, and rings what was taken."""
+    axes.plot(
+        [at.step for at in curve], values, color=color, marker=marker, linestyle=dash,
+        linewidth=1.5, markersize=3.5, label=label,
+    )  # fmt: skip
+    taken = [(at.step, value) for at, value in zip(curve, values, strict=True) if at.taken]
+    axes.scatter(
+        *zip(*taken, strict=True) if taken else ([], []), s=70, facecolor="none",
+        edgecolor=COLOR["ink"], linewidth=1, zorder=5,
+    )  # fmt: skip
 
 
 def tick(value: float, _: object = None) -> str:

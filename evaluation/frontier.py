@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import moocore
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.intervals import Float
+from evaluation.outcome import Outcome, em_delta, saving
+from traces import Traces
 
 #: The floor of `frontier_area`, an EM change: a larger loss is too large for any saving.
 AREA_FLOOR = -0.05
@@ -86,3 +88,9 @@ def frontier_area(points: Sequence[tuple[float, float]], floor: float) -> float:
     """
     spent = [(1 - saving, em_delta) for em_delta, saving in points]
     return float(moocore.hypervolume(spent, ref=[1, floor], maximise=[False, True]))
+
+
+def swept_area(traces: Traces, swept: Mapping[float, Outcome]) -> float:
+    """Returns the area under the frontier of a policy's outcomes by parameter."""
+    points = [(em_delta(traces, at), saving(traces, at)) for at in swept.values()]
+    return frontier_area(points, AREA_FLOOR)

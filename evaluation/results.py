@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.behaviour import Behaviour
 from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow, to_json
+from evaluation.training_curve import CurvePoint
 from evaluation.verdict import conclusion
 from haltwise import Certificate
 
@@ -53,6 +54,8 @@ class Report:
     behaviour: Sequence[Behaviour]
     """What the head does inside thoughts, at each gate where it halts."""
     certificate: Certificate | None
+    curve: Sequence[CurvePoint] = ()
+    """What the run's trainings by folds came to on the way; none without folds."""
     ran_live: bool = False
     """Whether the head was to run beside its LM; JSON tells of it only then."""
     live: Comparison | None = None

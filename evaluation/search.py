@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from command import whole_file
 from evaluation.figures import Drawing, style, tick
-from evaluation.frontier import AREA_FLOOR, frontier_area, saving_at_em
+from evaluation.frontier import AREA_FLOOR, frontier_area, saving_at_em, swept_area
 from evaluation.intervals import Resampled, Resamples, interval
 from evaluation.outcome import Outcome, em_delta, saving
 from evaluation.report import page
@@ -98,7 +98,7 @@ class Judged:
         """
         resamples = Resamples.draw(traces.question_id, _NUM_RESAMPLES)
         areas = [_areas(resamples.of(traces, list(swept.values()))) for swept in (best, defaults)]
-        own = [_area(traces, swept) for swept in (best, defaults)]
+        own = [swept_area(traces, swept) for swept in (best, defaults)]
         returns = [balanced_returns(swept, weights) for swept in (best, defaults)]
         return cls(
             resamples.num_questions,
@@ -188,19 +188,9 @@ def _areas(found: Resampled) -> NDArray[np.float64]:
     return np.array([frontier_area(list(zip(*one, strict=True)), AREA_FLOOR) for one in each])
 
 
-def _of(traces: Traces, swept: Mapping[float, Outcome]) -> list[tuple[float, float]]:
-    """Returns EM change and saving at every price."""
-    return [(em_delta(traces, at), saving(traces, at)) for at in swept.values()]
-
-
-def _area(traces: Traces, swept: Mapping[float, Outcome]) -> float:
-    """Returns the area under the frontier of all prices."""
-    return frontier_area(_of(traces, swept), AREA_FLOOR)
-
-
 def _savings(traces: Traces, swept: Mapping[float, Outcome]) -> dict[float, float | None]:
     """Returns the saving at each of the EM losses."""
-    found = _of(traces, swept)
+    found = [(em_delta(traces, at), saving(traces, at)) for at in swept.values()]
     return {loss: saving_at_em(found, -loss) for loss in _LOSSES}
 
 
@@ -249,7 +239,9 @@ def _front_figure(searched: Searched) -> Figure:
             color=COLOR["ink"], linewidth=1, marker="o", markersize=4.5,
             markerfacecolor=COLOR["paper"], label="the front", zorder=3,
         )  # fmt: skip
-        looks = {0: ("strongest", (0, (5, 1.5)), "s", "the defaults")}
+        looks: dict[int, tuple[str, Any, str, str]] = {
+            0: ("strongest", (0, (5, 1.5)), "s", "the defaults")
+        }
         if searched.best:
             looks[searched.best] = ("head", "-", "D", f"candidate {searched.best}")
         for number, (color, dash, marker, label) in looks.items():

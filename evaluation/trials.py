@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.frontier import AREA_FLOOR, frontier_area
+from evaluation.frontier import swept_area
 from evaluation.intervals import Resamples, interval
 from evaluation.outcome import Outcome, average, em_delta, saving, sweep
 from evaluation.protocol import GATES, operating_point
@@ -91,7 +91,7 @@ def try_checkpoints(
             seed,
             k,
             float(balanced_returns(outcomes, weights).mean()),
-            _area(traces, outcomes),
+            swept_area(traces, outcomes),
             {gate: _chosen(traces, outcomes, gate) for gate in GATES},
         )
         for seed, each in swept.items()
@@ -152,12 +152,6 @@ def earliest(returns: NDArray[np.float64], question_id: NDArray[np.str_]) -> int
     by_question = [np.bincount(question, each - each.mean()) for each in lag]
     error = np.sqrt(np.square(by_question).sum(axis=1)) / len(question)
     return int(np.flatnonzero(lag.mean(axis=1) <= error)[0])
-
-
-def _area(traces: Traces, outcomes: Mapping[float, Outcome]) -> float:
-    """Returns the area under the frontier of one seed's prices."""
-    points = [(em_delta(traces, at), saving(traces, at)) for at in outcomes.values()]
-    return frontier_area(points, AREA_FLOOR)
 
 
 def _chosen(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> TrialPoint:

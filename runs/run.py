@@ -36,7 +36,7 @@ Points = dict[str, float | None]
 Gates = dict[float, Points]
 
 _CONFIG, _POINTS, _QUESTIONS = "config.json", "operating_points.json", "questions.json"
-_ASKED = "asked.json"
+_ASKED, _OUT_OF_FOLD = "asked.json", "out_of_fold.json"
 _WRITTEN_BY = "expected a folder written by train.py"
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
@@ -248,7 +248,21 @@ class Run:
 
     def save_out_of_fold(self, content: Mapping[str, Any]) -> None:
         """Writes the results that the points were chosen on."""
-        write_json(self.folder / "out_of_fold.json", dict(content))
+        write_json(self.folder / _OUT_OF_FOLD, dict(content))
+
+    def out_of_fold(self) -> dict[str, Any]:
+        """Reads the results that the points were chosen on; they are empty if there are none.
+
+        Raises:
+            InputError: If the file is not readable.
+        """
+        path = self.folder / _OUT_OF_FOLD
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return {}
+        except _UNREADABLE as error:
+            raise InputError(f"{path}: not readable ({error!r})") from None
 
     def save_scorecard(self, content: Mapping[str, Any]) -> None:
         """Writes the rules of a head that is a scorecard, and what is measured of them."""

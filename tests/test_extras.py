@@ -65,7 +65,17 @@ def test_the_command_names_what_serving_needs(missing: str) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["train", "evaluate", "calibrate", "adapt", "cascade", "distill", "scorecard", "collect"],
+    [
+        "train",
+        "evaluate",
+        "calibrate",
+        "adapt",
+        "cascade",
+        "distill",
+        "scorecard",
+        "search",
+        "collect",
+    ],
 )
 @pytest.mark.parametrize("missing", ["numpy", "tyro", "torch", "pyarrow"])
 def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> None:

@@ -158,7 +158,7 @@ def without_words(path: Path) -> str:
             {"torch", "transformers", "gymnasium", "stable_baselines3", "pyarrow"},
         ),
         ("collect, evaluate, adapt, calibrate", {"torch", "transformers", "sklearn", "mapie"}),
-        ("train, cascade, scorecard", {"transformers", "sklearn"}),
+        ("train, cascade, scorecard, search", {"transformers", "sklearn", "optuna"}),
     ],
 )
 def test_what_takes_long_to_load_is_imported_where_it_is_used(

@@ -123,7 +123,7 @@ def test_what_cannot_be_searched_is_refused_and_leaves_nothing(
         ({"traces": tmp_path / "no.parquet"}, r"no\.parquet"),
     ):
         with pytest.raises(InputError, match=told):
-            search.main(replace(config, **change))  # type: ignore[arg-type]
+            search.main(replace(config, **change))
     assert not config.run_dir.exists()
     config.run_dir.mkdir()
     with pytest.raises(InputError, match="run holds no search of these settings and traces"):

@@ -20,6 +20,7 @@ from agents.pathwise import PathwiseConfig
 from agents.ppo import PPOConfig
 from command import alone
 from evaluation.results import Report
+from evaluation.training_curve import THIRDS
 from haltwise import HaltHead, InputError
 from runs import Run
 from tests.conftest import trace_row
@@ -78,7 +79,28 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
     assert list(run_dir.glob("tensorboard/replay*/events*"))
     assert curves(run_dir, "start") == {"start/loss", "start/return"}
     of_gates = {f"folds/{name}_{gate}" for name in ("em_change", "saving") for gate in (0.0, 0.01)}
-    assert curves(run_dir, "folds") == {"folds/return", "folds/area"} | of_gates
+    by_price = {f"{of}_{third}_price" for of in ("em", "tokens") for third in THIRDS}
+    over_training = {f"train/{name}" for name in {"return", "area"} | by_price}
+    of_gates |= {"folds/return", "folds/area"}
+    assert curves(run_dir, "folds") == of_gates | over_training
+    assert curves(run_dir, "folds_start") == over_training
+
+
+def test_the_trade_off_over_the_training_is_in_the_results_and_on_the_page(run_dir: Path) -> None:
+    content = Run(run_dir).out_of_fold()
+    curve = content["curve"]
+    assert [(at["ppo"], at["step"]) for at in curve] == [
+        *((False, step) for step in (0, 2, 5, 10, 15, 20)),
+        *((True, step) for step in (0, 128, 256, 512)),
+    ]
+    assert curve[5] | {"ppo": True, "step": 0} == curve[6]  # PPO begins where the start ends
+    for k, at in enumerate(curve[6:]):
+        areas = [trial["area"] for trial in content["trials"] if trial["checkpoint"] == k]
+        assert at["area"] <= np.mean(areas)  # of a tenth of the prices
+    assert sum(at["taken"] for at in curve[6:]) == 1
+    written = json.loads((run_dir / "test.json").read_text())
+    assert written["curve"] == curve
+    assert "Over the training" in (run_dir / "test.html").read_text()
 
 
 def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.balance import balance
 from agents.checkpoint import restore_agent, save_agent
-from agents.fit import CHECKPOINTS, FitConfig, fit, out_of_fold
+from agents.fit import CHECKPOINTS, START_CHECKPOINTS, FitConfig, fit, out_of_fold
 from agents.pathwise import PathwiseConfig, start_from_traces
 from agents.ppo import (
     Agent,
@@ -314,6 +315,36 @@ def test_out_of_fold_decisions_come_from_the_other_folds(
         head = export(fit(train, own, config, seed=1, share=share), own)
         expected = np.stack([head.halts(features, price) for price in prices])
         assert (decided[1][CHECKPOINTS.index(share)][:, held_out] == expected).all()
+    starting = decided.starting(1)
+    assert starting.shape == (
+        len(START_CHECKPOINTS),
+        1,
+        random_traces.num_points,
+    )  # at every tenth price
+    seen: list[HaltHead] = []
+    fit(train, own, config, seed=1, share=0.0, starting=lambda ppo: seen.append(export(ppo, own)))
+    expected = np.stack([[head.halts(features, prices[0])] for head in seen])
+    assert (starting[:, :, held_out] == expected).all()
+
+
+def test_a_start_is_tried_on_its_way_and_is_the_same(random_traces: Traces) -> None:
+    head_config = head_of(random_traces)
+    seen: list[HaltHead] = []
+
+    def see(ppo: Agent) -> None:
+        seen.append(export(ppo, head_config))
+
+    def started(steps: int, **more: Any) -> HaltHead:
+        config = FitConfig(PathwiseConfig(steps), PPO)
+        return export(fit(random_traces, head_config, config, 0, share=0.0, **more), head_config)
+
+    plain, tried = started(20), started(20, starting=see)
+    assert all((plain.weights[name] == tried.weights[name]).all() for name in plain.weights)
+    assert len(seen) == len(START_CHECKPOINTS)
+    moved = [abs(head.weights["w0"] - seen[0].weights["w0"]).sum() for head in (*seen, tried)]
+    assert moved[0] == 0 and moved == sorted(set(moved))
+    # Before the first step it is what PPO alone would begin with.
+    assert all((seen[0].weights[n] == started(0).weights[n]).all() for n in plain.weights)
 
 
 def test_checkpoints_are_passed_in_order_and_the_one_taken_ends_it(random_traces: Traces) -> None:

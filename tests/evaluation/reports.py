@@ -14,6 +14,7 @@ from evaluation.behaviour import (
 )
 from evaluation.results import JudgedTraces, Report
 from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow
+from evaluation.training_curve import THIRDS, CurvePoint
 from haltwise import Certificate
 
 Row = dict[str, Any]
@@ -67,6 +68,7 @@ def made(found: Row) -> Report:
         "groups": [made_group(each) for each in found["groups"]],
         "behaviour": [made_behaviour(each) for each in found["behaviour"]],
         "certificate": None if certified is None else Certificate.from_json(certified),
+        "curve": [CurvePoint.from_json(each) for each in found["curve"]],
     }
     return of(Report, found | parts)
 
@@ -178,9 +180,21 @@ def certificate(price: float | None = 0.25) -> Row:
     }  # fmt: skip
 
 
+def curve() -> list[Row]:
+    """A start, and what PPO made of it, which was taken."""
+    return [
+        {
+            "ppo": ppo, "step": 1000 * ppo, "em": dict.fromkeys(THIRDS, 0.75 + 0.05 * ppo),
+            "tokens": dict.fromkeys(THIRDS, 1234.0), "balanced_return": 5.5, "area": 0.0125,
+            "taken": ppo,
+        }
+        for ppo in (False, True)
+    ]  # fmt: skip
+
+
 def short(lead: float = 0.05) -> Row:
     """A report with one figure, quick to draw."""
-    return report(lead) | {"groups": [], "behaviour": [], "certificate": None}
+    return report(lead) | {"groups": [], "behaviour": [], "certificate": None, "curve": []}
 
 
 def report(lead: float = 0.05) -> Row:
@@ -211,4 +225,5 @@ def report(lead: float = 0.05) -> Row:
         ],
         "behaviour": [behaviour(0.0, 0.5), behaviour(0.01, 0.75)],
         "certificate": certificate(),
+        "curve": curve(),
     }

@@ -13,7 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import (
 
 from evaluation import report as pages
 from evaluation.report import log_to_tensorboard, write_report
-from tests.evaluation.reports import GATES, behaviour, certificate, group, made, report, short
+from tests.evaluation.reports import (
+    GATES,
+    behaviour,
+    certificate,
+    curve,
+    group,
+    made,
+    report,
+    short,
+)
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 INLINE = {"a", "code", "small", "span", "strong"}
@@ -451,3 +460,12 @@ def test_tensorboard_gets_the_same_figures_and_numbers(tmp_path: Path) -> None:
     assert scalars["frozen_0.0/em_delta/head"] == pytest.approx(-0.0125)
     assert scalars["frozen_0.0/head_lead_at_equal_em/confidence"] == pytest.approx(0.05)
     assert not [tag for tag in scalars if "entropy" in tag]
+
+
+def test_the_trade_off_over_the_training_is_a_figure_and_a_table() -> None:
+    page = Page(render(short() | {"curve": curve()}))
+    assert "training-title" in page.all("id") and "#training" in page.all("href")
+    (table,) = (table for table in page.tables if table[0][0] == "After")
+    assert [line[0] for line in table[1:]] == ["0 gradient steps", "1,000 decisions of PPO taken"]
+    assert table[2][1:] == ["80.00"] * 3 + ["1,234"] * 3 + ["5.5000", "1.250"]
+    assert "training" not in Page(render(short())).all("id")

@@ -41,8 +41,8 @@ def test_the_best_candidate_is_judged_in_pairs(make_traces: MakeTraces) -> None:
     traces = make_traces([{}] * 20)
     defaults, best = {1.0: outcome(1.0, 300, 20)}, {1.0: outcome(1.0, 180, 20)}
     judged = Judged.of(traces, defaults, best, np.ones(1))
-    assert judged.area_more == (pytest.approx(0.01), pytest.approx([0.01, 0.01]))
-    assert judged.return_more == (pytest.approx(0.12), pytest.approx([0.12, 0.12]))
+    for (more, ends), expected in ((judged.area_more, 0.01), (judged.return_more, 0.12)):
+        assert [more, *ends] == pytest.approx([expected] * 3)
     assert judged.savings["best"][0.0] == pytest.approx(0.7)
     assert (judged.verdict, judged.num_questions) == ("ahead", 20)
     assert Judged.of(traces, best, defaults, np.ones(1)).verdict == "behind"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.guides import blocks
+from runs import Run
+from tests.guides import blocks, commands, run
 from tests.training.test_trainer import OPTIMUM, Pull, rows
 
 TRAINER, SB3, LOOP = blocks("TRAINING", "python")
@@ -47,3 +48,15 @@ def test_the_loop_of_the_guide_stops() -> None:
     # It gains 1/4, 1/8, 1/16 ... with each step; by then the span says nothing more.
     assert found["weight"] == pytest.approx(3 - 3 * 0.5 ** len(found["rule"].curve))
     assert "expected" in found["rule"].latest.reason
+
+
+def test_the_search_of_the_guide_runs(
+    random_traces_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "traces.parquet").symlink_to(random_traces_path)
+    (block,) = blocks("TRAINING", "sh")
+    quick = {"search.py": "--num 2 --folds 2 --seeds 1 --groups pace confidence"}
+    for command in commands(block.text, tmp_path):
+        run(command, quick, monkeypatch)
+    assert Run(tmp_path / "checkpoints/search").search_page.exists()
