@@ -552,7 +552,7 @@ def _over_steps(
     )  # fmt: skip
     taken = [(at.step, value) for at, value in zip(curve, values, strict=True) if at.taken]
     axes.scatter(
-        *zip(*taken, strict=True) if taken else ([], []), s=70, facecolor="none",
+        [step for step, _ in taken], [value for _, value in taken], s=70, facecolor="none",
         edgecolor=COLOR["ink"], linewidth=1, zorder=5,
     )  # fmt: skip
 

@@ -57,8 +57,9 @@ def sizes(axes: Axes, side: str) -> list[float]:
 def test_a_report_has_a_figure_for_every_number_it_holds() -> None:
     names = ["frontier", *(f"groups-{c}-{g}" for g in (0.0, 0.01) for c in ("saving", "em_delta"))]
     names += [f"{name}-{gate}" for gate in (0.0, 0.01) for name in ("where", "reliability")]
+    names.append("training")
     assert list(draw(made(report()))) == names
-    assert list(draw(made(report() | {"groups": [], "behaviour": []}))) == ["frontier"]
+    assert list(draw(made(report() | {"groups": [], "behaviour": [], "curve": []}))) == ["frontier"]
 
 
 def test_the_frontier_draws_rows_in_points_and_limits_them_to_where_policies_differ() -> None:

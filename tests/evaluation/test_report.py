@@ -93,7 +93,7 @@ def minus(text: str) -> str:
 def test_the_page_is_balanced_and_every_figure_is_an_image_with_words(page: str) -> None:
     found = Page(page)
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(svgs) == 1 + 4 + 4
+    assert len(svgs) == 1 + 4 + 4 + 1
     for svg in svgs:
         root = ElementTree.fromstring(svg)
         words = [root.find(f"{{http://www.w3.org/2000/svg}}{tag}") for tag in ("title", "desc")]
@@ -293,7 +293,7 @@ def test_words_in_the_report_are_text_and_not_markup(tmp_path: Path) -> None:
     case["drivers"][0]["feature"] = found["certificate"]["segments"][0]["segment"] = bad
     page = render(found)
     parsed = Page(page)
-    assert "<script" not in page and parsed.tags.count("title") == 1 + 7
+    assert "<script" not in page and parsed.tags.count("title") == 1 + 8
     assert parsed.text.count(bad) >= 12
     assert ">&lt;/title&gt;&lt;script&gt;alert(1)&lt;/s\N{HORIZONTAL ELLIPSIS}</text>" in page
 
