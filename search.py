@@ -121,6 +121,8 @@ def _check(config: SearchConfig) -> None:
     check_ranges(
         config, {name: (getattr(config, name) >= n, f"at least {n}") for name, n in least.items()}
     )
+    most = 2**31 - 1 - config.seeds
+    check_ranges(config, {"seed": (config.seed <= most, f"0 to {most}")})
     if config.groups is not None:
         try:
             feature_names(config.groups)
