@@ -255,6 +255,8 @@ def _front_figure(searched: Searched) -> Figure:
             searched.tokens, 0, marker="s", s=60, color=COLOR["ink"], label="never halting"
         )
         axes.axhline(0, color=COLOR["ink"], linewidth=0.8)
+        seen = [at.tokens for at in every if at.em_delta >= 2 * AREA_FLOOR]
+        axes.set_xlim(left=0.9 * min(seen, default=0.0))
         axes.set_ylim(200 * AREA_FLOOR, max(1.0, *(130 * at.em_delta for at in front)))
         axes.set_xlabel("tokens of a trace, probes included")
         axes.set_ylabel("EM change, points of a hundred")
