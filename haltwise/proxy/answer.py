@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from haltwise.proxy.probing import ProbeUsage
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.upstream import LegUsage
+from haltwise.proxy.upstream import LegUsage, summed
 from haltwise.proxy.wire import (
     DONE,
     Json,
@@ -173,7 +173,7 @@ class ClientAnswer:
         """The details that servers tell of usage, of all legs together."""
         details: Json = {}
         for told in (usage.told for usage in self._reader.legs):
-            details = _sum(details, {n: v for n, v in told.items() if isinstance(v, dict)})
+            details = summed(details, {n: v for n, v in told.items() if isinstance(v, dict)})
         name = "completion_tokens_details"
         num_thought = details.get(name, {}).get("reasoning_tokens")
         if not self._usages[0].told and isinstance(num_thought, int):
@@ -198,6 +198,8 @@ class ClientAnswer:
             "price": found.price,
             "legs": [usage.counts() for usage in reader.legs],
         }
+        if reader.num_turns > 1:
+            report["turns"] = reader.num_turns
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
         if reader.prober.usage.num:
@@ -279,17 +281,3 @@ class ClientAnswer:
         own["finish_reason"] = choice.get("finish_reason")
         own |= {name: value for name, value in choice.items() if name not in _OF_CHOICE}
         return StreamEvent(chunk=self.envelope | {"choices": [own]})
-
-
-def _sum(one: Json, other: Json) -> Json:
-    """Two objects in one, the numbers of both added up on every level."""
-    both = one | other
-    for name in one.keys() & other.keys():
-        first, second = one[name], other[name]
-        if isinstance(first, dict) and isinstance(second, dict):
-            both[name] = _sum(first, second)
-        elif isinstance(first, int | float) and isinstance(second, int | float):
-            both[name] = first + second
-        else:
-            both[name] = first if second is None else second
-    return both

@@ -228,7 +228,7 @@ class Proxy:
         A server that does not answer yet is none to be refused, but a person is told.
 
         Raises:
-            InputError: If forced answers do not run beside a thought, and the settings do not say
+            InputError: If forced answers do not run well there, and the settings do not say
                 that this is no matter.
         """
         config = self.config
@@ -253,7 +253,8 @@ class Proxy:
     async def _tried_late(self, server: LMServer, headers: RawHeaders) -> None:
         """Says what probes take; while the server does not tell, it is asked again."""
         try:
-            await check_probes(server, self.config.probe_timeout, True, headers)
+            patience = self.config.probe_timeout
+            await check_probes(server, patience, True, headers, self._takes_turns)
             self._next_trial = None
         except UpstreamError:
             self._next_trial = anyio.current_time() + _BETWEEN_TRIALS
@@ -264,7 +265,8 @@ class Proxy:
         config = self.config
         unknown = LMServer(upstream, self._unknown.rules, self._unknown.close_text)
         server = await find_lm_server(unknown, config.kind, [])
-        await check_probes(server, config.probe_timeout, config.probe_anyway, [])
+        patience, anyway = config.probe_timeout, config.probe_anyway
+        await check_probes(server, patience, anyway, [], self._takes_turns)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request under /v1, whatever happens on the way."""
@@ -405,6 +407,8 @@ class Proxy:
             why_not = why_not or self._why_unseen(server, request, terms)
         if why_not is None:
             about = self._about(client, request, names_own, bill)
+            if self._takes_turns:
+                request = await server.in_turns(request) or request
             settings = self._serving(about)
             thought = ThoughtRequest(terms, about)
             completion = WatchedCompletion(request, thought, server, settings, bill)
@@ -420,6 +424,12 @@ class Proxy:
             told = self._why_not(why_not, record)
             if not await self._refer(client, request, body, told, bill):
                 await self._pass_on(client, body, told)
+
+    @property
+    def _takes_turns(self) -> bool:
+        """Whether answers are forced in turn with thoughts, where a server does that well."""
+        is_auto = self.config.probing == "auto"
+        return self._looks and is_auto and self._settings.large is None
 
     @property
     def _reference(self) -> LargeLM | None:

@@ -154,7 +154,7 @@ class Auditor:
         if small.fallback or unhalted.report is None:
             raise UpstreamError(small.fallback or "cut", "the small LM could not be watched")
         choice = answer["choices"][0]
-        said = choice["message"].get("content") if small.request.chat else choice["text"]
+        said = choice["message"].get("content") if small.request.shows_chat else choice["text"]
         audit.end(unhalted.report, small.is_cut, _full(small, said or ""))
         return small
 

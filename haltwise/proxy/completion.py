@@ -13,6 +13,7 @@ from haltwise.policy.cascade_head import CascadeHead, EscalatingHead
 from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.answer import ClientAnswer
 from haltwise.proxy.billing import Bill
+from haltwise.proxy.chat_form import ChatForm
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.large import FAILED, LargeLM, Where
 from haltwise.proxy.lm_server import LMServer, opened_in_text
@@ -123,6 +124,9 @@ class WatchedCompletion:
         self._reader.not_escalated = "budget" if is_kept else ""
         self._closer = ThoughtCloser(self._reader, settings.patience, settings.acceptance)
         self._answer = ClientAnswer(self._reader, settings.shadow)
+        self._form: ChatForm | None = None
+        if request.is_rendered:
+            self._form = ChatForm(server.rules, bool(opening), request.wants_usage)
         self._halts = False  # at the newest event
         self._where: Where | None = None  # it is to be left to the large LM
         self._unshown: StreamEvent | None = None  # if that is so at the thought's end
@@ -142,6 +146,8 @@ class WatchedCompletion:
         goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
         extra = server.extra_fields(self.request) if goes_on else {}
         body = self.request.watched_body(extra, server.shows_numbers(self.request))
+        if self.request.comes_in_turns:
+            return await self._closer.ask_in_turns(body)
         return await self._closer.ask(body, self.request.chat)
 
     @property
@@ -192,6 +198,7 @@ class WatchedCompletion:
         num_legs = sum(not one.is_large for one in self._reader.legs)
         # Where the large LM was not asked, a second leg may be on its way.
         num_asked = num_legs + self._prober.usage.num + (self._reader.large is None)
+        num_asked += self._reader.num_turns - 1
         bill.count(self._answer.spent_by_small(), num_asked)
 
     async def whole(self, first: UpstreamLeg) -> Json:
@@ -207,7 +214,7 @@ class WatchedCompletion:
         async for event in self.events(first):
             if event.chunk is not None:
                 whole.add(event.chunk)
-        return whole.answer(self.request.chat) | {"usage": self._answer.usage()}
+        return whole.answer(self.request.shows_chat) | {"usage": self._answer.usage()}
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.
@@ -223,7 +230,9 @@ class WatchedCompletion:
         try:
             async with aclosing(self._events_of_all_legs(first)) as events:
                 async for event in events:
-                    yield event
+                    shown = event if self._form is None else self._form.shaped(event)
+                    if shown is not None:
+                        yield shown
         except UpstreamError:
             if not self._answer.has_ended:
                 raise

@@ -32,6 +32,8 @@ _DEEPEST = 100
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 # llama-server's own limit, which it heeds before any other.
 _N_PREDICT = "n_predict"
+# llama-server's seeds.
+_NUM_SEEDS = 2**32 - 1
 _NUMBERS = ("n", "best_of", "logprobs", "top_logprobs", *_MAX_TOKENS)
 
 
@@ -49,6 +51,10 @@ class CompletionRequest:
     """The body, as the client sent it."""
     headers: RawHeaders = field(default_factory=list)
     """Those of the client's headers that the upstream gets."""
+    comes_in_turns: bool = False
+    """Whether its thought is asked for piece by piece, see `haltwise.proxy.turns`."""
+    is_rendered: bool = False
+    """Whether it stands for a chat, whose prompt has been rendered."""
     _told: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     async def once(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
@@ -65,6 +71,11 @@ class CompletionRequest:
             self._told[name] = await ask()
         found: T = self._told[name]
         return found
+
+    @property
+    def shows_chat(self) -> bool:
+        """Whether the client gets the answer in the form of a chat's."""
+        return self.chat or self.is_rendered
 
     @property
     def model(self) -> str:
@@ -229,14 +240,33 @@ class CompletionRequest:
         is_less = {name: isinstance(one, int) and 0 < one < num for name, one in told.items()}
         return replace(self, body=self.body | {n: told[n] if is_less[n] else num for n in told})
 
+    def in_turns(self, rendered: str | None = None) -> "CompletionRequest":
+        """The same request, as one whose thought comes in turns.
+
+        Args:
+            rendered: The prompt of a chat, which is asked for as a completion.
+        """
+        if rendered is None:
+            return replace(self, comes_in_turns=True)
+        body = self.less_tokens(self.continued_body(prompt=rendered), 0)
+        own = {name: self.body.get(name) for name in ("stream", "stream_options")}
+        return replace(
+            self, chat=False, body=body | own, comes_in_turns=True, is_rendered=True, _told={}
+        )
+
     def less_tokens(self, body: Json, num_used: int) -> Json:
-        """A body whose limits leave out the tokens that were generated already."""
+        """A body whose limits leave out the tokens that were generated already.
+
+        A seed gives other draws than those that these tokens were.
+        """
         if self.max_tokens is not None:
             dropped = (*_MAX_TOKENS, _N_PREDICT)
             body = {name: value for name, value in body.items() if name not in dropped}
             body["max_tokens"] = max(self.max_tokens - num_used, 1)
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = max(body["min_tokens"] - num_used, 0)
+        if isinstance(seed := body.get("seed"), int) and seed >= 0:
+            body = body | {"seed": (seed + num_used) % _NUM_SEEDS}
         return body
 
 

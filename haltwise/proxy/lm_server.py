@@ -31,6 +31,11 @@ _RENDERED = (
     *("model", "tools", "documents", "chat_template", "chat_template_kwargs", "reasoning_effort"),
     *("add_generation_prompt", "continue_final_message"),
 )
+# What llama-server is asked for that hangs on all tokens of an answer, and not on the newest alone.
+_OF_WHOLE = (
+    *("mirostat", "adaptive_target", "t_max_predict_ms", "n_predict", "reasoning_format"),
+    *("reasoning_budget_tokens", "thinking_budget_tokens", "reasoning_budget_message"),
+)
 # Marks, in a prompt that is only looked at, where the last message ends that the LM answers.
 _BORDER = "~haltwise~"
 # How templates begin the turn of another speaker.
@@ -126,6 +131,14 @@ class LMServer(ServerDialect):
             UpstreamError: If the server does not answer.
         """
         return False
+
+    async def in_turns(self, request: CompletionRequest) -> CompletionRequest | None:
+        """The same request, as one whose thought comes in turns.
+
+        Returns:
+            None if it cannot, or if answers are better forced beside it on this kind of server.
+        """
+        return None
 
     async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """The body of the request that goes on from what was generated, and a tail behind it.
@@ -345,6 +358,24 @@ class LlamaServer(LlamaDialect, LMServer):
         found = await self.upstream.call("/v1/chat/completions/control", asks, request.headers)
         return found.get("success") is True
 
+    async def in_turns(self, request: CompletionRequest) -> CompletionRequest | None:
+        """A slot keeps its cache to itself: there, a request finds all that was said before.
+
+        A chat is asked for as a completion of its prompt, whose tokens are all told.
+        """
+        body, messages = request.body, request.body.get("messages") or [{}]
+        hangs_on_whole = request.has_stops or any(body.get(name) for name in _OF_WHOLE)
+        why_not = request.why_not_continued(self.close_text)
+        if why_not or hangs_on_whole or body.get("cache_prompt") is False:
+            return None
+        if not request.chat:
+            return request.in_turns()
+        if request.num_top is not None or messages[-1].get("role") == "assistant":
+            return None
+        with suppress(UpstreamError):
+            return request.in_turns(await self.rendered(request.body, request.headers))
+        return None
+
     async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.
 
@@ -353,9 +384,10 @@ class LlamaServer(LlamaDialect, LMServer):
                 not render the messages of a chat.
         """
         # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
-        is_complete = seen.has_ids and seen.text.isascii()
-        is_complete &= not (request.chat and request.body.get("stop"))
-        said = seen.ids if is_complete else [seen.text]
+        is_told = seen.has_ids and len(seen.texts) == len(seen.ids)
+        is_told &= not (request.chat and request.body.get("stop"))
+        pairs = zip(seen.ids, seen.texts, strict=True) if is_told else ()
+        said = [i if text.isascii() else text for i, text in pairs] if is_told else [seen.text]
         if not request.chat:
             return request.continued_body(prompt=[request.prompt, *said, tail])
         why_not = request.why_not_continued(self.close_text)

@@ -1,4 +1,4 @@
-"""Whether forced answers run beside a thought on a server: tried once, before anybody is served."""
+"""Whether forced answers run well on a server: tried once, before anybody is served."""
 
 import asyncio
 import json
@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from haltwise import InputError
-from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.completion_request import CompletionRequest, numbers_asked
+from haltwise.proxy.generation import refusal
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import asked_to_go_on, counting
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import RawHeaders, UpstreamError
+from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.session.signal_collector import NUM_TOP
 
 # What any LM goes on from; it is long enough to see whether the server's cache has it.
 _PROMPT = " ".join(map(str, range(1, 101)))
@@ -32,10 +34,10 @@ _TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class ProbeTrial:
-    """What a probe took that ran beside a stream, one step after another one."""
+    """What a probe took, one step after another one: beside a stream, or in turn with it."""
 
     prompt_tokens: int | None
-    """Tokens of its prompt; None if the server does not tell."""
+    """Tokens of its prompt, and of that of the turn behind it; None if the server does not tell."""
     computed_tokens: int | None
     """Those of them that the server's cache did not have; None if it does not tell."""
     overrun_tokens: int
@@ -50,6 +52,8 @@ class ProbeTrial:
     """Time for which the stream went on beside it."""
     alone_seconds: float | None = None
     """Time that such an answer takes without a stream; None if that was of no interest."""
+    is_in_turn: bool = False
+    """Whether it came in turn with the thought, and not beside."""
 
     @property
     def is_sure(self) -> bool:
@@ -76,15 +80,16 @@ class ProbeTrial:
 
 
 async def check_probes(
-    server: LMServer, patience: float, anyway: bool, headers: RawHeaders
+    server: LMServer, patience: float, anyway: bool, headers: RawHeaders, takes_turns: bool
 ) -> None:
-    """Tries a probe beside a stream, and says what it took.
+    """Tries a probe, and says what it took.
 
     Args:
         server: The LM's server.
         patience: Seconds that a probe may take once clients are served.
         anyway: Whether to go on even where probes are not served well.
         headers: With the key that it is asked with.
+        takes_turns: Whether probes come in turn with thoughts, where a server does that well.
 
     Raises:
         InputError: If they are not.
@@ -92,7 +97,7 @@ async def check_probes(
     """
     try:
         async with asyncio.timeout(_TIMEOUT):
-            trial = await try_probes(server, headers)
+            trial = await try_probes(server, headers, takes_turns)
     except TimeoutError:
         raise UpstreamError("timeout", f"no probe within {_TIMEOUT:.0f} seconds") from None
     log.info(json.dumps({"probe": asdict(trial)}))
@@ -100,8 +105,9 @@ async def check_probes(
     if not (told := problem or trial.doubt(patience)):
         return
     slots = "" if trial.num_parallel is None else f", {trial.num_parallel} slots"
+    way = "in turn with" if trial.is_in_turn else "beside"
     told = (
-        f"a forced answer beside a thought took {trial.seconds:.2f} s and {trial.overrun_tokens} "
+        f"a forced answer {way} a thought took {trial.seconds:.2f} s and {trial.overrun_tokens} "
         f"tokens of the thought{slots}: {told}"
     )
     if problem and not anyway:
@@ -112,16 +118,19 @@ async def check_probes(
     log.warning(json.dumps({"warning": told}))
 
 
-async def try_probes(server: LMServer, headers: RawHeaders) -> ProbeTrial:
-    """Runs a stream, and probes beside it; a longer one where the first tells nothing.
+async def try_probes(server: LMServer, headers: RawHeaders, takes_turns: bool) -> ProbeTrial:
+    """Runs a stream, and probes beside it or in turn; a longer one where the first tells nothing.
 
     Args:
         server: The LM's server.
         headers: With the key that it is asked with.
+        takes_turns: As of `check_probes`.
 
     Raises:
         UpstreamError: If the server does not answer.
     """
+    if takes_turns and (request := await server.in_turns(_asked(server, headers, _STEP))):
+        return await _tried_in_turn(server, request)
     for length in _LENGTHS:
         trial = await _tried(server, headers, length)
         if trial.is_sure:
@@ -131,9 +140,7 @@ async def try_probes(server: LMServer, headers: RawHeaders) -> ProbeTrial:
 
 async def _tried(server: LMServer, headers: RawHeaders, length: int) -> ProbeTrial:
     """As `try_probes`, with a stream of so many tokens."""
-    asked = {"prompt": _PROMPT, "max_tokens": length, "temperature": 0, "ignore_eos": True}
-    asked |= {"model": server.names[0]} if server.names else {}
-    request = CompletionRequest(False, asked, headers)
+    request = _asked(server, headers, length)
     body = request.watched_body(server.extra_fields(request))
     leg = await server.upstream.stream("/v1/completions", body, headers)
     try:
@@ -151,6 +158,55 @@ async def _tried(server: LMServer, headers: RawHeaders, length: int) -> ProbeTri
         return trial
     alone = [await _alone(server, request, generated) for _ in range(_NUM_ALONE)]
     return replace(trial, alone_seconds=min(alone))
+
+
+def _asked(server: LMServer, headers: RawHeaders, num: int) -> CompletionRequest:
+    """A request for a thought of so many tokens."""
+    asked = {"prompt": _PROMPT, "max_tokens": num, "temperature": 0, "ignore_eos": True}
+    asked |= {"model": server.names[0]} if server.names else {}
+    return CompletionRequest(False, asked, headers)
+
+
+async def _tried_in_turn(server: LMServer, request: CompletionRequest) -> ProbeTrial:
+    """Runs turns of a thought, each with a probe behind it."""
+    seen, body = GeneratedSoFar(), request.watched_body({})
+    await _read_turn(server, request, body, seen)
+    for _ in range(_NUM_PROBES):
+        started, usage = time.perf_counter(), LegUsage()
+        await _forced(server, request, seen, usage)
+        seconds = time.perf_counter() - started
+        body = await server.body_after(request, seen, "")
+        turn = await _read_turn(server, request, body, seen)
+    return ProbeTrial(
+        _sum_known(usage.prompt_tokens, turn.prompt_tokens),
+        _sum_known(usage.computed_tokens, turn.computed_tokens),
+        0,
+        seconds,
+        server.num_parallel,
+        is_beside=True,
+        is_in_turn=True,
+    )
+
+
+async def _read_turn(
+    server: LMServer, request: CompletionRequest, body: Json, seen: GeneratedSoFar
+) -> LegUsage:
+    """Reads a turn of a thought, which adds to what was generated; returns what it took."""
+    numbers = numbers_asked(False, NUM_TOP)
+    leg = await server.upstream.stream("/v1/completions", body | numbers, request.headers)
+    usage = LegUsage()
+    try:
+        if not leg.is_readable:
+            raise await refusal("/v1/completions", leg)
+        async for event in counting(usage, leg):
+            seen.add(event.chunk or {})
+    finally:
+        await leg.close()
+    return usage
+
+
+def _sum_known(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
 
 
 async def _read(leg: UpstreamLeg, generated: GeneratedSoFar, num: int) -> bool:

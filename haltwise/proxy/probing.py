@@ -1,4 +1,4 @@
-"""Looking at answers: at a decision point an answer is forced beside the thought, which goes on."""
+"""Looking at answers: at a decision point an answer is forced beside the thought, or in its turn."""
 
 from __future__ import annotations
 
@@ -51,17 +51,20 @@ class ProbeRoom:
             key = _key_in(headers)
             self._until[key] = max(until, self._until.get(key, 0.0))
 
-    def is_free(self, num_slots: int | None, headers: RawHeaders) -> bool:
+    def is_free(self, num_slots: int | None, headers: RawHeaders, is_in_turn: bool = False) -> bool:
         """Whether there is room for one more.
 
         Args:
             num_slots: Requests that the server runs at once; None if it does not tell.
             headers: With the key that it asks with.
+            is_in_turn: Whether its own stream does not run meanwhile: others may wait for that
+                place if there are more of them than slots.
         """
         num = self.num_running
         if self._until and time.monotonic() < self._until.get(_key_in(headers), 0.0):
             return False
-        return num < self._most and (num_slots is None or num + self._num_streams() < num_slots)
+        num_places = self._num_streams() + (0 if is_in_turn else num + 1)
+        return num < self._most and (num_slots is None or num_places <= num_slots)
 
 
 @dataclass
@@ -127,6 +130,8 @@ class AnswerProber:
         """The answer that was taken last; None if it was unknown."""
         self.seen: dict[int, SeenAnswer] = {}
         """By the tokens before each, all answers that were taken and known."""
+        self.leg: UpstreamLeg | None = None
+        """The leg that a probe takes turns with; None if it runs on beside."""
         self._at, self._gives_seen = 0, gives_seen
         self._request, self._server, self._room = request, server, room
         self._patience, self._metrics = patience, metrics
@@ -137,9 +142,10 @@ class AnswerProber:
     @property
     def has_room(self) -> bool:
         """Whether a probe may start: none runs, and there is room for it."""
-        num_slots = self._server.num_parallel
-        is_free = self._continues and self._room.is_free(num_slots, self._headers)
-        return self.running is None and is_free
+        if not self._continues or self.running is not None:
+            return False
+        num_slots, in_turn = self._server.num_parallel, self._request.comes_in_turns
+        return self._room.is_free(num_slots, self._headers, in_turn)
 
     def start(self, seen: GeneratedSoFar) -> None:
         """Starts a probe behind what was generated up to a decision point."""
@@ -212,6 +218,8 @@ class AnswerProber:
         """The answer; None if it is unknown."""
         try:
             async with asyncio.timeout(self._patience):
+                if self.leg is not None:
+                    await self.leg.pause()
                 return await self._answer(seen)
         except UpstreamError as error:
             self._room.leave_alone(self._headers, error.wait)

@@ -16,6 +16,7 @@ from haltwise.proxy.large import FAILED, TOOK_NOTHING, LargeLM, Where
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import counting
 from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.turns import LegInTurns
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import (
     Json,
@@ -75,6 +76,17 @@ class ThoughtCloser:
         self._headers = [pair for pair in self._headers if pair[0] != b"x-request-id"]
         return leg
 
+    async def ask_in_turns(self, body: Json) -> LegInTurns:
+        """As `ask`, for a leg that comes in turns with the answers that are forced.
+
+        Raises:
+            UpstreamError: If no answer comes.
+        """
+        prober = self._reader.prober
+        prober.leg = leg = await LegInTurns.begun(body, self._reader, self.ask, self._patience)
+        self._running.push_async_callback(leg.close)
+        return leg
+
     async def close(self) -> None:
         """Ends all legs that still run."""
         await self._running.aclose()
@@ -92,7 +104,7 @@ class ThoughtCloser:
             The second leg and itself; if there is none, None and what the client gets instead:
             the first leg from where it is now, or the whole request asked anew.
         """
-        reader, server = self._reader, self._server
+        reader = self._reader
         reader.may_halt = False
         is_checked = self._acceptance.is_on and reader.streamed.report().reason == "halted"
         if not (reader.thinks_on or is_checked) and await self._server_ends_thought(envelope):
@@ -101,14 +113,11 @@ class ThoughtCloser:
         reader.is_closed = reader.thinks_on = False
         if not reader.is_close_shown:
             self._tail = reader.call_end + self._tail
-        held: HeldBackLeg | None = None
-        if not server.one_at_a_time:
-            held = HeldBackLeg(first)
-            self._running.push_async_callback(held.close)
+        held, is_paused = await self._held_back(first)
         rest: AsyncIterable[StreamEvent] = held or first
         try:
             body = await self._body_after(self._tail)
-            if held is None:
+            if not (held or is_paused):
                 await first.close()
                 rest = self._asked_anew(envelope)
             second = await self._begun_to_answer(body, held)
@@ -124,6 +133,15 @@ class ThoughtCloser:
             reader.usages[0].completion_tokens += held.num_tokens()
             await first.close()
         return second, second
+
+    async def _held_back(self, first: UpstreamLeg) -> tuple[HeldBackLeg | None, bool]:
+        """The first leg, which is held back, if it runs on; and whether it pauses instead."""
+        is_paused = await first.pause()
+        if is_paused or self._server.one_at_a_time:
+            return None, is_paused
+        held = HeldBackLeg(first)
+        self._running.push_async_callback(held.close)
+        return held, False
 
     def refuses(self, text: str) -> bool:
         """Whether an answer behind the closed thought cannot be given."""
@@ -171,10 +189,7 @@ class ThoughtCloser:
         reader = self._reader
         reader.may_halt = False
         reader.is_thinking &= where != "end"
-        held: HeldBackLeg | None = None
-        if not self._server.one_at_a_time:
-            held = HeldBackLeg(first)
-            self._running.push_async_callback(held.close)
+        held, _ = await self._held_back(first)
         try:
             leg, usage = await self._begun_by(large)
         except UpstreamError:

@@ -69,6 +69,8 @@ class ThoughtReader:
         """All tokens up to the end of the thought."""
         self.usages = [LegUsage()]
         """Tokens of each leg, the first one's first; who opens another leg adds its own."""
+        self.num_turns = 1
+        """Requests that the first leg has taken."""
         self.is_thinking = True
         """Whether the next chunk belongs to the thought, or to what stands before it."""
         self.may_halt = True

@@ -221,6 +221,14 @@ class UpstreamLeg:
             return bool(thought) or answer.lstrip().startswith(start)
         return False
 
+    async def pause(self) -> bool:
+        """Ends what runs of the leg, if whoever reads on gets the rest all the same.
+
+        Returns:
+            Whether that is so.
+        """
+        return False
+
     async def close(self) -> None:
         """Ends the leg: the upstream need not go on with it."""
         with anyio.CancelScope(shield=True):
@@ -265,7 +273,8 @@ class GeneratedSoFar:
         # A token that ends inside of a character has no text of its own.
         own = "".join(token.text for token in tokens)
         is_whole = len(own) >= len(text) and "\ufffd" not in own
-        self.texts.append(own if is_whole else text)
+        if tokens or text:
+            self.texts.append(own if is_whole else text)
 
     @property
     def text(self) -> str:
@@ -315,12 +324,46 @@ class LegUsage:
         if _is_count(cached) and self.prompt_tokens is not None:
             self.computed_tokens = max(self.prompt_tokens - cached, 0)
 
+    def take_turn(self, usage: Any, num_tokens: int) -> None:
+        """Takes in what the server tells of a request that goes on from all that is counted here.
+
+        Its prompt is what was said before: it counts once.
+
+        Args:
+            usage: The usage that the server tells, if it is one.
+            num_tokens: Tokens of the request, as they were counted.
+        """
+        usage = usage if isinstance(usage, dict) else {}
+        prompt, own = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        num_before = self.completion_tokens
+        more = {n: v for n, v in usage.items() if not n.startswith("prompt")}
+        told = summed(self.told, more) if self.told else dict(usage)
+        if "prompt_tokens" not in told and _is_count(prompt):
+            told["prompt_tokens"] = max(prompt - num_before, 0)
+        told["completion_tokens"] = num_before + (own if _is_count(own) else num_tokens)
+        told["total_tokens"] = told.get("prompt_tokens", 0) + told["completion_tokens"]
+        self.take(told)
+
     def take_timings(self, timings: Any) -> None:
         """Believes llama-server's timings of a prompt, of which it has computed a part anew."""
         if isinstance(timings, dict):
             cached, computed = (timings.get(name) for name in wire.PROMPT_PARTS)
             if _is_count(cached) and _is_count(computed):
                 self.prompt_tokens, self.computed_tokens = cached + computed, computed
+
+
+def summed(one: wire.Json, other: wire.Json) -> wire.Json:
+    """Two objects in one, the numbers of both added up on every level."""
+    both = one | other
+    for name in one.keys() & other.keys():
+        first, second = one[name], other[name]
+        if isinstance(first, dict) and isinstance(second, dict):
+            both[name] = summed(first, second)
+        elif isinstance(first, int | float) and isinstance(second, int | float):
+            both[name] = first + second
+        else:
+            both[name] = first if second is None else second
+    return both
 
 
 def _is_count(told: Any) -> TypeGuard[int]:

@@ -74,6 +74,7 @@ class StreamedThought:
         control: Control | None = None,
     ) -> None:
         """Stands before the first token."""
+        self._thought_rules = rules
         self.thought = Thought(rules, prompt)
         """How far it has come."""
         self._session = Session(head, 1, control)
@@ -111,6 +112,13 @@ class StreamedThought:
     def asks(self) -> bool:
         """Whether the thought stands at a decision point whose forced answer the head looks at."""
         return self._looks and self.thought.at_point and bool(self._session.watched[0])
+
+    @property
+    def next_look(self) -> int:
+        """Tokens before which there is nothing to decide, NEVER if that hangs on their text."""
+        has_places = self._thought_rules.every_repeated is not None
+        looks = self._looks and has_places and bool(self._session.watched[0])
+        return self.thought.next_look(looks)
 
     def skip(self) -> None:
         """Passes the decision point where the thought stands: nobody forces its answer."""
