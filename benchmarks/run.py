@@ -34,6 +34,7 @@ from benchmarks import (
     proxy,
     recorder,
     resumed,
+    servers,
     stopping,
     votes,
     wall_clock,
@@ -48,6 +49,7 @@ from benchmarks.promotion import PromotionConfig
 from benchmarks.proxy import ProxyBenchConfig
 from benchmarks.recorder import RecorderConfig
 from benchmarks.resumed import ResumedConfig
+from benchmarks.servers import ServersConfig
 from benchmarks.stopping import StoppingBenchConfig
 from benchmarks.synthetic import synthetic_traces
 from benchmarks.timing import BenchResult
@@ -66,6 +68,7 @@ BenchPart = Literal[
     "overhead",
     "wall_clock",
     "proxy",
+    "servers",
     "control",
     "promotion",
     "bound",
@@ -107,6 +110,8 @@ class BenchConfig:
     """How much time a head saves against the tokens that it saves."""
     proxy: ProxyBenchConfig = field(default_factory=ProxyBenchConfig)
     """What the proxy adds to the server that it stands before."""
+    servers: ServersConfig = field(default_factory=ServersConfig)
+    """How much time a head saves behind the proxy against the tokens that it saves."""
     control: ControlConfig = field(default_factory=ControlConfig)
     """How well the governor keeps its promise, by simulation on the traces."""
     promotion: PromotionConfig = field(default_factory=PromotionConfig)
@@ -139,6 +144,7 @@ def main(config: BenchConfig) -> None:
         "overhead": partial(overhead.measure, config.overhead, config.repeats),
         "wall_clock": partial(wall_clock.measure, config.wall_clock, config.repeats),
         "proxy": partial(proxy.measure, config.proxy, config.repeats),
+        "servers": partial(servers.measure, config.servers, config.repeats),
         "control": partial(control.measure, traces, config.control, config.traces),
         "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
@@ -164,7 +170,7 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name in ("lms", "run", "large", "groups") or isinstance(value, PPOConfig):
+            if name in ("lm", "lms", "run", "large", "groups") or isinstance(value, PPOConfig):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")

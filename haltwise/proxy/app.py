@@ -428,8 +428,8 @@ class Proxy:
     @property
     def _takes_turns(self) -> bool:
         """Whether answers are forced in turn with thoughts, where a server does that well."""
-        is_auto = self.config.probing == "auto"
-        return self._looks and is_auto and self._settings.large is None
+        is_beside = self.config.probe_beside or self._settings.large is not None
+        return self._looks and not is_beside
 
     @property
     def _reference(self) -> LargeLM | None:

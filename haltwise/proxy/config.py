@@ -48,7 +48,6 @@ _OF_ENTRIES = (
 
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 Answers = Literal["seen", "free"]
-Probing = Literal["auto", "beside"]
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,9 @@ class ServeConfig:
     """readable or MODULE:NAME: the answer behind a thought that the head has halted is held back
     until it is whole. If the head's answer rule cannot read it, or that function of the request's
     body and the answer's text refuses it, the thought goes on to its end. off: it is given."""
-    probing: Probing = "auto"
-    """When such answers are forced. auto: on llama-server in turn with the thought, in its slot; on
-    other servers beside the thought, which goes on meanwhile. beside: so on all of them."""
+    probe_beside: bool = False
+    """Force answers beside the thought, which goes on meanwhile, on llama-server too; there they
+    are forced in turn with the thought otherwise, in its slot."""
     max_probes: int = 64
     """Most answers that are forced at a time; beyond, decision points are passed."""
     probe_timeout: float = 5.0

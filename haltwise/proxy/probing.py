@@ -1,4 +1,4 @@
-"""Looking at answers: at a decision point an answer is forced beside the thought, or in its turn."""
+"""Looking at answers: at a decision point an answer is forced, beside the thought or in turn."""
 
 from __future__ import annotations
 

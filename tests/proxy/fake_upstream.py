@@ -86,7 +86,7 @@ class Plan:
     endless, html, goes on (behind the mark of its end, and hangs), or a strange event before each
     other: malformed, says (an error), list, pings (comments)."""
     at: int = 0
-    """Tokens before the trouble."""
+    """Tokens before the trouble; in a thought, those that stand in the prompt count too."""
     legs: tuple[int, ...] = (1, 2, 3)
     """Where it happens: in the thought (1), in an answer after a closed one (2), or in an answer
     that has begun in the prompt (3). Never in a probe."""
@@ -547,6 +547,7 @@ class _Writer:
         self.prompt_ids = fake.ids_of(prompt if self.chat else self.body["prompt"])
         self.tokens = continuation(plan, prompt)
         self.thinks = leg_of(prompt) == 1
+        self.num_before = len(re.findall(rf" {plan.name}\.t\d+", prompt)) if self.thinks else 0
         self.num_tokens = 0
         self.finish: str | None = None
         self.num_choices = int(self.body.get("n") or 1 + (plan.choices in ("two", "both", "late")))
@@ -659,14 +660,15 @@ class _Writer:
 
     async def troubled(self) -> bool:
         """Whether the next event is none; may not come back."""
-        due = self.happens and self.num_tokens >= self.plan.at
+        num = self.num_before + self.num_tokens
+        due = self.happens and num >= self.plan.at
         if not due or self.asked.freed.is_set():
             return False
         if self.plan.trouble == "dies":
             raise _DiesError
         if self.plan.trouble == "hangs":
             await self.asked.freed.wait()
-        if self.plan.trouble == "crowds" and self.num_tokens == self.plan.at:
+        if self.plan.trouble == "crowds" and num == self.plan.at:
             await self.fake.gather()
         if self.plan.trouble == "ends":
             self.finish = ""
@@ -875,6 +877,7 @@ class FakeUpstream:
         self._fake = _Fake(
             kind, key, num_slots, thoughts, paced=paced, probed=probed, trouble=trouble
         )
+        self.kind = kind
         self._socket = listening_socket()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(server_config(self._fake.app))
@@ -925,9 +928,10 @@ class FakeUpstream:
         """Ends the hanging of a request."""
         self._loop.call_soon_threadsafe(asked.freed.set)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """Of tokens that it has given out."""
-        return self._fake.decode(ids)
+    def text(self, prompt: str | Sequence[int | str]) -> str:
+        """Of a prompt, which may be a list of texts and of tokens that it has given out."""
+        parts = [prompt] if isinstance(prompt, str) else prompt
+        return "".join(p if isinstance(p, str) else self._fake.decode([p]) for p in parts)
 
     def ids(self, text: str) -> list[int]:
         """Of a text."""

@@ -28,6 +28,11 @@ class LlamaServer:
     """Without a path: http://127.0.0.1:PORT."""
     process: subprocess.Popen[str]
 
+    def get(self, path: str) -> Any:
+        """What it tells there."""
+        with urlopen(self.url + path, timeout=600) as response:
+            return json.load(response)
+
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer, which is a list of events if `body` asks for a stream."""
         request = Request(

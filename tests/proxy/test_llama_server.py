@@ -15,6 +15,7 @@ from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
 from haltwise.proxy import ServeConfig
+from haltwise.proxy.probing import AnswerProber
 from haltwise.session.thought import Thought
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.gguf import write_gguf
@@ -23,7 +24,7 @@ from lms.questions import Question
 from lms.tasks import questions
 from tests.heads import sure_head
 from tests.proxy.llama_server import NAME, LlamaServer, llama_server
-from tests.proxy.proxies import Proxy, proxied, saved_head
+from tests.proxy.proxies import PATIENCE, Proxy, proxied, saved_head, wait_until
 from tests.proxy.test_large import cascade
 
 ASKED = questions("sum", "test", 4)
@@ -188,23 +189,30 @@ def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
     assert done.usage.total_tokens == sum(sum(leg.values()) for leg in told["legs"])
 
 
-@pytest.mark.parametrize("in_chat", [True, False], ids=["chat", "completions"])
+def completed(
+    client: openai.OpenAI, question: Question, headers: dict[str, str]
+) -> tuple[str, str, Any]:
+    """As `chat`, of a completion."""
+    done: Any = client.completions.create(
+        model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=headers
+    )
+    thought, _, answer = done.choices[0].text.partition(CLOSE)
+    return thought, answer, done.usage.haltwise
+
+
+WAYS = pytest.mark.parametrize("ask", [chat, completed])
+
+
+@WAYS
 def test_a_head_that_looks_at_answers_halts_where_its_replay_does(
-    server: LlamaServer, lm: LanguageModel, tmp_path: Path, in_chat: bool
+    server: LlamaServer, lm: LanguageModel, tmp_path: Path, ask: Any
 ) -> None:
     policy = sure_head(CLOSE, "every 12 tokens", probing="always")
-    config = ServeConfig(saved_head(tmp_path, policy), server.url)
+    config = ServeConfig(saved_head(tmp_path, policy), server.url, probe_beside=True)
     with proxied(config) as proxy:
         client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
         for question in ASKED[:2]:
-            if in_chat:
-                thought, answer, told = chat(client, question, SOON)
-            else:
-                done: Any = client.completions.create(
-                    model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=SOON
-                )
-                thought, _, answer = done.choices[0].text.partition(CLOSE)
-                told = done.usage.haltwise
+            thought, answer, told = ask(client, question, SOON)
             own = greedy(lm, prompt_of(question))
             seen = ids_of(lm, thought)
             assert own[: len(seen)] == seen and told["halted"]
@@ -217,6 +225,68 @@ def test_a_head_that_looks_at_answers_halts_where_its_replay_does(
             probes = told["probes"]
             assert probes["failed"] == 0 and 1 <= probes["num"] <= told["position"] // 12
             assert probes["completion_tokens"] >= 2 * probes["num"]
+
+
+@pytest.fixture(scope="module")
+def one_slot(gguf: Path) -> Iterator[LlamaServer]:
+    with llama_server(gguf, num_slots=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def in_turn(one_slot: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    policy = sure_head(CLOSE, "every 12 tokens", probing="always")
+    folder = saved_head(tmp_path_factory.mktemp("in turn"), policy)
+    with proxied(ServeConfig(folder, one_slot.url, probe_timeout=PATIENCE)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def turned(in_turn: Proxy) -> openai.OpenAI:
+    return openai.OpenAI(base_url=in_turn.url + "/v1", api_key="any", max_retries=0)
+
+
+@WAYS
+def test_a_thought_in_turns_has_the_tokens_of_one_stream(
+    turned: openai.OpenAI, one_slot: LlamaServer, lm: LanguageModel, ask: Any
+) -> None:
+    direct = openai.OpenAI(base_url=one_slot.url + "/v1", api_key="any", max_retries=0)
+    for question in ASKED:
+        thought, answer, told = ask(turned, question, NEVER)
+        own = greedy(lm, prompt_of(question))
+        assert ids_of(lm, thought + CLOSE + answer) == own
+        if ask is chat:
+            assert (thought, answer) == chat(direct, question, {})[:2]
+        assert not told["halted"] and told["probes"]["num"] == (told["position"] - 1) // 12
+        num_tokens = len(own) + 1  # the end is one
+        assert told["turns"] == (num_tokens - 1) // 12 + 1
+        (leg,) = told["legs"]
+        num_prompt = len(ids_of(lm, prompt_of(question)))
+        assert (leg["prompt_tokens"], leg["completion_tokens"]) == (num_prompt, num_tokens)
+
+
+@WAYS
+def test_in_turn_a_thought_is_halted_exactly_where_its_replay_is(
+    turned: openai.OpenAI, lm: LanguageModel, ask: Any
+) -> None:
+    policy = sure_head(CLOSE, "every 12 tokens", probing="always")
+    for question in ASKED:
+        thought, answer, told = ask(turned, question, SOON)
+        own = greedy(lm, prompt_of(question))
+        position = next(points_of(policy, lm, question, own))
+        assert told["halted"] and told["position"] == position
+        assert ids_of(lm, thought) == own[:position]
+        assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
+        assert told["probes"]["num"] == told.get("turns", 1) == position // 12
+        assert [leg["completion_tokens"] for leg in told["legs"]] == [position]
+
+
+def test_a_client_that_leaves_leaves_the_slot_free(in_turn: Proxy, one_slot: LlamaServer) -> None:
+    body = {"prompt": prompt_of(ASKED[0]), "max_tokens": 900, "stream": True, "temperature": 0}
+    with in_turn.client.stream("POST", "/v1/completions", json=body, headers=NEVER) as reply:
+        next(reply.iter_raw())
+    wait_until(lambda: in_turn.metric("haltwise_streams_in_flight") == 0)
+    wait_until(lambda: not one_slot.get("/slots")[0]["is_processing"])
 
 
 def points_of(
@@ -315,6 +385,25 @@ def measured(lm: LanguageModel, head: HaltHead, prompt: str, own: list[int]) -> 
             found.append(meter.read(row, [thought], logits[i + 1 : i + 2]))
             meter.reset(row)
     return found
+
+
+def test_a_server_that_dies_between_two_turns_is_a_clean_error(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = saved_head(tmp_path, sure_head(CLOSE, "every 12 tokens", probing="always"))
+    taken = AnswerProber.take
+    with llama_server(gguf, num_slots=1) as server, proxied(ServeConfig(head, server.url)) as proxy:
+
+        def dies(prober: AnswerProber) -> Any:
+            server.kill()
+            return taken(prober)
+
+        monkeypatch.setattr(AnswerProber, "take", dies)
+        client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.APIStatusError) as raised:
+            completed(client, ASKED[0], NEVER)
+        assert raised.value.status_code == 502
+        assert proxy.metric("haltwise_streams_in_flight") == 0
 
 
 def test_a_server_that_dies_amid_a_thought_is_a_clean_error(gguf: Path, head: Path) -> None:

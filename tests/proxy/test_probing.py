@@ -11,12 +11,15 @@ import openai
 import pytest
 
 from haltwise import InputError
-from haltwise.proxy import ServeConfig, app, create_server
+from haltwise.proxy import ServeConfig, app, create_server, turns
 from haltwise.proxy import probe_trial as trial_module
+from haltwise.proxy.chat_form import ChatForm
 from haltwise.proxy.probe_trial import ProbeTrial
 from haltwise.proxy.probing import ProbeRoom
+from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.upstream import UpstreamLeg
-from haltwise.proxy.wire import UpstreamError
+from haltwise.proxy.wire import StreamEvent, UpstreamError
+from haltwise.session.thought import PointRules
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, is_probe
 from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, proxied, saved_head, wait_until
@@ -27,10 +30,16 @@ KINDS = pytest.mark.parametrize("kind", ["vllm", "llama-server", "sglang", "olla
 NEVER = {"X-Haltwise-Price": "0.1"}
 
 
+@pytest.fixture(params=["vllm", "llama-server"], ids=["beside", "in turn"])
+def seen(pairs: Pairs, request: pytest.FixtureRequest) -> Pair:
+    """Gives the answers that its head has seen, beside the thought and in turn with it."""
+    return pairs(request.param, probing=True, answers="seen")
+
+
 @pytest.fixture
-def seen(pairs: Pairs) -> Pair:
-    """Gives the answers that its head has seen."""
-    return pairs(probing=True, answers="seen")
+def in_turn(pairs: Pairs) -> Pair:
+    """Its answers are forced in turn with the thought."""
+    return pairs("llama-server", probing=True, answers="seen")
 
 
 def thought_of(reply: Reply) -> str:
@@ -45,13 +54,17 @@ def answer_of(reply: Reply) -> str:
 @STREAMED
 @KINDS
 @pytest.mark.parametrize("answers", ["seen", "free"])
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "best"])
 def test_a_thought_is_halted_by_what_was_seen_of_its_answers(
-    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, answers: str
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, answers: str, beside: bool
 ) -> None:
-    pair = pairs(kind, probing=True, answers=answers)
+    if not beside and kind != "llama-server":
+        pytest.skip("beside is best there")
+    pair = pairs(kind, probing=True, answers=answers, probe_beside=beside)
     reply = ask(pair.client, plan, chat, stream)
     # llama-server has sent some tokens more before it is told to end a thought by itself.
-    thought, is_told = thought_of(reply), answers == "free" and (kind, chat) == LLAMA_CHAT
+    controls = beside and (kind, chat) == ("llama-server", True)
+    thought, is_told = thought_of(reply), answers == "free" and controls
     assert thought.startswith(plan.thought(20)) and (is_told or thought == plan.thought(20))
     expected = plan.answer_text(thought.count("é"))
     assert (answer_of(reply).lstrip(), reply.finish) == (expected.lstrip(), "stop")
@@ -59,10 +72,8 @@ def test_a_thought_is_halted_by_what_was_seen_of_its_answers(
     assert (told["halted"], told["reason"], told["position"]) == (True, "halted", 20)
     assert told["probes"]["num"] == 5 and told["probes"]["failed"] == 0
     assert told["probes"]["completion_tokens"] == 5 * (plan.answer + 1)  # the end is one
-    assert len(told["legs"]) == (1 if answers == "seen" or (kind, chat) == LLAMA_CHAT else 2)
-
-
-LLAMA_CHAT = ("llama-server", True)
+    assert len(told["legs"]) == (1 if answers == "seen" or controls else 2)
+    assert told.get("turns") == (None if beside else 5)
 
 
 @BOTH
@@ -74,9 +85,7 @@ def test_a_probe_goes_on_from_the_thought_at_its_point(
     ask(pair.client, plan, chat, temperature=0.7, seed=3, stop=None, user="u")
     probes = pair.upstream.of(plan, probes=True)
     for i, probe in enumerate(probes, start=1):
-        parts = probe.body["prompt"]
-        parts = [parts] if isinstance(parts, str) else parts
-        text = "".join(p if isinstance(p, str) else pair.upstream.text([p]) for p in parts)
+        text = pair.upstream.text(probe.body["prompt"])
         assert text.endswith(f"<think>\n{plan.thought(4 * i)}{CLOSE}") and text.count(CLOSE) == 1
         assert (probe.body["temperature"], probe.body["seed"]) == (0, 0)
         assert "user" not in probe.body and probe.body["logprobs"] == 1
@@ -152,7 +161,7 @@ def test_a_point_is_passed_while_a_probe_is_on_its_way(
 @BOTH
 def test_no_probe_takes_the_place_of_a_stream(pairs: Pairs, plan: Plan, chat: bool) -> None:
     pair = pairs("llama-server", probing=True, fake={"num_slots": 1}, probe_anyway=True,
-                 probe_timeout=0.1)  # fmt: skip
+                 probe_beside=True, probe_timeout=0.1)  # fmt: skip
     reply = ask(pair.client, plan, chat)
     assert thought_of(reply) == plan.thought() and "probes" not in reply.haltwise
     assert pair.proxy.metric("haltwise_probes_total", outcome="refused") >= 7
@@ -166,8 +175,10 @@ def test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams() -> N
     assert room.is_free(4, []) and not room.is_free(3, [])
     room.num_running = 1
     assert room.is_free(None, []) and not room.is_free(4, [])
+    # In turn it takes its own stream's place, unless another stream waits for that.
+    assert room.is_free(3, [], is_in_turn=True) and not room.is_free(2, [], is_in_turn=True)
     room.num_running = 2
-    assert not room.is_free(None, [])
+    assert not room.is_free(None, []) and not room.is_free(9, [], is_in_turn=True)
 
 
 def test_a_server_that_wants_to_be_left_alone_is_by_whom_it_refused() -> None:
@@ -288,8 +299,8 @@ def test_the_official_client_takes_a_seen_answer(seen: Pair, plan: Plan) -> None
     assert done.choices[0].finish_reason == "stop"
 
 
-def test_a_client_that_leaves_ends_its_probe(pairs: Pairs, plan: Plan) -> None:
-    pair = pairs(probing=True)
+def test_a_client_that_leaves_ends_its_probe(seen: Pair, plan: Plan) -> None:
+    pair = seen
     plan = replace(plan, probes="hangs")
     with pair.client.stream("POST", "/v1/completions", json=body_of(plan)):
         wait_until(lambda: bool(pair.upstream.of(plan, probes=True)))
@@ -299,6 +310,119 @@ def test_a_client_that_leaves_ends_its_probe(pairs: Pairs, plan: Plan) -> None:
 
 def body_of(plan: Plan) -> dict[str, Any]:
     return {"model": "m", "stream": True, "prompt": plan.prompt(), "max_tokens": 99}
+
+
+# In turn
+
+
+@BOTH
+@STREAMED
+def test_a_thought_in_turns_that_nobody_halts_is_that_of_one_stream(
+    in_turn: Pair, plan: Plan, chat: bool, stream: bool
+) -> None:
+    reply = ask(in_turn.client, plan, chat, stream, headers=NEVER)
+    plain = ask(in_turn.direct, replace(plan, name=plan.name), chat, stream)
+    assert (thought_of(reply), reply.text, reply.finish) == (
+        thought_of(plain), plain.text.lstrip("\n") if chat else plain.text, "stop"
+    )  # fmt: skip
+    asked = in_turn.upstream.of(plan)[:-1]
+    assert [one.body["max_tokens"] for one in asked[:7]] == [4] * 7
+    for i, one in enumerate(asked[:8]):
+        text = in_turn.upstream.text(one.body["prompt"])
+        assert text.endswith(f"<think>\n{plan.thought(4 * i)}") and one.ended == "done"
+    told = reply.haltwise
+    assert told["turns"] == len(asked) == 9 and told["legs"] == [
+        {name: plain.usage[name] for name in ("prompt_tokens", "completion_tokens")}
+    ]
+    ids = {event["id"] for event in reply.events}
+    assert len(ids) == 1 and told["probes"]["num"] == 7
+
+
+@BOTH
+def test_a_turn_takes_up_the_limits_of_its_request(in_turn: Pair, plan: Plan, chat: bool) -> None:
+    reply = ask(in_turn.client, plan, chat, headers=NEVER, max_tokens=10, seed=2**32 - 3)
+    assert thought_of(reply) == plan.thought(10) and reply.finish == "length"
+    asked = in_turn.upstream.of(plan)
+    assert [one.body["max_tokens"] for one in asked] == [4, 4, 2]
+    # Draws that hang on the place, and not those of the first turn again.
+    assert [one.body["seed"] for one in asked] == [2**32 - 3, 2, 6]
+
+
+@BOTH
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then(
+    in_turn: Pair, plan: Plan, chat: bool, num: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_BREATH", 0.0)
+    ask_for, bodies = ThoughtCloser.ask, list[Any]()
+
+    async def failing(closer: ThoughtCloser, body: Any, chat: bool) -> UpstreamLeg:
+        bodies.append(body)
+        if 3 <= len(bodies) < 3 + num:
+            raise UpstreamError("unreachable", "upstream cannot be reached")
+        return await ask_for(closer, body, chat)
+
+    monkeypatch.setattr(ThoughtCloser, "ask", failing)
+    reply = ask(in_turn.client, plan, chat)
+    if num == 2:
+        assert thought_of(reply) == plan.thought(8) and not reply.done and reply.error["message"]
+        return
+    assert thought_of(reply) == plan.thought() and reply.text.endswith(plan.answer_text())
+    told = reply.haltwise
+    assert not told["halted"] and told["fallback"] == "unreachable" and reply.done
+    assert told["probes"]["num"] == 2 and "logprobs" not in bodies[-1]
+
+
+@BOTH
+def test_a_turn_ends_at_a_point_that_hangs_on_a_text(pairs: Pairs, plan: Plan, chat: bool) -> None:
+    pair = pairs("llama-server", probing=True, rule="after t9", answers="seen")
+    reply = ask(pair.client, plan, chat)
+    assert thought_of(reply) == plan.thought() and reply.haltwise["probes"]["num"] == 1
+    first, probe, second = (
+        one for one in pair.upstream.asked if plan.name in str(one.body) and "prompt" in one.body
+    )
+    assert first.ended == "closed" and is_probe(probe.body)
+    assert pair.upstream.text(second.body["prompt"]).endswith(plan.thought(10))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"stop": ["nothing of it"]}, {"mirostat": 2}, {"cache_prompt": False}, {"n_predict": 99}],
+    ids=str,
+)
+def test_what_hangs_on_all_of_an_answer_is_looked_at_beside(
+    in_turn: Pair, plan: Plan, more: dict[str, Any]
+) -> None:
+    told = ask(in_turn.client, plan, chat=False, **more).haltwise
+    assert told["halted"] and told["probes"]["num"] == 5 and "turns" not in told
+    assert ask(in_turn.client, replace(plan, name=plan.name + "x")).haltwise["turns"] == 5
+
+
+@pytest.mark.parametrize(
+    ("opened", "pieces", "thought", "text"),
+    [
+        (True, ["\n a", " b\n", "\n</thi", "nk>\n", "\n c\n", "d"], " a b", " c\nd"),
+        (True, ["a </th", "ing> b"], "a </thing> b", ""),
+        (True, ["a\n\n", "b\n"], "a\n\nb\n", ""),
+        (False, [" <th", "ink>\na", "</think>b"], "a", "b"),
+        (False, ["\n<thing", "> a"], "", "\n<thing> a"),
+        (False, ["a <think>b</think>"], "", "a <think>b</think>"),
+        (False, ["<thi"], "", "<thi"),
+    ],
+)
+def test_a_chat_has_its_thought_in_a_field_of_its_own(
+    opened: bool, pieces: list[str], thought: str, text: str
+) -> None:
+    form = ChatForm(PointRules(sure_head().config.halting), opened, tells_usage=True)
+    parts: list[Any] = []
+    for i, piece in enumerate(pieces):
+        finish = "stop" if i == len(pieces) - 1 else None
+        chunk = {"choices": [{"index": 0, "text": piece, "finish_reason": finish}]}
+        shown = form.shaped(StreamEvent(chunk=chunk))
+        parts += [] if shown is None else [shown.choice["delta"]] if shown.choice else []
+    for name, expected in (("reasoning_content", thought), ("content", text)):
+        assert "".join(part.get(name) or "" for part in parts) == expected
+    assert [part.get("role") for part in parts] == ["assistant", *[None] * (len(parts) - 1)]
 
 
 # At start
@@ -379,7 +503,8 @@ def test_a_server_of_one_stream_is_refused_with_the_figures(
 ) -> None:
     head = saved_head(tmp_path, sure_head(probing="always"))
     with FakeUpstream("llama-server", num_slots=1) as fake:
-        config = ServeConfig(head, fake.url, probe_timeout=0.2)
+        create_server(ServeConfig(head, fake.url))  # in turn it is as good as any
+        config = ServeConfig(head, fake.url, probe_beside=True, probe_timeout=0.2)
         with pytest.raises(InputError, match=r"took .* s and \d+ tokens .*, 1 slots: .* ended\. E"):
             create_server(config)
         create_server(replace(config, probe_anyway=True))
@@ -419,7 +544,7 @@ def test_a_server_that_comes_later_is_tried_then(
     with FakeUpstream("llama-server", num_slots=1) as fake:
         with monkeypatch.context() as patch:
             patch.setattr(app, "check_probes", unreachable)
-            pair = proxied(ServeConfig(head, fake.url, price=0.1))
+            pair = proxied(ServeConfig(head, fake.url, price=0.1, probe_beside=True))
             proxy = pair.__enter__()
 
         def tried() -> bool:
@@ -437,8 +562,9 @@ async def unreachable(*_: Any) -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "best"])
 def test_a_trial_tells_of_a_probe_what_the_server_tells(
-    kind: Kind, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    kind: Kind, beside: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials: list[ProbeTrial] = []
     found = trial_module.try_probes
@@ -449,9 +575,13 @@ def test_a_trial_tells_of_a_probe_what_the_server_tells(
 
     monkeypatch.setattr(trial_module, "try_probes", noted)
     with FakeUpstream(kind) as fake:
-        create_server(ServeConfig(saved_head(tmp_path, sure_head(probing="always")), fake.url))
-        assert len([one for one in fake.asked if is_probe(one.body or {})]) == 2
+        head = saved_head(tmp_path, sure_head(probing="always"))
+        create_server(ServeConfig(head, fake.url, probe_beside=beside))
+        # A turn of the trial's thought has as many tokens as a probe.
+        num = len([one for one in fake.asked if is_probe(one.body or {})])
+        assert num == (5 if trials[0].is_in_turn else 2)
     (trial,) = trials
+    assert trial.is_in_turn == (kind == "llama-server" and not beside)
     assert trial.is_beside and trial.overrun_tokens < 200 and trial.seconds > 0
     assert trial.num_parallel == (1000 if kind == "llama-server" else None)
     assert trial.prompt_tokens is not None and trial.prompt_tokens > 100

@@ -1,0 +1,268 @@
+"""How much time a head saves behind the proxy, with the prompts of its looks at answers.
+
+A llama-server runs an LM on one thread, with twice as many slots as there are streams. Clients ask
+it for whole chats, each the next one as soon as it has an answer: directly, and through proxies
+whose heads halt every thought at one fixed place. One head does not look at answers; one looks at
+them beside the thought, and one in turn with it. At last both look and halt nothing, which tells
+what a look costs.
+
+Two times stand beside each other: the wall clock's, in which all processes wait for each other, and
+the CPU time of server and proxy, which is disturbed less by whatever else runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from benchmarks.timing import BenchResult, take_turns
+from examples.stories import stories
+from haltwise import (
+    MEAN_LOGPROB,
+    HaltHead,
+    Halting,
+    HeadConfig,
+    InputError,
+    Observing,
+    feature_names,
+)
+from haltwise.policy.halting import Probing
+from lms.embedded import CLOSE
+from lms.gguf import write_gguf
+from lms.tasks import questions
+from tests.proxy.proxies import Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
+
+_NEVER = {"X-Haltwise-Price": "0.1"}
+_INSTRUCTION = "Work it out step by step in short sentences, and end with: The answer is"
+_PLAIN = "server alone"
+
+
+@dataclass(frozen=True)
+class ServersConfig:
+    """How much time a head saves behind the proxy against the tokens that it saves."""
+
+    lm: Path | None = None
+    """A GGUF file of an instruct LM, which is asked stories. Default: the embedded LM."""
+    num_streams: tuple[int, ...] = (1, 8, 32)
+    """The numbers of streams at once."""
+    num_questions: int = 64
+    """The number of questions, of which each stream takes the next one."""
+    every: int = 16
+    """The number of tokens between decision points."""
+    halts_at: int = 64
+    """The number of tokens from which on the heads halt."""
+    max_tokens: int = 512
+    """The token budget of an answer."""
+
+
+def measure(config: ServersConfig, repeats: int) -> list[BenchResult]:
+    """Measures tokens and times of each way to ask, and what is saved of both.
+
+    Raises:
+        InputError: If a request fails.
+    """
+    # The servers of tests need packages that the other parts do not.
+    from tests.proxy.llama_server import llama_server
+
+    results: list[BenchResult] = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        lm = config.lm or folder / "embedded.gguf"
+        if config.lm is None:
+            write_gguf(lm)
+        heads = {kind: saved_head(folder / kind, _head(config, kind)) for kind in _KINDS}
+        for num in config.num_streams:
+            with llama_server(lm, 2 * num) as server:
+                flags = ["--upstream", server.url, "--probe-timeout", "60"]
+                looking = ["--head", str(heads["always"]), *flags]
+                with (
+                    spawned_proxy("--head", str(heads["at_halt"]), *flags) as blind,
+                    spawned_proxy(*looking, "--probe-beside", "--probe-anyway") as beside,
+                    spawned_proxy(*looking) as in_turn,
+                ):
+                    asked = _Asked(config, num, server.process.pid)
+                    ways = {
+                        _PLAIN: _WayToAsk(asked, server.url),
+                        "no looks": _WayToAsk(asked, blind.url, blind),
+                        "looks beside": _WayToAsk(asked, beside.url, beside),
+                        "looks in turn": _WayToAsk(asked, in_turn.url, in_turn),
+                        "beside, never halts": _WayToAsk(asked, beside.url, beside, _NEVER),
+                        "in turn, never halts": _WayToAsk(asked, in_turn.url, in_turn, _NEVER),
+                    }
+                    results += _compared(f"servers, {num} streams", ways, repeats)
+    return results
+
+
+_KINDS: tuple[Probing, ...] = ("always", "at_halt")
+
+
+def _head(config: ServersConfig, probing: Probing) -> HaltHead:
+    """A head that halts from one place on, at a price of 1; at 0.1 never."""
+    groups = ("pace", "confidence" if probing == "always" else "distribution")
+    names = feature_names(groups)
+    mean = [np.log1p(config.halts_at - 0.5) if name == "log_position" else 0.0 for name in names]
+    observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
+    w0 = np.zeros((1, observing.size), dtype=np.float32)
+    w0[0, [names.index("log_position"), -1]] = 1.0, 10.0
+    one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
+    weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
+    markers = {} if config.lm is None else {"think_start": "", "think_end": "", "answer_end": "\n"}
+    halting = Halting(
+        probing,
+        f"every {config.every} tokens",
+        CLOSE if config.lm is None else "\nAnswer:",
+        MEAN_LOGPROB,
+        max_answer_tokens=8,
+        **markers,
+    )
+    return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
+
+
+class _Asked:
+    """The questions, and who asks them.
+
+    Args:
+        config: The settings.
+        num_streams: The number of streams at once.
+        pid: The server's process.
+    """
+
+    def __init__(self, config: ServersConfig, num_streams: int, pid: int) -> None:
+        self.num_streams, self.pid = num_streams, pid
+        num = max(config.num_questions, num_streams)
+        if config.lm is None:
+            texts = [question.text for question in questions("all", "test", num)]
+        else:
+            texts = [f"{_INSTRUCTION}\n\n{row['question']}" for row in stories(num, seed=1)]
+        common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
+        self.bodies = [common | {"messages": [{"role": "user", "content": t}]} for t in texts]
+
+
+@dataclass
+class _WayToAsk:
+    """A way to ask; each call of it is measured."""
+
+    asked: _Asked
+    """The questions."""
+    url: str
+    """The address to ask."""
+    proxy: Proxy | None = None
+    """The proxy that is asked; None if the server is asked directly."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """The headers of a request."""
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    """By name, what was measured beside the time, one a call."""
+
+    def __call__(self) -> float:
+        """Asks all questions, and returns the seconds that it took."""
+        before, of_proxy = cpu_seconds_of(self.asked.pid), self._of_proxy()
+        started = perf_counter()
+        usages, seconds = asyncio.run(self._ask_all())
+        wall = perf_counter() - started
+        probes = [usage.get("haltwise", {}).get("probes", {}) for usage in usages]
+        for name, value in {
+            "CPU of the server": cpu_seconds_of(self.asked.pid) - before,
+            "CPU of the proxy": self._of_proxy() - of_proxy,
+            "time to answer": median(seconds),
+            "tokens": sum(usage["completion_tokens"] for usage in usages),
+            "probes": sum(each.get("num", 0) for each in probes),
+            "halted": sum(usage.get("haltwise", {}).get("halted", False) for usage in usages),
+        }.items():
+            self.measured.setdefault(name, []).append(float(value))
+        return wall
+
+    def _of_proxy(self) -> float:
+        return self.proxy.cpu_seconds() if self.proxy else 0.0
+
+    async def _ask_all(self) -> tuple[list[dict[str, Any]], list[float]]:
+        """Usage of each answer, and the seconds to it."""
+        waiting = iter(self.asked.bodies)
+        usages: list[dict[str, Any]] = []
+        seconds: list[float] = []
+
+        async def stream() -> None:
+            for body in waiting:
+                found = await fetch(self.url, "/v1/chat/completions", body, self.headers)
+                if found.reply.status != 200:
+                    raise InputError(f"a request failed: {found.reply.body[-200:]!r}")
+                usages.append(found.reply.usage)
+                seconds.append(found.ended - found.started)
+
+        await asyncio.gather(*(stream() for _ in range(self.asked.num_streams)))
+        return usages, seconds
+
+
+def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[BenchResult]:
+    found = take_turns(part, "s", ways, repeats)
+    results = [*_named("all answers", found.values())]
+    units = {"tokens": "", "probes": "", "halted": ""}
+    told: dict[str, dict[str, BenchResult]] = {}
+    for what in ways[_PLAIN].measured:
+        told[what] = {
+            name: BenchResult(part, name, units.get(what, "s"), tuple(way.measured[what]))
+            for name, way in ways.items()
+        }
+        results += _named(what, told[what].values())
+    cpu = {
+        name: BenchResult(part, name, "s", tuple(map(sum, zip(
+            told["CPU of the server"][name].values, told["CPU of the proxy"][name].values,
+            strict=True,
+        ))))
+        for name in ways
+    }  # fmt: skip
+    for name in ("no looks", "looks beside", "looks in turn"):
+        tokens = _saved(told["tokens"], name)
+        results.append(BenchResult(part, f"tokens saved: {name}", "%", _percent(tokens)))
+        for clock, times in (("time", found), ("CPU time", cpu)):
+            saved = _saved(times, name)
+            results.append(BenchResult(part, f"{clock} saved: {name}", "%", _percent(saved)))
+            ratios = tuple(mine / theirs for mine, theirs in zip(saved, tokens, strict=True))
+            title = f"{clock} saved / tokens saved: {name}"
+            results.append(BenchResult(part, title, "x", ratios))
+    for way in ("beside", "in turn"):
+        results += _cost_of_a_look(part, way, told, {"time": found, "CPU time": cpu})
+    return results
+
+
+def _named(what: str, results: Any) -> list[BenchResult]:
+    return [BenchResult(one.part, f"{what}: {one.name}", one.unit, one.values) for one in results]
+
+
+def _saved(results: dict[str, BenchResult], name: str) -> tuple[float, ...]:
+    """The share that a way saves of what asking the server alone takes, one a round."""
+    ratio = results[name].over(results[_PLAIN])
+    return tuple(1 - value for value in ratio.values)
+
+
+def _percent(shares: Sequence[float]) -> tuple[float, ...]:
+    return tuple(100 * share for share in shares)
+
+
+def _cost_of_a_look(
+    part: str,
+    way: str,
+    told: dict[str, dict[str, BenchResult]],
+    clocks: dict[str, dict[str, BenchResult]],
+) -> list[BenchResult]:
+    """How many tokens of plain serving take as long as a look does that halts nothing."""
+    name = f"{way}, never halts"
+    num = told["probes"][name].values
+    results = []
+    for clock, times in clocks.items():
+        plain, tokens = times[_PLAIN].values, told["tokens"][_PLAIN].values
+        values = tuple(
+            (mine - theirs) / max(looks, 1) / (theirs / generated)
+            for mine, theirs, looks, generated in zip(
+                times[name].values, plain, num, tokens, strict=True
+            )
+        )
+        results.append(BenchResult(part, f"{clock} of a look {way}", "tokens", values))
+    return results
