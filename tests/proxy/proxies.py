@@ -30,7 +30,7 @@ from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 
 #: Seconds to wait for what comes for sure, however busy the machine is.
-PATIENCE = 60.0
+PATIENCE = 600.0
 #: Why a proxy leaves a thought alone that it was to halt, if a busy machine makes it late.
 LATE = ("timeout", "late", "unknown server")
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
