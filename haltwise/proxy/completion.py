@@ -125,7 +125,7 @@ class WatchedCompletion:
         self._closer = ThoughtCloser(self._reader, settings.patience, settings.acceptance)
         self._answer = ClientAnswer(self._reader, settings.shadow)
         self._form: ChatForm | None = None
-        if request.is_rendered:
+        if request.chat_body is not None:
             self._form = ChatForm(server.rules, bool(opening), request.wants_usage)
         self._halts = False  # at the newest event
         self._where: Where | None = None  # it is to be left to the large LM

@@ -53,8 +53,8 @@ class CompletionRequest:
     """Those of the client's headers that the upstream gets."""
     comes_in_turns: bool = False
     """Whether its thought is asked for piece by piece, see `haltwise.proxy.turns`."""
-    is_rendered: bool = False
-    """Whether it stands for a chat, whose prompt has been rendered."""
+    chat_body: Json | None = None
+    """The client's own body, if that is a chat's whose prompt has been rendered."""
     _told: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     async def once(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
@@ -75,7 +75,12 @@ class CompletionRequest:
     @property
     def shows_chat(self) -> bool:
         """Whether the client gets the answer in the form of a chat's."""
-        return self.chat or self.is_rendered
+        return self.chat or self.chat_body is not None
+
+    @property
+    def asked_body(self) -> Json:
+        """The client's own body."""
+        return self.body if self.chat_body is None else self.chat_body
 
     @property
     def model(self) -> str:
@@ -92,9 +97,9 @@ class CompletionRequest:
     @property
     def question(self) -> str:
         """What is asked, for a person to read: the texts of a chat, or the prompt."""
-        if not self.chat:
+        if not self.shows_chat:
             return self.prompt
-        contents = [message.get("content") for message in self.body.get("messages") or ()]
+        contents = [message.get("content") for message in self.asked_body.get("messages") or ()]
         return "\n\n".join(filter(None, map(_text_of, contents)))
 
     @property
@@ -251,7 +256,7 @@ class CompletionRequest:
         body = self.less_tokens(self.continued_body(prompt=rendered), 0)
         own = {name: self.body.get(name) for name in ("stream", "stream_options")}
         return replace(
-            self, chat=False, body=body | own, comes_in_turns=True, is_rendered=True, _told={}
+            self, chat=False, body=body | own, comes_in_turns=True, chat_body=self.body, _told={}
         )
 
     def less_tokens(self, body: Json, num_used: int) -> Json:

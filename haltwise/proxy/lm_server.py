@@ -38,6 +38,8 @@ _OF_WHOLE = (
 )
 # Marks, in a prompt that is only looked at, where the last message ends that the LM answers.
 _BORDER = "~haltwise~"
+# A text of which a server tells no id, or not of all its tokens.
+_NO_ASCII = "\u00d7"
 # How templates begin the turn of another speaker.
 _TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_of_turn>")
 # Tokens of its context that SGLang may keep for itself.
@@ -285,8 +287,10 @@ class SglangServer(SglangDialect, VllmServer):
 class LlamaServer(LlamaDialect, LMServer):
     """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed."""
 
+    _begins_with_space = False  # every text that its tokenizer reads
+
     async def learn(self, headers: RawHeaders) -> None:
-        """Asks whether there is a single slot, and how long the close text is.
+        """Asks whether there is a single slot, how long the close text is, and how texts begin.
 
         Raises:
             UpstreamError: If the server does not answer.
@@ -296,6 +300,10 @@ class LlamaServer(LlamaDialect, LMServer):
         self.num_parallel = _count(props.get("total_slots"))
         self.one_at_a_time = self.num_parallel == 1
         self.num_close_tokens = len(found.get("tokens") or ())
+        asks = {"content": _NO_ASCII, "with_pieces": True}
+        first, *_ = (await self.upstream.call("/tokenize", asks, headers)).get("tokens") or [None]
+        piece = first.get("piece") if isinstance(first, dict) else None
+        self._begins_with_space = isinstance(piece, str) and piece.startswith(" ")
 
     def _controls(self, request: CompletionRequest) -> bool:
         """Whether the server can end this request's thought by itself."""
@@ -386,6 +394,7 @@ class LlamaServer(LlamaDialect, LMServer):
         # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
         is_told = seen.has_ids and len(seen.texts) == len(seen.ids)
         is_told &= not (request.chat and request.body.get("stop"))
+        is_told &= seen.text.isascii() or not self._begins_with_space
         pairs = zip(seen.ids, seen.texts, strict=True) if is_told else ()
         said = [i if text.isascii() else text for i, text in pairs] if is_told else [seen.text]
         if not request.chat:

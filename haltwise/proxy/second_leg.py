@@ -145,7 +145,7 @@ class ThoughtCloser:
 
     def refuses(self, text: str) -> bool:
         """Whether an answer behind the closed thought cannot be given."""
-        return self._acceptance.refuses(self._request.body, text, self._server.rules)
+        return self._acceptance.refuses(self._request.asked_body, text, self._server.rules)
 
     async def _check(self, leg: UpstreamLeg) -> None:
         """Reads the whole answer of a leg, which gives it again unless it is refused.
