@@ -352,6 +352,54 @@ PROMISES: dict[str, Tests] = {
         test_proxy.test_headers_of_the_proxy_are_not_passed_on_and_others_are,
         test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
     ),
+    "The thought is asked for in turns, each a request that ends at the next decision point": (
+        test_probing.test_a_thought_in_turns_that_nobody_halts_is_that_of_one_stream,
+    ),
+    "There the slot is free, and its cache has all but the close text": (
+        test_llama_server.test_a_slot_computes_only_what_is_new_to_it,
+    ),
+    "Behind that the next turn goes on from prompt and thought": (
+        test_llama_server.test_a_slot_computes_only_what_is_new_to_it,
+    ),
+    "So one slot is enough": (
+        test_llama_server.test_in_turn_a_thought_is_halted_exactly_where_its_replay_is,
+        test_probing.test_a_server_of_one_stream_is_refused_with_the_figures,
+    ),
+    "the tokens of one stream, but for ties within rounding": (
+        test_llama_server.test_a_thought_in_turns_has_the_tokens_of_one_stream,
+    ),
+    "a client's `seed` gives other draws than without a proxy": (
+        test_probing.test_a_turn_takes_up_the_limits_of_its_request,
+    ),
+    "what the server has written on its way is written once more": (
+        test_probing.test_a_turn_ends_at_a_point_that_hangs_on_a_text,
+    ),
+    "While there are more streams than slots, points are passed": (
+        test_probing.test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams,
+    ),
+    "A turn that fails before it begins is asked for once more": (
+        test_probing.test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then,
+    ),
+    "If that fails too, the stream ends as one that breaks off": (
+        test_probing.test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then,
+        test_llama_server.test_a_server_that_dies_between_two_turns_is_a_clean_error,
+    ),
+    "the proxy gives it the form of a chat again": (
+        test_probing.test_a_chat_has_its_thought_in_a_field_of_its_own,
+        test_llama_server.test_a_thought_in_turns_has_the_tokens_of_one_stream,
+    ),
+    "for requests that hang on more than their newest token": (
+        test_probing.test_what_hangs_on_all_of_an_answer_is_looked_at_beside,
+    ),
+    "A thought in turns counts as one request, whose prompt counts once": (
+        test_llama_server.test_a_thought_in_turns_has_the_tokens_of_one_stream,
+    ),
+    "`turns` tells how many it took": (
+        test_probing.test_a_thought_in_turns_that_nobody_halts_is_that_of_one_stream,
+    ),
+    "The prefix cache has the thought, and the thought goes on meanwhile": (
+        test_llama_server.test_a_head_that_looks_at_answers_halts_where_its_replay_does,
+    ),
     "What it writes until the answer is there is counted": (
         test_stream.test_an_answer_that_comes_late_halts_a_thought_where_it_is,
         test_llama_server.test_a_head_that_looks_at_answers_halts_where_its_replay_does,
@@ -363,7 +411,7 @@ PROMISES: dict[str, Tests] = {
         test_probing.test_a_point_is_passed_while_a_probe_is_on_its_way,
         test_probing.test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams,
     ),
-    "on llama-server none takes the place of a stream": (
+    "On llama-server none takes the place of a stream": (
         test_probing.test_no_probe_takes_the_place_of_a_stream,
     ),
     "an answer that fails or is later than `--probe-timeout`, halt nothing": (
@@ -618,7 +666,8 @@ TELLS = (
     "processor cannot go back",
     "It costs a stream the time of",
     "Take `free` if clients expect explanations",
-    "Give llama-server at least one slot more",
+    "give llama-server at least one slot more",
+    "*In turn*, on llama-server",
     "Begin with it.",
     "**Browsers.",
     "**Operation.",

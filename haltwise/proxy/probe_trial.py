@@ -111,9 +111,10 @@ async def check_probes(
         f"tokens of the thought{slots}: {told}"
     )
     if problem and not anyway:
+        slots = "" if trial.is_in_turn else "two slots or more (llama-server --parallel 4) and "
         raise InputError(
-            f"{told}. Expected two slots or more and a prefix cache (llama-server --parallel 4), a "
-            "head trained with --probing at_halt, or --probe-anyway"
+            f"{told}. Expected {slots}a cache that has what was said before, a head trained with "
+            "--probing at_halt, or --probe-anyway"
         )
     log.warning(json.dumps({"warning": told}))
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import openai
@@ -263,6 +264,25 @@ def test_a_thought_in_turns_has_the_tokens_of_one_stream(
         (leg,) = told["legs"]
         num_prompt = len(ids_of(lm, prompt_of(question)))
         assert (leg["prompt_tokens"], leg["completion_tokens"]) == (num_prompt, num_tokens)
+
+
+def num_computed(server: LlamaServer) -> int:
+    """Tokens of prompts that a server has computed, its cache aside."""
+    with urlopen(server.url + "/metrics") as told:
+        lines = told.read().decode().splitlines()
+    return int(
+        next(line for line in lines if line.startswith("llamacpp:prompt_tokens_total")).split()[1]
+    )
+
+
+def test_a_slot_computes_only_what_is_new_to_it(
+    turned: openai.OpenAI, one_slot: LlamaServer, lm: LanguageModel
+) -> None:
+    before = num_computed(one_slot)
+    _, _, told = completed(turned, ASKED[0], NEVER)
+    # Of a probe the close text and the token before it, of a turn the thought's newest token.
+    expected = len(ids_of(lm, prompt_of(ASKED[0]))) + 2 * told["probes"]["num"] + told["turns"]
+    assert 0 < num_computed(one_slot) - before <= expected
 
 
 @WAYS

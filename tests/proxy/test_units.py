@@ -787,6 +787,29 @@ def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
     assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
 
 
+@pytest.mark.parametrize(
+    ("piece", "said"), [("\u00d7", [7, "\u00e9", 7]), (" \u00d7", ["h\u00e9m"])]
+)
+def test_llama_server_goes_on_from_ids_but_for_what_may_be_a_part_of_a_character(
+    piece: str, said: list[Any]
+) -> None:
+    """Not where its tokenizer begins each text with a space: then it goes on from one text."""
+
+    class Upstream:
+        async def call(self, path: str, asked: Json, _: Any) -> Json:
+            return {"tokens": [{"id": 1, "piece": piece}]} if path == "/tokenize" else {}
+
+    server = LlamaServer(cast(Any, Upstream()), RULES, "</think>\n\n")
+    asyncio.run(server.learn([]))
+    seen = GeneratedSoFar()
+    for text in "h\u00e9m":
+        logprobs = {"content": [{"token": text, "id": 7, "logprob": -1.0}]}
+        seen.add({"choices": [{"text": text, "logprobs": logprobs}]})
+    seen.add({"choices": [{"text": "", "logprobs": None}]})
+    found = asyncio.run(server.body_after(CompletionRequest(False, {"prompt": "q"}), seen, "t"))
+    assert found["prompt"] == ["q", *said, "t"]
+
+
 @pytest.mark.parametrize("data", [None, [], [3], "x", {}], ids=str)
 def test_a_server_without_a_model_is_asked_again_later(data: Any) -> None:
     class Upstream:
