@@ -1,0 +1,35 @@
+"""The benchmark of heads before servers: its head halts where it is to, and its lines add up."""
+
+import numpy as np
+import pytest
+
+from benchmarks import servers
+from benchmarks.servers import ServersConfig
+from haltwise import HaltMonitor, Signals
+
+
+@pytest.mark.parametrize("price", [1.0, 0.1])
+def test_the_head_halts_from_one_place_on_and_at_a_small_price_never(price: float) -> None:
+    head = servers._head(ServersConfig(halts_at=64), "always")
+    monitor, row = HaltMonitor(head, 1, price), np.zeros(1, dtype=np.int64)
+    halted = []
+    for position in (16, 48, 64, 4000):
+        signals = Signals(np.array([position]), confidence=np.ones(1, dtype=np.float32))
+        halted += monitor.observe(signals, row).tolist()
+    assert halted == ([False, False, True, True] if price == 1.0 else [False] * 4)
+
+
+def test_looks_are_counted_and_only_those_that_halt_save_tokens() -> None:
+    config = ServersConfig(num_streams=(1,), num_questions=2, halts_at=32)
+    found = {result.name: result.median for result in servers.measure(config, 1)}
+    halted = {name: found[f"halted: {name}"] for name in ("server alone", "looks in turn")}
+    assert halted == {"server alone": 0, "looks in turn": 2}
+    assert found["halted: in turn, never halts"] == found["halted: beside, never halts"] == 0
+    assert found["probes: looks in turn"] == 4
+    # A forced answer of the embedded LM has two tokens, its end is one. The server does not tell an
+    # end that comes with the last token of a turn, so that this is written again.
+    plain, never = found["tokens: server alone"], found["tokens: in turn, never halts"]
+    assert 0 <= never - plain - 2 * found["probes: in turn, never halts"] <= 2
+    assert found["tokens: looks in turn"] == 2 * 32 + 4 * 2
+    saved = 100 * (1 - found["tokens: looks in turn"] / plain)
+    assert found["tokens saved: looks in turn"] == pytest.approx(saved)
