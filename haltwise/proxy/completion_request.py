@@ -32,8 +32,6 @@ _DEEPEST = 100
 _MAX_TOKENS = ("max_completion_tokens", "max_tokens")
 # llama-server's own limit, which it heeds before any other.
 _N_PREDICT = "n_predict"
-# llama-server's seeds.
-_NUM_SEEDS = 2**32 - 1
 _NUMBERS = ("n", "best_of", "logprobs", "top_logprobs", *_MAX_TOKENS)
 
 
@@ -260,18 +258,13 @@ class CompletionRequest:
         )
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
-        """A body whose limits leave out the tokens that were generated already.
-
-        A seed gives other draws than those that these tokens were.
-        """
+        """A body whose limits leave out the tokens that were generated already."""
         if self.max_tokens is not None:
             dropped = (*_MAX_TOKENS, _N_PREDICT)
             body = {name: value for name, value in body.items() if name not in dropped}
             body["max_tokens"] = max(self.max_tokens - num_used, 1)
         if isinstance(body.get("min_tokens"), int):
             body["min_tokens"] = max(body["min_tokens"] - num_used, 0)
-        if isinstance(seed := body.get("seed"), int) and seed >= 0:
-            body = body | {"seed": (seed + num_used) % _NUM_SEEDS}
         return body
 
 

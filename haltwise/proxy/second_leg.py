@@ -15,7 +15,7 @@ from haltwise.proxy.acceptance import Acceptance
 from haltwise.proxy.large import FAILED, TOOK_NOTHING, LargeLM, Where
 from haltwise.proxy.metrics import log
 from haltwise.proxy.probing import counting
-from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.thought import SEVERAL, ThoughtReader
 from haltwise.proxy.turns import LegInTurns
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
 from haltwise.proxy.wire import (
@@ -355,7 +355,8 @@ class ThoughtCloser:
     ) -> AsyncIterator[StreamEvent]:
         """The client's own request in place of a first leg that has failed before it said anything.
 
-        What the proxy asked for beside may have been too much for the server.
+        What the proxy asked for beside may have been too much for the server. Several choices are
+        asked for so in any case: they do not come in turns.
 
         Args:
             first: The leg.
@@ -367,10 +368,11 @@ class ThoughtCloser:
         """
         reader = self._reader
         has_said = not reader.is_thinking or any(reader.shown_texts)
-        if has_said or error.kind not in _ASKED_PLAINLY:
+        is_several = error.kind == SEVERAL
+        if not is_several and (has_said or error.kind not in _ASKED_PLAINLY):
             raise error
         await first.close()
-        reader.fall_back("refused")
+        reader.fall_back(SEVERAL if is_several else "refused")
         return self._asked_anew(envelope)
 
     async def _asked_anew(self, envelope: Json) -> AsyncIterator[StreamEvent]:

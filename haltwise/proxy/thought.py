@@ -20,6 +20,8 @@ from haltwise.proxy.wire import (
 )
 from haltwise.session.stream import StreamedThought
 
+#: Why a thought is left to its LM that gives other choices than the one that was asked for.
+SEVERAL = "several choices"
 # How vLLM begins the texts of tokens that it was told to name by their ids.
 _ID_TEXT = "token_id:"
 # How LMs begin and end a tool call, which can be written amid a thought; the outer one first.
@@ -157,7 +159,7 @@ class ThoughtReader:
         """Leaves an answer of several choices, or of another one than was asked for, to its LM."""
         if self.is_thinking and self.may_halt and has_others(chunk):
             self.is_thinking = False
-            self.fall_back("several choices")
+            self.fall_back(SEVERAL)
 
     def begins_answer(self, choice: Json) -> bool:
         """Whether the server says that this choice is of the answer, and no longer of a thought."""

@@ -16,14 +16,23 @@ import anyio
 
 from haltwise.proxy.completion_request import numbers_asked
 from haltwise.proxy.generation import refusal
-from haltwise.proxy.thought import ThoughtReader
+from haltwise.proxy.thought import SEVERAL, ThoughtReader
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import Json, StreamEvent, UpstreamError, num_generated, tokens_of
+from haltwise.proxy.wire import (
+    Json,
+    StreamEvent,
+    UpstreamError,
+    has_others,
+    num_generated,
+    tokens_of,
+)
 from haltwise.session.signal_collector import NUM_TOP
 from haltwise.session.thought import NEVER
 
 # Seconds before a turn is asked for once more, unless the server names others.
 _BREATH = 1.0
+# llama-server's seeds; the next one stands for any.
+_NUM_SEEDS = 2**32 - 1
 # What the chunks of all turns have in common.
 _ENVELOPE = ("id", "created")
 
@@ -126,6 +135,8 @@ class LegInTurns(UpstreamLeg):
         chunk, choice = event.chunk, event.choice
         if chunk is None:
             return not (self._ends_turn or self._is_at_limit)
+        if has_others(chunk):
+            raise UpstreamError(SEVERAL, "upstream gave other choices than it was asked for")
         self._said.add(chunk)
         if choice is not None and (finish := choice.get("finish_reason")):
             num = max(self._num_of_turn, num_generated(chunk))
@@ -182,6 +193,9 @@ class LegInTurns(UpstreamLeg):
         reader, request = self._reader, self._reader.request
         body = await reader.server.body_after(request, self._said, "")
         body = request.less_tokens(body, self._used.completion_tokens)
+        if isinstance(seed := body.get("seed"), int) and seed >= 0:
+            # Other draws than those of the turns before.
+            body["seed"] = (seed + self._used.completion_tokens) % _NUM_SEEDS
         if reader.is_thinking and reader.may_halt:
             body |= numbers_asked(request.chat, max(NUM_TOP, request.num_top or 0))
         turn = await self._ask(_limited(body, limit), request.chat)

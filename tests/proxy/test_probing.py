@@ -374,6 +374,26 @@ def test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then(
 
 
 @BOTH
+@pytest.mark.parametrize("choices", ["from 1", "two", "both", "late"])
+def test_choices_that_nobody_asked_for_do_not_come_in_turns(
+    in_turn: Pair, plan: Plan, chat: bool, choices: str
+) -> None:
+    plan = replace(plan, choices=choices)
+    reply, direct = (
+        ask(client, plan, chat, stream=False) for client in (in_turn.client, in_turn.direct)
+    )
+    texts = []
+    for one in (reply, direct):
+        parts = [choice.get("message") or choice for choice in one.events[0]["choices"]]
+        names = ("reasoning_content", "content", "text")
+        texts.append([[str(part.get(name, "")).strip("\n") for name in names] for part in parts])
+    # The fake says all of a late choice where it does not stream.
+    num = 1 if choices == "late" else 2
+    assert texts[0][:num] == texts[1][:num] and len(texts[0]) == (1 if choices == "from 1" else 2)
+    assert reply.haltwise["fallback"] == "several choices" and not reply.haltwise["halted"]
+
+
+@BOTH
 def test_a_turn_ends_at_a_point_that_hangs_on_a_text(pairs: Pairs, plan: Plan, chat: bool) -> None:
     pair = pairs("llama-server", probing=True, rule="after t9", answers="seen")
     reply = ask(pair.client, plan, chat)

@@ -114,7 +114,8 @@ def test_choices_that_nobody_asked_for_are_passed_on_each_by_itself(
     pairs: Pairs, kind: Kind, probing: bool, plan: Plan, chat: bool, stream: bool, choices: str,
     num: int | None,
 ) -> None:  # fmt: skip
-    pair, plan = pairs(kind, probing=probing), replace(plan, choices=choices)
+    pair = pairs(kind, probing=probing, probe_beside=True)
+    plan = replace(plan, choices=choices)
     direct = ask(pair.direct, plan, chat, stream, **numbers(chat, num))
     reply = ask(pair.client, plan, chat, stream, **numbers(chat, num))
     found, expected = bare(reply.events), bare(direct.events)
