@@ -41,7 +41,9 @@ from lms.tasks import questions
 from tests.proxy.proxies import Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
 
 _NEVER = {"X-Haltwise-Price": "0.1"}
-_INSTRUCTION = "Work it out step by step in short sentences, and end with: The answer is"
+_INSTRUCTION = (
+    "Work it out step by step in full sentences, check each step once more, and then answer."
+)
 _PLAIN = "server alone"
 
 

@@ -243,19 +243,11 @@ class CompletionRequest:
         is_less = {name: isinstance(one, int) and 0 < one < num for name, one in told.items()}
         return replace(self, body=self.body | {n: told[n] if is_less[n] else num for n in told})
 
-    def in_turns(self, rendered: str | None = None) -> "CompletionRequest":
-        """The same request, as one whose thought comes in turns.
-
-        Args:
-            rendered: The prompt of a chat, which is asked for as a completion.
-        """
-        if rendered is None:
-            return replace(self, comes_in_turns=True)
+    def of_prompt(self, rendered: str) -> "CompletionRequest":
+        """The request for a completion that stands for this chat, by its prompt."""
         body = self.less_tokens(self.continued_body(prompt=rendered), 0)
         own = {name: self.body.get(name) for name in ("stream", "stream_options")}
-        return replace(
-            self, chat=False, body=body | own, comes_in_turns=True, chat_body=self.body, _told={}
-        )
+        return replace(self, chat=False, body=body | own, chat_body=self.body, _told={})
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
         """A body whose limits leave out the tokens that were generated already."""

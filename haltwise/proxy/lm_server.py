@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -376,13 +377,16 @@ class LlamaServer(LlamaDialect, LMServer):
         why_not = request.why_not_continued(self.close_text)
         if why_not or hangs_on_whole or body.get("cache_prompt") is False:
             return None
-        if not request.chat:
-            return request.in_turns()
-        if request.num_top is not None or messages[-1].get("role") == "assistant":
-            return None
-        with suppress(UpstreamError):
-            return request.in_turns(await self.rendered(request.body, request.headers))
-        return None
+        if request.chat:
+            if request.num_top is not None or messages[-1].get("role") == "assistant":
+                return None
+            try:
+                prompt = await self.rendered(request.body, request.headers)
+            except UpstreamError:
+                return None
+            request = request.of_prompt(prompt)
+        is_closed = opened_in_text(request.prompt, self.rules) is False
+        return None if is_closed else replace(request, comes_in_turns=True)
 
     async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.
