@@ -61,6 +61,7 @@ def test_the_front_is_what_no_candidate_beats_at_any_price(tmp_path: Path) -> No
 def test_a_search_comes_nearer_to_what_is_better(tmp_path: Path) -> None:
     found = tried(opened(tmp_path / "search.sqlite"), 30)
     rates = np.log([candidate.settings["learning_rate"] for candidate, _ in found])
+    assert len(set(rates[:10])) == 10
     lag = abs(rates - np.log(1e-2))
     assert lag[20:].mean() < 0.5 * lag[:10].mean()
     candidates = opened(tmp_path / "search.sqlite")
@@ -90,7 +91,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(
     again = opened(tmp_path / "broken.sqlite")
     assert again.num == 12 and again.propose() == candidate
     assert tried(again, 14) == whole
-    assert all(len(found) == 4 for _, found in whole[1:])
+    assert len(again._study.trials) == sum(len(found) for _, found in whole)  # none twice
 
 
 def test_another_seed_proposes_something_else(tmp_path: Path) -> None:
