@@ -120,11 +120,14 @@ def _promise(row: HonestRow, own: float, num_questions: int) -> str:
         )
         if row.parameter == own:
             return f"{told}, and is the head's own."
-        return f"{told}, and is not the head's own: name it (haltwise serve --price {price})."
+        return (
+            f"{told}, and is not the head's own: name it (price={price}, or haltwise serve --price "
+            f"{price} for a head that servers take)."
+        )
     fewest = fewest_questions(row.gate, 1 - row.confidence)
     if num_questions < fewest:
         return (
-            f"{said}: no price; without a single win that takes {fewest} questions, here are "
+            f"{said}: no price; without a single loss that takes {fewest} questions, here are "
             f"{num_questions:,}."
         )
     return f"{said}: no price, of {counted(num_questions, 'question')}."

@@ -127,6 +127,12 @@ class OpenAIEngine:
         except InputError as error:
             raise InputError(f"{error}; {_ALONE}") from None
         at_once = f"{self._num_slots} questions at once"
+        if self._lm.num_slots is not None:
+            # llama-server of 2026-10 then gives others answers of a few tokens, or of the slot's.
+            at_once += (
+                ", each in a slot of its own: let nobody else ask the server while it is recorded "
+                "from, or others get wrong answers"
+            )
         return "\n".join([told, at_once, *(f"not shown: {note}" for note in self._notes)])
 
     def close(self) -> None:

@@ -144,7 +144,8 @@ class NamedColumns:
             if (name := getattr(config, flag)) not in row:
                 found = ", ".join(map(str, row))
                 raise NoColumnError(
-                    f"no column {name!r}, found {found}: expected {option(flag)} COLUMN"
+                    f"no column {name!r}, found {found}: expected it in every row, "
+                    f"or {option(flag)} COLUMN"
                 )
         text = words(row, config.question_column)
         if config.context_column:

@@ -21,6 +21,8 @@ from lms.sources.task import check_draw, with_instruction
 class _RowSurvey:
     """What one pass over all rows has found."""
 
+    has_column: bool = False
+    """Whether a column states the splits."""
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     """The number of rows by the split that they stand in and the split that the hash of their
     question gives."""
@@ -34,33 +36,43 @@ class _RowSurvey:
     def split(self, own: str, digest: str) -> str | None:
         """Returns the split of a question; None if a later split has the same question.
 
-        Data with two splits or more keep them; what they lack of dev and test is taken from train
-        by the hash. Data with one split alone are divided by the hash.
+        Data with two splits or more, or with a column of them, keep them; what they lack of dev and
+        test is taken from train by the hash. Data with one split alone, as sets of the hub often
+        are, are divided by the hash.
 
         Args:
             own: The split that the row stands in; "" if none is stated.
             digest: The digest of its question.
         """
-        owns = {split for split, _ in self.rows}
-        if len(owns) > 1:
+        if self._keeps:
             for later in SPLITS[SPLITS.index(own) + 1 :]:
                 if digest[:16] in self.digests[later]:
                     return None
-        return _split(own, split_of(digest), owns)
+        return self._split(own, split_of(digest))
 
     def num_rows(self) -> dict[str, int]:
         """Returns the number of rows of every split; a repeated question counts each time."""
-        owns = {split for split, _ in self.rows}
         found: Counter[str] = Counter()
         for (own, hashed), num in self.rows.items():
-            found[_split(own, hashed, owns)] += num
+            found[self._split(own, hashed)] += num
         return {split: found[split] for split in SPLITS}
 
+    @property
+    def divided(self) -> str:
+        """The one split that all rows stand in and that is divided; "" if there is none."""
+        return "" if self._keeps else next(iter(self._owns), "")
 
-def _split(own: str, hashed: str, owns: set[str]) -> str:
-    if len(owns) < 2:
-        return hashed
-    return hashed if own == "train" and hashed not in owns else own
+    @property
+    def _owns(self) -> set[str]:
+        return {split for split, _ in self.rows}
+
+    @property
+    def _keeps(self) -> bool:
+        return self.has_column or len(self._owns) > 1
+
+    def _split(self, own: str, hashed: str) -> str:
+        is_taken = not self._keeps or (own == "train" and hashed not in self._owns)
+        return hashed if is_taken else own
 
 
 @dataclass(frozen=True)
@@ -149,12 +161,14 @@ class TableTask:
         skipped = f", {survey.num_skipped:,} skipped without an answer" * bool(survey.num_skipped)
         if survey.num_repeated:
             skipped += f", {survey.num_repeated:,} repeat a question, which is asked once"
+        if survey.divided:
+            skipped += f", all of them named {survey.divided}, which is divided by a hash"
         asked_by = f"scorer {self.scorer}; instruction {self.instruction!r}"
         return f"{self.name}: {rows} rows{skipped}; {asked_by}"
 
     @cached_property
     def _survey(self) -> _RowSurvey:
-        survey, seen = _RowSurvey(), set[int]()
+        survey, seen = _RowSurvey(bool(self.split_column)), set[int]()
         for own, _, digest, item in self._each():
             if item is None:
                 survey.num_skipped += 1

@@ -80,7 +80,7 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     )
     num = len(np.unique(traces.question_id))
     saves = f"which saves 10.0 % on the {num:,} questions that it was chosen on"
-    name_it = "name it (haltwise serve --price 0.1)."
+    name_it = "name it (price=0.1, or haltwise serve --price 0.1 for a head that servers take)."
     assert promised == f"{said}a price of 0.1, {saves}, and is not the head's own: {name_it}"
     assert last.startswith("calibrate.py --apply gives the head a price that is certified")
     _, promised, _ = price_words(0.1, [], rows, traces).splitlines()
@@ -94,5 +94,5 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     own, promised, _ = price_words(0.0, [], rows, few).splitlines()
     assert own == "The head's own price is 0: of a request that names no price it halts nothing."
     assert promised == (
-        f"{said}no price; without a single win that takes 230 questions, here are 20."
+        f"{said}no price; without a single loss that takes 230 questions, here are 20."
     )

@@ -182,6 +182,25 @@ def test_a_split_column_may_use_other_names(tmp_path: Path) -> None:
     assert task.describe().startswith("sums: train 20, dev 20, test 20 rows; scorer number; instr")
 
 
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_fresh_questions_of_one_split_keep_it_if_a_column_says_so(
+    tmp_path: Path, split: str
+) -> None:
+    rows = [row | {"part": split} for row in ROWS]
+    task = own(write(tmp_path / "fresh.csv", rows), split_column="part")
+    assert {question.split for question in task.questions(split, 100, 0)} == {split}
+    assert sum(1 for _ in task.questions(split, 100, 0)) == len(ROWS)
+    with pytest.raises(InputError, match=f"no question of split train, found rows: .*{split} 60"):
+        next(task.questions("train", 100, 0))
+
+
+def test_a_split_that_is_divided_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "test-1.csv", ROWS)
+    task = own(tmp_path)
+    assert ", all of them named test, which is divided by a hash; scorer" in task.describe()
+    assert {question.split for question in everything(task)} == set(SPLITS)
+
+
 def test_rows_that_repeat_a_question_are_counted(tmp_path: Path) -> None:
     spaced = {"question": " What is 1  + 1?", "answer": "2"}
     task = own(write(tmp_path / "sums.csv", [*ROWS, spaced, ROWS[1], ROWS[2]]))
@@ -192,7 +211,7 @@ def test_rows_that_repeat_a_question_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["segment_column", "split_column", "answer_column"])
 def test_a_table_lacks_a_column_where_it_names_them(tmp_path: Path, flag: str) -> None:
-    told = r"no column 'no', found question, answer(: expected --answer-column COLUMN)?$"
+    told = r"no column 'no', found question, answer(: expected it in every row, or --answer-column COLUMN)?$"
     for name, line in [("a.csv", ", line 1"), ("a.parquet", ""), ("a.jsonl", ", line 1")]:
         with pytest.raises(InputError, match=f"{name}{line}: {told}"):
             own(write(tmp_path / name, ROWS), **{flag: "no"}).describe()
@@ -266,9 +285,12 @@ def test_rows_of_a_hub_name_may_lie_in_a_file(tmp_path: Path) -> None:
     [
         (
             {"question_column": "q"},
-            "no column 'q', found question, answer, .*: expected --question-column COLUMN",
+            "no column 'q', found question, answer, .*: expected it in every row, or --question-column COLUMN",
         ),
-        ({"answer_column": "a"}, "no column 'a', found .*: expected --answer-column COLUMN"),
+        (
+            {"answer_column": "a"},
+            "no column 'a', found .*: expected it in every row, or --answer-column COLUMN",
+        ),
         ({"answer_column": "list"}, r"list is \['a', 'b'\], expected one answer, or --scorer text"),
         ({"answer_column": "none"}, "none is None, expected a text or a number"),
         ({"answer_column": "blank"}, "gold answer '' is empty"),
