@@ -211,7 +211,9 @@ def test_rows_that_repeat_a_question_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["segment_column", "split_column", "answer_column"])
 def test_a_table_lacks_a_column_where_it_names_them(tmp_path: Path, flag: str) -> None:
-    told = r"no column 'no', found question, answer(: expected it in every row, or --answer-column COLUMN)?$"
+    told = (
+        r"no column 'no', found question, answer(: expected it in .*, or --answer-column COLUMN)?$"
+    )
     for name, line in [("a.csv", ", line 1"), ("a.parquet", ""), ("a.jsonl", ", line 1")]:
         with pytest.raises(InputError, match=f"{name}{line}: {told}"):
             own(write(tmp_path / name, ROWS), **{flag: "no"}).describe()
@@ -285,7 +287,7 @@ def test_rows_of_a_hub_name_may_lie_in_a_file(tmp_path: Path) -> None:
     [
         (
             {"question_column": "q"},
-            "no column 'q', found question, answer, .*: expected it in every row, or --question-column COLUMN",
+            "no column 'q', found question, .*: expected it in every row, or --question-column COLUMN",
         ),
         (
             {"answer_column": "a"},
