@@ -287,7 +287,7 @@ def test_rows_of_a_hub_name_may_lie_in_a_file(tmp_path: Path) -> None:
     [
         (
             {"question_column": "q"},
-            "no column 'q', found question, .*: expected it in every row, or --question-column COLUMN",
+            "no column 'q', found .*: expected it in every row, or --question-column COLUMN",
         ),
         (
             {"answer_column": "a"},
