@@ -148,7 +148,7 @@ def test_the_guide_learns_from_what_it_has_served(
         ask(proxy)
         said.append(haltwise(compare))
     (prices,) = commands(PRICES.text, folder)
-    assert "of them audits: tokens of the thought" in haltwise(prices)
+    assert "is told from 100 requests on" in haltwise(prices)
     (mixing,) = commands(MIX.text, folder)
     assert haltwise(mixing).startswith("checkpoints/mixed: 0.")
     assert HaltHead.load(folder / "checkpoints/mixed").config.certificate is None

@@ -396,11 +396,14 @@ class LlamaServer(LlamaDialect, LMServer):
                 not render the messages of a chat.
         """
         # It tells no ids of parts of a character, and of a chat's tokens that may begin a stop.
-        is_told = seen.has_ids and len(seen.texts) == len(seen.ids)
-        is_told &= not (request.chat and request.body.get("stop"))
-        is_told &= seen.text.isascii() or not self._begins_with_space
-        pairs = zip(seen.ids, seen.texts, strict=True) if is_told else ()
-        said = [i if text.isascii() else text for i, text in pairs] if is_told else [seen.text]
+        is_told = seen.has_ids and not (request.chat and request.body.get("stop"))
+        is_mixed = len(seen.texts) == len(seen.ids) and not self._begins_with_space
+        said: list[int | str] = [seen.text]
+        if is_told and seen.text.isascii():
+            said = [*seen.ids]
+        elif is_told and is_mixed:
+            pairs = zip(seen.ids, seen.texts, strict=True)
+            said = [i if text.isascii() else text for i, text in pairs]
         if not request.chat:
             return request.continued_body(prompt=[request.prompt, *said, tail])
         why_not = request.why_not_continued(self.close_text)

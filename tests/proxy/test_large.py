@@ -208,9 +208,6 @@ def test_a_cap_asks_the_cascade_too(serving: Serving, plan: Plan) -> None:
     )
 
 
-OBSERVED: dict[str, Any] = {"control": "observe", "state": Path("s")}
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -218,8 +215,6 @@ OBSERVED: dict[str, Any] = {"control": "observe", "state": Path("s")}
         ({"large": "nowhere"}, "--large: server is 'nowhere'"),
         ({"large": None, "large_model": "big"}, "--large-model is given, expected it with --large"),
         ({"tariffs": Path("t")}, "--tariffs is given, expected --large-model with the name"),
-        (OBSERVED | {"budgets": Path("b")}, "--budgets is given, which does not know of --large u"),
-        (OBSERVED | {"check_answers": "readable"}, "--check-answers is given, which does not know"),
         ({"head": "plain"}, "no cascade.json in .*: expected a folder written by cascade.py"),
     ],
 )
