@@ -405,12 +405,12 @@ class LlamaServer(LlamaDialect, LMServer):
             pairs = zip(seen.ids, seen.texts, strict=True)
             said = [i if text.isascii() else text for i, text in pairs]
         if not request.chat:
-            return request.continued_body(prompt=[request.prompt, *said, tail])
+            return request.continued_body(prompt=_one_prompt([request.prompt, *said, tail]))
         why_not = request.why_not_continued(self.close_text)
         if why_not:
             raise UpstreamError(why_not, "upstream cannot continue such a request")
         prompt = await request.once("prompt", lambda: self._prompt_of_thought(request))
-        return request.continued_body(prompt=[prompt, *said, tail])
+        return request.continued_body(prompt=_one_prompt([prompt, *said, tail]))
 
     async def _prompt_of_thought(self, request: CompletionRequest) -> str:
         """The text in which the thought of a chat begins."""
@@ -528,3 +528,9 @@ def opened_in_text(prompt: str, rules: PointRules) -> bool | None:
 def _digest(asks: Json) -> bytes:
     """A short name of a question; clients choose how long the question is."""
     return hashlib.sha256(json.dumps(asks, sort_keys=True).encode()).digest()
+
+
+def _one_prompt(parts: list[int | str]) -> str | list[int | str]:
+    """The parts of a prompt as llama-server takes them: texts alone would be several prompts."""
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(parts) else parts

@@ -95,4 +95,6 @@ def serve(model: str, num_slots: int, port: int) -> None:
 
 
 if __name__ == "__main__":
+    if not Path(sys.argv[1]).is_file():
+        sys.exit(f"error: {sys.argv[1]}: no such file")
     serve(sys.argv[1], *map(int, sys.argv[2:]))

@@ -765,14 +765,16 @@ def test_a_thought_whose_tokens_are_named_by_their_ids_is_not_watched() -> None:
     ("text", "body", "said"),
     [
         ("hm", {}, [7]),
-        ("h\u00e9", {}, ["h\u00e9"]),
-        ("hm", {"stop": "never"}, ["hm"]),
+        ("h\u00e9", {}, None),
+        ("hm", {"stop": "never"}, None),
     ],
     ids=["whole", "character", "stop"],
 )
 def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
-    text: str, body: Json, said: list[Any], monkeypatch: pytest.MonkeyPatch
+    text: str, body: Json, said: list[Any] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A list of texts alone would be as many prompts."""
+
     async def rendered(*_: Any) -> str:
         return "q<think>"
 
@@ -784,14 +786,15 @@ def test_llama_server_goes_on_from_text_where_its_ids_have_holes(
     seen.add({"choices": [{"delta": {"reasoning_content": text}, "logprobs": logprobs}]})
     asked = CompletionRequest(True, {"messages": []} | body)
     found = asyncio.run(server.body_after(asked, seen, "</think>\n\n"))
-    assert found["prompt"] == ["q<think>", *said, "</think>\n\n"]
+    parts, whole = ["q<think>", *(said or []), "</think>\n\n"], f"q<think>{text}</think>\n\n"
+    assert found["prompt"] == (parts if said else whole)
 
 
 @pytest.mark.parametrize(
-    ("piece", "said"), [("\u00d7", [7, "\u00e9", 7]), (" \u00d7", ["h\u00e9m"])]
+    ("piece", "prompt"), [("\u00d7", ["q", 7, "\u00e9", 7, "t"]), (" \u00d7", "qh\u00e9mt")]
 )
 def test_llama_server_goes_on_from_ids_but_for_what_may_be_a_part_of_a_character(
-    piece: str, said: list[Any]
+    piece: str, prompt: Any
 ) -> None:
     """Not where its tokenizer begins each text with a space: then it goes on from one text."""
 
@@ -807,7 +810,15 @@ def test_llama_server_goes_on_from_ids_but_for_what_may_be_a_part_of_a_character
         seen.add({"choices": [{"text": text, "logprobs": logprobs}]})
     seen.add({"choices": [{"text": "", "logprobs": None}]})
     found = asyncio.run(server.body_after(CompletionRequest(False, {"prompt": "q"}), seen, "t"))
-    assert found["prompt"] == ["q", *said, "t"]
+    assert found["prompt"] == prompt
+
+
+def test_llama_server_goes_on_from_all_ids_of_a_text_that_is_told_in_one() -> None:
+    """As an audit knows a thought: one text, and the ids of its tokens."""
+    server = LlamaServer(cast(Any, None), RULES, "</think>\n\n")
+    seen = GeneratedSoFar(["hm, so"], [7, 8, 9], None, 3)
+    found = asyncio.run(server.body_after(CompletionRequest(False, {"prompt": "q"}), seen, "t"))
+    assert found["prompt"] == ["q", 7, 8, 9, "t"]
 
 
 @pytest.mark.parametrize("data", [None, [], [3], "x", {}], ids=str)
