@@ -461,7 +461,7 @@ PROMISES: dict[str, Tests] = {
     "Details that servers tell are added up too": (
         test_proxy.test_details_of_the_usage_of_both_legs_are_kept,
     ),
-    "as `length` how far a thought went past its halt": (
+    "as `length` how many tokens a thought had at last": (
         test_proxy.test_a_thought_that_goes_on_behind_its_halt_has_two_lengths,
     ),
     "ends at the client's own `stop` has the reason `token budget`": (
@@ -506,7 +506,7 @@ PROMISES: dict[str, Tests] = {
         test_units.test_a_question_is_asked_once_for_all_who_wait_and_its_answer_kept,
         test_units.test_a_server_that_is_silent_is_waited_for_once,
     ),
-    "whose name is not the head's is warned of at the first request": (
+    "has a name like the head's is warned of at the first request": (
         test_serve.test_a_head_of_another_lm_is_told_once,
     ),
     "If a control raises, or gives a price that is none, the head does not halt that request": (
