@@ -352,7 +352,7 @@ class _Fake:
     def ids_of(self, prompt: str | list[int | str]) -> list[int]:
         """Of a prompt, which may be a list of ids and texts."""
         parts = [prompt] if isinstance(prompt, str) else prompt
-        assert len(parts) == 1 or not all(isinstance(part, str) for part in parts), "many prompts"
+        assert len(parts) < 2 or not all(isinstance(part, str) for part in parts), "many prompts"
         ids = [self.encode(part) if isinstance(part, str) else [part] for part in parts]
         return [id for some in ids for id in some]
 
@@ -932,7 +932,7 @@ class FakeUpstream:
     def text(self, prompt: str | Sequence[int | str]) -> str:
         """Of a prompt, which may be a list of texts and of tokens that it has given out."""
         parts = [prompt] if isinstance(prompt, str) else prompt
-        assert len(parts) == 1 or not all(isinstance(part, str) for part in parts), "many prompts"
+        assert len(parts) < 2 or not all(isinstance(part, str) for part in parts), "many prompts"
         return "".join(p if isinstance(p, str) else self._fake.decode([p]) for p in parts)
 
     def ids(self, text: str) -> list[int]:
