@@ -149,7 +149,7 @@ def main(config: BenchConfig) -> None:
         "promotion": partial(promotion.measure, traces, config.promotion),
         "bound": partial(bound.measure, traces, config.bound),
         "resumed": partial(resumed.measure, traces, config.resumed),
-        "votes": partial(votes.measure, traces, config.votes),
+        "votes": partial(votes.measure, traces, config.traces, config.votes),
         "stopping": partial(stopping.measure, traces, config.stopping),
     }
     results: list[BenchResult] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recording.trace_row import TraceRow
 from traces import SIGNALS, Traces, read_traces, write_shard
@@ -15,6 +16,7 @@ from traces import SIGNALS, Traces, read_traces, write_shard
 RECORDED = tuple(name for name in SIGNALS if name != "hidden")
 
 _MAX_POINTS = 30
+_RIGHT, _WRONG = "42", "7"
 
 
 def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> Iterator[TraceRow]:
@@ -46,14 +48,14 @@ def synthetic_rows(num: int, seed: int = 0, mean_points: int | None = None) -> I
             "model": "synthetic",
             "seed": n % 6,
             "split": "train",
-            "gold": "42",
+            "gold": _RIGHT,
             "num_tokens": int(position.max(initial=0) + rng.geometric(1 / 2400)),
             "finished": True,
-            "final_answer": "42" if finally_correct else "7",
+            "final_answer": _RIGHT if finally_correct else _WRONG,
             "final_correct": finally_correct,
             "position": position.tolist(),
             "probe_tokens": rng.integers(4, 17, length).tolist(),
-            "answer": ["42" if c else str(rng.integers(5)) for c in correct],
+            "answer": [_RIGHT if c else str(rng.integers(5)) for c in correct],
             "correct": correct.tolist(),
             "confidence": confidence.tolist(),
             "answer_logprobs": np.log(confidence)[:, None].repeat(3, axis=1).tolist(),
@@ -69,3 +71,8 @@ def synthetic_traces(num: int) -> Traces:
     with TemporaryDirectory() as folder:
         write_shard(Path(folder) / "synthetic.parquet", list(synthetic_rows(num)), {})
         return read_traces(folder)
+
+
+def final_answers(traces: Traces) -> NDArray[np.object_]:
+    """Returns the answers (N,) that synthetic traces end with."""
+    return np.where(traces.final_correct, _RIGHT, _WRONG).astype(object)

@@ -1,13 +1,15 @@
 """Several thoughts of one question, halted jointly, beside plain self-consistency.
 
 Self-consistency lets several thoughts of a question run to their ends and takes the answer that
-most of them give. Halted jointly, what all thoughts have answered so far is one vote: each gives
-its newest answer the log-odds that it is right, and all of them are halted where the best answer is
-ahead of the next one by a threshold. If thoughts are independent given the right answer (naive
-Bayes), that is the log-odds of the best answer against the next. How probable it is that an answer
-is right follows from the rule "evidence", logit(confidence) + 1.5 ln(times in a row), by isotonic
-regression on other questions: a sure thought is often wrong all the same, and two are not. Thoughts
-run side by side, or in turn, each only if the ones before are not enough.
+most of them give. Two other rules spend less. Thoughts may run in turn, each halted alone, on
+evidence or by a head, until so many agree that the others could not outvote them. Or what all
+thoughts have answered so far is one vote: each gives its newest answer the log-odds that it is
+right, and all of them are halted where the best answer is ahead of the next one by a threshold. If
+thoughts are independent given the right answer (naive Bayes), that is the log-odds of the best
+answer against the next. How probable it is that an answer is right follows from the rule
+"evidence", logit(confidence) + 1.5 ln(times in a row), by isotonic regression on other questions: a
+sure thought is often wrong all the same, and two are not. There, thoughts run side by side, or in
+turn.
 
 All is net of every token: those of all thoughts until then, and of all looks at answers. Answers
 are equal if both are right by the task's scorer, else if they are spelt alike.
@@ -18,24 +20,33 @@ Shapes: Q questions (of one LM), P points of all traces, T thresholds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 
+from benchmarks.synthetic import final_answers
 from benchmarks.timing import BenchResult
 from evaluation.intervals import Resamples, interval
 from evaluation.protocol import folds
 from haltwise import InputError
 from policies.baselines import Evidence
-from traces import Traces
+from policies.head import judging_heads
+from runs import Run
+from traces import TraceFiles, Traces, check_recorded
 
 Float = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 _PART = "votes"
 # No answer is held to be more or less probable.
 _BOUNDS = (0.02, 0.995)
+# Evidence, by its quantiles, on which a thought is halted alone.
+_SURE = (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98)
+# Every so many-th price of a head is one that thoughts are halted at alone.
+_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,9 @@ class VotesConfig:
     """The thresholds that are tried."""
     drops: tuple[float, ...] = (1e-9, 0.002, 0.005)
     """The exact match that may be lost on the other questions, each in turn."""
+    run: Path | None = None
+    """A run whose heads halt thoughts alone, those of its folds the questions that it learned from.
+    Default: they are halted on evidence."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +84,12 @@ class Voting:
 
     lead: Float
     """The weight of the best answer, less that of the next one."""
-    right: NDArray[np.bool_]
+    right: Bools
     """Whether the best answer is right."""
     cost: Float
     """Tokens of all thoughts until then, looks included."""
 
-    def at(self, thresholds: Float) -> tuple[NDArray[np.bool_], Float]:
+    def at(self, thresholds: Float) -> tuple[Bools, Float]:
         """Returns whether the answer is right, and what it costs (T,), halted at thresholds (T,).
 
         Where no lead is above one, all thoughts run to their ends.
@@ -121,7 +135,7 @@ class Calibration:
         return at_points, _log_odds(self.at_ends.predict(_evidence_at_end(traces, evidence)))
 
 
-def _isotonic(evidence: Float, right: NDArray[np.bool_]) -> IsotonicRegression:
+def _isotonic(evidence: Float, right: Bools) -> IsotonicRegression:
     low, high = _BOUNDS
     return IsotonicRegression(y_min=low, y_max=high, out_of_bounds="clip").fit(evidence, right)
 
@@ -141,14 +155,17 @@ def _log_odds(probability: Float) -> Float:
     return log_odds
 
 
-def said_by(traces: Traces, row: int, at_points: Float, at_ends: Float) -> list[Said]:
-    """Returns what one thought says, its own end last.
+def said_by(
+    traces: Traces, row: int, at_points: Float, at_ends: Float, halts: Bools | None = None
+) -> list[Said]:
+    """Returns what one thought says, up to where it is halted alone, or its own end.
 
     Args:
         traces: N traces with P points.
         row: The thought's trace.
         at_points: (P,) the weight of the answer at each point.
         at_ends: (N,) the weight of the answer that each trace ends with.
+        halts: (P,) whether the thought would be halted alone at each point; by default nowhere.
     """
     said, spent = [], 0
     for p in range(traces.offsets[row], traces.offsets[row + 1]):
@@ -156,6 +173,8 @@ def said_by(traces: Traces, row: int, at_points: Float, at_ends: Float) -> list[
         position, right = int(traces.position[p]), bool(traces.correct[p])
         answer = _name(traces.answer[p], right)
         said.append(Said(position, position + spent, answer, float(at_points[p]), right))
+        if halts is not None and halts[p]:
+            return said
     end, right = int(traces.num_tokens[row]), bool(traces.final_correct[row])
     answer = _name(traces.full_answer[row], right)
     return [*said, Said(end, end + spent, answer, float(at_ends[row]), right)]
@@ -220,12 +239,40 @@ def self_consistency(traces: Traces, rows: Sequence[int]) -> tuple[bool, int]:
     return right, int(traces.num_tokens[list(rows)].sum())
 
 
-def measure(traces: Traces, config: VotesConfig) -> list[BenchResult]:
-    """Measures joint halting against plain self-consistency of as many thoughts.
+def until_most_agree(thoughts: Sequence[Sequence[Said]]) -> tuple[bool, int]:
+    """Returns whether the answer of most thoughts is right, and what they cost, run in turn.
+
+    No thought begins once more than half of all have ended with one answer. Of several answers that
+    are given equally often it is that of the earliest thought.
+
+    Args:
+        thoughts: What each of them says; their last answers count.
+    """
+    last: list[Said] = []
+    for said in thoughts:
+        last.append(said[-1])
+        answers = [one.answer for one in last if one.answer]
+        if answers and max(map(answers.count, answers)) > len(thoughts) / 2:
+            break
+    told = [one for one in last if one.answer] or last
+    names = [one.answer for one in told]
+    best = max(told, key=lambda one: names.count(one.answer))
+    return best.right, sum(one.spent for one in last)
+
+
+def measure(traces: Traces, path: Path | None, config: VotesConfig) -> list[BenchResult]:
+    """Measures thoughts that are halted jointly against plain self-consistency of as many.
+
+    Args:
+        traces: The traces.
+        path: The file or folder that they were read from; None if they are synthetic.
+        config: The settings.
 
     Raises:
-        InputError: If no question has so many traces of one LM, or no confidence is known.
+        InputError: If no question has so many traces of one LM, no confidence is known, or the
+            run does not fit the traces.
     """
+    traces = replace(traces, full_answer=_final_answers(traces, path))
     evidence = Evidence().signal(traces)
     groups = _groups(traces, config.num_thoughts)
     if evidence is None or not groups:
@@ -238,12 +285,25 @@ def measure(traces: Traces, config: VotesConfig) -> list[BenchResult]:
     )
     asked = np.array([traces.question_id[rows[0]] for rows in groups])
     results = _row("one thought to its end", asked, alone, plain)
+    agree = _until_most_agree(traces, groups, _alone(traces, evidence, path, config.run))
+    results += _row("in turn to their ends, until most agree", asked, agree[:, :, -1], plain)
+    joint = {"in turn, each halted alone, until most agree": _chosen(asked, agree, plain, config)}
     for in_turn, name in ((False, "side by side"), (True, "in turn")):
-        joint = _out_of_fold(traces, evidence, groups, plain, config, in_turn)
-        for drop, found in zip(config.drops, joint, strict=True):
-            what = f"halted jointly, {name}, {100 * drop:.1f} points may be lost"
+        what = f"{name}, halted by their lead"
+        joint[what] = _by_lead(traces, evidence, groups, plain, config, in_turn)
+    for name, of_drops in joint.items():
+        for drop, found in zip(config.drops, of_drops, strict=True):
+            what = f"{name}, {100 * drop:.1f} points may be lost"
             results += _row(what, asked, found, plain)
     return results
+
+
+def _final_answers(traces: Traces, path: Path | None) -> NDArray[np.object_]:
+    """Returns what all traces end with (N,): who is labelled keeps only whether it is right."""
+    if path is None:
+        return final_answers(traces)
+    words = TraceFiles.open(path).words(traces.trace_id.tolist())
+    return np.array([words[name].final_answer for name in traces.trace_id.tolist()], dtype=object)
 
 
 def _groups(traces: Traces, num: int) -> list[list[int]]:
@@ -254,7 +314,62 @@ def _groups(traces: Traces, num: int) -> list[list[int]]:
     return [found[:num] for found in rows.values() if len(found) >= num]
 
 
-def _out_of_fold(
+def _alone(traces: Traces, evidence: Float, path: Path | None, run: Path | None) -> list[Bools]:
+    """Returns the ways (P,) to halt thoughts alone that are tried, never last.
+
+    Raises:
+        InputError: If the traces were recorded under other conditions than the run's.
+    """
+    never = np.zeros(traces.num_points, dtype=bool)
+    if run is None:
+        levels = np.quantile(evidence[np.isfinite(evidence)], _SURE)
+        return [*(evidence >= level for level in levels), never]
+    opened = Run(run)
+    learned = opened.learned()
+    head = judging_heads(opened.head(), opened.kept_back(learned), learned.folds)[0]
+    check_recorded(head.head.config, traces.recorder, path or "synthetic traces")
+    signal = head.signal(traces)
+    return [*(head.halts(signal, price) for price in head.grid(signal)[::-_EVERY]), never]
+
+
+def _until_most_agree(
+    traces: Traces, groups: Sequence[Sequence[int]], alone: Sequence[Bools]
+) -> Float:
+    """Returns what thoughts in turn come to (Q, 2, T), halted alone in each of T ways.
+
+    Where nothing can be halted, nobody looks at answers.
+    """
+    ones, ends = np.ones(traces.num_points), np.ones(len(traces))
+    found = []
+    for halts in alone:
+        said = {row: said_by(traces, row, ones, ends, halts) for rows in groups for row in rows}
+        if not halts.any():
+            said = {row: [replace(of[-1], spent=of[-1].tokens)] for row, of in said.items()}
+        found.append([until_most_agree([said[row] for row in rows]) for rows in groups])
+    return np.array(found, dtype=np.float64).transpose(1, 2, 0)
+
+
+def _chosen(asked: NDArray[np.str_], tried: Float, plain: Float, config: VotesConfig) -> Float:
+    """Returns what the cheapest of what is tried comes to (drops, Q, 2), out of fold.
+
+    Args:
+        asked: (Q,) the questions.
+        tried: (Q, 2, T) exact match and tokens of T ways, of which the last loses nothing.
+        plain: (Q, 2) those of self-consistency.
+        config: What may be lost on the other questions.
+    """
+    fold = folds(asked)
+    found = np.zeros((len(config.drops), *plain.shape))
+    for k in np.unique(fold):
+        em, cost = tried[fold != k].mean(axis=0)
+        for place, drop in enumerate(config.drops):
+            kept = np.flatnonzero(em >= plain[fold != k, 0].mean() - drop)
+            best = kept[np.argmin(cost[kept])] if len(kept) else len(em) - 1
+            found[place, fold == k] = tried[fold == k][:, :, best]
+    return found
+
+
+def _by_lead(
     traces: Traces,
     evidence: Float,
     groups: Sequence[Sequence[int]],
@@ -262,12 +377,12 @@ def _out_of_fold(
     config: VotesConfig,
     in_turn: bool,
 ) -> Float:
-    """Returns what joint halting comes to (drops, Q, 2).
+    """Returns what halting by the lead comes to (drops, Q, 2).
 
-    Each fold's calibration and thresholds are of the others: the cheapest threshold that loses no
-    more than a drop against self-consistency there.
+    Each fold's calibration and thresholds are of the others.
     """
-    fold = folds(np.array([traces.question_id[rows[0]] for rows in groups]))
+    asked = np.array([traces.question_id[rows[0]] for rows in groups])
+    fold = folds(asked)
     found = np.zeros((len(config.drops), *plain.shape))
     for k in np.unique(fold):
         learned = [row for rows, own in zip(groups, fold, strict=True) if own != k for row in rows]
@@ -277,11 +392,7 @@ def _out_of_fold(
         leads = np.concatenate([one.lead[np.isfinite(one.lead)] for one in votes])
         grid = np.unique(np.quantile(leads, np.linspace(0, 1, config.num_thresholds)))
         joint = np.array([one.at(grid) for one in votes])  # (Q, 2, T)
-        em, cost = joint[fold != k].mean(axis=0)
-        for place, drop in enumerate(config.drops):
-            kept = np.flatnonzero(em >= plain[fold != k, 0].mean() - drop)
-            best = kept[np.argmin(cost[kept])] if len(kept) else len(em) - 1
-            found[place, fold == k] = joint[fold == k][:, :, best]
+        found[:, fold == k] = _chosen(asked, joint, plain, config)[:, fold == k]
     return found
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.synthetic import synthetic_traces
-from benchmarks.votes import Said, VotesConfig, measure, said_by, self_consistency, voting
+from benchmarks.votes import (
+    Said,
+    VotesConfig,
+    measure,
+    said_by,
+    self_consistency,
+    until_most_agree,
+    voting,
+)
 from haltwise import InputError
+from runs import Learned, Run
+from tests.heads import random_head
 from traces import Traces
 
 # Two thoughts, with a look of 1 token at each answer: "a" at 10, then "b" at 20 and at the end, 30;
@@ -55,15 +66,64 @@ def test_self_consistency_takes_the_answer_of_most(make_traces: Callable[..., Tr
     ]
 
 
+def test_a_thought_that_is_halted_alone_says_no_more(make_traces: Callable[..., Traces]) -> None:
+    traces = make_traces([{}])
+    halts = np.array([False, True, True])
+    said = said_by(traces, 0, np.ones(3), np.ones(1), halts)
+    assert [one.spent for one in said] == [110, 272]
+
+
+def test_no_thought_begins_once_most_agree() -> None:
+    """Two of three are most; of three answers the earliest one holds, unless it is not read."""
+    third = [Said(50, 55, "a", 1.0, False)]
+    assert until_most_agree([SECOND, FIRST, third]) == (True, 41 + 32)
+    assert until_most_agree([FIRST[:1], SECOND, third]) == (False, 11 + 41 + 55)
+    assert until_most_agree([FIRST[:1], SECOND]) == (False, 11 + 41)
+    assert until_most_agree([[Said(5, 6, "", 1.0, False)], SECOND]) == (True, 6 + 41)
+    assert until_most_agree([[Said(5, 6, "", 1.0, False)]]) == (False, 6)
+
+
+def test_wrong_answers_that_agree_outvote_a_right_one(
+    make_traces: Callable[..., Traces], tmp_path: Path
+) -> None:
+    """What a labelled trace ends with is read from its file, where it stands."""
+    ends = [{"final_answer": name, "final_correct": name == "42"} for name in ("42", "8", "8")]
+    rows = [{"question_id": f"q{n}", **end} for n in range(5) for end in ends]
+    traces = make_traces([row | {"seed": n} for n, row in enumerate(rows)])
+    found = measure(traces, tmp_path / "made.parquet", VotesConfig(drops=(0.1,)))
+    change = {one.name: one.median for one in found}["one thought to its end: EM change"]
+    assert change == pytest.approx(100 / 3)  # of three thoughts two say 8, and that is wrong
+
+
 def test_thoughts_that_agree_cost_less_jointly_than_to_their_ends() -> None:
     traces = synthetic_traces(600)
-    traces = replace(
-        traces,
-        question_id=np.array([f"q{n // 3}" for n in range(len(traces))]),
-        full_answer=np.where(traces.final_correct, "7", ""),
-    )
-    found = {one.name: one.median for one in measure(traces, VotesConfig(drops=(0.05,)))}
-    for name in ("side by side", "in turn"):
-        assert found[f"halted jointly, {name}, 5.0 points may be lost: saving"] > 10
+    asked = np.array([f"q{n // 3}" for n in range(len(traces))])
+    traces = replace(traces, question_id=asked)
+    found = {one.name: one.median for one in measure(traces, None, VotesConfig(drops=(0.05,)))}
+    assert found["in turn to their ends, until most agree: EM change"] == 0
+    for name in (
+        "in turn, each halted alone, until most agree",
+        "side by side, halted by their lead",
+        "in turn, halted by their lead",
+    ):
+        assert found[f"{name}, 5.0 points may be lost: saving"] > 10
     with pytest.raises(InputError, match="9 of each question and LM"):
-        measure(traces, VotesConfig(num_thoughts=9))
+        measure(traces, None, VotesConfig(num_thoughts=9))
+
+
+def test_a_run_halts_thoughts_alone_at_its_prices(
+    make_traces: Callable[..., Traces], tmp_path: Path
+) -> None:
+    """At a high price all are halted at their first looks, and two that agree are enough."""
+    head = random_head(1)
+    always = head.weights | {"w2": 0 * head.weights["w2"], "b2": np.ones(1, dtype=np.float32)}
+    type(head)(head.config, always).save(tmp_path / "run")
+    Run(tmp_path / "run").save_learned(Learned(frozenset(["another"])))
+    same = {"answer": ["7"] * 3, "correct": [True] * 3, "final_answer": "7"}
+    rows = [same | {"question_id": f"q{n // 3}", "seed": n} for n in range(15)]
+    recorder = {"decision_rule": "every 20 tokens", "confidence_rule": "source"}
+    traces = make_traces(rows, recorder)
+    config = VotesConfig(drops=(0.1,), run=tmp_path / "run")
+    found = {one.name: one.median for one in measure(traces, tmp_path / "made.parquet", config)}
+    saving = found["in turn, each halted alone, until most agree, 10.0 points may be lost: saving"]
+    assert saving == pytest.approx(100 * (1 - 2 * 110 / 1800))
