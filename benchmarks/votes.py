@@ -2,7 +2,8 @@
 
 Self-consistency lets several thoughts of a question run to their ends and takes the answer that
 most of them give. Two other rules spend less. Thoughts may run in turn, each halted alone, on
-evidence or by a head, until so many agree that the others could not outvote them. Or what all
+evidence or by a head, until those to come cannot outvote the answer: that is `num_thoughts` of
+`generate_all`. Or what all
 thoughts have answered so far is one vote: each gives its newest answer the log-odds that it is
 right, and all of them are halted where the best answer is ahead of the next one by a threshold. If
 thoughts are independent given the right answer (naive Bayes), that is the log-odds of the best
@@ -32,6 +33,7 @@ from benchmarks.timing import BenchResult
 from evaluation.intervals import Resamples, interval
 from evaluation.protocol import folds
 from haltwise import InputError
+from haltwise.policy.votes import elected, is_settled
 from policies.baselines import Evidence
 from policies.head import judging_heads
 from runs import Run
@@ -234,16 +236,14 @@ def self_consistency(traces: Traces, rows: Sequence[int]) -> tuple[bool, int]:
     Of several such answers it is that of the earliest thought.
     """
     answers = [_name(traces.full_answer[row], bool(traces.final_correct[row])) for row in rows]
-    best = max(answers, key=lambda answer: (bool(answer), answers.count(answer)))
-    right = bool(traces.final_correct[rows[answers.index(best)]])
+    right = bool(traces.final_correct[rows[elected(answers)]])
     return right, int(traces.num_tokens[list(rows)].sum())
 
 
-def until_most_agree(thoughts: Sequence[Sequence[Said]]) -> tuple[bool, int]:
+def until_settled(thoughts: Sequence[Sequence[Said]]) -> tuple[bool, int]:
     """Returns whether the answer of most thoughts is right, and what they cost, run in turn.
 
-    No thought begins once more than half of all have ended with one answer. Of several answers that
-    are given equally often it is that of the earliest thought.
+    No thought begins that could not change the answer any more.
 
     Args:
         thoughts: What each of them says; their last answers count.
@@ -251,13 +251,10 @@ def until_most_agree(thoughts: Sequence[Sequence[Said]]) -> tuple[bool, int]:
     last: list[Said] = []
     for said in thoughts:
         last.append(said[-1])
-        answers = [one.answer for one in last if one.answer]
-        if answers and max(map(answers.count, answers)) > len(thoughts) / 2:
+        answers = [one.answer for one in last]
+        if is_settled(answers, len(thoughts)):
             break
-    told = [one for one in last if one.answer] or last
-    names = [one.answer for one in told]
-    best = max(told, key=lambda one: names.count(one.answer))
-    return best.right, sum(one.spent for one in last)
+    return last[elected(answers)].right, sum(one.spent for one in last)
 
 
 def measure(traces: Traces, path: Path | None, config: VotesConfig) -> list[BenchResult]:
@@ -285,9 +282,9 @@ def measure(traces: Traces, path: Path | None, config: VotesConfig) -> list[Benc
     )
     asked = np.array([traces.question_id[rows[0]] for rows in groups])
     results = _row("one thought to its end", asked, alone, plain)
-    agree = _until_most_agree(traces, groups, _alone(traces, evidence, path, config.run))
-    results += _row("in turn to their ends, until most agree", asked, agree[:, :, -1], plain)
-    joint = {"in turn, each halted alone, until most agree": _chosen(asked, agree, plain, config)}
+    agree = _until_settled(traces, groups, _alone(traces, evidence, path, config.run))
+    results += _row("in turn to their ends, until settled", asked, agree[:, :, -1], plain)
+    joint = {"in turn, each halted alone, until settled": _chosen(asked, agree, plain, config)}
     for in_turn, name in ((False, "side by side"), (True, "in turn")):
         what = f"{name}, halted by their lead"
         joint[what] = _by_lead(traces, evidence, groups, plain, config, in_turn)
@@ -332,7 +329,7 @@ def _alone(traces: Traces, evidence: Float, path: Path | None, run: Path | None)
     return [*(head.halts(signal, price) for price in head.grid(signal)[::-_EVERY]), never]
 
 
-def _until_most_agree(
+def _until_settled(
     traces: Traces, groups: Sequence[Sequence[int]], alone: Sequence[Bools]
 ) -> Float:
     """Returns what thoughts in turn come to (Q, 2, T), halted alone in each of T ways.
@@ -345,7 +342,7 @@ def _until_most_agree(
         said = {row: said_by(traces, row, ones, ends, halts) for rows in groups for row in rows}
         if not halts.any():
             said = {row: [replace(of[-1], spent=of[-1].tokens)] for row, of in said.items()}
-        found.append([until_most_agree([said[row] for row in rows]) for rows in groups])
+        found.append([until_settled([said[row] for row in rows]) for rows in groups])
     return np.array(found, dtype=np.float64).transpose(1, 2, 0)
 
 

@@ -18,9 +18,10 @@ from tests import (
     test_serving_guide,
     test_whole_way,
 )
+from tests.benchmarks import test_votes as test_votes_benchmark
 from tests.engine import test_burst
 from tests.guides import all_blocks, page
-from tests.policy import test_head
+from tests.policy import test_head, test_votes
 from tests.proxy import (
     test_acceptance,
     test_fields,
@@ -71,6 +72,22 @@ PROMISES: dict[str, Tests] = {
     "| `generate_all`, for batch jobs |": (
         test_batch_job.test_rows_are_halted_as_beside_generate,
         test_batch_job.test_answers_by_hand,
+    ),
+    "the answer is the one that most of three thoughts give": (
+        test_batch_job.test_the_answer_of_most_thoughts_is_given,
+        test_votes.test_most_answers_win_and_of_equals_the_earliest,
+    ),
+    "`thoughts` has all": (test_batch_job.test_the_answer_of_most_thoughts_is_given,),
+    "Answers agree that are read alike": (
+        test_batch_job.test_the_answer_of_most_thoughts_is_given,
+    ),
+    "none begins that could not change the answer any more": (
+        test_batch_job.test_the_answer_of_most_thoughts_is_given,
+        test_votes.test_what_is_settled_is_what_no_further_thought_could_change,
+    ),
+    "What it will cost you is told beforehand by recorded traces": (
+        test_votes_benchmark.test_a_run_halts_thoughts_alone_at_its_prices,
+        test_votes_benchmark.test_wrong_answers_that_agree_outvote_a_right_one,
     ),
     "| vLLM, `haltwise.vllm:HaltProcessor` |": (
         test_vllm.test_v1_requests_go_as_each_does_alone,
@@ -641,6 +658,7 @@ TELLS = (
     "It looks at no answer, so it costs no tokens",
     "Every request may have its own *terms*:",
     "A fixed batch runs until its longest row",
+    "It says what they gain on one thought",
     "To upload it, give `export` the name",
     "`pip install vllm -e .`",
     "A server takes the same on its command line:",

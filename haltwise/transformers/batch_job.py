@@ -4,8 +4,9 @@ A fixed batch runs until its longest row has ended, whatever the others save; he
 tokens.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from haltwise import Control, HaltHead, InputError, Session, Terms, ThoughtRepor
 from haltwise.engine.decoder import Decoder
 from haltwise.engine.token_rules import check_tokenizer
 from haltwise.policy.signals import Index, Signals
+from haltwise.policy.votes import elected, is_settled
 from haltwise.session.thought import Probe, Thought
 
 
@@ -30,6 +32,9 @@ class BatchAnswer:
     trouble: str = ""
     """Why there is no answer, if that is so: an empty prompt or one that is too long for the LM, or
     logits that were not numbers. The other prompts of the job are not disturbed."""
+    thoughts: tuple[ThoughtReport, ...] = ()
+    """What happened to each thought of the prompt, in order; `report` is that of the one whose
+    answer is given."""
 
 
 def generate_all(
@@ -46,8 +51,12 @@ def generate_all(
     seed: int = 0,
     control: Control | None = None,
     accepts: Callable[[str], bool] | None = None,
+    num_thoughts: int = 1,
 ) -> Iterator[BatchAnswer]:
     """Answers prompts in refilled slots, with a head that halts their thoughts.
+
+    Of several thoughts of a prompt, each with the next seed, the answer that most of them give is
+    the prompt's. They run in turn, and none begins that could not change it any more.
 
     What a prompt gets depends on itself and the seed alone, not on the other slots. A row that is
     not halted gets the tokens of a plain `generate`, if greedy.
@@ -69,6 +78,7 @@ def generate_all(
         accepts: Tells of the text of an answer whether it can be given; by default of one that the
             head's answer rule can read. Where the head has halted a thought and it cannot, the
             thought goes on to its end.
+        num_thoughts: The most thoughts of a prompt.
 
     Returns:
         An iterator that gives each answer as soon as it is known.
@@ -77,9 +87,15 @@ def generate_all(
         InputError: If a setting makes no sense, the LM or the head cannot be run, or the tokenizer
             is not the head's.
     """
-    for name, count in (("num_slots", num_slots), ("max_new_tokens", max_new_tokens)):
+    counts = {"num_slots": num_slots, "max_new_tokens": max_new_tokens}
+    for name, count in (counts | {"num_thoughts": num_thoughts}).items():
         if count < 1:
             raise InputError(f"{name} is {count}, expected at least 1")
+    if num_thoughts > 1 and not temperature:
+        raise InputError(
+            f"num_thoughts is {num_thoughts} at a temperature of 0, where all thoughts are the "
+            "same: expected 1, or a temperature above 0"
+        )
     check_tokenizer(head, tokenizer)
     terms = Terms(head.price_or_own(price), min_tokens, max_tokens)
     measures = terms.price > 0 or control is not None
@@ -94,52 +110,85 @@ def generate_all(
         keeps_on=True,
     )
     session = Session(head, num_slots, control)
-    job = _BatchJob(session, decoder, terms, accepts or decoder.rules.is_readable)
-    return job.run(prompts, seed)
+    accepts = accepts or decoder.rules.is_readable
+    job = _BatchJob(session, decoder, terms, accepts, num_thoughts, seed)
+    return job.run(prompts)
+
+
+@dataclass
+class _Asked:
+    """A prompt, and its thoughts that are over."""
+
+    index: int
+    prompt: str
+    done: list[BatchAnswer] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    """What could be read of each; empty where nothing could."""
+
+    def elect(self) -> BatchAnswer:
+        """Returns the answer that most thoughts give."""
+        reports = tuple(one.report for one in self.done)
+        return replace(self.done[elected(self.answers)], thoughts=reports)
 
 
 class _BatchJob:
     """A decoder whose slots are halted by a session, and refilled."""
 
     def __init__(
-        self, session: Session, decoder: Decoder, terms: Terms, accepts: Callable[[str], bool]
+        self,
+        session: Session,
+        decoder: Decoder,
+        terms: Terms,
+        accepts: Callable[[str], bool],
+        num_thoughts: int,
+        seed: int,
     ) -> None:
         """Takes a session with a row for each of the decoder's slots, and the terms of prompts."""
         self._session, self._decoder, self._terms = session, decoder, terms
-        self._accepts = accepts
+        self._accepts, self._num_thoughts, self._seed = accepts, num_thoughts, seed
         self._looks = session.head.config.halting.probing == "always"
+        self._in_slot: dict[int, _Asked] = {}
+        self._think_again: deque[_Asked] = deque()
 
-    def run(self, prompts: Iterable[str], seed: int) -> Iterator[BatchAnswer]:
+    def run(self, prompts: Iterable[str]) -> Iterator[BatchAnswer]:
         """Yields each answer as soon as it is known."""
-        waiting, session = enumerate(prompts), self._session
+        fresh, session = (_Asked(*each) for each in enumerate(prompts)), self._session
         try:
             while True:
-                self._refill(waiting, seed)
+                self._refill(fresh)
                 if not session.running:
                     return
                 self._decoder.advance(np.array(list(session.running)))
                 troubles = self._decoder.troubles
                 answers = self._halt([slot for slot in session.running if slot not in troubles])
                 for slot in list(session.running):
-                    if slot in troubles:
-                        yield self._finish(slot, None)
-                    elif self._is_to_resume(slot, answers.get(slot)):
+                    is_over = slot in answers or session.running[slot].thought.ended
+                    if slot not in troubles and self._is_to_resume(slot, answers.get(slot)):
                         self._resume(slot)
-                    elif slot in answers or session.running[slot].thought.ended:
-                        yield self._finish(slot, answers.get(slot))
+                    elif slot in troubles or is_over:
+                        asked = self._finish(slot, answers.get(slot))
+                        if is_settled(asked.answers, self._num_thoughts):
+                            yield asked.elect()
+                        else:
+                            self._think_again.append(asked)
         finally:  # whoever takes the answers may leave some
             for slot in list(session.running):
                 session.finish(slot)
 
-    def _refill(self, waiting: Iterator[tuple[int, str]], seed: int) -> None:
-        """Gives free slots to the next of the waiting prompts, which have numbers."""
+    def _refill(self, fresh: Iterator[_Asked]) -> None:
+        """Gives free slots to prompts that think again, and then to the next of the fresh ones."""
         running = self._session.running
-        free = [slot for slot in range(self._decoder.num_slots) if slot not in running]
-        fresh = dict(zip(free, waiting, strict=False))
-        slots, prompts = np.array(list(fresh), dtype=np.int64), [text for _, text in fresh.values()]
-        self._decoder.start(slots, prompts, [seed] * len(slots))
-        for slot, (index, _) in fresh.items():
-            request = ThoughtRequest(self._terms, {"prompt": index})
+        for slot in (slot for slot in range(self._decoder.num_slots) if slot not in running):
+            asked = self._think_again.popleft() if self._think_again else next(fresh, None)
+            if asked is None:
+                break
+            self._in_slot[slot] = asked
+        started = {slot: asked for slot, asked in self._in_slot.items() if slot not in running}
+        prompts = [asked.prompt for asked in started.values()]
+        seeds = [self._seed + len(asked.done) for asked in started.values()]
+        self._decoder.start(np.array(list(started), dtype=np.int64), prompts, seeds)
+        for slot, asked in started.items():
+            request = ThoughtRequest(self._terms, {"prompt": asked.index})
             self._session.join(slot, request, self._decoder.thoughts[slot])
 
     def _halt(self, slots: list[int]) -> dict[int, Probe]:
@@ -185,14 +234,15 @@ class _BatchJob:
             running.thought = self._decoder.thoughts[slot]
         self._session.resume(slot)
 
-    def _finish(self, slot: int, probe: Probe | None) -> BatchAnswer:
-        """Frees a slot whose LM has ended, or whose forced answer is known."""
+    def _finish(self, slot: int, probe: Probe | None) -> _Asked:
+        """Frees a slot whose LM has ended, or whose forced answer is known; returns its prompt."""
         decoder, running = self._decoder, self._session.running[slot]
-        ids = list(running.thought.tokens)
+        asked, trouble = self._in_slot.pop(slot), decoder.troubles.get(slot, "")
+        ids, text = list(running.thought.tokens), running.thought.answer_text()
         if probe:
-            running.report.answer = probe.answer
+            running.report.answer, text = probe.answer, probe.text
             ids.extend([*decoder.rules.close_ids, *probe.tokens, decoder.eos_ids[0]])
-        index = running.report.request.about["prompt"]
         report = self._session.finish(slot)
-        trouble = decoder.troubles.get(slot, "")
-        return BatchAnswer(index, ids[: decoder.max_tokens], report, trouble)
+        asked.answers.append("" if trouble else decoder.rules.read_answer(text))
+        asked.done.append(BatchAnswer(asked.index, ids[: decoder.max_tokens], report, trouble))
+        return asked

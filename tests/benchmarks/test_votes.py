@@ -16,7 +16,7 @@ from benchmarks.votes import (
     measure,
     said_by,
     self_consistency,
-    until_most_agree,
+    until_settled,
     voting,
 )
 from haltwise import InputError
@@ -73,14 +73,14 @@ def test_a_thought_that_is_halted_alone_says_no_more(make_traces: Callable[..., 
     assert [one.spent for one in said] == [110, 272]
 
 
-def test_no_thought_begins_once_most_agree() -> None:
+def test_no_thought_begins_that_cannot_change_the_answer() -> None:
     """Two of three are most; of three answers the earliest one holds, unless it is not read."""
     third = [Said(50, 55, "a", 1.0, False)]
-    assert until_most_agree([SECOND, FIRST, third]) == (True, 41 + 32)
-    assert until_most_agree([FIRST[:1], SECOND, third]) == (False, 11 + 41 + 55)
-    assert until_most_agree([FIRST[:1], SECOND]) == (False, 11 + 41)
-    assert until_most_agree([[Said(5, 6, "", 1.0, False)], SECOND]) == (True, 6 + 41)
-    assert until_most_agree([[Said(5, 6, "", 1.0, False)]]) == (False, 6)
+    assert until_settled([SECOND, FIRST, third]) == (True, 41 + 32)
+    assert until_settled([FIRST[:1], SECOND, third]) == (False, 11 + 41 + 55)
+    assert until_settled([FIRST[:1], SECOND]) == (False, 11 + 41)
+    assert until_settled([[Said(5, 6, "", 1.0, False)], SECOND]) == (True, 6 + 41)
+    assert until_settled([[Said(5, 6, "", 1.0, False)]]) == (False, 6)
 
 
 def test_wrong_answers_that_agree_outvote_a_right_one(
@@ -100,9 +100,9 @@ def test_thoughts_that_agree_cost_less_jointly_than_to_their_ends() -> None:
     asked = np.array([f"q{n // 3}" for n in range(len(traces))])
     traces = replace(traces, question_id=asked)
     found = {one.name: one.median for one in measure(traces, None, VotesConfig(drops=(0.05,)))}
-    assert found["in turn to their ends, until most agree: EM change"] == 0
+    assert found["in turn to their ends, until settled: EM change"] == 0
     for name in (
-        "in turn, each halted alone, until most agree",
+        "in turn, each halted alone, until settled",
         "side by side, halted by their lead",
         "in turn, halted by their lead",
     ):
@@ -125,5 +125,5 @@ def test_a_run_halts_thoughts_alone_at_its_prices(
     traces = make_traces(rows, recorder)
     config = VotesConfig(drops=(0.1,), run=tmp_path / "run")
     found = {one.name: one.median for one in measure(traces, tmp_path / "made.parquet", config)}
-    saving = found["in turn, each halted alone, until most agree, 10.0 points may be lost: saving"]
+    saving = found["in turn, each halted alone, until settled, 10.0 points may be lost: saving"]
     assert saving == pytest.approx(100 * (1 - 2 * 110 / 1800))

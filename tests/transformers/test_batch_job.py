@@ -8,6 +8,8 @@ import pytest
 
 from haltwise import HaltHead, InputError
 from haltwise.engine.decoder import Decoder
+from haltwise.engine.token_rules import TokenRules
+from haltwise.policy.votes import elected, is_settled
 from haltwise.transformers import BatchAnswer, HaltProcessor, ProbingGeneration, generate_all
 from tests.tiny_lm import CLOSE, EOS, IDS, ScriptedLM, tiny_lm
 from tests.transformers.hf_cases import (
@@ -168,6 +170,26 @@ def test_the_trouble_of_a_prompt_is_its_own(policy: HaltHead, num_slots: int) ->
     assert {answer.report.reason for answer in troubled[:3]} == {"cut off"}
 
 
+@pytest.mark.parametrize("num_slots", [1, 4])
+@pytest.mark.parametrize("policy", [head(), blind_head()], ids=["probing", "blind"])
+def test_the_answer_of_most_thoughts_is_given(policy: HaltHead, num_slots: int) -> None:
+    """Thoughts are those of the next seeds, and none begins that could not change the answer."""
+    model = tiny_lm(seed=3)
+    arguments: dict[str, Any] = {"temperature": 0.9, "price": ALWAYS, "accepts": accept}
+    each = [answers(model, policy, num_slots, seed=seed, **arguments) for seed in (4, 5, 6)]
+    voted = answers(model, policy, num_slots, seed=4, num_thoughts=3, **arguments)
+    rules, nums = TokenRules(TOKENIZER, policy.config.halting), set()
+    for answer, *ones in zip(voted, *each, strict=True):
+        texts = [str(TOKENIZER.decode(one.ids)).rpartition("</think>")[2] for one in ones]
+        told = [rules.read_answer(text.removesuffix("<eos>")) for text in texts]
+        num = next(n for n in (1, 2, 3) if is_settled(told[:n], 3))
+        assert answer.thoughts == tuple(one.report for one in ones[:num])
+        winner = ones[elected(told[:num])]
+        assert (answer.ids, answer.report) == (winner.ids, winner.report)
+        nums.add(num)
+    assert nums == {2, 3}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -177,6 +199,8 @@ def test_the_trouble_of_a_prompt_is_its_own(policy: HaltHead, num_slots: int) ->
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"num_slots": 0}, "num_slots is 0"),
+        ({"num_thoughts": 0}, "num_thoughts is 0"),
+        ({"num_thoughts": 3}, "num_thoughts is 3 at a temperature of 0, where all thoughts are"),
         ({"model": lm_with("sliding")}, "expected full attention in every layer"),
     ],
 )
