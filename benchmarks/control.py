@@ -21,7 +21,8 @@ from envs.reward import never_costs
 from evaluation.cascade import billed
 from evaluation.outcome import Outcome, sweep
 from haltwise import InputError
-from haltwise.control.governor import GroupState, Promise, audit_rate, counted, felt
+from haltwise.control.ceiling import Counted
+from haltwise.control.governor import GroupState, Promise, audit_rate, counted, felt, stakes
 from haltwise.control.replay import prices_of
 from haltwise.policy.cascade import Cascade
 from haltwise.policy.cascade_head import CascadeHead
@@ -204,9 +205,15 @@ def stream(
         losses = drawn.losses[rows]
         hit = rng.random((len(streams), 1)) < more
         losses[:, 1:] += hit & (losses[:, 1:] < 1)
-        state = counted(state, losses[:, 1:], promise)
+        state = counted_at_once(state, losses[:, 1:], promise)
         state = felt(state, losses[streams, step], rate, promise)
         yield Audited(state, step, gap, drawn.audited[rows])
+
+
+def counted_at_once(state: GroupState, losses: Float, promise: Promise) -> GroupState:
+    """Returns the states after audits whose losses (D, K) are known as soon as they are drawn."""
+    audit = Counted(stakes(state, promise), losses, np.zeros(losses.shape, dtype=bool))
+    return counted(state, audit, promise)
 
 
 @dataclass

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.control import ControlConfig, Population, population
+from benchmarks.control import ControlConfig, Population, counted_at_once, population
 from benchmarks.timing import BenchResult
 from haltwise.control.betting import STAKES, Float, growth, log_mean_exp
 from haltwise.control.canary import SHARES, STEP_AUDITS
-from haltwise.control.governor import GroupState, Promise, counted, felt, is_open
+from haltwise.control.governor import GroupState, Promise, felt, is_open
 from haltwise.control.groups import EVERYTHING, Groups
 from haltwise.control.trial import ENOUGH, MARGIN
 from traces import Traces
@@ -128,8 +128,10 @@ class Streams:
         self.dearer += growth(-saved, 0.0)
         self.as_good += np.log1p(STAKES / (1 + MARGIN) * ((felt_new - felt_old)[:, None] - MARGIN))
         promise, rate = self.promise, self.promise.audit
-        self.serving = counted(felt(self.serving, felt_old, rate, promise), old, promise)
-        self.trying = counted(felt(self.trying, felt_new, rate, promise), new, promise)
+        serving = felt(self.serving, felt_old, rate, promise)
+        trying = felt(self.trying, felt_new, rate, promise)
+        self.serving = counted_at_once(serving, old, promise)
+        self.trying = counted_at_once(trying, new, promise)
         self._move()
 
     def _move(self) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from haltwise.control.betting import Float, log_mean_exp
-from haltwise.control.ceiling import Evidence, fewest_audits, level_of
+from haltwise.control.betting import Float
+from haltwise.control.ceiling import Counted, Evidence, fewest_audits, level_of
 from haltwise.errors import InputError
 
 Int = NDArray[np.int64]
@@ -69,6 +69,11 @@ class Promise:
     """Capital at which the breaker opens; false alarms are so many audits apart in the mean."""
     cooling: int = 100
     """Audits that an open breaker waits for at least; doubled with every epoch."""
+
+    @property
+    def deadline(self) -> int:
+        """Audits by which a certificate is to be as good as it can be."""
+        return max(self.settled, 1)
 
     def __post_init__(self) -> None:
         """Checks the values.
@@ -216,25 +221,32 @@ def is_open(state: GroupState) -> NDArray[np.bool_]:
 def audits_due(state: GroupState, promise: Promise) -> Int:
     """Returns how many audits (...) at least are due before anything is halted; 0 if none is."""
     level = level_of(state.level, state.epoch)
-    fewest = np.vectorize(lambda one: fewest_audits(promise.target, float(one)))(level)
+    sufficient = np.vectorize(
+        lambda one: fewest_audits(promise.target, float(one), promise.deadline)
+    )
+    fewest = sufficient(level)
     needed = np.maximum(fewest, _cooling(state, promise))
     missing = np.maximum(np.ceil(needed - state.num_audits), 1)
     return np.where(state.ceiling > 0, 0, missing).astype(np.int64)
 
 
-def counted(state: GroupState, losses: ArrayLike, promise: Promise) -> GroupState:
-    """Returns the state after an audit was drawn, whose losses (..., K) are these so far."""
+def stakes(state: GroupState, promise: Promise) -> Float:
+    """Returns the stakes (..., K) on an audit that is drawn now, see `Evidence.stakes`."""
     level = level_of(state.level, state.epoch)
-    evidence = state.evidence.after(losses, promise.target, level)
+    return state.evidence.stakes(state.num_audits, promise.deadline, promise.target, level)
+
+
+def counted(state: GroupState, audit: Counted, promise: Promise) -> GroupState:
+    """Returns the state after an audit has become evidence."""
+    level = level_of(state.level, state.epoch)
+    evidence = state.evidence.after(audit, promise.target, level)
     return _certified(replace(state, evidence=evidence, num_audits=state.num_audits + 1), promise)
 
 
-def corrected(
-    state: GroupState, before: ArrayLike, losses: ArrayLike, promise: Promise
-) -> GroupState:
+def corrected(state: GroupState, before: Counted, now: Counted, promise: Promise) -> GroupState:
     """Returns the state after an audit of this epoch has told more, see `Evidence.corrected`."""
     level = level_of(state.level, state.epoch)
-    evidence = state.evidence.corrected(before, losses, promise.target, level)
+    evidence = state.evidence.corrected(before, now, promise.target, level)
     return _certified(replace(state, evidence=evidence), promise)
 
 
@@ -275,10 +287,13 @@ def opened(state: GroupState, where: ArrayLike = True) -> GroupState:
 
 def _next_epoch(state: GroupState, begins: ArrayLike) -> GroupState:
     """Returns the state with nothing certified, where an epoch begins (...)."""
-    each = np.asarray(begins)[..., None]
+    each, old = np.asarray(begins)[..., None], state.evidence
+    none = Evidence.none(old.passed.shape)
     evidence = Evidence(
-        np.where(each[..., None], 0.0, state.evidence.log_capital),
-        np.where(each, False, state.evidence.passed),
+        np.where(each[..., None], none.log_capital, old.log_capital),
+        np.where(each, none.supposed, old.supposed),
+        np.where(each, none.squares, old.squares),
+        np.where(each, none.passed, old.passed),
     )
     return replace(
         state,
@@ -302,7 +317,7 @@ def _certified(state: GroupState, promise: Promise) -> GroupState:
     moved = replace(state, ceiling=np.where(cooled, allowed, state.ceiling))
     rise = np.maximum(moved.top - state.top, 0)
     moved = replace(moved, reach=np.minimum(state.reach + rise, moved.top))
-    ruined = log_mean_exp(moved.evidence.log_capital[..., 0, :]) < _RUIN
+    ruined = moved.evidence.log_total[..., 0] < _RUIN
     return _next_epoch(moved, (moved.ceiling == 0) & cooled & ruined)
 
 

@@ -20,7 +20,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from haltwise.control.ceiling import WORST
+import numpy as np
+
+from haltwise.control.ceiling import WORST, Counted
 from haltwise.control.governor import (
     FOREVER,
     GroupState,
@@ -32,6 +34,7 @@ from haltwise.control.governor import (
     counted,
     felt,
     opened,
+    stakes,
 )
 from haltwise.control.group_names import whole_tenant
 from haltwise.control.targets import check_targets
@@ -162,12 +165,14 @@ class UnderWay:
     """By group, the epoch that it was drawn in."""
     losses: tuple[float, ...]
     """(K,) what it counts with."""
+    due: tuple[bool, ...]
+    """(K,) where that is not known yet."""
+    stakes: Mapping[str, tuple[float, ...]]
+    """By group, (K,) what is bet on it."""
     process: str = ""
     """Who is to tell of it."""
     told: bool = False
     """Whether it has told something."""
-    waits: bool = False
-    """Whether it has told, and labels are due."""
     counted: bool = False
     """Whether it is among the evidence."""
     felt: bool = False
@@ -176,7 +181,11 @@ class UnderWay:
     @property
     def may_tell(self) -> bool:
         """Whether it may tell more."""
-        return self.waits or not self.told
+        return any(self.due) or not self.told
+
+    def counts(self, group: str) -> Counted:
+        """Returns what it counts with in a group."""
+        return Counted(np.array(self.stakes[group]), np.array(self.losses), np.array(self.due))
 
 
 @dataclass(frozen=True)
@@ -335,8 +344,9 @@ class Groups:
                 groups[name] = replace(self, groups=groups).group(name)
         counting = {name: p for name, p in event.groups.items() if name in groups}
         epochs = {name: int(groups[name].epoch) for name in counting}
-        worst = (WORST,) * self.num_prices
-        drawn = UnderWay(event.step, counting, epochs, worst, event.process)
+        bets = {n: tuple(stakes(groups[n], self.promise_of(n)).tolist()) for n in counting}
+        worst, due = (WORST,) * self.num_prices, (True,) * self.num_prices
+        drawn = UnderWay(event.step, counting, epochs, worst, due, bets, event.process)
         state = replace(
             self,
             groups=groups,
@@ -353,8 +363,8 @@ class Groups:
         if not all(-1 <= new <= old for new, old in zip(event.losses, audit.losses, strict=True)):
             return None
         known = audit.step == 0 or not event.due[audit.step - 1]
-        state = self._corrected(audit, event.losses)
-        told = replace(audit, losses=event.losses, told=True, waits=any(event.due))
+        told = replace(audit, losses=event.losses, due=event.due, told=True)
+        state = self._corrected(audit, told)
         if known and not audit.felt:
             state, told = state._feel(told), replace(told, felt=True)
         return state._keep(event.request, told)._count()
@@ -364,8 +374,8 @@ class Groups:
         if audit is None or not audit.may_tell:
             return self  # another process has told it too
         state = self if audit.felt else self._feel(audit)
-        late = replace(audit, told=True, waits=False, felt=True)
-        return state._keep(event.request, late)._count()
+        late = replace(audit, due=(False,) * self.num_prices, told=True, felt=True)
+        return state._corrected(audit, late)._keep(event.request, late)._count()
 
     def _broken_off(self, event: BrokenOff) -> Groups | None:
         audit = self.under_way.get(event.request)
@@ -385,7 +395,7 @@ class Groups:
 
     def _counted(self, audit: UnderWay) -> Groups:
         """Takes an audit in as evidence."""
-        return self._each(audit, lambda group, own: counted(group, audit.losses, own))
+        return self._each(audit, lambda name, group, own: counted(group, audit.counts(name), own))
 
     def _gone(self, event: Gone) -> Groups:
         state = self
@@ -427,30 +437,36 @@ class Groups:
             groups[name] = felt(groups[name], loss, probability, self.promise_of(name))
         return replace(self, groups=groups)
 
-    def _each(self, audit: UnderWay, move: Callable[[GroupState, Promise], GroupState]) -> Groups:
+    def _each(
+        self, audit: UnderWay, move: Callable[[str, GroupState, Promise], GroupState]
+    ) -> Groups:
         """Moves the groups of an audit, but not those that have begun a new epoch since.
 
         Args:
             audit: The audit.
-            move: Returns a group's state after the move, from the one before and its promise.
+            move: Returns a group's state after the move, from its name, the one before and its
+                promise.
         """
         groups = dict(self.groups)
         for name, epoch in audit.epochs.items():
             if groups[name].epoch == epoch:
-                groups[name] = move(groups[name], self.promise_of(name))
+                groups[name] = move(name, groups[name], self.promise_of(name))
         return replace(self, groups=groups)
 
-    def _corrected(self, audit: UnderWay, losses: tuple[float, ...] | None) -> Groups:
-        """Takes in what an audit has lost, if it is among the evidence already.
+    def _corrected(self, audit: UnderWay, now: UnderWay | None) -> Groups:
+        """Takes in what an audit has told, if it is among the evidence already.
 
         Args:
-            audit: The audit.
-            losses: (K,) of all prices; None for one that is none, so that no bet is moved by it.
+            audit: The audit as it was.
+            now: As it is; None for one that is none, so that no bet is moved by it.
         """
 
-        def move(group: GroupState, promise: Promise) -> GroupState:
-            told = (promise.target,) * self.num_prices if losses is None else losses
-            return corrected(group, audit.losses, told, promise)
+        def move(name: str, group: GroupState, own: Promise) -> GroupState:
+            before = audit.counts(name)
+            if now is not None:
+                return corrected(group, before, now.counts(name), own)
+            nothing = np.full(self.num_prices, own.target)
+            return corrected(group, before, replace(before, losses=nothing), own)
 
         return self._each(audit, move) if audit.counted else self
 
@@ -481,7 +497,7 @@ class Groups:
         try:
             groups = {name: GroupState.from_json(one) for name, one in data["groups"].items()}
             under_way = {
-                request: UnderWay(**one | {"losses": tuple(one["losses"])})
+                request: UnderWay(**one | _tuples(one))
                 for request, one in data["under_way"].items()
             }
             promise = Promise(**data["promise"])
@@ -489,3 +505,9 @@ class Groups:
             return cls(**{**data, **built})
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"state of the groups is not readable ({error!r})") from None
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those fields of an audit that are tuples, of which JSON makes lists."""
+    bets = {name: tuple(each) for name, each in data["stakes"].items()}
+    return {"losses": tuple(data["losses"]), "due": tuple(data["due"]), "stakes": bets}

@@ -19,7 +19,7 @@ from haltwise.errors import InputError, from_clone, reason_of
 
 T = TypeVar("T")
 #: The version of the tables; others are refused.
-VERSION = 4
+VERSION = 5
 # "halt", so that no other program's file is taken for ours, nor its lock.
 _APPLICATION = 0x68616C74
 _POSTGRESQL = ("postgresql", "postgres")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from haltwise.control.governor import GroupState, Promise, audit_rate, counted, felt
+from benchmarks.control import counted_at_once
+from haltwise.control.governor import GroupState, Promise, audit_rate, felt
 from tests.control.test_ceiling import NUM_WITHIN, RISKS
 from tests.control.test_governor import losses
 
@@ -51,7 +52,7 @@ def live(drift: Drift, num: int, draws: int, seed: int = 0) -> Outcome:
         risk = np.where(step > 0, RISK_OF[step] + more, 0.0)
         lost += np.where(here > AT_REST, (here - np.maximum(at, AT_REST)) * risk, 0.0)
         audits += here <= AT_REST
-        state = counted(state, one[:, 1:], PROMISE)
+        state = counted_at_once(state, one[:, 1:], PROMISE)
         before, state = state, felt(state, one[rows, step], rate, PROMISE)
         opens = state.epoch > before.epoch
         alarms += opens & (here <= AT_REST)

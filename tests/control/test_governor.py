@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.control import counted_at_once
 from haltwise import InputError
-from haltwise.control.ceiling import WORST
+from haltwise.control.ceiling import WORST, Counted
 from haltwise.control.governor import (
     FOREVER,
     GroupState,
@@ -21,9 +22,9 @@ from haltwise.control.governor import (
     audits_due,
     complained,
     corrected,
-    counted,
     felt,
     opened,
+    stakes,
 )
 from tests.control.test_ceiling import NUM_WITHIN, RISKS
 
@@ -53,7 +54,7 @@ def excess_over_bound(
         told = np.full(K, loss if others_lose else 0.0)
         for g in members:
             before = float(groups[g].top)
-            groups[g] = counted(groups[g], told, promise)
+            groups[g] = counted_at_once(groups[g], told, promise)
             allowed[g] += max(float(groups[g].top) - before, 0)
         under_way.append((now + min(delay, longest), members, loss, probability))
         done = [one for one in under_way if one[0] <= now]
@@ -131,7 +132,7 @@ def play(
         step, probability = state.step, audit_rate(state, promise)
         assert (step <= state.ceiling).all() and (step >= 0).all()
         lost = losses(rng, len(rows), more)
-        state = counted(state, lost[:, 1:], promise)
+        state = counted_at_once(state, lost[:, 1:], promise)
         state = felt(state, lost[rows, step], probability, promise)
         yield state, step
 
@@ -176,7 +177,7 @@ def test_an_open_breaker_audits_all_and_waits_longer_each_time() -> None:
         due = int(audits_due(state, promise))
         waits.append(0)
         while state.ceiling == 0:
-            state = felt(counted(state, np.zeros(2), promise), 0.0, 1.0, promise)
+            state = felt(counted_at_once(state, np.zeros(2), promise), 0.0, 1.0, promise)
             waits[-1] += 1
         assert due <= waits[-1]
     assert waits[0] >= 400 and waits[1] == 800
@@ -202,7 +203,7 @@ def test_a_ceiling_on_trial_falls_to_what_is_certified() -> None:
     state = GroupState.begin(4, 0.1, ceiling=3, trial=50)
     for n in range(50):
         assert int(state.step) == 3 and n == int(state.num_audits)
-        state = counted(state, np.zeros(4), PROMISE)
+        state = counted_at_once(state, np.zeros(4), PROMISE)
     assert int(state.step) == 0
 
 
@@ -231,14 +232,15 @@ def test_complaints_only_tighten() -> None:
 
 def test_a_state_comes_back_from_json() -> None:
     state = GroupState.begin(3, 0.1, certified=1)
+    before = Counted(stakes(state, PROMISE), np.full(3, WORST), np.zeros(3, dtype=bool))
     for loss in (WORST, 0.0):
-        state = felt(counted(state, np.full(3, loss), PROMISE), loss, 0.3, PROMISE)
-    state = corrected(state, np.full(3, WORST), np.zeros(3), PROMISE)
+        state = felt(counted_at_once(state, np.full(3, loss), PROMISE), loss, 0.3, PROMISE)
+    state = corrected(state, before, replace(before, losses=np.zeros(3)), PROMISE)
     again = GroupState.from_json(json.loads(json.dumps(state.to_json())))
     assert again.to_json() == state.to_json()
     assert (
-        counted(again, np.ones(3), PROMISE).to_json()
-        == counted(state, np.ones(3), PROMISE).to_json()
+        counted_at_once(again, np.ones(3), PROMISE).to_json()
+        == counted_at_once(state, np.ones(3), PROMISE).to_json()
     )
     for broken in ({}, {"evidence": 3}, state.to_json() | {"mood": 1}):
         with pytest.raises(InputError, match="state of a group is not readable"):

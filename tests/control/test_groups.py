@@ -118,7 +118,7 @@ def test_audits_are_evidence_in_the_order_of_their_draws_whenever_they_tell() ->
     """So who tells first chooses nothing, and what is still under way costs nothing."""
     rng = np.random.default_rng(0)
     losses = {f"r{n}": np.sort(rng.random(K) < 0.1).astype(float).tolist() for n in range(60)}
-    in_order = fold([one for r in losses for one in (drawn(r), told(r, *losses[r]))])
+    in_order = fold([*map(drawn, losses), *(told(r, *losses[r]) for r in losses)])
     for _ in range(5):
         late = [told(str(r), *losses[str(r)]) for r in rng.permutation(list(losses))]
         state = fold([drawn(r) for r in losses])
@@ -127,6 +127,15 @@ def test_audits_are_evidence_in_the_order_of_their_draws_whenever_they_tell() ->
         assert capital(state) == capital(in_order) and not state.under_way
         passed = [one.groups[EVERYTHING].evidence.passed.tolist() for one in (state, in_order)]
         assert passed[0] == passed[1]
+
+
+def test_what_is_bet_on_an_audit_hangs_on_nothing_that_is_told_behind_its_draw() -> None:
+    state = fold([drawn("a", "math"), drawn("b", "math")])
+    bets = state.under_way["b"].stakes
+    assert set(bets) == {EVERYTHING, "math"} and len(bets["math"]) == K
+    state = fold([told("a", 1, 1, 1, 1), drawn("c", "math")], state)
+    assert state.under_way["b"].stakes == bets
+    assert set(state.under_way["c"].stakes["math"]).isdisjoint(bets["math"])
 
 
 def test_one_that_has_not_told_holds_up_those_behind_it() -> None:
@@ -149,7 +158,7 @@ def test_one_that_holds_up_too_many_counts_as_lost_until_it_tells(
     for ending in (told("a", 0, 0, 0, 0), BrokenOff("a")):
         late = fold([ending, told("b", 0, 0, 0, 0), told("c", 0, 0, 0, 0)], state)
         assert not late.under_way and int(late.groups[EVERYTHING].num_audits) == 3
-    assert capital(fold([BrokenOff("a")], state)) == pytest.approx(np.zeros((K, 2)))
+    assert capital(fold([BrokenOff("a")], state)) == pytest.approx(np.array(capital(BEGUN)))
 
 
 def test_many_requests_at_once_certify_in_their_first_epoch() -> None:
@@ -162,7 +171,7 @@ def test_many_requests_at_once_certify_in_their_first_epoch() -> None:
             state = state.after(told(f"r{num - 300}", 0, 0, 0, 0))
         num += 1
     everything = state.groups[EVERYTHING]
-    assert num == due + 300 and int(everything.epoch) == 0
+    assert due + 300 <= num <= due + 350 and int(everything.epoch) == 0
 
 
 def test_labels_may_come_late_once_or_never() -> None:
@@ -184,7 +193,7 @@ def test_what_an_audit_lost_is_felt_after_the_breaker_has_opened() -> None:
     state = fold([drawn("a"), Opened(EVERYTHING)])
     for loss in (0.0, 1.0):
         after = state.after(told("a", *[loss] * K))
-        assert (after.groups[EVERYTHING].evidence.log_capital == 0).all()
+        assert capital(after) == capital(BEGUN)
     assert after.groups[EVERYTHING].reach < state.groups[EVERYTHING].reach
 
 
