@@ -98,7 +98,7 @@ def test_files_that_are_no_record(path: Path, tmp_path: Path) -> None:
     file = sqlite3.connect(path)
     file.execute("PRAGMA user_version = 1")
     file.close()
-    with pytest.raises(InputError, match="is a record of version 1, expected 4"):
+    with pytest.raises(InputError, match="is a record of version 1, expected 5"):
         Record(SQLiteStore(path))
     other = tmp_path / "other.sqlite"
     with sqlite3.connect(other) as file:
@@ -121,7 +121,7 @@ def test_databases_that_are_no_record(postgresql: str, path: Path) -> None:
     Record(store_of(other)).close()
     with psycopg.connect(other, autocommit=True) as server:
         server.execute("UPDATE haltwise.version SET number = 7")
-    with pytest.raises(InputError, match="is a record of version 7, expected 4"):
+    with pytest.raises(InputError, match="is a record of version 7, expected 5"):
         Record(store_of(other))
     with pytest.raises(InputError, match='database "missing" does not exist') as error:
         Record(store_of(postgresql.format("missing").replace("haltwise@", "haltwise:secret@")))
