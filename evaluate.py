@@ -3,6 +3,7 @@
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --json out.json --report out.html
 python evaluate.py --head RUN --traces FILE_OR_FOLDER --explain TRACE_ID --price 0.2
 python evaluate.py --head RUN --traces FOLDER --beside FOLDER FOLDER --json out.json --plot out.png
+python evaluate.py --head RUN --traces DENSE --rule "every 512 tokens" "every 128 tokens"
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import installed  # noqa: F401, tells what is missing
 from command import run
 from evaluation.decision_path import decision_path
 from evaluation.evaluate_run import Outputs, Trained, evaluate_run
+from evaluation.looking import compare_rules
 from evaluation.results import Report
-from evaluation.rows import RecordingRow
+from evaluation.rows import LookingRow, RecordingRow
 from evaluation.side_by_side import Entrant, compare_recordings
 from haltwise import InputError
 from haltwise.errors import check_ranges
@@ -56,17 +58,22 @@ class EvaluateConfig:
     engines. Each is judged alone, and halted by the head at its own price."""
     beside_heads: tuple[Path, ...] = ()
     """Runs whose heads halt the recordings of --beside, one for each, instead of --head."""
+    rule: tuple[str, ...] = ()
+    """Decision rules to look and halt under, instead of the head's own alone, such as "every 512
+    tokens, every 64 while the answer repeats", if the traces hold all of their points. The head and
+    every baseline are compared under each, by what they save net of every look."""
     live: bool = False
     """Also run the head beside the LM, on the questions of these traces."""
     verbose: bool = False
     """Print the tables of every policy and the worst errors too, which the page has as well."""
 
 
-def main(config: EvaluateConfig) -> Report | list[RecordingRow] | None:
+def main(config: EvaluateConfig) -> Report | list[RecordingRow] | list[LookingRow] | None:
     """Evaluates, prints the table, and writes the files asked for.
 
     Returns:
-        What was found; with --beside, a row for each recording; None with --explain.
+        What was found; with --beside, a row for each recording; with --rule, one for each
+        policy and rule; None with --explain.
 
     Raises:
         InputError: If the run or the traces cannot be used, or do not fit each other, or a file
@@ -82,6 +89,10 @@ def main(config: EvaluateConfig) -> Report | list[RecordingRow] | None:
         entrants = [Entrant(path, trained), *_entrants(config, trained)]
         return compare_recordings(
             entrants, config.split, config.max_traces, config.json, config.plot
+        )
+    if config.rule:
+        return compare_rules(
+            trained, path, config.rule, config.split, config.max_traces, config.json
         )
     outputs = Outputs(config.json, config.report, config.plot)
     return evaluate_run(
@@ -124,6 +135,22 @@ def _check_beside(config: EvaluateConfig) -> None:
         )
 
 
+def _check_rule(config: EvaluateConfig) -> None:
+    """Refuses what does not fit a comparison of decision rules.
+
+    Raises:
+        InputError: If something else is asked for too.
+    """
+    others = (config.report, config.plot, config.explain)
+    if config.rule and (
+        config.live or config.verbose or config.beside or any(one is not None for one in others)
+    ):
+        raise InputError(
+            "--rule compares decision rules: expected no --beside, --report, --plot, --explain, "
+            "--live, --verbose with it"
+        )
+
+
 def _check(config: EvaluateConfig) -> None:
     """Refuses, before the work, what would fail after it.
 
@@ -133,6 +160,7 @@ def _check(config: EvaluateConfig) -> None:
     price = config.price
     check_ranges(config, {"price": (price is None or 0 < price < inf, "above 0, and finite")})
     _check_beside(config)
+    _check_rule(config)
     outputs = [path for path in (config.json, config.report, config.plot) if path is not None]
     if config.explain is not None and (outputs or config.live):
         raise InputError("--explain prints one trace: expected no --json, --report, --plot, --live")

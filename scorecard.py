@@ -155,13 +155,13 @@ def _kept_back_by_all(traces: Traces, learned: Learned) -> NDArray[np.bool_]:
 
 def _out_of_fold(judges: Sequence[HeadPolicy], traces: Traces) -> dict[float, Outcome]:
     """Returns, by price, the outcomes of the heads that never saw a question; the mean of seeds."""
-    each = [swept(judge, traces, judge.head.config.halting.probing) or {} for judge in judges]
+    each = [swept([judge], traces, judge.head.config.halting.probing) or {} for judge in judges]
     return {price: average([outcomes[price] for outcomes in each]) for price in each[0]}
 
 
 def _choose(outcomes: Mapping[float, Outcome], traces: Traces, probing: Probing) -> Choice:
     """Chooses the operating points of the cards, by price, and of the baselines."""
-    others = {policy.name: swept(policy, traces, probing) for policy in baselines.BASELINES}
+    others = {policy.name: swept([policy], traces, probing) for policy in baselines.BASELINES}
     return choose_points(traces, {"head": outcomes, **others}, parameter_free(traces, probing))
 
 
@@ -194,7 +194,7 @@ class _Worth:
         of_networks = _out_of_fold(networks, traces)
         weights = balance(np.array(prices), observing)
         returns = [balanced_returns(each, weights) for each in (outcomes, of_networks)]
-        beside = swept(_BESIDE, traces, halting.probing)
+        beside = swept([_BESIDE], traces, halting.probing)
         frontiers = {"scorecard": outcomes, "network": of_networks, _BESIDE.name: beside or {}}
         return cls(
             float(np.mean(alike)),

@@ -72,7 +72,7 @@ from evaluation.trials import (
     try_checkpoints,
 )
 from evaluation.verdict import conclusion
-from haltwise import DecisionRule, HaltHead, Halting, HeadConfig, InputError, feature_names
+from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.errors import check_ranges, option
 from haltwise.policy.halting import Probing
 from haltwise.policy.head import told_by
@@ -433,25 +433,6 @@ def _record(config: TrainConfig) -> Path:
     return out
 
 
-def _under_rule(recorded: TraceFiles, rule: str | None) -> TraceFiles:
-    """Returns traces as they are under a decision rule, or as they are if none is asked for.
-
-    Raises:
-        InputError: If the rule cannot be run, or traces of another rule do not hold its points.
-    """
-    if rule is None:
-        return recorded
-    DecisionRule(rule).check_runnable()
-    found = recorded.under(rule)
-    stated = found.recorder.get("decision_rule", "")
-    if stated != rule:
-        raise InputError(
-            f"--rule is {rule!r}, but the traces were recorded under {stated!r}: expected "
-            "'every K tokens' there, and spacings that are multiples of K"
-        )
-    return found
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """What a training begins with."""
@@ -475,7 +456,7 @@ class _Prepared:
         """
         files = TraceFiles.open(path, agreeing)
         if parent is None:
-            recorded = _under_rule(files, config.rule)
+            recorded = files.replayed(config.rule) if config.rule else files
         else:
             recorded = files.under(parent.head.config.halting.decision_rule)
         doubts = check_sound(recorded, config.min_em)

@@ -78,7 +78,7 @@ def _judged(
     num_steps = start_from_traces(net, learns, observing, halting, pathwise, draw)
     set_log_odds(ppo, net)
     head = export(ppo, HeadConfig(observing, halting, default_price=0.0))
-    outcomes = swept(HeadPolicy(head), judges, halting.probing)
+    outcomes = swept([HeadPolicy(head)], judges, halting.probing)
     assert outcomes is not None
     weights = balance(np.array(price_grid(observing)), observing)
     return num_steps, float(balanced_returns(outcomes, weights).mean())

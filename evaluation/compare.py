@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.frozen import AtPoint, report_rows
-from evaluation.outcome import Outcome, average, halt_outcome, never_outcome, sweep
+from evaluation.outcome import Outcome, average, halt_outcome, never_outcome
 from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, SweepRow
 from haltwise import InputError
 from haltwise.policy.halting import Probing
-from policies.policy import Policy, Signal, decisions, signal_under
+from policies.policy import Policy, Signal, signal_under
 from policies.rules import RULES
 from policies.supervised import SUPERVISED
 from runs import Gates
@@ -112,7 +112,12 @@ def parameter_free(traces: Traces, probing: Probing) -> dict[str, Outcome]:
     }
 
 
-def swept(policy: Policy, traces: Traces, probing: Probing) -> dict[float, Outcome] | None:
-    """Returns, by parameter, a policy's outcomes over its grid; None if it is not available."""
-    signal = signal_under(policy, traces, probing)
-    return None if signal is None else sweep(traces, decisions(policy, signal), probing)
+def swept(
+    policies: Sequence[Policy], traces: Traces, probing: Probing
+) -> dict[float, Outcome] | None:
+    """Returns, by parameter, the outcomes of a policy, or of several trainings of one.
+
+    They are over the grid of the first; None if the policy is not available.
+    """
+    played = _Played.of(policies, traces, probing)
+    return None if played is None else played.sweep()

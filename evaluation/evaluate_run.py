@@ -74,6 +74,14 @@ class Trained:
         """
         return TraceFiles.of_head(path, self.head.config, agreeing)
 
+    def open_under(self, path: Path, rule: str) -> TraceFiles:
+        """Opens such traces under another decision rule than the head's own.
+
+        Raises:
+            InputError: If the rule cannot be replayed from them.
+        """
+        return TraceFiles.open(path, agreeing).replayed(rule)
+
 
 @dataclass(frozen=True)
 class Outputs:

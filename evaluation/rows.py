@@ -200,7 +200,28 @@ class RecordingRow:
     """The recording at the head's own price, and then at each price of its grid."""
 
 
-_WithIntervals = TypeVar("_WithIntervals", SweepRow, FrozenRow, GroupRow, RecordingRow, PricePoint)
+@dataclass(frozen=True)
+class LookingRow:
+    """What a policy saves under a decision rule, read from its frontier over the same traces.
+
+    A lead is over the first of the rules, with the same policy, paired by question.
+    """
+
+    rule: str
+    policy: str
+    num_points: float
+    """Decision points a trace, in the mean."""
+    savings: dict[str, float]
+    """By the EM that may be lost, in points, the saving net of all looks."""
+    saving: float
+    """Their mean."""
+    saving_lead: float
+    saving_lead_interval: Interval | None
+
+
+_WithIntervals = TypeVar(
+    "_WithIntervals", SweepRow, FrozenRow, GroupRow, RecordingRow, PricePoint, LookingRow
+)
 
 
 def without_intervals(row: _WithIntervals) -> _WithIntervals:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from evaluation.behaviour import Behaviour, Case
 from evaluation.figures import plain
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, HonestRow, MissingPoint, RecordingRow, SegmentRow
+from evaluation.rows import FrozenRow, HonestRow, LookingRow, MissingPoint, RecordingRow, SegmentRow
 
 _TITLES = (
     "policy",
@@ -203,6 +203,27 @@ def _recording_cells(row: RecordingRow) -> tuple[str, ...]:
         _with_interval(row.em_delta, row.em_delta_interval, "+.2f"),
         _with_interval(row.saving, row.saving_interval, ".1f"),
         "" if row.evidence else "no evidence: learned from these questions",
+    )
+
+
+def format_looking(rows: Sequence[LookingRow]) -> str:
+    """Returns one table of decision rules; savings and leads are in points of a hundred."""
+    titles = ("policy", "decision rule", "points", *(f"-{loss}" for loss in rows[0].savings))
+    lines = [(*titles, "mean", "beside the first [95 %]"), *map(_looking_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    title = "Saving %, net of every look, by the points of exact match that may be lost"
+    return "\n".join([title, *(_line(line, widths) for line in lines)])
+
+
+def _looking_cells(row: LookingRow) -> tuple[str, ...]:
+    """Returns the cells of a row."""
+    return (
+        row.policy,
+        row.rule,
+        f"{row.num_points:.1f}",
+        *(f"{100 * saved:.1f}" for saved in row.savings.values()),
+        f"{100 * row.saving:.1f}",
+        _with_interval(row.saving_lead, row.saving_lead_interval, "+.1f"),
     )
 
 

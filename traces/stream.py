@@ -204,6 +204,21 @@ class TraceFiles:
         recorder = self.recorder | {"decision_rule": rule}
         return replace(self, recorder=recorder, rule=DecisionRule(rule))
 
+    def replayed(self, rule: str) -> TraceFiles:
+        """Returns the same files read under a decision rule.
+
+        Raises:
+            InputError: If the rule cannot be run, or the traces do not hold all of its points.
+        """
+        DecisionRule(rule).check_runnable()
+        found, stated = self.under(rule), self.recorder.get("decision_rule", "")
+        if found.recorder.get("decision_rule", "") != rule:
+            raise InputError(
+                f"--rule is {rule!r}, but the traces were recorded under {stated!r}: expected "
+                "'every K tokens' there, and spacings that are multiples of K"
+            )
+        return found
+
     def rows(self, *splits: str) -> RowMask:
         """Returns the rows of some splits, or all rows if no split is named.
 

@@ -160,7 +160,7 @@ def test_a_learned_card_returns_more_than_its_teacher(random_traces: Traces) -> 
     learned = learn_scorecard(head, random_traces, 8).to_head(head.config)
     weights = balance(np.array(price_grid(head.config.observing)), head.config.observing)
     own, taught = (
-        balanced_returns(swept(HeadPolicy(one), random_traces, "always") or {}, weights).mean()
+        balanced_returns(swept([HeadPolicy(one)], random_traces, "always") or {}, weights).mean()
         for one in (learned, head)
     )
     assert own > taught + 0.1
