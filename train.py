@@ -223,7 +223,9 @@ def _beside(parent: Parent, opened: Run, recorded: TraceFiles, max_traces: int) 
     head = opened.head()
     weights = balance(np.array(price_grid(head.config.observing)), head.config.observing)
     own, others = (
-        balanced_returns(swept(HeadPolicy(one), traces, one.config.halting.probing) or {}, weights)
+        balanced_returns(
+            swept([HeadPolicy(one)], traces, one.config.halting.probing) or {}, weights
+        )
         for one in (head, parent.head)
     )
     more, (low, high) = compare_returns(traces.question_id, own, others)
@@ -663,7 +665,7 @@ def _train_beside(
     learned_from = material.learned_from
     agent = _train_live(config, opened, head, learned_from, None)
     judged_on = material.sample.of_split("dev")
-    outcomes = swept(HeadPolicy(export(agent, head)), judged_on, head.halting.probing)
+    outcomes = swept([HeadPolicy(export(agent, head))], judged_on, head.halting.probing)
     learned = Learned(
         frozenset(learned_from.question_id.tolist()),
         texts=material.recorded.texts(material.rows),
