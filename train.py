@@ -708,7 +708,7 @@ def _choose(
     probing = head.halting.probing
     simple = tqdm([*baselines.BASELINES, *models], "simple policies")
     outcomes = {"head": learning.outcomes} | {
-        policy.name: swept(policy, learning.judged_on, probing) for policy in simple
+        policy.name: swept([policy], learning.judged_on, probing) for policy in simple
     }
     return choose_points(learning.judged_on, outcomes, parameter_free(learning.judged_on, probing))
 
