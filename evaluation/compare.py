@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.frozen import AtPoint, report_rows
+from evaluation.honest import rows_at
 from evaluation.outcome import Outcome, average, halt_outcome, never_outcome
-from evaluation.rows import FrozenRow, MissingPoint, MissingSweep, SweepRow
+from evaluation.rows import FrozenRow, HonestRow, MissingPoint, MissingSweep, SweepRow
 from haltwise import InputError
 from haltwise.policy.halting import Probing
 from policies.policy import Policy, Signal, signal_under
@@ -30,10 +31,17 @@ class Compared:
     """Every policy at its operating points, one gate after the other."""
     outcomes: dict[float, dict[str, Outcome]]
     """By gate and policy, the outcomes at those points."""
+    honest: list[HonestRow]
+    """Every policy at the points that are to keep a gate on new questions too."""
 
 
 def compare(
-    traces: Traces, split: str, policies: Policies, gates: Gates, probing: Probing
+    traces: Traces,
+    split: str,
+    policies: Policies,
+    gates: Gates,
+    probing: Probing,
+    honest: Gates | None = None,
 ) -> Compared:
     """Evaluates policies on some traces, which are probed as the head needs it.
 
@@ -43,6 +51,7 @@ def compare(
         policies: The policies, "head" among them. One without a training is not available.
         gates: By gate, the frozen points. A baseline that they do not name is not available.
         probing: "always" or "at_halt", see `haltwise.Halting`.
+        honest: The points of `evaluation.honest`, likewise; None if none were chosen.
 
     Raises:
         InputError: If the points name an unknown policy, or the head's signals are missing.
@@ -67,7 +76,15 @@ def compare(
         gate: {name: at.outcome for name, at in points.items()}
         for gate, points in at_points.items()
     }
-    return Compared(rows, frozen, outcomes)
+    sure = {
+        gate: {
+            name: (at, of.outcome(at))
+            for name, at in points.items()
+            if (of := played.get(name)) is not None
+        }
+        for gate, points in (honest or {}).items()
+    }
+    return Compared(rows, frozen, outcomes, rows_at(traces, split, sure))
 
 
 @dataclass(frozen=True)

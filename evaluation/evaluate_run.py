@@ -15,12 +15,13 @@ from evaluation.behaviour import Behaviour, behaviour
 from evaluation.compare import Policies, compare
 from evaluation.frozen import strongest
 from evaluation.groups import group_rows
+from evaluation.honest import chosen_points
 from evaluation.live import Comparison, run_beside
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import strictest_price
 from evaluation.report import log_to_tensorboard, write_report
 from evaluation.results import JudgedTraces, Report
-from evaluation.table import format_cases, format_table
+from evaluation.table import format_cases, format_honest, format_table
 from evaluation.training_curve import CurvePoint
 from haltwise import HaltHead, InputError
 from lms.ask import asked_before, questions
@@ -132,9 +133,8 @@ def evaluate_run(
         report = replace(report, judged=f"{sampled} {report.judged}")
     print(f"{report.traces.target} {report.judged}".strip())
     if verbose:
-        print(
-            f"\n{format_table(report.frozen)}", *map(format_cases, report.behaviour[:1]), sep="\n"
-        )
+        tables = [format_table(report.frozen), *map(format_cases, report.behaviour[:1])]
+        print("", *tables, *([format_honest(report.honest)] if report.honest else []), sep="\n")
     if live:
         report = replace(report, ran_live=True, live=_live(trained, traces))
     _write(outputs, report, trained.run)
@@ -147,7 +147,8 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
     judges, gates, config = trained.judges(traces), trained.gates, trained.head.config
     simple: Policies = {policy.name: [policy] for policy in baselines.BASELINES}
     policies = {"head": judges, **simple, **_supervised(trained)}
-    compared = compare(traces, split, policies, gates, config.halting.probing)
+    honest = chosen_points(trained.run.out_of_fold().get("honest", ()))
+    compared = compare(traces, split, policies, gates, config.halting.probing, honest)
     in_words, evidence = judged(traces, trained)
     num_questions = len(np.unique(traces.question_id))
     return Report(
@@ -160,6 +161,7 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
         evidence=evidence,
         rows=compared.rows,
         frozen=compared.frozen,
+        honest=compared.honest,
         strongest={gate: strongest(compared.frozen, gate) for gate in gates},
         groups=group_rows(traces, compared.outcomes),
         behaviour=_behaviour(traces, judges, gates),

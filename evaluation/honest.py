@@ -9,6 +9,7 @@ all such questions is small enough with a stated confidence, see `evaluation.cer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from evaluation.outcome import Outcome, outcome_row, saving
 from evaluation.protocol import GATES, RATE_MATCHED
 from evaluation.rows import HonestRow
 from evaluation.wording import counted, gate_title, number, percent
+from haltwise import InputError
+from runs import Gates
 from traces import Traces
 
 #: The share of draws of the questions in which a point keeps its promise, at least.
@@ -61,19 +64,56 @@ def honest_rows(
         sweeps: By policy, the outcomes over its grid; None for one that is not available.
         never: The outcome of never halting.
     """
+    played = {name: swept for name, swept in sweeps.items() if swept and name != RATE_MATCHED}
+    points = {
+        gate: {name: honest_point(traces, swept, gate) for name, swept in played.items()}
+        for gate in _GATES
+    }
+    at_points = {
+        gate: {name: (at, never if at is None else played[name][at]) for name, at in chosen.items()}
+        for gate, chosen in points.items()
+    }
+    return rows_at(traces, split, at_points)
+
+
+def rows_at(
+    traces: Traces,
+    split: str,
+    at_points: Mapping[float, Mapping[str, tuple[float | None, Outcome]]],
+) -> list[HonestRow]:
+    """Returns what policies come to at honest points, on the traces of any split.
+
+    Args:
+        traces: N traces.
+        split: The name of the split that they are of.
+        at_points: By gate and policy, the parameter, None for never halting, and its outcome.
+    """
     resamples = Resamples.draw(traces.question_id)
     rows = []
-    for gate in _GATES:
-        for name, swept in sweeps.items():
-            if not swept or name == RATE_MATCHED:
-                continue
-            at = honest_point(traces, swept, gate)
-            outcome = never if at is None else swept[at]
+    for gate, points in at_points.items():
+        for name, (at, outcome) in points.items():
             found = resamples.of(traces, [outcome])
             ends = (intervals(found.em_delta)[0], intervals(found.saving)[0])
             row = outcome_row(traces, outcome, name, at, split, *ends)
             rows.append(HonestRow(**vars(row), gate=gate, confidence=CONFIDENCE))
     return rows
+
+
+def chosen_points(rows: Iterable[Mapping[str, Any]]) -> Gates:
+    """Returns, by gate and policy, the parameters of rows that were read from a run's results.
+
+    Raises:
+        InputError: If the rows lack something.
+    """
+    points: dict[float, dict[str, float | None]] = {}
+    try:
+        for row in rows:
+            at = row["parameter"]
+            of_gate = points.setdefault(float(row["gate"]), {})
+            of_gate[str(row["policy"])] = None if at is None else float(at)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"honest points are not readable ({error!r})") from None
+    return points
 
 
 def price_words(

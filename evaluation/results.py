@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evaluation.behaviour import Behaviour
-from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow, to_json
+from evaluation.rows import (
+    FrozenRow,
+    GroupRow,
+    HonestRow,
+    MissingPoint,
+    MissingSweep,
+    SweepRow,
+    to_json,
+)
 from evaluation.training_curve import CurvePoint
 from evaluation.verdict import conclusion
 from haltwise import Certificate
@@ -54,6 +62,9 @@ class Report:
     behaviour: Sequence[Behaviour]
     """What the head does inside thoughts, at each gate where it halts."""
     certificate: Certificate | None
+    honest: Sequence[HonestRow] = ()
+    """Every policy at the points that are to keep a gate on new questions too; none if the run has
+    chosen none."""
     curve: Sequence[CurvePoint] = ()
     """What the run's trainings by folds came to on the way; none without folds."""
     ran_live: bool = False

@@ -1,13 +1,18 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from evaluation.honest import CONFIDENCE, honest_point, honest_rows, price_words
+from evaluation.compare import compare
+from evaluation.honest import CONFIDENCE, chosen_points, honest_point, honest_rows, price_words
 from evaluation.outcome import Outcome, never_outcome
 from evaluation.protocol import operating_point
+from evaluation.rows import to_json
 from evaluation.table import format_honest
+from haltwise import InputError
+from policies.baselines import Budget, Entropy
 from traces import Traces
 
 MakeTraces = Callable[..., Traces]
@@ -96,3 +101,25 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     assert promised == (
         f"{said}no price; without a single loss that takes 230 questions, here are 20."
     )
+
+
+def test_honest_points_are_judged_on_other_questions_as_they_were_chosen(
+    asked: Traces, make_traces: MakeTraces
+) -> None:
+    traces, outcomes = drawn(asked, np.random.default_rng(1))
+    rows = honest_rows(traces, "dev", {"head": outcomes, "budget": outcomes}, never_outcome(traces))
+    read = json.loads(json.dumps(to_json(rows)))
+    points = chosen_points(read)
+    assert points == {0.01: {"head": 0.1, "budget": 0.1}}
+    test = make_traces([{"final_correct": n > 0} for n in range(4)])
+    budget = {0.01: {"budget": 260.0, "entropy": 0.5, "random": None}}
+    found = compare(
+        test, "test", {"budget": [Budget()], "entropy": [Entropy()]}, {}, "at_halt", budget
+    )
+    # Halted at the 260th token, so at the first point from there on: at 400, with a look of 11.
+    (row,) = found.honest
+    assert (row.policy, row.split, row.parameter, row.gate) == ("budget", "test", 260.0, 0.01)
+    assert row.saving == pytest.approx(1 - 411 / 600) and row.em_delta == pytest.approx(0.25)
+    for broken in ([{}], [{"gate": "x", "policy": "head", "parameter": 1}], [3]):
+        with pytest.raises(InputError, match="honest points are not readable"):
+            chosen_points(broken)
