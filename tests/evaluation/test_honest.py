@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,7 @@ def test_honest_points_are_judged_on_other_questions_as_they_were_chosen(
     (row,) = found.honest
     assert (row.policy, row.split, row.parameter, row.gate) == ("budget", "test", 260.0, 0.01)
     assert row.saving == pytest.approx(1 - 411 / 600) and row.em_delta == pytest.approx(0.25)
-    for broken in ([{}], [{"gate": "x", "policy": "head", "parameter": 1}], [3]):
+    wrong: list[Any] = [{}, {"gate": "x", "policy": "head", "parameter": 1}, 3]
+    for one in wrong:
         with pytest.raises(InputError, match="honest points are not readable"):
-            chosen_points(broken)
+            chosen_points([one])
