@@ -13,7 +13,7 @@ from evaluation.behaviour import (
     WhereHalted,
 )
 from evaluation.results import JudgedTraces, Report
-from evaluation.rows import FrozenRow, GroupRow, MissingPoint, MissingSweep, SweepRow
+from evaluation.rows import FrozenRow, GroupRow, HonestRow, MissingPoint, MissingSweep, SweepRow
 from evaluation.training_curve import THIRDS, CurvePoint
 from haltwise import Certificate
 
@@ -68,6 +68,7 @@ def made(found: Row) -> Report:
         "groups": [made_group(each) for each in found["groups"]],
         "behaviour": [made_behaviour(each) for each in found["behaviour"]],
         "certificate": None if certified is None else Certificate.from_json(certified),
+        "honest": [of(HonestRow, each) for each in found["honest"]],
         "curve": [CurvePoint.from_json(each) for each in found["curve"]],
     }
     return of(Report, found | parts)
@@ -225,5 +226,6 @@ def report(lead: float = 0.05) -> Row:
         ],
         "behaviour": [behaviour(0.0, 0.5), behaviour(0.01, 0.75)],
         "certificate": certificate(),
+        "honest": [],
         "curve": curve(),
     }
