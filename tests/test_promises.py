@@ -48,7 +48,9 @@ from tests.transformers import (
     test_processor,
 )
 from tests.transformers import test_probing as test_probing_generation
+from tests.vllm import test_batch_job as test_vllm_job
 from tests.vllm import test_processor as test_vllm
+from tests.vllm_engine import test_batch_jobs as test_vllm_engine
 
 Tests = tuple[Callable[..., Any], ...]
 
@@ -93,6 +95,11 @@ PROMISES: dict[str, Tests] = {
         test_vllm.test_v1_requests_go_as_each_does_alone,
         test_vllm.test_heads_that_vllm_cannot_serve_are_refused,
         test_vllm.test_a_head_that_reads_hidden_states_is_refused,
+    ),
+    "| vLLM's engine, `haltwise.vllm.generate_all` |": (
+        test_vllm_job.test_answers_are_those_of_transformers,
+        test_vllm_job.test_an_lm_whose_head_does_not_look_answers_freely,
+        test_vllm_job.test_what_cannot_be_run_is_refused,
     ),
     "without the groups `ending`, `hidden`": (
         test_serve.test_a_setting_out_of_its_range_is_refused,
@@ -204,6 +211,31 @@ PROMISES: dict[str, Tests] = {
     ),
     "Speculative decoding is refused at the start": (
         test_vllm.test_an_engine_that_cannot_be_halted_is_refused_at_start,
+    ),
+    "but a batch job can, by requests of its own": (
+        test_vllm_engine.test_the_guides_job_runs_as_it_stands,
+    ),
+    "of transformers, and the same code decides": (
+        test_vllm_job.test_answers_are_those_of_transformers,
+        test_vllm_engine.test_answers_halts_and_looks_are_those_of_transformers,
+    ),
+    "the engine has those of all prompts in one batch": (
+        test_vllm_job.test_looks_of_some_run_beside_the_thoughts_of_others,
+    ),
+    "without it a line of the log warns": (
+        test_vllm_job.test_an_engine_without_a_prefix_cache_is_told_of,
+    ),
+    "are those of `llm.generate`": (
+        test_vllm_engine.test_where_nothing_halts_the_tokens_are_those_of_vllm_itself,
+        test_vllm_engine.test_sampled_tokens_have_the_lms_distribution,
+        test_vllm_job.test_sampled_tokens_hang_on_the_prompt_the_seed_and_the_place,
+    ),
+    "A look costs one token more if the head has the group `ending`": (
+        test_vllm_job.test_how_likely_the_lm_ends_its_thought_takes_a_token_a_look,
+    ),
+    "A head that needs what vLLM does not show is refused": (
+        test_vllm_job.test_what_cannot_be_run_is_refused,
+        test_vllm_job.test_who_leaves_a_job_leaves_an_idle_engine,
     ),
     # The proxy
     "If anything fails, the client gets the answer that it would have got": (

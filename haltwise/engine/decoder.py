@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from haltwise import Halting, InputError, Signals
 from haltwise.engine.burst import choose
 from haltwise.engine.signal_reducer import SignalReducer
+from haltwise.engine.slot_thoughts import SlotThoughts
 from haltwise.engine.slots import SequenceSlots
 from haltwise.engine.token_rules import TokenRules, end_tokens
 from haltwise.policy.signals import Bools, Float, Index
@@ -29,7 +30,7 @@ _STRIDE = 32
 _BURST_ON_GPU = 64
 
 
-class Decoder:
+class Decoder(SlotThoughts):
     """Runs an LM on many questions at once and halts at decision points.
 
     Callers work in rounds: `advance` all running slots, `force` those at decision points in one
@@ -67,27 +68,23 @@ class Decoder:
         keeps_on: bool = False,
     ) -> None:
         """Starts with every slot empty."""
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}, expected at least 1")
-        if not 0 <= temperature < np.inf:
-            raise InputError(f"temperature is {temperature}, expected 0 or more")
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
+        super().__init__(
+            TokenRules(tokenizer, halting),
+            end_tokens(model.generation_config),
+            num_slots,
+            max_tokens,
+            temperature,
+            context,
+            keeps_on,
+        )
         if burst is None:
             burst = 0 if model.device.type == "cpu" else _BURST_ON_GPU
         if burst < 0:
             raise InputError(f"burst is {burst}, expected 0 or more")
         self.halting = halting
-        self.num_slots = num_slots
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.eos_ids = end_tokens(model.generation_config)
-        self.rules = TokenRules(tokenizer, halting)
-        #: What each started slot has generated.
-        self.thoughts: dict[int, Thought] = {}
-        #: Why slots cannot go on: prompts that do not fit, logits that are not numbers.
-        self.troubles: dict[int, str] = {}
-        self._keeps_on = keeps_on
-        # By slot whose thought was closed here, the thought and the slot's length before that.
-        self._open: dict[int, tuple[Thought, int]] = {}
+        # The lengths that slots whose thoughts were closed here had before that.
+        self._open_lengths: dict[int, int] = {}
         # (num_slots, max_tokens) in [0, 1): what each token of each slot is sampled with.
         self._uniforms = np.zeros((num_slots, max_tokens), dtype=np.float32)
         self._reducer = SignalReducer(self.rules, signals, num_slots, model.device)
@@ -95,11 +92,6 @@ class Decoder:
         self.measured = self._reducer.signals
         self._burst = burst
         self._slots = SequenceSlots(model, num_slots, self._reducer.needs_hidden, burst)
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
-        #: The most tokens that a prompt can have.
-        self.max_prompt = (
-            context - max_tokens - len(self.rules.close_ids) - halting.max_answer_tokens
-        )
 
     def start(self, slots: Index, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Gives slots (B,) to new questions.
@@ -114,18 +106,9 @@ class Decoder:
         """
         fitting: dict[int, list[int]] = {}
         for slot, prompt, seed in zip(slots.tolist(), prompts, seeds, strict=True):
-            ids = self.rules.tokenizer.encode(prompt, add_special_tokens=False)
-            self.thoughts[slot] = Thought(self.rules, prompt)
             self._uniforms[slot] = sampling_uniforms(prompt, seed, self.max_tokens)
-            self.troubles.pop(slot, None)
-            if 0 < len(ids) <= self.max_prompt:
+            if ids := self.begin(slot, prompt):
                 fitting[slot] = ids
-            else:
-                self._cannot_go_on(
-                    slot,
-                    f"prompt {prompt!r:.40} has {len(ids)} tokens, expected 1 to "
-                    f"{self.max_prompt}: the LM's context less max_tokens and a forced answer",
-                )
         if fitting:
             rows = np.array(list(fitting))
             self._reducer.reset(rows)
@@ -175,17 +158,12 @@ class Decoder:
 
     def close(self, slots: Index) -> None:
         """Closes the thoughts of slots (B,); their answers follow, as far as the budget goes."""
-        close_ids = self.rules.close_ids
-        for slot, thought in zip(slots.tolist(), self._thoughts_in(slots), strict=True):
-            self._open[slot] = thought.copy(), int(self._slots.lengths[slot])
-            thought.closed = True
-            for token in close_ids[: self.max_tokens - thought.num_tokens]:
-                thought.add(token)
-            if thought.num_tokens == self.max_tokens:
-                thought.end(by_lm=False)
+        for slot in slots.tolist():
+            self._open_lengths[slot] = int(self._slots.lengths[slot])
+            self.close_thought(slot)
         going = slots[self._are_going(slots)]
         if len(going):
-            self._slots.prefill(going, [close_ids] * len(going))
+            self._slots.prefill(going, [self.rules.close_ids] * len(going))
 
     def reopen(self, slot: int) -> int:
         """Takes back that the thought of a slot was closed, which goes on from there.
@@ -193,12 +171,10 @@ class Decoder:
         Returns:
             How many tokens of an answer are dropped.
         """
-        num_closed = self.thoughts[slot].num_tokens
-        thought, length = self._open.pop(slot)
-        self.thoughts[slot], row = thought, np.array([slot])
-        self._slots.rollback(row, length - 1)
-        self._slots.prefill(row, [thought.tokens[-1:]])
-        return max(num_closed - thought.num_tokens - len(self.rules.close_ids), 0)
+        num_dropped, row = self.reopen_thought(slot), np.array([slot])
+        self._slots.rollback(row, self._open_lengths.pop(slot) - 1)
+        self._slots.prefill(row, [self.thoughts[slot].tokens[-1:]])
+        return num_dropped
 
     def signals(self, slots: Index, probes: Sequence[Probe] | None = None) -> Signals:
         """Returns what is seen of slots (B,) at their decision points.
@@ -216,25 +192,7 @@ class Decoder:
 
     def _are_going(self, slots: Index) -> Bools:
         """Tells which of slots (B,) generate more tokens."""
-        going = [
-            slot not in self.troubles and not self.thoughts[slot].ended for slot in slots.tolist()
-        ]
-        return np.array(going, dtype=bool)
-
-    def _cannot_go_on(self, slot: int, why: str) -> None:
-        """Leaves a slot as it is from here on, or gives up.
-
-        Raises:
-            InputError: If one slot's trouble is everybody's.
-        """
-        if not self._keeps_on:
-            raise InputError(why)
-        self.troubles[slot] = why
-
-    def _has_no_logits(self, slot: int) -> None:
-        """Leaves a slot as it is: the token after its thought cannot be chosen."""
-        position = self.thoughts[slot].num_tokens
-        self._cannot_go_on(slot, f"LM gave NaN logits at position {position}")
+        return np.array([self.is_going(slot) for slot in slots.tolist()], dtype=bool)
 
     def _num_ahead(self, thought: Thought) -> int:
         """Returns how many tokens a burst may have, as far as is known before it."""
@@ -289,10 +247,8 @@ class Decoder:
                 if token < 0:
                     self._has_no_logits(slot)
                     break
-                thought.add(token)
-                by_lm = token in self.eos_ids
-                if by_lm or thought.num_tokens == self.max_tokens:
-                    thought.end(by_lm)
+                self.add(slot, token)
+                if thought.ended:
                     break
             nums.append(thought.num_tokens - num_before)
         return np.array(nums)

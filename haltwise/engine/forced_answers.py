@@ -37,7 +37,8 @@ def greedy_answers(
         tokens, logprobs = next_tokens(moving, newest, left)
         columns = zip(moving.tolist(), tokens.T.tolist(), logprobs.T.tolist(), strict=True)
         going = [
-            not _extend(answers[row], ids, numbers, eos_ids, rules) for row, ids, numbers in columns
+            not extend_answer(answers[row], ids, numbers, eos_ids, rules)
+            for row, ids, numbers in columns
         ]
         moving, newest, left = moving[going], tokens[-1, going], left - len(tokens)
     return answers
@@ -61,7 +62,7 @@ def one_by_one(first_logits: Tensor, feed: Callable[[Index, Index], Tensor]) -> 
     return next_tokens
 
 
-def _extend(
+def extend_answer(
     answer: ForcedAnswer,
     tokens: Sequence[int],
     logprobs: Sequence[float],

@@ -31,11 +31,12 @@ Origin = Literal["point", "forced_answer", "token_logprobs", "text", "logits", "
 #: optional columns of a trace.
 MEASURED_FROM: tuple[Origin, ...] = ("token_logprobs", "text", "logits", "hidden_state")
 
-#: The origins that a head can see beside a server: behind the proxy or inside vLLM. Beside
-#: transformers it can see all of them.
+#: The origins that a head can see beside a server: behind the proxy, inside vLLM, or in batch jobs
+#: on vLLM's engine. Beside transformers it can see all of them.
 SHOWN_BY: dict[str, tuple[Origin, ...]] = {
     "proxy": ("point", "forced_answer", "token_logprobs", "text"),
     "vllm": ("point", "token_logprobs", "text", "logits"),
+    "vllm_jobs": ("point", "forced_answer", "token_logprobs", "text", "logits"),
 }
 
 

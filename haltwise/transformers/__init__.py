@@ -3,7 +3,8 @@
 from haltwise.errors import from_clone, needing
 
 with needing("haltwise.transformers", from_clone("hf")):
-    from haltwise.transformers.batch_job import BatchAnswer, generate_all
+    from haltwise.engine.batch_job import BatchAnswer
+    from haltwise.transformers.batch_job import generate_all
     from haltwise.transformers.probing import ProbingGeneration
     from haltwise.transformers.processor import HaltProcessor
 

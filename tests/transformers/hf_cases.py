@@ -69,9 +69,11 @@ def accept(text: str) -> bool:
     return True
 
 
-def picky_head(seed: int, groups: tuple[str, ...] = BLIND) -> HaltHead:
-    """A head with random weights; about half of its decisions are to halt."""
-    policy, rng = blind_head(), np.random.default_rng(seed)
+def picky_head(
+    seed: int, groups: tuple[str, ...] = BLIND, policy: HaltHead | None = None
+) -> HaltHead:
+    """As `policy`, a blind head if not told, with random weights: half of its decisions halt."""
+    policy, rng = policy or blind_head(), np.random.default_rng(seed)
     num = len(feature_names(groups))
     projection = some_projection(32) if "hidden" in groups else None
     observing = replace(

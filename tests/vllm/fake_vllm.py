@@ -1,4 +1,5 @@
-"""The two interfaces of vLLM's logits processors, and engines that drive one as vLLM does.
+"""What of vLLM is needed here: the two interfaces of its logits processors, engines that drive one
+as vLLM does, and an engine that takes requests as `vllm.LLM` does.
 
 The real ones run in tests/vllm_engine.
 """
@@ -67,6 +68,8 @@ def plugin(has_v2: bool = True) -> Iterator[Any]:
             "MoveDirectionality": MoveDirectionality,
         },
         "vllm.tokenizers": {"cached_tokenizer_from_config": lambda config: config.tokenizer},
+        "vllm": {"SamplingParams": SimpleNamespace},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA=1)},
     }
     of_v2 = "vllm.v1.worker.gpu.sample.logits_processor"
     if has_v2:
@@ -268,3 +271,77 @@ class V2Engine:
             if request.output:
                 place = len(request.prompt) + len(request.output) - 1
                 self.tokens[slot, place] = request.output[-1]
+
+
+class FakeLLM:
+    """As much of `vllm.LLM` as a batch job uses, around a model of transformers.
+
+    A step takes some of its requests, drawn at random, a token further.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, order: Random, **of_model: Any) -> None:
+        self.model, self.tokenizer, self.order = model, tokenizer, order
+        self.llm_engine = self
+        facts = {"max_logprobs": 20, "logprobs_mode": "raw_logprobs", "max_model_len": 2048}
+        self.model_config = SimpleNamespace(
+            try_get_generation_config=model.generation_config.to_dict,
+            get_vocab_size=lambda: model.config.vocab_size,
+            **facts | of_model,
+        )
+        self.vllm_config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=3),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+        )
+        self.requests: dict[str, tuple[list[int], Any, list[int], Any]] = {}
+        self.num_generated = self.most_at_once = 0
+        self.seeds: list[int] = []
+
+    def get_tokenizer(self) -> Any:
+        return self.tokenizer
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self.requests)
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], params: Any) -> None:
+        assert params.max_tokens > 0 and params.ignore_eos and params.output_kind == 1
+        draws = None
+        if params.temperature:
+            self.seeds.append(params.seed)
+            draws = torch.Generator().manual_seed(params.seed)
+        self.requests[name] = list(prompt["prompt_token_ids"]), params, [], draws
+        self.most_at_once = max(self.most_at_once, len(self.requests))
+
+    def abort_request(self, names: list[str]) -> None:
+        for name in names:
+            del self.requests[name]
+
+    def step(self) -> list[Any]:
+        names = self.order.sample(sorted(self.requests), self.order.randint(1, len(self.requests)))
+        return [self.extend(name) for name in names]
+
+    @torch.inference_mode()
+    def extend(self, name: str) -> Any:
+        prompt, params, tokens, draws = self.requests[name]
+        self.num_generated += 1
+        ids = torch.tensor([[*prompt, *tokens]])
+        out = self.model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None])
+        logits = out.logits[0, -1].float()
+        logprobs = logits.log_softmax(-1)
+        if only := getattr(params, "allowed_token_ids", None):
+            logits[[token for token in range(len(logits)) if token not in only]] = -torch.inf
+        token = int(logits.argmax())
+        if draws is not None:
+            chances = (logits / params.temperature).softmax(-1)
+            token = int(chances.multinomial(1, generator=draws))
+        tokens.append(token)
+        table = [float(logprobs[token]), *logprobs.topk(params.logprobs).values.tolist()]
+        stops = token in params.stop_token_ids
+        is_last = stops or len(tokens) == params.max_tokens
+        if is_last:
+            del self.requests[name]
+        new = SimpleNamespace(
+            token_ids=[token],
+            logprobs=SimpleNamespace(logprobs=table),
+            finish_reason=("stop" if stops else "length") if is_last else None,
+        )
+        return SimpleNamespace(request_id=name, finished=is_last, outputs=[new])
