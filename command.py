@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from haltwise import InputError, __version__
+from haltwise.command_line import parsed
 from haltwise.errors import what_failed
 
 Config = TypeVar("Config")
@@ -25,14 +24,14 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
     """Parses the command line into a config, and calls `main` with it.
 
     What a person got wrong (InputError, OSError) is told in one line on stderr, and the process
-    ends with status 2, as it does for an unknown flag; who interrupts it gets the status 130 that
+    ends with status 2; so is an unknown flag. Who interrupts it gets the status 130 that
     shells know. Any other error is a defect and keeps its traceback. `--version` tells the version.
     """
     if sys.argv[1:] == ["--version"]:
         print("haltwise", __version__)
         return
     try:
-        main(tyro.cli(config_class))
+        main(parsed(config_class))
     except BrokenPipeError:  # whoever read what is printed has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as shells know it

@@ -110,15 +110,18 @@ def _experiment(known: argparse.Namespace) -> str:
 
 
 def _serve_config(settings: Sequence[str]) -> ServeConfig:
-    """Returns the settings of `haltwise serve` from its command line."""
+    """Returns the settings of `haltwise serve` from its command line.
+
+    Raises:
+        InputError: If they cannot be read.
+    """
     try:
         with needing("haltwise serve", from_clone("proxy")):
-            import tyro
-
+            from haltwise.command_line import parsed
             from haltwise.proxy import ServeConfig
     except ModuleNotFoundError as error:
         _fail(str(error))
-    return tyro.cli(ServeConfig, prog="haltwise serve", args=settings)
+    return parsed(ServeConfig, settings, "haltwise serve")
 
 
 def serve(config: ServeConfig) -> None:

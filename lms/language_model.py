@@ -16,7 +16,7 @@ from haltwise.errors import reason_of
 from lms.chat import Chat, ChatConfig, detect_chat
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of, is_gguf
-from lms.hub_names import is_hub_name
+from lms.hub_names import ask_hub, is_hub_name, nearby
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,12 +171,13 @@ def check_name(name: str | Path) -> None:
         return
     if is_gguf(name):
         if not folder.is_file():
-            raise InputError(f"{told}: expected a GGUF file there")
+            raise InputError(f"{told}: expected a GGUF file there{nearby(str(name))}")
     elif (folder / "head.json").exists():
         raise InputError(f"{told}: it holds a head, expected the folder of an LM")
     elif not str(name).strip() or not (folder.is_dir() or is_hub_name(str(name))):
         raise InputError(
             f"{told}: expected 'embedded', a folder, a GGUF file, or OWNER/NAME of the hub"
+            f"{nearby(str(name))}"
         )
 
 
@@ -184,12 +185,30 @@ def source_of(name: str | Path) -> str:
     """Returns the hub name or folder that an LM of some name is loaded from.
 
     Raises:
-        InputError: If the name is none, or that of a GGUF file that cannot be read.
+        InputError: If the name is none, that of a GGUF file that cannot be read, or of an LM that
+            is neither on the hub nor, if the hub cannot be asked, in its cache.
     """
     check_name(name)
     if str(name) == "embedded":
         return str(EMBEDDED)
-    return str(folder_of(Path(name))) if is_gguf(name) else str(name)
+    if is_gguf(name):
+        return str(folder_of(Path(name)))
+    if not Path(name).is_dir():
+        _find_on_hub(str(name))
+    return str(name)
+
+
+def _find_on_hub(name: str) -> None:
+    """Raises InputError if an LM is neither on the hub nor in the hub's cache on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    told = f"cannot load an LM from {name!r}"
+    try:
+        trouble = ask_hub(name, "model")
+    except InputError as error:
+        raise InputError(f"{told}: {error}") from None
+    if trouble and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise InputError(f"{told}: {trouble}, and its cache here has no such LM")
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ class Settings:
     """Settings of a script."""
 
     num: int = 1
+    """How many there are."""
 
 
 def must_not_run(_: Settings) -> None:
@@ -60,3 +61,22 @@ def test_what_went_wrong_is_one_line(
     with pytest.raises(SystemExit) as ended:
         run(main, Settings)  # type: ignore[arg-type]
     assert (ended.value.code, capsys.readouterr().err) == (status, told)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--nmu 3", "Unrecognized options: --nmu, 3; Perhaps you meant: --num INT; "),
+        ("--num x", "Error parsing --num: invalid literal for int() with base 10: 'x'; "),
+        ("--num", "Missing value for argument '--num'. Expected 1 values.; "),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        run(must_not_run, Settings)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith(f"error: {told}For full helptext, ")
+    assert error.endswith("script.py --help\n") and error.count("\n") == 1

@@ -32,6 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Inside of haltwise; its front has what policy and session give to those above them.
 ROOMS = [
     {"errors"},
+    {"command_line"},
     {"policy"},
     {"session"},
     {"__init__"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from haltwise import InputError
 from haltwise.errors import option
-from lms.hub_names import is_hub_name
+from lms.hub_names import is_hub_name, nearby
 from lms.questions import Question
 from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
@@ -100,7 +100,7 @@ def _own(config: DataConfig) -> QuestionTask:
         known = ", ".join(("all", *TASKS, *BUILT_INS))
         raise InputError(
             f"unknown task {name!r}: choose from {known}, {PREFIX}NAME, a file or folder, or "
-            "OWNER/NAME of the hub"
+            f"OWNER/NAME of the hub{nearby(name)}"
         )
     scorer, instruction = _asking(config, "choice" if config.choices_column else "short")
     return TableTask(name, scorer, instruction, rows, NamedColumns(config), config.split_column)

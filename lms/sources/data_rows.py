@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from haltwise import InputError
 from haltwise.errors import json_fault, reason_of
+from lms.hub_names import ask_hub, is_hub_name
 from lms.scorers import needed
 
 DataRow = dict[str, Any]
@@ -154,9 +155,10 @@ def rows_of(path: Path) -> DataRows:
     inside = (p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and p.is_file())
     files = [p for p in inside if p.suffix.lower() in FORMATS] if path.is_dir() else [path]
     if not files or files[0].suffix.lower() not in FORMATS:
-        raise InputError(f"{path}: expected a file that ends with one of {formats}")
-    found = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
-    splits = {file: SPLIT_NAMES[name[1]] for file, name in found.items() if name}
+        found = "has no file that ends" if path.is_dir() else "does not end"
+        raise InputError(f"{path} {found} with one of {formats}, expected questions and answers")
+    named = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
+    splits = {file: SPLIT_NAMES[name[1]] for file, name in named.items() if name}
     # If some files are named by splits, the others, such as dataset_infos.json, are no data.
     splits = splits or dict.fromkeys(files, "")
 
@@ -187,10 +189,12 @@ def rows_of_hub(name: str) -> DataRows:
     except ImportError:
         raise InputError(needed("datasets", "data")) from None
     path, _, config = name.partition(":")
+    trouble = ""
     try:
+        trouble = ask_hub(path, "dataset") if is_hub_name(path) else ""
         loaded = load_dataset(path, config or None)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        reason = reason_of(error)
+        reason = f"{trouble}, and its cache here has it not" if trouble else reason_of(error)
         raise InputError(
             f"cannot load {name!r} from the hub: {reason}: expected its name, or --data-file with "
             "its rows"

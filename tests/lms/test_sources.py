@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import HfApi
 
 from haltwise import InputError
 from lms.questions import SPLITS, Question, question_digest, split_of
@@ -252,6 +253,7 @@ def test_splits_of_the_hub_with_other_names_are_one_or_an_error(
     datasets = pytest.importorskip("datasets")
     loaded = {"corpus": ROWS}
     monkeypatch.setattr(datasets, "load_dataset", lambda *args: loaded)
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: None)
     assert {split for split, _, _ in rows_of_hub("a/b")()} == {""}
     loaded["queries"] = ROWS
     with pytest.raises(InputError, match="found splits corpus, queries, expected train"):
@@ -265,6 +267,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: None)
     told = r"^cannot load 'a/b:c' from the hub: no route to the hub: expected"
     with pytest.raises(InputError, match=told):
         open_task(DataConfig(task="a/b:c"))
@@ -347,8 +350,8 @@ def test_a_row_that_cannot_be_asked_is_named(
         ("a.jsonl", rb'{"question": "\ud800", "answer": "1"}', "line 1: .*no half of a character"),
         ("a.jsonl", rb'{"question": "?", "answer": "\udfff"}', "line 1: .*no half of a character"),
         ("a.parquet", b"no parquet at all", r"cannot read .*a.parquet: "),
-        ("a.txt", b"", r"a.txt: expected a file that ends with one of .jsonl, .json, .csv, .parq"),
-        ("folder/a.txt", b"", r"folder: expected a file that ends with"),
+        ("a.txt", b"", r"a.txt does not end with one of .jsonl, .json, .csv, .parquet, expected q"),
+        ("folder/a.txt", b"", r"folder has no file that ends with one of .jsonl"),
         ("a.jsonl", b"\n", r"a.jsonl: no rows, expected questions with their answers"),
         ("a.csv", b"question,answer\n", r"a.csv: no rows, expected questions with their answers"),
     ],
