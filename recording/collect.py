@@ -185,8 +185,16 @@ def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
             f"--num-seeds is {config.num_seeds}, but the LM is greedy: expected --temperature "
             "above 0, or one seed"
         )
-    is_new = not recorded_ids(out, engine.recorder)
-    print(engine.self_test(_tried(config), config.trial_budget()) if is_new else engine.description)
+    if recorded_ids(out, engine.recorder):
+        print(engine.description)
+        return
+    budget, whole = config.trial_budget(), engine.recorder["max_tokens"]
+    print(engine.self_test(_tried(config), budget))
+    if budget < whole:
+        print(
+            f"This trial gave a question {budget:,} tokens, the recording gives it {whole:,}, as "
+            "--self-test does: more thoughts end by themselves then"
+        )
 
 
 def _is_done(out: Path, done: Mapping[str, int], model: str, job: SeededQuestion) -> bool:

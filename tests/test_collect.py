@@ -281,11 +281,14 @@ def test_a_new_recording_begins_with_a_self_test_and_a_bad_lm_ends_there(
         main(replace(config, every=32))
     assert not out_of(config).exists()
     main(config)
-    assert "8 questions: thought begun 100%" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "8 questions: thought begun 100%" in told and "This trial gave" not in told
     main(config)
     told = capsys.readouterr()
     assert "questions: " not in told.out and "traces" not in told.err
     assert f"{config.out}: all 14 traces are there, nothing is new" in told.out
+    main(replace(config, max_tokens=257, out=out_of(config) / "longer"))
+    assert "gave a question 256 tokens, the recording gives it 257" in capsys.readouterr().out
 
 
 def test_a_recording_knows_other_answers_and_segments_than_its_own(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from lms.sources.data_rows import SPLIT_NAMES, DataRow, DataRows, columns_of
 from lms.sources.forms import Form, NoColumnError, RowQuestion, cell
 from lms.sources.task import check_draw, with_instruction
 
+# The column that most data sets name their splits in.
+_USUAL_COLUMN = "split"
+
 
 @dataclass
 class _RowSurvey:
@@ -61,6 +64,11 @@ class _RowSurvey:
     def divided(self) -> str:
         """The one split that all rows stand in and that is divided; "" if there is none."""
         return "" if self._keeps else next(iter(self._owns), "")
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether nothing but the hash decides the splits."""
+        return not self._keeps and self._owns == {""}
 
     @property
     def _owns(self) -> set[str]:
@@ -135,9 +143,14 @@ class TableTask:
             taken[rank] = self._question(item, digest, split)
         if not taken:
             found = ", ".join(f"{name} {n:,}" for name, n in self._survey.num_rows().items())
+            column = (
+                "no --split-column, so that a hash divides"
+                if self.split_column
+                else ("--split-column")
+            )
             raise InputError(
                 f"{self.name}: no question of split {split}, found rows: {found}: expected more "
-                "rows, --split-column, or --split with those there are"
+                f"rows, {column}, or --split with those there are"
             )
         yield from (taken[rank] for rank in sorted(taken))
 
@@ -163,8 +176,18 @@ class TableTask:
             skipped += f", {survey.num_repeated:,} repeat a question, which is asked once"
         if survey.divided:
             skipped += f", all of them named {survey.divided}, which is divided by a hash"
+        if survey.is_hashed and self._states_splits():
+            skipped += (
+                f", divided by a hash whatever column {_USUAL_COLUMN!r} says: --split-column "
+                f"{_USUAL_COLUMN} keeps that"
+            )
         asked_by = f"scorer {self.scorer}; instruction {self.instruction!r}"
         return f"{self.name}: {rows} rows{skipped}; {asked_by}"
+
+    def _states_splits(self) -> bool:
+        """Whether the first row names a split in a column that the settings do not name."""
+        _, _, row = next(iter(self.rows()))
+        return str(row.get(_USUAL_COLUMN)).strip().lower() in SPLIT_NAMES
 
     @cached_property
     def _survey(self) -> _RowSurvey:

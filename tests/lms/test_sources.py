@@ -191,7 +191,8 @@ def test_fresh_questions_of_one_split_keep_it_if_a_column_says_so(
     task = own(write(tmp_path / "fresh.csv", rows), split_column="part")
     assert {question.split for question in task.questions(split, 100, 0)} == {split}
     assert sum(1 for _ in task.questions(split, 100, 0)) == len(ROWS)
-    with pytest.raises(InputError, match=f"no question of split train, found rows: .*{split} 60"):
+    told = f"no question of split train, found rows: .*{split} 60.*rows, no --split-column, so"
+    with pytest.raises(InputError, match=told):
         next(task.questions("train", 100, 0))
 
 
@@ -199,6 +200,13 @@ def test_a_split_that_is_divided_is_told(tmp_path: Path) -> None:
     write(tmp_path / "test-1.csv", ROWS)
     task = own(tmp_path)
     assert ", all of them named test, which is divided by a hash; scorer" in task.describe()
+    path = write(tmp_path / "own.csv", [row | {"split": "Test"} for row in ROWS])
+    told = ", divided by a hash whatever column 'split' says: --split-column split keeps that; "
+    assert told in own(path).describe()
+    assert told not in own(path, split_column="split").describe()
+    assert (
+        told not in own(write(tmp_path / "a.csv", [row | {"split": 3} for row in ROWS])).describe()
+    )
     assert {question.split for question in everything(task)} == set(SPLITS)
 
 
