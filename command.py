@@ -8,16 +8,22 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from haltwise import InputError, __version__
 from haltwise.command_line import parsed
 from haltwise.errors import what_failed
 
 Config = TypeVar("Config")
+
+# Where there is no terminal, so often a line tells how far something is, and so it reads.
+_SECONDS = 30.0
+_LINE = "{desc}: {percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
@@ -46,6 +52,35 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
 def warn(message: str) -> None:
     """Tells a person on stderr, in one line, what may be wrong with what they passed."""
     print("warning:", " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """What a progress bar writes into where there is no terminal: each of its states is a line."""
+
+    def write(self, text: str) -> None:
+        """Writes a state, without what would draw it over the one before."""
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Does nothing: a line is there once it is written."""
+
+
+def progress(
+    steps: Iterable[Any] | None, name: str, total: int | None = None, **settings: Any
+) -> tqdm:
+    """Returns steps that tell on stderr how far they are: a bar, or without a terminal some lines.
+
+    Args:
+        steps: The steps; None if whoever does them says so by `update`.
+        name: What is done.
+        total: The number of steps; None for that of all that there are.
+        settings: Others of tqdm.
+    """
+    if not sys.stderr.isatty():
+        settings |= {"file": _Lines(), "bar_format": _LINE, "mininterval": _SECONDS}
+        settings |= {"maxinterval": _SECONDS}
+    return tqdm(steps, name, total, **settings)
 
 
 @contextmanager

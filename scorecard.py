@@ -26,12 +26,11 @@ import installed  # noqa: F401, tells what is missing
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from agents.balance import balance
 from agents.learn_scorecard import learn_scorecard
 from agents.scorecard import format_card
-from command import run, whole_folder
+from command import progress, run, whole_folder
 from evaluation.compare import parameter_free, swept
 from evaluation.frontier import saving_at_em
 from evaluation.frozen import Choice, choose_points
@@ -140,7 +139,7 @@ def _by_fold(
 ) -> dict[tuple[int, int], HaltHead]:
     """Makes cards of the heads of the folds, of traces that each learned from; by seed and fold."""
     cards = {}
-    for (seed, k), head in tqdm(kept_back.items(), "folds"):
+    for (seed, k), head in progress(kept_back.items(), "folds"):
         fold = learned.folds[seed]
         own = np.array([fold.get(question) != k for question in traces.question_id.tolist()])
         cards[seed, k] = learn_scorecard(head, traces.select(own), num_rules).to_head(head.config)

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from agents.balance import balance
 from agents.fit import (
@@ -50,7 +49,7 @@ from agents.fit import (
 )
 from agents.parent import Parent
 from agents.ppo import Agent, PPOConfig, export
-from command import alone, run, warn, whole_folder
+from command import alone, progress, run, warn, whole_folder
 from envs.live import LiveEnv
 from envs.replay import availability
 from evaluation.compare import parameter_free, swept
@@ -706,7 +705,7 @@ def _choose(
     kept_back = learning.learned.folds.get(config.seed, {})
     models = [Supervised(name, learned_from, kept_back, head) for name in SUPERVISED]
     probing = head.halting.probing
-    simple = tqdm([*baselines.BASELINES, *models], "simple policies")
+    simple = progress([*baselines.BASELINES, *models], "simple policies")
     outcomes = {"head": learning.outcomes} | {
         policy.name: swept([policy], learning.judged_on, probing) for policy in simple
     }

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
-from tqdm import tqdm
 
 from agents.checkpoint import restore_agent, save_agent
 from agents.network import LogOdds
@@ -36,6 +35,7 @@ from agents.ppo import (
     set_log_odds,
     take_up,
 )
+from command import progress
 from envs.batched import BatchedEnv
 from envs.replay import ReplayEnv, observed_features
 from haltwise import HaltHead, HeadConfig, InputError
@@ -98,7 +98,7 @@ def fit(
         starting: Called with it at each of START_CHECKPOINTS.
         log_dir: The folder that TensorBoard's files go to; None writes none.
         checkpoint: A file to save the agent to as it learns, and to go on from if it is there.
-        progress_bar: Whether to show progress bars.
+        progress_bar: Whether to tell how far it is.
 
     Returns:
         The trained agent.
@@ -225,12 +225,14 @@ def learn(
         total_timesteps: How many decisions it has made in all when the training ends.
         name: The name of the run in TensorBoard.
         checkpoint: The file to save the agent to; None saves nothing.
-        progress_bar: Whether to show a progress bar.
+        progress_bar: Whether to tell how far it is.
         callbacks: Callbacks that PPO calls beside those for logging and saving.
     """
     callbacks = [HaltLog(), *callbacks]
     if checkpoint is not None:
         callbacks.append(_Saving(checkpoint))
+    if progress_bar:
+        callbacks.append(_Telling(total_timesteps, name))
     if ppo.num_timesteps < total_timesteps:
         ppo.learn(
             total_timesteps - ppo.num_timesteps,
@@ -238,7 +240,6 @@ def learn(
             log_interval=1,
             tb_log_name=name,
             reset_num_timesteps=False,
-            progress_bar=progress_bar,
         )
     if checkpoint is not None:
         save_agent(ppo, checkpoint)
@@ -315,6 +316,29 @@ class _Streaming(BaseCallback):
             model: Any = self.model
             model._last_obs = model.env.reset()
             model._last_episode_starts = np.ones(self._env.num_envs, dtype=bool)
+
+
+class _Telling(BaseCallback):
+    """Tells how many decisions are made."""
+
+    def __init__(self, total: int, name: str) -> None:
+        """Remembers how many are made in all, and what for."""
+        super().__init__()
+        self._total, self._name = total, name
+
+    def _on_training_start(self) -> None:
+        """Begins with those that are made already."""
+        done = self.model.num_timesteps
+        self._bar = progress(None, self._name, self._total, initial=done, unit=" decisions")
+
+    def _on_step(self) -> bool:
+        """Returns True: the training goes on."""
+        self._bar.update(self.training_env.num_envs)
+        return True
+
+    def _on_training_end(self) -> None:
+        """Tells it for the last time."""
+        self._bar.close()
 
 
 class _Saving(BaseCallback):
@@ -418,7 +442,7 @@ def out_of_fold(
         for seed, k in missing
     ]
     try:
-        for _ in tqdm(_fit_all(jobs, os.cpu_count() or 1), "folds", len(missing)):
+        for _ in progress(_fit_all(jobs, os.cpu_count() or 1), "folds", len(missing)):
             pass
     finally:
         everything.unlink(missing_ok=True)

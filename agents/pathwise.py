@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from agents.balance import balance
 from agents.network import LogOdds
+from command import progress
 from envs.replay import observations
 from envs.reward import halt_costs, never_costs
 from haltwise import Halting, InputError, Observing
@@ -129,7 +129,7 @@ def start_from_traces(
         goes_on: Whether the network has learned already: then all of it stays near to what it is,
             and not the rule that it starts from alone.
         before: Called before each step with the number of steps that are done.
-        progress_bar: Whether to show a progress bar.
+        progress_bar: Whether to tell how far it is.
 
     Returns:
         The number of gradient steps.
@@ -174,7 +174,7 @@ def start_from_traces(
         optimizer.param_groups[0]["weight_decay"] = decay
         # Few traces are soon known; the rest of a batch would only be more prices for them.
         size = min(config.batch_size, _MOST_PRICES * len(returns.em))
-        for num in tqdm(range(steps), "start", disable=not progress_bar):
+        for num in progress(range(steps), "start", disable=not progress_bar):
             if before is not None:
                 before(curve.num)
             rows = torch.from_numpy(rng.integers(len(returns.em), size=size))

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
+from command import progress
 from envs.replay import observed_features
 from evaluation.intervals import interval, resample
 from evaluation.outcome import Outcome, halt_outcome, saving
@@ -162,7 +162,7 @@ def answer(
     lm.tokenizer.padding_side = "left"
     lm.tokenizer.pad_token = lm.tokenizer.pad_token or lm.tokenizer.eos_token
     columns: list[tuple[bool, int, bool]] = []
-    for start in tqdm(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
+    for start in progress(range(0, len(asked), _BATCH_SIZE), "live", unit="batch"):
         batch = asked[start : start + _BATCH_SIZE]
         prompts = [lm.prompt(question.text) for question in batch]
         inputs = lm.tokenizer(

@@ -9,9 +9,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
-from command import alone, warn
+from command import alone, progress, warn
 from haltwise import Halting, InputError
 from haltwise.errors import check_ranges
 from lms.ask import questions
@@ -233,7 +231,7 @@ def _record(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     missing = (job for job in seeded_questions(config) if trace_id(model, *job) not in done)
     rows = write_shards(out, engine.record(missing), engine.recorder, config.shard_size)
     # The time left follows from the mean speed of this process.
-    with tqdm(rows, out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:
+    with progress(rows, out.name, total, initial=num_done, unit="trace", smoothing=0) as bar:
         tokens = 0
         for row in bar:
             tokens += row["num_tokens"] + sum(row["probe_tokens"])

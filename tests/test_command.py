@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from command import run
+from command import progress, run
 from haltwise import InputError, __version__
 
 
@@ -80,3 +80,9 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith(f"error: {told}For full helptext, ")
     assert error.endswith("script.py --help\n") and error.count("\n") == 1
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(3), "steps")) == [0, 1, 2]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("steps: 0% 0/3 [") and last.startswith("steps: 100% 3/3 [")
