@@ -14,6 +14,7 @@ import numpy as np
 
 from haltwise.control.estimates import Audit, Sums
 from haltwise.control.groups import (
+    BrokenOff,
     Event,
     Expired,
     Groups,
@@ -62,6 +63,8 @@ class Entry:
     """By group, the requests that have come since the entry before."""
     awaited: Awaited | None = None
     """What is waited for, if the event leaves labels due."""
+    why: str = ""
+    """Why the audit was broken off, if the event is that."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -70,6 +73,7 @@ class Entry:
             "audit": None if self.audit is None else _audit_to_json(self.audit),
             "num_requests": dict(self.num_requests),
             "awaited": None if self.awaited is None else asdict(self.awaited),
+            "why": self.why,
         }
 
     @classmethod
@@ -86,6 +90,7 @@ class Entry:
                 None if told is None else _audit_from_json(told),
                 data["num_requests"],
                 None if awaited is None else _awaited_from_json(awaited),
+                data.get("why", ""),  # older states do not tell it
             )
         except (TypeError, KeyError) as error:
             raise InputError(f"entry of the books is not readable ({error!r})") from None
@@ -107,6 +112,10 @@ class Books:
     """By request, the audits whose labels are due, the oldest first."""
     differing: tuple[Differing, ...] = ()
     """The newest audits whose answers differ, the newest first."""
+    num_broken_off: int = 0
+    """Requests that were drawn as audits and tell nothing."""
+    why_broken_off: str = ""
+    """Why the newest of them does not."""
 
     def after(self, entry: Entry) -> Books:
         """Returns the books after an entry."""
@@ -114,6 +123,9 @@ class Books:
         if event is not None:
             books = replace(self, groups=self.groups.after(event))
             told = event.request if isinstance(event, Told | Expired) else ""
+            if isinstance(event, BrokenOff) and event.request in self.groups.under_way:
+                num = self.num_broken_off + 1
+                books = replace(books, num_broken_off=num, why_broken_off=entry.why)
             under_way = self.groups.under_way.get(told)
             if under_way is not None and under_way.may_tell:
                 books = books._told(told, entry, under_way.groups)

@@ -17,6 +17,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from haltwise.control.cascade_replay import replay_of
 from haltwise.control.course import Course, halts_of
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
+from haltwise.control.governor import GroupState
 from haltwise.control.group_names import LONGEST_NAME, groups_of
 from haltwise.control.groups import (
     EVERYTHING,
@@ -77,6 +79,8 @@ _MOST_RECENT = 10_000
 _COUNTED_AT = 100
 # Audits that are told of those that wait for labels.
 _MOST_TOLD = 1_000
+# Groups that somebody is told of who has named another one.
+_MOST_NAMED = 10
 _DISAGREEMENT = LOSSES.index("disagreement")
 
 
@@ -397,7 +401,7 @@ class GovernedControl:
                 audit.looks[at] = Look(signals.rows(np.array([place])), reached, spent)
             except Exception as error:
                 self.failures.add("a replay", error)
-                self.break_off(audit)
+                self.break_off(audit, "it could not be replayed")
         return running.terms.price
 
     def finished(self, report: ThoughtReport) -> None:
@@ -406,7 +410,7 @@ class GovernedControl:
         if audit is not None:
             audit.report = audit.thought = report
             if not self.asks_answers:
-                self.break_off(audit)
+                self.break_off(audit, "nobody asks for its answers")
             return
         self._note(report, None)
 
@@ -450,7 +454,7 @@ class GovernedControl:
                 self.roster.propose()
         except Exception as error:
             self.failures.add("an audit", error)
-            self._put(Entry(BrokenOff(audit.id)))
+            self._put(Entry(BrokenOff(audit.id), why="its answers could not be taken in"))
 
     def _told_entry(self, replay: Replay, answers: Answers, request: str, head: str) -> Entry:
         """Returns what an audit tells the books of one head."""
@@ -478,16 +482,17 @@ class GovernedControl:
         if self.traces is not None:
             self.traces.writer.lose(reason_of(error))
 
-    def break_off(self, audit: AuditedRequest, num_tokens: int = 0) -> None:
+    def break_off(self, audit: AuditedRequest, why: str, num_tokens: int = 0) -> None:
         """Takes in that a request can tell nothing: it is no audit.
 
         Args:
             audit: What was to be one.
+            why: Why it is none; of no content, as it is kept.
             num_tokens: Tokens that were generated for it alone.
         """
         if self._audits.pop(id(audit.request), None) is not None:
             self.num_audit_tokens += num_tokens
-            self._put(Entry(BrokenOff(audit.id)))
+            self._put(Entry(BrokenOff(audit.id), why=why))
             self._note(audit.report, audit, num_tokens)
 
     def _awaited(self, outcomes: Sequence[Outcome], full: GivenAnswer) -> Awaited | None:
@@ -761,11 +766,32 @@ class GovernedControl:
         Raises:
             InputError: If there is no such group, or its breaker is open.
         """
-        state = self.groups.groups.get(group) if isinstance(group, str) else None
-        if others or state is None or not int(state.ceiling):
+        try:
+            if others or not isinstance(group, str):
+                raise InputError('expected {"group": "NAME"}')
+            if not int(self._group(group).ceiling):
+                raise InputError(
+                    f"group {group!r:.80} halts nothing, as no price is certified for it"
+                )
+        except InputError:
             self.num_refused += 1
-            raise InputError('expected {"group": "NAME"} of a group that halts something')
+            raise
         self._put({self.champion: Entry(Opened(group))})
+
+    def _group(self, name: str) -> GroupState:
+        """Returns the state of a group.
+
+        Raises:
+            InputError: If there is none of that name.
+        """
+        groups = self.groups.groups
+        if name not in groups:
+            likely = get_close_matches(name, groups, _MOST_NAMED, 0.0)
+            others = " ..." if len(likely) < len(groups) else ""
+            raise InputError(
+                f"no group has the name {name!r:.80}, expected one of {', '.join(likely)}{others}"
+            )
+        return groups[name]
 
     # What a person sees
 
@@ -779,8 +805,8 @@ class GovernedControl:
             InputError: If there is no such group.
         """
         books, kind, canary = self.keeper.books, self.history.kind, self.keeper.library.canary
-        if group is not None and group not in books.groups.groups:
-            raise InputError(f"no group has the name {group!r:.80}")
+        if group is not None:
+            self._group(group)
         failed = self.failures.last or self.keeper.trouble or self.record.trouble
         return {
             "mode": self.mode,
@@ -790,6 +816,7 @@ class GovernedControl:
             "labels_due": len(books.awaited),
             "audits_due": books.groups.audits_due(),
             "under_way": len(books.groups.under_way),
+            "broken_off": {"audits": books.num_broken_off, "why": books.why_broken_off},
             "dials": len(books.groups.dials),
             "audit_tokens": self.num_audit_tokens,
             "traces": self._trace_status(),

@@ -211,6 +211,7 @@ def table_of(library: Library) -> str:
     lines = [
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
         f"labels due, {due} audits due before {_what_is_due(library)}",
+        *_lines_of_broken_off(books),
         f"{'group':{width}}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  "
         f"{'breaker':8}{'target, %':>10}"
         f"{'differs, %':>23}{'EM loss, %':>23}{'saving, %':>23}",
@@ -225,6 +226,16 @@ def table_of(library: Library) -> str:
             + "".join(f"{_percent(part):>23}" for part in (at["loss"], net, at["saving"]))
         )
     return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])
+
+
+def _lines_of_broken_off(books: Books) -> list[str]:
+    """Returns what a person is told of audits that tell nothing, if there are any."""
+    num, why = books.num_broken_off, books.why_broken_off
+    return (
+        [f"{num} audits broken off, which tell nothing; the newest: {why or 'unknown'}"]
+        if num
+        else []
+    )
 
 
 def _what_is_due(library: Library) -> str:

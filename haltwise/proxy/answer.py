@@ -198,18 +198,17 @@ class ClientAnswer:
             "price": found.price,
             "legs": [usage.counts() for usage in reader.legs],
         }
+        if found.request.terms.names_unknown_segment:
+            report["unknown_segment"] = True
         if reader.num_turns > 1:
             report["turns"] = reader.num_turns
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
         if reader.prober.usage.num:
             report["probes"] = reader.prober.usage.report()
-        if reader.escalated:
-            report["escalated"] = reader.escalated
-        if reader.not_escalated:
-            report["not_escalated"] = reader.not_escalated
-        if reader.fallback:
-            report["fallback"] = reader.fallback
+        for name in ("escalated", "not_escalated", "fallback"):
+            if told := getattr(reader, name):
+                report[name] = told
         if self._shadow and found.decided_at is not None:
             saved = found.position - found.decided_at
             shadow = {"reason": found.decided, "position": found.decided_at, "saved_tokens": saved}

@@ -373,6 +373,8 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = terms_of(client, customer, self._tariffs, request.model)
         record.about = {"model": request.model[:100], **logged(terms)}
+        if terms.names_unknown_segment:
+            self.metrics.unknown_segments.inc()
         large = self._settings.large
         may_ask = None if large is None or self.config.shadow else large.model_of(request)
         async with self._billed(client, body, asked, is_watched=True, large=may_ask) as bill:

@@ -81,12 +81,15 @@ class Auditor:
         audit = self._control.taken(request)
         if audit is None:
             return
-        if said is None or reader.fallback or len(self._running) >= _MOST_WAITING:
-            self._control.break_off(audit)
+        if said is None or reader.fallback:
+            self._control.break_off(audit, reader.fallback or "the client's answer is not whole")
+            return
+        if len(self._running) >= _MOST_WAITING:
+            self._control.break_off(audit, f"{_MOST_WAITING} others wait for their answers")
             return
         full = _full(reader, said)
         if reader.escalated and not full.text.strip():  # a tool call, or a thought that was cut
-            self._control.break_off(audit)
+            self._control.break_off(audit, "the large LM's answer has no text")
             return
         audit.question = reader.request.question
         task = asyncio.create_task(self._ask(audit, reader, full, settings))
@@ -111,20 +114,21 @@ class Auditor:
         What else a dense audit asks for can only cost its trace.
         """
         answers: Answers = {}
-        is_known = False
+        why = "the proxy has ended"
         try:
             if reader.escalated:
                 async with self._room_to_think:
                     reader = await self._small(audit, reader, settings)
             async with self._room:
                 await self._answer_at(audit.positions, audit, reader, answers)
-                is_known = True
+                why = ""
                 if audit.is_dense:
                     await self._complete(audit, reader, full, answers)
         except Exception as error:
             self._control.failures.add("an audit's answers", error)
+            why = _in_a_word(error)
         finally:
-            self._tell(audit, reader, full, answers, is_known)
+            self._tell(audit, reader, full, answers, why)
 
     async def _small(
         self, audit: AuditedRequest, reader: ThoughtReader, settings: CompletionSettings
@@ -175,15 +179,15 @@ class Auditor:
         reader: ThoughtReader,
         full: GivenAnswer,
         answers: Answers,
-        is_known: bool,
+        why: str,
     ) -> None:
-        """Tells what came of an audit; without all of the answers at its prices it is none."""
+        """Tells what came of an audit; why it is none if some answers at its prices are missing."""
         known = {at: one for at, one in answers.items() if one is not None}
         spent = sum(one.num_tokens - audit.looks[at].reached for at, one in known.items())
         spent += audit.num_more_tokens
         self._metrics.audit_tokens.inc(spent)
-        if not is_known:
-            self._control.break_off(audit, spent)
+        if why:
+            self._control.break_off(audit, why, spent)
             return
         halted = {at: self._given(audit, reader, full, answers[at], at) for at in audit.positions}
         self._control.tell(audit, full, halted, spent)
@@ -283,6 +287,13 @@ def _dense(
         question=audit.question,
         text=reader.generated.text + full.text,
     )
+
+
+def _in_a_word(error: Exception) -> str:
+    """Returns why answers did not come, without what the server says, which may be content."""
+    if not isinstance(error, UpstreamError):
+        return type(error).__name__
+    return f"answers did not come: {error.kind} {error.answered or ''}".rstrip()
 
 
 def _seen(probe: Probe, position: int) -> GivenAnswer:

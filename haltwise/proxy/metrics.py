@@ -52,6 +52,8 @@ class Metrics:
         self.fallbacks = counter("haltwise_fallbacks", text, ["reason"])
         text = "Terms of requests that did not hold, since nobody watches their endpoint"
         self.ignored_terms = counter("haltwise_ignored_terms", text, ["term"])
+        text = "Requests of a segment without a price of its own, where others have one"
+        self.unknown_segments = counter("haltwise_unknown_segments", text)
         text = "Probes, by whether they brought an answer; refused is one without room"
         self.probes = counter("haltwise_probes", text, ["outcome"])
         self.probe_tokens = counter("haltwise_probe_tokens", "Tokens that probes generated")

@@ -64,6 +64,13 @@ class Terms:
                 f"max_tokens is {self.max_tokens}, expected at least {max(self.min_tokens, 1)}"
             )
 
+    @property
+    def names_unknown_segment(self) -> bool:
+        """Whether the named segment has no price of its own, though others have."""
+        return bool(self.segment and self.segment_prices) and (
+            self.segment not in self.segment_prices
+        )
+
     @classmethod
     def read(cls, asked: Mapping[str, Any], default: Terms) -> Terms:
         """Returns terms as somebody states them; what is left out is as in the default.
@@ -86,10 +93,9 @@ class Terms:
         if "price" in asked:
             terms = replace(terms, segment_prices={})
         elif "segment" in asked:
-            known = default.segment_prices
-            own = known.get(terms.segment or "", default.price)
-            if terms.segment and known and terms.segment not in known:
-                _tell_unknown(terms.segment, tuple(known))
+            own = terms.segment_prices.get(terms.segment or "", default.price)
+            if terms.names_unknown_segment:
+                _tell_unknown(str(terms.segment), tuple(terms.segment_prices))
             terms = replace(terms, price=own)
         return replace(terms, price=0.0) if _truth("off", asked.get("off", False)) else terms
 

@@ -67,7 +67,11 @@ def labelled(request: str) -> Entry:
 ENTRIES = [
     *(drawn("r3"), awaited("r3"), drawn("r4"), awaited("r4"), labelled("r4")),
     *(drawn("r0"), told("r0", (True, False)), drawn("r1"), drawn("r2")),
-    *(told("r2", (False, False)), Entry(BrokenOff("r1")), Entry(None, None, {EVERYTHING: 5})),
+    *(
+        told("r2", (False, False)),
+        Entry(BrokenOff("r1"), why="timeout"),
+        Entry(None, None, {EVERYTHING: 5}),
+    ),
 ]
 
 

@@ -164,7 +164,7 @@ def audited(steering: GovernedControl, request: ThoughtRequest) -> bool:
     steering.terms(request)
     audit = steering.taken(request)
     if audit is not None:
-        steering.break_off(audit)
+        steering.break_off(audit, "no answer")
     return audit is not None
 
 
@@ -667,13 +667,15 @@ def test_no_label_is_waited_for_if_none_is_wanted(tmp_path: Path) -> None:
 
 def test_a_breaker_is_opened_by_hand_where_something_is_halted(tmp_path: Path) -> None:
     with control(tmp_path, "apply", head=certified_head(), target=0.1) as steering:
-        for said in ({}, {"group": 7}, {"group": "task:no"}, {"group": EVERYTHING, "more": 1}):
-            with pytest.raises(InputError, match="of a group that halts something"):
+        for said in ({}, {"group": 7}, {"group": EVERYTHING, "more": 1}):
+            with pytest.raises(InputError, match=r'expected {"group": "NAME"}'):
                 steering.open_breaker(**said)
+        with pytest.raises(InputError, match=r"name 'every', expected one of everything$"):
+            steering.open_breaker("every")
         steering.open_breaker(EVERYTHING)
         until(lambda: steering.groups.step([]) == 0)
         assert steering.status()["groups"][EVERYTHING]["breaker"] == "open"
-        with pytest.raises(InputError, match="of a group that halts something"):
+        with pytest.raises(InputError, match="group 'everything' halts nothing"):
             steering.open_breaker(EVERYTHING)
         assert steering.status()["refused"] == 5
 

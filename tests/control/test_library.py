@@ -312,7 +312,7 @@ def seen(steering: Any) -> list[Any]:
     request = asked(id="more")
     run_request(steering, request)
     audit = steering.taken(request)
-    steering.break_off(audit)
+    steering.break_off(audit, "no answer")
     return list(audit.replays.values())
 
 

@@ -22,8 +22,9 @@ def test_the_table_is_of_the_newest_books(new_name: NewName) -> None:
     settle(keeper, ENTRIES)
     assert read_library(name).to_json() == keeper.library.to_json()
     keeper.close()
-    head, names, everything, task, *heads = table_of(read_library(name)).splitlines()
+    head, broken_off, names, everything, task, *heads = table_of(read_library(name)).splitlines()
     assert head.startswith("target 0.1; 1 audits under way, 1 labels due, ")
+    assert broken_off == "1 audits broken off, which tell nothing; the newest: timeout"
     assert names.split()[:4] == ["group", "requests", "audits", "price"]
     assert everything.split()[:6] == ["everything", "20", "4", "0", "0", "closed"]
     # It might go further by itself, but nothing is certified for everything.
@@ -37,7 +38,7 @@ def test_what_is_served_is_told_with_its_intervals(tmp_path: Path) -> None:
     keeper.close()
     books = read_library(tmp_path / "books").books
     certified = shelved(state_of(books, ceiling=np.array(2), reach=np.array(1.0)))
-    task = table_of(certified).splitlines()[3]
+    task = table_of(certified).splitlines()[4]
     assert task.split()[3:5] == ["2", "2"]
     # Of 80 tokens 60 are saved at the second price; four audits are too few for an interval.
     assert task.split("closed")[1].split()[-3:] == ["75.0", "[-100.0,", "100.0]"]

@@ -13,10 +13,20 @@ from typing import Any
 import openai
 import pytest
 
-from haltwise import HaltMonitor, Signals
-from tests.heads import CLOSE
-from tests.proxy.fake_upstream import CONTEXT, Kind, Plan, Thoughts, top_logprobs
-from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, wait_until
+from haltwise import HaltHead, HaltMonitor, Signals
+from haltwise.proxy import ServeConfig
+from tests.heads import CLOSE, sure_head
+from tests.proxy.fake_upstream import CONTEXT, FakeUpstream, Kind, Plan, Thoughts, top_logprobs
+from tests.proxy.proxies import (
+    PATIENCE,
+    Pair,
+    Pairs,
+    Reply,
+    ask,
+    proxied,
+    saved_head,
+    wait_until,
+)
 
 KINDS: tuple[Kind, ...] = ("vllm", "sglang", "llama-server", "ollama")
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
@@ -223,6 +233,22 @@ def test_what_is_not_watched_is_told(
     expected = {"halted": False, "reason": "endpoint"} | ({"ignored": ignored} if ignored else {})
     assert told == expected == {"halted": False} | {n: line[n] for n in told if n != "halted"}
     assert after == [before[0] + 1, before[1] + len(ignored)]
+
+
+@pytest.mark.parametrize(("segment", "is_unknown"), [("hart", True), ("hard", False)])
+def test_a_segment_without_a_price_is_told(
+    segment: str, is_unknown: bool, plan: Plan, tmp_path: Path
+) -> None:
+    head = sure_head()
+    config = replace(head.config, segment_prices={"hard": 1.0})
+    saved = saved_head(tmp_path / "head", HaltHead(config, head.weights))
+    with (
+        FakeUpstream("vllm") as upstream,
+        proxied(ServeConfig(head=saved, upstream=upstream.url)) as proxy,
+    ):
+        reply = ask(proxy.client, plan, headers={"X-Haltwise-Segment": segment})
+        assert reply.haltwise.get("unknown_segment", False) is is_unknown
+        assert proxy.metric("haltwise_unknown_segments_total") == is_unknown
 
 
 def test_terms_of_what_is_not_watched_have_to_be_terms(vllm: Pair) -> None:
