@@ -26,6 +26,7 @@ import numpy as np
 from command import run, whole_folder, write_json
 from haltwise import HaltHead, InputError
 from haltwise.errors import check_ranges
+from lms.chat import RecordedChat
 from lms.fine_tune import Example, FineTuneConfig, fine_tune, save_lm
 from lms.grpo import GrpoConfig, reinforce
 from lms.held_out import HeldOut
@@ -104,7 +105,7 @@ def main(config: DistillConfig) -> Path:
     traces = traces.select(traces.split == "train")
     if not len(traces):
         raise InputError(f"{config.traces} has no train questions, expected some to learn from")
-    lm = LanguageModel.load(config.lm, config.device)
+    lm = LanguageModel.load(config.lm, config.device, RecordedChat.of(traces.recorder))
     check_recorded(head.config, traces.recorder, config.traces)
     _check_one_lm(head, str(traces.recorder.get("tokenizer", "")), lm)
     lesson = _Lesson(config, head, lm, traces)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,43 @@ class ChatConfig:
     examples: Path | None = None
     """A file of worked examples that are put before every question, as JSON lines of the form
     {"user": TEXT, "assistant": TEXT}."""
+
+    def before(self) -> tuple[Message, ...]:
+        """Returns the messages that stand before every question.
+
+        Raises:
+            InputError: If the file of examples cannot be read, or a line of it is no example.
+        """
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for number, turn in _turns(self.examples):
+            if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
+                raise InputError(
+                    f'{self.examples}, line {number}: expected {{"user": TEXT, "assistant": TEXT}}'
+                )
+            told = ({"role": role, "content": str(turn[role])} for role in ("user", "assistant"))
+            messages += told
+        return tuple(messages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedChat(ChatConfig):
+    """What a recording says about an LM's chat; what it does not say is detected."""
+
+    messages: tuple[Message, ...] = ()
+    """The messages that stood before every question."""
+
+    @classmethod
+    def of(cls, recorder: Mapping[str, Any]) -> RecordedChat:
+        """Returns what the `haltwise.recorder` metadata of traces say."""
+        return cls(
+            think_start=recorder.get("think_start"),
+            think_end=recorder.get("think_end"),
+            messages=tuple(recorder.get("messages", ())),
+        )
+
+    def before(self) -> tuple[Message, ...]:
+        """Returns the messages that stood before every question."""
+        return self.messages
 
 
 @dataclass(frozen=True)
@@ -237,7 +275,7 @@ def chat_of(template: ChatTemplate, config: ChatConfig) -> Chat:
         start,
         end,
         _close_mark(sample, start, end),
-        _before(config),
+        config.before(),
         template.own_token(after) if after else None,
     )
     _check_before(chat)
@@ -261,22 +299,6 @@ def _check_before(chat: Chat) -> None:
                 f"{content[:40]!r}: expected one that it shows as it is (earlier thoughts are "
                 "often dropped)"
             )
-
-
-def _before(config: ChatConfig) -> tuple[Message, ...]:
-    """Returns the messages that stand before every question.
-
-    Raises:
-        InputError: If the file of examples cannot be read, or a line of it is no example.
-    """
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    for number, turn in _turns(config.examples):
-        if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
-            raise InputError(
-                f'{config.examples}, line {number}: expected {{"user": TEXT, "assistant": TEXT}}'
-            )
-        messages += [{"role": role, "content": str(turn[role])} for role in ("user", "assistant")]
-    return tuple(messages)
 
 
 def _turns(path: Path | None) -> list[tuple[int, Any]]:

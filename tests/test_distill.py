@@ -14,6 +14,7 @@ import torch
 
 from distill import DistillConfig, main
 from haltwise import HaltHead, InputError
+from lms.chat import ChatConfig
 from lms.embedded import EMBEDDED
 from lms.fine_tune import FineTuneConfig
 from lms.grpo import GrpoConfig
@@ -92,6 +93,20 @@ def test_held_out_questions_end_the_fine_tuning(told: Callable[..., DistillConfi
     record = json.loads((folder / "distilled.json").read_text())["fine_tune"]
     assert record["thoughts"] == 2 and record["steps"] < 40
     assert record["held_out_returns"][0][0] == 0
+
+
+def test_the_lm_is_asked_as_it_was_recorded(
+    told: Callable[..., DistillConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "system", "content": "Be brief"}]
+
+    def load(lm: str, device: str, chat: ChatConfig) -> None:
+        raise InputError(repr(chat.before()))
+
+    monkeypatch.setattr(LanguageModel, "load", load)
+    with pytest.raises(InputError) as refused:
+        main(told(recorder={"messages": messages}))
+    assert str(refused.value) == repr(tuple(messages))
 
 
 def test_what_cannot_be_learned_is_refused(

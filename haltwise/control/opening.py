@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ def open_control(
     explore: float = 0.0,
     group_targets: Mapping[str, float] | None = None,
     replay_all: bool = False,
+    keep_seconds: float = math.inf,
 ) -> GovernedControl:
     """Returns a control whose books and record are in a store, which is made if it is not there.
 
@@ -88,6 +90,7 @@ def open_control(
         explore: Share of the requests that are served the next stricter price.
         group_targets: By group that is promised a smaller loss than everything, that target.
         replay_all: Whether every request is replayed at all prices, for `off_policy`.
+        keep_seconds: For how long the record keeps rows of requests.
 
     Raises:
         InputError: If a value is out of its range, or a file or the store cannot be used.
@@ -133,7 +136,7 @@ def open_control(
         heads,
         mode,
         keeper,
-        Record(store, tell=None if telemetry is None else telemetry.tell),
+        Record(store, 10_000, None if telemetry is None else telemetry.tell, keep_seconds),
         key,
         audit,
         usual_price,

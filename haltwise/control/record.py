@@ -7,8 +7,10 @@ key is ever in it, only keyed digests.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, fields
@@ -16,7 +18,7 @@ from hashlib import blake2b
 from typing import Any
 
 from haltwise.control.draws import check_key
-from haltwise.control.store import Store
+from haltwise.control.store import Connection, Store
 from haltwise.errors import reason_of
 
 
@@ -174,6 +176,9 @@ TABLES: dict[str, type] = {
 }
 _NAMES = {row: name for name, row in TABLES.items()}
 _MOST_ROWS_AT_ONCE = 500
+# Seconds after which rows are looked for that are too old; requests that are deleted at once.
+_TRIMS, _MOST_TRIMMED = 3600.0, 5_000
+_OLD = f"SELECT id FROM request WHERE at < ? ORDER BY at, id LIMIT {_MOST_TRIMMED}"
 
 
 def digest(key: bytes, text: str) -> str:
@@ -226,7 +231,11 @@ class Record:
     """Rows on their way into a store. To be closed."""
 
     def __init__(
-        self, store: Store, room: int = 10_000, tell: Callable[[Row], None] | None = None
+        self,
+        store: Store,
+        room: int = 10_000,
+        tell: Callable[[Row], None] | None = None,
+        keep_seconds: float = math.inf,
     ) -> None:
         """Opens or makes the tables, and starts the writer.
 
@@ -234,12 +243,14 @@ class Record:
             store: Where they are.
             room: Rows that may wait.
             tell: Is told of every row too; what it raises is no matter.
+            keep_seconds: For how long rows of requests are kept, with their answers and labels.
 
         Raises:
             InputError: If the store cannot be used, is another program's or of another version.
         """
         store.connect(TABLES).close()
         self._store, self._tell = store, tell
+        self._keep_seconds, self._trims_at = keep_seconds, -math.inf
         self._rows: queue.Queue[Row | None] = queue.Queue(room)
         #: Rows that were not written: the queue was full, or the store could not be written to.
         self.num_dropped = 0
@@ -310,14 +321,30 @@ class Record:
             for row in rows:
                 with suppress(Exception):
                     self._tell(row)
+        num_left = len(rows)
         try:
-            with closing(self._store.connect(TABLES)) as opened, opened.transaction():
-                for row in rows:
-                    opened.execute(_insert(row), *map(_storable, vars(row).values()))
+            with closing(self._store.connect(TABLES)) as opened:
+                with opened.transaction():
+                    for row in rows:
+                        opened.execute(_insert(row), *map(_storable, vars(row).values()))
+                num_left = 0
+                self._trim(opened)
             self.trouble = ""
         except Exception as error:
             self.trouble = reason_of(error)
-            self._dropped(len(rows))
+            self._dropped(num_left)
+
+    def _trim(self, opened: Connection) -> None:
+        """Deletes rows that are too old: many of them a part at a time, so that nobody waits."""
+        if time.monotonic() < self._trims_at or math.isinf(self._keep_seconds):
+            return
+        until = time.time() - self._keep_seconds
+        with opened.transaction():
+            num_old = len(opened.execute(_OLD, until))
+            opened.execute("DELETE FROM label WHERE at < ?", until)
+            opened.execute(f"DELETE FROM answer WHERE request IN ({_OLD})", until)
+            opened.execute(f"DELETE FROM request WHERE id IN ({_OLD})", until)
+        self._trims_at = time.monotonic() + (_TRIMS if num_old < _MOST_TRIMMED else 0.0)
 
 
 def _insert(row: Row) -> str:

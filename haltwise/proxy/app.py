@@ -965,6 +965,7 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         config.explore,
         _targets(config, keys),
         config.replay_all,
+        86_400 * config.keep_days,
     )
 
 

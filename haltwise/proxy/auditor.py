@@ -293,7 +293,7 @@ def _in_a_word(error: Exception) -> str:
     """Returns why answers did not come, without what the server says, which may be content."""
     if not isinstance(error, UpstreamError):
         return type(error).__name__
-    return f"answers did not come: {error.kind} {error.answered or ''}".rstrip()
+    return f"asking for its answers failed: {error.kind} {error.answered or ''}".rstrip()
 
 
 def _seen(probe: Probe, position: int) -> GivenAnswer:

@@ -35,7 +35,7 @@ GOVERNED = ("observe", "apply")
 # Settings that mean something to these controls alone.
 _OF_GOVERNED = (
     "challenger", "promotion", "target", "group_target", "audit", "state_key", "label_hours",
-    "audit_traces", "dense_audits", "telemetry", "replay_all",
+    "keep_days", "audit_traces", "dense_audits", "telemetry", "replay_all",
 )  # fmt: skip
 
 # Settings that mean nothing to a control of a cascade.
@@ -158,6 +158,9 @@ class ServeConfig:
     whether the LM is sure: its next requests are halted later. Needs --control apply."""
     label_hours: float = 0.0
     """Hours for which right answers of audits are waited for; 0 counts differing ones as lost."""
+    keep_days: float = 365.0
+    """Days for which the state keeps rows of requests, answers and labels; inf keeps them for good.
+    What the audits have told is in the books, which lose nothing."""
     audit_traces: Path | None = None
     """Folder to write dense audits into, as lines that collect.py --json-lines makes traces of."""
     dense_audits: float = 0.1
@@ -251,6 +254,7 @@ class ServeConfig:
             "audit": (0 <= self.audit <= 1, "from 0 to 1"),
             "explore": (0 <= self.explore < 1, "0 or more, and less than 1"),
             "label_hours": (0 <= self.label_hours < math.inf, "0 or more, and finite"),
+            "keep_days": (self.keep_days > 0, "above 0"),
             "dense_audits": (0 <= self.dense_audits <= 1, "from 0 to 1"),
         }
 

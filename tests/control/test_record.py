@@ -1,12 +1,14 @@
 """The record never holds up a request, and says what it has lost."""
 
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from haltwise import InputError
+from haltwise.control import record as record_module
 from haltwise.control.record import TABLES, AnswerRow, LabelRow, Record, RequestRow, Whose, digest
 from haltwise.control.store import PostgreSQLStore, SQLiteStore, Store, store_of
 
@@ -134,3 +136,29 @@ def test_a_database_is_told_from_a_file_and_named_without_its_password(name: str
     assert isinstance(found, PostgreSQLStore)
     assert found.name in ("postgresql://there:5433/db", "postgresql:///db")
     assert isinstance(store_of("postgresql.db"), SQLiteStore)
+
+
+def test_rows_are_kept_for_so_long_and_no_longer(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_module, "_MOST_TRIMMED", 2)
+    monkeypatch.setattr(record_module, "_OLD", record_module._OLD.replace("5000", "2"))
+    before = Record(store)
+    now = time.time()
+    for age in range(6):  # days; the last three are older than two and a half
+        name, at = str(age), now - 86_400 * age
+        before.put(AnswerRow(name, 9, None, None, "a", True, 7, "number"))
+        before.put(RequestRow(name, at))
+        before.put(LabelRow(name, 0, "user", 1.0, None, at))
+    before.close()
+    record = Record(store, keep_seconds=2.5 * 86_400)
+    for name in ("new", "newer"):  # of three old ones two are deleted at once, then the third
+        record.put(RequestRow(name, now))
+        while not rows(store, f"SELECT 1 FROM request WHERE id = '{name}'"):
+            pass
+    record.close()
+    assert (record.num_dropped, record.trouble) == (0, "")
+    for query in ("SELECT request FROM answer", "SELECT request FROM label"):
+        assert sorted(rows(store, query)) == [("0",), ("1",), ("2",)]
+    kept = rows(store, "SELECT id FROM request")
+    assert sorted(kept) == [("0",), ("1",), ("2",), ("new",), ("newer",)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from haltwise import InputError
-from lms.chat import Chat, ChatConfig, detect_chat
+from lms.chat import Chat, ChatConfig, RecordedChat, detect_chat
 from lms.embedded import EMBEDDED
 from lms.language_model import LanguageModel
 from tests.families import QWEN3_TEMPLATE, byte_tokenizer, instruct_like, qwen3_like, r1_like
@@ -154,6 +154,16 @@ def test_stated_markers_win() -> None:
 def test_a_system_message_comes_first() -> None:
     chat = detect_chat(r1_like().tokenizer, ChatConfig(system="Be brief. "))
     assert chat.prompt("hi") == "<|begin|>Be brief. <|User|>hi<|Assistant|><think>\n"
+
+
+def test_a_recorded_chat_is_asked_again(tmp_path: Path) -> None:
+    (tmp_path / "turns").write_text('{"user": "1+1", "assistant": "2"}')
+    stated = ChatConfig(system="Be brief. ", examples=tmp_path / "turns")
+    asked = detect_chat(r1_like().tokenizer, stated)
+    told = {"messages": list(asked.before), "think_start": "<a>", "think_end": "</a>"}
+    again = detect_chat(r1_like().tokenizer, RecordedChat.of(told))
+    assert again.prompt("hi") == asked.prompt("hi") and "Be brief" in asked.prompt("hi")
+    assert (again.think_start, again.think_end) == ("<a>", "</a>")
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_audits_that_the_server_does_not_answer_are_none(serving: Governed, plan
     ask(looking.client, Plan(plan.name, trouble="500", legs=(2, 3)))
     told = status(looking)
     assert told["groups"]["everything"]["audits"] == 0 and told["failures"] == 1
-    assert told["broken_off"] == {"audits": 1, "why": "answers did not come: status 500"}
+    assert told["broken_off"] == {"audits": 1, "why": "asking for its answers failed: no answer"}
 
 
 def test_audits_wait_for_a_server_that_has_no_time_now(
