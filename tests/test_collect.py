@@ -17,16 +17,18 @@ import pytest
 import torch
 
 from command import alone
-from haltwise import MEAN_LOGPROB, Halting, InputError
+from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
 from haltwise.engine.decoder import Decoder
 from haltwise.policy.answers import read_answer
 from lms.embedded import prompt_of
 from lms.language_model import LanguageModel
 from lms.scorers import short as exact_match
+from lms.sources import DataConfig, open_task
 from lms.tasks import questions
 from recording.collect import CollectConfig
 from recording.collect import collect as main
-from recording.hf_engine import record
+from recording.config import EngineConfig, TaskFormat
+from recording.hf_engine import HfEngine, record
 from recording.shards import write_shards
 from tests.recordings import assert_same, rows_of, save_tiny_lm, small_config
 from tests.tiny_lm import EOS, IDS, PAD, tiny_lm, tiny_tokenizer
@@ -261,6 +263,16 @@ def test_splits_that_are_not_there_are_told_before_the_lm_is_loaded(
     nowhere = replace(config, lm="no/where", task=str(task))
     with pytest.raises(InputError, match=r"no question of split dev, .*or --split with those"):
         main(nowhere)
+
+
+@pytest.mark.parametrize("name", ["embedded-head", "embedded-blind-head"])
+def test_the_shipped_heads_have_learned_from_what_is_recorded_by_default(name: str) -> None:
+    task = open_task(DataConfig())
+    engine = HfEngine(EngineConfig(), TaskFormat(task.scorer, task.cue, task.answer_end, ""))
+    config = HaltHead.load(ROOT / "checkpoints" / name).config
+    assert config.recorded_otherwise(engine.recorder) == ""
+    assert config.recording == {key: engine.recorder[key] for key in config.recording}
+    assert len(config.recording) == 7
 
 
 def test_a_self_test_writes_nothing_and_needs_no_folder(

@@ -277,6 +277,8 @@ def test_a_shipped_head_is_still_what_was_certified(name: str, digest: str, tmp_
     shipped = Path(__file__).parents[2] / "checkpoints" / name
     head = HaltHead.load(shipped)
     assert head.digest == digest
+    cold = head.config.recorded_otherwise({"lm": "embedded", "temperature": 0.0})
+    assert cold == "the head learned from other traces: temperature 0.75, here 0.0"
     head.save(tmp_path)
     assert HaltHead.load(tmp_path).digest == digest
     weights = "head.safetensors"

@@ -251,6 +251,20 @@ def test_a_client_that_leaves_makes_no_audit(serving: Governed, plan: Plan) -> N
     assert status(looking)["groups"]["everything"]["audits"] == 0
 
 
+@pytest.mark.parametrize(("days", "num"), [(1e-9, 0), (1.0, 1)])
+def test_the_state_keeps_rows_for_as_many_days_as_are_asked(
+    days: float, num: int, plan: Plan, tmp_path: Path
+) -> None:
+    head = saved_head(tmp_path / "head", sure_head())
+    settings: dict[str, Any] = {"control": "observe", "state": tmp_path / "state"}
+    with FakeUpstream("vllm") as upstream:
+        config = ServeConfig(head=head, upstream=upstream.url, keep_days=days, **settings)
+        with proxied(config) as proxy:
+            ask(proxy.client, plan)
+    with sqlite3.connect(tmp_path / "state") as file:
+        assert file.execute("SELECT count(*) FROM request").fetchone() == (num,)
+
+
 def test_audits_that_the_server_does_not_answer_are_none(serving: Governed, plan: Plan) -> None:
     looking = serving(control="observe")
     ask(looking.client, Plan(plan.name, trouble="500", legs=(2, 3)))

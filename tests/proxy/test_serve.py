@@ -120,6 +120,7 @@ def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path)
         ({"max_body_bytes": 0}, "--max-body-bytes is 0"),
         ({"read_timeout": 0.0}, "--read-timeout is 0.0"),
         ({"send_timeout": float("inf")}, "--send-timeout is inf"),
+        ({"keep_days": 0.0}, "--keep-days is 0.0, expected above 0"),
         ({"label_hours": float("nan")}, "--label-hours is nan"),
         ({"upstream_key_env": "NOT_SET_AT_ALL"}, "NOT_SET_AT_ALL"),
     ],
