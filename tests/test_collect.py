@@ -293,8 +293,8 @@ def test_a_new_recording_begins_with_a_self_test_and_a_bad_lm_ends_there(
         main(replace(config, every=32))
     assert not out_of(config).exists()
     main(config)
-    told = capsys.readouterr().out
-    assert "8 questions: thought begun 100%" in told and "This trial gave" not in told
+    first = capsys.readouterr().out
+    assert "8 questions: thought begun 100%" in first and "This trial gave" not in first
     main(config)
     told = capsys.readouterr()
     assert "questions: " not in told.out and "traces" not in told.err
