@@ -203,7 +203,7 @@ def test_a_killed_recording_tells_how_much_is_left(
     main(replace(config, split=("train",)))
     capsys.readouterr()
     main(config)
-    first, *_, last = capsys.readouterr().err.strip().split("\r")
+    first, *_, last = capsys.readouterr().err.splitlines()
     assert "7/14 [00:00<?" in first
     assert "14/14" in last and "tokens/s" in last
 
