@@ -12,6 +12,9 @@ answer against the next. How probable it is that an answer is right follows from
 sure thought is often wrong all the same, and two are not. There, thoughts run side by side, or in
 turn.
 
+Numbers are chosen, and what is learned is learned, on other questions than those that are judged:
+on train and dev where there are test questions, which then are judged alone, else out of fold.
+
 All is net of every token: those of all thoughts until then, and of all looks at answers. Answers
 are equal if both are right by the task's scorer, else if they are spelt alike.
 
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +274,8 @@ def measure(traces: Traces, path: Path | None, config: VotesConfig) -> list[Benc
             run does not fit the traces.
     """
     traces = replace(traces, full_answer=_final_answers(traces, path))
+    if config.run is not None:
+        traces = _fresh(traces, Run(config.run))
     evidence = Evidence().signal(traces)
     groups = _groups(traces, config.num_thoughts)
     if evidence is None or not groups:
@@ -281,18 +287,40 @@ def measure(traces: Traces, path: Path | None, config: VotesConfig) -> list[Benc
         [[traces.final_correct[r].mean(), traces.num_tokens[r].mean()] for r in groups]
     )
     asked = np.array([traces.question_id[rows[0]] for rows in groups])
-    results = _row("one thought to its end", asked, alone, plain)
+    judged = np.logical_or.reduce([rows for _, rows in _parts(traces, groups)])
+    told = partial(_row, judged, asked, plain)
+    results = told("one thought to its end", alone)
     agree = _until_settled(traces, groups, _alone(traces, evidence, path, config.run))
-    results += _row("in turn to their ends, until settled", asked, agree[:, :, -1], plain)
-    joint = {"in turn, each halted alone, until settled": _chosen(asked, agree, plain, config)}
+    results += told("in turn to their ends, until settled", agree[:, :, -1])
+    chosen = np.zeros((len(config.drops), *plain.shape))
+    for learned, rows in _parts(traces, groups):
+        chosen[:, rows] = _chosen(agree, plain, learned, config)[:, rows]
+    joint = {"in turn, each halted alone, until settled": chosen}
     for in_turn, name in ((False, "side by side"), (True, "in turn")):
         what = f"{name}, halted by their lead"
         joint[what] = _by_lead(traces, evidence, groups, plain, config, in_turn)
     for name, of_drops in joint.items():
         for drop, found in zip(config.drops, of_drops, strict=True):
             what = f"{name}, {100 * drop:.1f} points may be lost"
-            results += _row(what, asked, found, plain)
+            results += told(what, found)
     return results
+
+
+def _fresh(traces: Traces, run: Run) -> Traces:
+    """Returns the traces of questions that a run's heads, or those of its folds, never saw."""
+    learned = run.learned()
+    known = learned.among(traces.question_id)
+    return traces if run.kept_back(learned) else traces.select(~known)
+
+
+def _parts(traces: Traces, groups: Sequence[Sequence[int]]) -> list[tuple[Bools, Bools]]:
+    """Returns which questions (Q,) are learned and chosen on, and which are judged then."""
+    first = [rows[0] for rows in groups]
+    is_test = traces.split[first] == "test"
+    if is_test.any() and not is_test.all():
+        return [(~is_test, is_test)]
+    fold = folds(traces.question_id[first])
+    return [(fold != k, fold == k) for k in np.unique(fold)]
 
 
 def _final_answers(traces: Traces, path: Path | None) -> NDArray[np.object_]:
@@ -346,24 +374,20 @@ def _until_settled(
     return np.array(found, dtype=np.float64).transpose(1, 2, 0)
 
 
-def _chosen(asked: NDArray[np.str_], tried: Float, plain: Float, config: VotesConfig) -> Float:
-    """Returns what the cheapest of what is tried comes to (drops, Q, 2), out of fold.
+def _chosen(tried: Float, plain: Float, learned: Bools, config: VotesConfig) -> Float:
+    """Returns what the cheapest of what is tried comes to (drops, Q, 2).
 
     Args:
-        asked: (Q,) the questions.
         tried: (Q, 2, T) exact match and tokens of T ways, of which the last loses nothing.
         plain: (Q, 2) those of self-consistency.
-        config: What may be lost on the other questions.
+        learned: (Q,) the questions to choose on.
+        config: What may be lost there.
     """
-    fold = folds(asked)
-    found = np.zeros((len(config.drops), *plain.shape))
-    for k in np.unique(fold):
-        em, cost = tried[fold != k].mean(axis=0)
-        for place, drop in enumerate(config.drops):
-            kept = np.flatnonzero(em >= plain[fold != k, 0].mean() - drop)
-            best = kept[np.argmin(cost[kept])] if len(kept) else len(em) - 1
-            found[place, fold == k] = tried[fold == k][:, :, best]
-    return found
+    em, cost = tried[learned].mean(axis=0)
+    least = [plain[learned, 0].mean() - drop for drop in config.drops]
+    kept = [np.flatnonzero(em >= bar) for bar in least]
+    best = [of[np.argmin(cost[of])] if len(of) else len(em) - 1 for of in kept]
+    return tried[:, :, best].transpose(2, 0, 1)
 
 
 def _by_lead(
@@ -374,27 +398,33 @@ def _by_lead(
     config: VotesConfig,
     in_turn: bool,
 ) -> Float:
-    """Returns what halting by the lead comes to (drops, Q, 2).
-
-    Each fold's calibration and thresholds are of the others.
-    """
-    asked = np.array([traces.question_id[rows[0]] for rows in groups])
-    fold = folds(asked)
+    """Returns what halting by the lead comes to (drops, Q, 2)."""
     found = np.zeros((len(config.drops), *plain.shape))
-    for k in np.unique(fold):
-        learned = [row for rows, own in zip(groups, fold, strict=True) if own != k for row in rows]
-        weights = Calibration.fit(traces, evidence, learned).weights(traces, evidence)
+    for learned, judged in _parts(traces, groups):
+        known = [row for rows, own in zip(groups, learned, strict=True) if own for row in rows]
+        weights = Calibration.fit(traces, evidence, known).weights(traces, evidence)
         said = [[said_by(traces, row, *weights) for row in rows] for rows in groups]
         votes = [voting(thoughts, in_turn) for thoughts in said]
         leads = np.concatenate([one.lead[np.isfinite(one.lead)] for one in votes])
         grid = np.unique(np.quantile(leads, np.linspace(0, 1, config.num_thresholds)))
         joint = np.array([one.at(grid) for one in votes])  # (Q, 2, T)
-        found[:, fold == k] = _chosen(asked, joint, plain, config)[:, fold == k]
+        found[:, judged] = _chosen(joint, plain, learned, config)[:, judged]
     return found
 
 
-def _row(name: str, asked: NDArray[np.str_], found: Float, plain: Float) -> list[BenchResult]:
-    """Returns the EM change and the saving against self-consistency, with their intervals."""
+def _row(
+    judged: Bools, asked: NDArray[np.str_], plain: Float, name: str, found: Float
+) -> list[BenchResult]:
+    """Returns the EM change and the saving against self-consistency, with their intervals.
+
+    Args:
+        judged: (Q,) the questions that count.
+        asked: (Q,) their ids.
+        plain: (Q, 2) exact match and tokens of self-consistency.
+        name: What is told of.
+        found: (Q, 2) its exact match and tokens.
+    """
+    asked, plain, found = asked[judged], plain[judged], found[judged]
     resamples = Resamples.draw(asked, 2_000)
     ones, gained = np.ones(len(plain)), found[:, 0] - plain[:, 0]
     num, change, cost, full = resamples.sums([ones, gained, found[:, 1], plain[:, 1]])

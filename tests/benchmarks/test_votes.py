@@ -95,6 +95,29 @@ def test_wrong_answers_that_agree_outvote_a_right_one(
     assert change == pytest.approx(100 / 3)  # of three thoughts two say 8, and that is wrong
 
 
+def test_test_questions_are_judged_by_numbers_of_the_others(
+    make_traces: Callable[..., Traces], tmp_path: Path
+) -> None:
+    """In train the first answers are right as the last ones are, in test they are not."""
+    rows = [
+        {
+            "question_id": f"{split}{n // 3}",
+            "split": split,
+            "seed": n,
+            "answer": ["7"] * 3,
+            "correct": [split == "train"] * 3,
+            "final_answer": "8",
+        }
+        for split in ("train", "test")
+        for n in range(15)
+    ]
+    traces = make_traces(rows)
+    found = measure(traces, tmp_path / "made.parquet", VotesConfig(drops=(1e-9,)))
+    change = {one.name: one.median for one in found if "EM change" in one.name}
+    name = "in turn, each halted alone, until settled, 0.0 points may be lost: EM change"
+    assert change[name] == -100
+
+
 def test_thoughts_that_agree_cost_less_jointly_than_to_their_ends() -> None:
     traces = synthetic_traces(600)
     asked = np.array([f"q{n // 3}" for n in range(len(traces))])
