@@ -183,7 +183,7 @@ def level_of(level: ArrayLike, epoch: ArrayLike) -> Float:
     return share
 
 
-@lru_cache
+@lru_cache(maxsize=1_024)
 def fewest_audits(target: float, level: float, deadline: int) -> int:
     """Returns the fewest audits that can certify a price: so many if none of them has a loss.
 

@@ -220,14 +220,14 @@ def is_open(state: GroupState) -> NDArray[np.bool_]:
 
 def audits_due(state: GroupState, promise: Promise) -> Int:
     """Returns how many audits (...) at least are due before anything is halted; 0 if none is."""
-    level = level_of(state.level, state.epoch)
-    sufficient = np.vectorize(
-        lambda one: fewest_audits(promise.target, float(one), promise.deadline)
-    )
-    fewest = sufficient(level)
+    halts, level = np.asarray(state.ceiling > 0), level_of(state.level, state.epoch)
+    fewest = np.zeros(halts.shape)
+    fewest[~halts] = [
+        fewest_audits(promise.target, float(one), promise.deadline) for one in level[~halts]
+    ]
     needed = np.maximum(fewest, _cooling(state, promise))
     missing = np.maximum(np.ceil(needed - state.num_audits), 1)
-    return np.where(state.ceiling > 0, 0, missing).astype(np.int64)
+    return np.where(halts, 0, missing).astype(np.int64)
 
 
 def stakes(state: GroupState, promise: Promise) -> Float:
