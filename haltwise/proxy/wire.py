@@ -368,19 +368,43 @@ def tokens_of(choice: Json) -> list[ServedToken]:
 
 
 def whole_texts(tokens: list[ServedToken], text: str) -> list[ServedToken]:
-    """Tokens whose texts are that of their chunk, where their own are only parts of characters.
+    """Tokens whose texts are that of their chunk, where their own are less.
+
+    A token's own text may be a part of a character, or lack the blank before a word.
 
     Args:
         tokens: Those of a chunk; without any, its text counts as one.
         text: That of the chunk.
     """
     own = "".join(token.text for token in tokens)
-    is_whole = len(own) >= len(text) and "\ufffd" not in own and _BYTES_TEXT not in own
-    if is_whole:
+    are_characters = "\ufffd" not in own and _BYTES_TEXT not in own
+    if own == text and are_characters:
         return tokens
     if not tokens:
         return [ServedToken(text)]
+    parts = _with_blanks(tokens, text) if are_characters else []
+    if parts or (are_characters and len(own) >= len(text)):
+        return parts or tokens
     return [*(replace(token, text="") for token in tokens[:-1]), replace(tokens[-1], text=text)]
+
+
+def _with_blanks(tokens: list[ServedToken], text: str) -> list[ServedToken]:
+    """Tokens with the blanks that a text has before them; none if it is another text.
+
+    The last one may be the LM's end, which is no part of the text.
+    """
+    parts: list[ServedToken] = []
+    start = 0
+    for token in tokens:
+        at = text.find(token.text, start)
+        if at < 0 and start == len(text) and len(parts) == len(tokens) - 1:
+            return [*parts, token]
+        if at < 0 or text[start:at].strip():
+            return []
+        end = at + len(token.text)
+        parts.append(replace(token, text=text[start:end]))
+        start = end
+    return [] if start < len(text) else parts
 
 
 def served_tokens(choice: Json) -> list[ServedToken]:

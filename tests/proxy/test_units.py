@@ -51,6 +51,7 @@ from haltwise.proxy.wire import (
     texts_of,
     tokens_of,
     trim_logprobs,
+    whole_texts,
 )
 from haltwise.session.control import ConstantControl
 from haltwise.session.request import ThoughtRequest
@@ -592,6 +593,27 @@ def test_what_was_seen_can_be_gone_on_from() -> None:
     assert seen.has_ids and seen.num_tokens == 5
     seen.add({"choices": [{"text": "no id"}]})
     assert not seen.has_ids and seen.num_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("own", "text", "expected"),
+    [
+        (["</think>", "26"], " </think> 26", [" </think>", " 26"]),  # vLLM, several in a chunk
+        (["b", "c", "17", "<eos>"], " b c 17", [" b", " c", " 17", "<eos>"]),
+        (["a", "b"], "ab", ["a", "b"]),
+        (["17", "<eos>"], " 17", [" 17", "<eos>"]),
+        (["a", "c"], " a b c", ["", " a b c"]),
+        (["a", "b"], "a b.", ["", "a b."]),
+        (["\ufffd", "\ufffd"], "é", ["", "é"]),
+        ([], "ab", ["ab"]),
+    ],
+)
+def test_tokens_have_the_text_of_their_chunk(
+    own: list[str], text: str, expected: list[str]
+) -> None:
+    found = whole_texts([ServedToken(word, -1.0, id=i) for i, word in enumerate(own)], text)
+    assert [token.text for token in found] == expected
+    assert [token.id for token in found] == ([*range(len(own))] or [None])
 
 
 def settings_of(metrics: Metrics, patience: float = 9.0) -> CompletionSettings:
