@@ -22,6 +22,8 @@ _PROMPT = " ".join(map(str, range(1, 101)))
 _STEP = 16
 # Tokens of the thought in all: where it ends too soon to tell, a longer one is tried.
 _LENGTHS = (256, 1024, 4096)
+# How a server answers a request that its context has no room for.
+_TOO_LONG = 400
 # The first probe finds no cache.
 _NUM_PROBES = 2
 # A thought is long enough if so many probes alone, one after the other, could have run beside it.
@@ -132,9 +134,15 @@ async def try_probes(server: LMServer, headers: RawHeaders, takes_turns: bool) -
     """
     if takes_turns and (request := await server.in_turns(_asked(server, headers, _STEP))):
         return await _tried_in_turn(server, request)
-    for length in _LENGTHS:
-        trial = await _tried(server, headers, length)
+    trial = await _tried(server, headers, _LENGTHS[0])
+    for length in _LENGTHS[1:]:
         if trial.is_sure:
+            break
+        try:
+            trial = await _tried(server, headers, length)
+        except UpstreamError as error:
+            if error.answered != _TOO_LONG:
+                raise
             break
     return trial
 
@@ -146,7 +154,7 @@ async def _tried(server: LMServer, headers: RawHeaders, length: int) -> ProbeTri
     leg = await server.upstream.stream("/v1/completions", body, headers)
     try:
         if not leg.is_readable:
-            raise UpstreamError("status", f"upstream answered with {leg.response.status_code}")
+            raise await refusal("/v1/completions", leg)
         generated = GeneratedSoFar()
         for _ in range(_NUM_PROBES):
             await _read(leg, generated, _STEP)

@@ -484,6 +484,27 @@ def test_what_may_come_of_a_busy_machine_is_told_and_no_reason_to_refuse(
     )
 
 
+@pytest.mark.parametrize(("status", "longest"), [(400, 256), (400, 0), (500, 256)])
+def test_a_trial_asks_for_no_longer_thought_than_the_server_has_room_for(
+    status: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsure = ProbeTrial(300, 20, 200, 5.0, 1, False, 3.9, 1.0)
+
+    async def tried(server: Any, headers: Any, length: int) -> ProbeTrial:
+        if length > longest:
+            raise UpstreamError("status", "too long", answered=status)
+        return unsure
+
+    monkeypatch.setattr(trial_module, "_tried", tried)
+    server: Any = None
+    found = trial_module.try_probes(server, [], False)
+    if (status, longest) == (400, 256):
+        assert asyncio.run(found) == unsure
+    else:
+        with pytest.raises(UpstreamError, match="too long"):
+            asyncio.run(found)
+
+
 def test_a_sound_server_on_a_slow_machine_is_not_refused(
     tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
