@@ -7,7 +7,7 @@ cascade continues, answers, or escalates the question to the large LM; before th
 continues or escalates, at the thought's end it answers or escalates. It learns from the splits
 train and dev, and is judged on the split test, beside either LM alone, routers that decide before
 the first token, and confidence cascades. Both bills count, in tokens of the small LM; prompts do
-not.
+not. A last table tells what it is worth to choose an LM and a way to halt for each question.
 
 It writes a run folder: the cascade (cascade.json, cascade.safetensors), its halting head
 (head.json, head.safetensors), the questions that it learned from, and the results (test.json).
@@ -25,6 +25,7 @@ import installed  # noqa: F401, tells what is missing
 
 import numpy as np
 
+from agents.balance import balance
 from agents.cascade import CascadeFitConfig, Trained, fit_cascade
 from command import run, write_json
 from envs.replay import availability
@@ -40,6 +41,7 @@ from evaluation.cascade import (
     verdict,
 )
 from evaluation.protocol import folds
+from evaluation.selection import Asked, Selection, SelectionRow, format_selection
 from haltwise import HaltHead, Halting, HeadConfig, InputError
 from haltwise.errors import check_ranges
 from haltwise.policy.cascade import Cascade, CascadeConfig, check_positive
@@ -51,6 +53,7 @@ from policies.course import Escalating, LargeAnswers
 from policies.escalating import (
     ROUTERS,
     Always,
+    Capped,
     ConfidenceCascade,
     Halted,
     Hindsight,
@@ -129,7 +132,8 @@ def main(config: CascadeCommandConfig) -> Path:
     ]
     rows = judge(material.fresh, material.large_fresh, config.price_ratio, chosen, "cascade")
     strongest = {kind: strongest_of(chosen, begins) for kind, begins in _KINDS.items()}
-    return _write(config, material, trained, rows, chosen, strongest)
+    selection = _selection(config, material, trained, chosen)
+    return _write(config, material, trained, rows, chosen, strongest, selection)
 
 
 def _check(config: CascadeCommandConfig) -> None:
@@ -265,12 +269,35 @@ def _policies(
     probing = trained.alone.config.halting.probing
     prices = price_grid(trained.alone.config.observing)
     policies: list[Escalating] = [cascade, Always("always_small", large)]
-    policies += [Always("always_large", large), Halted(head)]
+    policies += [Always("always_large", large), Capped(), Halted(head)]
     policies += [Routed(router, large, by) for router in routers for by in (None, head)]
     policies += [ConfidenceCascade(large)]
     if probing == "always":  # else the head's answers are not seen before it halts
         policies += [ConfidenceCascade(large, head)]
     return [*policies, Hindsight(material.answers, config.price_ratio, prices, probing)]
+
+
+def _own_price(chosen: Sequence[Chosen]) -> float | None:
+    """Returns the cascade's price at the strictest gate that it is within; None if at none."""
+    points = next(of for of in chosen if of.policy.name == "cascade").points
+    return next((of[0] for _, of in sorted(points.items()) if of is not None), None)
+
+
+def _selection(
+    config: CascadeCommandConfig,
+    material: _Material,
+    trained: Trained,
+    chosen: Sequence[Chosen],
+) -> list[SelectionRow]:
+    """Judges the cascade and other ways to choose a strategy, at the prices of training."""
+    told, observing = trained.alone.config, trained.cascade.head.config.observing
+    prices = price_grid(observing)[::2]
+    known = Asked(material.known, material.large_known, config.price_ratio)
+    fresh = Asked(material.fresh, material.large_fresh, config.price_ratio)
+    price = _own_price(chosen) or float(np.median(prices))
+    weights = balance(np.array(prices), observing)
+    judged, num = Selection(known, fresh, told, prices, weights, price), len(material.known)
+    return judged.rows({of.policy.name: of for of in chosen}, [num // 4, num // 2, num])
 
 
 def _write(
@@ -280,11 +307,11 @@ def _write(
     rows: Sequence[CascadeRow],
     chosen: Sequence[Chosen],
     strongest: Mapping[str, str],
+    selection: Sequence[SelectionRow],
 ) -> Path:
-    """Writes the run folder, and prints the table and the verdict."""
+    """Writes the run folder, and prints the tables and the verdict."""
     opened = Run(config.run_dir)
-    points = next(of for of in chosen if of.policy.name == "cascade").points
-    price = next((of[0] for _, of in sorted(points.items()) if of is not None), None)
+    price = _own_price(chosen)
     cascade = trained.cascade
     if price is not None:
         told = replace(cascade.config, default_price=price)
@@ -304,12 +331,14 @@ def _write(
             "strongest": dict(strongest),
             "rows": [asdict(row) for row in rows],
             "questions_needed": needed,
+            "selection": [asdict(row) for row in selection],
         },
     )
     print(format_rows(rows))
     print("Both bills count, probes included, in tokens of the small LM; prompts do not.")
     for kind, name in strongest.items():
         print(f"Out of fold, {kind} is: {title(name)}.")
+    print(format_selection(selection))
     print(f"wrote {opened.folder}")
     print(sentence)
     return opened.folder

@@ -33,6 +33,7 @@ _ROUNDING = 1e-9
 _TITLES = {
     "always_large": "always large",
     "always_small": "always small",
+    "budget": "small, on a token budget",
     "head": "small, halted by its head",
     "confidence_cascade": "confidence cascade",
     "confidence_cascade_head": "head, then confidence",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from haltwise.policy.halting import Probing
 from haltwise.policy.question import Question, QuestionReader
-from policies.baselines import Confidence
+from policies.baselines import Budget, Confidence
 from policies.course import AT_END, AT_START, Bills, Course, LargeAnswers, Parameter
 from policies.head import HeadPolicy
 from traces import Pairs
@@ -107,7 +107,7 @@ class Router:
         for k in np.unique(fold):
             learned = self.learned.select(own != k) if k >= 0 else self.learned
             rows = fold == k
-            read = _reading(learned.questions)
+            read = reading(learned.questions)
             seen = read(learned.questions)
             asked = read([pairs.questions[n] for n in np.flatnonzero(rows)])
             large, small = (
@@ -261,6 +261,32 @@ class Halted:
 
 
 @dataclass(frozen=True)
+class Capped:
+    """Lets the small LM answer everything, on a budget of thinking tokens."""
+
+    name: ClassVar[str] = "budget"
+    probing: ClassVar[Probing] = "at_halt"
+
+    def signal(self, pairs: Pairs) -> Any:
+        """Returns the position (P,) of every point."""
+        return Budget().signal(pairs.small)
+
+    def grid(self, signal: Any) -> list[Parameter]:
+        """Returns the budgets."""
+        return [(budget,) for budget in Budget().grid(signal)]
+
+    def course(self, pairs: Pairs, signal: Any, parameter: Parameter) -> Course:
+        """Returns the course at a budget."""
+        small = pairs.small
+        nothing = np.zeros(small.num_points, dtype=bool), np.zeros(len(small), dtype=bool)
+        return Course.of_points(small, Budget().halts(signal, parameter[0]), *nothing)
+
+    def large_price(self, parameter: Parameter) -> float:
+        """The large LM answers nothing: any price will do."""
+        return parameter[0]
+
+
+@dataclass(frozen=True)
 class Hindsight:
     """Does what is best at a price, which only the gold answers tell: a bound."""
 
@@ -315,7 +341,7 @@ def _head_courses(head: HeadPolicy | None, pairs: Pairs) -> dict[float, Course]:
     return courses
 
 
-def _reading(questions: Sequence[Question]) -> Callable[[Sequence[Question]], _Scores]:
+def reading(questions: Sequence[Question]) -> Callable[[Sequence[Question]], _Scores]:
     """Returns what turns questions into numbers, with the words that are frequent among some.
 
     The first number is always 1: of some questions nothing is known.

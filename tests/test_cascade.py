@@ -65,6 +65,8 @@ def test_a_run_holds_the_cascade_and_what_it_is_worth(
     # A halt at the second point costs 104, and the hard ones 800 and what was thought before.
     assert own["em"] == 1 and 104 < own["tokens"] < 0.8 * 800
     assert rows["oracle"]["tokens"] <= own["tokens"]
+    ways = {(row["among"], row["chooser"]): row["way"] for row in result["selection"]}
+    assert 0.5 < ways["one LM, halted", "cascade"] <= 1 and "network" in told
     assert rows["always_large"]["cheaper_interval"][0] > 0
     loaded = Cascade.load(folder)
     assert loaded.config.price_ratio == 4 and loaded.config.default_price == own["parameter"][0]
