@@ -16,6 +16,7 @@ Shapes: N questions, S strategies, K prices, X numbers that a selector sees of a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ STRATEGIES = ("always_small", "always_large", "head", "budget")
 
 # So many numbers of each policy are strategies, at most.
 _MOST = 5
+# Of fewer questions, none are kept back to tell when a network has learned enough.
+_FEWEST = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +107,13 @@ def _waited(small: Traces, course: Course, looks: bool) -> NDArray[np.int64]:
     return np.where(course.point == AT_START, thought + look, np.where(is_known, 0, look))
 
 
-def _linear() -> RegressorMixin:
+def _linear(num: int) -> RegressorMixin:
     from sklearn.linear_model import Ridge
 
     return Ridge(alpha=10.0)
 
 
-def _boosted_trees() -> RegressorMixin:
+def _boosted_trees(num: int) -> RegressorMixin:
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.multioutput import MultiOutputRegressor
 
@@ -120,16 +123,20 @@ def _boosted_trees() -> RegressorMixin:
     return MultiOutputRegressor(trees)
 
 
-def _network() -> RegressorMixin:
+def _network(num: int) -> RegressorMixin:
     from sklearn.neural_network import MLPRegressor
 
     return MLPRegressor(
-        hidden_layer_sizes=(32,), alpha=1.0, early_stopping=True, max_iter=200, random_state=0
+        hidden_layer_sizes=(32,),
+        alpha=1.0,
+        early_stopping=num >= _FEWEST,
+        max_iter=200,
+        random_state=0,
     )
 
 
-#: By name, the models that a selector may be.
-SELECTORS: Mapping[str, Callable[[], RegressorMixin]] = {
+#: By name, the models that a selector may be, by the number of questions that they learn from.
+SELECTORS: Mapping[str, Callable[[int], RegressorMixin]] = {
     "linear": _linear,
     "boosted trees": _boosted_trees,
     "network": _network,
@@ -218,7 +225,7 @@ class Selection:
         rows = np.random.default_rng(0).permutation(len(seen))[:num]
         found = []
         for name, model in SELECTORS.items():
-            expected = _predict(model(), seen[rows], known, rows, asked)
+            expected = _predict(model(num), seen[rows], known, rows, asked)
             best = [expected.returns(price).argmax(axis=0) for price in self.prices]
             each = [
                 np.take_along_axis(fresh.returns(price), k[None], axis=0)[0]
@@ -265,10 +272,14 @@ def _predict(
         rows: See `known`.
         asked: (N, X) what is seen of the questions to predict.
     """
+    from sklearn.exceptions import ConvergenceWarning
+
     mean, scale = seen.mean(axis=0), np.maximum(seen.std(axis=0), 1e-6)
     told = np.concatenate([known.em[:, rows], known.cost[:, rows]]).T
     middle, spread = told.mean(axis=0), np.maximum(told.std(axis=0), 1e-6)
-    model.fit((seen - mean) / scale, (told - middle) / spread)
+    with warnings.catch_warnings():  # a network that goes on learning is a model, too
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit((seen - mean) / scale, (told - middle) / spread)
     expected = model.predict(np.clip((asked - mean) / scale, -5, 5)) * spread + middle
     em, cost = np.split(expected.T, 2)
     return Strategies(em, cost)
