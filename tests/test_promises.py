@@ -35,6 +35,7 @@ from tests.proxy import (
     test_trouble,
     test_units,
 )
+from tests.proxy import test_votes as test_proxy_votes
 from tests.session import (
     test_monitor,
     test_request,
@@ -442,6 +443,48 @@ PROMISES: dict[str, Tests] = {
     ),
     "A thought in turns counts as one request, whose prompt counts once": (
         test_llama_server.test_a_thought_in_turns_has_the_tokens_of_one_stream,
+    ),
+    "are offered by `--most-thoughts 3`": (
+        test_proxy_votes.test_where_two_agree_there_is_no_third,
+        test_proxy_votes.test_the_earliest_thought_with_the_answer_of_most_is_given_whole,
+        test_proxy_votes.test_who_does_not_ask_has_one_thought,
+        test_proxy_votes.test_what_nobody_watches_or_offers_is_refused,
+        test_llama_server.test_of_three_sampled_thoughts_no_third_begins_where_two_agree,
+    ),
+    "until none could change the vote any more": (
+        test_proxy_votes.test_where_two_agree_there_is_no_third,
+        test_votes.test_what_is_settled_is_what_no_further_thought_could_change,
+    ),
+    "An answer that the head's rule cannot read is no vote": (
+        test_proxy_votes.test_the_earliest_thought_with_the_answer_of_most_is_given_whole,
+    ),
+    "and each further one has the next": (
+        test_proxy_votes.test_where_two_agree_there_is_no_third,
+        test_proxy_votes.test_without_a_seed_none_is_named_and_at_a_price_of_0_nothing_is_halted,
+    ),
+    "and its events come once the vote is settled": (
+        test_proxy_votes.test_the_earliest_thought_with_the_answer_of_most_is_given_whole,
+        test_proxy_votes.test_a_stream_begins_at_once_and_says_nothing_before_the_vote,
+    ),
+    "Usage counts all thoughts": (test_proxy_votes.test_usage_counts_all_thoughts,),
+    "how it ended and how many have its answer": (
+        test_proxy_votes.test_where_two_agree_there_is_no_third,
+        test_proxy_votes.test_the_earliest_thought_with_the_answer_of_most_is_given_whole,
+    ),
+    "those before it decide, and `failed` says why": (
+        test_proxy_votes.test_if_a_later_thought_fails_those_before_it_decide,
+        test_proxy_votes.test_the_first_thought_fails_as_if_it_were_alone,
+    ),
+    "Budgets hold back for all thoughts": (
+        test_proxy_votes.test_as_much_is_held_back_for_each_thought,
+        test_proxy_votes.test_a_budget_holds_back_for_all_and_pays_for_those_that_ran,
+    ),
+    "several choices gets a 400 that says so": (
+        test_proxy_votes.test_what_cannot_be_voted_on_is_refused,
+        test_proxy_votes.test_what_nobody_watches_or_offers_is_refused,
+    ),
+    "The flag is refused beside `--large`": (
+        test_proxy_votes.test_what_knows_of_one_thought_is_refused_beside_several,
     ),
     "`turns` tells how many it took": (
         test_probing.test_a_thought_in_turns_that_nobody_halts_is_that_of_one_stream,

@@ -49,8 +49,9 @@ from haltwise.proxy.client_terms import (
     named_by,
     names_price,
     terms_of,
+    thoughts_named,
 )
-from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
+from haltwise.proxy.completion import Completion, CompletionSettings, WatchedCompletion
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import (
     GOVERNED,
@@ -72,6 +73,7 @@ from haltwise.proxy.page import live_page
 from haltwise.proxy.probe_trial import check_probes
 from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
+from haltwise.proxy.voted_completion import VotedCompletion
 from haltwise.proxy.wire import (
     EVENT_STREAM,
     Json,
@@ -373,11 +375,17 @@ class Proxy:
         request = CompletionRequest(record.endpoint == "chat", asked, headers)
         terms = terms_of(client, customer, self._tariffs, request.model)
         record.about = {"model": request.model[:100], **logged(terms)}
+        num_thoughts = thoughts_named(client, self.config.most_thoughts)
+        if num_thoughts > 1:
+            request = replace(request, num_thoughts=num_thoughts)
+            close_text = self._unknown.close_text
+            is_large = aside.is_large(asked)
+            _check_several(request, await aside.run(is_large, request.why_not_several, close_text))
         if terms.names_unknown_segment:
             self.metrics.unknown_segments.inc()
         large = self._settings.large
         may_ask = None if large is None or self.config.shadow else large.model_of(request)
-        async with self._billed(client, body, asked, is_watched=True, large=may_ask) as bill:
+        async with self._billed(client, body, asked, True, may_ask, num_thoughts) as bill:
             if bill is not None and bill.max_tokens is not None:
                 request = request.limited(bill.max_tokens)
                 body = await aside.encoded(request.body)
@@ -399,7 +407,7 @@ class Proxy:
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         is_large = aside.is_large(request.body)
         # Who has to know what it costs has to watch, and whoever may be answered by the large LM.
-        uncounted = off and bill is None and self._reference is None
+        uncounted = off and bill is None and self._reference is None and request.num_thoughts == 1
         why_not = "off" if uncounted else await aside.run(is_large, request.why_not_halted)
         if why_not is None:
             server = await self._find_server(headers)
@@ -407,13 +415,15 @@ class Proxy:
                 self._try_probes_late(server, _authorization(headers))
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
+            if request.num_thoughts > 1:
+                _check_several(request, why_not)
         if why_not is None:
             about = self._about(client, request, names_own, bill)
             if self._takes_turns:
                 request = await server.in_turns(request) or request
             settings = self._serving(about)
             thought = ThoughtRequest(terms, about)
-            completion = WatchedCompletion(request, thought, server, settings, bill)
+            completion = _completion(request, thought, server, settings, bill)
             try:
                 why_not = await self._watch(client, completion)
             finally:
@@ -483,6 +493,7 @@ class Proxy:
         asked: Json,
         is_watched: bool,
         large: str | None = None,
+        num_thoughts: int = 1,
     ) -> AsyncIterator[Bill | None]:
         """Holds back what a request can cost for as long as its block runs, and settles its bill.
 
@@ -492,6 +503,7 @@ class Proxy:
             asked: What that says.
             is_watched: Whether its thought may be halted.
             large: The large LM that may be asked too; None if none may.
+            num_thoughts: The most thoughts behind its answer.
 
         Raises:
             RefusedError: If a budget has not enough left.
@@ -507,7 +519,9 @@ class Proxy:
         tenant = tenant_of(client.headers.get("authorization"))
         session = f"{tenant} {digest_of(named['session'])}" if named.get("session") else ""
         path = client.scope["path"].rstrip("/")
-        size, limit = self.cashier.size_of(path, len(body), asked, is_watched, self._looks)
+        size, limit = self.cashier.size_of(
+            path, len(body), asked, is_watched, self._looks, num_thoughts
+        )
         bill = await self.cashier.open(
             record.id,
             {"tenant": tenant, "session": session},
@@ -572,7 +586,7 @@ class Proxy:
                         told = f"recorded from a server with {name} {was!r}, this one has {now!r}"
                         log.warning(json.dumps({"warning": f"the head was {told}"[:1000]}))
 
-    async def _watch(self, client: RequestingClient, completion: WatchedCompletion) -> str | None:
+    async def _watch(self, client: RequestingClient, completion: Completion) -> str | None:
         """Answers with a watched completion.
 
         Returns:
@@ -626,6 +640,9 @@ class Proxy:
             return
         model = str(asked.get("model") or "")
         terms = terms_of(client, customer, self._tariffs, model)
+        if thoughts_named(client, self.config.most_thoughts) > 1:
+            message = f"X-Haltwise-Thoughts is given, expected it at {' or '.join(_ENDPOINTS)}"
+            raise RefusedError(400, "invalid_request_error", message)
         record.about = logged(terms)
         async with self._billed(client, body, asked, is_watched=False):
             leg = await self._capped(client, body, terms) if path == _RESPONSES else None
@@ -934,6 +951,39 @@ def _is_preflight(client: RequestingClient) -> bool:
     """Whether a browser asks what its page may ask for: it never shows a key then."""
     asks = client.headers.get("access-control-request-method")
     return client.scope["method"] == "OPTIONS" and asks is not None
+
+
+def _completion(
+    request: CompletionRequest,
+    thought: ThoughtRequest,
+    server: LMServer,
+    settings: CompletionSettings,
+    bill: Bill | None,
+) -> Completion:
+    """What a request is answered with: one thought, or what most of several give."""
+
+    def begin(request: CompletionRequest, bill: Bill | None) -> WatchedCompletion:
+        return WatchedCompletion(request, thought, server, settings, bill)
+
+    if request.num_thoughts == 1:
+        return begin(request, bill)
+    return VotedCompletion(request, begin, settings.metrics, bill)
+
+
+def _check_several(request: CompletionRequest, why_not: str | None) -> None:
+    """Refuses several thoughts of a request of which one cannot be watched.
+
+    Args:
+        request: The request.
+        why_not: Why it cannot; None if it can.
+
+    Raises:
+        RefusedError: If it cannot.
+    """
+    if why_not is not None:
+        found = f"X-Haltwise-Thoughts is {request.num_thoughts}"
+        message = f"{found}, expected 1 for a request with this: {why_not}"
+        raise RefusedError(400, "invalid_request_error", message)
 
 
 def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Control:

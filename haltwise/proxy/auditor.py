@@ -20,7 +20,7 @@ from haltwise.proxy.completion import CompletionSettings, WatchedCompletion
 from haltwise.proxy.metrics import Metrics
 from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.thought import ThoughtReader
-from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
+from haltwise.proxy.upstream import GeneratedSoFar, LegUsage
 from haltwise.proxy.wire import UpstreamError, without_markers
 from haltwise.session.thought import ForcedAnswer, Probe
 
@@ -151,7 +151,7 @@ class Auditor:
         completion = WatchedCompletion(reader.request, audit.request, reader.server, alone)
         small = completion.reader
         try:
-            answer = await completion.whole(await self._patiently(partial(_opened, completion)))
+            answer = await completion.whole(await self._patiently(completion.opened))
         finally:
             await completion.close()
             audit.thought = unhalted.report
@@ -301,30 +301,11 @@ def _seen(probe: Probe, position: int) -> GivenAnswer:
     return GivenAnswer(probe.answer, probe.text, position + probe.num_tokens, probe.logprobs)
 
 
-async def _opened(completion: WatchedCompletion) -> UpstreamLeg:
-    """The first leg of a completion, whose server shows its thought.
-
-    Raises:
-        UpstreamError: If it does not.
-    """
-    leg = await completion.open()
-    if leg.response.is_success and leg.is_readable:
-        return leg
-    await leg.close()
-    status = leg.response.status_code
-    raise UpstreamError("status", f"the small LM's server answered with {status}", wait=leg.wait)
-
-
 def _full(reader: ThoughtReader, said: str) -> GivenAnswer:
     """A whole answer, without a thought that stands in its text; one that has no end is all."""
-    rules, in_text = reader.server.rules, reader.thought.begun
-    if reader.escalated:
-        in_text |= rules.think_start in said or rules.think_end in said
-    is_apart = reader.field or not (in_text and rules.think_end)
-    text = said if is_apart else said.partition(rules.think_end)[2]
-    text = without_markers(text, rules.think_end)
+    text = reader.answer_in(said)
     num_tokens = sum(usage.completion_tokens for usage in reader.usages)
-    return GivenAnswer(rules.read_answer(text), text, num_tokens)
+    return GivenAnswer(reader.server.rules.read_answer(text), text, num_tokens)
 
 
 def _generated(reader: ThoughtReader, position: int) -> GeneratedSoFar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from heapq import nlargest
@@ -120,6 +120,8 @@ class Size:
     """Requests that go on from its prompt and thought: the second leg, and looks at answers."""
     num_looked: int = 0
     """Tokens of a look at an answer."""
+    num_thoughts: int = 1
+    """Times that all of this may be taken."""
 
     def spent(self) -> Spent:
         """Returns what it takes if it takes all.
@@ -131,7 +133,10 @@ class Size:
         again = self.num_goes_on * (self.num_input + _OF_CLOSE) + num_looks * self.num_output
         num_answers = self.num_choices + bool(self.num_goes_on)
         output = num_answers * self.num_output + num_looks * self.num_looked
-        return Spent(input_tokens=self.num_input + again, output_tokens=output)
+        num_input = self.num_input + again
+        return Spent(
+            input_tokens=self.num_thoughts * num_input, output_tokens=self.num_thoughts * output
+        )
 
 
 @dataclass
@@ -171,6 +176,23 @@ class Bill:
             most = min(num_asked * longest, self.held.input_tokens or 0)
             spent = replace(spent, input_tokens=most)
         self.spent = spent
+
+    def share(self, num_thoughts: int) -> Bill:
+        """Returns the bill of one of so many thoughts, for each of which as much is held back."""
+        held = Spent(
+            input_tokens=(self.held.input_tokens or 0) // num_thoughts,
+            output_tokens=(self.held.output_tokens or 0) // num_thoughts,
+        )
+        return replace(self, held=held, standings=[], spent=None)
+
+    def count_shares(self, shares: Sequence[Bill]) -> None:
+        """Takes in what all thoughts have taken; one that nobody has counted took all it could."""
+        taken = [one.spent or one.held for one in shares]
+        self.spent = Spent(
+            input_tokens=sum(one.input_tokens or 0 for one in taken),
+            cached_tokens=sum(one.cached_tokens or 0 for one in taken),
+            output_tokens=sum(one.output_tokens or 0 for one in taken),
+        )
 
     def leave_to_large(self) -> None:
         """Takes in that the large LM is asked, and nobody counts what it takes."""
@@ -355,7 +377,13 @@ class Cashier:
         return RefusedError(429, "budget", str(short), _retry_after(seconds))
 
     def size_of(
-        self, path: str, num_bytes: int, body: Json, is_watched: bool, looks: bool
+        self,
+        path: str,
+        num_bytes: int,
+        body: Json,
+        is_watched: bool,
+        looks: bool,
+        num_thoughts: int = 1,
     ) -> tuple[Callable[[int], Size], int | None]:
         """Returns how much a request can take, by the tokens it may generate, and its own limit.
 
@@ -365,6 +393,7 @@ class Cashier:
             body: What it says; empty if that cannot be read.
             is_watched: Whether its thought may be halted.
             looks: Whether the head looks at answers.
+            num_thoughts: The most thoughts behind its answer.
 
         Raises:
             RefusedError: If nobody can tell how many answers it wants.
@@ -379,7 +408,7 @@ class Cashier:
             looked = num // spacing if looks else 0
             goes_on = 1 + looked if is_watched else 0
             num_looked = self._rules.max_answer_tokens
-            return Size(num_input, num, num_choices, goes_on, num_looked)
+            return Size(num_input, num, num_choices, goes_on, num_looked, num_thoughts)
 
         return size, _limit(path, body)
 

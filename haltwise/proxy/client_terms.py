@@ -12,7 +12,10 @@ from haltwise.proxy.wire import Json
 #: How headers with terms begin: X-Haltwise-Price, -Off, -Min-Tokens, -Max-Tokens, -Segment.
 TERMS = "x-haltwise-"
 # What beside terms such headers name.
-_TOLD = ("task", "session", "value", "max_cost")
+_TOLD = ("task", "session", "value", "max_cost", "thoughts")
+
+# Digits of a number of thoughts; longer ones are none.
+_MOST_DIGITS = 10
 
 
 def named_by(client: RequestingClient) -> dict[str, str]:
@@ -89,6 +92,27 @@ def dollars_named(name: str, told: str | None) -> float | None:
         return read_dollars(f"X-Haltwise-{name.title()}", told)
     except InputError as error:
         raise RefusedError(400, "invalid_request_error", str(error)) from None
+
+
+def thoughts_named(client: RequestingClient, most: int) -> int:
+    """How many thoughts there may be behind the answer: 1 if the headers of a request name none.
+
+    Args:
+        client: The client.
+        most: As many as the operator offers.
+
+    Raises:
+        RefusedError: If the headers name more, or what is no number of thoughts.
+    """
+    told = named_by(client).get("thoughts", "1").strip()
+    num = int(told) if told.isascii() and told.isdigit() and len(told) < _MOST_DIGITS else 0
+    if 1 <= num <= most:
+        return num
+    offered = (
+        f"a whole number from 1 to {most}" if most > 1 else "1, or a proxy with --most-thoughts"
+    )
+    message = f"X-Haltwise-Thoughts is {told!r:.40}, expected {offered}"
+    raise RefusedError(400, "invalid_request_error", message)
 
 
 def logged(terms: Terms) -> Json:

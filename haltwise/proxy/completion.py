@@ -76,7 +76,59 @@ class CompletionSettings:
     """Asks for the answers of audits; None if there are none."""
 
 
-class WatchedCompletion:
+class Completion(Protocol):
+    """What a client is answered with; it is asked, read and closed in this order."""
+
+    request: CompletionRequest
+    """What the client asked for."""
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether its answer has come to an end."""
+
+    async def open(self) -> UpstreamLeg:
+        """Asks the upstream for a stream that can be watched; returns its first leg.
+
+        Raises:
+            UpstreamError: If no answer comes.
+        """
+
+    def release(self, reason: str) -> None:
+        """Leaves the thought to its LM, whose server has refused to show it."""
+
+    def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
+        """The events of a stream, of which this is the first leg.
+
+        Raises:
+            UpstreamError: If the answer is not whole.
+        """
+
+    def usage(self) -> Json:
+        """What the client is told of its tokens, with a report about the thought."""
+
+    def count(self) -> Json:
+        """Adds the completion to the metrics, once it has ended; returns the report about it."""
+
+    async def close(self) -> None:
+        """Ends whatever still runs, and tells the control what has happened."""
+
+    async def whole(self, first: UpstreamLeg) -> Json:
+        """The answer to a client that wants no stream.
+
+        Args:
+            first: The first leg.
+
+        Raises:
+            UpstreamError: If the answer is not whole.
+        """
+        whole = WholeAnswer()
+        async for event in self.events(first):
+            if event.chunk is not None:
+                whole.add(event.chunk)
+        return whole.answer(self.request.shows_chat) | {"usage": self.usage()}
+
+
+class WatchedCompletion(Completion):
     """One completion that is watched, from the first token to the last.
 
     The thought is read (`ThoughtReader`) until it is to be halted; then it is closed and continued
@@ -150,6 +202,21 @@ class WatchedCompletion:
             return await self._closer.ask_in_turns(body)
         return await self._closer.ask(body, self.request.chat)
 
+    async def opened(self) -> UpstreamLeg:
+        """Its first leg, whose server shows its thought.
+
+        Raises:
+            UpstreamError: If it does not.
+        """
+        leg = await self.open()
+        if leg.response.is_success and leg.is_readable:
+            return leg
+        await leg.close()
+        if leg.response.is_success:
+            raise UpstreamError("malformed", "the LM's server did not answer with a stream")
+        told = f"the LM's server answered with {leg.response.status_code}"
+        raise UpstreamError("status", told, wait=leg.wait)
+
     @property
     def reader(self) -> ThoughtReader:
         """Reads its thought."""
@@ -201,20 +268,9 @@ class WatchedCompletion:
         num_asked += self._reader.num_turns - 1
         bill.count(self._answer.spent_by_small(), num_asked)
 
-    async def whole(self, first: UpstreamLeg) -> Json:
-        """The answer to a client that wants no stream.
-
-        Args:
-            first: The first leg.
-
-        Raises:
-            UpstreamError: If the answer is not whole.
-        """
-        whole = WholeAnswer()
-        async for event in self.events(first):
-            if event.chunk is not None:
-                whole.add(event.chunk)
-        return whole.answer(self.request.shows_chat) | {"usage": self._answer.usage()}
+    def usage(self) -> Json:
+        """The usage of all legs and probes together, and the report about the thought."""
+        return self._answer.usage()
 
     async def events(self, first: UpstreamLeg) -> AsyncGenerator[StreamEvent, None]:
         """The events of a stream: those of the first leg, and of what takes its place.

@@ -53,6 +53,8 @@ class CompletionRequest:
     """Whether its thought is asked for piece by piece, see `haltwise.proxy.turns`."""
     chat_body: Json | None = None
     """The client's own body, if that is a chat's whose prompt has been rendered."""
+    num_thoughts: int = 1
+    """Most thoughts behind its answer, see `haltwise.proxy.voted_completion`."""
     _told: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     async def once(self, name: str, ask: Callable[[], Awaitable[T]]) -> T:
@@ -248,6 +250,27 @@ class CompletionRequest:
         body = self.less_tokens(self.continued_body(prompt=rendered), 0)
         own = {name: self.body.get(name) for name in ("stream", "stream_options")}
         return replace(self, chat=False, body=body | own, chat_body=self.body, _told={})
+
+    def why_not_several(self, close_text: str) -> str | None:
+        """Why several thoughts cannot be asked for on any server; None if they can.
+
+        Args:
+            close_text: What a thought is closed with.
+        """
+        why_not = self.why_not_halted() or self.why_not_continued(close_text)
+        alike = "a temperature of 0, where all thoughts are the same"
+        return why_not or (alike if self.body.get("temperature") == 0 else None)
+
+    def of_thought(self, number: int) -> "CompletionRequest":
+        """The request for one of several thoughts, with a seed of its own if the client named one.
+
+        Args:
+            number: That of the thought, 0 for the first.
+        """
+        seed = self.body.get("seed")
+        if type(seed) is not int or seed < 0:  # some servers take a negative one for any
+            return self
+        return replace(self, body=self.body | {"seed": seed + number})
 
     def less_tokens(self, body: Json, num_used: int) -> Json:
         """A body whose limits leave out the tokens that were generated already."""

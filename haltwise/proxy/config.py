@@ -29,6 +29,9 @@ _TENANT_GROUP = re.compile(f"{TENANT}[0-9a-f]{{16}}")
 # Requests that no process serves at a time; the pools for them alone would take minutes.
 _MOST = 100_000
 
+# Thoughts of one request at most: each is told of in a header.
+_MOST_THOUGHTS = 32
+
 #: The controls that have a state.
 GOVERNED = ("observe", "apply")
 
@@ -178,6 +181,9 @@ class ServeConfig:
     Needs --control apply."""
     shadow: bool = False
     """Decide, log and count, but halt nothing."""
+    most_thoughts: int = 1
+    """Most thoughts that a request may ask for by X-Haltwise-Thoughts; it gets the answer that most
+    of them give."""
     answers: Answers = "seen"
     """What follows a thought that a head has halted which looks at answers. seen: the answer that
     it has seen, if that is whole, and else as with free. free: whatever the LM answers."""
@@ -234,6 +240,7 @@ class ServeConfig:
         self._check_control()
         self._check_money()
         self._check_large()
+        self._check_thoughts()
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """By name of a setting, whether it is in its range, and what that is."""
@@ -247,6 +254,7 @@ class ServeConfig:
             "port": (0 <= self.port < 2**16, "0 to 65535"),
             "load_target": (self.load_target is None or self.load_target >= 1, "1 or more"),
             "value": (self.value is None or 0 < self.value < math.inf, "dollars above 0"),
+            "most_thoughts": (1 <= self.most_thoughts <= _MOST_THOUGHTS, f"1 to {_MOST_THOUGHTS}"),
             "price": (price is None or 0 <= price < math.inf, "0 or more, and finite"),
             "min_thinking_tokens": (self.min_thinking_tokens >= 0, "0 or more"),
             "max_thinking_tokens": (cap is None or cap >= least, f"at least {least}"),
@@ -281,6 +289,19 @@ class ServeConfig:
             raise InputError(f"{told} beside --large")
         if self.control != "off":
             self._check_control_of_both()
+
+    def _check_thoughts(self) -> None:
+        """Refuses several thoughts of a request beside what knows of one alone.
+
+        Raises:
+            InputError: If there is such a setting.
+        """
+        if self.most_thoughts == 1:
+            return
+        beside = "--large" if self.large is not None else f"--control {self.control}"
+        if self.large is not None or self.control in GOVERNED:
+            found = f"--most-thoughts is {self.most_thoughts}"
+            raise InputError(f"{found}, expected 1 beside {beside}, which knows of one thought")
 
     def _check_control_of_both(self) -> None:
         """Checks that what a control of a small and a large LM is told goes together.

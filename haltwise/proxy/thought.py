@@ -17,6 +17,7 @@ from haltwise.proxy.wire import (
     texts_of,
     tokens_of,
     whole_texts,
+    without_markers,
 )
 from haltwise.session.stream import StreamedThought
 
@@ -102,6 +103,18 @@ class ThoughtReader:
         self._metrics = metrics
         self._opening = ""
         self._call_since: int | None = None  # tokens before a call that halting waits for
+
+    def answer_in(self, said: str) -> str:
+        """The answer in all that was said outside of the thought's own field.
+
+        It has no thought that stands in the text; one that has no end is all.
+        """
+        rules, in_text = self.server.rules, self.thought.begun
+        if self.escalated:
+            in_text |= rules.think_start in said or rules.think_end in said
+        is_apart = self.field or not (in_text and rules.think_end)
+        text = said if is_apart else said.partition(rules.think_end)[2]
+        return without_markers(text, rules.think_end)
 
     async def read(self, chunk: Json, choice: Json) -> bool:
         """Reads the next chunk, which has this choice; returns whether to halt behind it."""

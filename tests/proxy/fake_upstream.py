@@ -116,6 +116,9 @@ class Plan:
     open: bool = False
     """Reasons in the open: without markers, up to the `CUE`."""
 
+    by_seed: tuple[str, ...] = ()
+    """By the request's seed, what the answer begins with; behind a ! it is the trouble."""
+
     @property
     def close(self) -> str:
         """What stands between the thought and the answer."""
@@ -141,7 +144,9 @@ class Plan:
             return Plan("tried", thinking=10**6)
         found, _ = json.JSONDecoder().raw_decode(text)
         found["logprobs"] = tuple(map(tuple, found.get("logprobs", cls.logprobs)))
-        places = {name: tuple(found.get(name, getattr(cls, name))) for name in ("legs", "call")}
+        places = {
+            name: tuple(found.get(name, getattr(cls, name))) for name in ("legs", "call", "by_seed")
+        }
         return cls(**found | places)
 
     def thought(self, num: int | None = None, start: int = 0) -> str:
@@ -416,6 +421,10 @@ class _Fake:
             plan = replace(plan, trouble=self.trouble, at=30)
         if self.errs:
             plan = replace(plan, mention=" wrong")
+        if plan.by_seed:
+            said = plan.by_seed[body["seed"]]
+            is_trouble = said.startswith("!")
+            plan = replace(plan, **{"trouble" if is_trouble else "mention": said.lstrip("!")})
         if plan.trouble == "mute" and leg_of(prompt) in plan.legs:
             await asked.freed.wait()
         return await self._answer(asked, plan, prompt, numbers)

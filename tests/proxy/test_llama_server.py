@@ -61,7 +61,7 @@ def server(gguf: Path) -> Iterator[LlamaServer]:
 
 @pytest.fixture(scope="module")
 def proxy(server: LlamaServer, head: Path) -> Iterator[Proxy]:
-    with proxied(ServeConfig(head=head, upstream=server.url)) as found:
+    with proxied(ServeConfig(head=head, upstream=server.url, most_thoughts=3)) as found:
         yield found
 
 
@@ -238,7 +238,8 @@ def one_slot(gguf: Path) -> Iterator[LlamaServer]:
 def in_turn(one_slot: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     policy = sure_head(CLOSE, "every 12 tokens", probing="always")
     folder = saved_head(tmp_path_factory.mktemp("in turn"), policy)
-    with proxied(ServeConfig(folder, one_slot.url, probe_timeout=PATIENCE)) as found:
+    config = ServeConfig(folder, one_slot.url, probe_timeout=PATIENCE, most_thoughts=3)
+    with proxied(config) as found:
         yield found
 
 
@@ -264,6 +265,34 @@ def test_a_thought_in_turns_has_the_tokens_of_one_stream(
         (leg,) = told["legs"]
         num_prompt = len(ids_of(lm, prompt_of(question)))
         assert (leg["prompt_tokens"], leg["completion_tokens"]) == (num_prompt, num_tokens)
+
+
+@pytest.mark.parametrize("in_chat", [True, False], ids=["chat", "completions"])
+@pytest.mark.parametrize("served", ["client", "turned"])
+def test_of_three_sampled_thoughts_no_third_begins_where_two_agree(
+    request: pytest.FixtureRequest, lm: LanguageModel, served: str, in_chat: bool
+) -> None:
+    """The head looks at answers in one of both, whose thoughts come in turns."""
+    client, headers = request.getfixturevalue(served), SOON | {"X-Haltwise-Thoughts": "3"}
+    more: Any = {"model": NAME, "temperature": 1.5, "seed": 3, "extra_headers": headers}
+    for question in ASKED:
+        prompt = prompt_of(question)
+        if in_chat:
+            said = prompt.removesuffix("<think>").strip()
+            messages = [{"role": "user", "content": said}]
+            done = client.chat.completions.create(messages=messages, **more)
+            answer = done.choices[0].message.content
+        else:
+            done = client.completions.create(prompt=prompt, **more)
+            answer = done.choices[0].text.partition("</think>")[2]
+        told = done.usage.haltwise
+        votes = [thought["votes"] for thought in told["thoughts"]]
+        agree = [[2, 2]] if len(votes) == 2 else [[1, 1, 1], [2, 1, 2], [1, 2, 2]]
+        assert votes in agree or 0 in votes  # of an answer that nobody can read
+        assert max(votes) == votes[told["given"]] and "failed" not in told
+        assert is_number(lm, answer) or not votes[told["given"]]
+        num_thought = sum(thought["position"] for thought in told["thoughts"])
+        assert done.usage.completion_tokens > num_thought
 
 
 def num_computed(server: LlamaServer) -> int:
