@@ -15,6 +15,7 @@ from haltwise.proxy.billing import Size
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
 from tests.proxy.proxies import (
     PATHS,
+    PATIENCE,
     Pair,
     Pairs,
     Proxy,
@@ -113,6 +114,15 @@ def test_a_stream_begins_at_once_and_says_nothing_before_the_vote(pairs: Pairs, 
         pair.upstream.free(pair.upstream.of(plan)[-1])
         said = b"".join(pieces)
     assert said.endswith(b"data: [DONE]\n\n") and said.count(b"seen20") == 1
+
+
+def test_whoever_leaves_amid_a_vote_leaves_no_thought_behind(pairs: Pairs, plan: Plan) -> None:
+    pair, hangs = voting(pairs), replace(plan, by_seed=(" 7", "!hangs"), at=10, legs=(1,))
+    body = {"model": "fake", "stream": True, "messages": hangs.messages(), "seed": 0}
+    with pair.client.stream("POST", PATHS[True], json=body, headers=THREE):
+        wait_until(lambda: thoughts(pair, plan) == 2)
+    assert pair.upstream.of(plan)[-1].gone.wait(PATIENCE)
+    wait_until(lambda: pair.proxy.metric("haltwise_streams_in_flight") == 0)
 
 
 def thoughts(pair: Pair, plan: Plan) -> int:
