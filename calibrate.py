@@ -261,7 +261,8 @@ def _segment_rows(certificate: Certificate) -> list[tuple[str, ...]]:
     drop, delta = certificate.max_em_drop, 1 - certificate.confidence
     counts = {entry.segment: entry.num_questions for entry in certificate.segments}
     tested = segments_to_test(counts, drop, delta)
-    needed = fewest_questions(drop, delta / (len(tested) + 1))
+    # All that are not tested yet are to be, together.
+    needed = fewest_questions(drop, delta / len(counts)) if counts else 0
     rows = []
     for entry in certificate.segments:
         cells = _cells(entry.price, entry.saving, entry.observed_loss)

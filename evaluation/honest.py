@@ -129,7 +129,10 @@ def price_words(
     """
     num = len(np.unique(traces.question_id))
     promises = [_promise(row, own, num) for row in rows if row.policy == "head"]
-    certify_it = "calibrate.py --apply gives the head a price that is certified on other questions."
+    certify_it = (
+        "calibrate.py --apply gives the head a price that is certified on other questions: where "
+        "it vouches for less than this, go by the certificate."
+    )
     return "\n".join([_own_words(own, sorted(segments)), *promises, certify_it])
 
 

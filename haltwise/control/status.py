@@ -241,8 +241,8 @@ def _lines_of_broken_off(books: Books) -> list[str]:
 def _what_is_due(library: Library) -> str:
     """Returns what does not happen before the first certificate."""
     if is_cascade(library.champion):
-        return "the small LM answers; all beside the large LM alone"
-    return "anything is halted"
+        return "the small LM answers under apply; all beside the large LM alone"
+    return "apply halts anything"
 
 
 def _lines_of_heads(library: Library) -> list[str]:

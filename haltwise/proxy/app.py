@@ -141,8 +141,8 @@ class Proxy:
         self._tariffs = _tariffs(config)
         self._default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         self._terms = self._default.terms
-        if self._terms.price == 0:
-            log.warning(json.dumps({"warning": NEVER_HALTS}))
+        for told in _told_at_start(config, head, self._terms.price):
+            log.warning(json.dumps({"warning": told}))
         self._keys = _keys(config, self._default)
         if config.keys is not None:
             tell_if_readable(config.keys)
@@ -1017,6 +1017,24 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         config.replay_all,
         86_400 * config.keep_days,
     )
+
+
+def _told_at_start(config: ServeConfig, head: HaltHead, price: float) -> list[str]:
+    """Returns what an operator would else find out late, a line each."""
+    told = [NEVER_HALTS] if price == 0 else []
+    if config.label_hours and config.operator_key_env is None:
+        told.append(
+            "--label-hours waits for labels, which nobody can tell without --operator-key-env: all "
+            "audits whose answers differ count as lost"
+        )
+    certificate = head.config.certificate
+    promised = 0.0 if certificate is None else certificate.max_em_drop
+    if config.control == "apply" and promised > config.target:
+        told.append(
+            f"the head's certificate promises {promised:g}, which is more than --target "
+            f"{config.target:g}: audits have to vouch for a price, and until then nothing is halted"
+        )
+    return told
 
 
 async def _with_own(

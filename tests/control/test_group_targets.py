@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,13 @@ def test_words_that_are_no_target(words: list[str]) -> None:
 def test_a_group_has_one_target() -> None:
     with pytest.raises(InputError, match="task:a has two targets, expected one"):
         read_targets(["task:a=0.1", "task:a=0.1"])
+
+
+def test_the_guide_tells_how_many_audits_a_target_of_its_own_takes() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "CONTROL.md").read_text()
+    whole = Groups.begin(Promise(), K)
+    assert f"({whole.audits_due()} for a target of 0.02)" in guide
+    for num, said in ((1, "that takes {} audits"), (20, "each needs {:,} audits")):
+        targets = {f"task:{n}": 0.01 for n in range(num)}
+        due = Groups.begin(Promise(), K, targets=targets).audits_due("task:0")
+        assert said.format(due) in guide

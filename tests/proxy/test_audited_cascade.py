@@ -354,7 +354,7 @@ def test_what_is_told_is_about_the_large_lm(serving: Serving, plan: Plan, tmp_pa
     # The highest price answers behind 12 tokens; none at the small LM's own end.
     assert [(at, agrees, num) for at, _, agrees, num in answers] == [(12, 0, 17), (0, 1, 34)]
     table = table_of(read_library(tmp_path / "state"))
-    assert "before the small LM answers; all beside the large LM alone" in table
+    assert "before the small LM answers under apply; all beside the large LM alone" in table
     text = two.proxy.client.get("/metrics").text
     assert "share of the bill at a price of 0 that is saved" in text
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from haltwise import HaltHead, InputError, cli
+from haltwise import Certificate, HaltHead, InputError, cli
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import ServeConfig, app, create_app, create_server
 from haltwise.proxy.config import ServerKind
@@ -140,6 +140,27 @@ def test_a_head_that_learned_from_another_confidence_is_refused(tmp_path: Path) 
     saved_head(tmp_path, HaltHead(replace(policy.config, halting=halting), policy.weights))
     with pytest.raises(InputError, match="confidence rule 'by hand' can be replayed but not run"):
         create_app(ServeConfig(head=tmp_path))
+
+
+def test_what_is_found_out_late_is_told_at_start(
+    head: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = HaltHead.load(head)
+    weak = Certificate(
+        risk="net-em-loss", max_em_drop=0.1, confidence=0.9, price=1.0, saving=0.3,
+        observed_loss=0.0, num_questions=100, num_traces=100, traces="0" * 64, lm="lm",
+        head=own.digest, smallest_em_drop=None, command="by hand",
+    )  # fmt: skip
+    HaltHead(replace(own.config, certificate=weak), own.weights).save(tmp_path / "head")
+    control: dict[str, Any] = {"control": "apply", "state": tmp_path / "a.db", "target": 0.05}
+    create_app(ServeConfig(head=tmp_path / "head", label_hours=1.0, **control))
+    create_app(
+        ServeConfig(head=tmp_path / "head", **control | {"target": 0.1, "state": tmp_path / "b.db"})
+    )
+    told = [json.loads(record.getMessage())["warning"] for record in caplog.records]
+    assert [one.split(",")[0] for one in told] == [
+        "--label-hours waits for labels", "the head's certificate promises 0.1"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, [NEVER_HALTS]), (0.5, [])])
