@@ -553,6 +553,9 @@ PROMISES: dict[str, Tests] = {
     "Details that servers tell are added up too": (
         test_proxy.test_details_of_the_usage_of_both_legs_are_kept,
     ),
+    "`length` tells how far the thought went on": (
+        test_proxy.test_a_thought_that_goes_on_behind_its_halt_has_two_lengths,
+    ),
     "as `length` how many tokens a thought had at last": (
         test_proxy.test_a_thought_that_goes_on_behind_its_halt_has_two_lengths,
     ),
