@@ -183,6 +183,11 @@ def test_labels_may_come_late_once_or_never() -> None:
     at_once = fold([drawn("a"), told("a", 0, 0, 0, 1)])
     assert never.groups[EVERYTHING].reach < labelled.groups[EVERYTHING].reach
     assert labelled.groups[EVERYTHING].reach == at_once.groups[EVERYTHING].reach
+    lost = fold([drawn("a"), told("a", 0, 1, 1, 1)])
+    for one, other in ((labelled, at_once), (never, lost)):
+        found, expected = (vars(each.groups[EVERYTHING].evidence) for each in (one, other))
+        for name, value in found.items():
+            assert value == pytest.approx(expected[name], abs=1e-12), name
     for state in (never, labelled):
         again = state.after(told("a", 0, 0, 0, 0))
         assert again == replace(state, num_refused=1)

@@ -271,3 +271,13 @@ def test_whatever_an_lm_says_can_be_read_and_read_again(rule: str, text: str) ->
     if rule in ("number", "choice"):
         assert READERS[rule](answer) == answer
     assert normal_text(normal_text(answer)) == normal_text(answer)
+
+
+@pytest.mark.parametrize("text", ["```\nblue\n```", "~~~text\nblue", "```\nblue\n  ```  \n"])
+def test_a_fence_is_no_part_of_an_answer(text: str) -> None:
+    assert [READERS[rule](text) for rule in ("short", "strict", "text")] == ["blue"] * 3
+    assert READERS["choice"]("```\nB\n```") == READERS["choice"]("B") != ""
+    assert (
+        READERS["latex"]("```latex\n\\boxed{42}\n```") == READERS["number"]("```\n42\n```") == "42"
+    )
+    assert READERS["strict"]("`blue`") == "`blue`"  # a line with words is none

@@ -52,6 +52,8 @@ _ASIDE = re.compile(r"\.?\s{0,9}I\s(?:hope|believe|think)\s(?:it|this|that)\sis\
 _CONFIDENCE = re.compile(r"\n\W{0,9}(?:confidence|certainty)\b[^\n]*", re.IGNORECASE)
 _TAG = re.compile("<(?:final_?)?answer>")
 _END_TAG = re.compile("</(?:final_?)?answer>")
+# A line that opens or closes a block of code.
+_FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[ \t]*$\n?", re.MULTILINE)
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -115,9 +117,10 @@ def lines(text: str) -> list[str]:
 def own_part(text: str) -> str:
     """Returns what is in <answer>...</answer>, or else a text up to the next question.
 
-    Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too.
+    Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too,
+    and so are the fences of a block of code, closed or not.
     """
-    text = _CONFIDENCE.sub("", text)
+    text = _FENCE.sub("", _CONFIDENCE.sub("", text))
     _, *tagged = _TAG.split(text)
     inner = _END_TAG.split(tagged[-1])[0] if tagged else ""
     if inner.strip():
