@@ -455,6 +455,10 @@ PROMISES: dict[str, Tests] = {
         test_proxy_votes.test_where_two_agree_there_is_no_third,
         test_votes.test_what_is_settled_is_what_no_further_thought_could_change,
     ),
+    "Until then it gets a comment": (
+        test_proxy_votes.test_a_silent_vote_says_that_it_is_alive,
+        test_proxy_votes.test_who_waits_for_no_vote_hears_the_lm_alone,
+    ),
     "An answer that the head's rule cannot read is no vote": (
         test_proxy_votes.test_the_earliest_thought_with_the_answer_of_most_is_given_whole,
     ),

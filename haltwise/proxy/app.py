@@ -4,7 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -611,7 +611,8 @@ class Proxy:
                 headers.append((b"content-type", _stream_type(leg)))
                 async with aclosing(completion.events(leg)) as events:
                     pieces = (event.encode() async for event in events)
-                    await self._send(client, 200, pieces, headers)
+                    async with client.kept_alive() if completion.waits else nullcontext():
+                        await self._send(client, 200, pieces, headers)
             else:
                 answer = await completion.whole(leg)
                 client.record.note_first()

@@ -1,8 +1,9 @@
 """The client's end of a request: what it sends, what it gets, and whether it is still there."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -15,6 +16,10 @@ from haltwise.proxy.wire import Json, RawHeaders, error_body, json_bytes
 
 # Seconds within which a server sees that a client has gone.
 _SEEN_GONE = 5.0
+# Seconds of silence after which a client, and whoever stands between, might take a stream for dead.
+_SILENCE = 15.0
+# A comment of a stream, which every reader skips.
+_COMMENT = b":\n\n"
 _JSON: RawHeaders = [(b"content-type", b"application/json")]
 
 
@@ -76,6 +81,7 @@ class RequestingClient:
         """Whether the client has left, or was dropped."""
         self._receive, self._send = receive, send
         self._last = b""
+        self._sent = 0.0  # when the newest piece was
         self._patience = patience
         # What the server's own connection can do, if it tells.
         state: dict[str, Any] = scope.get("state", {})
@@ -150,6 +156,25 @@ class RequestingClient:
         """
         await self._deliver({"type": "http.response.body", "body": data, "more_body": True})
 
+    @asynccontextmanager
+    async def kept_alive(self) -> AsyncIterator[None]:
+        """Sends comments into the stream that its block sends, wherever that is silent for long."""
+        self._sent = time.monotonic()
+        commenting = asyncio.create_task(self._comment())
+        try:
+            yield
+        finally:
+            commenting.cancel()
+
+    async def _comment(self) -> None:
+        with suppress(ClientGoneError):  # the block finds out as well
+            while not self.is_gone:
+                silent_for = time.monotonic() - self._sent
+                if silent_for < _SILENCE:
+                    await asyncio.sleep(_SILENCE - silent_for)
+                else:
+                    await self.send(_COMMENT)
+
     async def answer(self, status: int, content: Json, headers: RawHeaders) -> None:
         """Sends the status and the headers of a JSON answer; its body follows with `finish`.
 
@@ -189,6 +214,7 @@ class RequestingClient:
                 raise ConnectionError  # asyncio would log each attempt
             async with asyncio.timeout(self._patience):
                 await self._send(message)
+            self._sent = time.monotonic()
         except TimeoutError:
             await self.drop()
             raise ClientGoneError("stalled") from None

@@ -83,6 +83,10 @@ class Completion(Protocol):
     """What the client asked for."""
 
     @property
+    def waits(self) -> bool:
+        """Whether it may keep what an LM says until more is known, so that a stream is silent."""
+
+    @property
     def has_answered(self) -> bool:
         """Whether its answer has come to an end."""
 
@@ -221,6 +225,11 @@ class WatchedCompletion(Completion):
     def reader(self) -> ThoughtReader:
         """Reads its thought."""
         return self._reader
+
+    @property
+    def waits(self) -> bool:
+        """Whether it may wait for the whole answer of a large LM."""
+        return self._large is not None
 
     @property
     def has_answered(self) -> bool:

@@ -59,6 +59,11 @@ class VotedCompletion(Completion):
         self._first = self._begun()
 
     @property
+    def waits(self) -> bool:
+        """It waits for the vote."""
+        return True
+
+    @property
     def has_answered(self) -> bool:
         """Whether the vote has come to an end."""
         return bool(self._answers)

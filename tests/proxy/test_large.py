@@ -19,7 +19,17 @@ from haltwise.proxy import ServeConfig, create_app
 from haltwise.proxy.large import Where
 from tests.heads import sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
-from tests.proxy.proxies import PATIENCE, Proxy, Reply, ask, proxied, saved_head, unheard_port
+from tests.proxy.proxies import (
+    PATHS,
+    PATIENCE,
+    Proxy,
+    Reply,
+    ask,
+    proxied,
+    saved_head,
+    unheard_port,
+    wait_until,
+)
 
 BOTH = pytest.mark.parametrize("chat", [True, False], ids=["chat", "completions"])
 STREAMED = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -124,6 +134,20 @@ def test_a_request_is_left_to_the_large_lm(
     assert two.small.of(plan) == [] if where == "start" else len(two.small.of(plan)) == 1
     now = two.proxy.metric("haltwise_thoughts_total", reason="escalated")
     assert now == counted + 1
+
+
+def test_a_stream_that_waits_for_the_large_lm_says_that_it_is_alive(
+    serving: Serving, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haltwise.proxy.client._SILENCE", 0.01)
+    two = serving("point", trouble="hangs")
+    body = {"model": "fake", "stream": True, "messages": plan.messages()}
+    with two.proxy.client.stream("POST", PATHS[True], json=body) as reply:
+        pieces = reply.iter_raw()
+        wait_until(lambda: two.large.of(plan) != [])
+        assert any(b"\n\n:\n\n" in b"\n\n" + piece for piece in pieces)
+        two.large.free(two.large.of(plan)[-1])
+        assert b"".join(pieces).endswith(b"data: [DONE]\n\n")
 
 
 @BOTH

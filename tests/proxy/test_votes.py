@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,36 @@ def test_a_stream_begins_at_once_and_says_nothing_before_the_vote(pairs: Pairs, 
         pair.upstream.free(pair.upstream.of(plan)[-1])
         said = b"".join(pieces)
     assert said.endswith(b"data: [DONE]\n\n") and said.count(b"seen20") == 1
+
+
+def test_a_silent_vote_says_that_it_is_alive(
+    pairs: Pairs, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haltwise.proxy.client._SILENCE", 0.01)
+    pair, waits = voting(pairs), replace(plan, trouble="hangs", at=10, legs=(1,), mention=" 7")
+    body = {"model": "fake", "stream": True, "messages": waits.messages()}
+    with pair.client.stream("POST", PATHS[True], json=body, headers=THREE) as reply:
+        pieces = reply.iter_raw()
+        assert next(pieces).startswith(b":\n\n")
+        pair.upstream.free(pair.upstream.of(plan)[-1])
+        wait_until(lambda: thoughts(pair, plan) == 2)
+        pair.upstream.free(pair.upstream.of(plan)[-1])
+        events = b"".join(pieces).split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    assert all(event == b":" or event.startswith(b"data: ") for event in events[:-1])
+
+
+def test_who_waits_for_no_vote_hears_the_lm_alone(
+    pairs: Pairs, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("haltwise.proxy.client._SILENCE", 0.01)
+    pair, waits = voting(pairs), replace(plan, trouble="hangs", at=10, legs=(1,))
+    body = {"model": "fake", "stream": True, "messages": waits.messages()}
+    with pair.client.stream("POST", PATHS[True], json=body) as reply:
+        time.sleep(0.1)
+        pair.upstream.free(pair.upstream.of(plan)[-1])
+        events = b"".join(reply.iter_raw()).split(b"\n\n")
+    assert all(event.startswith(b"data: ") for event in events[:-1])
 
 
 def test_whoever_leaves_amid_a_vote_leaves_no_thought_behind(pairs: Pairs, plan: Plan) -> None:
