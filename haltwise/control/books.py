@@ -90,7 +90,7 @@ class Entry:
                 None if told is None else _audit_from_json(told),
                 data["num_requests"],
                 None if awaited is None else _awaited_from_json(awaited),
-                data.get("why", ""),  # older states do not tell it
+                data["why"],
             )
         except (TypeError, KeyError) as error:
             raise InputError(f"entry of the books is not readable ({error!r})") from None
@@ -196,7 +196,7 @@ class Books:
             }
             differing = tuple(
                 Differing(one["request"], tuple(one["groups"]), one["step"])
-                for one in data.get("differing", ())  # older states have none
+                for one in data["differing"]
             )
             built = {"groups": groups, "sums": sums, "awaited": awaited, "differing": differing}
             return cls(**{**data, **built})
@@ -216,4 +216,4 @@ def _audit_from_json(data: Mapping[str, Any]) -> Audit:
 
 
 def _awaited_from_json(data: Mapping[str, Any]) -> Awaited:
-    return Awaited(tuple(data["answers"]), data["until"], tuple(data.get("places", ())))
+    return Awaited(tuple(data["answers"]), data["until"], tuple(data["places"]))

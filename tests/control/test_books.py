@@ -111,7 +111,7 @@ def test_entries_and_books_are_the_same_after_json() -> None:
         Books.from_json({"groups": begun().groups.to_json()})
 
 
-def test_the_newest_differing_audits_are_remembered_and_older_books_have_none() -> None:
+def test_the_newest_differing_audits_are_remembered() -> None:
     books = begun()
     for i in range(30):
         books = books.after(drawn(f"r{i}")).after(told(f"r{i}", (i % 2 == 0, i % 3 == 0)))
@@ -120,9 +120,7 @@ def test_the_newest_differing_audits_are_remembered_and_older_books_have_none() 
     ]
     found = [(one.request, one.groups, one.step) for one in books.differing]
     assert found == expected[:20]
-    older = books.to_json()
-    del older["differing"]
-    assert Books.from_json(older).differing == ()
+    assert Books.from_json(books.to_json()).differing == books.differing
 
 
 def test_whoever_watches_the_books_sees_them_and_does_them_no_harm(tmp_path: Path) -> None:
