@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,26 @@ from haltwise.control.mixing import mix
 from haltwise.control.off_policy import spending_of
 from haltwise.control.off_policy import table_of as spending_table
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
-from haltwise.errors import from_clone, needing, what_failed
+from haltwise.errors import NUMBER_WORDS, from_clone, needing, what_failed
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig
+
+
+# What argparse says of a number that it cannot read.
+_UNREADABLE = re.compile(r"argument (?P<option>\S+): invalid (?P<type>int|float) value: ")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells in one line what is wrong with a command line, as `haltwise serve` does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2."""
+        if found := _UNREADABLE.match(message):
+            word = NUMBER_WORDS[{"int": int, "float": float}[found["type"]]]
+            value = message[found.end() :]
+            message = f"{found['option']}: found {value}, expected a {word}"
+        _fail(f"{message}; For full helptext, run {self.prog} --help")
 
 
 def main() -> None:
@@ -31,7 +48,7 @@ def main() -> None:
     What a person got wrong is told in one line on stderr, with status 2.
     """
     # Only `serve` needs more packages than haltwise itself: help and version do without.
-    parser = argparse.ArgumentParser(prog="haltwise", description="Halts the thoughts of an LM.")
+    parser = _Parser(prog="haltwise", description="Halts the thoughts of an LM.")
     parser.add_argument("--version", action="version", version=f"haltwise {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     about = "halt thoughts between OpenAI clients and the server of an LM (serve --help: how)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 import tyro
 
-from haltwise.errors import InputError
+from haltwise.errors import NUMBER_WORDS, InputError
 
 Config = TypeVar("Config")
 
@@ -19,6 +20,19 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _HELP = re.compile("│? {9}")
 # What parts a box, and its bottom; without UTF-8 it is drawn in ASCII.
 _RULE = re.compile("[─-]{3}")
+
+# What tyro says of a value that it cannot read; the kind of value stands in the part of the box
+# that repeats the option's help.
+_UNREADABLE = re.compile(r"Error parsing (?P<option>--\S+): (?P<why>.*)")
+_KIND = re.compile(r"Argument helptext: --.*?\b(?P<kind>INT|FLOAT)\b(?P<more> \[)?")
+# Its values as Python writes them: a list of all, or the only one at the end.
+_VALUES = re.compile(r"""(?P<all>\[(?:'.*?'|".*?")\])|(?P<last>'.*'|".*")$""")
+_NO_CHOICE = re.compile(
+    r"invalid choice '(?P<value>.*)' for argument '(?P<option>\S+)'\. "
+    r"Expected one of (?P<choices>\(.*\))\."
+)
+_NO_VALUE = re.compile(r"Missing value for argument '(?P<option>\S+)'\. ")
+_NUMBERS = {"INT": int, "FLOAT": float}
 
 
 def parsed(
@@ -53,5 +67,39 @@ def _in_one_line(box: str) -> str:
             parts.append("")
         elif not _HELP.match(row):
             parts[-1] += f" {row.strip('│ ')}"
-    told = [part.strip() for part in parts]
-    return "; ".join(part for part in told if part and not part.startswith("Argument helptext"))
+    told = [part.strip().replace("{None}|", "") for part in parts if part.strip()]
+    helped = next((part for part in told if part.startswith("Argument helptext")), "")
+    return "; ".join(_in_words(part, helped) for part in told if part != helped)
+
+
+def _in_words(said: str, helped: str) -> str:
+    """Returns what is wrong with an option's value, in words for who has typed it.
+
+    Args:
+        said: What tyro says, in the words of its own code.
+        helped: The part of the box that repeats the option's help.
+    """
+    if found := _NO_CHOICE.match(said):
+        choices = sorted(set(ast.literal_eval(found["choices"])) - {"None"})
+        return f"{found['option']}: found '{found['value']}', expected one of {', '.join(choices)}"
+    if found := _NO_VALUE.match(said):
+        return f"{found['option']}: found no value, expected one behind it"
+    found, kind = _UNREADABLE.match(said), _KIND.match(helped)
+    values = found and _VALUES.search(found["why"])
+    if not found or not kind or not values:
+        return said
+    number = _NUMBERS[kind["kind"]]
+    given = ast.literal_eval(values["all"] or f"[{values['last']}]")
+    wrong = next((value for value in given if not _is_read(value, number)), " ".join(given))
+    word = NUMBER_WORDS[number]
+    expected = f"{word}s with blanks between them" if kind["more"] else f"a {word}"
+    return f"{found['option']}: found {wrong!r}, expected {expected}"
+
+
+def _is_read(value: str, number: type) -> bool:
+    """Returns whether a value is a number of some type."""
+    try:
+        number(value)
+    except ValueError:
+        return False
+    return True

@@ -13,6 +13,9 @@ class InputError(ValueError):
     """
 
 
+# What is expected where a number of a type is.
+NUMBER_WORDS: dict[type, str] = {int: "whole number", float: "number"}
+
 # Characters of somebody else's message that fit into one line of ours.
 _LONGEST_REASON = 300
 

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -16,6 +17,14 @@ class Settings:
 
     num: int = 1
     """How many there are."""
+    share: float = 0.5
+    price: float | None = None
+    cap: int | None = None
+    prices: tuple[float, ...] = ()
+    sizes: tuple[int, ...] = ()
+    bounds: tuple[float, ...] | None = None
+    kind: Literal["a", "b"] = "a"
+    maybe: Literal["a", "b"] | None = None
 
 
 def must_not_run(_: Settings) -> None:
@@ -67,8 +76,18 @@ def test_what_went_wrong_is_one_line(
     ("flags", "told"),
     [
         ("--nmu 3", "Unrecognized options: --nmu, 3; Perhaps you meant: --num INT; "),
-        ("--num x", "Error parsing --num: invalid literal for int() with base 10: 'x'; "),
-        ("--num", "Missing value for argument '--num'. Expected 1 values.; "),
+        ("--num x", "--num: found 'x', expected a whole number; "),
+        ("--num 1e3", "--num: found '1e3', expected a whole number; "),
+        ("--num", "--num: found no value, expected one behind it; "),
+        ("--share 5%", "--share: found '5%', expected a number; "),
+        ("--price cheap", "--price: found 'cheap', expected a number; "),
+        ("--cap 1.5", "--cap: found '1.5', expected a whole number; "),
+        ("--prices 1 cheap", "--prices: found 'cheap', expected numbers with blanks between them; "),
+        ("--sizes 1,2", "--sizes: found '1,2', expected whole numbers with blanks between them; "),
+        ("--bounds x", "--bounds: found 'x', expected numbers with blanks between them; "),
+        ("--kind c", "--kind: found 'c', expected one of a, b; "),
+        ("--maybe c", "--maybe: found 'c', expected one of a, b; "),
+        ("--cpa 3", "Unrecognized options: --cpa, 3; Perhaps you meant: --cap INT; "),
     ],
 )
 def test_a_wrong_flag_is_one_line_with_the_nearest(
