@@ -15,6 +15,7 @@ from haltwise.errors import check_ranges
 from lms.ask import questions
 from lms.questions import SPLITS
 from lms.scorers import needed, scorer_of
+from lms.sources import NoQuestionError
 from recording.config import EngineConfig, TaskFormat
 from recording.engine import RecordingEngine, open_engine
 from recording.shards import recorded_ids, told_of, write_shards
@@ -117,12 +118,14 @@ def collect(config: CollectConfig) -> None:
             warn(f"{why_not} (docs/TRACES.md says what the first line may tell)")
         _warn_of_scorer(config.out)
         return
-    if not config.self_test:  # a split without questions is an error before anything is loaded
-        list(questions(config, config.split, 1, config.seed))
-    if config.self_test or not config.out:
+    # What cannot be asked is refused before anything is told or loaded.
+    if config.self_test:
+        tried = _tried(config)
         with closing(_open(config)) as engine:
-            print(engine.self_test(_tried(config), None))
-    else:
+            print(engine.self_test(tried, None))
+    elif config.out:
+        for _ in questions(config, config.split, config.num, config.seed):
+            pass
         with closing(_open(config)) as engine:
             _begin(config, config.out, engine)
             with alone(config.out):
@@ -163,13 +166,17 @@ def _open(config: CollectConfig) -> RecordingEngine:
 
 
 def _tried(config: CollectConfig) -> list[SeededQuestion]:
-    """Returns the first few questions of those splits that have any."""
+    """Returns the first few questions of those splits that have any.
+
+    Raises:
+        InputError: If no split has any, or one that would be recorded cannot be asked.
+    """
     found: list[SeededQuestion] = []
-    few = replace(config, num=min(config.num, _NUM_TRIED))
     for split in config.split:
-        with suppress(InputError):
-            found += islice(seeded_questions(replace(few, split=(split,))), _NUM_TRIED - len(found))
-    return found or list(seeded_questions(few))
+        with suppress(NoQuestionError):
+            each = seeded_questions(replace(config, split=(split,)))
+            found += islice(each, _NUM_TRIED - len(found))
+    return found or list(seeded_questions(config))
 
 
 def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:

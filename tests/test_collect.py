@@ -265,6 +265,24 @@ def test_splits_that_are_not_there_are_told_before_the_lm_is_loaded(
         main(nowhere)
 
 
+@pytest.mark.parametrize("place", [{"self_test": True}, {"out": Path("traces")}])
+def test_a_question_with_two_answers_is_refused_before_anything_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: dict[str, Any],
+) -> None:
+    """It is the only one of its split; another split has some that can be asked."""
+    for split, rows in (("train", [("t", "1"), ("t", "2")]), ("test", [("b", "1"), ("c", "2")])):
+        text = "".join(f"{question},{answer}\n" for question, answer in rows)
+        (tmp_path / f"{split}.csv").write_text(f"question,answer\n{text}")
+    monkeypatch.chdir(tmp_path)
+    config = CollectConfig(task=str(tmp_path), split=("test", "train"), **place)
+    with pytest.raises(InputError, match=r"train\.csv, .*: 't' has the answer '2', and '1' in a row"):
+        main(config)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("name", ["embedded-head", "embedded-blind-head"])
 def test_the_shipped_heads_have_learned_from_what_is_recorded_by_default(name: str) -> None:
     task = open_task(DataConfig())

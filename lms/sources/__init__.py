@@ -17,10 +17,10 @@ from lms.sources.data_rows import FORMATS, rows_of, rows_of_hub
 from lms.sources.forms import NamedColumns
 from lms.sources.gym_task import PREFIX, ReasoningGymTask
 from lms.sources.table_task import TableTask
-from lms.sources.task import AnswerFormat, DataConfig, QuestionTask
+from lms.sources.task import AnswerFormat, DataConfig, NoQuestionError, QuestionTask
 from lms.tasks import TASKS, each_question
 
-__all__ = ["AnswerFormat", "DataConfig", "QuestionTask", "open_task"]
+__all__ = ["AnswerFormat", "DataConfig", "NoQuestionError", "QuestionTask", "open_task"]
 
 _COLUMNS = tuple(field.name for field in fields(DataConfig) if field.name.endswith("_column"))
 

@@ -10,7 +10,7 @@ from typing import Any
 from haltwise import InputError
 from lms.questions import Question, question_digest, split_of
 from lms.scorers import needed, scorer_of
-from lms.sources.task import check_draw, with_instruction
+from lms.sources.task import NoQuestionError, check_draw, with_instruction
 
 PREFIX = "reasoning_gym:"
 
@@ -136,7 +136,7 @@ class ReasoningGymTask:
             repeats = question.question_id in seen
             num_repeats = num_repeats + 1 if repeats else 0
             if num_repeats == _PATIENCE:
-                raise InputError(
+                raise NoQuestionError(
                     f"{self.name} has about {len(seen):,} questions, {num_found:,} of split "
                     f"{split}: expected at least {num:,}"
                 )

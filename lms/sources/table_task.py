@@ -14,7 +14,7 @@ from lms.questions import SPLITS, Question, question_digest, split_of
 from lms.scorers import scorer_of
 from lms.sources.data_rows import SPLIT_NAMES, DataRow, DataRows, columns_of
 from lms.sources.forms import Form, NoColumnError, RowQuestion, cell
-from lms.sources.task import check_draw, with_instruction
+from lms.sources.task import NoQuestionError, check_draw, with_instruction
 
 # The column that most data sets name their splits in.
 _USUAL_COLUMN = "split"
@@ -148,7 +148,7 @@ class TableTask:
                 if self.split_column
                 else ("--split-column")
             )
-            raise InputError(
+            raise NoQuestionError(
                 f"{self.name}: no question of split {split}, found rows: {found}: expected more "
                 f"rows, {column}, or --split with those there are"
             )

@@ -44,6 +44,10 @@ class DataConfig:
     """A file or folder to read the task's rows from, instead of from the hub."""
 
 
+class NoQuestionError(InputError):
+    """A split has no question, or fewer than are asked for."""
+
+
 class AnswerFormat(Protocol):
     """How an LM is led to an answer, and how its answers are read."""
 
