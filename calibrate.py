@@ -36,7 +36,7 @@ from evaluation.certify import (
     smallest_drop,
 )
 from evaluation.outcome import em_delta, halt_outcome, saving, sweep
-from haltwise import Certificate, HaltHead, InputError
+from haltwise import Certificate, HaltHead, HeadConfig, InputError
 from haltwise.errors import check_ranges
 from haltwise.policy.certificate import Risk, SegmentCertificate
 from haltwise.policy.head import NEVER_HALTS
@@ -116,15 +116,36 @@ def main(config: CalibrateConfig) -> Certificate:
     if not config.apply:
         halting = "" if price else ", at which it never halts"
         print(f"The head is as it was: --apply would make {price:.6g} its own price{halting}.")
+        if certificate.segments:
+            print("It would also give each segment the price that the table above has for it.")
         return certificate
     # Prices of segments that nobody has certified would break the certificate.
     by_segment = {of.segment: of.price or 0.0 for of in certificate.segments}
     head_config = replace(
         head.config, certificate=certificate, default_price=price, segment_prices=by_segment
     )
-    certified.save_head(HaltHead(head_config, head.weights))
-    print(f"{price:.6g} is the head's own price now." if price else NEVER_HALTS)
+    undo = certified.replace_prices(HaltHead(head_config, head.weights))
+    print(_replaced(head.config, head_config))
+    print(f"To have the former prices back: {undo}")
     return certificate
+
+
+def _replaced(before: HeadConfig, now: HeadConfig) -> str:
+    """Says which prices of a head have been replaced by which."""
+    own = f"{now.default_price:.6g} is the head's own price now."
+    lines = [own if now.default_price else NEVER_HALTS]
+    lines[0] += f" It was {before.default_price:.6g}."
+    names = sorted(before.segment_prices | now.segment_prices)
+    if names:
+        changes = (f"{name} {_price_of(before, name)} -> {_price_of(now, name)}" for name in names)
+        lines.append(f"Prices of segments were replaced too: {', '.join(changes)}.")
+    return "\n".join(lines)
+
+
+def _price_of(config: HeadConfig, segment: str) -> str:
+    """Returns the price of a segment, or says that it has none of its own."""
+    price = config.segment_prices.get(segment)
+    return "none of its own" if price is None else f"{price:.6g}"
 
 
 def _came_to(price: float, policy: HeadPolicy, signal: Signal, traces: Traces) -> str:

@@ -225,9 +225,10 @@ def _verdict(path: _Path) -> list[str]:
     thought = int(trace.position[path.num_seen - 1]) if outcome.halted[0] else num_tokens
     returns = [float(reward(o.em, o.cost, path.price)[0]) for o in (outcome, never)]
     change = f"{abs(1 - cost / num_tokens):.1%} {'saved' if cost <= num_tokens else 'more'}"
+    looks = "forced answers" if probing == "always" else "the answer"
+    spent = f", with {cost - thought:,} spent on {looks}" * (cost > thought)
     return [
-        f"Tokens:       {cost:7,} instead of {num_tokens:,}: {change}, "
-        f"with {cost - thought:,} spent on forced answers",
+        f"Tokens:       {cost:7,} instead of {num_tokens:,}: {change}{spent}",
         f"Exact match:  {int(outcome.em[0]):7} instead of {int(never.em[0])}",
         f"Return:       {returns[0]:7.3f} instead of {returns[1]:.3f} "
         "(exact match - price * tokens / 1,000)",

@@ -215,7 +215,7 @@ class Chat:
         return (
             f"asked:      {how}, behind a question stands {prompt.rpartition(_QUESTION)[2]!r}\n"
             f"thought:    {thought}\n"
-            f"closed by:  {self.close_mark!r}, then the task's cue"
+            f"closed by:  {self.close_mark!r}"
         )
 
 

@@ -3,6 +3,7 @@
 config.json                      what the run was begun with
 audits/                          the traces that it learns from, if they are audits
 head.json, head.safetensors      the head; a folder with a head is a whole run
+head.former.json                 head.json as it was before its prices were replaced at last
 operating_points.json            the frozen points of every policy
 questions.json                   what was learned from, and which fold kept what back
 asked.json                       for what certificates the head has been asked, and how often
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ Points = dict[str, float | None]
 Gates = dict[float, Points]
 
 _CONFIG, _POINTS, _QUESTIONS = "config.json", "operating_points.json", "questions.json"
-_ASKED, _OUT_OF_FOLD = "asked.json", "out_of_fold.json"
+_ASKED, _OUT_OF_FOLD, _HEAD = "asked.json", "out_of_fold.json", "head.json"
 _WRITTEN_BY = "expected a folder written by train.py"
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
@@ -119,7 +121,7 @@ class Run:
 
     def is_part(self, path: Path) -> bool:
         """Returns whether a file is one that the run cannot do without."""
-        own = {_CONFIG, _POINTS, _QUESTIONS, "head.json", "head.safetensors"}
+        own = {_CONFIG, _POINTS, _QUESTIONS, _HEAD, "head.safetensors"}
         return path.name in own and path.parent.resolve() == self.folder.resolve()
 
     def begin(self, content: Mapping[str, Any]) -> None:
@@ -158,6 +160,18 @@ class Run:
     def save_head(self, head: HaltHead) -> None:
         """Writes the head, which makes the folder a whole run: it comes last."""
         head.save(self.folder)
+
+    def replace_prices(self, head: HaltHead) -> str:
+        """Writes the head with other prices, and keeps the file that had the former ones.
+
+        Returns:
+            The shell command that makes the head what it was.
+        """
+        here, former = self.folder / _HEAD, self.folder / "head.former.json"
+        with whole_file(former) as temporary:
+            shutil.copyfile(here, temporary)
+        self.save_head(head)
+        return shlex.join(["cp", str(former), str(here)])
 
     def learned(self) -> Learned:
         """Reads what the run learned from.

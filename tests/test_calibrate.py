@@ -5,6 +5,8 @@ The head halts at a run of 1, 2 or 4 equal answers: in the worked example, whose
 """
 
 import json
+import shlex
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,26 @@ def test_without_apply_nothing_is_written(
     # At its own price, 1, the head halts at two equal answers.
     assert "The head's own price, 1, saves 27.8% here and loses 0 points, uncertified." in told
     assert f"--apply would make {certificate.price:.6g} its own price." in told
+    assert told.endswith("each segment the price that the table above has for it.\n")
+
+
+def test_what_apply_has_replaced_is_told_and_can_be_undone(
+    config: CalibrateConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HaltHead.load(config.head)
+    changed = replace(head.config, segment_prices={"easy": 2.0, "gone": 3.0})
+    HaltHead(changed, head.weights).save(config.head)
+    certificate = calibrate.main(config)
+    assert certificate.price is not None
+    own, segments, undo = capsys.readouterr().out.splitlines()[-3:]
+    now = f"{certificate.price:.6g}"
+    assert own == f"{now} is the head's own price now. It was 1."
+    assert segments == (
+        f"Prices of segments were replaced too: easy 2 -> {now}, gone 3 -> none of its own, "
+        f"toy none of its own -> {now}."
+    )
+    subprocess.run(shlex.split(undo.removeprefix("To have the former prices back: ")), check=True)
+    assert HaltHead.load(config.head).config == changed
 
 
 def test_traces_of_another_temperature_are_warned_of(
@@ -137,7 +159,7 @@ def test_nothing_certifiable_is_to_never_halt(
     assert not head.halts(features).any()
     told = capsys.readouterr().out
     assert "Certified: no price that saves anything." in told
-    assert f"{NEVER_HALTS}\n" in told
+    assert f"{NEVER_HALTS} It was 1.\n" in told
     assert "No drop would be certified with some saving." in told
     assert "45 without a single loss; if losses stay as observed, no number would do" in told
 

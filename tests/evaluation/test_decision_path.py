@@ -82,6 +82,20 @@ def test_a_trace_that_is_not_halted(make_traces: MakeTraces, run_head: HaltHead)
     assert "633 instead of 600: 5.5% more, with 33 spent on forced answers" in text
 
 
+def test_a_head_that_looks_at_no_answer_spends_tokens_on_its_own_answer_alone(
+    worked_example: Traces,
+) -> None:
+    """Of many heads some halt at each point, which takes 10, 12 and 11 tokens, and some nowhere."""
+    heads = (random_head(seed, ("pace",), probing="at_halt") for seed in range(100))
+    paths = [decision_path(worked_example, head, 1.0) for head in heads]
+    assert {re.findall(r"Tokens: +(.*)", path)[0] for path in paths} == {
+        "110 instead of 600: 81.7% saved, with 10 spent on the answer",
+        "262 instead of 600: 56.3% saved, with 12 spent on the answer",
+        "411 instead of 600: 31.5% saved, with 11 spent on the answer",
+        "600 instead of 600: 0.0% saved",
+    }
+
+
 def test_prices_beyond_those_trained_for_are_not_told(
     make_traces: MakeTraces, run_head: HaltHead
 ) -> None:
