@@ -56,16 +56,8 @@ class AskConfig(LMConfig, DataConfig):
 
         Args:
             context: The number of tokens that the LM sees at once.
-
-        Raises:
-            InputError: If the one that is asked for is above that number.
         """
         if self.max_tokens is not None:
-            if self.max_tokens > context:
-                raise InputError(
-                    f"--max-tokens is {self.max_tokens}, expected at most the {context:.0f} tokens "
-                    "that the LM sees at once"
-                )
             return self.max_tokens
         if self.is_embedded:
             return _MAX_TOKENS_OF_EMBEDDED
@@ -95,6 +87,31 @@ class AskConfig(LMConfig, DataConfig):
             answer_end=task.answer_end if self.answer_end is None else self.answer_end,
             think_start=chat.think_start,
             think_end=chat.think_end,
+        )
+
+
+def check_room(context: float, max_tokens: int, num_forced: int) -> None:
+    """Refuses a token budget that leaves no room in the LM's context for any question.
+
+    Args:
+        context: The number of tokens that the LM sees at once.
+        max_tokens: The token budget of a question, its answer included.
+        num_forced: The most tokens of the close text and a forced answer together.
+
+    Raises:
+        InputError: If a prompt of one token does not fit.
+    """
+    most = context - num_forced - 1
+    if most < 1:
+        raise InputError(
+            f"the LM's context is {context:,.0f} tokens, and the close text and a forced answer "
+            f"take {num_forced:,}: expected a smaller --max-answer-tokens, or a longer context"
+        )
+    if max_tokens > most:
+        raise InputError(
+            f"--max-tokens is {max_tokens:,}, expected at most {most:,.0f}: the LM's context is "
+            f"{context:,.0f} tokens, of which the close text and a forced answer take "
+            f"{num_forced:,}, and the question takes some too"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from haltwise.engine.decoder import Decoder
+from lms.ask import check_room
 from lms.language_model import LanguageModel
 from lms.self_test import self_test
 from recording.config import EngineConfig, TaskFormat
@@ -48,11 +49,13 @@ class HfEngine:
             self._temperature,
             signals=[name for name in SIGNALS if name != "hidden" or config.hidden],
         )
+        rules = self._decoder.rules
+        check_room(lm.context, self._max_tokens, len(rules.close_ids) + rules.max_answer_tokens)
         self.recorder = recorder_metadata(
             "hf",
             known_lm(lm),
             self._halting,
-            len(self._decoder.rules.close_ids),
+            len(rules.close_ids),
             self._max_tokens,
             self._temperature,
             self._decoder.measured,

@@ -24,7 +24,7 @@ from haltwise.proxy.generation import ServedGeneration
 from haltwise.proxy.wire import ServedToken
 from haltwise.session.stream import FEWEST_TOP, StreamedSignals
 from haltwise.session.thought import PointRules, Probe, Thought
-from lms.ask import check_closes
+from lms.ask import check_closes, check_room
 from lms.chat import chat_of
 from recording.config import EngineConfig, TaskFormat
 from recording.served_lm import ServedLM
@@ -75,7 +75,10 @@ class OpenAIEngine:
             self._halting = config.halting(self._chat, task_format)
             self._rules = PointRules(self._halting)
             self._close = lm.run(lm.tokenized(self._halting.close_text))
-            self._max_tokens = config.budget(lm.context or math.inf)
+            context = lm.context or math.inf
+            self._max_tokens = config.budget(context)
+            self._num_forced = len(self._close.ids or ()) + self._halting.max_answer_tokens
+            check_room(context, self._max_tokens, self._num_forced)
             self._temperature = config.temperature or 0.0
             self._num_slots = min(config.batch_size, lm.num_slots or config.batch_size)
             self._signals, self._notes = self._look()
@@ -185,8 +188,7 @@ class OpenAIEngine:
 
     def _asked(self, work: Iterable[SeededQuestion]) -> Iterator[_AskedQuestion]:
         """Yields questions with their prompts; those that are too long are left out."""
-        num_close = len(self._close.ids or ())
-        needed = self._max_tokens + num_close + self._halting.max_answer_tokens
+        needed = self._max_tokens + self._num_forced
         for job in work:
             prompt = self._prompt(job[0].text)
             most = math.inf if self._lm.context is None else self._lm.context - needed

@@ -24,7 +24,7 @@ from haltwise.errors import reason_of
 from haltwise.policy.signals import signals_from
 from haltwise.session.signal_collector import NUM_TOP, SignalCollector
 from haltwise.session.thought import ForcedAnswer, Probe, Thought
-from lms.ask import check_closes
+from lms.ask import check_closes, check_room
 from lms.language_model import source_of
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import (
@@ -85,7 +85,9 @@ class VllmEngine:
         self._temperature = lm.temperature if config.temperature is None else config.temperature
         lm_config = lm.model.config.get_text_config(decoder=True)
         self._num_top = min(NUM_TOP, lm_config.vocab_size)
-        after_prompt = self._max_tokens + len(self._rules.close_ids) + halting.max_answer_tokens
+        num_forced = len(self._rules.close_ids) + halting.max_answer_tokens
+        check_room(lm.context, self._max_tokens, num_forced)
+        after_prompt = self._max_tokens + num_forced
         max_length = int(min(lm.context, after_prompt + _PROMPT_ROOM))
         self._max_prompt = max_length - after_prompt
         self._llm = _start(config, str(lm.model.dtype).removeprefix("torch."), max_length)

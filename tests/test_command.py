@@ -82,7 +82,7 @@ def test_what_went_wrong_is_one_line(
         ("--share 5%", "--share: found '5%', expected a number; "),
         ("--price cheap", "--price: found 'cheap', expected a number; "),
         ("--cap 1.5", "--cap: found '1.5', expected a whole number; "),
-        ("--prices 1 cheap", "--prices: found 'cheap', expected numbers with blanks between them; "),
+        ("--prices 1 x", "--prices: found 'x', expected numbers with blanks between them; "),
         ("--sizes 1,2", "--sizes: found '1,2', expected whole numbers with blanks between them; "),
         ("--bounds x", "--bounds: found 'x', expected numbers with blanks between them; "),
         ("--kind c", "--kind: found 'c', expected one of a, b; "),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
 from recording.openai_engine import OpenAIEngine
 from recording.trace_row import TraceRow
-from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
+from tests.proxy.fake_upstream import CONTEXT, FakeUpstream, Kind, Plan, listening_socket
 from tests.proxy.llama_server import llama_server
 from tests.recordings import assert_same, rows_of
 from traces import read_traces
@@ -188,6 +189,23 @@ def recorded(url: str, *plans: Plan, **settings: Any) -> list[TraceRow]:
     """The traces of some plans."""
     with opened(url, **settings) as engine:
         return list(engine.record((asked(plan), 0) for plan in plans))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"max_tokens": CONTEXT}, f"--max-tokens is {CONTEXT:,}, expected at most "),
+        ({"max_answer_tokens": CONTEXT}, "take .*: expected a smaller --max-answer-tokens"),
+    ],
+)
+def test_a_budget_that_leaves_no_room_for_a_question_is_refused(
+    settings: dict[str, int], told: str
+) -> None:
+    """Not even one of a token fits in; no bound that is told is below 1."""
+    with FakeUpstream("vllm") as fake, pytest.raises(InputError, match=told) as refused:
+        recorded(fake.url, Plan("p"), **settings)
+    assert f"the LM's context is {CONTEXT:,} tokens" in str(refused.value)
+    assert not re.search(r"-\d", str(refused.value))
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server", "ollama", "plain"])
