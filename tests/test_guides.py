@@ -223,6 +223,20 @@ def test_every_block_of_a_page_runs_or_says_why_not(path: Path) -> None:
         assert f'"{path.stem}"' in source
 
 
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_a_page_of_several_proxies_says_first_to_end_the_one_before(path: Path) -> None:
+    """All that name no port of their own listen at the same one."""
+    text = path.read_text()
+    served = [
+        block
+        for block in all_blocks(text)
+        if "\nhaltwise serve " in f"\n{block.text}" and "--port" not in block.text
+    ]
+    if len(served) > 1:
+        before = text[: text.index(served[0].text)]
+        assert re.search(r"end the one before \(Ctrl\+C\)", before)
+
+
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
