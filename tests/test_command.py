@@ -9,6 +9,7 @@ import pytest
 
 from command import progress, run
 from haltwise import InputError, __version__
+from haltwise.cli import main
 
 
 @dataclass
@@ -99,6 +100,24 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith(f"error: {told}For full helptext, ")
     assert error.endswith("script.py --help\n") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("experiment --share half", "--share: found 'half', expected a number; "),
+        ("experiment --budget 1e4", "--budget: found '1e4', expected a whole number; "),
+        ("promote --haed x", "the following arguments are required: --head; "),
+    ],
+)
+def test_the_command_tells_of_a_wrong_flag_in_the_same_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: str, told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["haltwise", *flags.split(), "--state", "none.db"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    where = f"For full helptext, run haltwise {flags.split()[0]} --help"
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {told}{where}\n")
 
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

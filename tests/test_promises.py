@@ -603,7 +603,9 @@ PROMISES: dict[str, Tests] = {
         test_serve.test_clients_that_leave_do_not_fill_the_log,
         test_proxy.test_logs_have_a_line_a_request_and_never_what_was_said,
     ),
-    "Beyond `--max-streams` a request gets a 503": (test_trouble.test_there_are_no_more_streams_than_allowed,),
+    "Beyond `--max-streams` a request gets a 503": (
+        test_trouble.test_there_are_no_more_streams_than_allowed,
+    ),
     "those that ask for nothing are closed, and all such are after a minute": (
         test_trouble.test_clients_that_ask_for_nothing_make_room_for_others,
         test_trouble.test_a_client_that_asks_for_half_of_something_is_let_go,
