@@ -237,6 +237,15 @@ def test_a_page_of_several_proxies_says_first_to_end_the_one_before(path: Path) 
         assert re.search(r"end the one before \(Ctrl\+C\)", before)
 
 
+@pytest.mark.parametrize("name", ["YOUR_LM", "YOUR_DATA"])
+def test_every_step_of_a_guide_tells_how_long_it_takes(name: str) -> None:
+    time = re.compile(r"\b(\d+|a|half) (and a half )?(second|minute|hour)s?\b")
+    _, *sections = re.split(r"^## ", page(name), flags=re.MULTILINE)
+    runs = {"sh", "python"}
+    steps = [text for text in sections if runs & {block.language for block in all_blocks(text)}]
+    assert [step.splitlines()[0] for step in steps if not time.search(step)] == []
+
+
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
