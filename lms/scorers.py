@@ -53,6 +53,9 @@ _HUGE = re.compile(
     r"[0-9]{3,}!|\^(?:\{[^{}A-Za-z]{0,9})?[0-9]{4,}|"
     r"\^(?:\{[^{}A-Za-z]{0,20}|[0-9]{1,9})\^(?!\{?[A-Za-z])"
 )
+_BASE = re.compile(r"(?<=[0-9])_\{?([0-9]+)")
+_TUPLE = re.compile(r"\([^()\[\]]*,[^()\[\]]*\)")
+_NO_BARE_LIST = re.compile(r"[()\[\]<>=]|\\(?:[{}]|[lg]eq?(?![a-z])|in(?![a-z])|cup|cap)")
 _SET_SIGN = re.compile(r"\\(?:cup|cap)(?![A-Za-z])")
 
 
@@ -176,8 +179,11 @@ def latex(answer: str, gold: str) -> bool:
     (size, unit), (wanted_size, wanted_unit) = measure(answer), measure(wanted)
     if unit and wanted_unit and unit != wanted_unit:
         return False
+    size, wanted_size = _as_tuple(size, wanted_size), _as_tuple(wanted_size, size)
     if size == wanted_size or _parts(size) == _parts(wanted_size):
         return True
+    if _says_otherwise(size, wanted_size):
+        return False
     if any(map(_is_beyond, (size, wanted_size))) or _words(size) != _words(wanted_size):
         return False
     return _verify(size, wanted_size)
@@ -192,6 +198,21 @@ def _parts(formula: str) -> tuple[list[str], list[str]]:
     parts, signs = _SET_SIGN.split(formula), _SET_SIGN.findall(formula)
     is_flat = len(set(signs)) == 1 and not re.search(r"[()\\]", "".join(parts))
     return (sorted(part.strip() for part in parts) if is_flat else parts), signs
+
+
+def _as_tuple(formula: str, other: str) -> str:
+    """Returns a list in round brackets if the other formula is in them: then its order matters."""
+    is_list = "," in formula and not _NO_BARE_LIST.search(formula)
+    return f"({formula})" if is_list and _TUPLE.fullmatch(other) else formula
+
+
+def _says_otherwise(one: str, other: str) -> bool:
+    """Says whether two formulas differ in what math-verify passes over: the base, or the braces."""
+    bases = _BASE.findall(one), _BASE.findall(other)
+    if all(bases) and bases[0] != bases[1]:
+        return True
+    pairs = ((one, other), (other, one))
+    return any(a.startswith((r"\{", r"\pm")) and _TUPLE.fullmatch(b) for a, b in pairs)
 
 
 def _words(formula: str) -> list[str]:

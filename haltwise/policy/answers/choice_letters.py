@@ -3,8 +3,16 @@
 import re
 
 from haltwise.policy.answers.characters import NAME_LETTERS
-from haltwise.policy.answers.places import conclusions, lines
-from haltwise.policy.answers.words import DENIALS, FILLERS, GOES_ON, OR_WORDS
+from haltwise.policy.answers.places import affirmed, conclusions, lines
+from haltwise.policy.answers.words import (
+    BUT,
+    DENIALS,
+    FILLERS,
+    GOES_ON,
+    NOT,
+    NOT_BEFORE_IS,
+    OR_WORDS,
+)
 
 # A word or number, a word in a script without blanks, the end of a line, or a mark.
 _TOKEN = re.compile(rf"[0-9{NAME_LETTERS}']+|[^\W\d_{NAME_LETTERS}]+|\n|[^\w\s]")
@@ -16,11 +24,12 @@ _PUNCTUATION = frozenset([*").,:;!?]'-/&+|\u2014\u3002\u3001", "\n", ""])
 _FORMULA_SIGNS = frozenset("^=<>*_\\")
 
 _PICKED = re.compile(
-    r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|not\s[^.\n]{1,40}?\bbut|"
+    rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS})\s[^.\n]{{1,40}}?{BUT}|"
+    r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|"
     r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
-    r"(?:choice|option|pick|letter|alternative)\s(?:is|must\sbe|should\sbe)|"
-    r"(?:choice|option|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
+    r"(?:choice|option|pick|letter|alternative|statement|one)\s(?:is|must\sbe|should\sbe)|"
+    r"(?:choice|option|correct|final|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
     r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
     r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"
     r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044\u306e\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
@@ -37,7 +46,7 @@ _DENIED = re.compile(
 )
 _LETTERED = re.compile(
     r"\W{0,9}(?:(?i:option|choice)\W{1,9}[A-Za-z](?!\w).*|[A-Za-z](?:\W*|[.):\]]\W*\s.*)|"
-    r"[B-HJ-Z]\s?[-,\u2014]\s.*)"
+    r"[B-HJ-Z]\s?[-,\u2014]\s.*|[A-HJ-Z]\s(?:because|since)\s.*)"
 )
 # "Is it B? No, it is C."
 _ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
@@ -58,6 +67,11 @@ def _is_letter(tokens: list[str], i: int) -> bool:
     return behind in _PUNCTUATION or (letter not in "aeiouy" and behind in GOES_ON)
 
 
+def _is_list_end(tokens: list[str], i: int) -> bool:
+    """Says whether a token is a letter with no more words behind it."""
+    return i + 2 < len(tokens) and _is_letter([*tokens, ""], i) and tokens[i + 1] in _PUNCTUATION
+
+
 def _letter_at(text: str) -> str | None:
     """Returns the letter that a text begins with; "" if it begins with several, None with none."""
     tokens = [*_TOKEN.findall(_MARKUP.sub("", text[:200])), "", "", ""]
@@ -73,7 +87,10 @@ def _letter_at(text: str) -> str | None:
         tokens[i].casefold() in OR_WORDS | FILLERS or tokens[i] in tuple(",/&+-\u3001")
     ):
         i += 1
-    is_list = joint.casefold() in OR_WORDS or tokens[i + 1] in _PUNCTUATION
+    is_list = joint.casefold() in OR_WORDS or (
+        tokens[i + 1] in _PUNCTUATION
+        or (tokens[i + 1].casefold() in OR_WORDS and _is_list_end(tokens, i + 2))
+    )
     is_several = (tokens[i] != joint or joint.isupper()) and is_list and _is_letter(tokens, i)
     return "" if is_several and tokens[i].upper() != letter else letter
 
@@ -85,7 +102,7 @@ def boxed_letter(content: str) -> str:
         content: A text in plain characters, without styles.
     """
     places = conclusions(content) or [content]
-    letter = _letter_at(places[0])
+    letter = _letter_at(affirmed(places[0]))
     if letter is None:
         named = _NAMED_BEHIND.search(content)
         letter = named[1] if named else ""

@@ -25,6 +25,8 @@ _SPACING = re.compile(
     r"(?:\\(?:left|right|displaystyle|q?quad)(?![A-Za-z])|\\[!,;: ]|\\?\$|[\s~]){1,99}"
 )
 _KEPT_BLANK = re.compile(r"(\\[A-Za-z]{1,20} (?=[A-Za-z]))| ")
+# 1, 234 is a list, and no number.
+_NEXT_IN_LIST = re.compile(r"(?<=[0-9],)(?=[0-9]{3}(?![0-9]))")
 _SIGN_BEHIND = re.compile(r"\s?(?:\\?%|\^\s?\{?\s?\\circ\s?\}?\s?[CFK]?)$")
 _GROUPED = re.compile(r"(?<![0-9])[0-9]{1,3}(?:(?:\{,\}|,?\\[,!],?|\\ )[0-9]{3})+(?![0-9])")
 # 60\frac{\text{km}}{\text{h}}
@@ -36,7 +38,8 @@ _NATURAL_LOG = re.compile(r"\\log_\s?(?:e|\{\s?e\s?\})")
 _SYNONYMS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
-        (r"\\[dt]frac", r"\\frac"),
+        (r"\\(?:[dtc]|[sn]ice|s)frac(?![a-z])", r"\\frac"),
+        (r"\{([-+])\}", r"\1"),
         (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
         (r"([\^_])\{([0-9A-Za-z])\}(?![0-9A-Za-z])", r"\1\2"),
         (r"\\(pmod|vec|hat|bar)\s?([0-9]+|[A-Za-z])", r"\\\1{\2}"),
@@ -104,7 +107,10 @@ def _normal_row(text: str) -> str:
         if found[2] and (not unit or unit.removeprefix(r"\text{").partition("}")[0] in _UNITS):
             return _normal_row(found[1]) + unit
     text = _GROUPED.sub(lambda digits: re.sub(r"[^0-9]", "", digits[0]), unstyled(text))
-    text = _KEPT_BLANK.sub(r"\1", _SPACING.sub(" ", text).strip()).rstrip(".")
+    parts = _SPACING.sub(" ", text).strip().rstrip(".").split(", ")
+    text = ",".join(_KEPT_BLANK.sub(r"\1", part) for part in parts)
+    if len(parts) > 1 and not re.search(r"[()\[\]{}]", text):
+        text = _NEXT_IN_LIST.sub(" ", text)
     for pattern, plain in _SYNONYMS:
         text = pattern.sub(plain, text)
     return text.casefold() if re.fullmatch(r"[^\W\d_]{3,}[0-9]*|(?i:no|on|yes|ok)", text) else text

@@ -4,24 +4,24 @@ import re
 
 from haltwise.policy.answers.characters import NAME_LETTERS
 from haltwise.policy.answers.number_spellings import NUMBER, exact_value, plain_numbers
-from haltwise.policy.answers.words import OR
+from haltwise.policy.answers.words import IS, NOT, NOT_BEFORE_IS, OR, SCALE, UNIT_WITH_PARTS
 
 # What stands before or behind a number that is a part of a formula, or only bounds the answer.
 _BEFORE = re.compile(
-    r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div)(?:\[[0-9]\])?\s?|"
+    r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div|lfloor|lceil|max|min|gcd|lcm|exp)(?:\[[0-9]\])?\s?|"
     r"\\[dt]?frac\s?\{|\}\s?\{|(?<![A-Za-z])[A-Za-z]\(|[-+]\s?\(|"
     r"[|<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
     r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?)[{(]?\s?$"
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
-    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260|]|\^(?!\s?\{?\\circ)|!|\\(?:times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260\u00b1|]|\^(?!\s?\{?\\circ)|!|\\(?:pm|mp|times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
     r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
     rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[ei](?![{NAME_LETTERS}']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (
-    r"\s(?:to|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
+    r"\s(?:to|out\sof|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
     r"\s?[\u81f3\u5230~\u301c]"
 )
 _JOINED = re.compile(
@@ -30,6 +30,21 @@ _JOINED = re.compile(
     r"\\?[$\u20ac\u00a3(]{0,2}$",
     re.IGNORECASE,
 )
+_DASH = re.compile(r"[0-9]\s?-\s?$")
+# One measure in two units, 5 feet 7; a list in brackets, or of numbers alone; x = 5, y = 7.
+_UNIT_BETWEEN = re.compile(rf"[0-9]\s?(?:{UNIT_WITH_PARTS}|{SCALE})\.?\s?$", re.IGNORECASE)
+_LISTED = re.compile(r"(?:^|[(\[{])[-+0-9.,;\s$]{0,60}[0-9]\s?[,;]\s?[-+$]{0,2}$")
+_SEVERAL_VALUES = re.compile(
+    rf"=\s?[-+]?[0-9./]{{1,30}}\s?(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=\s?[-+]?$",
+    re.IGNORECASE,
+)
+# What is denied, "not 7"; and where it only stands beside an answer: "5, not 7".
+_DENIED = re.compile(
+    rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS}(?={IS})|n't|cannot)"
+    rf"(?:{IS}|\s?(?:be|equals?|to)(?!\w)){{0,2}}\s?[$\u20ac\u00a3\\(]{{0,3}}[-+]?$",
+    re.IGNORECASE,
+)
+_INSTEAD = re.compile(r"(?:,|\()\s?(?:and\s)?[^\s,(]{1,9}\s?[$\u20ac\u00a3\\(]{0,3}$")
 _RELATIONS = {
     r"\\l(?:e|eq|t)(?![a-z])|<=": "<",
     r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
@@ -58,8 +73,13 @@ _SEVERAL = re.compile(
 )
 
 
+_POWER = re.compile(r"(?<=[0-9)])\*\*(?=[-+(]?[0-9])")  # 10**3
+_ITALIC = re.compile(r"(?<![^\s(])(?<![0-9)]\s)\*(?=[^\s*])([^*\n]{1,60})(?<!\s)\*(?![\w*])")
+
+
 def _prepared(text: str) -> str:
-    text = plain_numbers(text)
+    text = _POWER.sub("^", text)
+    text = plain_numbers(_ITALIC.sub(r"\1", text))
     for pattern, sign in _RELATIONS.items():
         text = re.sub(pattern, sign, text)
     return re.sub(r"\*\*|\$|__+|(?<!\w)_(?=[-+.0-9])", "", text)
@@ -68,7 +88,9 @@ def _prepared(text: str) -> str:
 def _is_part(text: str, found: re.Match[str]) -> bool:
     """Says whether a number is only a part of a formula or bounds the answer."""
     before = text[max(0, found.start() - 30) : found.start()]
-    return bool(_BEFORE.search(before) or _BEHIND.match(text, found.end()))
+    return bool(
+        _BEFORE.search(before) or _BEHIND.match(text, found.end()) or _DENIED.search(before)
+    )
 
 
 def _sole(text: str) -> str:
@@ -119,9 +141,21 @@ def _clause_value(content: str) -> str:
 
 
 def is_joined(text: str, number: re.Match[str]) -> bool:
-    """Says whether a number is one of two that are joined by "or" and the like, or a dash."""
+    """Says whether a number is one of several: joined by "or" and the like, a dash, or a unit."""
     before = text[max(0, number.start() - 80) : number.start()]
-    return bool(_JOINED.search(before) or re.search(r"[0-9]\s?-\s?$", before))
+    joints = (_JOINED, _DASH, _UNIT_BETWEEN, _LISTED, _SEVERAL_VALUES)
+    return any(joint.search(before) for joint in joints)
+
+
+def last_affirmed(text: str, found: list[re.Match[str]]) -> re.Match[str] | None:
+    """Returns the last of what is found in a text; of "5, not 7" the 5, and of "not 7" nothing."""
+    for match in reversed(found):
+        before = text[max(0, match.start() - 30) : match.start()]
+        if not _DENIED.search(before):
+            return match
+        if not _INSTEAD.search(before):
+            return None
+    return None
 
 
 def last_number(text: str) -> str:
@@ -136,8 +170,9 @@ def last_number(text: str) -> str:
     """
     text = _prepared(text)
     found = list(NUMBER.finditer(text))
-    if not found or _is_part(text, found[-1]):
+    last = last_affirmed(text, found)
+    if last is None or _is_part(text, last):
         return ""
-    if len(found) > 1 and is_joined(text, found[-1]):
-        return _sole(text[found[-2].start() : found[-1].end()])
-    return exact_value(found[-1][0])
+    if last != found[0] and is_joined(text, last):
+        return _sole(text[found[found.index(last) - 1].start() : last.end()])
+    return exact_value(last[0])

@@ -6,7 +6,7 @@ from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
 from haltwise.policy.answers.characters import NAME_LETTERS
-from haltwise.policy.answers.words import SCALE, SCALES
+from haltwise.policy.answers.words import AFTERNOON, FORENOON, MINUS, SCALE, SCALES
 
 _Found = re.Match[str]
 _Step = tuple[str, str | Callable[[_Found], str]]
@@ -15,7 +15,7 @@ _Step = tuple[str, str | Callable[[_Found], str]]
 _LONGEST_NUMBER = 300
 
 _OUTSIDE_NAMES = rf"(?<![{NAME_LETTERS}0-9_.])"
-_SIZE = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,99}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_SIZE = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3}){1,99}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 #: A number in plain spelling. The base of a power is none by itself, but a number of degrees
 #: (90^\circ) is one. A time of day or a ratio (5:30) is one number, too.
 NUMBER = re.compile(
@@ -24,11 +24,16 @@ NUMBER = re.compile(
     rf"[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?)"
     r"(?!\s?\^(?!\s?\{?\\circ))"
 )
+_THIN = r"\\[,!;: ]"  # LaTeX's blanks
 _SCALE_WORD = re.compile(SCALE, re.IGNORECASE)
 
 
 def _digits(found: _Found) -> str:
     return re.sub(r"[^0-9]", "", found[0])
+
+
+def _spaceless(found: _Found) -> str:
+    return re.sub(_THIN, "", found[0])
 
 
 def _ungrouped(number: str) -> str:
@@ -80,7 +85,12 @@ def _as_and_so_on(found: _Found) -> str:
 
 def _as_time_of_day(found: _Found) -> str:
     hour, minutes, half = found.groups()
-    return f"{int(hour) % 12 + (12 if half in 'pP' else 0)}{minutes}"
+    return f"{int(hour) % 12 + (12 if half in 'pP' else 0)}:{minutes}"
+
+
+def _as_named_time(found: _Found) -> str:
+    half, time = found.groups()
+    return f"{time} {'p' if re.fullmatch(AFTERNOON, half) else 'a'}m"
 
 
 def _as_scaled(found: _Found) -> str:
@@ -89,6 +99,14 @@ def _as_scaled(found: _Found) -> str:
     zeros = sum(SCALES[word.strip().casefold()] for word in words)
     size = re.sub(r",(?=[0-9]{1,2}$)", ".", found[1])
     return f"{size}e{zeros}{found[2] or ''}"
+
+
+_ZEROS = {"K": 3, "M": 6, "B": 9}
+
+
+def _as_money(found: _Found) -> str:
+    sign, size, *letters = found.groups("")
+    return f"{sign}{size}e{_ZEROS[''.join(letters)[0].upper()]}"
 
 
 def _as_power(found: _Found) -> str:
@@ -113,8 +131,20 @@ _LINE = r"\\(?:overline|bar|dot)\s?"
 # How numbers are made plain, one step after another, if it means the same in a formula.
 _PLAIN = _compiled(
     [
+        # {-}5 and -{5}; \cfrac; 3{,}5 and 0{,}125; 0.000\,001.
+        (r"\{([-+])\}", r"\1"),
+        (r"([-+]\s?)\{([0-9.]{1,30})\}", r"\1\2"),
+        (r"\\(?:cfrac|[sn]icefrac|sfrac)(?![a-z])", r"\\frac"),
+        (
+            r"(?:(?<=[0-9])\{,\}(?=(?:[0-9]{1,2}|[0-9]{4,30})(?![0-9{]))|(?<=(?<![0-9])0)\{,\}(?=[0-9]))",
+            ".",
+        ),
+        (
+            rf"(?<![0-9])[0-9]{{1,30}}\.[0-9]{{3}}(?:{_THIN}[0-9]{{3}}){{0,9}}{_THIN}[0-9]{{1,3}}(?![0-9.])",
+            _spaceless,
+        ),
         # 1{,}000 and 1\,000; 1 000 and 1'000; other blanks; 5{:}30 and 5 : 30.
-        (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
+        (r"(?<=[0-9])(?:\{,\}(?=[0-9]{2})|,?\\[,!],?(?=[0-9]{3}))", ","),
         (rf"{_OUTSIDE_NAMES}[0-9]{{1,3}}(?:(?:\\?[ ~'_]|\\[;:])[0-9]{{3}})+(?![0-9/])", _digits),
         (r"\\[,;: ]|(?<=\S)~(?![0-9\s])|~(?=[0-9]{1,9}/)|\\q?quad(?![A-Za-z])", " "),
         (
@@ -127,7 +157,7 @@ _PLAIN = _compiled(
             " ",
         ),
         (
-            r"(?<![0-9])(?<![0-9]\s)(?:\b(?:minus|negative)\s|\u96f6\u4e0b|[\u8d1f\u8ca0])(?=[0-9])",
+            rf"(?<![0-9])(?<![0-9]\s){MINUS}(?=[0-9])",
             "-",
         ),
         (r"([-+])\s?\\?[$\u20ac\u00a3\u00a5]\s?(?=[.0-9])", r"\1"),
@@ -152,9 +182,10 @@ _PLAIN = _compiled(
             r"(?:[{(]\s?([-+]?[0-9]{1,3})\s?[})]|([-+]?[0-9]{1,3}))(?![0-9])",
             _as_power_of_ten,
         ),
-        # 3{\frac12}
+        # 3{\frac12}; 5 / 8.
+        (r"(?<=[0-9])\s{0,3}/\s{0,3}(?=[0-9])", "/"),
         (
-            r"(?<=[0-9])\s?\{\s?(\\[dt]?frac\s?(?:\{[0-9\s]{1,30}\}|[0-9])\s?(?:\{[0-9\s]{1,30}\}|[0-9]))\s?\}",
+            r"(?<=[-+0-9])\s?\{\s?(\\[dt]?frac\s?(?:\{[0-9\s]{1,30}\}|[0-9])\s?(?:\{[0-9\s]{1,30}\}|[0-9]))\s?\}",
             r"\1",
         ),
         # \frac12 and 3\frac{1}{2}, 3 1/2, 5:30 pm, 1.5 million.
@@ -168,7 +199,11 @@ _PLAIN = _compiled(
         ),
         # -(2/3).
         (r"-\s?(?:\\left)?\(\s?([0-9./]{1,60})\s?(?:\\right)?\)(?!\s?\^)", r"-\1"),
-        (r"(?<![0-9:])([0-9]{1,2})(:[0-5][0-9])\s{0,3}([ap])\.?m\b\.?", _as_time_of_day),
+        (rf"({FORENOON}|{AFTERNOON})\s?([0-9]{{1,2}}:[0-5][0-9])(?![0-9:])", _as_named_time),
+        (
+            r"(?<![0-9:.,])(1[0-9]|2[0-3]|0?[0-9])[:.]([0-5][0-9])\s{0,3}([ap])\.?m\b\.?",
+            _as_time_of_day,
+        ),
         (
             rf"(?<![0-9,./e])((?>[0-9]{{1,30}},[0-9]{{1,2}}(?![0-9])|{_SIZE}))((?>/[0-9]+))?((?:{SCALE}){{1,3}})(?!\s?[0-9])",
             _as_scaled,
@@ -188,9 +223,15 @@ _PLAIN_OUTSIDE_FORMULAS = _compiled(
         ),
         (rf"{_OUTSIDE_NAMES}(?<!,)[0-9]{{1,2}}(?:,[0-9]{{2}}){{1,9}},[0-9]{{3}}(?![0-9])", _digits),
         (
-            rf"{_OUTSIDE_NAMES}(?<![,(\[{{])([0-9]{{1,30}}),([0-9]{{1,2}}|[0-9]{{4,30}})"
+            rf"{_OUTSIDE_NAMES}(?<![,(\[{{])([0-9]{{1,30}}),([0-9]{{1,2}}|[0-9]{{4,30}}|(?<=(?<![0-9])0,)[0-9]{{3}})"
             r"(?![0-9,)\]}]|\.[0-9])",
             r"\1.\2",
+        ),
+        # 5 \div 8; $5M and $5bn.
+        (r"(?<=[0-9])\s?(?:\u00f7|\\div(?![a-z]))\s?(?=[0-9])", "/"),
+        (
+            rf"([$\u20ac\u00a3\u00a5]\s?)((?>{_SIZE}))\s?(?-i:([KMB])|(mn|bn))(?![\w$])",
+            _as_money,
         ),
         # 10k, but 10 K are a temperature.
         (rf"(?<![{NAME_LETTERS}0-9_.,/])({_SIZE})(?-i:k)(?![\w/'])", r"\1e3"),

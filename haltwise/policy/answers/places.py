@@ -3,7 +3,7 @@
 import re
 from itertools import pairwise
 
-from haltwise.policy.answers.words import ANSWER, IS
+from haltwise.policy.answers.words import ANSWER, BUT, INSTEAD_OF, IS, NOT, NOT_BEFORE_IS, RETRACTED
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
 _BOX_OF_A_WORD = re.compile(r"\\boxed\s{1,9}([^\s{}$]{1,99})")
@@ -13,11 +13,12 @@ _STYLES = (
     r"text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|math(?:rm|bf|sf|it|tt|normal)|boldsymbol|bm|emph"
 )
 _STYLED = re.compile(
-    rf"\\(?:{_STYLES}|mbox|hbox|underline|operatorname)\*?\s{{0,9}}\{{([^{{}}]*)\}}"
+    rf"\\(?:{_STYLES}|bf|it|rm|tt|mbox|hbox|underline|operatorname)\*?\s{{0,9}}\{{([^{{}}]*)\}}"
 )
 _STYLE = re.compile(
     r"\\(?:text)?color\s?\{[A-Za-z]{1,20}\}|"
-    rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?"
+    rf"\\(?:{_STYLES}|bf|it|rm|tt|(?:display|text)style|[lL]arge)(?![A-Za-z{{])\s?|"
+    r"\\(?:left|right)\s?\."
 )
 
 _BLANKS = r"[\s*_]{0,9}"
@@ -25,7 +26,7 @@ _BLANKS = r"[\s*_]{0,9}"
 _BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
 
 # "The answer to the first question is", and "la respuesta correcta es".
-_TO = r"(?:\s(?:to|for|of)\b[^.:?\n]{0,60}?|(?:\s\w{1,15}){1,2})?"
+_TO = rf"(?:\s(?:to|for|of)\b[^.:?\n]{{0,60}}?|(?:\s(?!{NOT_BEFORE_IS})\w{{1,15}}){{1,2}})?"
 
 # "### Final Answer", with the answer below it.
 _HEADING = (
@@ -39,11 +40,19 @@ _MARK = re.compile(
 )
 _CONCLUDED = re.compile(
     rf"{_HEADING}{_BOLD}|"
-    rf"{ANSWER}(?:{_BLANKS}{_TO}{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a\u3011]|\s[-=\u2013\u2014]\s){_BOLD}|"
-    rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])",
+    rf"{ANSWER}(?:{_BLANKS}{_TO}(?P<denied>\s{NOT_BEFORE_IS}|不)?{IS}(?:\s{{0,9}}(?:\*\*)?\s{{0,9}}:)?|(?:\s\w{{1,15}})?[\"']?{_BLANKS}[:\uff1a\u3011]|\s[-=\u2013\u2014]\s){_BOLD}|"
+    rf"^\#{{2,6}}(?=\s{{0,3}}[-+$]{{0,2}}[0-9])|(?P<anew>{RETRACTED})",
     re.IGNORECASE | re.MULTILINE,
 )
-_NOT = re.compile(r"\s{0,9}(?:not|never|nicht|pas|\u4e0d\u662f)(?!\w)", re.IGNORECASE)
+_NOT = re.compile(rf"\s{{0,9}}{NOT}", re.IGNORECASE)
+# "Not 5 but 7"; in Japanese and Korean, "not" and "but" are one word behind the 5.
+_CONTRAST = re.compile(
+    rf"\s{{0,9}}{NOT}[^.\n\u3002]{{1,60}}?{BUT}|[^.\n\u3002]{{1,40}}?{INSTEAD_OF}", re.IGNORECASE
+)
+_LETTER = re.compile(r"\(?[A-Z]")
+_SURE = re.compile(
+    r"[0-9.]{1,9}\s?\\?%\s(?:sure|certain|confident|confidence|certainty)\b", re.IGNORECASE
+)
 _THEREFORE = re.compile(
     r"(?:therefore|thus|hence|consequently|so)\b[^.:=?\n]{0,80}?\b(?:is|are|was|were)\s{1,9}",
     re.IGNORECASE,
@@ -102,6 +111,7 @@ def boxed(text: str, may_be_open: bool = False) -> str | None:
 
 def unstyled(text: str) -> str:
     r"""Returns a text without LaTeX's \text{...}, \mathbf{...} and the like around its parts."""
+    text = _STYLE.sub("", text)
     for _ in range(4):  # as deep as anyone nests them
         text, count = _STYLED.subn(r"\1", text)
         if not count:
@@ -120,7 +130,7 @@ def own_part(text: str) -> str:
     Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too,
     and so are the fences of a block of code, closed or not.
     """
-    text = _FENCE.sub("", _CONFIDENCE.sub("", text))
+    text = _FENCE.sub("", _SURE.sub("", _CONFIDENCE.sub("", text)))
     _, *tagged = _TAG.split(text)
     inner = _END_TAG.split(tagged[-1])[0] if tagged else ""
     if inner.strip():
@@ -132,14 +142,28 @@ def own_part(text: str) -> str:
 
 
 def conclusions(text: str) -> list[str]:
-    """Returns what follows each "the answer is" up to the next one, the last of them first."""
+    """Returns what follows each "the answer is" up to the next one, the last of them first.
+
+    Words that take an answer back begin another one: "The answer is 12. Wait, no, it's 13."
+    """
     found = list(_CONCLUDED.finditer(text))
     ends = [match.start() for match in found[1:]] + [len(text)]
-    return [
-        text[match.end() : end]
-        for match, end in zip(found, ends, strict=False)
-        if match[0].rstrip(" *")[-1:] in tuple(":\uff1a\u3011") or not _NOT.match(text, match.end())
-    ][::-1]
+    places: list[str] = []
+    for match, end in zip(found, ends, strict=False):
+        if match["anew"] and not places and not _LETTER.match(text, match.end()):
+            continue  # Nothing was told before.
+        place = ("not " if match["denied"] else "") + text[match.end() : end]
+        told = affirmed(place)
+        is_marked = match[0].rstrip(" *")[-1:] in tuple(":\uff1a\u3011")
+        if is_marked or told != place or not _NOT.match(place):
+            places.append(told)
+    return places[::-1]
+
+
+def affirmed(place: str) -> str:
+    """Returns a text from "but" on if it begins with "not ... but", and as it is otherwise."""
+    contrast = _CONTRAST.match(place)
+    return place[contrast.end() :] if contrast else place
 
 
 def place_of_words(text: str) -> str:

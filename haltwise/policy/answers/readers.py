@@ -12,7 +12,13 @@ from collections.abc import Callable
 from haltwise.policy.answers.characters import NAME_LETTERS, caseless, plain_characters
 from haltwise.policy.answers.choice_letters import boxed_letter, told_letter
 from haltwise.policy.answers.formulas import normal_latex
-from haltwise.policy.answers.number_places import clause, is_joined, last_number, only_number
+from haltwise.policy.answers.number_places import (
+    clause,
+    is_joined,
+    last_affirmed,
+    last_number,
+    only_number,
+)
 from haltwise.policy.answers.places import (
     boxed,
     conclusions,
@@ -24,9 +30,32 @@ from haltwise.policy.answers.places import (
 )
 from haltwise.policy.answers.words import POLITE_END
 
+# A time or ratio, a date, a mixed number, or any other, with a power of ten, % or th behind it.
 _SPELT_NUMBER = re.compile(
-    rf"(?<![{NAME_LETTERS}0-9_.])(?:[0-9]{{1,9}}(?::[0-9]{{2}}){{1,2}}(?![0-9])|"
-    r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:(?:/| / )[0-9]+)?)"
+    rf"(?<![{NAME_LETTERS}0-9_.^])(?>[0-9]{{1,9}}(?::[0-9]{{1,9}}){{1,2}}(?![0-9])(?:\s?[ap]\.?m\b\.?)?|"
+    r"[0-9]{1,4}([-/.])[0-9]{1,4}(?:\1[0-9]{1,4}){1,2}(?![0-9])|"
+    r"[-+]?[0-9]{1,9} [0-9]{1,9}/[0-9]{1,9}(?![0-9])|"
+    r"[-+]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+(?:,[0-9]+(?![0-9,]))?)"
+    r"(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
+    r"(?:(?:/| / )[0-9]+|"
+    r"\s?(?:[\u00d7x*\u00b7]|\\times|\\cdot)\s?10\s?\^\s?[{(]?[-+]?[0-9]{1,3}[})]?)?"
+    r"(?:\s?\\?%|(?:st|nd|rd|th)\b|\s?[ap]\.?m\b\.?)?)"
+    rf"(?!\s?\^)(?![{NAME_LETTERS}](?![{NAME_LETTERS}']))",
+    re.IGNORECASE,
+)
+# A list in brackets; a yes with its reason; and a remark behind a few words.
+_BRACKETED = re.compile(r"\s*([(\[{][^()\[\]{}\n]{1,60},[^()\[\]{}\n]{1,60}[)\]}])[\s.*$]*")
+_VERDICT = re.compile(
+    r"[\s*]*(yes|no|true|false)\b[\s*]*(?:[,;:\u2014]|because|since)", re.IGNORECASE
+)
+_REMARK = re.compile(
+    r",?\s(?:because|since)\s|,\s(?:not|as|but|which|i\s(?:think|believe|guess))\s|"
+    r",\si\s(?:think|believe|guess)\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!]\s")
+_DECIMAL_OR_TIME = re.compile(
+    r"([-+]?)([0-9]+|(?=\.[0-9]))(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?"
 )
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?")
 _BEGINS_WITH_A_NUMBER = re.compile(r"(?:[^\s0-9]{0,20}\s{0,9}){0,3}[^\s0-9]{0,20}[0-9]")
@@ -47,7 +76,7 @@ _THOUSANDS = re.compile(
 )
 # Marks that change what is said: between digits, before a number, and behind a word.
 _TELLING = re.compile(
-    r"(?<=[0-9])[-.,/:^](?=[0-9])|(?<![\w.])[-<>](?=\s?\.?[0-9])|(?<![\w.])\.(?=[0-9])|"
+    r"(?<=[0-9])[-.,/:](?=[0-9])|(?<=\w)[\^<>](?=\w)|(?<=[0-9])'(?=[0-9]{1,2}(?![0-9]))|(?<![\w.])[-<>](?=\s?\.?[0-9])|(?<![\w.])\.(?=[0-9])|"
     r"(?<=-)\.(?=[0-9])|(?<=[^\W\d_])[-#](?!\w)|(?<=\w)\+{1,9}(?!\w)|(?<=\w)[+=]{1,9}(?=\w)|"
     r"(?<=[0-9])\*{1,9}(?=[0-9])"
 )
@@ -59,6 +88,23 @@ _NEXT_FORMULA = re.compile(r"(?<!\$)\$(?:,|,?\s(?:and|or))\s\$(?!\$)")
 _GOES_ON = re.compile(
     r"[.!]\s|[\u3002\uff0c]|,?\s(?:because|since|as|which|so)\s|\s?\u2014", re.IGNORECASE
 )
+
+
+# Spellings of LaTeX and their plain ones.
+_SPELLINGS = [
+    (re.compile(pattern), plain)
+    for pattern, plain in (
+        (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
+        (r"(?<=\S)\{([,:.])\}(?=\S)", r"\1"),
+        (r"\\!", ""),
+        (r"\\[,;:]|(?<=\w)~(?=\w)", " "),
+        (r"(?<=[0-9]) ?\\?%", "%"),
+        (r"\s?(?:\^\s?\{?\s?\\circ(?![a-z])\s?\}?|\\degree(?![a-z])\s?)", "\u00b0"),
+        (r"\^\{(-?[0-9]{1,30}|[A-Za-z])\}(?![0-9])", r"^\1"),
+        (r"\\(?:left|right)(?![A-Za-z])|\\+(?=[%$ {}_#&])", ""),
+        (r"(?<=[0-9])\s?([AaPp])\.?([Mm])(?!\w)\.?", r" \1\2"),
+    )
+]
 
 
 def canonical(answer: str) -> str:
@@ -77,19 +123,18 @@ def canonical(answer: str) -> str:
 
 def _canonical_once(answer: str) -> str:
     text = unstyled(plain_characters(answer))
-    text = re.sub(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ",", text)
-    text = re.sub(r"(?<=[0-9])(?: |\\,)?\\?%", "%", re.sub(r"(?<=\w)~(?=\w)", " ", text))
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\+(?=[%$ {}_#&])", "", text)
-    text = " ".join(caseless(text).split()).strip(" $.\u3002")
+    for pattern, plain in _SPELLINGS:
+        text = pattern.sub(plain, text)
+    text = _bare(" ".join(caseless(text).split()))
     text = re.sub(POLITE_END, "", text)
     while quoted := _QUOTED.fullmatch(text):
-        text = (quoted[1] or quoted[2] or quoted[3]).strip(" $.")
+        text = _bare(quoted[1] or quoted[2] or quoted[3])
     text = re.sub(r"^([-+]) (?=[.0-9])", r"\1", text)
     if _GROUPED.fullmatch(text):
         text = re.sub("[ ,]", "", text)
     close = _BESIDE_A_SIGN.sub("", text)
     text = text if _GROUPED.fullmatch(close) else close  # 1, 200 is not 1,200.
-    number = re.fullmatch(r"([-+]?)([0-9]+)(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?", text)
+    number = _DECIMAL_OR_TIME.fullmatch(text)
     if number is None:
         return text
     sign, whole, decimals, minutes = number.groups("")
@@ -98,14 +143,28 @@ def _canonical_once(answer: str) -> str:
     return f"-{size}" if sign == "-" and size != "0" else size
 
 
+_BEFORE_IT = re.compile(r"^(?!\.[0-9])[ $.\u3002]+?(?=\.?[0-9]|[^ $.\u3002])")
+
+
+def _bare(text: str) -> str:
+    """Returns a text without blanks, dollar signs and full stops around it; .5 keeps its point."""
+    return _BEFORE_IT.sub("", text.rstrip(" $.\u3002"))
+
+
 def _told_answer(line: str) -> str | None:
     """Returns the number, or the few words, that follow "the answer is"; None if there are none."""
+    listed = _BRACKETED.fullmatch(line)
+    if listed:
+        return canonical(listed[1])
     part = clause(line)
-    numbers = [canonical(number.rstrip(",")) for number in _SPELT_NUMBER.findall(part)]
+    numbers = [canonical(found[0].rstrip(",")) for found in _SPELT_NUMBER.finditer(part)]
     if numbers:
         return numbers[-1] if "=" in part or len(set(numbers)) == 1 else ""
-    words = canonical(line.replace("**", ""))
-    return words if words and len(words.split()) <= 5 else None
+    line = _REMARK.split(line.replace("**", ""))[0]
+    for words in map(canonical, (line, _SENTENCE_END.split(line)[0])):
+        if words and len(words.split()) <= 5:
+            return words
+    return None
 
 
 def read_answer(text: str) -> str:
@@ -129,9 +188,13 @@ def read_answer(text: str) -> str:
         told = _told_answer((lines(place) or [""])[0])
         if told is not None:
             return told
+    whole = _BRACKETED.fullmatch(text) or _VERDICT.match(text)
+    if whole:
+        return canonical(whole[1])
     numbers, words = list(_SPELT_NUMBER.finditer(text)), text.split()
-    if numbers and not is_joined(text, numbers[-1]):
-        return canonical(numbers[-1][0].rstrip(","))
+    last = last_affirmed(text, numbers)
+    if last and not is_joined(text, last):
+        return canonical(last[0].rstrip(","))
     return canonical(words[0]) if len(words) == 1 else ""
 
 
@@ -169,7 +232,7 @@ def normal_text(answer: str) -> str:
 def _without_marks(text: str) -> str:
     text = _THOUSANDS.sub(lambda found: re.sub("[, ]", "", found[0]), text)
     text = _INITIALS.sub("", re.sub(POLITE_END, "", text))
-    text = re.sub(r"(?<=\w) ([+=/]) (?=\w)|^([-+]) (?=[.0-9])", r"\1\2", text)
+    text = re.sub(r"(?<=\w) ([+=/:]) (?=\w)|^([-+]) (?=[.0-9])", r"\1\2", text)
     text = re.sub("(?<=[0-9])(?:\u2014| - )(?=[0-9])", "-", text)
     text = _DASH_IN_A_WORD.sub(" ", text)
     kept = {i for found in _TELLING.finditer(text) for i in range(*found.span())}
@@ -275,9 +338,10 @@ def read_latex(text: str) -> str:
         told = _told_formula(place)
         if told:
             return told
-    formulas = _FORMULA.findall(text)
+    formulas = list(_FORMULA.finditer(text))
     if formulas:
-        return normal_latex(formulas[-1])
+        last = last_affirmed(text, formulas)
+        return normal_latex(last[1]) if last else ""
     return normal_latex(text) if len(text.split()) == 1 else read_number(text)
 
 

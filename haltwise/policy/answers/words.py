@@ -63,6 +63,34 @@ và hoặc
 """
 _OR_UNSPACED = "或者 或是 或 和 与 または と か 또는 와"
 
+_NOT = """
+not never neither
+nicht weder
+pas ni
+не
+"""
+_NOT_UNSPACED = "不是 并非 並非"
+_NOT_BEFORE_IS = "no não non не nie niet inte ikke"
+_BUT = """
+but_rather but rather
+sondern
+mais
+sino
+mas
+ma bensì
+а
+maar men
+"""
+_BUT_UNSPACED = "而是"
+_MINUS = """
+minus negative
+moins
+menos
+meno
+минус мінус
+"""
+_MINUS_UNSPACED = "マイナス 마이너스 零下 负 負"
+
 _SCALES = {
     2: "hundred",
     3: "thousand thousands tausend mille mil тысяча тысячи тысяч",
@@ -73,6 +101,15 @@ _SCALES = {
     12: "trillion trillions",
 }
 _SCALES_UNSPACED = {3: "千천", 4: "万萬만", 8: "亿億억"}
+
+
+_UNITS_WITH_PARTS = """
+hours hour hrs hr h minutes minute mins min days day weeks week months month years year
+feet foot ft pounds pound lbs lb dollars dollar degrees degree
+stunden stunde minuten tage tag heures heure jours jour horas hora minutos ore minuti giorni
+часов часа час минут дней
+"""
+_UNITS_WITH_PARTS_UNSPACED = "小时 小時 时 時 点 點 時間 分 年 月 天 元 角 시간 시 년 월"
 
 
 def one_of(words: str) -> frozenset[str]:
@@ -94,7 +131,34 @@ ANSWER = (
     r"(?<![^\n*#])ans\.?(?=[\s*]{0,3}:))"
 )
 IS = rf"(?:\s{{0,9}}(?:\b(?:{any_of(_IS)})(?!\w)|(?:应该?|應該)?(?:{any_of(_IS_UNSPACED)}))|'s\b)"
+#: "Not", "but", and what stands behind what is denied in Japanese and Korean.
+_ONLY = r"(?:only|just|nur|seulement|s[oó]lo|только)\b"
+NOT = rf"(?:(?<!\w)(?:{any_of(_NOT)})(?!\w|\s{_ONLY})|{any_of(_NOT_UNSPACED)})"
+NOT_BEFORE_IS = rf"(?:{any_of(_NOT_BEFORE_IS)})(?!\w)"
+BUT = rf"(?:\s(?:{any_of(_BUT)})(?!\w)|\s?(?:{any_of(_BUT_UNSPACED)}|,\s?是))"
+INSTEAD_OF = r"(?:ではなくて?|じゃなくて?|[가이]\s?아니[라고])[,、]?\s?"
+#: "Minus" before a number, but not "al menos", which is "at least".
+MINUS = (
+    rf"(?<!\bal\s)(?<!\bau\s)(?<!\blo\s)(?:\b(?:{any_of(_MINUS)})\s{{1,3}}|"
+    rf"(?:{any_of(_MINUS_UNSPACED)})\s?)"
+)
+#: What stands before a time in the morning, and in the afternoon.
+FORENOON = "上午|凌晨|早上|午前|오전"
+AFTERNOON = "下午|晚上|午後|오후"
+#: Words that take an answer back, up to the number or letter that takes its place.
+RETRACTED = (
+    r"(?=[a-z不等])(?:(?<![\s\S])|(?<=[.,;:!?(\u2014]\s)|(?<=[,\n\u2014\u3002])|(?<=\sor\s))"
+    r"(?:(?:wait|oh|actually|sorry|oops|correction|hmm|i\smean|i\swas\swrong|my\smistake|"
+    r"scratch\sthat|digo|perdón)(?!\w)|no(?=[,.;:!\u2014]|\s(?:\u2014|wait|it|actually))|不对|不對|等等)[\s,.:;!?\u2014]{0,5}"
+    r"(?:(?:no|oh|wait|actually|hmm|sorry|it(?:'s|\sis)|that's|should\sbe|must\sbe|rather)(?!\w)"
+    r"[\s,.:;!\u2014]{0,5}|应?该?是){0,6}"
+    r"(?=[\\$\u20ac\u00a3]{0,2}[-+]?[0-9][0-9.,/:]{0,30}%?\$?(?:\s[^\W\d]{1,20})?\s*(?:[.,;!)\n\u3002]|$)|"
+    r"\(?(?-i:[A-Z])\)?\s*(?:[.,;!\n]|$))"
+)
 OR = rf"(?:\s(?:{any_of(_OR)})(?=[\s$(])|\s?(?:{any_of(_OR_UNSPACED)}))"
+
+#: Units that are told with a smaller one behind them: 5 feet 7 inches.
+UNIT_WITH_PARTS = rf"(?:{any_of(_UNITS_WITH_PARTS)})(?!\w)|{any_of(_UNITS_WITH_PARTS_UNSPACED)}钟?"
 
 #: The words of `OR`, one by one.
 OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
@@ -102,7 +166,7 @@ OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
 #: What may stand between "the answer is" and the letter of a choice.
 FILLERS = one_of("""
 therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
-maybe perhaps possibly even
+maybe perhaps possibly even only
 actually rather the correct right best letter option options choice choices answer statement
 alternative i think believe guess would say it it's is must be to
 donc la le el il a die réponse respuesta resposta risposta antwort
@@ -112,7 +176,7 @@ opción opção opzione alternativa вариант letra lettera lettre buchstab
 """) | {"\n"}
 #: What may stand behind a letter that is also a word, and what denies that letter.
 GOES_ON = one_of(
-    "because since as is and or not with for by from due given which rather based so but"
+    "because since as is and or not with for by from due given which rather based so but only"
 )
 DENIALS = one_of("wrong incorrect false not impossible out excluded")
 
