@@ -36,7 +36,8 @@ _PICKED = re.compile(
     re.IGNORECASE,
 )
 _CALLED_RIGHT = re.compile(
-    r"(?<![\w'])\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
+    rf"(?<![{NAME_LETTERS}0-9_'])"
+    r"\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
     r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
     r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba]|"
     r"\s?\u304c\u6b63(?:\u3057\u3044|\u89e3)|[\uac00\uc774]?\s?(?:\uc815\ub2f5|\ub9de))"

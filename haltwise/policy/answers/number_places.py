@@ -11,7 +11,8 @@ _BEFORE = re.compile(
     r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div|lfloor|lceil|max|min|gcd|lcm|exp)(?:\[[0-9]\])?\s?|"
     r"\\[dt]?frac\s?\{|\}\s?\{|(?<![A-Za-z])[A-Za-z]\(|[-+]\s?\(|"
     r"[|<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
-    r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?)[{(]?\s?$"
+    r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?|"
+    r"(?<!\b[Nn]o\s)(?<!\bnot\s)\b(?:less|fewer|smaller|more|greater|larger)\sthan\s\\?[$\u20ac\u00a3]?)[{(]?\s?$"
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"

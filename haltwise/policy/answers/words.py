@@ -148,7 +148,7 @@ AFTERNOON = "下午|晚上|午後|오후"
 #: Words that take an answer back, up to the number or letter that takes its place.
 RETRACTED = (
     r"(?=[a-z不等])(?:(?<![\s\S])|(?<=[.,;:!?(\u2014]\s)|(?<=[,\n\u2014\u3002])|(?<=\sor\s))"
-    r"(?:(?:wait|oh|actually|sorry|oops|correction|hmm|i\smean|i\swas\swrong|my\smistake|"
+    r"(?:(?:wait|oh|actually|sorry|oops|correction|hmm|i\smean|i\swas\swrong|my\smistake|on\ssecond\sthought|"
     r"scratch\sthat|digo|perdón)(?!\w)|no(?=[,.;:!\u2014]|\s(?:\u2014|wait|it|actually))|不对|不對|等等)[\s,.:;!?\u2014]{0,5}"
     r"(?:(?:no|oh|wait|actually|hmm|sorry|it(?:'s|\sis)|that's|should\sbe|must\sbe|rather)(?!\w)"
     r"[\s,.:;!\u2014]{0,5}|应?该?是){0,6}"
