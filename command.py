@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from haltwise import InputError, __version__
 from haltwise.command_line import parsed
-from haltwise.errors import what_failed
+from haltwise.errors import printing, what_failed
 
 Config = TypeVar("Config")
 
@@ -37,10 +37,8 @@ def run(main: Callable[[Config], object], config_class: type[Config]) -> None:
         print("haltwise", __version__)
         return
     try:
-        main(parsed(config_class))
-    except BrokenPipeError:  # whoever read what is printed has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as shells know it
+        with printing():
+            main(parsed(config_class))
     except (InputError, OSError) as error:
         print("error:", " ".join(what_failed(error).split()), file=sys.stderr)
         sys.exit(2)

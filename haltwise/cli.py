@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from haltwise.control.mixing import mix
 from haltwise.control.off_policy import spending_of
 from haltwise.control.off_policy import table_of as spending_table
 from haltwise.control.status import begin_experiment, promote, read_library, roll_back, table_of
-from haltwise.errors import NUMBER_WORDS, from_clone, needing, what_failed
+from haltwise.errors import NUMBER_WORDS, from_clone, needing, printing, what_failed
 
 if TYPE_CHECKING:
     from haltwise.proxy import ServeConfig
@@ -78,24 +79,39 @@ def main() -> None:
     mixing.add_argument("--price", type=float, help="at which they are weighed; the first's own")
     for one in (status, promoting, comparing, rolling, mixing):
         one.add_argument("--state", required=True, help="that of haltwise serve")
-    known, settings = parser.parse_known_args()
-    if known.command != "serve" and settings:
-        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
-        if known.command == "status":
-            print(table_of(read_library(known.state)))
-        elif known.command == "promote":
-            print(promote(known.state, known.head, known.anyway))
-        elif known.command == "experiment":
-            print(_experiment(known))
-        elif known.command == "mix":
-            print(mix(known.state, known.heads, known.price, known.out))
-        elif known.command == "rollback":
-            print(roll_back(known.state))
-        else:
-            serve(_serve_config(settings))
+        with printing():
+            known, settings = parser.parse_known_args()
+            if known.command != "serve" and settings:
+                parser.error(f"unrecognized arguments: {' '.join(settings)}")
+            _obey(known, settings)
     except (InputError, OSError) as error:
         _fail(what_failed(error))
+
+
+def _obey(known: argparse.Namespace, settings: Sequence[str]) -> None:
+    """Runs the command that a command line names.
+
+    Args:
+        known: What all commands but `serve` are told.
+        settings: What that one is told.
+
+    Raises:
+        InputError: If what it is told or what it reads cannot be used.
+        OSError: If a file or the port cannot be had.
+    """
+    if known.command == "status":
+        print(table_of(read_library(known.state)))
+    elif known.command == "promote":
+        print(promote(known.state, known.head, known.anyway))
+    elif known.command == "experiment":
+        print(_experiment(known))
+    elif known.command == "mix":
+        print(mix(known.state, known.heads, known.price, known.out))
+    elif known.command == "rollback":
+        print(roll_back(known.state))
+    else:
+        serve(_serve_config(settings))
 
 
 def _experiment(known: argparse.Namespace) -> str:
@@ -196,7 +212,10 @@ def _told_of(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
+        told = f"cannot listen at {host}, port {port}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            told += "; end what listens there, or name another --port"
+        raise OSError(told) from None
 
 
 def _fail(message: str) -> NoReturn:

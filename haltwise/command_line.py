@@ -83,7 +83,8 @@ def _in_words(said: str, helped: str) -> str:
         choices = sorted(set(ast.literal_eval(found["choices"])) - {"None"})
         return f"{found['option']}: found '{found['value']}', expected one of {', '.join(choices)}"
     if found := _NO_VALUE.match(said):
-        return f"{found['option']}: found no value, expected one behind it"
+        told = f"{found['option']}: found no value, expected one behind it"
+        return f"{told} (an empty variable of the shell is none)"
     found, kind = _UNREADABLE.match(said), _KIND.match(helped)
     values = found and _VALUES.search(found["why"])
     if not found or not kind or not values:

@@ -1,6 +1,7 @@
 """Errors that mean the input or the installation is at fault, not haltwise."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,23 @@ def what_failed(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Ends the process without a word, as other commands do, if nobody reads what it prints.
+
+    Raises:
+        SystemExit: If whoever reads it, such as `head`, has enough.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+        sys.exit(141)  # as shells know it
 
 
 def from_clone(extra: str) -> str:

@@ -208,7 +208,10 @@ def _find_on_hub(name: str) -> None:
     except InputError as error:
         raise InputError(f"{told}: {error}") from None
     if trouble and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-        raise InputError(f"{told}: {trouble}, and its cache here has no such LM")
+        raise InputError(
+            f"{told}: {trouble}, and its cache here has no such LM; "
+            "expected a folder or a GGUF file where it is not at hand"
+        )
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -135,6 +135,19 @@ PROMISES: dict[str, Tests] = {
     "where no price is named, that of the segment holds": (
         test_request.test_who_names_a_segment_and_no_price_has_that_of_the_segment,
     ),
+    "Requests to the proxy and to vLLM's `HaltProcessor` name all of them": (
+        test_proxy.test_a_segment_without_a_price_is_told,
+        test_vllm.test_bad_terms_are_the_request_s_error,
+    ),
+    "Whatever you call from Python": (
+        test_processor.test_terms_that_make_no_sense_are_refused,
+        test_probing_generation.test_terms_that_make_no_sense_are_refused_before_any_call,
+        test_batch_job.test_what_cannot_be_run_is_refused,
+    ),
+    "`off` is a price of 0, and the price of a segment": (
+        test_monitor.test_at_a_price_of_0_a_row_is_never_halted,
+        test_head.test_a_segment_has_its_own_price,
+    ),
     "exactly the tokens that they would get without a head": (
         test_processor.test_a_head_that_never_halts_changes_nothing,
         test_probing_generation.test_a_head_that_never_halts_changes_nothing,

@@ -822,6 +822,7 @@ class GovernedControl:
             "traces": self._trace_status(),
             "failures": self.num_failures,
             "rows_dropped": self.record.num_dropped,
+            "most_tokens": books.most_tokens,
             "too_long": books.num_too_long,
             "pooled": books.groups.num_pooled,
             "refused": books.groups.num_refused + self.num_refused + self.roster.num_refused,

@@ -173,8 +173,18 @@ def _begun_books(
     prices = prices_of(head)
     certified = _certified(head, prices, promise.target)
     groups = Groups.begin(promise, len(prices), certified=certified, targets=targets)
-    books = Books(groups, {}, most_tokens * (_room_for_looks(head) + _price_ratio(head)))
+    books = Books(groups, {}, most_tokens_of(head, most_tokens))
     return Shelved.begin(books, tuple(prices.tolist()))
+
+
+def most_tokens_of(head: HaltHead, most_tokens: int) -> float:
+    """Returns the most tokens that a request can cost under a head, looks and a large LM included.
+
+    Args:
+        head: The policy.
+        most_tokens: The most tokens that an answer can have, of any LM.
+    """
+    return most_tokens * (_room_for_looks(head) + _price_ratio(head))
 
 
 def _room_for_looks(head: HaltHead) -> int:

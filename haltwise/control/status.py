@@ -212,6 +212,7 @@ def table_of(library: Library) -> str:
         f"target {target:g}; {len(books.groups.under_way)} audits under way, {len(books.awaited)} "
         f"labels due, {due} audits due before {_what_is_due(library)}",
         *_lines_of_broken_off(books),
+        *_lines_of_range(books),
         f"{'group':{width}}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  "
         f"{'breaker':8}{'target, %':>10}"
         f"{'differs, %':>23}{'EM loss, %':>23}{'saving, %':>23}",
@@ -238,6 +239,15 @@ def _lines_of_broken_off(books: Books) -> list[str]:
     )
 
 
+def _lines_of_range(books: Books) -> list[str]:
+    """Returns how long requests may be that figures are about, and how many audits were longer."""
+    num, told = (
+        books.num_too_long,
+        f"figures are of requests of up to {books.most_tokens:.0f} tokens",
+    )
+    return [f"{told}; {num} longer audits are left out" if num else told]
+
+
 def _what_is_due(library: Library) -> str:
     """Returns what does not happen before the first certificate."""
     if is_cascade(library.champion):
@@ -256,10 +266,8 @@ def _lines_of_heads(library: Library) -> list[str]:
             lost, saved = (100 * trial[key] for key in ("loses_more", "saves_more"))
             evidence = trial["evidence"]
             told += f"  {trial['known']}: {trial['pairs']} pairs, loses {lost:+.1f} points, "
-            told += (
-                f"saves {saved:+.1f}; evidence {evidence['worse']:.3g}, {evidence['dearer']:.3g}"
-            )
-            told += f" of {ENOUGH:g}"
+            told += f"saves {saved:+.1f}; evidence against worse {evidence['worse']:.3g}, "
+            told += f"against dearer {evidence['dearer']:.3g}, of {ENOUGH:g} each"
             told += f"; stopped, {one['stopped']}" if one["stopped"] else ""
         lines.append(told)
     return lines

@@ -24,7 +24,7 @@ from haltwise import Control, HaltHead, InputError, Terms, ThoughtRequest
 from haltwise.control.budgets import Budget, Budgets
 from haltwise.control.governed import GovernedControl, Mode
 from haltwise.control.installation import tell_if_readable
-from haltwise.control.opening import KeptTraces, open_control
+from haltwise.control.opening import KeptTraces, most_tokens_of, open_control
 from haltwise.control.store import store_of
 from haltwise.control.tariffs import Tariffs
 from haltwise.control.telemetry import Telemetry
@@ -55,6 +55,7 @@ from haltwise.proxy.completion import Completion, CompletionSettings, WatchedCom
 from haltwise.proxy.completion_request import CompletionRequest
 from haltwise.proxy.config import (
     GOVERNED,
+    MOST_TOKENS,
     APIKeys,
     Customer,
     ServeConfig,
@@ -63,6 +64,7 @@ from haltwise.proxy.config import (
     tenant_of,
 )
 from haltwise.proxy.control_figures import ControlFigures
+from haltwise.proxy.dialect import dialect_of, listed_models
 from haltwise.proxy.doubt import Doubts
 from haltwise.proxy.large import TOOK_NOTHING, LargeLM, large_lm, served_head
 from haltwise.proxy.lm_server import LMServer, find_lm_server
@@ -101,6 +103,8 @@ _HOP_BY_HOP = {
 }
 # Headers of a request that do not hold for the one that is sent on.
 _OF_REQUESTS = {b"host", b"content-length", b"expect"}
+# Seconds that a server may take to tell its context; then it counts as one that does not tell.
+_CONTEXT_TIMEOUT = 5.0
 # Seconds for which a store may take to tell a number.
 _STORE_TAKES = 1.0
 # Seconds for which the health of the upstream is believed.
@@ -123,12 +127,16 @@ class Proxy:
     Args:
         config: The settings.
         control: Sets terms and prices, in place of the one that the settings name.
+        context: Most tokens that an answer can have, as `told_context` finds it; None if it did not
+            ask.
 
     Raises:
         InputError: If a setting, the head or the file of keys cannot be used.
     """
 
-    def __init__(self, config: ServeConfig, control: Control | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, control: Control | None = None, context: int | None = None
+    ) -> None:
         """Reads the head and the keys; the upstream is not asked for anything yet."""
         config.check()
         self.config = config
@@ -151,7 +159,7 @@ class Proxy:
         if config.budgets is not None:
             _budgets_in(config.budgets, config, self._tariffs)
         acceptance = Acceptance(config.check_answers)
-        control = control or _control(config, head, self._keys)
+        control = control or _control(config, head, self._keys, config.context or context)
         self.control = control if isinstance(control, GovernedControl) else None
         patience = config.read_timeout
         self._room = anyio.CapacityLimiter(config.max_streams)
@@ -987,8 +995,16 @@ def _check_several(request: CompletionRequest, why_not: str | None) -> None:
         raise RefusedError(400, "invalid_request_error", message)
 
 
-def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Control:
+def _control(
+    config: ServeConfig, head: HaltHead, keys: APIKeys | None, context: int | None
+) -> Control:
     """The control that the settings name.
+
+    Args:
+        config: The settings.
+        head: The head that is to serve.
+        keys: The API keys that are let in.
+        context: Most tokens that an answer can have; None if nobody has told.
 
     Raises:
         InputError: If there is none of that name, or its state cannot be used.
@@ -999,14 +1015,14 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         return load_control(config.control)
     usual = config.terms(Terms.of_head(head.config)).price
     mode: Mode = "apply" if config.control == "apply" else "observe"
-    return open_control(
+    control = open_control(
         head,
         mode,
         config.state,
         config.target,
         config.audit,
         usual,
-        config.context,
+        context or MOST_TOKENS,
         3600 * config.label_hours,
         _kept(config),
         config.state_key,
@@ -1018,6 +1034,51 @@ def _control(config: ServeConfig, head: HaltHead, keys: APIKeys | None) -> Contr
         config.replay_all,
         86_400 * config.keep_days,
     )
+    if context is not None:
+        _tell_of_other_range(control, context)
+    return control
+
+
+def _tell_of_other_range(control: GovernedControl, context: int) -> None:
+    """Warns of a state that was made for other answers, whose range is what holds.
+
+    Args:
+        control: Has opened the state.
+        context: Most tokens that an answer can have now.
+    """
+    made, now = control.keeper.library.books.most_tokens, most_tokens_of(control.head, context)
+    if made == now:
+        return
+    does = "longer requests are left out of losses and savings"
+    if made > now:
+        does = f"intervals of savings are {made / now:.3g} times as wide as they need be"
+    told = (
+        f"the state was made for requests of up to {made:.0f} tokens, and they can have {now:.0f}"
+    )
+    log.warning(json.dumps({"warning": f"{told}: {does}, unless you begin a state of its own"}))
+
+
+def told_context(config: ServeConfig) -> int | None:
+    """Asks the servers how many tokens an answer can have, where it matters and nobody says it.
+
+    Returns:
+        The largest context of all LMs, and `MOST_TOKENS` at most; None if a server does not tell.
+    """
+    if config.control not in GOVERNED or config.context is not None:
+        return None
+    asked = [(config.connections, config.kind)]
+    asked += [] if config.large is None else [(config.large_connections, "auto")]
+    found: list[int] = []
+
+    async def ask(kind: str, upstream: Upstream) -> None:
+        with anyio.move_on_after(_CONTEXT_TIMEOUT), suppress(UpstreamError):
+            models = await listed_models(upstream, [])
+            context = await dialect_of(kind, models)(upstream).context([])
+            found.extend([] if context is None else [context])
+
+    for connections, kind in asked:
+        asyncio.run(_with_own(connections, partial(ask, kind)))
+    return min(max(found), MOST_TOKENS) if len(found) == len(asked) else None
 
 
 def _told_at_start(config: ServeConfig, head: HaltHead, price: float) -> list[str]:
@@ -1177,7 +1238,7 @@ def _cashier(
         return None
     file = _budgets_in(config.budgets, config, tariffs)
     budgets = Budgets(store_of(config.state))
-    return Cashier(budgets, file, own, tariffs, rules, config.context, metrics)
+    return Cashier(budgets, file, own, tariffs, rules, config.context or MOST_TOKENS, metrics)
 
 
 def _session_of(about: Mapping[str, Any]) -> str:

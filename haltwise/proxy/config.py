@@ -49,6 +49,9 @@ _OF_ENTRIES = (
     "price", "value", "min_tokens", "max_tokens", "off", "segment", "budget", "target",
 )  # fmt: skip
 
+#: Most tokens that an answer is taken to have, unless settings or server tell another number.
+MOST_TOKENS = 32_768
+
 ServerKind = Literal["auto", "llama-server", "vllm", "sglang", "ollama"]
 Answers = Literal["seen", "free"]
 
@@ -148,8 +151,10 @@ class ServeConfig:
     state_key: Path | None = None
     """File with the key of that state, made if it is not there; default FILE.key. All proxies of a
     state need the same."""
-    context: int = 32_768
-    """Most tokens that an answer can have; longer ones are left out of losses and savings."""
+    context: int | None = None
+    """Most tokens that an answer can have. A control leaves longer ones out of losses and savings,
+    and its intervals of savings are the wider, the more that is; by default it takes the server's
+    context as that is when the state is made, 32768 at most. Budgets take 32768 by default."""
     explore: float = 0.0
     """Share of the requests that name no price and are served the next stricter one, drawn and
     recorded with its probability: what a step of the price changes is seen on served requests."""
@@ -244,13 +249,14 @@ class ServeConfig:
 
     def _ranges(self) -> dict[str, tuple[bool, str]]:
         """By name of a setting, whether it is in its range, and what that is."""
-        at_a_time, sizes = ("max_streams", "max_probes"), ("max_body_bytes", "context")
+        at_a_time = ("max_streams", "max_probes")
         seconds = [name for name in vars(self) if name.endswith("_timeout")]
         price, cap, least = self.price, self.max_thinking_tokens, max(self.min_thinking_tokens, 1)
         return {
             **{name: (0 < getattr(self, name) < math.inf, "seconds above 0") for name in seconds},
             **{name: (1 <= getattr(self, name) <= _MOST, f"1 to {_MOST}") for name in at_a_time},
-            **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
+            "max_body_bytes": (self.max_body_bytes >= 1, "at least 1"),
+            "context": (self.context is None or self.context >= 1, "at least 1"),
             "port": (0 <= self.port < 2**16, "0 to 65535"),
             "load_target": (self.load_target is None or self.load_target >= 1, "1 or more"),
             "value": (self.value is None or 0 < self.value < math.inf, "dollars above 0"),

@@ -16,7 +16,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from haltwise.proxy.app import Proxy, app_of
+from haltwise.proxy.app import Proxy, app_of, told_context
 from haltwise.proxy.config import ServeConfig
 from haltwise.proxy.metrics import log
 
@@ -188,7 +188,8 @@ def create_server(config: ServeConfig) -> uvicorn.Server:
         InputError: If a setting, the head or the file of keys cannot be used, or the head looks at
             forced answers and they do not run beside a thought on the server.
     """
-    proxy = Proxy(config)
+    config.check()  # before a server is asked for anything
+    proxy = Proxy(config, context=told_context(config))
     proxy.try_upstream()
     most = _CONNECTIONS_A_STREAM * config.max_streams + _OTHER_CONNECTIONS
     wanted = most + _UPSTREAM_FILES * config.max_streams + _OTHER_FILES

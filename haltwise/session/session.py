@@ -337,6 +337,16 @@ def requests_of(
     return [ThoughtRequest(term, {"row": row}) for row, term in enumerate(terms)]
 
 
+def check_asked(head: HaltHead, price: Any, min_tokens: Any, max_tokens: Any) -> None:
+    """Refuses what makes no sense, whatever the number of rows; arguments as of `requests_of`.
+
+    Raises:
+        InputError: If a value makes no sense, or there are more of one setting than of another.
+    """
+    num_rows = max(np.asarray(one, dtype=object).size for one in (price, min_tokens, max_tokens))
+    requests_of(head, num_rows, price, min_tokens, max_tokens)
+
+
 def _guarded(otherwise: T, call: Callable[..., T], *about: Any) -> T:
     """Returns what a control says, or something else if it fails."""
     try:

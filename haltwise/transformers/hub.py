@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from haltwise import Control, HaltHead, HeadConfig, InputError, ThoughtReport
-from haltwise.errors import reason_of
+from haltwise.errors import printing, reason_of
 from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
@@ -214,7 +214,8 @@ def main() -> None:
     parser.add_argument("--head", required=True, help="folder of the head")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--repo", help="the hub repository that it will be, OWNER/NAME")
-    asked = parser.parse_args()
+    with printing():  # of its help
+        asked = parser.parse_args()
     try:
         export(HaltHead.load(asked.head), asked.out, asked.repo)
     except (InputError, OSError) as error:

@@ -29,6 +29,7 @@ from haltwise.engine.forced_answers import greedy_answers, one_by_one
 from haltwise.engine.fork import Fork, check_forkable
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
+from haltwise.session.session import check_asked
 from haltwise.session.thought import Probe
 from haltwise.transformers.generated_rows import GeneratedRows
 
@@ -56,8 +57,8 @@ class ProbingGeneration:
             goes on to its end.
 
     Raises:
-        InputError: If the tokenizer is not the one that the head was trained with, or the head's
-            halting conditions cannot be run.
+        InputError: If the tokenizer is not the one that the head was trained with, the head's
+            halting conditions cannot be run, or what is asked makes no sense.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ProbingGeneration:
     ) -> None:
         """Checks that head and tokenizer fit."""
         check_tokenizer(head, tokenizer)
+        check_asked(head, price, min_tokens, max_tokens)
         self.head = head
         self.asked = (price, min_tokens, max_tokens)
         self.rules = TokenRules(tokenizer, head.config.halting)

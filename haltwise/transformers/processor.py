@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from haltwise import Control, HaltHead, InputError, ThoughtReport
 from haltwise.engine.hidden_states import HiddenStateHook
 from haltwise.engine.token_rules import TokenRules, check_tokenizer, end_tokens
+from haltwise.session.session import check_asked
 from haltwise.transformers.generated_rows import GeneratedRows
 
 # Medians of next-token scores that differ by less than this are the same, nats.
@@ -51,7 +52,7 @@ class HaltProcessor(LogitsProcessor):
 
     Raises:
         InputError: If the head looks at answers, the tokenizer is not the one that it was trained
-            with, or its halting conditions cannot be run.
+            with, its halting conditions cannot be run, or what is asked makes no sense.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class HaltProcessor(LogitsProcessor):
                 "use haltwise.transformers.ProbingGeneration"
             )
         check_tokenizer(head, tokenizer)
+        check_asked(head, price, min_tokens, max_tokens)
         self._head, self._control = head, control
         self._rules = TokenRules(tokenizer, head.config.halting)
         self._asked = (price, min_tokens, max_tokens)

@@ -45,7 +45,7 @@ def test_a_hub_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("no\nroute")
 
     monkeypatch.setattr(HfApi, "repo_info", fail)
-    told = r"cannot be reached \(no route\), and its cache here has no such LM"
+    told = r"cannot be reached \(no route\), and its cache here has no such LM; expected a f"
     with pytest.raises(InputError, match=told):
         source_of("a/b")
     assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,7 +96,32 @@ def serve(model: str, num_slots: int, port: int) -> None:
     sys.stdin.read()
 
 
+def main() -> None:
+    """Serves by hand until Ctrl+D; what is wrong with the arguments is told behind the usage."""
+    parser = argparse.ArgumentParser(description="Serves a GGUF file until you press Ctrl+D.")
+    parser.add_argument("model", type=Path, help="the file")
+    told = f"requests at once, {NUM_SLOTS} by default"
+    parser.add_argument("slots", type=int, nargs="?", default=NUM_SLOTS, help=told)
+    told = "where it listens on the loopback interface; a free one by default"
+    parser.add_argument("port", type=int, nargs="?", default=0, help=told)
+    asked = parser.parse_args()
+    if not asked.model.is_file():
+        parser.error(f"{asked.model}: no such file")
+    if asked.slots < 1:
+        parser.error(f"slots is {asked.slots}, expected 1 or more")
+    if not 0 <= asked.port < 2**16:
+        parser.error(f"port is {asked.port}, expected 0 to 65535")
+    try:
+        with socket.create_server(("127.0.0.1", asked.port)):
+            pass  # the server itself does not say why it has none
+    except OSError as error:
+        told = f"cannot listen at port {asked.port}: {error.strerror}"
+        parser.error(f"{told}; end what listens there, or name another port")
+    try:
+        serve(str(asked.model), asked.slots, asked.port)
+    except RuntimeError as error:
+        parser.error(f"{asked.model} cannot be served, expected a GGUF file of an LM: {error}")
+
+
 if __name__ == "__main__":
-    if not Path(sys.argv[1]).is_file():
-        sys.exit(f"error: {sys.argv[1]}: no such file")
-    serve(sys.argv[1], *map(int, sys.argv[2:]))
+    main()

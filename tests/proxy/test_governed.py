@@ -30,7 +30,7 @@ from lms.gguf import write_gguf
 from lms.tasks import questions
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import CUE, FakeUpstream, Kind, Plan, Thoughts
-from tests.proxy.llama_server import NAME, llama_server
+from tests.proxy.llama_server import NAME, SLOT_TOKENS, llama_server
 from tests.proxy.proxies import (
     PATIENCE,
     Proxy,
@@ -620,9 +620,7 @@ def test_apply_certifies_by_audits_and_then_halts_a_real_lm(tmp_path: Path) -> N
     with ExitStack() as stack:
         server = stack.enter_context(llama_server(tmp_path / "embedded.gguf"))
         settings: dict[str, Any] = {"control": "apply", "target": 0.7, "audit": 0.05}
-        config = ServeConfig(
-            head=head, upstream=server.url, state=tmp_path / "state", context=1024, **settings
-        )
+        config = ServeConfig(head=head, upstream=server.url, state=tmp_path / "state", **settings)
         proxy = stack.enter_context(proxied(config))
 
         def halts(message: Any) -> bool:
@@ -639,6 +637,7 @@ def test_apply_certifies_by_audits_and_then_halts_a_real_lm(tmp_path: Path) -> N
         told = status(proxy)
         everything = told["groups"]["everything"]
         assert told["failures"] == 0 and everything["audits"] == num
+        assert told["most_tokens"] == SLOT_TOKENS  # as the server tells
         assert 0 < everything["price"] <= everything["ceiling"]
         assert everything["at_price"]["saving"]["estimate"] > 0.2
         wait_until(lambda: halts(asked[0]))  # it may be one of the few audits

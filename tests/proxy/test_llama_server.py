@@ -1,5 +1,7 @@
 """The real proxy before a real llama-server, with the embedded LM and a head beside it."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +26,9 @@ from lms.language_model import LanguageModel
 from lms.questions import Question
 from lms.tasks import questions
 from tests.heads import sure_head
+from tests.proxy.fake_upstream import listening_socket
 from tests.proxy.llama_server import NAME, LlamaServer, llama_server
-from tests.proxy.proxies import PATIENCE, Proxy, proxied, saved_head, wait_until
+from tests.proxy.proxies import PATIENCE, ROOT, Proxy, proxied, saved_head, wait_until
 from tests.proxy.test_large import cascade
 
 ASKED = questions("sum", "test", 4)
@@ -38,6 +41,29 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "embedded.gguf"
     write_gguf(path)
     return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", "the following arguments are required: model"),
+        ("none.gguf", "none.gguf: no such file"),
+        ("README.md few", "argument slots: invalid int value: 'few'"),
+        ("README.md 0", "slots is 0, expected 1 or more"),
+        ("README.md 4 70000", "port is 70000, expected 0 to 65535"),
+        ("README.md 4 {taken}", "cannot listen at port {taken}: Address already in use; end what"),
+        ("README.md", "README.md cannot be served, expected a GGUF file of an LM"),
+    ],
+)
+def test_the_command_of_the_guide_tells_what_is_wrong(arguments: str, told: str) -> None:
+    with listening_socket() as listener:
+        taken = listener.getsockname()[1]
+        command = [sys.executable, "tests/proxy/llama_server.py"]
+        command += arguments.format(taken=taken).split()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    *_, usage, error = done.stderr.splitlines()
+    assert done.returncode == 2 and usage.startswith("usage: llama_server.py ")
+    assert error.startswith(f"llama_server.py: error: {told.format(taken=taken)}")
 
 
 @pytest.fixture(scope="module")

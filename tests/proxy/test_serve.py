@@ -1,6 +1,7 @@
 """`haltwise serve` as a command."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -15,10 +16,13 @@ import httpx2
 import pytest
 
 from haltwise import Certificate, HaltHead, InputError, cli
+from haltwise.control.status import read_library
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.proxy import ServeConfig, app, create_app, create_server
+from haltwise.proxy.app import told_context
 from haltwise.proxy.config import ServerKind
 from tests.heads import sure_head
+from tests.proxy import fake_upstream
 from tests.proxy.fake_upstream import FakeUpstream, Plan, listening_socket
 from tests.proxy.proxies import (
     PATIENCE,
@@ -54,6 +58,16 @@ def test_help_names_every_flag() -> None:
                  "allowed-hosts", "max-body-bytes", "connect-timeout", "read-timeout",
                  "send-timeout", "drain-timeout"):  # fmt: skip
         assert f"--{flag}" in done.stdout
+
+
+def test_help_ends_without_a_word_where_nobody_reads_on() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed:
+        done = subprocess.run(
+            [*SERVE, "--help"], cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_an_unknown_flag_ends_with_status_2(head: Path) -> None:
@@ -245,6 +259,36 @@ def test_a_server_that_does_not_answer_at_start_is_told(
     create_server(ServeConfig(head=head, upstream="http://127.0.0.1:1"))
     (told,) = caplog.messages
     assert "http://127.0.0.1:1 does not answer at start, it is asked again: " in told
+
+
+def test_figures_are_of_answers_that_the_server_has_room_for(
+    head: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody = "http://127.0.0.1:1"
+    with FakeUpstream("vllm") as one, FakeUpstream("vllm") as another:
+        told = ServeConfig(head, one.url, control="observe", state=tmp_path / "told")
+        named = replace(told, state=tmp_path / "named", context=700)
+        unknown = replace(told, state=tmp_path / "unknown", upstream=nobody)
+        monkeypatch.setattr(fake_upstream, "CONTEXT", 600)
+        for config in (told, named, unknown):
+            create_server(config)
+        of_states = [
+            read_library(str(one.state)).books.most_tokens for one in (told, named, unknown)
+        ]
+        assert of_states == [600, 700, 32_768]
+        assert told_context(replace(told, large=another.url)) == 600
+        assert told_context(replace(told, large=nobody)) is None
+        caplog.clear()
+        create_server(told)
+        create_server(replace(unknown, state=told.state))  # which does not tell anything else
+        assert not [one for one in caplog.messages if "does not answer" not in one]
+        caplog.clear()
+        create_server(replace(told, context=60))
+        monkeypatch.setattr(fake_upstream, "CONTEXT", 60_000)
+        create_server(told)
+    wide, long = caplog.messages
+    assert "up to 600 tokens, and they can have 60: intervals of savings are 10 times as" in wide
+    assert "up to 600 tokens, and they can have 32768: longer requests are left out of" in long
 
 
 def test_it_listens_on_the_loopback_interface_alone(head: Path) -> None:
@@ -461,3 +505,4 @@ def test_processes_that_share_a_port_share_its_requests(tmp_path: Path, plan: Pl
         assert sum(served()) == num + 10
         refused = run(*flags[:-1], "--port", port)
         assert refused.returncode == 2 and "cannot listen at" in refused.stderr
+        assert refused.stderr.endswith("; end what listens there, or name another --port\n")

@@ -231,7 +231,6 @@ def test_heads_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
         (NEVER, {"num_beams": 2}, "num_beams is 2"),
         (NEVER, {"use_cache": False}, "cache is NoneType"),
         (np.array([1.0, 2.0]), {}, "2 values of price for 3 rows"),
-        (-1.0, {}, "price is -1"),
     ],
 )
 def test_generation_that_cannot_be_halted_is_refused(
@@ -242,9 +241,15 @@ def test_generation_that_cannot_be_halted_is_refused(
         generate(tiny_lm(), **arguments, custom_generate=generation)
 
 
+def test_terms_that_make_no_sense_are_refused_before_any_call() -> None:
+    for price, told in ((-1.0, "price is -1"), ([1.0, -1.0], "price is -1"), ("dear", "a number")):
+        with pytest.raises(InputError, match=told):
+            ProbingGeneration(head(), TOKENIZER, price=price)
+
+
 def test_terms_are_one_or_one_a_row() -> None:
     for terms in ({"min_tokens": [1, 2]}, {"max_tokens": [[5]]}):
-        with pytest.raises(InputError, match=f"values of {next(iter(terms))} for 3 rows"):
+        with pytest.raises(InputError, match=f"values of {next(iter(terms))} for [13] rows"):
             generate(tiny_lm(), custom_generate=ProbingGeneration(head(), TOKENIZER, **terms))
     with pytest.raises(InputError, match="max_tokens is 3, expected at least 4"):
         generation = ProbingGeneration(head(), TOKENIZER, min_tokens=4, max_tokens=3)

@@ -410,7 +410,6 @@ def test_heads_that_do_not_fit_are_refused(policy: HaltHead, message: str) -> No
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ({"price": [1.0, 2.0]}, "2 values of price for 3 rows"),
         ({"price": -1.0}, "price is -1"),
         ({"price": float("nan")}, "price is nan"),
         ({"min_tokens": [1, 2, -3]}, "min_tokens is -3"),
@@ -418,9 +417,14 @@ def test_heads_that_do_not_fit_are_refused(policy: HaltHead, message: str) -> No
     ],
 )
 def test_terms_that_make_no_sense_are_refused(terms: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):  # before any call
+        processor(tiny_lm(), **terms)
+
+
+def test_terms_of_other_rows_are_refused() -> None:
     model = tiny_lm()
-    with pytest.raises(InputError, match=message):
-        generate(model, logits_processor=[processor(model, **terms)])
+    with pytest.raises(InputError, match="2 values of price for 3 rows"):
+        generate(model, logits_processor=[processor(model, price=[1.0, 2.0])])
 
 
 def test_an_lm_without_a_head_of_its_own_is_left_without_a_hook() -> None:
