@@ -84,7 +84,7 @@ def _in_words(said: str, helped: str) -> str:
         return f"{found['option']}: found '{found['value']}', expected one of {', '.join(choices)}"
     if found := _NO_VALUE.match(said):
         told = f"{found['option']}: found no value, expected one behind it"
-        return f"{told} (an empty variable of the shell is none)"
+        return f"{told} (an empty variable is none)"
     found, kind = _UNREADABLE.match(said), _KIND.match(helped)
     values = found and _VALUES.search(found["why"])
     if not found or not kind or not values:

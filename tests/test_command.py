@@ -79,7 +79,7 @@ def test_what_went_wrong_is_one_line(
         ("--nmu 3", "Unrecognized options: --nmu, 3; Perhaps you meant: --num INT; "),
         ("--num x", "--num: found 'x', expected a whole number; "),
         ("--num 1e3", "--num: found '1e3', expected a whole number; "),
-        ("--num", "--num: found no value, expected one behind it (an empty variable of the "),
+        ("--num", "--num: found no value, expected one behind it (an empty variable is none); "),
         ("--share 5%", "--share: found '5%', expected a number; "),
         ("--price cheap", "--price: found 'cheap', expected a number; "),
         ("--cap 1.5", "--cap: found '1.5', expected a whole number; "),

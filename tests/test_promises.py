@@ -144,6 +144,9 @@ PROMISES: dict[str, Tests] = {
         test_probing_generation.test_terms_that_make_no_sense_are_refused_before_any_call,
         test_batch_job.test_what_cannot_be_run_is_refused,
     ),
+    "`HaltMonitor` takes the price alone": (
+        test_monitor.test_at_a_price_of_0_a_row_is_never_halted,
+    ),
     "`off` is a price of 0, and the price of a segment": (
         test_monitor.test_at_a_price_of_0_a_row_is_never_halted,
         test_head.test_a_segment_has_its_own_price,

@@ -1044,18 +1044,16 @@ def _tell_of_other_range(control: GovernedControl, context: int) -> None:
 
     Args:
         control: Has opened the state.
-        context: Most tokens that an answer can have now.
+        context: Most tokens of an answer that a new one would be made for.
     """
     made, now = control.keeper.library.books.most_tokens, most_tokens_of(control.head, context)
     if made == now:
         return
     does = "longer requests are left out of losses and savings"
     if made > now:
-        does = f"intervals of savings are {made / now:.3g} times as wide as they need be"
-    told = (
-        f"the state was made for requests of up to {made:.0f} tokens, and they can have {now:.0f}"
-    )
-    log.warning(json.dumps({"warning": f"{told}: {does}, unless you begin a state of its own"}))
+        does = f"intervals of savings are {made / now:.3g} times as wide as they would be there"
+    told = f"the state was made for requests of up to {made:.0f} tokens, a new one would be for"
+    log.warning(json.dumps({"warning": f"{told} {now:.0f}: {does}"}))
 
 
 def told_context(config: ServeConfig) -> int | None:

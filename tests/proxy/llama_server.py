@@ -112,8 +112,9 @@ def main() -> None:
     if not 0 <= asked.port < 2**16:
         parser.error(f"port is {asked.port}, expected 0 to 65535")
     try:
-        with socket.create_server(("127.0.0.1", asked.port)):
-            pass  # the server itself does not say why it has none
+        with socket.socket() as tried:  # the server itself does not say why it has none
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("127.0.0.1", asked.port))
     except OSError as error:
         told = f"cannot listen at port {asked.port}: {error.strerror}"
         parser.error(f"{told}; end what listens there, or name another port")

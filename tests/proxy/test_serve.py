@@ -287,8 +287,10 @@ def test_figures_are_of_answers_that_the_server_has_room_for(
         monkeypatch.setattr(fake_upstream, "CONTEXT", 60_000)
         create_server(told)
     wide, long = caplog.messages
-    assert "up to 600 tokens, and they can have 60: intervals of savings are 10 times as" in wide
-    assert "up to 600 tokens, and they can have 32768: longer requests are left out of" in long
+    assert (
+        "up to 600 tokens, a new one would be for 60: intervals of savings are 10 times as" in wide
+    )
+    assert "up to 600 tokens, a new one would be for 32768: longer requests are left out of" in long
 
 
 def test_it_listens_on_the_loopback_interface_alone(head: Path) -> None:
