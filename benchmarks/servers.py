@@ -4,7 +4,8 @@ A llama-server runs an LM on one thread, with twice as many slots as there are s
 it for whole chats, each the next one as soon as it has an answer: directly, and through proxies
 whose heads halt every thought at one fixed place. One head does not look at answers; one looks at
 them beside the thought, and one in turn with it. At last both look and halt nothing, which tells
-what a look costs.
+what a look costs. With `--servers.head`, a trained head stands in place of these: it halts where it
+will, at its own price.
 
 Two times stand beside each other: the wall clock's, in which all processes wait for each other, and
 the CPU time of server and proxy, which is disturbed less by whatever else runs.
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -34,17 +36,26 @@ from haltwise import (
     Observing,
     feature_names,
 )
+from haltwise.policy.answers import READERS
 from haltwise.policy.halting import Probing
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
+from lms.questions import Question
+from lms.sources.task import with_instruction
 from lms.tasks import questions
-from tests.proxy.proxies import Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
+from tests.proxy.proxies import Fetched, Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
 
 _NEVER = {"X-Haltwise-Price": "0.1"}
+# That of the recording in docs/SMALL_LM.md.
 _INSTRUCTION = (
-    "Work it out step by step in full sentences, check each step once more, and then answer."
+    "Work it out step by step in full sentences, check each step once more, and then end with: "
+    "The answer is"
 )
 _PLAIN = "server alone"
+
+Way = Literal[
+    "no looks", "looks beside", "looks in turn", "beside, never halts", "in turn, never halts"
+]
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,12 @@ class ServersConfig:
 
     lm: Path | None = None
     """A GGUF file of an instruct LM, which is asked stories. Default: the embedded LM."""
+    head: Path | None = None
+    """The run folder of a head that looks at answers, for --servers.lm. Default: heads that halt at
+    one fixed place."""
+    ways: tuple[Way, ...] = get_args(Way)
+    """The ways to ask beside the server alone. A trained head has "looks beside" and "looks in
+    turn"."""
     num_streams: tuple[int, ...] = (1, 8, 32)
     """The numbers of streams at once."""
     num_questions: int = 64
@@ -69,8 +86,10 @@ def measure(config: ServersConfig, repeats: int) -> list[BenchResult]:
     """Measures tokens and times of each way to ask, and what is saved of both.
 
     Raises:
-        InputError: If a request fails.
+        InputError: If a request fails, or the settings contradict each other.
     """
+    if config.head and (config.lm is None or not {*config.ways} <= {*_LOOKING}):
+        raise InputError(f"--servers.head needs --servers.lm, and no --servers.ways but {_LOOKING}")
     # The servers of tests need packages that the other parts do not.
     from tests.proxy.llama_server import llama_server
 
@@ -80,30 +99,36 @@ def measure(config: ServersConfig, repeats: int) -> list[BenchResult]:
         lm = config.lm or folder / "embedded.gguf"
         if config.lm is None:
             write_gguf(lm)
-        heads = {kind: saved_head(folder / kind, _head(config, kind)) for kind in _KINDS}
+        blind, always = (saved_head(folder / kind, _head(config, kind)) for kind in _KINDS)
+        looking = str(config.head or always)
         for num in config.num_streams:
             with llama_server(lm, 2 * num) as server:
                 flags = ["--upstream", server.url, "--probe-timeout", "60"]
-                looking = ["--head", str(heads["always"]), *flags]
-                with (
-                    spawned_proxy("--head", str(heads["at_halt"]), *flags) as blind,
-                    spawned_proxy(*looking, "--probe-beside", "--probe-anyway") as beside,
-                    spawned_proxy(*looking) as in_turn,
-                ):
-                    asked = _Asked(config, num, server.process.pid)
-                    ways = {
-                        _PLAIN: _WayToAsk(asked, server.url),
-                        "no looks": _WayToAsk(asked, blind.url, blind),
-                        "looks beside": _WayToAsk(asked, beside.url, beside),
-                        "looks in turn": _WayToAsk(asked, in_turn.url, in_turn),
-                        "beside, never halts": _WayToAsk(asked, beside.url, beside, _NEVER),
-                        "in turn, never halts": _WayToAsk(asked, in_turn.url, in_turn, _NEVER),
-                    }
+                beside = ["--head", looking, *flags, "--probe-beside", "--probe-anyway"]
+                in_turn = ["--head", looking, *flags]
+                # Flags of a proxy, and headers.
+                known: dict[Way, tuple[list[str], dict[str, str]]] = {
+                    "no looks": (["--head", str(blind), *flags], {}),
+                    "looks beside": (beside, {}),
+                    "looks in turn": (in_turn, {}),
+                    "beside, never halts": (beside, _NEVER),
+                    "in turn, never halts": (in_turn, _NEVER),
+                }
+                asked = _Asked(config, num, server.process.pid)
+                ways = {_PLAIN: _WayToAsk(asked, server.url)}
+                with ExitStack() as proxies:
+                    for name in config.ways:
+                        of_proxy, headers = known[name]
+                        proxy = proxies.enter_context(spawned_proxy(*of_proxy))
+                        ways[name] = _WayToAsk(asked, proxy.url, proxy, headers)
                     results += _compared(f"servers, {num} streams", ways, repeats)
     return results
 
 
-_KINDS: tuple[Probing, ...] = ("always", "at_halt")
+_KINDS: tuple[Probing, ...] = ("at_halt", "always")
+_LOOKING: tuple[Way, ...] = ("looks beside", "looks in turn")
+_NEVER_HALTING: tuple[Way, ...] = ("beside, never halts", "in turn, never halts")
+_HALTING: tuple[Way, ...] = ("no looks", *_LOOKING)
 
 
 def _head(config: ServersConfig, probing: Probing) -> HaltHead:
@@ -141,11 +166,19 @@ class _Asked:
         self.num_streams, self.pid = num_streams, pid
         num = max(config.num_questions, num_streams)
         if config.lm is None:
-            texts = [question.text for question in questions("all", "test", num)]
+            self.questions = questions("all", "test", num)
         else:
-            texts = [f"{_INSTRUCTION}\n\n{row['question']}" for row in stories(num, seed=1)]
-        common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
-        self.bodies = [common | {"messages": [{"role": "user", "content": t}]} for t in texts]
+            self.questions = [_story(row) for row in stories(num, seed=1)]
+        self._common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
+
+    def body(self, question: Question) -> dict[str, Any]:
+        """The body of a request."""
+        return self._common | {"messages": [{"role": "user", "content": question.text}]}
+
+
+def _story(row: dict[str, str]) -> Question:
+    text = with_instruction(row["question"], _INSTRUCTION)
+    return Question(text, "stories", row["segment"], text, row["answer"], "test", "number")
 
 
 @dataclass
@@ -167,16 +200,18 @@ class _WayToAsk:
         """Asks all questions, and returns the seconds that it took."""
         before, of_proxy = cpu_seconds_of(self.asked.pid), self._of_proxy()
         started = perf_counter()
-        usages, seconds = asyncio.run(self._ask_all())
+        answers = asyncio.run(self._ask_all())
         wall = perf_counter() - started
+        usages = [found.reply.usage for _, found in answers]
         probes = [usage.get("haltwise", {}).get("probes", {}) for usage in usages]
         for name, value in {
             "CPU of the server": cpu_seconds_of(self.asked.pid) - before,
             "CPU of the proxy": self._of_proxy() - of_proxy,
-            "time to answer": median(seconds),
+            "time to answer": median(found.ended - found.started for _, found in answers),
             "tokens": sum(usage["completion_tokens"] for usage in usages),
             "probes": sum(each.get("num", 0) for each in probes),
             "halted": sum(usage.get("haltwise", {}).get("halted", False) for usage in usages),
+            "right": sum(asked.is_right(_read(asked, found)) for asked, found in answers),
         }.items():
             self.measured.setdefault(name, []).append(float(value))
         return wall
@@ -184,28 +219,32 @@ class _WayToAsk:
     def _of_proxy(self) -> float:
         return self.proxy.cpu_seconds() if self.proxy else 0.0
 
-    async def _ask_all(self) -> tuple[list[dict[str, Any]], list[float]]:
-        """Usage of each answer, and the seconds to it."""
-        waiting = iter(self.asked.bodies)
-        usages: list[dict[str, Any]] = []
-        seconds: list[float] = []
+    async def _ask_all(self) -> list[tuple[Question, Fetched]]:
+        """All questions and what was answered."""
+        waiting = iter(self.asked.questions)
+        answers: list[tuple[Question, Fetched]] = []
 
         async def stream() -> None:
-            for body in waiting:
+            for question in waiting:
+                body = self.asked.body(question)
                 found = await fetch(self.url, "/v1/chat/completions", body, self.headers)
                 if found.reply.status != 200:
                     raise InputError(f"a request failed: {found.reply.body[-200:]!r}")
-                usages.append(found.reply.usage)
-                seconds.append(found.ended - found.started)
+                answers.append((question, found))
 
         await asyncio.gather(*(stream() for _ in range(self.asked.num_streams)))
-        return usages, seconds
+        return answers
+
+
+def _read(question: Question, found: Fetched) -> str:
+    """The answer as its rule reads it."""
+    return READERS[question.scorer](found.reply.text)
 
 
 def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[BenchResult]:
     found = take_turns(part, "s", ways, repeats)
     results = [*_named("all answers", found.values())]
-    units = {"tokens": "", "probes": "", "halted": ""}
+    units = {"tokens": "", "probes": "", "halted": "", "right": ""}
     told: dict[str, dict[str, BenchResult]] = {}
     for what in ways[_PLAIN].measured:
         told[what] = {
@@ -220,7 +259,7 @@ def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[Bench
         ))))
         for name in ways
     }  # fmt: skip
-    for name in ("no looks", "looks beside", "looks in turn"):
+    for name in [name for name in ways if name in _HALTING]:
         tokens = _saved(told["tokens"], name)
         results.append(BenchResult(part, f"tokens saved: {name}", "%", _percent(tokens)))
         for clock, times in (("time", found), ("CPU time", cpu)):
@@ -229,8 +268,8 @@ def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[Bench
             ratios = tuple(mine / theirs for mine, theirs in zip(saved, tokens, strict=True))
             title = f"{clock} saved / tokens saved: {name}"
             results.append(BenchResult(part, title, "x", ratios))
-    for way in ("beside", "in turn"):
-        results += _cost_of_a_look(part, way, told, {"time": found, "CPU time": cpu})
+    for name in [name for name in ways if name in _NEVER_HALTING]:
+        results += _cost_of_a_look(part, name, told, {"time": found, "CPU time": cpu})
     return results
 
 
@@ -250,12 +289,11 @@ def _percent(shares: Sequence[float]) -> tuple[float, ...]:
 
 def _cost_of_a_look(
     part: str,
-    way: str,
+    name: str,
     told: dict[str, dict[str, BenchResult]],
     clocks: dict[str, dict[str, BenchResult]],
 ) -> list[BenchResult]:
     """How many tokens of plain serving take as long as a look does that halts nothing."""
-    name = f"{way}, never halts"
     num = told["probes"][name].values
     results = []
     for clock, times in clocks.items():
@@ -266,5 +304,5 @@ def _cost_of_a_look(
                 times[name].values, plain, num, tokens, strict=True
             )
         )
-        results.append(BenchResult(part, f"{clock} of a look {way}", "tokens", values))
+        results.append(BenchResult(part, f"{clock} of a look: {name}", "tokens", values))
     return results

@@ -1,11 +1,14 @@
 """The benchmark of heads before servers: its head halts where it is to, and its lines add up."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks import servers
 from benchmarks.servers import ServersConfig
-from haltwise import HaltMonitor, Signals
+from haltwise import HaltMonitor, InputError, Signals
 
 
 @pytest.mark.parametrize("price", [1.0, 0.1])
@@ -31,5 +34,14 @@ def test_looks_are_counted_and_only_those_that_halt_save_tokens() -> None:
     plain, never = found["tokens: server alone"], found["tokens: in turn, never halts"]
     assert 0 <= never - plain - 2 * found["probes: in turn, never halts"] <= 2
     assert found["tokens: looks in turn"] == 2 * 32 + 4 * 2
+    # One thought has not ended within the budget.
+    assert (found["right: server alone"], plain > 512) == (1, True)
     saved = 100 * (1 - found["tokens: looks in turn"] / plain)
     assert found["tokens saved: looks in turn"] == pytest.approx(saved)
+
+
+def test_a_trained_head_halts_at_its_own_price_and_never_else() -> None:
+    config = ServersConfig(head=Path("run"), ways=("looks in turn",))
+    for refused in (config, replace(config, lm=Path("lm.gguf"), ways=("in turn, never halts",))):
+        with pytest.raises(InputError, match=r"--servers\.head needs --servers.lm"):
+            servers.measure(refused, 1)
