@@ -26,6 +26,7 @@ from agents.ppo import PPOConfig
 from benchmarks import (
     bound,
     control,
+    curve,
     environment,
     memory,
     overhead,
@@ -41,6 +42,7 @@ from benchmarks import (
 )
 from benchmarks.bound import BoundConfig
 from benchmarks.control import ControlConfig
+from benchmarks.curve import CurveConfig
 from benchmarks.environment import EnvironmentConfig
 from benchmarks.memory import MemoryConfig, TrainingMemoryConfig
 from benchmarks.overhead import OverheadConfig
@@ -75,8 +77,11 @@ BenchPart = Literal[
     "resumed",
     "votes",
     "stopping",
+    "curve",
 ]
 
+# Settings of parts that are files or names.
+_NO_NUMBERS = ("lm", "lms", "run", "large", "groups", "head", "ways")
 _NUM_TRACES = 2_700
 _PACKAGES = ("gymnasium", "numpy", "stable-baselines3", "torch", "transformers")
 
@@ -88,8 +93,8 @@ class BenchConfig:
     parts: tuple[BenchPart, ...] = get_args(BenchPart)
     """The parts of the table to measure."""
     traces: Path | None = None
-    """A file or folder of traces for environment, ppo, control, promotion, bound, resumed, votes
-    and stopping. Default: synthetic."""
+    """A file or folder of traces for environment, ppo, control, promotion, bound, resumed, votes,
+    stopping and curve. Default: synthetic."""
     json: Path = Path(__file__).parent.parent / "checkpoints" / "bench.json"
     """The JSON file for every measurement."""
     repeats: int = 3
@@ -124,6 +129,8 @@ class BenchConfig:
     """Several thoughts of one question, halted jointly; intervals stand where spreads do."""
     stopping: StoppingBenchConfig = field(default_factory=StoppingBenchConfig)
     """What it takes and costs to end the start from traces by held-out questions."""
+    curve: CurveConfig = field(default_factory=CurveConfig)
+    """What heads save that have learned from few questions and from many."""
 
 
 def main(config: BenchConfig) -> None:
@@ -151,6 +158,7 @@ def main(config: BenchConfig) -> None:
         "resumed": partial(resumed.measure, traces, config.resumed),
         "votes": partial(votes.measure, traces, config.traces, config.votes),
         "stopping": partial(stopping.measure, traces, config.stopping),
+        "curve": partial(curve.measure, traces, config.curve),
     }
     results: list[BenchResult] = []
     print(_line("", "median", "spread", ""))
@@ -170,7 +178,9 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name in ("lm", "lms", "run", "large", "groups") or isinstance(value, PPOConfig):
+            if name in ("lm", "lms", "run", "large", "groups", "head", "ways") or isinstance(
+                value, PPOConfig
+            ):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")

@@ -13,15 +13,12 @@ import numpy as np
 from scipy.stats import t as student
 
 from agents.balance import balance
-from agents.pathwise import PathwiseConfig, start_from_traces
-from agents.ppo import PPOConfig, export, log_odds_net, make_ppo, set_log_odds
+from agents.pathwise import PathwiseConfig
+from benchmarks.started import started_head
 from benchmarks.timing import BenchResult
-from envs.replay import ReplayEnv, availability
 from evaluation.compare import swept
 from evaluation.trials import balanced_returns
-from haltwise import Halting, HeadConfig
 from policies.head import HeadPolicy, price_grid
-from policies.observing import observing_of
 from traces import Traces
 
 _PART = "stopping"
@@ -69,16 +66,9 @@ def _judged(
     order = np.random.default_rng([draw, 7]).permutation(question)
     unseen = np.isin(traces.question_id, order[: round(config.judged * len(order))])
     learns, judges = traces.select(~unseen), traces.select(unseen)
-    halting = Halting.of_recorder(traces.recorder, None)
-    observing = observing_of(learns, availability(traces, halting).groups, halting)
-    env = ReplayEnv(learns, observing, halting, 1)
-    mean_points = learns.num_points / len(learns)
-    ppo = make_ppo(env, observing, PPOConfig(num_envs=1), mean_points=mean_points, seed=draw)
-    net = log_odds_net(ppo)
-    num_steps = start_from_traces(net, learns, observing, halting, pathwise, draw)
-    set_log_odds(ppo, net)
-    head = export(ppo, HeadConfig(observing, halting, default_price=0.0))
-    outcomes = swept([HeadPolicy(head)], judges, halting.probing)
+    head, num_steps = started_head(learns, pathwise, draw)
+    observing = head.config.observing
+    outcomes = swept([HeadPolicy(head)], judges, head.config.halting.probing)
     assert outcomes is not None
     weights = balance(np.array(price_grid(observing)), observing)
     return num_steps, float(balanced_returns(outcomes, weights).mean())
