@@ -22,6 +22,7 @@ from evaluation.intervals import Float, Resamples, interval
 from evaluation.outcome import Outcome, average, em_delta, saving
 from evaluation.protocol import folds
 from haltwise import InputError
+from haltwise.policy.features import FEATURE_GROUPS
 from policies.baselines import Confidence, Evidence
 from policies.head import HeadPolicy
 from traces import Traces
@@ -43,14 +44,19 @@ class CurveConfig:
     """The number of draws of folds and questions."""
     steps: int = 300
     """The gradient steps of a head."""
+    groups: tuple[str, ...] = ()
+    """The groups of features that heads see. Default: all that the traces have."""
 
 
 def measure(traces: Traces, config: CurveConfig) -> list[BenchResult]:
     """Measures savings and leads, at each loss of EM and in the mean over them.
 
     Raises:
-        InputError: If there are too few questions, or the traces have no confidence.
+        InputError: If there are too few questions, a group is unknown, or the traces have no
+            confidence.
     """
+    if unknown := set(config.groups) - set(FEATURE_GROUPS):
+        raise InputError(f"groups are {', '.join(sorted(unknown))}, expected feature groups")
     num = len(np.unique(traces.question_id))
     most = num - -(-num // config.num_folds)
     if max(config.num_questions) > most:
@@ -82,7 +88,8 @@ def _out_of_fold(traces: Traces, number: int, config: CurveConfig, draw: int) ->
         known = np.unique(traces.question_id[fold != k])
         learned = np.random.default_rng([draw, k]).permutation(known)[:number]
         learns = traces.select(np.isin(traces.question_id, learned))
-        head, _ = started_head(learns, PathwiseConfig(steps=config.steps), draw)
+        pathwise = PathwiseConfig(steps=config.steps)
+        head, _ = started_head(learns, pathwise, draw, config.groups)
         found = swept([HeadPolicy(head)], traces.select(fold == k), head.config.halting.probing)
         assert found is not None
         parts.append([*found.values()])

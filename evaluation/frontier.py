@@ -32,7 +32,7 @@ def saving_at_em(points: Sequence[tuple[float, float]], em_delta: float) -> floa
     deltas, savings = np.array([*points, (0.0, 0.0)]).T[:, :, None]
     if em_delta > deltas.max() + _ROUNDING:
         return None
-    return float(frontier_savings(deltas, savings, np.array([em_delta]))[0])
+    return float(frontier_savings(deltas, savings, np.array([em_delta], dtype=float))[0])
 
 
 def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:

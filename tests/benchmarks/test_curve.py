@@ -14,6 +14,7 @@ from evaluation.compare import swept
 from evaluation.intervals import Resamples
 from evaluation.outcome import Outcome, never_outcome
 from haltwise import InputError
+from policies.head import HeadPolicy
 
 _SMALL = CurveConfig(num_questions=(12, 40), num_draws=2, steps=20)
 
@@ -51,6 +52,16 @@ def test_a_level_curve_is_told_by_no_number_of_questions() -> None:
     )
     *_, last = curve._compared("", level, {"evidence": level}, 30)
     assert last.median == np.inf
+
+
+def test_heads_see_the_groups_that_are_named() -> None:
+    config = replace(_SMALL, num_questions=(12,), num_draws=1, groups=("confidence",))
+    with patch("benchmarks.curve.HeadPolicy", wraps=HeadPolicy) as made:
+        curve.measure(synthetic_traces(6 * 30), config)
+    heads = [call.args[0] for call in made.call_args_list]
+    assert [head.config.observing.groups for head in heads] == [("confidence",)] * 3
+    with pytest.raises(InputError, match="groups are pase, expected feature groups"):
+        curve.measure(synthetic_traces(6 * 30), replace(config, groups=("pase",)))
 
 
 def test_more_questions_than_the_other_folds_have_are_refused() -> None:
