@@ -66,7 +66,9 @@ class CascadeFitConfig:
 
     head: PathwiseConfig = field(default_factory=PathwiseConfig)
     """The training of the small LM's head by itself, unless a head is given."""
-    both: PathwiseConfig = field(default_factory=lambda: PathwiseConfig(steps=600))
+    both: PathwiseConfig = field(
+        default_factory=lambda: PathwiseConfig(steps=600, prior_questions=450)
+    )
     """The training of the cascade: of the second network, and of the head unless it is given. The
     whole of that head counts for `parent_questions`."""
     net_width: int = 32

@@ -58,7 +58,7 @@ class PathwiseConfig:
     """Traces in a gradient step, each at a price of its own; fewer if there are few traces."""
     learning_rate: float = 3e-3
     """Peak of the one-cycle schedule of the learning rate."""
-    prior_questions: float = 450.0
+    prior_questions: float = 1500.0
     """Questions that the start, which is a linear rule, counts for. This by the number of questions
     to learn from is the weight decay: that times the learning rate is the share of the way back to
     the rule that each step takes every weight."""

@@ -89,7 +89,7 @@ def test_the_best_candidate_is_judged_on_questions_that_the_search_did_not_see(
     monkeypatch.setattr(search, "out_of_fold", halts_at_once)
     traces = read_traces(config.traces).of_split("train", "dev")
     material = search._Material.of(traces, config)
-    settings: dict[str, Any] = {"learning_rate": 0.003, "steps": 300, "prior_questions": 450.0}
+    settings: dict[str, Any] = {"learning_rate": 0.003, "steps": 300, "prior_questions": 1500.0}
     settings |= {"correct_coef": 2.0, "net_width": 64, "without": "pace"}
     two = [Candidate(number, settings, 1.0) for number in (0, 1)]
     judged = search._judge(two, Run(config.run_dir), material, config)

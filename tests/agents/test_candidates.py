@@ -37,12 +37,12 @@ def test_the_first_candidate_is_the_defaults(tmp_path: Path) -> None:
     assert first.groups(GROUPS) == GROUPS
     assert first.options(GROUPS) == (
         "--fit.pathwise.learning-rate 0.003 --fit.pathwise.steps 300 "
-        "--fit.pathwise.prior-questions 450 --fit.pathwise.correct-coef 2 --fit.ppo.net-width 64"
+        "--fit.pathwise.prior-questions 1500 --fit.pathwise.correct-coef 2 --fit.ppo.net-width 64"
     )
 
 
 def test_a_group_that_is_left_out_is_not_read() -> None:
-    defaults = {"learning_rate": 0.003, "steps": 300, "prior_questions": 450.0}
+    defaults = {"learning_rate": 0.003, "steps": 300, "prior_questions": 1500.0}
     defaults |= {"correct_coef": 2.0, "net_width": 64}
     without = Candidate(1, {**defaults, "without": "pace"}, 1.0)
     assert without.groups(GROUPS) == GROUPS[1:]
