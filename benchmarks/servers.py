@@ -48,8 +48,8 @@ from tests.proxy.proxies import Fetched, Proxy, cpu_seconds_of, fetch, saved_hea
 _NEVER = {"X-Haltwise-Price": "0.1"}
 # That of the recording in docs/SMALL_LM.md.
 _INSTRUCTION = (
-    "Work it out step by step in full sentences, check each step once more, and then end with: "
-    "The answer is"
+    "Solve it step by step. Then check your result by solving it again from the beginning, twice. "
+    "Only then end with: The answer is"
 )
 _PLAIN = "server alone"
 
