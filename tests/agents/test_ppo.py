@@ -124,7 +124,9 @@ def test_the_start_alone_reaches_it_too(telling_traces: Traces) -> None:
     env = ReplayEnv(telling_traces, head_config.observing, HALTING, PPO.num_envs)
     ppo = make_ppo(env, head_config.observing, PPO, mean_points=8, seed=0)
     net = log_odds_net(ppo)
-    start_from_traces(net, telling_traces, head_config.observing, HALTING, PathwiseConfig(), seed=0)
+    # Few questions would leave it near to the rule that it starts as.
+    pathwise = PathwiseConfig(prior_questions=100)
+    start_from_traces(net, telling_traces, head_config.observing, HALTING, pathwise, seed=0)
     set_log_odds(ppo, net)
     halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
     best = mean_return(telling_traces, telling_traces.correct, 0.3)
@@ -135,7 +137,7 @@ def test_held_out_questions_end_the_start_when_it_gains_no_more(
     telling_traces: Traces, tmp_path: Path
 ) -> None:
     head_config = head_of(telling_traces)
-    config = FitConfig(PathwiseConfig(steps=2000, held_out=0.25), PPO)
+    config = FitConfig(PathwiseConfig(steps=2000, held_out=0.25, prior_questions=100), PPO)
     ppo = fit(telling_traces, head_config, config, seed=0, share=0, log_dir=tmp_path)
     halts = export(ppo, head_config).halts(point_features(telling_traces, GROUPS), 0.3)
     best = mean_return(telling_traces, telling_traces.correct, 0.3)
