@@ -178,9 +178,7 @@ def _check(config: BenchConfig) -> None:
         )
     for part in get_args(BenchPart):
         for name, value in vars(getattr(config, part)).items():
-            if name in ("lm", "lms", "run", "large", "groups", "head", "ways") or isinstance(
-                value, PPOConfig
-            ):
+            if name in _NO_NUMBERS or isinstance(value, PPOConfig):
                 continue
             if min(np.ravel(value), default=0) <= 0:
                 raise InputError(f"{part}.{name} is {value}, expected above 0")
