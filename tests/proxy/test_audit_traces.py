@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,12 @@ def imported(folder: Path) -> Traces:
     return files.read(files.rows())
 
 
+def kept(folder: Path, what: str) -> list[Any]:
+    """Rows of the record."""
+    with closing(sqlite3.connect(folder / "state")) as file:
+        return file.execute(f"SELECT {what}").fetchall()
+
+
 # A word that tells where it was halted, the same number everywhere, and nothing that can be read.
 READ: dict[str, Any] = {"answer": 1}
 SAME: dict[str, Any] = {"mention": r"\boxed{7} "}
@@ -99,10 +105,9 @@ def test_the_trace_says_of_every_price_what_the_audit_said(
     assert traces.finished.all() and traces.num_points >= 6 and traces.probe_tokens.min() > 0
     assert told["audit_tokens"] == traces.probe_tokens.sum()
     assert proxy.metric("haltwise_audit_tokens_total") == told["audit_tokens"]
-    with sqlite3.connect(tmp_path / "state") as file:
-        (row,) = file.execute("SELECT audit_tokens FROM request").fetchall()
-        answers = file.execute("SELECT position, answer FROM answer ORDER BY rowid").fetchall()
-    assert row == (told["audit_tokens"],)
+    wait_until(lambda: kept(tmp_path, "position FROM answer") != [])  # written in the background
+    assert kept(tmp_path, "audit_tokens FROM request") == [(told["audit_tokens"],)]
+    answers = kept(tmp_path, "position, answer FROM answer ORDER BY rowid")
     of_trace = dict(zip(traces.position.tolist(), traces.answer, strict=True))
     assert [(at, of_trace[at]) for at in (12, 20)] == [
         (at, answer if says else "") for at, answer in answers[:-1]
@@ -168,8 +173,8 @@ def test_without_dense_audits_no_more_is_asked_and_nothing_kept(
     ask(proxy.client, plan)
     told = status(proxy)
     assert told["traces"] is None and not (tmp_path / "audits").exists()
-    with sqlite3.connect(tmp_path / "state") as file:
-        positions = file.execute("SELECT position FROM answer ORDER BY rowid").fetchall()
+    wait_until(lambda: kept(tmp_path, "position FROM answer") != [])  # written in the background
+    positions = kept(tmp_path, "position FROM answer ORDER BY rowid")
     assert [at for (at,) in positions[:-1]] == [12, 20]
 
 

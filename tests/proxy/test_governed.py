@@ -87,10 +87,15 @@ def status(proxy: Proxy) -> Any:
 
 
 def answers_of(state: Path) -> list[tuple[int, str, int, int]]:
-    """Position, digest, agreement and tokens of every answer in the record."""
-    with sqlite3.connect(state) as file:
-        names = "position, answer, agrees, tokens"
-        return file.execute(f"SELECT {names} FROM answer ORDER BY rowid").fetchall()
+    """Position, digest, agreement and tokens of every answer in the record, once there are any."""
+
+    def found() -> list[tuple[int, str, int, int]]:
+        with sqlite3.connect(state) as file:
+            names = "position, answer, agrees, tokens"
+            return file.execute(f"SELECT {names} FROM answer ORDER BY rowid").fetchall()
+
+    wait_until(lambda: found() != [])
+    return found()
 
 
 def mac(state: Path, reply: Reply, halted: bool, is_open: bool) -> str:
@@ -310,10 +315,14 @@ def test_groups_are_tasks_segments_and_what_a_tenant_asks_of_a_task(
         f"tenant:{one}": 1,
         f"tenant:{other} task:sums": 1,
     }
-    with sqlite3.connect(tmp_path / "state") as file:
-        kept = file.execute("SELECT DISTINCT task, segment FROM request").fetchall()
+
+    def kept() -> set[tuple[str, str]]:
+        with sqlite3.connect(tmp_path / "state") as file:
+            return {*file.execute("SELECT task, segment FROM request")}
+
+    wait_until(lambda: len(kept()) == 2)  # written in the background
     hidden = digest(installation_key(key_file_of(tmp_path / "state")), "sums")
-    assert set(kept) == {(hidden, hidden), (None, None)}
+    assert kept() == {(hidden, hidden), (None, None)}
 
 
 @pytest.mark.parametrize("stream", [True, False])
