@@ -17,9 +17,9 @@ from agents.pathwise import PathwiseConfig
 from benchmarks.started import started_head
 from benchmarks.timing import BenchResult
 from evaluation.compare import swept
-from evaluation.frontier import frontier_savings, saving_at_em
+from evaluation.frontier import savings_at_losses
 from evaluation.intervals import Float, Resamples, interval
-from evaluation.outcome import Outcome, average, em_delta, saving
+from evaluation.outcome import Outcome, average
 from evaluation.protocol import folds
 from haltwise import InputError
 from haltwise.policy.features import FEATURE_GROUPS
@@ -118,12 +118,8 @@ class _Frontier:
 
     @classmethod
     def of(cls, traces: Traces, outcomes: Sequence[Outcome], drawn: Resamples) -> _Frontier:
-        points = [(em_delta(traces, one), saving(traces, one)) for one in outcomes]
-        again = drawn.of(traces, outcomes)
-        at = np.ones(again.saving.shape[1])
-        each = [frontier_savings(again.em_delta, again.saving, -loss * at) for loss in _LOSSES]
-        savings = [saving_at_em(points, -loss) or 0.0 for loss in _LOSSES]
-        return cls(np.array([*savings, np.mean(savings)]), np.array([*each, np.mean(each, axis=0)]))
+        savings, each = savings_at_losses(traces, outcomes, _LOSSES, drawn)
+        return cls(np.array([*savings, savings.mean()]), np.array([*each, each.mean(axis=0)]))
 
 
 def _names() -> list[str]:

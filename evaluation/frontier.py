@@ -8,7 +8,7 @@ import moocore
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.intervals import Float
+from evaluation.intervals import Float, Resamples
 from evaluation.outcome import Outcome, em_delta, saving
 from traces import Traces
 
@@ -66,6 +66,29 @@ def frontier_savings(em_delta: Float, saving: Float, at: Float) -> Float:
     share = np.divide(at - lower_em, width, out=np.zeros_like(at), where=width > 0)
     savings: Float = lower_saving + np.minimum(share, 1) * (upper_saving - lower_saving)
     return savings
+
+
+def savings_at_losses(
+    traces: Traces, outcomes: Sequence[Outcome], losses: Sequence[float], drawn: Resamples
+) -> tuple[Float, Float]:
+    """Returns what a policy's frontier saves where L losses of EM are allowed.
+
+    Args:
+        traces: N traces.
+        outcomes: What each parameter comes to on them.
+        losses: (L,) the losses, as shares.
+        drawn: R resamples of the traces' questions.
+
+    Returns:
+        The savings (L,), 0 where the policy does not reach that EM, and those in each resample
+        (L, R).
+    """
+    points = [(em_delta(traces, one), saving(traces, one)) for one in outcomes]
+    again = drawn.of(traces, outcomes)
+    at = np.ones(again.saving.shape[1])
+    each = [frontier_savings(again.em_delta, again.saving, -loss * at) for loss in losses]
+    savings = [saving_at_em(points, -loss) or 0.0 for loss in losses]
+    return np.array(savings), np.array(each)
 
 
 def _largest(values: Float, among: NDArray[np.bool_]) -> Float:

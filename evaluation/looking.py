@@ -16,9 +16,9 @@ import numpy as np
 from command import write_json
 from evaluation.compare import Policies, swept
 from evaluation.evaluate_run import Trained
-from evaluation.frontier import frontier_savings, saving_at_em
+from evaluation.frontier import savings_at_losses
 from evaluation.intervals import Float, Resamples, interval
-from evaluation.outcome import Outcome, em_delta, saving
+from evaluation.outcome import Outcome
 from evaluation.rows import LookingRow, to_json, without_intervals
 from evaluation.table import format_looking
 from haltwise import InputError
@@ -128,9 +128,5 @@ class _Curve:
 
     @classmethod
     def of(cls, traces: Traces, outcomes: Sequence[Outcome], drawn: Resamples) -> _Curve:
-        points = [(em_delta(traces, one), saving(traces, one)) for one in outcomes]
-        again = drawn.of(traces, outcomes)
-        at = np.ones(again.saving.shape[1])
-        each = [frontier_savings(again.em_delta, again.saving, -loss * at) for loss in _LOSSES]
-        savings = [saving_at_em(points, -loss) or 0.0 for loss in _LOSSES]
-        return cls(savings, np.mean(each, axis=0))
+        savings, each = savings_at_losses(traces, outcomes, _LOSSES, drawn)
+        return cls(savings.tolist(), np.mean(each, axis=0))

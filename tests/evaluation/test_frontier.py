@@ -35,7 +35,7 @@ def test_saving_at_equal_em_reads_the_frontier() -> None:
     assert saving_at_em(points, -0.01) == pytest.approx(0.3)
     assert saving_at_em(points, -0.02) == pytest.approx(0.4)
     assert saving_at_em(points, -0.005) == pytest.approx(0.15)
-    assert saving_at_em(points, 0.0) == 0.0
+    assert saving_at_em(points, 0.0) == saving_at_em(points, 0) == 0.0
     assert saving_at_em(points, -0.2) == 0.5
     assert saving_at_em(points, 0.001) is None
     assert saving_at_em([(0.02, 0.2)], 0.01) == pytest.approx(0.2)
