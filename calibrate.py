@@ -189,9 +189,9 @@ def _count_asking(config: CalibrateConfig, certified: Run, head: HaltHead, trace
     certified.save_asked(asked | {what: asked.get(what, 0) + 1})
     if others:
         print(
-            f"Certificates have been asked of this run before, {others} times, otherwise or on "
-            "other traces.\nUnless all of these questions are fresh, the confidence is not what it "
-            "says: whoever chooses\nbetween certificates has neither one's."
+            f"Certificates of this run have been asked for before ({others}), otherwise or on "
+            "other traces.\nThe confidence holds for one that is asked for once, on fresh "
+            "questions: whoever picks the best of\nseveral has a lower one."
         )
 
 

@@ -280,7 +280,8 @@ def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str]
 def _own_point(introduced: str, other: FrozenRow) -> str:
     """Says what a baseline comes to at its own operating point."""
     return (
-        f"{introduced}, {policy_title(other.policy)}, saves {percent(other.saving)} %"
+        f"{introduced}, {policy_title(other.policy)}, chosen by the same questions, saves "
+        f"{percent(other.saving)} %"
         f"{_range(other, 'saving', percent)}, with an EM change of {points(other.em_delta)} "
         f"points{_range(other, 'em_delta', points)}."
     )
@@ -295,7 +296,9 @@ def _difference(other: FrozenRow, ahead: float) -> str:
             "its highest EM"
         )
     else:
-        where = f"At equal EM (there {name} saves {percent(other.saving_at_head_em)} %)"
+        where = (
+            f"At equal EM on its frontier (there {name} saves {percent(other.saving_at_head_em)} %)"
+        )
     return f"{where} the head saves {percent(abs(ahead))} points {'less' if ahead < 0 else 'more'}"
 
 

@@ -123,6 +123,7 @@ def collect(config: CollectConfig) -> None:
         tried = _tried(config)
         with closing(_open(config)) as engine:
             print(engine.self_test(tried, None))
+            print(_sampled(engine))
     elif config.out:
         for _ in questions(config, config.split, config.num, config.seed):
             pass
@@ -195,11 +196,19 @@ def _begin(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
         return
     budget, whole = config.trial_budget(), engine.recorder["max_tokens"]
     print(engine.self_test(_tried(config), budget))
+    print(_sampled(engine))
     if budget < whole:
         print(
             f"This trial gave a question {budget:,} tokens, the recording gives it {whole:,}, as "
             "--self-test does: more thoughts end by themselves then"
         )
+
+
+def _sampled(engine: RecordingEngine) -> str:
+    """Says how tokens are sampled, for a person who has to serve alike."""
+    temperature = engine.recorder["temperature"]
+    how = f"at a temperature of {temperature:g}" if temperature else "greedily, at temperature 0"
+    return f"sampled:    {how}; record as you serve"
 
 
 def _is_done(out: Path, done: Mapping[str, int], model: str, job: SeededQuestion) -> bool:

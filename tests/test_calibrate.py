@@ -211,9 +211,9 @@ def test_asking_the_same_questions_again_is_pointed_out(
     calibrate.main(config)
     assert "before" not in capsys.readouterr().out
     calibrate.main(replace(config, max_em_drop=0.06))
-    assert "asked of this run before, 2 times, otherwise" in capsys.readouterr().out
+    assert "of this run have been asked for before (2), otherwise" in capsys.readouterr().out
     calibrate.main(replace(config, apply=False))  # to look is to ask, too
-    assert "asked of this run before, 1 times, otherwise" in capsys.readouterr().out
+    assert "of this run have been asked for before (1), otherwise" in capsys.readouterr().out
     assert sorted(Run(config.head).asked().values()) == [1, 3]
 
 

@@ -299,7 +299,9 @@ def test_a_self_test_writes_nothing_and_needs_no_folder(
     main(replace(config, self_test=True))
     main(replace(config, self_test=True, out=None))
     assert not out_of(config).exists()
-    assert capsys.readouterr().out.count("8 questions: thought begun 100%") == 2
+    told = capsys.readouterr().out
+    assert told.count("8 questions: thought begun 100%") == 2
+    assert told.count("sampled:    at a temperature of 0.8; record as you serve") == 2
     with pytest.raises(InputError, match="expected --out, or --self-test"):
         main(replace(config, out=None))
 

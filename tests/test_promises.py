@@ -698,6 +698,9 @@ PROMISES: dict[str, Tests] = {
     "if a head was recorded from a server of another kind": (
         test_serve.test_a_head_that_was_recorded_from_another_server_is_told,
     ),
+    "first request of another temperature": (
+        test_proxy.test_a_temperature_that_is_not_that_of_the_traces_is_told,
+    ),
     # Controls
     "Every adapter takes a `control`": (
         test_control.test_a_logits_processor_obeys,

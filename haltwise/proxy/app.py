@@ -107,6 +107,8 @@ _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 _CONTEXT_TIMEOUT = 5.0
 # Seconds for which a store may take to tell a number.
 _STORE_TAKES = 1.0
+# Temperatures are the same if they differ by no more than numbers of 32 bits can.
+_OF_FLOATS = 1e-6
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
 # How an upstream fails that was never asked for anything.
@@ -193,6 +195,7 @@ class Proxy:
         self._next_trial: float | None = None
         self._trial: asyncio.Task[None] | None = None
         self._checked, self._answered = -math.inf, False
+        self._has_told_temperature = False
         if self.control is not None and self.control.traces is not None:
             writer = self.control.traces.writer
             self.metrics.audit_traces_lost.set_function(lambda: writer.num_lost)
@@ -421,6 +424,7 @@ class Proxy:
             server = await self._find_server(headers)
             if server is not self._unknown:
                 self._try_probes_late(server, _authorization(headers))
+                self._note_temperature(server, request, record)
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
             if request.num_thoughts > 1:
@@ -593,6 +597,28 @@ class Proxy:
                     if was != now:
                         told = f"recorded from a server with {name} {was!r}, this one has {now!r}"
                         log.warning(json.dumps({"warning": f"the head was {told}"[:1000]}))
+
+    def _note_temperature(
+        self, server: LMServer, request: CompletionRequest, record: RequestRecord
+    ) -> None:
+        """Notes a temperature that is not that of the head's traces; warns of the first one."""
+        named, config = request.body.get("temperature"), self._settings.head.config
+        asked = server.temperature if named is None else named
+        recorded = config.recording.get("temperature")
+        if not isinstance(asked, int | float) or not isinstance(recorded, int | float):
+            return
+        if math.isclose(asked, recorded, rel_tol=_OF_FLOATS):
+            return
+        self.metrics.other_temperatures.inc()
+        record.about["temperature"] = asked
+        if not self._has_told_temperature:
+            self._has_told_temperature = True
+            whose = "the server's own" if named is None else "a client's"
+            told = (
+                f"a request of temperature {asked:g}, {whose}; the head's traces have {recorded:g}:"
+                " saving and loss are others at another one"
+            )
+            log.warning(json.dumps({"warning": told}))
 
     async def _watch(self, client: RequestingClient, completion: Completion) -> str | None:
         """Answers with a watched completion.

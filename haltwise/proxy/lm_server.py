@@ -64,6 +64,8 @@ class LMServer(ServerDialect):
     """Whether a second request waits for the first to end."""
     num_parallel: int | None = None
     """Requests that it runs at once; None if it does not tell."""
+    temperature: float | None = None
+    """The temperature of requests that name none; None if it does not tell."""
     num_close_tokens = 0
     """Number of tokens of the close text; 0 if it is not known."""
 
@@ -291,7 +293,7 @@ class LlamaServer(LlamaDialect, LMServer):
     _begins_with_space = False  # every text that its tokenizer reads
 
     async def learn(self, headers: RawHeaders) -> None:
-        """Asks whether there is a single slot, how long the close text is, and how texts begin.
+        """Asks for its slots and its temperature, how long the close text is, how texts begin.
 
         Raises:
             UpstreamError: If the server does not answer.
@@ -300,6 +302,7 @@ class LlamaServer(LlamaDialect, LMServer):
         found = await self.upstream.call("/tokenize", {"content": self.close_text}, headers)
         self.num_parallel = _count(props.get("total_slots"))
         self.one_at_a_time = self.num_parallel == 1
+        self.temperature = _own_temperature(props)
         self.num_close_tokens = len(found.get("tokens") or ())
         asks = {"content": _NO_ASCII, "with_pieces": True}
         first, *_ = (await self.upstream.call("/tokenize", asks, headers)).get("tokens") or [None]
@@ -478,6 +481,14 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
 
 def _count(told: Any) -> int | None:
     return told if isinstance(told, int) and told > 0 else None
+
+
+def _own_temperature(props: Json) -> float | None:
+    """The temperature that llama-server samples at where a request names none."""
+    settings = props.get("default_generation_settings")
+    params = settings.get("params") if isinstance(settings, dict) else None
+    found = params.get("temperature") if isinstance(params, dict) else None
+    return found if isinstance(found, int | float) else None
 
 
 def _bare(name: str) -> str:

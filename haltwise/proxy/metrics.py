@@ -52,6 +52,8 @@ class Metrics:
         self.fallbacks = counter("haltwise_fallbacks", text, ["reason"])
         text = "Terms of requests that did not hold, since nobody watches their endpoint"
         self.ignored_terms = counter("haltwise_ignored_terms", text, ["term"])
+        text = "Watched requests of another temperature than the head's traces"
+        self.other_temperatures = counter("haltwise_other_temperatures", text)
         text = "Requests of a segment without a price of its own, where others have one"
         self.unknown_segments = counter("haltwise_unknown_segments", text)
         text = "Probes, by whether they brought an answer; refused is one without room"

@@ -55,7 +55,7 @@ def test_a_new_baseline_is_in_the_table_the_page_and_the_json(
     report = json.loads(content.read_text())
     assert [row["parameter"] for row in report["rows"] if row["policy"] == "toy"] == [0.0, 100.0]
     assert [row["parameter"] for row in report["frozen"] if row["policy"] == "toy"] == [0.0]
-    assert "The strongest baseline, toy threshold, saves" in page.read_text()
+    assert "The strongest baseline, toy threshold, chosen by the same questions" in page.read_text()
     assert (
         '<th scope="row">toy threshold</th><td>Halts where a toy says so.</td>' in page.read_text()
     )

@@ -328,7 +328,11 @@ class _Fake:
         if self.kind == "llama-server":
             yield Route("/v1/chat/completions/control", self.control, methods=["POST"])
             yield Route("/apply-template", self.apply_template, methods=["POST"])
-            props = {"total_slots": self.num_slots or 1_000, "chat_template": "not shown"}
+            props = {
+                "total_slots": self.num_slots or 1_000,
+                "chat_template": "not shown",
+                "default_generation_settings": {"params": {"temperature": 0.800000011920929}},
+            }
             yield Route("/props", lambda _: JSONResponse(props))
 
     def tell_waiting(self, _: Request) -> Response:

@@ -251,6 +251,39 @@ def test_a_segment_without_a_price_is_told(
         assert proxy.metric("haltwise_unknown_segments_total") == is_unknown
 
 
+@pytest.mark.parametrize(
+    ("kind", "recorded", "asked", "is_other"),
+    [
+        ("vllm", 0.6, {"temperature": 0.6}, False),
+        ("vllm", 0.6, {"temperature": 0}, True),
+        ("vllm", 0.6, {"temperature": None}, False),  # it does not tell its own
+        ("llama-server", 0.6, {}, True),  # whose own is 0.8
+        ("llama-server", 0.8, {}, False),
+        ("llama-server", 0.6, {"temperature": 0.6}, False),
+        ("vllm", None, {"temperature": 1}, False),
+    ],
+)
+def test_a_temperature_that_is_not_that_of_the_traces_is_told(
+    kind: Kind, recorded: float | None, asked: dict[str, Any], is_other: bool, plan: Plan,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level("INFO", "haltwise.proxy")
+    head = sure_head()
+    told = {} if recorded is None else {"temperature": recorded}
+    config = replace(head.config, recording=told)
+    saved = saved_head(tmp_path / "head", HaltHead(config, head.weights))
+    with (
+        FakeUpstream(kind) as upstream,
+        proxied(ServeConfig(head=saved, upstream=upstream.url)) as proxy,
+    ):
+        for _ in range(2):
+            ask(proxy.client, plan, **asked)
+        lines = [record.getMessage() for record in caplog.records]
+        assert proxy.metric("haltwise_other_temperatures_total") == 2 * is_other
+        assert sum("a request of temperature" in line for line in lines) == is_other
+        assert ("temperature" in json.loads(lines[-1])) is is_other
+
+
 def test_terms_of_what_is_not_watched_have_to_be_terms(vllm: Pair) -> None:
     reply = vllm.client.post("/v1/responses", content=b"any", headers={"X-Haltwise-Price": "-1"})
     assert reply.status_code == 400 and "price" in reply.json()["error"]["message"]
