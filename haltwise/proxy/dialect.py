@@ -108,6 +108,16 @@ class ServerDialect:
         """
         return {}
 
+    def ended_by(self, end: str) -> Json:
+        """Fields of a request for an answer that make the server end it at a text by itself.
+
+        Most servers are told by their connection, which is closed: they lose nothing by that.
+
+        Args:
+            end: The text; empty if there is none.
+        """
+        return {}
+
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt
     ) -> Json:
@@ -325,6 +335,14 @@ class LlamaDialect(ServerDialect):
         Parts of characters have no chunk of their own: the tokens so far are told with each.
         """
         return {"timings_per_token": True} | ({} if slot is None else {"id_slot": slot})
+
+    def ended_by(self, end: str) -> Json:
+        """A stop text: the slot is free at once.
+
+        One whose client has left goes on for some tokens. What is asked next runs in another slot
+        then, which computes all that was said before anew.
+        """
+        return {"stop": [end]} if end else {}
 
     def continued(
         self, prompt: ServedPrompt, said: Sequence[ServedToken], is_all: bool, tail: ServedPrompt

@@ -4,7 +4,7 @@ import math
 from collections.abc import AsyncIterable, Callable
 from dataclasses import dataclass, field, replace
 
-from haltwise.proxy.dialect import NO_SUCH_PATH
+from haltwise.proxy.dialect import NO_SUCH_PATH, text_of
 from haltwise.proxy.upstream import UpstreamLeg
 from haltwise.proxy.wire import (
     DONE,
@@ -15,6 +15,7 @@ from haltwise.proxy.wire import (
     num_generated,
     served_tokens,
     texts_of,
+    uncut,
 )
 from haltwise.session.thought import ForcedAnswer
 
@@ -38,6 +39,8 @@ class ServedGeneration:
     """Tokens that the server has told apart as a thought; they come first."""
     num_hidden: int = 0
     """Tokens of these that stand at the end, though nobody knows where they were."""
+    is_stopped: bool = False
+    """Whether a text has ended it that the server was told to end it at."""
 
     @property
     def forced_answer(self) -> ForcedAnswer:
@@ -52,18 +55,21 @@ async def read_generation(
     leg: AsyncIterable[StreamEvent],
     max_tokens: int,
     is_complete: Callable[[list[ServedToken]], bool],
+    stop: str = "",
 ) -> ServedGeneration:
-    """Reads a stream to its end, or to where nothing more is wanted.
+    """Reads a stream to its end, or to where nothing more is wanted if its server goes on there.
 
     Args:
         leg: The stream.
         max_tokens: The most tokens that it may have.
         is_complete: Tells whether nothing is wanted behind some tokens.
+        stop: The text at which the server was told to end it, if it was.
 
     Raises:
-        UpstreamError: If it breaks off or is malformed, or neither the LM nor the limit ends it.
+        UpstreamError: If it breaks off or is malformed, or neither the LM nor a limit ends it.
     """
     tokens: list[ServedToken] = []
+    complete: list[ServedToken] | None = None
     finish, num_told, num_apart, last_text, is_over = "", 0, 0, "", False
     async for event in leg:
         is_over |= event is DONE
@@ -72,16 +78,23 @@ async def read_generation(
         if choice is None:
             continue
         new, texts = served_tokens(choice), texts_of(choice)
+        new = uncut(choice, new) if stop else new
         if new:
             last_text = "".join(texts)
             tokens += [ServedToken("")] * (num_told - len(tokens) - len(new))
         tokens += new
         num_apart = len(tokens) if texts[0] else num_apart
         finish = choice.get("finish_reason") or finish
-        if is_complete(tokens):
-            return ServedGeneration(tokens)
+        if complete is None and is_complete(tokens):
+            complete = tokens.copy()
+        if complete is not None and not stop:
+            break
+    if complete is not None:
+        return ServedGeneration(complete)
     if not (finish or is_over) or finish in _BROKEN_OFF:
         raise UpstreamError("cut", "upstream broke off its answer")
+    if stop and finish in _ENDED_BY_LM and stop in text_of(tokens):
+        return ServedGeneration(tokens, is_stopped=True)
     whole = _whole(tokens, finish, max(num_told, len(tokens)), last_text, max_tokens)
     return replace(whole, num_apart=num_apart)
 

@@ -173,6 +173,7 @@ class LMServer(ServerDialect):
             **numbers_asked("messages" in kept, 1),
             **self.sampled(0.0, 0),
             **self.told_fields(None),
+            **self.ended_by(self.rules.answer_end),
         }
 
     async def opened(self, request: CompletionRequest) -> bool | None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest
+from haltwise.proxy.dialect import ids_in, text_of
 from haltwise.proxy.generation import ServedGeneration, read_generation, refusal
 from haltwise.proxy.lm_server import LMServer
 from haltwise.proxy.metrics import Metrics, log
 from haltwise.proxy.upstream import GeneratedSoFar, LegUsage, UpstreamLeg
-from haltwise.proxy.wire import Json, RawHeaders, StreamEvent, UpstreamError
+from haltwise.proxy.wire import Json, RawHeaders, ServedToken, StreamEvent, UpstreamError
 from haltwise.session.thought import Probe
 
 # Keys of which it is known until when they are refused.
@@ -236,13 +238,17 @@ class AnswerProber:
         Raises:
             UpstreamError: If the server does not give it.
         """
-        server, rules = self._server, self._server.rules
-        body = await server.probe_body(self._request, seen)
-        usage = LegUsage()
-        said = await asked_to_go_on(server, body, self._headers, partial(self._events, usage))
-        num_prompt = usage.prompt_tokens
-        self.usage.prompt_tokens += num_prompt or 0
-        self._metrics.probe_tokens.inc(usage.completion_tokens)
+        server, rules, usage = self._server, self._server.rules, self.usage
+        body, before = await server.probe_body(self._request, seen), usage.completion_tokens
+        first = LegUsage()
+        said = await asked_to_go_on(server, body, self._headers, partial(self._events, first))
+        while said.is_stopped and len(said.tokens) < body["max_tokens"]:
+            # What ends answers was a part of this one, such as a brace that it had opened.
+            events = partial(self._events, LegUsage())
+            said = await asked_to_go_on(server, body, self._headers, events, said.tokens)
+        num_prompt = first.prompt_tokens
+        usage.prompt_tokens += num_prompt or 0
+        self._metrics.probe_tokens.inc(usage.completion_tokens - before)
         num_before = None
         if num_prompt is not None:
             num_before = max(num_prompt - seen.num_tokens - server.num_close_tokens, 0)
@@ -280,6 +286,7 @@ async def asked_to_go_on(
     body: Json,
     headers: list[tuple[bytes, bytes]],
     events: Callable[[UpstreamLeg], AsyncIterator[StreamEvent]] = aiter,
+    before: Sequence[ServedToken] = (),
 ) -> ServedGeneration:
     """What the LM says to a request of the proxy's own.
 
@@ -288,18 +295,34 @@ async def asked_to_go_on(
         body: The body of the request.
         headers: Its headers.
         events: Gives the events of the answer; more than that may be done with them.
+        before: What the LM has said to it already, if it is to go on from there.
+
+    Returns:
+        All that it has said, `before` included.
 
     Raises:
         UpstreamError: If the server refuses, breaks off or does not answer as it should.
     """
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    num_left, stop = body["max_tokens"] - len(before), "".join(body.get("stop", ()))
+    if before:
+        body = body | {"prompt": _behind(body["prompt"], before), "max_tokens": num_left}
+    is_complete = server.rules.is_complete
     leg = await server.upstream.stream(path, body, headers)
     try:
         if not leg.is_readable:
             raise await refusal(path, leg)
-        is_complete = server.rules.is_complete
-        return await read_generation(
-            events(leg), body["max_tokens"], lambda said: is_complete([t.text for t in said])
+        said = await read_generation(
+            events(leg), num_left, lambda new: is_complete([t.text for t in (*before, *new)]), stop
         )
     finally:
         await leg.close()
+    return replace(said, tokens=[*before, *said.tokens])
+
+
+def _behind(prompt: str | list[Any], said: Sequence[ServedToken]) -> str | list[Any]:
+    """A prompt, and behind it what was said to it."""
+    if isinstance(prompt, str):
+        return prompt + text_of(said)
+    added: list[Any] = ids_in(said) or [text_of(said)]
+    return [*prompt, *added]

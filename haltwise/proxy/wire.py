@@ -418,6 +418,36 @@ def served_tokens(choice: Json) -> list[ServedToken]:
     return [replace(token, id=i) for token, i in zip(tokens, ids, strict=True)]
 
 
+def uncut(choice: Json, tokens: list[ServedToken]) -> list[ServedToken]:
+    """Tokens of a choice with their whole texts, where llama-server was told a stop text.
+
+    It cuts tokens there, and holds back what may become one. Among the likeliest tokens of their
+    places they are whole, unless they are parts of characters.
+
+    Args:
+        choice: The choice.
+        tokens: Its tokens, in order.
+    """
+    logprobs = choice.get("logprobs")
+    entries = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(entries, list) or len(entries) != len(tokens):
+        return tokens
+    whole = [_likely_text(entry) for entry in entries]
+    return [
+        token if text is None or "\ufffd" in text else replace(token, text=text)
+        for token, text in zip(tokens, whole, strict=True)
+    ]
+
+
+def _likely_text(entry: Any) -> str | None:
+    """The text of a token as it stands among the likeliest of its place; None if it does not."""
+    top = entry.get("top_logprobs") if isinstance(entry, dict) else None
+    for other in top if isinstance(top, list) else ():
+        if isinstance(other, dict) and other.get("id") == entry.get("id") is not None:
+            return str(other.get("token", ""))
+    return None
+
+
 def num_generated(chunk: Json) -> int:
     """How many tokens have been generated up to a chunk, as far as it tells; 0 if it does not."""
     told = [

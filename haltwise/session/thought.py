@@ -53,7 +53,8 @@ class PointRules:
         self.read_answer = READERS[halting.answer_rule]
         #: A forced answer is cut after this many tokens.
         self.max_answer_tokens = halting.max_answer_tokens
-        self._answer_end = halting.answer_end
+        #: The text that ends a forced answer; empty if the LM ends it.
+        self.answer_end = halting.answer_end
         # "... the answer is \boxed{" leaves only the rest of the box to the LM.
         self._opening = _BOX if halting.close_text.rstrip().endswith(_BOX) else ""
 
@@ -98,7 +99,7 @@ class PointRules:
 
     def is_complete(self, tokens: Sequence[Any]) -> bool:
         """Tells whether a forced answer with some tokens has come to the text that ends it."""
-        return bool(self._answer_end) and _ends(self.decode(tokens), self._answer_end)
+        return bool(self.answer_end) and _ends(self.decode(tokens), self.answer_end)
 
 
 def _ends(answer: str, end: str) -> bool:

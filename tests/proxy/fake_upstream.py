@@ -177,6 +177,13 @@ class Token:
     text: str
     place: Literal["thought", "marker", "answer", "end"]
     logprob: float = -0.1
+    cut: str = ""
+    """What it was before a stop text was cut off."""
+
+    @property
+    def likely(self) -> str:
+        """Its text among the likeliest ones of its place, which is whole."""
+        return self.cut or self.text
 
 
 def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
@@ -193,7 +200,7 @@ def continuation(plan: Plan, prompt: str) -> Iterator[Token]:
     said = len(re.findall(rf" {plan.name}\.a\d+", answer))
     if plan.closes and is_closed and not said:
         yield from _unclosed(plan, seen, answer.count(_CLOSE))
-    if plan.mention and not said:
+    if plan.mention and not said and plan.mention not in answer:
         yield Token(plan.mention.replace(_MENTION, _OPEN), "answer")
     text = plan.answer_text(seen, start=said)
     for piece in re.findall(rf" {plan.name}\.[^ ]*", text):
@@ -699,7 +706,7 @@ class _Writer:
                 self.finish = "tool_calls" if self.plan.tool else "stop"
             elif any(text in token.text for text in self.stops):
                 self.finish = "stop"
-                chunk[-1] = replace(token, text="")
+                chunk[-1] = replace(token, text="", cut=token.text)
             elif self.num_tokens >= self.limit:
                 self.finish = "length"
         return chunk
@@ -812,6 +819,8 @@ class _Writer:
         content = []
         for token in chunk:
             entry = self._entry(token.text, token.logprob)
+            if self._is("llama-server"):
+                entry["id"] = self.fake.token_id(token.likely)
             entry["top_logprobs"] = [self._entry(*pair) for pair in self._top(token, num)]
             content.append(entry)
         return {"content": content}
@@ -837,7 +846,7 @@ class _Writer:
 
     def _top(self, token: Token, num: int) -> list[tuple[str, float]]:
         others = [(f" o{j}", value) for j, value in enumerate(top_logprobs(token.logprob))]
-        likeliest = [*others, (token.text, token.logprob)]
+        likeliest = [*others, (token.likely, token.logprob)]
         return sorted(likeliest, key=lambda pair: -pair[1])[:num]
 
     def _shown(self, logprob: float) -> Any:

@@ -18,8 +18,9 @@ from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.features import signals_of
 from haltwise.proxy import ServeConfig
+from haltwise.proxy.dialect import LlamaDialect
 from haltwise.proxy.probing import AnswerProber
-from haltwise.session.thought import Thought
+from haltwise.session.thought import Probe, Thought
 from lms.embedded import CLOSE, EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.language_model import LanguageModel
@@ -354,6 +355,37 @@ def test_in_turn_a_thought_is_halted_exactly_where_its_replay_is(
         assert ids_of(lm, answer) == greedy(lm, prompt_of(question) + thought + CLOSE)
         assert told["probes"]["num"] == told.get("turns", 1) == position // 12
         assert [leg["completion_tokens"] for leg in told["legs"]] == [position]
+
+
+def test_an_answer_that_the_server_ends_has_the_tokens_of_one_that_its_client_leaves(
+    one_slot: LlamaServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = sure_head(CLOSE, "every 12 tokens", probing="always")
+    halting = replace(policy.config.halting, answer_end="1")
+    policy = HaltHead(replace(policy.config, halting=halting), policy.weights)
+    config = ServeConfig(saved_head(tmp_path, policy), one_slot.url, probe_timeout=PATIENCE)
+    taken, seen = AnswerProber.take, list[Probe]()
+
+    def noted(prober: AnswerProber) -> Probe | None:
+        probe = taken(prober)
+        assert probe is not None
+        seen.append(probe)
+        return probe
+
+    monkeypatch.setattr(AnswerProber, "take", noted)
+    with proxied(config) as proxy:
+        client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+        for question in ASKED[:2]:
+            completed(client, question, NEVER)
+        ended = seen.copy()
+        seen.clear()
+        monkeypatch.setattr(LlamaDialect, "ended_by", lambda *_: {})
+        for question in ASKED[:2]:
+            completed(client, question, NEVER)
+    assert len(ended) == len(seen) > 4 and any("1" in probe.text for probe in ended)
+    for one, other in zip(ended, seen, strict=True):
+        assert (one.tokens, one.num_tokens) == (other.tokens, other.num_tokens)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_a_client_that_leaves_leaves_the_slot_free(in_turn: Proxy, one_slot: LlamaServer) -> None:

@@ -5,12 +5,13 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from haltwise import InputError
+from haltwise import HaltHead, InputError
 from haltwise.proxy import ServeConfig, app, create_server, turns
 from haltwise.proxy import probe_trial as trial_module
 from haltwise.proxy.chat_form import ChatForm
@@ -89,6 +90,40 @@ def test_a_probe_goes_on_from_the_thought_at_its_point(
         assert text.endswith(f"<think>\n{plan.thought(4 * i)}{CLOSE}") and text.count(CLOSE) == 1
         assert (probe.body["temperature"], probe.body["seed"]) == (0, 0)
         assert "user" not in probe.body and probe.body["logprobs"] == 1
+
+
+def ending(folder: Path, end: str) -> Path:
+    """A saved head whose forced answers end with a text."""
+    head = sure_head(CLOSE, "every 4 tokens", "always")
+    config = replace(head.config, halting=replace(head.config.halting, answer_end=end))
+    return saved_head(folder, HaltHead(config, head.weights))
+
+
+@BOTH
+def test_a_server_with_slots_ends_answers_itself_and_a_text_amid_one_ends_none(
+    plan: Plan, chat: bool, tmp_path: Path
+) -> None:
+    """A slot whose client has left is not free at once; the next turn would run in another one."""
+    braced = replace(plan, name=f"{plan.name}b", mention=" {5}", answer=2)
+    ends = {"é": (plan, 5), "}": (braced, 5 * (1 + 2 + 1))}
+    for end, (asked, num_tokens) in ends.items():
+        head = ending(tmp_path / end, end)
+        with FakeUpstream("llama-server", paced=4, probed=True) as upstream:
+            config = ServeConfig(head, upstream.url, answers="seen", probe_timeout=PATIENCE)
+            with proxied(config) as proxy:
+                reply = ask(proxy.client, asked, chat)
+            probes, others = upstream.of(asked, probes=True), upstream.of(asked)
+        told = reply.haltwise["probes"]
+        assert (told["num"], told["failed"], told["completion_tokens"]) == (5, 0, num_tokens)
+        assert {probe.ended for probe in probes} == {"done"}
+        assert {tuple(probe.body["stop"]) for probe in probes} == {(end,)}
+        if end == "é":  # in the first token of an answer, which is whole
+            assert answer_of(reply).strip() == f"{plan.name}.a0é"
+        else:  # of a brace that the answer has opened itself
+            rest = [one for one in others if one.body.get("stop") == ["}"]]
+            assert len(rest) == 5 and answer_of(reply).startswith(" {5}")
+            assert upstream.text(rest[0].body["prompt"]).endswith(f"{CLOSE} {{5}}")
+            assert answer_of(reply).endswith(f"{asked.name}.seen20é")
 
 
 @BOTH

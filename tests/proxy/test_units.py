@@ -51,6 +51,7 @@ from haltwise.proxy.wire import (
     texts_of,
     tokens_of,
     trim_logprobs,
+    uncut,
     whole_texts,
 )
 from haltwise.session.control import ConstantControl
@@ -614,6 +615,22 @@ def test_tokens_have_the_text_of_their_chunk(
     found = whole_texts([ServedToken(word, -1.0, id=i) for i, word in enumerate(own)], text)
     assert [token.text for token in found] == expected
     assert [token.id for token in found] == ([*range(len(own))] or [None])
+
+
+def test_a_token_that_a_stop_text_cuts_is_whole_among_the_likeliest() -> None:
+    def entry(text: str, number: int, *likely: tuple[str, int]) -> Json:
+        return {
+            "token": text,
+            "id": number,
+            "top_logprobs": [{"token": t, "id": i} for t, i in likely],
+        }
+
+    content = [entry(" ", 1, (" }", 1)), entry("", 2, ("b", 3)), entry("é", 4, ("\ufffd", 4))]
+    tokens = [ServedToken(one["token"], -1.0, id=one["id"]) for one in content]
+    found = uncut({"logprobs": {"content": content}}, tokens)
+    assert [(token.text, token.id) for token in found] == [(" }", 1), ("", 2), ("é", 4)]
+    for odd in (None, {}, {"content": [None] * 3}, {"content": content[:1]}, {"content": "any"}):
+        assert uncut({"logprobs": odd}, tokens) == tokens
 
 
 def settings_of(metrics: Metrics, patience: float = 9.0) -> CompletionSettings:
