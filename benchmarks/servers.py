@@ -7,6 +7,10 @@ them beside the thought, and one in turn with it. At last both look and halt not
 what a look costs. With `--servers.head`, a trained head stands in place of these: it halts where it
 will, at its own price.
 
+Prompts take time that no head saves, and none of it is a token that anybody counts as saved. So
+the same questions are also asked for one token each, and what is saved of the time is told with
+the prompts and without them. No slot has a prompt from the way before.
+
 Two times stand beside each other: the wall clock's, in which all processes wait for each other, and
 the CPU time of server and proxy, which is disturbed less by whatever else runs.
 """
@@ -16,12 +20,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
@@ -45,6 +49,9 @@ from lms.sources.task import with_instruction
 from lms.tasks import questions
 from tests.proxy.proxies import Fetched, Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
 
+if TYPE_CHECKING:
+    from tests.proxy.llama_server import LlamaServer
+
 _NEVER = {"X-Haltwise-Price": "0.1"}
 # That of the recording in docs/SMALL_LM.md.
 _INSTRUCTION = (
@@ -52,6 +59,7 @@ _INSTRUCTION = (
     "Only then end with: The answer is"
 )
 _PLAIN = "server alone"
+_PROMPTS = "prompts alone"
 
 Way = Literal[
     "no looks", "looks beside", "looks in turn", "beside, never halts", "in turn, never halts"
@@ -114,8 +122,11 @@ def measure(config: ServersConfig, repeats: int) -> list[BenchResult]:
                     "beside, never halts": (beside, _NEVER),
                     "in turn, never halts": (in_turn, _NEVER),
                 }
-                asked = _Asked(config, num, server.process.pid)
-                ways = {_PLAIN: _WayToAsk(asked, server.url)}
+                asked = _Asked(config, num, server)
+                ways = {
+                    _PLAIN: _WayToAsk(asked, server.url),
+                    _PROMPTS: _WayToAsk(asked, server.url, max_tokens=1),
+                }
                 with ExitStack() as proxies:
                     for name in config.ways:
                         of_proxy, headers = known[name]
@@ -159,11 +170,11 @@ class _Asked:
     Args:
         config: The settings.
         num_streams: The number of streams at once.
-        pid: The server's process.
+        server: The server, which has twice as many slots.
     """
 
-    def __init__(self, config: ServersConfig, num_streams: int, pid: int) -> None:
-        self.num_streams, self.pid = num_streams, pid
+    def __init__(self, config: ServersConfig, num_streams: int, server: LlamaServer) -> None:
+        self.num_streams, self._server = num_streams, server
         num = max(config.num_questions, num_streams)
         if config.lm is None:
             self.questions = questions("all", "test", num)
@@ -174,6 +185,15 @@ class _Asked:
     def body(self, question: Question) -> dict[str, Any]:
         """The body of a request."""
         return self._common | {"messages": [{"role": "user", "content": question.text}]}
+
+    def cpu_seconds(self) -> float:
+        """The CPU time that the server has taken."""
+        return cpu_seconds_of(self._server.process.pid)
+
+    def empty_slots(self) -> None:
+        """Takes from every slot the prompt that it had last, which the next one may begin like."""
+        for slot in range(2 * self.num_streams):
+            self._server.post("/completion", {"prompt": "1", "n_predict": 1, "id_slot": slot})
 
 
 def _story(row: dict[str, str]) -> Question:
@@ -193,19 +213,22 @@ class _WayToAsk:
     """The proxy that is asked; None if the server is asked directly."""
     headers: dict[str, str] = field(default_factory=dict)
     """The headers of a request."""
+    max_tokens: int | None = None
+    """The token budget of an answer, if it is another than that of the settings."""
     measured: dict[str, list[float]] = field(default_factory=dict)
     """By name, what was measured beside the time, one a call."""
 
     def __call__(self) -> float:
         """Asks all questions, and returns the seconds that it took."""
-        before, of_proxy = cpu_seconds_of(self.asked.pid), self._of_proxy()
+        self.asked.empty_slots()
+        before, of_proxy = self.asked.cpu_seconds(), self._of_proxy()
         started = perf_counter()
         answers = asyncio.run(self._ask_all())
         wall = perf_counter() - started
         usages = [found.reply.usage for _, found in answers]
         probes = [usage.get("haltwise", {}).get("probes", {}) for usage in usages]
         for name, value in {
-            "CPU of the server": cpu_seconds_of(self.asked.pid) - before,
+            "CPU of the server": self.asked.cpu_seconds() - before,
             "CPU of the proxy": self._of_proxy() - of_proxy,
             "time to answer": median(found.ended - found.started for _, found in answers),
             "tokens": sum(usage["completion_tokens"] for usage in usages),
@@ -227,6 +250,8 @@ class _WayToAsk:
         async def stream() -> None:
             for question in waiting:
                 body = self.asked.body(question)
+                if self.max_tokens is not None:
+                    body["max_tokens"] = self.max_tokens
                 found = await fetch(self.url, "/v1/chat/completions", body, self.headers)
                 if found.reply.status != 200:
                     raise InputError(f"a request failed: {found.reply.body[-200:]!r}")
@@ -263,13 +288,15 @@ def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[Bench
         tokens = _saved(told["tokens"], name)
         results.append(BenchResult(part, f"tokens saved: {name}", "%", _percent(tokens)))
         for clock, times in (("time", found), ("CPU time", cpu)):
-            saved = _saved(times, name)
-            results.append(BenchResult(part, f"{clock} saved: {name}", "%", _percent(saved)))
-            ratios = tuple(mine / theirs for mine, theirs in zip(saved, tokens, strict=True))
-            title = f"{clock} saved / tokens saved: {name}"
-            results.append(BenchResult(part, title, "x", ratios))
+            for which, clocked in ((clock, times), (f"{clock} behind prompts", _behind(times))):
+                saved = _saved(clocked, name)
+                results.append(BenchResult(part, f"{which} saved: {name}", "%", _percent(saved)))
+                ratios = tuple(mine / theirs for mine, theirs in zip(saved, tokens, strict=True))
+                title = f"{which} saved / tokens saved: {name}"
+                results.append(BenchResult(part, title, "x", ratios))
     for name in [name for name in ways if name in _NEVER_HALTING]:
-        results += _cost_of_a_look(part, name, told, {"time": found, "CPU time": cpu})
+        clocks = {"time": _behind(found), "CPU time": _behind(cpu)}
+        results += _cost_of_a_look(part, name, told, clocks)
     return results
 
 
@@ -281,6 +308,17 @@ def _saved(results: dict[str, BenchResult], name: str) -> tuple[float, ...]:
     """The share that a way saves of what asking the server alone takes, one a round."""
     ratio = results[name].over(results[_PLAIN])
     return tuple(1 - value for value in ratio.values)
+
+
+def _behind(times: dict[str, BenchResult]) -> dict[str, BenchResult]:
+    """The times less what the prompts take by themselves."""
+    prompts = times[_PROMPTS].values
+    return {
+        name: replace(
+            one, values=tuple(mine - own for mine, own in zip(one.values, prompts, strict=True))
+        )
+        for name, one in times.items()
+    }
 
 
 def _percent(shares: Sequence[float]) -> tuple[float, ...]:
