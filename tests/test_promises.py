@@ -424,7 +424,11 @@ PROMISES: dict[str, Tests] = {
     "There the slot is free, and its cache has all but the close text": (
         test_llama_server.test_a_slot_computes_only_what_is_new_to_it,
     ),
-    "Behind that the next turn goes on from prompt and thought": (
+    "The server ends the answer itself, at the text that ends answers": (
+        test_probing.test_a_server_with_slots_ends_answers_itself_and_a_text_amid_one_ends_none,
+        test_llama_server.test_an_answer_that_the_server_ends_has_the_tokens_of_one_that_its_client_leaves,
+    ),
+    "Behind the answer the next turn goes on from prompt and thought": (
         test_llama_server.test_a_slot_computes_only_what_is_new_to_it,
     ),
     "So one slot is enough": (
