@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -38,6 +39,20 @@ def json_fault(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return reason_of(error)
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns an object of JSON, as `object_pairs_hook` of `json.loads` takes it.
+
+    Raises:
+        ValueError: If a name is there twice: json itself would take the last value without a word.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r:.80} is there twice, expected once")
+    return found
 
 
 def option(setting: str) -> str:

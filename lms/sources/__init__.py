@@ -13,7 +13,7 @@ from lms.hub_names import is_hub_name, nearby
 from lms.questions import Question
 from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
-from lms.sources.data_rows import FORMATS, rows_of, rows_of_hub
+from lms.sources.data_rows import FORMATS, DataRows, rows_of, rows_of_hub
 from lms.sources.forms import NamedColumns
 from lms.sources.gym_task import PREFIX, ReasoningGymTask
 from lms.sources.table_task import TableTask
@@ -82,7 +82,7 @@ def _built_in(config: DataConfig) -> QuestionTask:
     _refuse(config, *(column for column in _COLUMNS if column != "split_column"))
     known = BUILT_INS[config.task]
     scorer, instruction = _asking(config, known.scorer)
-    rows = rows_of(Path(config.data_file)) if config.data_file else rows_of_hub(known.hub)
+    rows = _rows(config, known.hub)
     table = (known.rename(rows), known.form, config.split_column)
     return TableTask(config.task, scorer, instruction, *table)
 
@@ -93,9 +93,9 @@ def _own(config: DataConfig) -> QuestionTask:
         raise InputError("--task names no task, expected a built-in one, or a file of questions")
     if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
-        name, rows = path.resolve().stem, rows_of(path)
+        rows, name = rows_of(path, bool(config.split_column)), path.resolve().stem
     elif is_hub_name(name.partition(":")[0]):
-        rows = rows_of(Path(config.data_file)) if config.data_file else rows_of_hub(name)
+        rows = _rows(config, name)
     else:
         known = ", ".join(("all", *TASKS, *BUILT_INS))
         raise InputError(
@@ -104,6 +104,13 @@ def _own(config: DataConfig) -> QuestionTask:
         )
     scorer, instruction = _asking(config, "choice" if config.choices_column else "short")
     return TableTask(name, scorer, instruction, rows, NamedColumns(config), config.split_column)
+
+
+def _rows(config: DataConfig, hub: str) -> DataRows:
+    """Returns the rows of a data set of the hub, from the file that stands for it if one does."""
+    if config.data_file:
+        return rows_of(Path(config.data_file), bool(config.split_column))
+    return rows_of_hub(hub)
 
 
 def _asking(config: DataConfig, usual: str) -> tuple[str, str]:

@@ -6,14 +6,17 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from command import warn
 from haltwise import InputError
-from haltwise.errors import json_fault, reason_of
+from haltwise.errors import each_once, json_fault, reason_of
 from lms.hub_names import ask_hub, is_hub_name
 from lms.scorers import needed
 
@@ -33,14 +36,24 @@ SPLIT_NAMES = {
     "test": "test",
 }
 _SPLIT_OF_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])")
+_SPLIT_ANYWHERE = re.compile(rf"(?<![a-z]){_SPLIT_OF_FILE.pattern}")
+
+
+class _Number(Decimal):
+    """A number with all digits that a file has; a message shows it as it stands there."""
+
+    __repr__ = Decimal.__str__
+
+
+_loads = partial(json.loads, parse_float=_Number, object_pairs_hook=each_once)
 
 
 def _each_object(number: int, text: str) -> Iterator[tuple[str, Any]]:
     if text.strip():
         try:
-            yield f"line {number}", json.loads(text)
+            yield f"line {number}", _loads(text)
         except (ValueError, RecursionError) as error:
-            told = f"{json_fault(error)}: expected a JSON object"
+            told = f"{json_fault(error)}: expected a JSON object on every line"
             raise InputError(f"line {number}: {told}") from None
 
 
@@ -61,7 +74,7 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
         yield from _json_lines(file)
         return
     try:
-        found = json.load(file)
+        found = _loads(file.read())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{error}: expected a list of JSON objects") from None
     yield from ((f"row {number}", row) for number, row in enumerate(found, 1))
@@ -69,27 +82,31 @@ def _json(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**30)  # the usual limit takes long texts for a mistake
-    reader = csv.reader(file, strict=True)
+    reader, before = csv.reader(file, strict=True), 0
     try:
         names = next(reader, [])
         if len(names) == 1 and (found := next((sign for sign in ";\t" if sign in names[0]), "")):
             raise InputError(f"line 1: found {found!r} between columns, expected commas")
         _check_names(names)
-        for row in filter(None, reader):  # a line without anything is no row
-            place = f"line {reader.line_num}"
-            if len(row) != len(names):
+        before = reader.line_num
+        for row in reader:
+            place, before = f"line {before + 1}", reader.line_num
+            if row and len(row) != len(names):
                 raise InputError(
                     f"{place}: found {len(row)} fields, expected {len(names)}, as in line 1"
                 )
-            yield place, dict(zip(names, row, strict=True))
+            if row:  # a line without anything is no row
+                yield place, dict(zip(names, row, strict=True))
     except csv.Error as error:
-        raise InputError(f"line {reader.line_num}: {error}") from None
+        last = reader.line_num
+        told = f", in a row that goes on to line {last}: is a quote not closed?"
+        raise InputError(f"line {before + 1}: {error}{told * (last > before + 1)}") from None
 
 
 def _check_names(names: list[str]) -> None:
     """Refuses a table with two columns of one name, of which only one could be read."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"column {', '.join(twice)} is there twice, expected once")
+        raise InputError(f"column {', '.join(map(repr, twice))} is there twice, expected once")
 
 
 _TEXT_FORMATS = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}
@@ -101,9 +118,16 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     with pq.ParquetFile(path) as file:
         _check_names(file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in pa.table(list(map(_exact, batch.columns)), batch.schema.names).to_pylist():
                 number += 1
                 yield f"row {number}", row
+
+
+def _exact(column: pa.Array) -> pa.Array:
+    """Returns a column of which numbers of 32 bits are 0.1, not 0.10000000149."""
+    if not pa.types.is_float32(column.type):
+        return column
+    return column.cast(pa.string()).cast(pa.float64())
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
@@ -126,12 +150,24 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, DataRow]]:
     except InputError as error:
         raise InputError(f"{path}, {error}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: {error}: expected text in UTF-8") from None
+        place = f"{path}, {_undecoded(path)}" if suffix in _TEXT_FORMATS else str(path)
+        raise InputError(f"cannot read {place}: {error.reason}: expected text in UTF-8") from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {reason_of(error)}") from None
+        raise InputError(f"cannot read {path}: {error.strerror or reason_of(error)}") from None
     except pa.ArrowException as error:
         reason = reason_of(error)
         raise InputError(f"cannot read {path}: {reason}: expected a Parquet file") from None
+
+
+def _undecoded(path: Path) -> str:
+    """Returns the place of the first line that is no UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"line {number}, byte {error.start + 1}"
+    return "at its end"
 
 
 def columns_of(place: str) -> str:
@@ -141,36 +177,79 @@ def columns_of(place: str) -> str:
     return in_table.get(Path(table).suffix.lower(), place)
 
 
-def rows_of(path: Path) -> DataRows:
+def rows_of(path: Path, by_column: bool = False) -> DataRows:
     """Returns the rows of a file, or of all files in a folder.
 
-    The name of a file may begin with its split, such as train.jsonl.
+    The name of a file may begin with its split, such as train.jsonl. A warning names the files
+    that are not read because of that, and a split that stands elsewhere in a name.
+
+    Args:
+        path: The file or folder.
+        by_column: Whether a column tells the split of every row, whatever the files are called.
 
     Raises:
-        InputError: If there is nothing to read; during a pass, if something cannot be read.
+        InputError: If there is nothing to read; during a pass, if something cannot be read, or a
+            split that files are named by has no rows.
     """
     formats = ", ".join(FORMATS)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    inside = (p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and p.is_file())
-    files = [p for p in inside if p.suffix.lower() in FORMATS] if path.is_dir() else [path]
+    found = [p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and _is_file(p)]
+    files = [p for p in found if p.suffix.lower() in FORMATS] if path.is_dir() else [path]
     if not files or files[0].suffix.lower() not in FORMATS:
-        found = "has no file that ends" if path.is_dir() else "does not end"
-        raise InputError(f"{path} {found} with one of {formats}, expected questions and answers")
-    named = {file: _SPLIT_OF_FILE.match(file.stem.lower()) for file in files}
-    splits = {file: SPLIT_NAMES[name[1]] for file, name in named.items() if name}
+        told = "has no file that ends" if path.is_dir() else "does not end"
+        raise InputError(f"{path} {told} with one of {formats}, expected questions and answers")
+    named = {file: name for file in found or files if (name := _split_of_file(file))}
     # If some files are named by splits, the others, such as dataset_infos.json, are no data.
-    splits = splits or dict.fromkeys(files, "")
+    splits = {file: named[file] for file in files if file in named} or dict.fromkeys(files, "")
+    if any(splits.values()):
+        _warn_of_unread(path, {*files, *named} - splits.keys())
+    elif not by_column:
+        _warn_of_names(path, files)
 
     def each() -> Iterator[tuple[str, str, DataRow]]:
-        place = ""
+        empty = set(splits.values())
         for file, split in splits.items():
             for place, row in _rows_of_file(file):
+                empty.discard(split)
                 yield split, f"{file}, {place}", row
-        if not place:
-            raise InputError(f"{path}: no rows, expected questions with their answers")
+        if empty:
+            of_split = f" of split {', '.join(sorted(empty))}" if any(empty) else ""
+            raise InputError(f"{path}: no rows{of_split}, expected questions with their answers")
 
     return each
+
+
+def _is_file(path: Path) -> bool:
+    """Says whether there is a file, or a link to one: that it is gone is told once it is read."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _split_of_file(file: Path) -> str:
+    """Returns the split that the name of a file begins with; "" if there is none."""
+    name = _SPLIT_OF_FILE.match(file.stem.lower())
+    return SPLIT_NAMES[name[1]] if name else ""
+
+
+def _warn_of_unread(folder: Path, files: set[Path]) -> None:
+    """Tells of files that are not read, since the names of others begin with splits."""
+    if files:
+        names = ", ".join(sorted(str(file.relative_to(folder)) for file in files))
+        warn(
+            f"{folder}: not read: {names:.300}: expected names that begin with train, dev or test, "
+            f"as others do, and end with one of {', '.join(FORMATS)}"
+        )
+
+
+def _warn_of_names(path: Path, files: list[Path]) -> None:
+    """Tells of a name that has a split where it says nothing."""
+    inside = path if path.is_dir() else path.parent
+    names = [str(file.relative_to(inside)) for file in files]
+    if told := next((name for name in names if _SPLIT_ANYWHERE.search(name.lower())), ""):
+        warn(
+            f"{path}: a hash divides the questions, whatever split the name {told!r} tells: "
+            "expected a folder of files whose names begin with their splits, or --split-column"
+        )
 
 
 def rows_of_hub(name: str) -> DataRows:

@@ -6,12 +6,18 @@ import math
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from haltwise import InputError
 from haltwise.errors import option
 from lms.sources.data_rows import DataRow
 from lms.sources.task import DataConfig
+
+# Numbers of more digits are told by their exponents.
+_MOST_DIGITS = 50
+# Characters of a segment: no trace has a longer one.
+_LONGEST_SEGMENT = 1000
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,17 @@ def _whole(text: str, column: str) -> str:
 
 
 def _scalar(found: Any, column: str) -> str:
-    is_known = isinstance(found, str | int | float) and not isinstance(found, bool)
+    is_known = isinstance(found, str | int | float | Decimal) and not isinstance(found, bool)
     if not is_known or (isinstance(found, float) and not math.isfinite(found)):
         raise InputError(f"{column} is {found!r}, expected a text or a number")
+    if isinstance(found, float | Decimal):
+        return _digits(Decimal(str(found)))
     return _whole(str(found), column).strip()
+
+
+def _digits(number: Decimal) -> str:
+    """Returns a number as people write it: 0.00001, and not 1e-05."""
+    return f"{number:f}" if abs(number.adjusted()) < _MOST_DIGITS else str(number)
 
 
 def _list(row: DataRow, column: str) -> list[str]:
@@ -102,25 +115,27 @@ def letter_of(answer: Any, choices: Sequence[str], labels: Sequence[str] | None 
     Args:
         answer: The label of the right choice, its place as a number from 0, or its text.
         choices: The texts of the choices, in the order of their letters.
-        labels: The names that the data give the choices; None if they are the letters.
+        labels: The names that the data give the choices, which the answer is one of; None if it
+            may be anything that names a choice.
 
     Raises:
-        InputError: If the answer names no choice, or is the place of one choice and the text of
-            another.
+        InputError: If the answer names no choice, or several.
     """
     letters = string.ascii_uppercase[: len(choices)]
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        by_place = letters[answer] if 0 <= answer < len(choices) else ""
-        by_text = letters[choices.index(str(answer))] if str(answer) in choices else ""
-        if by_place and by_text and by_place != by_text:
-            raise InputError(
-                f"the answer {answer} is a place and the text of another choice: expected a letter"
-            )
-        if by_place or by_text:
-            return by_place or by_text
-    for names in (labels or list(letters), choices):
-        if isinstance(answer, str) and answer.strip() in names:
-            return letters[list(names).index(answer.strip())]
+    is_number = isinstance(answer, int) and not isinstance(answer, bool)
+    told = str(answer).strip() if is_number or isinstance(answer, str) else None
+    named = [labels] if labels else [letters, choices]
+    found = {place for names in named for place, name in enumerate(names) if name == told}
+    if is_number and not labels and 0 <= answer < len(choices):
+        found.add(answer)
+    if len(found) > 1:
+        several = ", ".join(letters[place] for place in sorted(found))
+        raise InputError(
+            f"the answer {answer!r} names the choices {several}: expected a letter, a number from "
+            "0 or a text that names one alone"
+        )
+    if found:
+        return letters[found.pop()]
     raise InputError(
         f"the answer is {answer!r}, expected a letter up to {letters[-1]}, a number from 0, or the "
         "text of a choice"
@@ -157,17 +172,24 @@ class NamedColumns:
         return RowQuestion(text, self._gold(answer), self._segment(row))
 
     def _gold(self, answer: Any) -> str:
-        column = self.config.answer_column
+        column, is_any_line = self.config.answer_column, self.config.scorer in ("text", "strict")
         if not isinstance(answer, list):
-            return _scalar(answer, column)
-        if self.config.scorer not in ("text", "strict") and len(answer) != 1:
+            gold = _scalar(answer, column)
+            return " ".join(gold.split()) if is_any_line else gold
+        if not is_any_line and len(answer) != 1:
             raise InputError(f"{column} is {answer!r}, expected one answer, or --scorer text")
         return "\n".join(" ".join(_scalar(one, column).split()) for one in answer)
 
     def _segment(self, row: DataRow) -> str:
         column = self.config.segment_column
         found = cell(row, column) if column else None
-        return "" if found is None else _scalar(found, str(column))
+        segment = "" if found is None else _scalar(found, str(column))
+        if len(segment) > _LONGEST_SEGMENT:
+            raise InputError(
+                f"{column} is {segment:.40} ..., of {len(segment):,} characters, expected at most "
+                f"{_LONGEST_SEGMENT:,}"
+            )
+        return segment
 
 
 def gsm8k(row: DataRow) -> RowQuestion:
@@ -200,7 +222,7 @@ def arc(row: DataRow) -> RowQuestion:
 def mmlu_pro(row: DataRow) -> RowQuestion:
     """Reads a row of MMLU-Pro, with up to ten choices; its segment is the category."""
     choices = _list(row, "options")
-    gold = letter_of(words(row, "answer"), choices)
+    gold = letter_of(words(row, "answer"), choices, string.ascii_uppercase[: len(choices)])
     return RowQuestion(lettered(words(row, "question"), choices), gold, words(row, "category"))
 
 

@@ -29,8 +29,8 @@ class _RowSurvey:
     rows: Counter[tuple[str, str]] = field(default_factory=Counter)
     """The number of rows by the split that they stand in and the split that the hash of their
     question gives."""
-    digests: dict[str, set[str]] = field(default_factory=lambda: {"dev": set(), "test": set()})
-    """The shortened digests of the questions that stand in dev and test."""
+    golds: dict[str, dict[str, str]] = field(default_factory=lambda: {"dev": {}, "test": {}})
+    """The gold answers in dev and test, by the shortened digests of their questions."""
     num_skipped: int = 0
     """The number of rows that have no answer."""
     num_repeated: int = 0
@@ -47,11 +47,12 @@ class _RowSurvey:
             own: The split that the row stands in; "" if none is stated.
             digest: The digest of its question.
         """
-        if self._keeps:
-            for later in SPLITS[SPLITS.index(own) + 1 :]:
-                if digest[:16] in self.digests[later]:
-                    return None
-        return self._split(own, split_of(digest))
+        return None if self.later(own, digest) else self._split(own, split_of(digest))
+
+    def later(self, own: str, digest: str) -> str:
+        """Returns the gold answer of the same question in a later split; "" if there is none."""
+        later = SPLITS[SPLITS.index(own) + 1 :] if self._keeps else ()
+        return next((gold for split in later if (gold := self.golds[split].get(digest[:16]))), "")
 
     def num_rows(self) -> dict[str, int]:
         """Returns the number of rows of every split; a repeated question counts each time."""
@@ -129,11 +130,13 @@ class TableTask:
         taken: dict[int, Question] = {}
         last: list[int] = []  # ranks negated, so that the heap's first is the last in order
         for own, place, digest, item in self._each():
+            if item and (gold := self._survey.later(own, digest)):
+                self._check_same(gold, item, place, "another split")
             if item is None or self._survey.split(own, digest) != split:
                 continue
             rank = int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:32], 16)
             if rank in taken:
-                self._check_same(taken[rank], item, place)
+                self._check_same(taken[rank].gold, item, place, "a row before")
                 continue
             if len(last) == num and rank > -last[0]:
                 continue
@@ -154,13 +157,13 @@ class TableTask:
             )
         yield from (taken[rank] for rank in sorted(taken))
 
-    def _check_same(self, question: Question, item: RowQuestion, place: str) -> None:
+    def _check_same(self, gold: str, item: RowQuestion, place: str, beside: str) -> None:
         """Raises InputError if a question has another answer where it stands once more."""
-        same = item.gold == question.gold or scorer_of(self.scorer)(item.gold, question.gold)
+        same = item.gold == gold or scorer_of(self.scorer)(item.gold, gold)
         if not same:
             raise InputError(
                 f"{place}: {' '.join(item.text.split())[:80]!r} has the answer {item.gold!r}, and "
-                f"{question.gold!r} in a row before: expected one answer of a question"
+                f"{gold!r} in {beside}: expected one answer of a question"
             )
 
     def describe(self) -> str:
@@ -176,18 +179,20 @@ class TableTask:
             skipped += f", {survey.num_repeated:,} repeat a question, which is asked once"
         if survey.divided:
             skipped += f", all of them named {survey.divided}, which is divided by a hash"
-        if survey.is_hashed and self._states_splits():
+        if survey.is_hashed and (column := self._states_splits()):
             skipped += (
-                f", divided by a hash whatever column {_USUAL_COLUMN!r} says: --split-column "
-                f"{_USUAL_COLUMN} keeps that"
+                f", divided by a hash whatever column {column!r} says: --split-column {column} "
+                "keeps that"
             )
         asked_by = f"scorer {self.scorer}; instruction {self.instruction!r}"
         return f"{self.name}: {rows} rows{skipped}; {asked_by}"
 
-    def _states_splits(self) -> bool:
-        """Whether the first row names a split in a column that the settings do not name."""
-        _, _, row = next(iter(self.rows()))
-        return str(row.get(_USUAL_COLUMN)).strip().lower() in SPLIT_NAMES
+    def _states_splits(self) -> str:
+        """Returns the column, not named by the settings, in which rows name splits; "" if none."""
+        _, _, first = next(iter(self.rows()))
+        column = next((name for name in first if str(name).lower() == _USUAL_COLUMN), "")
+        stated = (str(row.get(column)).strip().lower() for _, _, row in self.rows() if column)
+        return column if any(name in SPLIT_NAMES for name in stated) else ""
 
     @cached_property
     def _survey(self) -> _RowSurvey:
@@ -200,8 +205,8 @@ class TableTask:
             key = int(digest[:16], 16)
             survey.num_repeated += key in seen
             seen.add(key)
-            if own in survey.digests:
-                survey.digests[own].add(digest[:16])
+            if own in survey.golds:
+                survey.golds[own].setdefault(digest[:16], item.gold)
         return survey
 
     def _each(self) -> Iterator[tuple[str, str, str, RowQuestion | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import heapq
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,17 +101,53 @@ def test_choices_get_letters(tmp_path: Path, answer: str | int) -> None:
     assert question.is_right("B")
 
 
-@pytest.mark.parametrize(("answer", "gold"), [(0, "A"), (4, "D"), (2, None), (3, None), (5, None)])
-def test_a_number_is_a_place_or_the_text_of_a_choice(
-    tmp_path: Path, answer: int, gold: str | None
+@pytest.mark.parametrize(
+    ("answer", "options", "gold"),
+    [
+        (0, [1, 2, 3, 4], "A"),
+        (4, [1, 2, 3, 4], "D"),
+        (2, [1, 2, 3, 4], None),
+        (3, [1, 2, 3, 4], None),
+        (5, [1, 2, 3, 4], None),
+        (1.0, [1, 2], None),
+        ("B", ["A", "B"], "B"),
+        ("A", ["B", "A"], None),
+        ("x", ["x", "x"], None),
+    ],
+)
+def test_an_answer_names_one_choice(
+    tmp_path: Path, answer: float | str, options: list[Any], gold: str | None
 ) -> None:
-    row = {"question": "2 + 2?", "answer": answer, "options": [1, 2, 3, 4]}
+    row = {"question": "2 + 2?", "answer": answer, "options": options}
     task = own(write(tmp_path / "choices.jsonl", [row]), choices_column="options")
     if gold:
         assert everything(task)[0].gold == gold
         return
-    with pytest.raises(InputError, match=rf"the answer (is )?{answer}.* expected a letter"):
+    with pytest.raises(InputError, match=rf"the answer (is )?{answer!r}.* expected a letter"):
         task.describe()
+
+
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("1.0", "1.0"),
+        ("1e22", "10000000000000000000000"),
+        ("1e-7", "0.0000001"),
+        ("1e-1000000000", "1E-1000000000"),
+    ],
+)
+def test_a_number_keeps_its_digits(tmp_path: Path, written: str, gold: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"question": "?", "answer": {written}}}')
+    assert everything(own(path))[0].gold == gold
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64(), pa.decimal128(5, 1)])
+def test_numbers_of_parquet_are_those_that_were_written(tmp_path: Path, kind: pa.DataType) -> None:
+    answer = pa.array([0.1]).cast(kind)
+    pq.write_table(pa.table({"question": ["?"], "answer": answer}), tmp_path / "a.parquet")
+    assert everything(own(tmp_path / "a.parquet"))[0].gold == "0.1"
 
 
 def test_alternatives_stand_one_a_line(tmp_path: Path) -> None:
@@ -118,6 +155,10 @@ def test_alternatives_stand_one_a_line(tmp_path: Path) -> None:
     (question,) = everything(own(write(tmp_path / "a.jsonl", [row]), scorer="text"))
     assert question.gold == "Ada\nAda L."
     assert question.is_right("ada l")
+    (question,) = everything(
+        own(write(tmp_path / "b.csv", [row | {"answer": "Ada\nL."}]), scorer="text")
+    )
+    assert question.gold == "Ada L."
 
 
 def test_the_seed_decides_which_are_taken_and_more_include_fewer(tmp_path: Path) -> None:
@@ -151,6 +192,15 @@ def test_a_question_has_one_answer_however_often_it_is_there(
             everything(task)
 
 
+def test_a_question_has_one_answer_in_all_splits(tmp_path: Path) -> None:
+    write(tmp_path / "test.csv", ROWS[:30])
+    write(tmp_path / "train.csv", [*ROWS[30:], ROWS[7] | {"answer": "15"}])
+    told = r"train\.csv, line 32: 'What is 7 \+ 7\?' has the answer '15', and '14' in another split"
+    for split in SPLITS:
+        with pytest.raises(InputError, match=told):
+            list(own(tmp_path).questions(split, 1, 0))
+
+
 def test_an_instruction_moves_no_question_to_another_split(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.csv", ROWS)
     plain, told = (everything(own(path, instruction=text)) for text in ("", "Think hard."))
@@ -171,6 +221,31 @@ def test_own_splits_are_kept_and_dev_is_a_tenth_of_train(tmp_path: Path) -> None
         expected = "test" if n == 3 or n >= 45 else "dev" if hashed == "dev" else "train"
         assert {" ".join(key.split()): split for key, split in splits.items()}[text] == expected
     assert len(found) == 60
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("train.csv", "eval.jsonl"), "not read: eval.jsonl: expected names that begin with train"),
+        (("train.csv", "test.jsonl.gz"), "not read: test.jsonl.gz: expected"),
+        (
+            ("my_train.csv", "x.csv"),
+            "a hash divides .*, whatever split the name 'my_train.csv' tel",
+        ),
+        (("test/a.csv",), "whatever split the name 'test/a.csv' tells: expected a folder of files"),
+        (("latest.csv", "trains.csv", "infos.txt"), ""),
+        (("train.csv", "test.csv", "infos.txt"), ""),
+    ],
+)
+def test_files_and_splits_that_are_passed_over_are_told(
+    tmp_path: Path, names: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        write(tmp_path / name, ROWS)
+    own(tmp_path)
+    assert re.search(told, capsys.readouterr().err) if told else not capsys.readouterr().err
+    own(tmp_path, split_column="part")
+    assert "hash" not in capsys.readouterr().err
 
 
 def test_a_split_column_may_use_other_names(tmp_path: Path) -> None:
@@ -203,6 +278,8 @@ def test_a_split_that_is_divided_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "own.csv", [row | {"split": "Test"} for row in ROWS])
     told = ", divided by a hash whatever column 'split' says: --split-column split keeps that; "
     assert told in own(path).describe()
+    late = [ROWS[0] | {"Split": "fold"}, *(row | {"Split": "Test"} for row in ROWS[1:])]
+    assert "--split-column Split keeps" in own(write(tmp_path / "late.csv", late)).describe()
     assert told not in own(path, split_column="split").describe()
     assert (
         told not in own(write(tmp_path / "a.csv", [row | {"split": 3} for row in ROWS])).describe()
@@ -312,6 +389,7 @@ def test_rows_of_a_hub_name_may_lie_in_a_file(tmp_path: Path) -> None:
         ({"choices_column": "answer"}, "answer is 'x', expected a list of texts"),
         ({"choices_column": "list"}, "the answer is 'x', expected a letter up to B"),
         ({"segment_column": "list"}, "expected a text or a number"),
+        ({"segment_column": "long"}, "long is a+ ..., of 1,001 characters, expected at most 1,000"),
         ({"split_column": "part"}, "part is 'holdout', expected train, dev or test"),
         ({"split_column": "fold"}, "no column 'fold'"),
         ({"scorer": "number"}, "gold answer 'x' cannot be compared: expected a number"),
@@ -321,7 +399,7 @@ def test_a_row_that_cannot_be_asked_is_named(
     tmp_path: Path, flags: dict[str, str], message: str
 ) -> None:
     row = {"question": "Why?", "answer": "x", "part": "holdout", "list": ["a", "b"], "none": None}
-    path = write(tmp_path / "rows.jsonl", [row | {"blank": " "}])
+    path = write(tmp_path / "rows.jsonl", [row | {"blank": " ", "long": "a" * 1001}])
     with pytest.raises(InputError, match=rf"rows.jsonl, line 1: .*{message}"):
         own(path, **flags).describe()
 
@@ -348,13 +426,26 @@ def test_a_row_that_cannot_be_asked_is_named(
         ),
         ("a.csv", b"question,answer\n1\n", r"a.csv, line 2: found 1 fields, expected 2"),
         ("a.csv", b"question;answer\n1;2\n", r"a.csv, line 1: found ';' between columns"),
-        ("a.csv", b"question,answer,answer\n1,2,3\n", r"a.csv, column answer is there twice"),
+        ("a.csv", b"question,answer,answer\n1,2,3\n", r"a.csv, column 'answer' is there twice"),
         ("a.csv", b'question,answer\n"1"x,2\n', r"a.csv, line 2: "),
         (
             "a.csv",
-            b"question,answer\n\xff,2\n",
-            r"cannot read .*a.csv: .*utf-8.*: expected text in UTF-8",
+            b'question,answer\n1,2\n"3,4\n5,6\n',
+            r"line 3: unexp.*, in a row that goes on to line 4: is a quote not closed",
         ),
+        ("a.csv", b'question,answer\n"1\n2",\n', r"a.csv, line 2: gold answer '' is empty"),
+        (
+            "a.csv",
+            b"question,answer\n1,\xff\n",
+            r"cannot read .*a.csv, line 2, byte 3: .*: expected text in UTF-8",
+        ),
+        (
+            "a.jsonl",
+            b'{"question": "?", "answer": "1", "answer": "2"}',
+            r"a.jsonl, line 1: 'answer' is there twice, expected once",
+        ),
+        ("a.json", b'[{"question": "?", "answer": 1, "answer": 2}]', r"'answer' is there twice"),
+        ("folder/test.csv", b"question,answer\n", r"folder: no rows of split test, expected que"),
         ("a.jsonl", rb'{"question": "\ud800", "answer": "1"}', "line 1: .*no half of a character"),
         ("a.jsonl", rb'{"question": "?", "answer": "\udfff"}', "line 1: .*no half of a character"),
         ("a.parquet", b"no parquet at all", r"cannot read .*a.parquet: "),
