@@ -60,6 +60,7 @@ def check_values(columns: dict[str, NDArray[Any]], lengths: NDArray[np.int64], s
             (name, rows, _is_long(columns[name]), f"at most {_LONGEST_NAME} characters")
             for name in NAMES
         ),
+        *((name, rows, columns[name] == "", "a name") for name in ("trace_id", "question_id")),
         ("split", rows, ~np.isin(columns["split"], KNOWN_SPLITS), "train, dev, test or empty"),
         ("gold", rows, gold == "", "a reference answer"),
         ("num_tokens", rows, num_tokens < 1, "at least 1"),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from haltwise import Halting, InputError
-from haltwise.errors import json_fault
+from haltwise.errors import each_once, json_fault
 from traces.schema import SCHEMA
 from traces.store import table_of, write_shard
 from traces.verdicts import are_digests
@@ -191,7 +191,7 @@ def _lines(file: Path, may_be_cut: bool, having: bytes = b"") -> Iterator[Line]:
             if not text.strip() or having not in text or (may_be_cut and text[-1:] != b"\n"):
                 continue
             try:
-                row = json.loads(text.decode("utf-8-sig"))
+                row = json.loads(text.decode("utf-8-sig"), object_pairs_hook=each_once)
             except UnicodeDecodeError as error:
                 told = f"{error.reason} in byte {error.start}: expected text in UTF-8"
                 raise InputError(f"{file}, line {number}: {told}") from None
@@ -276,8 +276,8 @@ class _LineChecks:
 
         Raises:
             InputError: If it tells of the recorder, a column is missing or new, a hidden state has
-                another size, the trace id is missing or was there before, or its question had
-                another split or reference answer before.
+                another size, a truth value stands for a number, the trace id is missing or was
+                there before, or its question had another split or reference answer before.
         """
         row, here = line.row, line._replace(row={})  # what is remembered of it is where it stands
         if _RECORDER in row:
@@ -291,9 +291,14 @@ class _LineChecks:
         for vector in hidden if isinstance(hidden, list) else ():
             size = len(vector) if isinstance(vector, list) else 0
             self._size = self._size or (here, size)
+            if not size:
+                raise _error(line, "hidden", f"found {vector!r:.40}, expected a list of numbers")
             if size != self._size[1]:
                 expected = f"expected {self._size[1]} as in {self._size[0].seen_from(line)}"
                 raise _error(line, "hidden", f"vector of {size}, {expected}")
+        for name in _NUMBERS & row.keys():
+            if isinstance(row[name], list) and bool in map(type, row[name]):
+                raise _error(line, name, "found a truth value, expected numbers")
         if row.get("trace_id") is None:
             raise _error(line, "trace_id", "missing")
         first = self._ids.setdefault(str(row["trace_id"]), here)

@@ -130,6 +130,11 @@ def test_the_command_imports_too(tmp_path: Path, make_row: MakeRow) -> None:
         ({"trace_id": "t1"}, "column 'trace_id': 't1' is in line 2 too"),
         ({"hidden": [[0.0]] * 3}, "column 'hidden': vector of 1, expected 2 as in line 1"),
         ({"hidden": [["a", "b"]] * 3}, "column 'hidden' does not fit"),
+        (
+            {"confidence": [True, 0.5, 0.5]},
+            "column 'confidence': found a truth value, expected num",
+        ),
+        ({"question_id": ""}, "column 'question_id': found , expected a name"),
     ],
 )
 @pytest.mark.parametrize("shard_size", [2, 10])
@@ -176,6 +181,11 @@ def test_verdicts_that_are_all_unknown_are_a_null(tmp_path: Path, make_row: Make
             "line 2: no JSON, Expecting .* at character 12: expected one object a line",
         ),
         ("[" * 100_000, "line 1: no JSON, maximum recursion depth"),
+        ('{"gold": "7", "gold": "8"}', "line 1: no JSON, 'gold' is there twice, expected once"),
+        (
+            '{"trace_id": "a", "hidden": [[], []]}',
+            r"line 1: column 'hidden': found \[\], expected a l",
+        ),
         ('{"seed": 0}\n{"seed": 0}\n', "line 1: column 'trace_id': missing"),
         ('{"trace_id": null}\n', "line 1: column 'trace_id': missing"),
         ("{}\n", "line 1: column 'trace_id': missing"),
