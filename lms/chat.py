@@ -29,8 +29,13 @@ MARKERS = (
 )
 
 # The errors that templates raise about messages that they refuse, or stumble over.
-_REFUSALS = (TemplateError, TypeError, LookupError, AttributeError, ValueError)
+_REFUSALS = (
+    *(TemplateError, TypeError, LookupError, AttributeError, ValueError),
+    *(ArithmeticError, RecursionError, MemoryError),
+)
 _QUESTION, _THOUGHT, _ANSWER = "HALTWISE-QUESTION", "HALTWISE-THOUGHT", "HALTWISE-ANSWER"
+# Has what a template may change: letters of both cases, and a sign that HTML has other words for.
+_ASKED = "Is 3 < 4?"
 
 #: One turn of a chat, with the keys "role" and "content".
 Message = dict[str, str]
@@ -283,21 +288,21 @@ def chat_of(template: ChatTemplate, config: ChatConfig) -> Chat:
 
 
 def _check_before(chat: Chat) -> None:
-    """Refuses messages that the LM would not see.
+    """Refuses messages that the LM would not see, and a question that it would not.
 
     Raises:
         InputError: If there is no template, or it does not show one of them as it is.
     """
     if chat.before and not chat.template.text:
         raise InputError("no chat template: no place for --system or --examples")
-    prompt = chat.prompt("?")
-    for message in chat.before:
+    prompt = chat.prompt(_ASKED)
+    for message in chat.messages(_ASKED):
         content = message["content"].strip()
         if content not in prompt:
+            often = " (earlier thoughts are often dropped)" * (message["role"] == "assistant")
             raise InputError(
                 f"the chat template drops or changes the {message['role']} message "
-                f"{content[:40]!r}: expected one that it shows as it is (earlier thoughts are "
-                "often dropped)"
+                f"{content[:40]!r}: expected one that it shows as it is{often}"
             )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: The errors that transformers raises when an LM cannot be loaded.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError, SafetensorError),
+)
 
 # The number of parameters below which threads wait for each other more than they work.
 _SMALL = 20_000_000
@@ -83,7 +86,12 @@ class LanguageModel:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = load_tokenizer(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+            model, found = loaded
+            _check_weights(found)
+            check_settings(source)
         except LOAD_ERRORS as error:
             reason = reason_of(error)
             raise InputError(f"cannot load an LM from {str(name)!r}: {reason}") from None
@@ -98,13 +106,18 @@ class LanguageModel:
         """Sets every token that ends what the LM says, in its generation config.
 
         Raises:
-            InputError: If there is no such token.
+            InputError: If there is no such token, or the config's own are no tokens.
         """
         config = self.model.generation_config
         stated = config.eos_token_id
-        ends = [self.chat.turn_end, self.tokenizer.eos_token_id]
-        ends += stated if isinstance(stated, list) else [stated]
-        known = list(dict.fromkeys(token for token in ends if token is not None))
+        if not all(isinstance(token, int | None) for token in _listed(stated)):
+            raise InputError(
+                f"eos_token_id of {self.name!r} is {stated!r}, expected a token's number, or a "
+                "list of them, in its generation_config.json"
+            )
+        ends = [self.chat.turn_end, self.tokenizer.eos_token_id, *_listed(stated)]
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        known = list(dict.fromkeys(token for token in ends if token in range(size)))
         if not known:
             raise InputError(
                 f"nothing ends what {self.name!r} says: expected eos_token_id in its "
@@ -129,9 +142,21 @@ class LanguageModel:
 
     @property
     def temperature(self) -> float:
-        """The LM's own sampling temperature; 0 if it prefers the likeliest token."""
+        """The LM's own sampling temperature; 0 if it prefers the likeliest token.
+
+        Raises:
+            InputError: If its generation config has another thing in that place.
+        """
         config = self.model.generation_config
-        return float(config.temperature or 1.0) if config.do_sample else 0.0
+        if not config.do_sample:
+            return 0.0
+        stated = 1.0 if config.temperature is None else config.temperature
+        if not isinstance(stated, int | float) or not 0 <= stated < float("inf"):
+            raise InputError(
+                f"temperature of {self.name!r} is {stated!r}, expected a number from 0 in its "
+                "generation_config.json, or --temperature"
+            )
+        return float(stated)
 
     @property
     def context(self) -> float:
@@ -157,6 +182,42 @@ class LanguageModel:
             digest.update(name.encode())
             digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _listed(tokens: Any) -> list[Any]:
+    return tokens if isinstance(tokens, list) else [tokens]
+
+
+def _check_weights(found: Mapping[str, Any]) -> None:
+    """Refuses weights that do not fill an LM: transformers would draw the rest at random.
+
+    Args:
+        found: What `from_pretrained` tells of loading.
+
+    Raises:
+        InputError: If a tensor is missing, or has another shape.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1:,} more" * (len(missing) > 1)
+        raise InputError(f"its weights lack {missing[0]}{more}, which its config.json expects")
+    for name, there, expected in sorted(found["mismatched_keys"]):
+        raise InputError(
+            f"its weights have {name} of shape {tuple(there)}, expected {tuple(expected)} as its "
+            "config.json says"
+        )
+
+
+def check_settings(source: str) -> None:
+    """Refuses a damaged generation config of a folder: transformers would pass over it.
+
+    Raises:
+        OSError: If it is none; a folder may have no such file.
+    """
+    from transformers import GenerationConfig
+
+    if (Path(source) / "generation_config.json").exists():
+        GenerationConfig.from_pretrained(source)
 
 
 def check_name(name: str | Path) -> None:

@@ -15,6 +15,7 @@ from haltwise.session.thought import LONGEST_OPENING, Probe, Thought
 from lms.ask import check_closes
 from lms.chat import MARKERS
 from lms.language_model import LanguageModel
+from lms.left_out import left_out
 from lms.questions import Question
 from lms.tried import Tried, never_right, report, short
 
@@ -129,6 +130,7 @@ def self_test(
         *_warn_of_ends(answered, decoder),
         *_warn_of_markers(answered, halting),
         *never_right([one.told for one in answered]),
+        *left_out(lm.model.generation_config, temperature),
     ]
     return SelfTest(lm.chat.describe(), halting.close_text, answered, warnings)
 

@@ -154,7 +154,11 @@ def sampling_seed(prompt: str, seed: int) -> int:
 
 
 def judged_trial(
-    rows: Sequence[TraceRow], prompts: Mapping[str, str], description: str, halting: Halting
+    rows: Sequence[TraceRow],
+    prompts: Mapping[str, str],
+    description: str,
+    halting: Halting,
+    warnings: Sequence[str] = (),
 ) -> str:
     """Returns what the first traces of an engine tell, for a person.
 
@@ -163,6 +167,7 @@ def judged_trial(
         prompts: By question id, the LM's whole input.
         description: How the LM is asked and how it thinks.
         halting: How it is halted.
+        warnings: Sentences about what else may be wrong.
 
     Raises:
         InputError: If no thought has a decision point, or no forced answer can be read.
@@ -194,7 +199,7 @@ def judged_trial(
         )
         for row in rows
     ]
-    return report(description, halting.close_text, tried, never_right(tried))
+    return report(description, halting.close_text, tried, [*never_right(tried), *warnings])
 
 
 def known_lm(lm: LanguageModel) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lms.language_model import (
     LOAD_ERRORS,
     LanguageModel,
     LMConfig,
+    check_settings,
     load_tokenizer,
     short_name,
     source_of,
@@ -55,6 +56,7 @@ def load_weightless(config: LMConfig) -> WeightlessLM:
         with torch.device("meta"):
             lm_config = AutoConfig.from_pretrained(source)
             model = AutoModelForCausalLM.from_config(lm_config, dtype=dtype)
+        check_settings(source)
     except LOAD_ERRORS as error:
         reason = reason_of(error)
         raise InputError(f"cannot load an LM from {config.lm!r}: {reason}") from None

@@ -181,6 +181,13 @@ def test_a_recorded_chat_is_asked_again(tmp_path: Path) -> None:
         ),
         (None, {"system": "Be brief"}, "no chat template: no place for --system or --examples"),
         ("{{ raise_exception('no') }}", {}, "refuses a user message: no"),
+        ("{{ 1 / 0 }}", {}, "refuses a user message: division by zero"),
+        (
+            "{{ messages[-1].content | upper }}",
+            {},
+            r"changes the user message 'Is 3 < 4\?': exp",
+        ),
+        ("{{ messages[-1].content | e }}", {}, "drops or changes the user message"),
         ("{{ messages[0].content + 1 }}", {}, "refuses a user message: can only concatenate"),
         (
             "{%- if messages[0].role == 'system' -%}{{ raise_exception('no') }}{%- endif -%}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,61 @@ def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
         LanguageModel.load("embedded", "abacus")
     with pytest.raises(InputError, match="cannot use device 'meta'"):
         LanguageModel.load("embedded", "meta")
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "told"),
+    [
+        ("generation_config", {"eos_token_id": [[1]]}, r"eos_token_id of 'lm' is \[\[1\]\], expec"),
+        ("generation_config", {"temperature": "0.7"}, "temperature of 'lm' is '0.7', expected a"),
+        ("generation_config", {"temperature": -1.0}, "temperature of 'lm' is -1.0, expected a num"),
+        (
+            "config",
+            {"num_hidden_layers": 9},
+            r"its weights lack model\.layers\..* and \d+ more, ",
+        ),
+        (
+            "config",
+            {"vocab_size": 9},
+            r"its weights have .* of shape \(.*\), expected \(9, .*as",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_lm_are_told(
+    tmp_path: Path, file: str, changes: dict[str, Any], told: str
+) -> None:
+    folder = instruct_like().save(tmp_path / "lm")
+    edit(folder / f"{file}.json", do_sample=True, **changes)
+    with pytest.raises(InputError, match=told):
+        _ = LanguageModel.load(folder).temperature
+
+
+def test_a_damaged_generation_config_is_told(tmp_path: Path) -> None:
+    folder = instruct_like().save(tmp_path / "lm")
+    (folder / "generation_config.json").write_text("{oops")
+    for load in (LanguageModel.load, lambda lm: load_weightless(LMConfig(lm=str(lm)))):
+        with pytest.raises(InputError, match=r"generation_config.json' is not a valid JSON file"):
+            load(folder)
+
+
+def test_a_temperature_of_0_is_greedy_and_tokens_that_cannot_come_end_nothing(
+    tmp_path: Path,
+) -> None:
+    folder = instruct_like().save(tmp_path / "lm")
+    known = end_tokens(LanguageModel.load(folder).model.generation_config)
+    edit(
+        folder / "generation_config.json",
+        do_sample=True,
+        temperature=0.0,
+        eos_token_id=[99_999, -1, None, *known],
+    )
+    lm = LanguageModel.load(folder)
+    assert lm.temperature == 0.0
+    assert end_tokens(lm.model.generation_config) == known
 
 
 def test_an_lm_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

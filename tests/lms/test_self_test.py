@@ -62,6 +62,12 @@ def test_the_embedded_lm_passes_without_a_warning() -> None:
         assert 1 <= len(one.probes) <= 8
 
 
+def test_settings_of_the_lm_that_are_left_out_are_told() -> None:
+    lm = lm_of(qwen3_like())
+    lm.model.generation_config.top_k = 20
+    assert any("sets top_k 20, which is left out" in warning for warning in run(lm).warnings)
+
+
 def test_an_lm_that_is_never_right_is_warned_of() -> None:
     lm = LanguageModel.load(EMBEDDED)
     asked = [replace(question, gold="none") for question in questions("sum", "train", 2)]

@@ -132,7 +132,9 @@ def test_a_self_test_tells_what_it_found(
 ) -> None:
     engine = open_vllm(config, SHORT)
     asked = list(seeded_questions(config))
+    monkeypatch.setattr("recording.vllm_engine.left_out", lambda *_: ["top_k is left out"])
     report = engine.self_test(asked, 32)
+    assert "\nwarning: top_k is left out" in report
     assert "14 questions: ended by the LM " in report and "\nprompt:     '" in report
     with pytest.raises(InputError, match="no thought comes to a decision point"):
         engine.self_test(asked, 4)
