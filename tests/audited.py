@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from haltwise import HaltHead, Signals
+from haltwise import HaltHead, Signals, Terms
 from haltwise.control.answers import GivenAnswer
 from haltwise.control.audit_traces import AuditTraces, DenseAudit
 from haltwise.control.installation import key_file_of
@@ -55,7 +55,7 @@ class Installation:
 
     def serve(self, *challengers: HaltHead) -> None:
         """Begins to serve, so that the state knows the heads, and ends."""
-        settings = (self.state, 0.5, 1.0, 1.0, 999)
+        settings = (self.state, 0.5, 1.0, Terms(1.0), 999)
         open_control(self.head, "observe", *settings, challengers=challengers).close()
 
     def audit(self, num: int, first: int = 0, hardness: float = 0.0) -> None:

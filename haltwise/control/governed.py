@@ -33,7 +33,7 @@ from haltwise.control.course import Course, halts_of
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governor import GroupState
-from haltwise.control.group_names import LONGEST_NAME, groups_of
+from haltwise.control.group_names import LONGEST_NAME, groups_of, usual_price
 from haltwise.control.groups import (
     EVERYTHING,
     BrokenOff,
@@ -117,8 +117,8 @@ class GovernedControl:
     """Of the installation: nobody else can tell who is audited."""
     audit: float
     """Share of the requests that is audited in observe mode."""
-    usual_price: float
-    """The price of requests that name none."""
+    usual: Terms
+    """Those of requests that ask for no others."""
     history: History
     """What became of the groups since the process began."""
     clock: Callable[[], float] = time.time
@@ -202,6 +202,12 @@ class GovernedControl:
     def num_failures(self) -> int:
         """What went wrong, here and in the books."""
         return self.failures.num + self.keeper.num_failed
+
+    def reprice(self, usual: Terms) -> None:
+        """Takes in other terms of requests that ask for no others."""
+        self.usual = usual
+        if self.mode == "observe":
+            self.history.usual = usual
 
     def price_of(self, step: int) -> float:
         """Returns the price that a step stands for."""
@@ -830,7 +836,7 @@ class GovernedControl:
             "heads": self._head_status(),
             "canary": None if canary is None else canary.status(),
             "groups": {
-                name: group_status(books, name, self.prices, kind, self.usual_price)
+                name: group_status(books, name, self.prices, kind, usual_price(name, self.usual))
                 | ({"history": self.history.series(name)} if group else {})
                 for name in ([group] if group else books.groups.groups)
             },

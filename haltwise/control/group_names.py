@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from haltwise.session.request import ThoughtRequest
+from haltwise.session.request import Terms, ThoughtRequest
 
 #: What the names of tenants' groups are made of.
 TENANT, OF_TASK = "tenant:", " task:"
+SEGMENT = "segment:"
 #: The most characters of a task, segment or tenant in a group's name.
 LONGEST_NAME = 100
-_KINDS = ("task:", "segment:", TENANT)
+_KINDS = ("task:", SEGMENT, TENANT)
 
 
 def groups_of(request: ThoughtRequest) -> list[str]:
@@ -23,7 +24,7 @@ def groups_of(request: ThoughtRequest) -> list[str]:
     about, segment = request.about, request.terms.segment
     task = str(about.get("task") or "")[:LONGEST_NAME]
     names = [f"task:{task}"] if task else []
-    names += [f"segment:{segment[:LONGEST_NAME]}"] if segment else []
+    names += [f"{SEGMENT}{segment[:LONGEST_NAME]}"] if segment else []
     return names + [one for one in [tenant_group(about)] if one]
 
 
@@ -36,6 +37,18 @@ def tenant_group(about: Mapping[str, Any]) -> str:
     tenant, task = (str(about.get(name) or "")[:LONGEST_NAME] for name in ("tenant", "task"))
     of_task = f"{OF_TASK}{task}" if task else ""
     return f"{TENANT}{tenant}{of_task}" if tenant else ""
+
+
+def usual_price(name: str, usual: Terms) -> float:
+    """Returns the price that those of a group's requests ask for that name none.
+
+    Args:
+        name: The group's name. Only a segment has a price of its own: in other groups it is that
+            of who names no segment either.
+        usual: The terms of requests that ask for no others.
+    """
+    own = {f"{SEGMENT}{one[:LONGEST_NAME]}": price for one, price in usual.segment_prices.items()}
+    return own.get(name, usual.price)
 
 
 def whole_tenant(name: str) -> str:

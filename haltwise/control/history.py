@@ -20,9 +20,11 @@ from haltwise.control.books import Books
 from haltwise.control.canary import Canary
 from haltwise.control.estimates import Sums
 from haltwise.control.governor import GroupState, Promise, is_open, on_alert
+from haltwise.control.group_names import usual_price
 from haltwise.control.groups import EVERYTHING, Groups
 from haltwise.control.library import Library
 from haltwise.control.status import breaker_of, price_of
+from haltwise.session.request import Terms
 
 # Seconds between two measurements of a group.
 _BETWEEN = 10.0
@@ -82,8 +84,9 @@ class History:
 
     kind: int
     """The kind of loss that is measured, as in `LOSSES`."""
-    usual_price: float | None = None
-    """The price of requests that name none; None if the governor says."""
+    usual: Terms | None = None
+    """Those of requests that ask for no others, if they are served so; None if the governor says
+    what is served."""
     clock: Callable[[], float] = time.time
     moves: tuple[Move, ...] = ()
     """The newest first."""
@@ -189,8 +192,9 @@ class History:
     def _measure(self, name: str, books: Books, now: float) -> None:
         groups, sums = books.groups, books.sum_of(name)
         step = groups.step([name])
-        if self.usual_price is not None:
-            step = int(np.searchsorted(self.prices, self.usual_price, side="right"))
+        if self.usual is not None:
+            served = usual_price(name, self.usual)
+            step = int(np.searchsorted(self.prices, served, side="right"))
         measured = step, groups.ceiling([name]), sums
         if self._measured.get(name) == measured:
             return

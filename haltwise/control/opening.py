@@ -29,6 +29,7 @@ from haltwise.control.telemetry import Telemetry
 from haltwise.errors import InputError
 from haltwise.policy.cascade_head import CascadeHead, is_cascade
 from haltwise.policy.head import HaltHead
+from haltwise.session.request import Terms
 
 log = logging.getLogger("haltwise.control")
 
@@ -57,7 +58,7 @@ def open_control(
     state: str | Path,
     target: float,
     audit: float,
-    usual_price: float,
+    usual: Terms,
     most_tokens: int,
     label_seconds: float = 0.0,
     kept: KeptTraces | None = None,
@@ -78,7 +79,7 @@ def open_control(
         state: The store, see `store_of`.
         target: The mean loss that is promised.
         audit: Share of requests that is audited; 0, in observe mode alone, for none.
-        usual_price: The price of requests that name none.
+        usual: The terms of requests that ask for no others.
         most_tokens: The most tokens that an answer can have, of any LM.
         label_seconds: Seconds for which right answers are waited for, see `GovernedControl`.
         kept: Which audits are kept as traces, and where; None keeps none.
@@ -122,7 +123,7 @@ def open_control(
     if kept is not None:
         traces = AuditTraces(kept.folder, head, key, with_content=kept.content)
     kind = _NET if label_seconds else _DISAGREEMENT  # with labels, what the promise is about
-    history = History(kind, usual_price if mode == "observe" else None)
+    history = History(kind, usual if mode == "observe" else None)
     first = Library(head.digest, {head.digest: begun[head.digest]})
     keeper = Bookkeeper(store, first, {}, history.note)
     if keeper.library.champion not in heads:
@@ -139,7 +140,7 @@ def open_control(
         Record(store, 10_000, None if telemetry is None else telemetry.tell, keep_seconds),
         key,
         audit,
-        usual_price,
+        usual,
         history,
         label_seconds=label_seconds,
         traces=traces,

@@ -35,7 +35,7 @@ def group_status(
         name: The group's.
         prices: (K,) that the steps stand for.
         kind: The kind of loss, as in `LOSSES`.
-        usual_price: The price of requests that name none.
+        usual_price: That of its requests that name none, see `group_names.usual_price`.
     """
     state, sums = books.groups.groups[name], books.sum_of(name)
     step, ceiling = books.groups.step([name]), books.groups.ceiling([name])

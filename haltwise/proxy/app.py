@@ -151,7 +151,7 @@ class Proxy:
         self._tariffs = _tariffs(config)
         self._default = Customer(config.terms(Terms.of_head(head.config)), config.value)
         self._terms = self._default.terms
-        for told in _told_at_start(config, head, self._terms.price):
+        for told in _told_at_start(config, head, self._terms):
             log.warning(json.dumps({"warning": told}))
         self._keys = _keys(config, self._default)
         if config.keys is not None:
@@ -231,6 +231,8 @@ class Proxy:
             raise InputError("the state is about the targets before, expected a process of its own")
         self._keys = keys
         self._tariffs, self._default, self._terms = tariffs, default, default.terms
+        if self.control is not None:
+            self.control.reprice(default.terms)
         if self.cashier is not None and file is not None:
             self.cashier.replace(file, _own_budgets(self._keys), tariffs)
         self._settings = replace(self._settings, head=head)
@@ -412,7 +414,8 @@ class Proxy:
     ) -> None:
         """Does so once it is known what the answer may cost."""
         record, headers = client.record, request.headers
-        names_own = terms.price != self._terms.price or names_price(client)
+        is_usual = terms.price == self._terms.price or terms.has_price_of_segment
+        names_own = names_price(client) or not is_usual
         governed = self.control is not None and names_own
         is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
@@ -1039,7 +1042,7 @@ def _control(
         return ConstantControl()
     if config.state is None:
         return load_control(config.control)
-    usual = config.terms(Terms.of_head(head.config)).price
+    usual = config.terms(Terms.of_head(head.config))
     mode: Mode = "apply" if config.control == "apply" else "observe"
     control = open_control(
         head,
@@ -1105,9 +1108,9 @@ def told_context(config: ServeConfig) -> int | None:
     return min(max(found), MOST_TOKENS) if len(found) == len(asked) else None
 
 
-def _told_at_start(config: ServeConfig, head: HaltHead, price: float) -> list[str]:
+def _told_at_start(config: ServeConfig, head: HaltHead, usual: Terms) -> list[str]:
     """Returns what an operator would else find out late, a line each."""
-    told = [NEVER_HALTS] if price == 0 else []
+    told = [NEVER_HALTS] if usual.price == 0 else []
     if config.label_hours and config.operator_key_env is None:
         told.append(
             "--label-hours waits for labels, which nobody can tell without --operator-key-env: all "
@@ -1119,6 +1122,13 @@ def _told_at_start(config: ServeConfig, head: HaltHead, price: float) -> list[st
         told.append(
             f"the head's certificate promises {promised:g}, which is more than --target "
             f"{config.target:g}: audits have to vouch for a price, and until then nothing is halted"
+        )
+    if config.control == "apply" and usual.segment_prices:
+        segments = ", ".join(sorted(usual.segment_prices))
+        told.append(
+            f"segments ({segments}) have prices of their own, which --control apply goes beyond: "
+            "audits vouch for all requests together, and for a segment by itself with "
+            "--group-target segment:NAME=TARGET"
         )
     return told
 

@@ -65,11 +65,14 @@ class Terms:
             )
 
     @property
+    def has_price_of_segment(self) -> bool:
+        """Whether the price is that of the named segment, so that nobody has named one."""
+        return self.segment in self.segment_prices
+
+    @property
     def names_unknown_segment(self) -> bool:
         """Whether the named segment has no price of its own, though others have."""
-        return bool(self.segment and self.segment_prices) and (
-            self.segment not in self.segment_prices
-        )
+        return bool(self.segment and self.segment_prices) and not self.has_price_of_segment
 
     @classmethod
     def read(cls, asked: Mapping[str, Any], default: Terms) -> Terms:
@@ -97,7 +100,8 @@ class Terms:
             if terms.names_unknown_segment:
                 _tell_unknown(str(terms.segment), tuple(terms.segment_prices))
             terms = replace(terms, price=own)
-        return replace(terms, price=0.0) if _truth("off", asked.get("off", False)) else terms
+        is_off = _truth("off", asked.get("off", False))
+        return replace(terms, price=0.0, segment_prices={}) if is_off else terms
 
     @classmethod
     def within(cls, asked: Mapping[str, Any], limits: Terms) -> Terms:

@@ -35,7 +35,7 @@ LATER = 10**0.75
 
 @contextmanager
 def control(folder: Path, mode: Mode = "observe", audit: float = 1.0, **more: Any) -> Iterator[Any]:
-    settings: dict[str, Any] = {"target": 0.1, "usual_price": 1.0, "most_tokens": 100}
+    settings: dict[str, Any] = {"target": 0.1, "usual": Terms(1.0), "most_tokens": 100}
     settings |= {"head": sure_head()} | more
     found = open_control(mode=mode, state=folder / "state", audit=audit, **settings)
     found.asks_answers = True
@@ -123,6 +123,35 @@ def test_observe_serves_what_is_asked_and_audits_its_share(tmp_path: Path) -> No
         repeated = [steering.terms(asked(id=str(i))).price for i in range(500)]
         assert repeated == served
     assert steering.status()["groups"][EVERYTHING]["requests"] == 1000
+
+
+def test_a_segment_is_told_at_its_own_usual_price(tmp_path: Path) -> None:
+    usual = Terms(1.0, segment_prices={"easy": 10.0, "none": 0.0})
+    with control(tmp_path, usual=usual) as steering:
+        for segment in usual.segment_prices:
+            terms = Terms.read({"segment": segment}, usual)
+            request = ThoughtRequest(terms, {"id": segment, "names_price": False})
+            run(steering, request)
+            told(steering, request, 8, 12)
+        wait(steering)
+        groups = steering.status()["groups"]
+
+        def usually(name: str, part: str) -> float:
+            return float(groups[name]["at_usual_price"][part]["estimate"])
+
+        # Halted after 4 tokens with 2 of an answer, the answer is another one, and 14 are saved.
+        assert usually("segment:easy", "loss") == 1
+        assert usually("segment:easy", "saving") == pytest.approx(1 - 6 / 20)
+        assert usually("segment:none", "saving") == usually("segment:none", "loss") == 0
+        assert usually(EVERYTHING, "loss") == 0
+        steering.history.clock = lambda: 1e12  # it measures every few seconds
+        steering.history.note(steering.keeper.library)
+        for name in groups:
+            newest = steering.history.newest(name)
+            assert newest is not None
+            assert newest.saving[1] == pytest.approx(usually(name, "saving"))
+        steering.reprice(Terms(10.0))
+        assert steering.status()["groups"][EVERYTHING]["at_usual_price"]["loss"]["estimate"] == 1
 
 
 def test_observe_without_audits_changes_nothing(tmp_path: Path) -> None:
@@ -662,7 +691,9 @@ def test_no_label_is_waited_for_if_none_is_wanted(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no label of request 'r' is waited for"):
             steering.label("r", "7")
     with pytest.raises(InputError, match="labels are waited for nan s"):
-        open_control(sure_head(), "observe", tmp_path / "other", 0.1, 1.0, 1.0, 100, float("nan"))
+        open_control(
+            sure_head(), "observe", tmp_path / "other", 0.1, 1.0, Terms(1.0), 100, float("nan")
+        )
 
 
 def test_a_breaker_is_opened_by_hand_where_something_is_halted(tmp_path: Path) -> None:

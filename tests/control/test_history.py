@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from haltwise import Terms
 from haltwise.control import history as module
 from haltwise.control.books import Books
 from haltwise.control.estimates import LOSSES
@@ -37,7 +38,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def history(clock: Clock) -> History:
-    return History(DIFFERS, 2.0, clock)
+    return History(DIFFERS, Terms(2.0), clock)
 
 
 def all_told() -> Books:

@@ -28,6 +28,7 @@ from haltwise.session.thought import ForcedAnswer, PointRules
 from lms.embedded import EMBEDDED, prompt_of
 from lms.gguf import write_gguf
 from lms.tasks import questions
+from tests.control.test_governed import certified_head
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import CUE, FakeUpstream, Kind, Plan, Thoughts
 from tests.proxy.llama_server import NAME, SLOT_TOKENS, llama_server
@@ -677,3 +678,29 @@ def test_a_key_that_is_lost_or_readable_is_told(
     create_app(replace(config, keys=key.with_name("keys.json")))
     expected = "holds keys and can be read by everybody (mode 644), expected 600"
     assert sorted(caplog.messages) == [f"{tmp_path / 'keys.json'} {expected}", f"{key} {expected}"]
+
+
+@pytest.mark.parametrize("own", [0.01, 0.0])
+def test_apply_serves_a_segment_what_the_status_says_whatever_the_heads_own_price_of_it(
+    own: float, plan: Plan, tmp_path: Path
+) -> None:
+    certified = certified_head()
+    config = replace(certified.config, segment_prices={"chains": own})
+    head = saved_head(tmp_path / "head", HaltHead(config, certified.weights))
+    keys = tmp_path / "keys"
+    keys.write_text('{"k": {}, "cap": {"price": 0.2}}')
+    settings: dict[str, Any] = {"control": "apply", "state": tmp_path / "state", "keys": keys}
+    with FakeUpstream("vllm") as upstream:
+        settings |= {"upstream": upstream.url, "target": 0.3, "audit": 1e-9}
+        with proxied(ServeConfig(head=head, **settings)) as proxy:
+
+            def served(key: str = "k", **named: str) -> float:
+                headers = {f"X-Haltwise-{name}": told for name, told in named.items()}
+                headers |= {"Authorization": f"Bearer {key}"}
+                return float(ask(proxy.client, plan, headers=headers).haltwise["price"])
+
+            assert served(Segment="chains") == served() == 0.5
+            assert served(Segment="chains", Price="0.3") == 0.3
+            assert served("cap", Segment="chains") == served("cap") == 0.2
+            groups = status(proxy)["groups"]
+    assert groups["everything"]["price"] == 0.5

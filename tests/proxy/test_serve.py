@@ -165,15 +165,16 @@ def test_what_is_found_out_late_is_told_at_start(
         observed_loss=0.0, num_questions=100, num_traces=100, traces="0" * 64, lm="lm",
         head=own.digest, smallest_em_drop=None, command="by hand",
     )  # fmt: skip
-    HaltHead(replace(own.config, certificate=weak), own.weights).save(tmp_path / "head")
+    config = replace(own.config, certificate=weak, segment_prices={"b": 0.1, "a": 0.2})
+    HaltHead(config, own.weights).save(tmp_path / "head")
     control: dict[str, Any] = {"control": "apply", "state": tmp_path / "a.db", "target": 0.05}
     create_app(ServeConfig(head=tmp_path / "head", label_hours=1.0, **control))
-    create_app(
-        ServeConfig(head=tmp_path / "head", **control | {"target": 0.1, "state": tmp_path / "b.db"})
-    )
+    unpriced = control | {"target": 0.1, "state": tmp_path / "b.db", "price": 1.0}
+    create_app(ServeConfig(head=tmp_path / "head", **unpriced))
     told = [json.loads(record.getMessage())["warning"] for record in caplog.records]
-    assert [one.split(",")[0] for one in told] == [
-        "--label-hours waits for labels", "the head's certificate promises 0.1"
+    assert [one.split(", which")[0] for one in told] == [
+        "--label-hours waits for labels", "the head's certificate promises 0.1",
+        "segments (a, b) have prices of their own",
     ]  # fmt: skip
 
 

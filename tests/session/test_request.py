@@ -47,6 +47,8 @@ def test_who_names_a_segment_and_no_price_has_that_of_the_segment(
     named = Terms.read({"price": 2}, default)  # an operator's entry, behind which a client asks
     assert Terms.within({"segment": "hard"}, named).price == 2
     assert Terms.within({"segment": "hard"}, default).price == 0.1
+    off = Terms.read({"off": True}, default)
+    assert Terms.within({"segment": "hard"}, off).price == 0
 
 
 def test_a_segment_without_a_price_is_told_once_with_those_that_have_one(
