@@ -337,6 +337,13 @@ PROMISES: dict[str, Tests] = {
     "read all the same; an answer that is no stream is not halted": (
         test_trouble.test_an_answer_in_an_odd_form_is_an_answer,
     ),
+    "the second then runs in another slot, which computes prompt and thought anew": (
+        test_trouble.test_a_server_with_slots_of_its_own_is_left_before_unless_it_is_crowded_or_checked,
+    ),
+    "so there the first is left before": (
+        test_llama_server.test_a_closed_thought_goes_on_in_the_slot_that_has_computed_it,
+        test_trouble.test_a_server_with_slots_of_its_own_is_left_before_unless_it_is_crowded_or_checked,
+    ),
     "The first request stays open until the second has delivered text of its answer": (
         test_trouble.test_if_the_second_leg_is_silent_the_first_one_goes_on,
         test_trouble.test_a_second_leg_that_waits_for_the_first_to_end_is_too_late,

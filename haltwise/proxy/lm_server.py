@@ -20,8 +20,8 @@ from haltwise.proxy.dialect import (
     listed_models,
     owner_of,
 )
-from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream
-from haltwise.proxy.wire import Json, RawHeaders, UpstreamError
+from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream, UpstreamLeg
+from haltwise.proxy.wire import Json, RawHeaders, UpstreamError, json_object
 from haltwise.session.signal_collector import NUM_TOP
 from haltwise.session.thought import PointRules
 
@@ -47,6 +47,9 @@ _TURN = re.compile(r"<[|\uff5c][^<>\s]+[|\uff5c]>|\[/?INST\]|</?s>|<(start|end)_
 _RESERVED = 16
 # Seconds for which a server that did not render a chat in time is not asked to render another.
 _SILENCE_LASTS = 10.0
+# Seconds that a slot may take to become free whose client has left, and between two looks at it.
+_LEAVING_TAKES = 2.0
+_BETWEEN_LOOKS = 0.01
 # Seconds that a server whose kind is known has to tell the names of its LMs.
 _NAMES_TIMEOUT = 1.0
 
@@ -62,6 +65,8 @@ class LMServer(ServerDialect):
 
     one_at_a_time = False
     """Whether a second request waits for the first to end."""
+    caches_by_slot = False
+    """Whether a request beside another one has nothing of what that one has computed."""
     num_parallel: int | None = None
     """Requests that it runs at once; None if it does not tell."""
     temperature: float | None = None
@@ -93,6 +98,15 @@ class LMServer(ServerDialect):
         Raises:
             UpstreamError: If the server does not answer.
         """
+
+    async def leave(self, leg: UpstreamLeg, headers: RawHeaders) -> None:
+        """Ends a leg before its server has; what goes on from it is asked next.
+
+        Args:
+            leg: The leg.
+            headers: A client's, whose key the server is asked with.
+        """
+        await leg.close()
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """Why a request cannot be halted on this server; None if it can."""
@@ -291,6 +305,7 @@ class SglangServer(SglangDialect, VllmServer):
 class LlamaServer(LlamaDialect, LMServer):
     """llama.cpp's server: ends a chat's thought when told, and takes texts and ids mixed."""
 
+    caches_by_slot = True
     _begins_with_space = False  # every text that its tokenizer reads
 
     async def learn(self, headers: RawHeaders) -> None:
@@ -309,6 +324,38 @@ class LlamaServer(LlamaDialect, LMServer):
         first, *_ = (await self.upstream.call("/tokenize", asks, headers)).get("tokens") or [None]
         piece = first.get("piece") if isinstance(first, dict) else None
         self._begins_with_space = isinstance(piece, str) and piece.startswith(" ")
+
+    async def leave(self, leg: UpstreamLeg, headers: RawHeaders) -> None:
+        """Waits until the leg's slot is free, since no other has what it has computed.
+
+        The server notices some tokens later that its client has left.
+        """
+        if self.one_at_a_time:  # whoever comes next waits for the slot
+            await leg.close()
+            return
+        before = None
+        with anyio.move_on_after(_LEAVING_TAKES):
+            before = await self._num_busy(headers)
+        await leg.close()
+        with anyio.move_on_after(_LEAVING_TAKES):
+            while before and (now := await self._num_busy(headers)) and now >= before:
+                await anyio.sleep(_BETWEEN_LOOKS)
+
+    async def _num_busy(self, headers: RawHeaders) -> int | None:
+        """Slots in which a request runs; None if the server does not tell."""
+        own = [pair for pair in headers if pair[0] == b"authorization"]
+        try:
+            told = await self.upstream.open("GET", b"/slots", own, b"")
+            try:
+                found = json_object(b'{"slots": %b}' % await told.body())
+            finally:
+                await told.close()
+        except UpstreamError:
+            return None
+        slots = None if found is None else found["slots"]
+        if not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
+            return None
+        return sum(slot.get("is_processing") is True for slot in slots)
 
     def _controls(self, request: CompletionRequest) -> bool:
         """Whether the server can end this request's thought by itself."""

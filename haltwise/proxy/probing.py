@@ -53,6 +53,10 @@ class ProbeRoom:
             key = _key_in(headers)
             self._until[key] = max(until, self._until.get(key, 0.0))
 
+    def has_slots(self, num_slots: int | None) -> bool:
+        """Whether there are no more streams than a server runs at once, as far as it tells."""
+        return num_slots is None or self._num_streams() <= num_slots
+
     def is_free(self, num_slots: int | None, headers: RawHeaders, is_in_turn: bool = False) -> bool:
         """Whether there is room for one more.
 
@@ -140,6 +144,11 @@ class AnswerProber:
         self._continues = request.why_not_continued(server.close_text) is None
         # Two requests must not have one name.
         self._headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
+
+    @property
+    def keeps_slot(self) -> bool:
+        """Whether a slot that its stream leaves waits for what it asks next: nobody else does."""
+        return self._room.has_slots(self._server.num_parallel)
 
     @property
     def has_room(self) -> bool:

@@ -97,7 +97,8 @@ class ThoughtCloser:
         """Closes the thought: the server does so by itself if it can, else a second leg goes on.
 
         Args:
-            first: The first leg, which stays open until a second one has begun to answer.
+            first: The first leg. It stays open until a second one has begun to answer, unless that
+                has to run in its slot.
             envelope: What all chunks of the answer have in common.
 
         Returns:
@@ -113,12 +114,13 @@ class ThoughtCloser:
         reader.is_closed = reader.thinks_on = False
         if not reader.is_close_shown:
             self._tail = reader.call_end + self._tail
-        held, is_paused = await self._held_back(first)
+        lets_go = self._server.caches_by_slot and not is_checked and reader.prober.keeps_slot
+        held, is_paused = await self._held_back(first, lets_go)
         rest: AsyncIterable[StreamEvent] = held or first
         try:
             body = await self._body_after(self._tail)
             if not (held or is_paused):
-                await first.close()
+                await self._server.leave(first, self._headers)
                 rest = self._asked_anew(envelope)
             second = await self._begun_to_answer(body, held)
             if is_checked:
@@ -134,10 +136,17 @@ class ThoughtCloser:
             await first.close()
         return second, second
 
-    async def _held_back(self, first: UpstreamLeg) -> tuple[HeldBackLeg | None, bool]:
-        """The first leg, which is held back, if it runs on; and whether it pauses instead."""
+    async def _held_back(
+        self, first: UpstreamLeg, lets_go: bool = False
+    ) -> tuple[HeldBackLeg | None, bool]:
+        """The first leg, which is held back, if it runs on; and whether it pauses instead.
+
+        Args:
+            first: The leg.
+            lets_go: Whether it is better left, even where a second one can run beside it.
+        """
         is_paused = await first.pause()
-        if is_paused or self._server.one_at_a_time:
+        if is_paused or lets_go or self._server.one_at_a_time:
             return None, is_paused
         held = HeldBackLeg(first)
         self._running.push_async_callback(held.close)

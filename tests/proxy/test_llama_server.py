@@ -341,6 +341,19 @@ def test_a_slot_computes_only_what_is_new_to_it(
     assert 0 < num_computed(one_slot) - before <= expected
 
 
+def test_a_closed_thought_goes_on_in_the_slot_that_has_computed_it(
+    client: openai.OpenAI, server: LlamaServer, lm: LanguageModel
+) -> None:
+    """With several slots the first request is left, and its slot has to be free again."""
+    before = num_computed(server)
+    thought, _, told = completed(client, ASKED[0], SOON)
+    first, second = told["legs"]
+    assert told["halted"] and len(ids_of(lm, thought)) == told["position"]
+    # Of the second leg the close text, and a token or two that the server had written by then.
+    num_new = num_computed(server) - before - first["prompt_tokens"]
+    assert second["prompt_tokens"] > 20 and num_new <= 4
+
+
 @WAYS
 def test_in_turn_a_thought_is_halted_exactly_where_its_replay_is(
     turned: openai.OpenAI, lm: LanguageModel, ask: Any

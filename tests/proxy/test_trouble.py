@@ -17,6 +17,7 @@ from haltwise.proxy import server as proxy_server
 from haltwise.proxy.client import RequestingClient
 from haltwise.proxy.completion import CompletionSettings
 from haltwise.proxy.lm_server import VllmServer
+from haltwise.proxy.probing import ProbeRoom
 from haltwise.proxy.upstream import UpstreamLeg
 from tests.heads import CLOSE
 from tests.proxy.fake_upstream import Asked, Kind, Plan
@@ -506,6 +507,27 @@ def test_a_server_of_one_stream_that_answers_otherwise_when_asked_again_is_heard
     assert plan.thought(20) in reply.thought + reply.text
     assert reply.text.endswith(plan.answer_text(0 if anew == "plain" else 5))
     assert reply.text.count(".a0é") == 1 and reply.finish == "stop"
+
+
+@STREAMED
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("crowded", [True, False])
+def test_a_server_with_slots_of_its_own_is_left_before_unless_it_is_crowded_or_checked(
+    pairs: Pairs, plan: Plan, stream: bool, checked: bool, crowded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What the first leg has computed is its slot's alone, so that the second has to run there."""
+    monkeypatch.setattr(ProbeRoom, "has_slots", lambda _, num: num == 4 and not crowded)
+    checks: dict[str, Any] = {"check_answers": "readable"} if checked else {}
+    pair = pairs("llama-server", fake={"num_slots": 4}, **checks)
+    is_kept = crowded or checked
+    failing = replace(plan, trouble="500", legs=(2, 3))
+    assert is_unhalted(ask(pair.client, failing, False, stream), failing, False)
+    # The first goes on, or the request is asked anew.
+    assert len(pair.upstream.of(failing)) == (2 if is_kept else 3)
+    whole = replace(plan, name=f"{plan.name}w", mention=" Answer: 7\n")
+    reply = ask(pair.client, whole, False, stream)
+    assert reply.haltwise["halted"] and reply.text.endswith(whole.answer_text(20))
 
 
 @ONE_STREAM
