@@ -8,7 +8,8 @@ from haltwise.policy.answers.words import IS, NOT, NOT_BEFORE_IS, OR, SCALE, UNI
 
 # What stands before or behind a number that is a part of a formula, or only bounds the answer.
 _BEFORE = re.compile(
-    r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div|lfloor|lceil|max|min|gcd|lcm|exp)(?:\[[0-9]\])?\s?|"
+    r"(?:\\(?:sqrt|pm|mp|log|ln|sin|cos|tan|pi|times|cdot|div|lfloor|lceil|max|min|gcd|lcm|exp|b?mod)(?:\[[0-9]\])?\s?|"
+    r"(?<![A-Za-z\\])(?:sqrt|log|ln|sin|cos|tan|exp|mod)\s?|"
     r"\\[dt]?frac\s?\{|\}\s?\{|(?<![A-Za-z])[A-Za-z]\(|[-+]\s?\(|"
     r"[|<>\u2260\u00b1\u221a^*/\u00d7\u00f7\u00b7\u2264\u2265]\s?|"
     r"(?:[0-9)}!]|(?<![A-Za-z])[A-Za-z])\s?[-+]\s?|"
@@ -16,14 +17,14 @@ _BEFORE = re.compile(
 )
 _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
-    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260\u00b1|]|\^(?!\s?\{?\\circ)|!|\\(?:pm|mp|times|cdot|div|sqrt|pi|log|ln|sin|cos|tan)(?![a-z])|"
+    r"/\s?[xyzn](?![A-Za-z])|[<>\u2260\u00b1|]|\^(?!\s?\{?\\circ)|!|\\(?:pm|mp|times|cdot|div|sqrt|pi|log|ln|sin|cos|tan|b?mod)(?![a-z])|mod(?![a-z])|"
     r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
-    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[ei](?![{NAME_LETTERS}']))"
+    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[abeipqruvw](?![{NAME_LETTERS}']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (
     r"\s(?:to|out\sof|up\sto|through|until|bis(?:\szu)?|a|\u00e0|hasta|at\u00e9|\u0434\u043e)(?=\s)|"
-    r"\s?[\u81f3\u5230~\u301c]"
+    r"\s(?:vs\.?|versus)(?=\s)|\s?(?:[\u81f3\u5230~\u301c]|\u304b\u3089)"
 )
 _JOINED = re.compile(
     rf"[0-9][^\s0-9]{{0,9}}(?:(?:\s[^\W\d]{{1,20}}){{0,2}}(?:{OR}|\s\((?:or|and)(?=\s)|\s?&)|{_TO})"
@@ -39,24 +40,33 @@ _SEVERAL_VALUES = re.compile(
     rf"=\s?[-+]?[0-9./]{{1,30}}\s?(?:,|;|&|{OR})\s{{0,3}}(?:(?:and|or)\s)?[A-Za-z]\s?=\s?[-+]?$",
     re.IGNORECASE,
 )
+# "5 rather than 7" and "5 of the 7 birds".
+_WHERE_ANOTHER_IS = (
+    r"(?:[\s,](?:rather\sthan|instead\sof|as\sopposed\sto)|(?<=[0-9])\s(?:out\s)?of\s(?:the|these|those))"
+    r"\s[$\u20ac\u00a3\\(]{0,3}"
+)
 # What is denied, "not 7"; and where it only stands beside an answer: "5, not 7".
 _DENIED = re.compile(
     rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS}(?={IS})|n't|cannot)"
-    rf"(?:{IS}|\s?(?:be|equals?|to)(?!\w)){{0,2}}\s?[$\u20ac\u00a3\\(]{{0,3}}[-+]?$",
+    rf"(?:{IS}|\s?(?:be|equals?|to)(?!\w)){{0,2}}\s?[$\u20ac\u00a3\\(]{{0,3}}[-+]?$|"
+    rf"{_WHERE_ANOTHER_IS}$",
     re.IGNORECASE,
 )
-_INSTEAD = re.compile(r"(?:,|\()\s?(?:and\s)?[^\s,(]{1,9}\s?[$\u20ac\u00a3\\(]{0,3}$")
+_INSTEAD = re.compile(
+    rf"(?:[,;.(]|\u800c)\s?(?:and\s)?[^\s,(]{{1,9}}\s?[$\u20ac\u00a3\\(]{{0,3}}$|{_WHERE_ANOTHER_IS}$",
+    re.IGNORECASE,
+)
 _RELATIONS = {
     r"\\l(?:e|eq|t)(?![a-z])|<=": "<",
     r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
     r"\\neq?(?![a-z])|!=": "\u2260",
     r"\\(?:approx|simeq|doteq)(?![a-z])": "\u2248",
-    r"[=-]>|[\u2192\u21d2\u27f9]|\\(?:Rightarrow|rightarrow|implies|to)(?![A-Za-z])": "=",
+    r"\\equiv(?![a-z])|\u2261|[=-]>|[\u2192\u21d2\u27f9]|\\(?:Rightarrow|rightarrow|implies|to)(?![A-Za-z])": "=",
 }
 # What a sentence goes on with behind its number: reasons, conditions and remarks.
 _GOES_ON = re.compile(
     r"\n|[\u3002;\uff1b\u2014?]|\.(?=\s|$)|"
-    r"[,\u3001](?!\s?(?:(?:and|or)\s)?[-$]{0,2}[0-9.,/]{1,20}\s?(?:$|[,.;]|(?:and|or)\s))(?!\s?[a-z]\s?=)"
+    r"[,\u3001](?!\s?(?:(?:and|or)\s)?[-$]{0,2}[0-9.,/]{1,20}\s?(?:$|[,.;)\]\\}]|(?:and|or)\s))(?!\s?[a-z]\s?=)"
     r"(?![0-9])|"
     r"\s(?:because|since|as|so|for|per|in|out|after|by|at|over|with|from|on|when|if|where|while|"
     r"which|that|is|are|of|not|but|given|due|using|rather|checked)\b|(?:\s{1,3}\(|\((?=[^\W\d_]{2}))[^()=]{0,99}\)",
@@ -75,12 +85,14 @@ _SEVERAL = re.compile(
 
 
 _POWER = re.compile(r"(?<=[0-9)])\*\*(?=[-+(]?[0-9])")  # 10**3
+# 3 \pmod 5.
+_MODULUS = re.compile(r"\\pmod\s?(?:[0-9]{1,9}|\{[^{}]{0,20}\})|\(\s?\\?mod\s[^()]{1,20}\)")
 _ITALIC = re.compile(r"(?<![^\s(])(?<![0-9)]\s)\*(?=[^\s*])([^*\n]{1,60})(?<!\s)\*(?![\w*])")
 
 
 def _prepared(text: str) -> str:
     text = _POWER.sub("^", text)
-    text = plain_numbers(_ITALIC.sub(r"\1", text))
+    text = plain_numbers(_ITALIC.sub(r"\1", _MODULUS.sub("", text)))
     for pattern, sign in _RELATIONS.items():
         text = re.sub(pattern, sign, text)
     return re.sub(r"\*\*|\$|__+|(?<!\w)_(?=[-+.0-9])", "", text)

@@ -17,12 +17,12 @@ _LONGEST_NUMBER = 300
 _OUTSIDE_NAMES = rf"(?<![{NAME_LETTERS}0-9_.])"
 _SIZE = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3}){1,99}(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 #: A number in plain spelling. The base of a power is none by itself, but a number of degrees
-#: (90^\circ) is one. A time of day or a ratio (5:30) is one number, too.
+#: (90^\circ) is one. A time of day or a ratio (5:30) is one number, too; 1.5.2 is none.
 NUMBER = re.compile(
     rf"{_OUTSIDE_NAMES}(?<!\^)(?<!\^[-{{])(?<!\^\{{-)"
     r"(?>[0-9]{1,9}(?::[0-9]{1,9}){1,3}(?![0-9])|"
     rf"[-+]?(?:{_SIZE})(?:[eE][-+]?[0-9]{{1,3}}(?![0-9]))?(?:/[0-9]+)?)"
-    r"(?!\s?\^(?!\s?\{?\\circ))"
+    r"(?!\s?\^(?!\s?\{?\\circ)|\.[0-9])"
 )
 _THIN = r"\\[,!;: ]"  # LaTeX's blanks
 _SCALE_WORD = re.compile(SCALE, re.IGNORECASE)
@@ -101,6 +101,13 @@ def _as_scaled(found: _Found) -> str:
     return f"{size}e{zeros}{found[2] or ''}"
 
 
+_PARTS = {"half": " 1/2", "third": " 1/3", "quarter": " 1/4"}
+
+
+def _as_part(found: _Found) -> str:
+    return _PARTS[found[1].casefold()]
+
+
 _ZEROS = {"K": 3, "M": 6, "B": 9}
 
 
@@ -174,6 +181,14 @@ _PLAIN = _compiled(
             _as_repeating,
         ),
         (r"([0-9]{1,30})\.([0-9]{2,99})\s?(?:\.{3}|\u2026|\\[lc]?dots)", _as_and_so_on),
+        # 15h30 and 15.30 Uhr.
+        (
+            r"(?<![0-9:.,])(1[0-9]|2[0-3]|0?[0-9])(?:h(?=[0-5][0-9](?![0-9a-z]))|"
+            r"[\u65f6\u6642\u70b9\u9ede\uc2dc]\s?(?=[0-5][0-9]\s?[\u5206\ubd84])|\.(?=[0-5][0-9]\sUhr))",
+            r"\1:",
+        ),
+        # 2 and a half.
+        (r"(?<=[0-9])\sand\s(?:a|one)\s(half|third|quarter)(?!\w)", _as_part),
         # 12th and 12^{th}.
         (r"(?<=[0-9])\s?\^?\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),
         # 1.5 \times 10^3, and 10^3 by itself.

@@ -93,11 +93,11 @@ _MINUS_UNSPACED = "マイナス 마이너스 零下 负 負"
 
 _SCALES = {
     2: "hundred",
-    3: "thousand thousands tausend mille mil тысяча тысячи тысяч",
+    3: "thousand thousands tausend mille mil тысяча тысячи тысяч тыс tsd",
     5: "lakh lakhs",
-    6: "million millions millionen millón millones milhão milhões milioni миллион миллиона",
+    6: "million millions millionen millón millones milhão milhões milioni миллион миллиона млн mln mio",
     7: "crore crores",
-    9: "billion billions milliard milliards milliarden miliardi миллиард миллиарда",
+    9: "billion billions milliard milliards milliarden miliardi миллиард миллиарда млрд mrd",
     12: "trillion trillions",
 }
 _SCALES_UNSPACED = {3: "千천", 4: "万萬만", 8: "亿億억"}
