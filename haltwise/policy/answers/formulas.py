@@ -35,12 +35,14 @@ _UNIT_FRACTION = re.compile(
     r"\{\s?\\(?:text|mathrm)\{([^{}]{1,20})\}\s?\}"
 )
 _NATURAL_LOG = re.compile(r"\\log_\s?(?:e|\{\s?e\s?\})")
+_DEGREE = re.compile(r"\\degree(?![a-z])")
 _SYNONYMS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
         (r"\\(?:[dtc]|[sn]ice|s)frac(?![a-z])", r"\\frac"),
         (r"\{([-+])\}", r"\1"),
-        (r"\\frac([0-9])([0-9])", r"\\frac{\1}{\2}"),
+        (r"\\(frac|binom)([0-9])([0-9])", r"\\\1{\2}{\3}"),
+        (r"(\\sqrt\[[^\[\]]{1,9}\])([0-9A-Za-z])", r"\1{\2}"),
         (r"([\^_])\{([0-9A-Za-z])\}(?![0-9A-Za-z])", r"\1\2"),
         (r"\\(pmod|vec|hat|bar)\s?([0-9]+|[A-Za-z])", r"\\\1{\2}"),
         (r"\\varnothing(?![A-Za-z])|\\\{\\\}", r"\\emptyset"),
@@ -50,7 +52,7 @@ _SYNONYMS = [
 _SHORT_UNITS = "cm|mm|km|kg|mg|ml|km/h|m/s|ft|mi|lbs?|oz|hrs?|mins?|sec|mph|usd|eur"
 _MEASURED = re.compile(
     r"(.{1,99}?)(?:\\(?:text|mathrm|mbox)\s?\{[\s~]{0,9}([A-Za-z][^{}0-9\\]{0,40}?)\s{0,9}\}|"
-    rf"(?<=[0-9\s}}])((?:{_SHORT_UNITS})|[A-Za-z]{{4,20}}(?:\s[A-Za-z]{{2,20}}){{0,3}}))"
+    rf"(?<=[0-9\s~}}])((?:{_SHORT_UNITS})|[A-Za-z]{{4,20}}(?:\s[A-Za-z]{{2,20}}){{0,3}}))"
     r"\s?(?:\^\s?\{?\s?([23])\s?\}?)?[\s.]*"
 )
 _MEASURE = re.compile(r"(.+)(\\text\{[^{}]*\}(?:\^[23])?)")
@@ -123,7 +125,7 @@ def normal_latex(answer: str) -> str:
     not matter. Nothing is calculated but plain numbers. A number with words behind it keeps them,
     as in 36\text{cm}^2.
     """
-    answer = _NATURAL_LOG.sub(r"\\ln ", answer)
+    answer = _DEGREE.sub(r"^\\circ ", _NATURAL_LOG.sub(r"\\ln ", answer))
     text = plain_characters(_ROOT.sub(r"\\sqrt{\1}", answer.translate(_SIGNS)))
     text = _UNIT_FRACTION.sub(r"\\text{\1/\2}", _JOINT.sub(", ", text))
     return r"\\".join(map(_normal_row, _ROW_END.split(_LAST_ROW_END.sub("", text))))

@@ -98,7 +98,7 @@ def _prepared(text: str) -> str:
     return re.sub(r"\*\*|\$|__+|(?<!\w)_(?=[-+.0-9])", "", text)
 
 
-def _is_part(text: str, found: re.Match[str]) -> bool:
+def is_part(text: str, found: re.Match[str]) -> bool:
     """Says whether a number is only a part of a formula or bounds the answer."""
     before = text[max(0, found.start() - 30) : found.start()]
     return bool(
@@ -110,7 +110,7 @@ def _sole(text: str) -> str:
     """Returns the value of all numbers of a text, if they have one, and are no parts of others."""
     found = list(NUMBER.finditer(text))
     values = {exact_value(number[0]) for number in found}
-    if len(values) != 1 or any(_is_part(text, number) for number in found):
+    if len(values) != 1 or any(is_part(text, number) for number in found):
         return ""
     return values.pop()
 
@@ -184,7 +184,7 @@ def last_number(text: str) -> str:
     text = _prepared(text)
     found = list(NUMBER.finditer(text))
     last = last_affirmed(text, found)
-    if last is None or _is_part(text, last):
+    if last is None or is_part(text, last):
         return ""
     if last != found[0] and is_joined(text, last):
         return _sole(text[found[found.index(last) - 1].start() : last.end()])

@@ -6,6 +6,7 @@ from itertools import pairwise
 from haltwise.policy.answers.words import ANSWER, BUT, INSTEAD_OF, IS, NOT, NOT_BEFORE_IS, RETRACTED
 
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s{0,9}\{|\\.|[{}]", re.DOTALL)
+_MINUS_BEFORE = re.compile(r"(?:[$=]|\\[\[(])\s{0,3}[-\u2212]\\boxed\s{0,9}\{$")
 _BOX_OF_A_WORD = re.compile(r"\\boxed\s{1,9}([^\s{}$]{1,99})")
 _HOLLOW = re.compile(r"\\(?:text|math|[lc]?dots|q?quad|square)[a-z]{0,9}")
 
@@ -22,8 +23,8 @@ _STYLE = re.compile(
 )
 
 _BLANKS = r"[\s*_]{0,9}"
-# Here bold type may end, or begin; a single star or underscore may be a part of the answer.
-_BOLD = r"(?:\*\*)?\s*(?:\*\*(?=\S))?"
+# Here bold type may end, or a list or bold type begin; a single star or underscore may be a part of the answer.
+_BOLD = r"(?:\*\*)?\s*(?:(?<=\n)[-*\u2022]\s+)?(?:\*\*(?=\S))?"
 
 # "The answer to the first question is", and "la respuesta correcta es".
 _TO = rf"(?:\s(?:to|for|of)\b[^.:?\n]{{0,60}}?|(?:\s(?!{NOT_BEFORE_IS})\w{{1,15}}){{1,2}})?"
@@ -64,13 +65,14 @@ _END_TAG = re.compile("</(?:final_?)?answer>")
 # A line that opens or closes a block of code.
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[ \t]*$\n?", re.MULTILINE)
 _NEXT_QUESTION = re.compile(
-    r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
+    r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q|human|user)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
 
 
 def _is_hollow(content: str) -> bool:
     """Says whether a box has nothing but dots, question marks and the like."""
-    return not _HOLLOW.sub("", content).strip(" \t\r\n$.\u2026_?~,;:{}\\!")
+    # \{\} is the empty set.
+    return r"\{" not in content and not _HOLLOW.sub("", content).strip(" \t\r\n$.\u2026_?~,;:{}\\!")
 
 
 def boxed(text: str, may_be_open: bool = False) -> str | None:
@@ -102,7 +104,8 @@ def boxed(text: str, may_be_open: bool = False) -> str | None:
         if start not in ends:
             content = content.partition("\n")[0]
         if not _is_hollow(content):
-            return content if may_be_open or start in ends else None
+            minus = "-" if _MINUS_BEFORE.search(text, max(0, start - 30), start) else ""
+            return minus + content if may_be_open or start in ends else None
     bare = None if starts else _BOX_OF_A_WORD.findall(text)
     if bare:
         return str(bare[-1]).rstrip(".,;:")

@@ -15,6 +15,7 @@ from haltwise.policy.answers.formulas import normal_latex
 from haltwise.policy.answers.number_places import (
     clause,
     is_joined,
+    is_part,
     last_affirmed,
     last_number,
     only_number,
@@ -28,14 +29,14 @@ from haltwise.policy.answers.places import (
     said,
     unstyled,
 )
-from haltwise.policy.answers.words import POLITE_END
+from haltwise.policy.answers.words import MINUS, POLITE_END
 
 # A time or ratio, a date, a mixed number, or any other, with a power of ten, % or th behind it.
 _SPELT_NUMBER = re.compile(
     rf"(?<![{NAME_LETTERS}0-9_.^])(?>[0-9]{{1,9}}(?::[0-9]{{1,9}}){{1,2}}(?![0-9])(?:\s?[ap]\.?m\b\.?)?|"
     r"[0-9]{1,4}([-/.])[0-9]{1,4}(?:\1[0-9]{1,4}){1,2}(?![0-9])|"
     r"[-+]?[0-9]{1,9} [0-9]{1,9}/[0-9]{1,9}(?![0-9])|"
-    r"[-+]?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+(?:,[0-9]+(?![0-9,]))?)"
+    r"[-+]?(?:[1-9][0-9]{0,2}(?:(?:,| |\{,\}|\\[,!])[0-9]{3})+(?![0-9])|[0-9]+(?:,[0-9]+(?![0-9,]))?)"
     r"(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
     r"(?:(?:/| / )[0-9]+|"
     r"\s?(?:[\u00d7x*\u00b7]|\\times|\\cdot)\s?10\s?\^\s?[{(]?[-+]?[0-9]{1,3}[})]?)?"
@@ -53,6 +54,7 @@ _REMARK = re.compile(
     r",\si\s(?:think|believe|guess)\b",
     re.IGNORECASE,
 )
+_REASON = re.compile(r",?\s(?:because|since)\s|\s\(", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!]\s")
 _DECIMAL_OR_TIME = re.compile(
     r"([-+]?)([0-9]+|(?=\.[0-9]))(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?"
@@ -60,10 +62,11 @@ _DECIMAL_OR_TIME = re.compile(
 _GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:[ ,][0-9]{3})+(?:\.[0-9]+)?")
 _BEGINS_WITH_A_NUMBER = re.compile(r"(?:[^\s0-9]{0,20}\s{0,9}){0,3}[^\s0-9]{0,20}[0-9]")
 _QUOTED = re.compile(
-    r"\*\*([^*]+)\*\*|\{([^{}]+)\}|"
+    r"\*{1,2}([^*]+)\*{1,2}|\{([^{}]+)\}|"
     r"[\"'`\u201c\u00ab\u300c]{1,2}([^\"'`\u201c\u201d\u00ab\u00bb\u300c\u300d]+)[\"'`\u201d\u00bb\u300d]{1,2}"
 )
 _BESIDE_A_SIGN = re.compile(r"(?<=[-,:;/=+*<>|()\[\]{}]) | (?=[-,:;/=+*<>|()\[\]{}])")
+_SAID_MINUS = re.compile(rf"(?<![0-9])(?<![0-9]\s){MINUS}(?=[0-9])", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-z_]{1,12}>")
 _EXCLAIMED = re.compile(r"!{1,9}(?=\s(?!\s?[-+*/=\\])|$)")
 
@@ -153,10 +156,11 @@ def _bare(text: str) -> str:
 
 def _told_answer(line: str) -> str | None:
     """Returns the number, or the few words, that follow "the answer is"; None if there are none."""
-    listed = _BRACKETED.fullmatch(line)
-    if listed:
-        return canonical(listed[1])
-    part = clause(line)
+    whole = _BRACKETED.fullmatch(line) or _VERDICT.match(line)
+    if whole:
+        return canonical(whole[1])
+    told = _REASON.split(line)[0]
+    part = clause(line) if re.search("[0-9]|^[^A-Za-z]*$", told) else told
     numbers = [canonical(found[0].rstrip(",")) for found in _SPELT_NUMBER.finditer(part)]
     if numbers:
         return numbers[-1] if "=" in part or len(set(numbers)) == 1 else ""
@@ -183,7 +187,7 @@ def read_answer(text: str) -> str:
     content = boxed(text)
     if content is not None:
         return canonical(content)
-    text = _EXCLAIMED.sub(".", _TAG.sub("", text))
+    text = _SAID_MINUS.sub("-", _EXCLAIMED.sub(".", _TAG.sub("", text)))
     for place in conclusions(text):
         told = _told_answer((lines(place) or [""])[0])
         if told is not None:
@@ -193,7 +197,7 @@ def read_answer(text: str) -> str:
         return canonical(whole[1])
     numbers, words = list(_SPELT_NUMBER.finditer(text)), text.split()
     last = last_affirmed(text, numbers)
-    if last and not is_joined(text, last):
+    if last and not is_joined(text, last) and not is_part(text, last):
         return canonical(last[0].rstrip(","))
     return canonical(words[0]) if len(words) == 1 else ""
 
@@ -342,7 +346,7 @@ def read_latex(text: str) -> str:
     if formulas:
         last = last_affirmed(text, formulas)
         return normal_latex(last[1]) if last else ""
-    return normal_latex(text) if len(text.split()) == 1 else read_number(text)
+    return normal_latex(text.strip("* \n")) if len(text.split()) == 1 else read_number(text)
 
 
 #: The function that reads an answer by each answer rule. It returns "" if there is no answer, and
