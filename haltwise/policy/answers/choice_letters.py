@@ -11,6 +11,8 @@ from haltwise.policy.answers.words import (
     GOES_ON,
     NOT,
     NOT_BEFORE_IS,
+    OPTION,
+    OPTION_BEHIND,
     OR_WORDS,
 )
 
@@ -26,13 +28,13 @@ _FORMULA_SIGNS = frozenset("^=<>*_\\")
 _PICKED = re.compile(
     rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS})\s[^.\n]{{1,40}}?{BUT}|"
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|"
-    r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|only|guess|"
+    r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|left\swith|(?:es|c'est)\s(?:la|le)|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
-    r"(?:choice|option|pick|letter|alternative|statement|one)\s(?:is|must\sbe|should\sbe)|"
-    r"(?:choice|option|correct|final|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)\s?(?=:)|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
+    r"(?:choice|option|pick|letter|alternative|statement|one|answer)\s(?:is|(?:must|should|would|might|may|could)\sbe)|"
+    r"(?:choice|option|correcta?|final|selected)\s?(?=:)|\u0432\u0430\u0440\u0438\u0430\u043d\u0442\s?(?=[:\u2014])|\u0935\u093f\u0915\u0932\u094d\u092a|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
     r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
     r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"
-    r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044\u306e\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
+    r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044(?:\u306e|\u9078\u629e\u80a2)\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
     re.IGNORECASE,
 )
 _CALLED_RIGHT = re.compile(
@@ -47,11 +49,21 @@ _DENIED = re.compile(
 )
 _LETTERED = re.compile(
     r"\W{0,9}(?:(?i:option|choice)\W{1,9}[A-Za-z](?!\w).*|[A-Za-z](?:\W*|[.):\]]\W*\s.*)|"
-    r"[B-HJ-Z]\s?[-,\u2014]\s.*|[A-HJ-Z]\s(?:because|since)\s.*)"
+    r"[B-HJ-Z]\s?[-,\u2014]\s.*|[A-HJ-Z]\s(?:(?:because|since)\s.*|\(.*\)\W*)|"
+    r"[A-Z][.:\u3001]\W{0,3}(?![\x00-\x7f]).*)"
 )
 # "Is it B? No, it is C."
 _ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
-_BARE = re.compile(r"\W*(?:(?:option|choice|letter)\W+)?([A-Za-z])\W*", re.IGNORECASE)
+_BARE = re.compile(
+    rf"\W*(?:(?:the\s)?{OPTION}\W+)?([A-Za-z])(?:\s?{OPTION_BEHIND})?\W*", re.IGNORECASE
+)
+# "By elimination, C." and "The one that fits is C."
+_AT_THE_END = re.compile(
+    r"(?:^|[a-z][,:]\s|\b(?:is|be|with|[Pp]robably|likely)\s)\(?([A-HJ-Z])\)?\W{0,9}$"
+)
+_CAPITAL = re.compile(r"\b[A-HJ-Z]\b")
+_SENTENCE_END = re.compile(r"(?<=[a-z][.!?])\s")
+_DENIES = re.compile(rf"{NOT}|n't|\bcannot\b", re.IGNORECASE)
 _NAMED_BEHIND = re.compile(r"\s\(([A-Z])\)\W{0,9}$")  # 12 (D)
 _IN_BRACKETS = re.compile(r"\(([A-Z])\)")
 
@@ -120,6 +132,14 @@ def _picked_letter(text: str) -> str:
     return max(found)[1] if found else ""
 
 
+def _closing_letter(line: str) -> str:
+    """Returns the capital that the last sentence of a line ends with, if it has no other."""
+    sentence = _SENTENCE_END.split(line)[-1]
+    found = _AT_THE_END.search(sentence)
+    is_sole = len({*_CAPITAL.findall(sentence)}) == 1 and not _DENIES.search(sentence)
+    return found[1] if found and is_sole else ""
+
+
 def told_letter(text: str) -> str:
     """Returns the letter that a text without a box tells, or "" if it tells none or several.
 
@@ -134,7 +154,7 @@ def told_letter(text: str) -> str:
     bare = _BARE.fullmatch(last)
     if bare:
         return bare[1].upper()
-    picked = _picked_letter(text)
+    picked = _picked_letter(text) or _closing_letter(last)
     if picked:
         return picked
     # All choices said once more are no answer.

@@ -160,8 +160,14 @@ def _told_answer(line: str) -> str | None:
     if whole:
         return canonical(whole[1])
     told = _REASON.split(line)[0]
-    part = clause(line) if re.search("[0-9]|^[^A-Za-z]*$", told) else told
-    numbers = [canonical(found[0].rstrip(",")) for found in _SPELT_NUMBER.finditer(part)]
+    if re.search(r"[^\W\d_]", told) and not re.search("[0-9]", told) and re.search("[0-9]", line):
+        line = told  # Monday (84 mod 7 = 0)
+    part = clause(line)
+    numbers = [
+        canonical(found[0].rstrip(","))
+        for found in _SPELT_NUMBER.finditer(part)
+        if not is_part(part, found)
+    ]
     if numbers:
         return numbers[-1] if "=" in part or len(set(numbers)) == 1 else ""
     line = _REMARK.split(line.replace("**", ""))[0]

@@ -163,6 +163,13 @@ UNIT_WITH_PARTS = rf"(?:{any_of(_UNITS_WITH_PARTS)})(?!\w)|{any_of(_UNITS_WITH_P
 #: The words of `OR`, one by one.
 OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
 
+#: What stands before the letter of a choice, and behind it.
+OPTION = (
+    r"(?:option|choice|letter|opci[oó]n|opção|opzione|alternativa|вариант|letra|lettera|lettre|"
+    r"antwort|буква|विकल्प)"
+)
+OPTION_BEHIND = "(?:选项|選項|项|項|番|번|şıkkı)"
+
 #: What may stand between "the answer is" and the letter of a choice.
 FILLERS = one_of("""
 therefore thus hence clearly definitely certainly most likely probably indeed simply then still also
