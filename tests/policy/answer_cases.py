@@ -145,6 +145,12 @@ UNITS_AND_WORDS: list[Case] = [
     ("number", r"\boxed{\text{minus } 7}", "-7", True),
     ("number", r"\boxed{\text{negative } 7}", "7", False),
     ("latex", r"\boxed{2{,}5\text{ cm}}", r"2.5\text{ cm}", True),
+    ("number", "2,5 млн рублей", "2500000", True),
+    ("number", "25 Tsd. Euro", "25", False),
+    ("short", "5 million", "5", False),
+    ("number", r"\boxed{3a}", "3", False),
+    ("latex", r"\boxed{7~cm}", "7", True),
+    ("latex", r"\boxed{45\degree}", r"45^\circ", True),
 ]
 
 STYLES_IN_SHORT_ANSWERS: list[Case] = [
@@ -197,6 +203,16 @@ STYLES_IN_SHORT_ANSWERS: list[Case] = [
     ("short", r"\boxed{x^{10}}", "x^1", False),
     ("short", r"\boxed{x^{2}3}", "x^{23}", False),
     ("short", r"\boxed{\left.7\right.}", "7", True),
+    ("short", "*blue*", "blue", True),
+    ("short", "1{,}000", "1000", True),
+    ("short", "The answer is 1{,}000.", "1", False),
+    ("short", "1 000", "0", False),
+    ("short", "The answer is minus 4.", "-4", True),
+    ("short", "The answer is minus 4.", "4", False),
+    ("short", r"$\frac{1}{5}$", "5", False),
+    ("short", "The answer is x + 5.", "x+5", True),
+    ("short", "The answer is x + 5.", "5", False),
+    ("short", "**New York**", "new york", True),
 ]
 
 MIXED_AND_SPACED: list[Case] = [
@@ -270,6 +286,8 @@ MIXED_AND_SPACED: list[Case] = [
     ("latex", r"\boxed{{-}5}", "-5", True),
     ("latex", r"\boxed{\left.5\right.}", "0.5", False),
     ("latex", r"\boxed{\left.\frac{x}{2}\right.}", "x/2", True),
+    ("number", "2 and a half hours", "2.5", True),
+    ("number", "version 9.0.1", "9", False),
 ]
 
 TIMES: list[Case] = [
@@ -313,6 +331,9 @@ TIMES: list[Case] = [
     ("short", "05/06/2024", "2024", False),
     ("short", "192.168.0.1", "192.168.0.1", True),
     ("text", "Answer: 10 : 30", "10:30", True),
+    ("number", "15h30", "15:30", True),
+    ("number", "15.30 Uhr", "15:30", True),
+    ("number", "下午3点30分", "15:30", True),
 ]
 
 TWO_NUMBERS: list[Case] = [
@@ -421,6 +442,16 @@ TWO_NUMBERS: list[Case] = [
     ("latex", r"\boxed{1, 234}", "1234", False),
     ("latex", r"\boxed{144, 169}", "169, 144", True),
     ("latex", r"\boxed{144169}", "144, 169", False),
+    ("number", r"\boxed{(8, 9)}", "8", False),
+    ("number", "8 versus 9", "9", False),
+    ("number", "5から7", "7", False),
+    ("number", "8 of the 12 students", "8", True),
+    ("number", "8 of the 12 students", "12", False),
+    ("number", r"x \equiv 3 \pmod{5}", "3", True),
+    ("number", "3 (mod 5)", "5", False),
+    ("number", r"17 \bmod 5", "5", False),
+    ("number", "sqrt(9)", "9", False),
+    ("number", "10 is 20% of 50", "50", False),
 ]
 
 SHORT_WORDS: list[Case] = [
@@ -536,6 +567,20 @@ CHOICES: list[Case] = [
     ("choice", "The correct one is C.", "C", True),
     ("choice", "Statement A is false. The correct statement is B.", "B", True),
     ("choice", "C is wrong.", "C", False),
+    ("choice", "The best choice would be C.", "C", True),
+    ("choice", "By elimination, D.", "D", True),
+    ("choice", "By elimination, A or D.", "D", False),
+    ("choice", "I don't think it is C.", "C", False),
+    ("choice", "Everything except C is right.", "C", False),
+    ("choice", "D (none of these)", "D", True),
+    ("choice", "C (no) D (yes)", "C", False),
+    ("choice", "C、巴黎", "C", True),
+    ("choice", "Opción correcta: D", "D", True),
+    ("choice", "Правильный вариант — D.", "D", True),
+    ("choice", "C번", "C", True),
+    ("choice", "C rather than B", "C", True),
+    ("choice", "B번이 정답", "B", True),
+    ("choice", "선택지 B", "B", True),
 ]
 
 LAST_BOX: list[Case] = [
@@ -555,6 +600,9 @@ LAST_BOX: list[Case] = [
     ("strict", r"\boxed{Paris}. Use \boxed{}.", "Paris", True),
     ("latex", r"\boxed{\{1, 2\}} or \boxed{?}", r"\{1,2\}", True),
     ("latex", r"\boxed{\left\{1,2\right.}", "1", False),
+    ("number", r"$x = -\boxed{3}$", "-3", True),
+    ("number", r"- \boxed{3}", "3", True),
+    ("latex", r"\boxed{\{\}}", r"\emptyset", True),
 ]
 
 REPEATING_DECIMALS: list[Case] = [
@@ -616,6 +664,7 @@ CHARACTERS: list[Case] = [
     ("text", "Answer: x>y", "xy", False),
     ("text", "Answer: 6'2", "62", False),
     ("text", "Answer: 1'000", "1000", True),
+    ("short", "1️⃣2️⃣", "12", True),
 ]
 
 WORDS_FOR_THE_ANSWER: list[Case] = [
@@ -682,6 +731,14 @@ HEADINGS_AND_MARKUP: list[Case] = [
     ("short", "Yes, because 3 < 4.", "yes", True),
     ("short", "Yes, because 3 < 4.", "4", False),
     ("short", "No. 7", "no", False),
+    ("number", "Answer:\n- 42", "42", True),
+    ("latex", "**3/4**", r"\frac34", True),
+    ("text", "Paris\n\n**Explanation:** It is the capital.", "Paris", True),
+    ("number", "9\n\nNote: 8 would leave 1 over.", "9", True),
+    ("text", "Answer: Rome\n\nUser: And Paris?\nAnswer: Paris", "Rome", True),
+    ("short", "The answer is Monday, since 84 = 7 * 12.", "Monday", True),
+    ("short", "Answer: Monday (84 mod 7 = 0)", "0", False),
+    ("short", "The answer is yes, 7 is prime.", "yes", True),
 ]
 
 TEXTS: list[Case] = [
@@ -757,6 +814,8 @@ FORMULAS: list[Case] = [
     ("latex", r"\boxed{x\in(1,2)}", "1<x<2", True),
     ("latex", r"\boxed{(1,-1)}", r"\pm 1", False),
     ("latex", r"\boxed{\cfrac{1}{2}}", "0.5", True),
+    ("latex", r"\boxed{\binom52}", r"\binom{5}{2}", True),
+    ("latex", r"\boxed{\sqrt[3]2}", r"\sqrt[3]{2}", True),
 ]
 
 NOT_THIS_BUT_THAT: list[Case] = [
@@ -802,6 +861,10 @@ NOT_THIS_BUT_THAT: list[Case] = [
     ("choice", "Ответ не A, а B.", "B", True),
     ("choice", "正解はAではなく、Cです", "C", True),
     ("choice", "정답은 A가 아니라 B입니다", "B", True),
+    ("number", "9 rather than 8.", "9", True),
+    ("number", "8 instead of 9", "9", False),
+    ("number", "It's 9. Not 8.", "9", True),
+    ("number", "应该是9而不是8", "9", True),
 ]
 
 TAKEN_BACK: list[Case] = [
@@ -838,11 +901,37 @@ TAKEN_BACK: list[Case] = [
     ("choice", "The answer is A. I was wrong; it's D.", "A", False),
     ("choice", "The answer is B. No, C is wrong.", "B", True),
     ("choice", "Actually, B.", "B", True),
+    ("number", "I thought the answer is 6. But it's actually 7.", "7", True),
+]
+
+NUMBERS_IN_WORDS: list[Case] = [
+    ("number", "The answer is forty-two.", "42", True),
+    ("number", r"\boxed{\text{zero}}", "0", True),
+    ("number", "Two thousand and twenty four", "2024", True),
+    ("number", "one hundred fifty thousand", "150000", True),
+    ("number", "minus three", "-3", True),
+    ("number", "two and a half", "2.5", True),
+    ("number", "two-thirds", "2/3", True),
+    ("number", "a quarter", "0.25", True),
+    ("number", "half", "0.5", True),
+    ("number", "twenty third", "20/3", False),
+    ("number", "seven eleven", "7", False),
+    ("number", "seven eleven", "18", False),
+    ("number", "five zero", "5", False),
+    ("number", "one of them", "1", False),
+    ("number", "nine dozen", "9", False),
+    ("number", "答案是四十二。", "42", True),
+    ("number", "一百零五", "105", True),
+    ("number", "三万五千", "35000", True),
+    ("number", "二〇二四", "2024", True),
+    ("number", "负三", "-3", True),
+    ("number", "two, three", "2", False),
+    ("number", "Two, because the other is odd.", "2", True),
 ]
 
 CASES = [
     *SCRIPTS_WITHOUT_BLANKS, *ROWS_OF_A_MATRIX, *UNITS_AND_WORDS, *STYLES_IN_SHORT_ANSWERS,
     *MIXED_AND_SPACED, *TIMES, *TWO_NUMBERS, *SHORT_WORDS, *CHOICES, *LAST_BOX,
     *REPEATING_DECIMALS, *CHARACTERS, *WORDS_FOR_THE_ANSWER, *HEADINGS_AND_MARKUP, *TEXTS,
-    *FORMULAS, *NOT_THIS_BUT_THAT, *TAKEN_BACK,
+    *FORMULAS, *NOT_THIS_BUT_THAT, *TAKEN_BACK, *NUMBERS_IN_WORDS,
 ]  # fmt: skip

@@ -18,6 +18,7 @@ _SAME = str.maketrans(
         "\u066a": "%",
         "\u066b": ".",
         "\u00ba": "\u00b0",
+        **dict.fromkeys("\ufe0f\u20e3", ""),  # the frame around the digit of a key
     }
 )
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f\u2071]+")

@@ -28,38 +28,44 @@ _FORMULA_SIGNS = frozenset("^=<>*_\\")
 _PICKED = re.compile(
     rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS})\s[^.\n]{{1,40}}?{BUT}|"
     r"\b(?:it(?:'s|\sis|\smust\sbe|\shas\sto\sbe)|"
-    r"(?:which|that|this)\sis|corresponds\sto|matches|leav(?:es|ing)|left\swith|(?:es|c'est)\s(?:la|le)|only|guess|"
+    r"(?:which|that|this)\sis|corresponds\sto|matches|le(?:av(?:es|ing)|ft\swith)|(?:c')?est?\sl[ae]|only|guess|"
     r"pick|choose|chose|select|go(?:ing)?\swith|opt\sfor|say|therefore|thus|hence|so|"
-    r"(?:choice|option|pick|letter|alternative|statement|one|answer)\s(?:is|(?:must|should|would|might|may|could)\sbe)|"
-    r"(?:choice|option|correcta?|final|selected)\s?(?=:)|\u0432\u0430\u0440\u0438\u0430\u043d\u0442\s?(?=[:\u2014])|\u0935\u093f\u0915\u0932\u094d\u092a|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
+    r"(?:choice|option|pick|letter|alternative|statement|one|answer|correcta?|final|selected|\u0432\u0430\u0440\u0438\u0430\u043d\u0442)"
+    r"(?:\s(?:is|(?:must|should|would|might|may|could)\sbe|\u2014)|\s?(?=:))|\u0935\u093f\u0915\u0932\u094d\u092a|(?:opci\u00f3n|op\u00e7\u00e3o|opzione|alternativa|option)\s(?:\w{1,12}\s)?(?:est?|\u00e9|\u00e8)"
     r"|richtig\sist|(?:answer|antwort|r\u00e9ponse|respuesta|resposta|cevap|\u0909\u0924\u094d\u0924\u0930|\u7b54\u6848|\uc815\ub2f5)(?=\s\(?[A-Z](?!\w)))(?!\w),?|"
     r"n't\s[^.\n]{1,40}?\bbut(?!\w)|"
     r"\u4e0d\u662f[^\u3002\n]{1,20}\u662f|\u6b63[\u786e\u78ba]\u7684\u662f|\u6b63\u3057\u3044(?:\u306e|\u9078\u629e\u80a2)\u306f|(?<!\u4e0d)[\u9009\u9078](?:\u62e9|\u64c7|\u9879|\u9805|\u662f|\u4e3a|\u70ba){0,3}",
     re.IGNORECASE,
 )
+# "I don't think it is C", and "I wouldn't pick C".
+_DOUBTED = re.compile(
+    r"(?:n't|\bnot|\bnever)\s(?:(?:think|believe|say|sure)\s(?:(?:that|if|whether)\s)?)?$",
+    re.IGNORECASE,
+)
 _CALLED_RIGHT = re.compile(
-    rf"(?<![{NAME_LETTERS}0-9_'])"
+    rf"(?<![{NAME_LETTERS}0-9_'])(?<!except\s)"
     r"\(?([A-Z])\)?(?:\s(?:is|ist|est|es|\u00e9|\u00e8|must\sbe)\s(?:the\s)?"
     r"(?:only\s|most\s|best\s)?(?:(?:correct|right|best|true|richtig|answer)(?!\w)|corre[ct])|"
     r"\s?(?:\u9009\u9879|\u9078\u9805|\u9879)?\u662f?\u6b63[\u786e\u78ba]|"
-    r"\s?\u304c\u6b63(?:\u3057\u3044|\u89e3)|[\uac00\uc774]?\s?(?:\uc815\ub2f5|\ub9de))"
+    r"\s(?:\u0432\u0435\u0440\u043d|\u043f\u0440\u0430\u0432\u0438\u043b\u044c\u043d)|"
+    r"\s?\u304c\u6b63(?:\u3057\u3044|\u89e3)|\ubc88?[\uac00\uc774]?\s?(?:\uc815\ub2f5|\ub9de))"
 )
 _DENIED = re.compile(
     r"(?i:\bnot|n't|\bnever|cannot)(?i:\s(?:be|is|the|answer|option|choice)){0,4}\s\(?([A-Z])(?![\w'])"
 )
 _LETTERED = re.compile(
     r"\W{0,9}(?:(?i:option|choice)\W{1,9}[A-Za-z](?!\w).*|[A-Za-z](?:\W*|[.):\]]\W*\s.*)|"
-    r"[B-HJ-Z]\s?[-,\u2014]\s.*|[A-HJ-Z]\s(?:(?:because|since)\s.*|\(.*\)\W*)|"
+    r"[B-HJ-Z]\s?[-,\u2014]\s.*|[A-HJ-Z]\s(?:(?:because|since|rather|instead|as)\s.*|\([^()]*\)\W*)|"
     r"[A-Z][.:\u3001]\W{0,3}(?![\x00-\x7f]).*)"
 )
 # "Is it B? No, it is C."
 _ASKED = re.compile(r"[\s*(]{0,9}[A-Za-z][*)]{0,3}\?\s{0,9}\S")
 _BARE = re.compile(
-    rf"\W*(?:(?:the\s)?{OPTION}\W+)?([A-Za-z])(?:\s?{OPTION_BEHIND})?\W*", re.IGNORECASE
+    rf"\W*(?:(?:the\s|la\s)?{OPTION}\W+)?([A-Za-z])(?:\s?{OPTION_BEHIND})?\W*", re.IGNORECASE
 )
 # "By elimination, C." and "The one that fits is C."
 _AT_THE_END = re.compile(
-    r"(?:^|[a-z][,:]\s|\b(?:is|be|with|[Pp]robably|likely)\s)\(?([A-HJ-Z])\)?\W{0,9}$"
+    r"(?:^|[a-z][,:]\s|\b(?:is|be|with|to|[Pp]robably|likely)\s)\(?([A-HJ-Z])\)?\W{0,9}$"
 )
 _CAPITAL = re.compile(r"\b[A-HJ-Z]\b")
 _SENTENCE_END = re.compile(r"(?<=[a-z][.!?])\s")
@@ -126,6 +132,8 @@ def _picked_letter(text: str) -> str:
     """Returns the capital that is picked, or called right, last."""
     found = [(match.start(), match[1]) for match in _CALLED_RIGHT.finditer(text)]
     for match in _PICKED.finditer(text):
+        if _DOUBTED.search(text[max(0, match.start() - 30) : match.start()]):
+            continue
         letter = _letter_at(text[match.end() : match.end() + 60])
         if letter and re.search(rf"{letter}|\b{letter.lower()}\)", text[match.end() :][:60]):
             found.append((match.start(), letter))
@@ -134,7 +142,7 @@ def _picked_letter(text: str) -> str:
 
 def _closing_letter(line: str) -> str:
     """Returns the capital that the last sentence of a line ends with, if it has no other."""
-    sentence = _SENTENCE_END.split(line)[-1]
+    sentence = _SENTENCE_END.split(line[-100:])[-1]
     found = _AT_THE_END.search(sentence)
     is_sole = len({*_CAPITAL.findall(sentence)}) == 1 and not _DENIES.search(sentence)
     return found[1] if found and is_sole else ""

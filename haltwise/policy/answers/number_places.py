@@ -19,7 +19,7 @@ _BEHIND = re.compile(
     r"\s?[)}\]]{0,3}\s?(?:[-+]\s?(?:[0-9(\\]|[A-Za-z](?![A-Za-z]))|[*\u00d7\u00f7\u00b7/]\s?[0-9(\\]|"
     r"/\s?[xyzn](?![A-Za-z])|[<>\u2260\u00b1|]|\^(?!\s?\{?\\circ)|!|\\(?:pm|mp|times|cdot|div|sqrt|pi|log|ln|sin|cos|tan|b?mod)(?![a-z])|mod(?![a-z])|"
     r"\\[dt]?frac(?!\s?\{\s?(?:[A-Za-z]{2,20}|[mgl])\s?\})|"
-    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[abeipqruvw](?![{NAME_LETTERS}']))"
+    rf"[\u03c0\u221a]|[xyzn](?![{NAME_LETTERS}'])|(?<=[0-9])[abeiqruvw](?![{NAME_LETTERS}']))"
 )
 # The number before the last one, and what joins them: 5 or 7, 5 red and 7, 5 (or 7), 5 to 7.
 _TO = (
@@ -45,11 +45,11 @@ _WHERE_ANOTHER_IS = (
     r"(?:[\s,](?:rather\sthan|instead\sof|as\sopposed\sto)|(?<=[0-9])\s(?:out\s)?of\s(?:the|these|those))"
     r"\s[$\u20ac\u00a3\\(]{0,3}"
 )
-# What is denied, "not 7"; and where it only stands beside an answer: "5, not 7".
+# What is denied, "not 7", or whole, "20% of 7"; and where it stands beside an answer: "5, not 7".
 _DENIED = re.compile(
     rf"(?:{NOT}|(?<!\w){NOT_BEFORE_IS}(?={IS})|n't|cannot)"
     rf"(?:{IS}|\s?(?:be|equals?|to)(?!\w)){{0,2}}\s?[$\u20ac\u00a3\\(]{{0,3}}[-+]?$|"
-    rf"{_WHERE_ANOTHER_IS}$",
+    rf"{_WHERE_ANOTHER_IS}$|%\sof\s(?:the\s)?[$\u20ac\u00a3\\(]{{0,3}}$",
     re.IGNORECASE,
 )
 _INSTEAD = re.compile(
@@ -61,7 +61,7 @@ _RELATIONS = {
     r"\\g(?:e|eq|t)(?![a-z])|>=": ">",
     r"\\neq?(?![a-z])|!=": "\u2260",
     r"\\(?:approx|simeq|doteq)(?![a-z])": "\u2248",
-    r"\\equiv(?![a-z])|\u2261|[=-]>|[\u2192\u21d2\u27f9]|\\(?:Rightarrow|rightarrow|implies|to)(?![A-Za-z])": "=",
+    r"\\(?:[Rr]ightarrow|implies|equiv|to)(?![A-Za-z])|[=-]>|[\u2192\u21d2\u27f9\u2261]": "=",
 }
 # What a sentence goes on with behind its number: reasons, conditions and remarks.
 _GOES_ON = re.compile(

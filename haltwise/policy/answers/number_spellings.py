@@ -101,11 +101,8 @@ def _as_scaled(found: _Found) -> str:
     return f"{size}e{zeros}{found[2] or ''}"
 
 
-_PARTS = {"half": " 1/2", "third": " 1/3", "quarter": " 1/4"}
-
-
 def _as_part(found: _Found) -> str:
-    return _PARTS[found[1].casefold()]
+    return f" 1/{2 if found[1].casefold() == 'half' else 4}"
 
 
 _ZEROS = {"K": 3, "M": 6, "B": 9}
@@ -181,14 +178,8 @@ _PLAIN = _compiled(
             _as_repeating,
         ),
         (r"([0-9]{1,30})\.([0-9]{2,99})\s?(?:\.{3}|\u2026|\\[lc]?dots)", _as_and_so_on),
-        # 15h30 and 15.30 Uhr.
-        (
-            r"(?<![0-9:.,])(1[0-9]|2[0-3]|0?[0-9])(?:h(?=[0-5][0-9](?![0-9a-z]))|"
-            r"[\u65f6\u6642\u70b9\u9ede\uc2dc]\s?(?=[0-5][0-9]\s?[\u5206\ubd84])|\.(?=[0-5][0-9]\sUhr))",
-            r"\1:",
-        ),
         # 2 and a half.
-        (r"(?<=[0-9])\sand\s(?:a|one)\s(half|third|quarter)(?!\w)", _as_part),
+        (r"(?<=[0-9])\sand\s(?:a|one)\s(half|quarter)(?!\w)", _as_part),
         # 12th and 12^{th}.
         (r"(?<=[0-9])\s?\^?\s?\{?\s?(?:st|nd|rd|th)\b\s?\}?", ""),
         # 1.5 \times 10^3, and 10^3 by itself.
@@ -214,6 +205,13 @@ _PLAIN = _compiled(
         ),
         # -(2/3).
         (r"-\s?(?:\\left)?\(\s?([0-9./]{1,60})\s?(?:\\right)?\)(?!\s?\^)", r"-\1"),
+        # 15h30 and 15.30 Uhr.
+        (
+            r"(?<![0-9:.,])(1[0-9]|2[0-3]|0?[0-9])(?:h(?=[0-9]{2}(?:min)?(?![0-9a-z]))|"
+            r"[\u65f6\u6642\u70b9\u9ede\uc2dc]\s?(?=[0-9]{2}\s?[\u5206\ubd84])|\.(?=[0-9]{2}\sUhr))"
+            r"([0-5][0-9])(?:min|\s?[\u5206\ubd84]|\sUhr)?",
+            r"\1:\2",
+        ),
         (rf"({FORENOON}|{AFTERNOON})\s?([0-9]{{1,2}}:[0-5][0-9])(?![0-9:])", _as_named_time),
         (
             r"(?<![0-9:.,])(1[0-9]|2[0-3]|0?[0-9])[:.]([0-5][0-9])\s{0,3}([ap])\.?m\b\.?",

@@ -23,7 +23,8 @@ _STYLE = re.compile(
 )
 
 _BLANKS = r"[\s*_]{0,9}"
-# Here bold type may end, or a list or bold type begin; a single star or underscore may be a part of the answer.
+# Here bold type may end, or a list or bold type begin; a single star or underscore may be a part of
+# the answer.
 _BOLD = r"(?:\*\*)?\s*(?:(?<=\n)[-*\u2022]\s+)?(?:\*\*(?=\S))?"
 
 # "The answer to the first question is", and "la respuesta correcta es".
@@ -64,6 +65,12 @@ _TAG = re.compile("<(?:final_?)?answer>")
 _END_TAG = re.compile("</(?:final_?)?answer>")
 # A line that opens or closes a block of code.
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[ \t]*$\n?", re.MULTILINE)
+# A line that is the answer, and below it "Explanation:".
+_EXPLAINED = re.compile(
+    r"\s*([^\n]{1,60})(?<!:)\n[\s#*_>]{0,9}(?:explanation|note|justification|explicaci\u00f3n|explication|"
+    r"erkl\u00e4rung|\u043e\u0431\u044a\u044f\u0441\u043d\u0435\u043d\u0438\u0435|\u8bf4\u660e|\u89e3\u91ca|\u89e3\u6790|\u89e3\u8aac|\uc124\uba85)[*_]{0,3}\s?[:\uff1a]",
+    re.IGNORECASE,
+)
 _NEXT_QUESTION = re.compile(
     r"\n\s{0,9}[#*\s]{0,6}(?:question|problem|q|human|user)\s?[0-9]{0,3}[*\s]{0,3}:", re.IGNORECASE
 )
@@ -130,8 +137,8 @@ def lines(text: str) -> list[str]:
 def own_part(text: str) -> str:
     """Returns what is in <answer>...</answer>, or else a text up to the next question.
 
-    Some LMs ask themselves one after their answer, or say how sure they are: that is left out, too,
-    and so are the fences of a block of code, closed or not.
+    Some LMs ask themselves one after their answer, explain it, or say how sure they are: that is
+    left out, too, and so are the fences of a block of code, closed or not.
     """
     text = _FENCE.sub("", _SURE.sub("", _CONFIDENCE.sub("", text)))
     _, *tagged = _TAG.split(text)
@@ -140,8 +147,15 @@ def own_part(text: str) -> str:
         return inner
     asked = _NEXT_QUESTION.search(text)
     before = text[: asked.start()] if asked else ""
-    is_answered = r"\boxed" in before or _CONCLUDED.search(before)
-    return before if is_answered else text
+    if asked and _is_told(before):
+        return before
+    explained = _EXPLAINED.match(text)
+    return explained[1] if explained and not _is_told(text) else text
+
+
+def _is_told(text: str) -> bool:
+    """Says whether a text tells its answer in a box or behind words."""
+    return r"\boxed" in text or bool(_CONCLUDED.search(text))
 
 
 def conclusions(text: str) -> list[str]:

@@ -20,6 +20,7 @@ from haltwise.policy.answers.number_places import (
     last_number,
     only_number,
 )
+from haltwise.policy.answers.number_words import number_in_words
 from haltwise.policy.answers.places import (
     boxed,
     conclusions,
@@ -29,19 +30,20 @@ from haltwise.policy.answers.places import (
     said,
     unstyled,
 )
-from haltwise.policy.answers.words import MINUS, POLITE_END
+from haltwise.policy.answers.words import MINUS, POLITE_END, SCALE
 
 # A time or ratio, a date, a mixed number, or any other, with a power of ten, % or th behind it.
 _SPELT_NUMBER = re.compile(
     rf"(?<![{NAME_LETTERS}0-9_.^])(?>[0-9]{{1,9}}(?::[0-9]{{1,9}}){{1,2}}(?![0-9])(?:\s?[ap]\.?m\b\.?)?|"
     r"[0-9]{1,4}([-/.])[0-9]{1,4}(?:\1[0-9]{1,4}){1,2}(?![0-9])|"
     r"[-+]?[0-9]{1,9} [0-9]{1,9}/[0-9]{1,9}(?![0-9])|"
-    r"[-+]?(?:[1-9][0-9]{0,2}(?:(?:,| |\{,\}|\\[,!])[0-9]{3})+(?![0-9])|[0-9]+(?:,[0-9]+(?![0-9,]))?)"
+    r"[-+]?(?:[1-9][0-9]{0,2}(?:(?:[, ]|\{,\}|\\[,!])[0-9]{3})+(?![0-9])|"
+    r"[0-9]+(?:,[0-9]+(?![0-9,]))?)"
     r"(?:\.[0-9]+)?(?:e[-+]?[0-9]{1,3}(?!\w))?"
     r"(?:(?:/| / )[0-9]+|"
     r"\s?(?:[\u00d7x*\u00b7]|\\times|\\cdot)\s?10\s?\^\s?[{(]?[-+]?[0-9]{1,3}[})]?)?"
     r"(?:\s?\\?%|(?:st|nd|rd|th)\b|\s?[ap]\.?m\b\.?)?)"
-    rf"(?!\s?\^)(?![{NAME_LETTERS}](?![{NAME_LETTERS}']))",
+    rf"(?!\s?\^|{SCALE})(?![{NAME_LETTERS}](?![{NAME_LETTERS}']))",
     re.IGNORECASE,
 )
 # A list in brackets; a yes with its reason; and a remark behind a few words.
@@ -54,7 +56,7 @@ _REMARK = re.compile(
     r",\si\s(?:think|believe|guess)\b",
     re.IGNORECASE,
 )
-_REASON = re.compile(r",?\s(?:because|since)\s|\s\(", re.IGNORECASE)
+_REASON = re.compile(r",?\s(?:because|since)\s|,\sas\s|\s\(", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!]\s")
 _DECIMAL_OR_TIME = re.compile(
     r"([-+]?)([0-9]+|(?=\.[0-9]))(?:\.([0-9]*)|(:[0-9]{2}(?::[0-9]{2})?))?"
@@ -66,7 +68,7 @@ _QUOTED = re.compile(
     r"[\"'`\u201c\u00ab\u300c]{1,2}([^\"'`\u201c\u201d\u00ab\u00bb\u300c\u300d]+)[\"'`\u201d\u00bb\u300d]{1,2}"
 )
 _BESIDE_A_SIGN = re.compile(r"(?<=[-,:;/=+*<>|()\[\]{}]) | (?=[-,:;/=+*<>|()\[\]{}])")
-_SAID_MINUS = re.compile(rf"(?<![0-9])(?<![0-9]\s){MINUS}(?=[0-9])", re.IGNORECASE)
+_MINUS_BEFORE = re.compile(rf"(?<![0-9])(?<![0-9]\s){MINUS}$", re.IGNORECASE)
 _TAG = re.compile(r"</?[a-z_]{1,12}>")
 _EXCLAIMED = re.compile(r"!{1,9}(?=\s(?!\s?[-+*/=\\])|$)")
 
@@ -92,12 +94,12 @@ _GOES_ON = re.compile(
     r"[.!]\s|[\u3002\uff0c]|,?\s(?:because|since|as|which|so)\s|\s?\u2014", re.IGNORECASE
 )
 
-
+_LATEX_COMMA = re.compile(r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})")
 # Spellings of LaTeX and their plain ones.
 _SPELLINGS = [
     (re.compile(pattern), plain)
     for pattern, plain in (
-        (r"(?<=[0-9])(?:\{,\}|,?\\[,!],?)(?=[0-9]{3})", ","),
+        (_LATEX_COMMA, ","),
         (r"(?<=\S)\{([,:.])\}(?=\S)", r"\1"),
         (r"\\!", ""),
         (r"\\[,;:]|(?<=\w)~(?=\w)", " "),
@@ -154,19 +156,24 @@ def _bare(text: str) -> str:
     return _BEFORE_IT.sub("", text.rstrip(" $.\u3002"))
 
 
+def _spelt(text: str, found: re.Match[str]) -> str:
+    """Returns a number in canonical spelling, with the minus that is said before it."""
+    is_negative = _MINUS_BEFORE.search(text[max(0, found.start() - 20) : found.start()])
+    return canonical(("-" if is_negative else "") + found[0].rstrip(","))
+
+
 def _told_answer(line: str) -> str | None:
     """Returns the number, or the few words, that follow "the answer is"; None if there are none."""
     whole = _BRACKETED.fullmatch(line) or _VERDICT.match(line)
     if whole:
         return canonical(whole[1])
+    line = _LATEX_COMMA.sub(",", line)
     told = _REASON.split(line)[0]
     if re.search(r"[^\W\d_]", told) and not re.search("[0-9]", told) and re.search("[0-9]", line):
         line = told  # Monday (84 mod 7 = 0)
     part = clause(line)
     numbers = [
-        canonical(found[0].rstrip(","))
-        for found in _SPELT_NUMBER.finditer(part)
-        if not is_part(part, found)
+        _spelt(part, found) for found in _SPELT_NUMBER.finditer(part) if not is_part(part, found)
     ]
     if numbers:
         return numbers[-1] if "=" in part or len(set(numbers)) == 1 else ""
@@ -181,7 +188,7 @@ def read_answer(text: str) -> str:
     """Reads the answer from the text generated after the close text.
 
     The last boxed answer counts. If there is none, what follows "the answer is" does, or else the
-    last number, and if there is no number either, a word that stands alone.
+    last number, and if there is no number either, a word that stands alone, or a few in bold type.
 
     Args:
         text: The decoded text, without special tokens.
@@ -193,7 +200,7 @@ def read_answer(text: str) -> str:
     content = boxed(text)
     if content is not None:
         return canonical(content)
-    text = _SAID_MINUS.sub("-", _EXCLAIMED.sub(".", _TAG.sub("", text)))
+    text = _EXCLAIMED.sub(".", _TAG.sub("", text))
     for place in conclusions(text):
         told = _told_answer((lines(place) or [""])[0])
         if told is not None:
@@ -204,8 +211,9 @@ def read_answer(text: str) -> str:
     numbers, words = list(_SPELT_NUMBER.finditer(text)), text.split()
     last = last_affirmed(text, numbers)
     if last and not is_joined(text, last) and not is_part(text, last):
-        return canonical(last[0].rstrip(","))
-    return canonical(words[0]) if len(words) == 1 else ""
+        return _spelt(text, last)
+    is_alone = len(words) == 1 or (not numbers and _QUOTED.fullmatch(text.strip()))
+    return canonical(text) if is_alone else ""
 
 
 def read_strict(text: str) -> str:
@@ -272,7 +280,7 @@ def read_number(text: str) -> str:
 
     Thousands separators, units, currency and percent signs do not matter, and the exact value
     counts: 1,000 and 1000.0 and 10^3 are one number, and so are 1/2 and \frac{1}{2} and 0.5, and
-    0.333... and 1/3. 50 % is 50. A time of day, such as 5:30, is one number.
+    0.333... and 1/3, and 42 and forty-two. 50 % is 50. A time of day, such as 5:30, is one number.
 
     Args:
         text: The decoded text, without special tokens.
@@ -284,13 +292,16 @@ def read_number(text: str) -> str:
     text = own_part(plain_characters(text))
     content = boxed(text, may_be_open=True)
     if content is not None:
-        return only_number(unstyled(content))
+        return only_number(unstyled(content)) or number_in_words(unstyled(content))
     text = _EXCLAIMED.sub(".", _TAG.sub("", unstyled(text)))
     for place in conclusions(text):
         line = (lines(place) or [""])[0]
         if _BEGINS_WITH_A_NUMBER.match(line):
             return only_number(line)
-    return last_number(text)
+        in_words = number_in_words(line)
+        if in_words:
+            return in_words
+    return last_number(text) if re.search("[0-9]", text) else number_in_words(text)
 
 
 def read_choice(text: str) -> str:

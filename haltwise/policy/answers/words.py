@@ -95,7 +95,8 @@ _SCALES = {
     2: "hundred",
     3: "thousand thousands tausend mille mil тысяча тысячи тысяч тыс tsd",
     5: "lakh lakhs",
-    6: "million millions millionen millón millones milhão milhões milioni миллион миллиона млн mln mio",
+    6: "million millions millionen millón millones milhão milhões milioni миллион миллиона млн mln "
+    "mio",
     7: "crore crores",
     9: "billion billions milliard milliards milliarden miliardi миллиард миллиарда млрд mrd",
     12: "trillion trillions",
@@ -139,7 +140,7 @@ BUT = rf"(?:\s(?:{any_of(_BUT)})(?!\w)|\s?(?:{any_of(_BUT_UNSPACED)}|,\s?是))"
 INSTEAD_OF = r"(?:ではなくて?|じゃなくて?|[가이]\s?아니[라고])[,、]?\s?"
 #: "Minus" before a number, but not "al menos", which is "at least".
 MINUS = (
-    rf"(?<!\bal\s)(?<!\bau\s)(?<!\blo\s)(?:\b(?:{any_of(_MINUS)})\s{{1,3}}|"
+    rf"(?:\b(?:{any_of(_MINUS)})(?<!\bal\smenos)(?<!\blo\smenos)(?<!\bau\smoins)\s{{1,3}}|"
     rf"(?:{any_of(_MINUS_UNSPACED)})\s?)"
 )
 #: What stands before a time in the morning, and in the afternoon.
@@ -148,8 +149,8 @@ AFTERNOON = "下午|晚上|午後|오후"
 #: Words that take an answer back, up to the number or letter that takes its place.
 RETRACTED = (
     r"(?=[a-z不等])(?:(?<![\s\S])|(?<=[.,;:!?(\u2014]\s)|(?<=[,\n\u2014\u3002])|(?<=\sor\s))"
-    r"(?:(?:wait|oh|actually|sorry|oops|correction|hmm|i\smean|i\swas\swrong|my\smistake|on\ssecond\sthought|"
-    r"scratch\sthat|digo|perdón)(?!\w)|no(?=[,.;:!\u2014]|\s(?:\u2014|wait|it|actually))|不对|不對|等等)[\s,.:;!?\u2014]{0,5}"
+    r"(?:(?:wait|oh|(?:but\s)?(?:it(?:'s|\sis)\s)?actually|sorry|oops|correction|hmm|i\smean|"
+    r"i\swas\swrong|my\smistake|on\ssecond\sthought|scratch\sthat|digo|perdón)(?!\w)|no(?=[,.;:!\u2014]|\s(?:\u2014|wait|it|actually))|不对|不對|等等)[\s,.:;!?\u2014]{0,5}"
     r"(?:(?:no|oh|wait|actually|hmm|sorry|it(?:'s|\sis)|that's|should\sbe|must\sbe|rather)(?!\w)"
     r"[\s,.:;!\u2014]{0,5}|应?该?是){0,6}"
     r"(?=[\\$\u20ac\u00a3]{0,2}[-+]?[0-9][0-9.,/:]{0,30}%?\$?(?:\s[^\W\d]{1,20})?\s*(?:[.,;!)\n\u3002]|$)|"
@@ -165,8 +166,8 @@ OR_WORDS = one_of(f"{_OR} {_OR_UNSPACED}")
 
 #: What stands before the letter of a choice, and behind it.
 OPTION = (
-    r"(?:option|choice|letter|opci[oó]n|opção|opzione|alternativa|вариант|letra|lettera|lettre|"
-    r"antwort|буква|विकल्प)"
+    r"(?:option|choice|letter|opci[oó]n|opção|opzione|alternativa|variante|вариант|letra|lettera|"
+    r"lettre|antwort|буква|विकल्प|선택지)"
 )
 OPTION_BEHIND = "(?:选项|選項|项|項|番|번|şıkkı)"
 
