@@ -60,6 +60,7 @@ from evaluation.honest import price_words
 from evaluation.outcome import Outcome
 from evaluation.plot import plot_frontiers
 from evaluation.protocol import GATES, folds, own_price
+from evaluation.results import Report
 from evaluation.rows import to_json
 from evaluation.table import format_honest, format_segments, format_table
 from evaluation.training_curve import CurvePoint, curve_point
@@ -70,7 +71,7 @@ from evaluation.trials import (
     format_trials,
     try_checkpoints,
 )
-from evaluation.verdict import conclusion
+from evaluation.verdict import Verdict, conclusion
 from haltwise import HaltHead, Halting, HeadConfig, InputError, feature_names
 from haltwise.errors import check_ranges, option
 from haltwise.policy.halting import Probing
@@ -202,14 +203,16 @@ def main(config: TrainConfig) -> Path:
         print(f"wrote {opened.folder}")
         if "test" in recorded.split:
             print("The exported head, loaded again, on the test questions:")
-            _evaluate(config, opened)
+            verdict = _evaluate(config, opened).verdict
             if parent is not None:
                 print(_beside(parent, opened, recorded, config.max_traces))
         else:
             print("Out of fold, on the questions that the price was chosen on:")
-            print(_conclusion(choice, learning))
+            verdict = _verdict(choice, learning)
+            print(verdict.words)
         own, by_segment = own_price(choice.gates), choice.segment_prices
-        print(price_words(own, by_segment, choice.honest, learning.judged_on))
+        judged_on = learning.judged_on
+        print(price_words(own, by_segment, choice.honest, judged_on, verdict.advice))
     return opened.folder
 
 
@@ -235,12 +238,12 @@ def _beside(parent: Parent, opened: Run, recorded: TraceFiles, max_traces: int) 
     )
 
 
-def _evaluate(config: TrainConfig, opened: Run) -> None:
+def _evaluate(config: TrainConfig, opened: Run) -> Report:
     """Judges the run on the test questions of its traces, and writes the results into it."""
     trained = Trained.load(opened)
     outputs = Outputs(opened.test_json, opened.test_page, opened.test_plot)
     path = opened.beginning().traces
-    evaluate_run(
+    return evaluate_run(
         trained,
         path,
         "test",
@@ -251,7 +254,7 @@ def _evaluate(config: TrainConfig, opened: Run) -> None:
     )
 
 
-def _conclusion(choice: Choice, learning: _Learning) -> str:
+def _verdict(choice: Choice, learning: _Learning) -> Verdict:
     """Says what the head is worth on the questions that its points were chosen on."""
     num_questions = len(np.unique(learning.judged_on.question_id))
     return conclusion(choice.frozen, [], num_questions, evidence=True)

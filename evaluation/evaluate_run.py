@@ -138,7 +138,7 @@ def evaluate_run(
     if live:
         report = replace(report, ran_live=True, live=_live(trained, traces))
     _write(outputs, report, trained.run)
-    print(f"\n{report.conclusion}")
+    print("", report.verdict.words, *filter(None, [report.other_price]), sep="\n")
     return report
 
 
@@ -166,6 +166,7 @@ def _report(traces: Traces, path: Path, split: str, trained: Trained) -> Report:
         groups=group_rows(traces, compared.outcomes),
         behaviour=_behaviour(traces, judges, gates),
         certificate=config.certificate,
+        own_price=config.default_price,
         curve=_curve(trained.run),
     )
 

@@ -117,7 +117,7 @@ def chosen_points(rows: Iterable[Mapping[str, Any]]) -> Gates:
 
 
 def price_words(
-    own: float, segments: Iterable[str], rows: Sequence[HonestRow], traces: Traces
+    own: float, segments: Iterable[str], rows: Sequence[HonestRow], traces: Traces, advice: str = ""
 ) -> str:
     """Says which price a head takes by itself, and which one to serve where a loss is bounded.
 
@@ -126,6 +126,7 @@ def price_words(
         segments: The names of those that have prices of their own.
         rows: The rows of `honest_rows`.
         traces: The traces that all of these prices were chosen on.
+        advice: What follows from the verdict; empty where there is none.
     """
     num = len(np.unique(traces.question_id))
     promises = [_promise(row, own, num) for row in rows if row.policy == "head"]
@@ -133,7 +134,8 @@ def price_words(
         "calibrate.py --apply gives the head a price that is certified on other questions: where "
         "it vouches for less than this, go by the certificate."
     )
-    return "\n".join([_own_words(own, sorted(segments)), *promises, certify_it])
+    own_words = f"{_own_words(own, sorted(segments))} {advice}".rstrip()
+    return "\n".join([own_words, *promises, certify_it])
 
 
 def _own_words(own: float, segments: Sequence[str]) -> str:
@@ -143,9 +145,7 @@ def _own_words(own: float, segments: Sequence[str]) -> str:
     by_segment = f"; one that names its segment ({', '.join(segments)}) takes that of the segment"
     return (
         f"The head's own price is {number(own)}, which lost nothing on the questions that it was "
-        f"chosen on: a request that names no price takes it{by_segment if segments else ''}. If "
-        "the verdict says behind, record more questions before you serve it; else serve it "
-        "as it is, unless you promise somebody what is lost."
+        f"chosen on: a request that names no price takes it{by_segment if segments else ''}."
     )
 
 

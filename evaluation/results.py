@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import TYPE_CHECKING, Any
 
 from evaluation.behaviour import Behaviour
@@ -17,7 +18,7 @@ from evaluation.rows import (
     to_json,
 )
 from evaluation.training_curve import CurvePoint
-from evaluation.verdict import conclusion
+from evaluation.verdict import Verdict, conclusion, other_price
 from haltwise import Certificate
 
 if TYPE_CHECKING:  # the module loads an LM's framework, which a page does without
@@ -62,6 +63,8 @@ class Report:
     behaviour: Sequence[Behaviour]
     """What the head does inside thoughts, at each gate where it halts."""
     certificate: Certificate | None
+    own_price: float
+    """What the head takes by itself; not the price of its points if one was certified since."""
     honest: Sequence[HonestRow] = ()
     """Every policy at the points that are to keep a gate on new questions too; none if the run has
     chosen none."""
@@ -73,11 +76,20 @@ class Report:
     """What came of that; None if the head never halts at any operating point."""
 
     @property
-    def conclusion(self) -> str:
-        """What the head is worth, in a sentence."""
+    def verdict(self) -> Verdict:
+        """What the head is worth, and what follows from it."""
         return conclusion(
             self.frozen, self.groups, self.traces.num_questions, evidence=self.evidence
         )
+
+    @property
+    def other_price(self) -> str:
+        """What the head serves if that is not what the verdict is about; else empty."""
+        points = [row for row in self.frozen if isinstance(row, FrozenRow) and row.policy == "head"]
+        if isclose(min(points, key=lambda row: row.gate).parameter or 0.0, self.own_price):
+            return ""
+        has_segments = self.certificate is not None and bool(self.certificate.segments)
+        return other_price(self.own_price, has_segments, self.rows if self.evidence else [])
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object with a key for each field."""

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 
 from evaluation.frozen import strongest
-from evaluation.rows import FrozenRow, GroupRow, Interval, MissingPoint, RecordingRow
+from evaluation.rows import (
+    FrozenRow,
+    GroupRow,
+    Interval,
+    MissingPoint,
+    MissingSweep,
+    RecordingRow,
+    SweepRow,
+)
 from evaluation.wording import (
     between,
     counted,
@@ -27,6 +36,30 @@ from traces.soundness import LEAST_EM
 
 # Groups that are named one by one; of more, the number is told.
 _MOST_LOSSES = 10
+_UNJUDGED = "Nothing is known of the head by that: do not serve it before it is judged."
+# By how the head stands, see `GateVerdict.badge`, what to do.
+_ADVICE = {
+    "ahead": "The head is ahead: serve it at its own price.",
+    "tie": (
+        "A simple rule does as well, as far as these questions tell: take that one, or record more "
+        "questions, which may tell them apart."
+    ),
+    "behind": (
+        "The head loses against a simple rule: do not serve it, take that rule, or record more "
+        "questions and train again."
+    ),
+    "unknown": (
+        "What the head is worth cannot be told: do not serve it, and record more questions first."
+    ),
+    "mixed": (
+        "The head loses exact match, as the verdict says: do not serve it at its own price before "
+        "one is certified."
+    ),
+    "never": (
+        "By itself the head halts nothing, so that serving it saves nothing: record more "
+        "questions, or certify a price."
+    ),
+}
 # Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
@@ -45,6 +78,15 @@ class GateVerdict:
     """What the head comes to, and how it compares with the strongest baseline."""
     losses: str
     """A sentence about the groups in which the head loses exact match."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The sentence with which a command ends, and what follows from it."""
+
+    words: str
+    advice: str
+    """Whether to serve the head at its own price, in a sentence."""
 
 
 def judge(
@@ -81,8 +123,8 @@ def conclusion(
     num_questions: int,
     *,
     evidence: bool,
-) -> str:
-    """Returns the one sentence with which a command ends: what the head is worth.
+) -> Verdict:
+    """Returns what the head is worth, in the one sentence with which a command ends.
 
     It is about the strictest gate, whose price is the head's own.
 
@@ -94,26 +136,59 @@ def conclusion(
     """
     never = next(row for row in frozen if isinstance(row, FrozenRow) and row.policy == "never")
     if not evidence:
-        return "Verdict: none, since the head learned from these questions."
+        words = "Verdict: none, since the head learned from these questions."
+        return Verdict(words, _UNJUDGED)
     if never.em < LEAST_EM:
-        return (
+        words = (
             f"Verdict: none, since the LM, never halted, is right on {percent(never.em)} % of "
             "these traces: where nothing can be lost, a saving says nothing, so look at the "
             "answers and at how they are scored."
         )
+        return Verdict(words, _UNJUDGED)
     known = {(row.gate, row.policy): row for row in frozen if isinstance(row, FrozenRow)}
     gates = sorted(gate for gate, policy in known if policy == "head")
     rivals = {gate: known.get((gate, strongest(frozen, gate) or "")) for gate in gates}
     if known[gates[0], "head"].parameter is None:
-        return f"Verdict: {_of_never(gates, known, rivals[gates[0]])}."
+        return Verdict(f"Verdict: {_of_never(gates, known, rivals[gates[0]])}.", _ADVICE["never"])
     head, rival = known[gates[0], "head"], rivals[gates[0]]
     name = None if rival is None else rival.policy
     verdict = judge(frozen, gates[0], name, groups, num_questions)
-    return (
+    words = (
         f"Verdict: {verdict.badge[1]}: at a price of {number(head.parameter or 0.0)}, chosen to "
         f"lose {gate_title(head.gate)}, the head {_came_to(head)}, on "
         f"{counted(num_questions, 'question')}{_against(rival)}."
     )
+    return Verdict(words, _advice(verdict.badge[0], head))
+
+
+def _advice(kind: str, head: FrozenRow) -> str:
+    """Says whether to serve a head at its own price, by how it stands and what EM it may lose."""
+    change = head.em_delta_interval
+    if kind in ("ahead", "tie") and is_known(change) and change[1] < 0:
+        return _ADVICE["mixed"]
+    if kind != "ahead" or not is_known(change) or change[0] >= 0:
+        return _ADVICE[kind]
+    return (
+        f"{_ADVICE[kind]} These questions do not exclude a loss of {exact_match(-change[0])} "
+        "points: if that is too much, certify a price first."
+    )
+
+
+def other_price(own: float, has_segments: bool, rows: Sequence[SweepRow | MissingSweep]) -> str:
+    """Says what a head serves whose own price is not the one any more that a verdict is about.
+
+    Args:
+        own: The head's own price.
+        has_segments: Whether segments have prices of their own.
+        rows: Every policy over its grid; none if what the head comes to is no evidence.
+    """
+    by_segment = "; a request that names its segment gets that of the segment" * has_segments
+    if not own:
+        return f"By now the head's own price is 0, at which it halts nothing{by_segment}."
+    said = f"By now the head's own price is another one, {number(own)}"
+    known = (one for one in rows if isinstance(one, SweepRow) and one.policy == "head")
+    row = next((one for one in known if isclose(one.parameter or 0.0, own)), None)
+    return f"{said}{f', which here {_came_to(row)}' if row else ''}{by_segment}."
 
 
 def side_by_side(rows: Sequence[RecordingRow]) -> str:
@@ -177,7 +252,7 @@ def _of_never(
     return f"{said}; the best of the simple rules, {policy_title(rival.policy)}, {_came_to(rival)}"
 
 
-def _came_to(row: FrozenRow) -> str:
+def _came_to(row: SweepRow) -> str:
     """Says in a clause what a policy saves and how EM changes, with intervals."""
     saved, change = row.saving_interval, row.em_delta_interval
     meaning = ""
@@ -197,8 +272,8 @@ def _against(rival: FrozenRow | None) -> str:
         return ""
     ahead, interval = rival.head_lead_at_equal_em, rival.head_lead_at_equal_em_interval
     return (
-        f"; at equal exact match it saves {lead(ahead)} points {between(interval, lead)}".rstrip()
-        + f" against the strongest baseline, {policy_title(rival.policy)}"
+        f"; at equal exact match it saves {_more(ahead)} {between(interval, lead)}".rstrip()
+        + f" than the strongest baseline, {policy_title(rival.policy)}"
     )
 
 
@@ -299,7 +374,12 @@ def _difference(other: FrozenRow, ahead: float) -> str:
         where = (
             f"At equal EM on its frontier (there {name} saves {percent(other.saving_at_head_em)} %)"
         )
-    return f"{where} the head saves {percent(abs(ahead))} points {'less' if ahead < 0 else 'more'}"
+    return f"{where} the head saves {_more(ahead)}"
+
+
+def _more(ahead: float) -> str:
+    """Returns a lead in saving in points, as more or less."""
+    return f"{percent(abs(ahead))} points {'less' if ahead < 0 else 'more'}"
 
 
 def _lost(groups: Sequence[GroupRow]) -> list[GroupRow]:

@@ -226,6 +226,7 @@ def report(lead: float = 0.05) -> Row:
         ],
         "behaviour": [behaviour(0.0, 0.5), behaviour(0.01, 0.75)],
         "certificate": certificate(),
+        "own_price": 0.75,
         "honest": [],
         "curve": curve(),
     }

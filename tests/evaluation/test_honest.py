@@ -77,12 +77,10 @@ def test_it_is_told_in_words_and_in_a_table(asked: Traces, make_traces: MakeTrac
     assert rows[0].saving == pytest.approx(0.1) and rows[0].parameter == 0.1
     assert format_honest(rows).splitlines()[2].split()[:2] == ["head", "0.1"]
     said = "To lose at most 1 point on new questions of this kind too, with a confidence of 90%: "
-    own, promised, last = price_words(0.4, [], rows, traces).splitlines()
+    own, promised, last = price_words(0.4, [], rows, traces, "Serve it.").splitlines()
     assert own == (
         "The head's own price is 0.4, which lost nothing on the questions that it was chosen on: a "
-        "request that names no price takes it. If the verdict says behind, record more "
-        "questions before you serve it; else serve it as it is, unless you promise somebody what "
-        "is lost."
+        "request that names no price takes it. Serve it."
     )
     num = len(np.unique(traces.question_id))
     saves = f"which saves 10.0 % on the {num:,} questions that it was chosen on"

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from evaluation.rows import FrozenRow, MissingPoint
-from evaluation.verdict import conclusion, judge
-from tests.evaluation.reports import frozen, group, known, made_frozen, made_group
+from evaluation.verdict import conclusion, judge, other_price
+from tests.evaluation.reports import (
+    frozen,
+    group,
+    known,
+    made,
+    made_frozen,
+    made_group,
+    made_row,
+    report,
+)
 
 Rows = list[FrozenRow | MissingPoint]
 MINUS = "\N{MINUS SIGN}"
@@ -24,16 +35,16 @@ def rows(gate: float, price: float | None, **head: Any) -> Rows:
 
 
 def test_a_head_that_halts_is_told_with_price_saving_change_and_rival() -> None:
-    assert conclusion(rows(0.0, 0.25), [], 400, evidence=True) == (
+    assert conclusion(rows(0.0, 0.25), [], 400, evidence=True).words == (
         "Verdict: ahead: at a price of 0.25, chosen to lose nothing, the head saves 40.0 % of the "
         f"tokens [37.0, 43.0] with a change of exact match of {MINUS}0.10 points [{MINUS}2.10, "
-        "+1.90], on 400 questions; at equal exact match it saves +5.0 points [+3.0, +7.0] against "
-        "the strongest baseline, confidence threshold."
+        "+1.90], on 400 questions; at equal exact match it saves 5.0 points more [+3.0, +7.0] "
+        "than the strongest baseline, confidence threshold."
     )
 
 
 def test_a_price_of_a_wider_gate_is_offered_and_not_taken() -> None:
-    assert conclusion(rows(0.0, None) + rows(0.01, 0.5), [], 400, evidence=True) == (
+    assert conclusion(rows(0.0, None) + rows(0.01, 0.5), [], 400, evidence=True).words == (
         "Verdict: never halts: no price was found that was sure to lose nothing, so that the "
         "head's own price is 0 and no thought is halted unless a request names a price; a price of "
         "0.5, chosen to lose at most 1 point, saves 40.0 % of the tokens [37.0, 43.0] with a "
@@ -42,7 +53,7 @@ def test_a_price_of_a_wider_gate_is_offered_and_not_taken() -> None:
 
 
 def test_a_head_without_a_price_says_what_a_rule_does() -> None:
-    told = conclusion(rows(0.0, None), [], 400, evidence=True)
+    told = conclusion(rows(0.0, None), [], 400, evidence=True).words
     assert told.endswith(
         "; the best of the simple rules, confidence threshold, saves 35.0 % of the tokens [32.0, "
         f"38.0] with a change of exact match of {MINUS}0.20 points [{MINUS}2.20, +1.80]."
@@ -51,25 +62,27 @@ def test_a_head_without_a_price_says_what_a_rule_does() -> None:
 
 def test_a_loss_is_called_one() -> None:
     lost = {"em_delta": -0.03, "em_delta_interval": [-0.05, -0.01]}
-    assert "points [\N{MINUS SIGN}5.00, \N{MINUS SIGN}1.00], a loss, on 400" in conclusion(
-        rows(0.0, 0.25, **lost), [], 400, evidence=True
+    assert (
+        "points [\N{MINUS SIGN}5.00, \N{MINUS SIGN}1.00], a loss, on 400"
+        in conclusion(rows(0.0, 0.25, **lost), [], 400, evidence=True).words
     )
 
 
 def test_an_interval_that_is_no_evidence_is_left_out() -> None:
     alike = {"saving_interval": [0.4, 0.4], "em_delta": 0.0, "em_delta_interval": [0.0, 0.0]}
-    assert "of the tokens with a change of exact match of +0.00 points, on 400" in conclusion(
-        rows(0.0, 0.25, **alike), [], 400, evidence=True
+    assert (
+        "of the tokens with a change of exact match of +0.00 points, on 400"
+        in conclusion(rows(0.0, 0.25, **alike), [], 400, evidence=True).words
     )
 
 
 def test_where_nothing_can_be_lost_nothing_is_concluded() -> None:
     hopeless = rows(0.0, 0.25)[:2]
     never = made_frozen(frozen(0.0, known("never", None, 0.0, 0.0) | {"em": 0.07}))
-    assert conclusion([*hopeless, never], [], 400, evidence=True).startswith(
+    assert conclusion([*hopeless, never], [], 400, evidence=True).words.startswith(
         "Verdict: none, since the LM, never halted, is right on 7.0 % of these traces"
     )
-    told = conclusion(rows(0.0, 0.25), [], 400, evidence=False)
+    told = conclusion(rows(0.0, 0.25), [], 400, evidence=False).words
     assert told == "Verdict: none, since the head learned from these questions."
 
 
@@ -77,6 +90,78 @@ def test_a_group_that_loses_stands_in_the_verdict() -> None:
     groups = [made_group(group("task", name, 0.0, "head")) for name in ("easy", "hard")]
     verdict = judge(rows(0.0, 0.25), 0.0, "confidence", groups, 400)
     assert verdict.badge == ("mixed", "ahead, but loses in task hard")
-    assert "Verdict: ahead, but loses in task hard: at" in conclusion(
-        rows(0.0, 0.25), groups, 400, evidence=True
+    assert (
+        "Verdict: ahead, but loses in task hard: at"
+        in conclusion(rows(0.0, 0.25), groups, 400, evidence=True).words
+    )
+
+
+LOST = {"em_delta": -0.03, "em_delta_interval": [-0.05, -0.01]}
+HARD = [made_group(group("task", "hard", 0.0, "head"))]
+
+
+@pytest.mark.parametrize(
+    ("lead", "interval", "head", "groups", "said", "advice"),
+    [
+        (
+            0.05,
+            [0.03, 0.07],
+            {"em_delta_interval": [0.0, 0.02]},
+            [],
+            "ahead",
+            "serve it at its own",
+        ),
+        (0.05, [0.03, 0.07], {}, [], "ahead", "do not exclude a loss of 2.10 points"),
+        (0.05, [0.03, 0.07], LOST, [], "ahead", "do not serve it"),
+        (0.05, [0.03, 0.07], {}, HARD, "ahead, but", "do not serve it"),
+        (0.01, [-0.01, 0.03], {}, [], "tie", "take that one, or record more"),
+        (0.01, [-0.01, 0.03], LOST, [], "tie", "do not serve it"),
+        (-0.05, [-0.07, -0.03], {}, [], "behind", "do not serve it, take that rule"),
+        (0.05, [0.05, 0.05], {}, [], "cannot be told", "do not serve it, and record more"),
+        (0.05, None, {}, [], "no interval", "do not serve it, and record more"),
+        (None, None, {}, [], "no baseline", "do not serve it, and record more"),
+    ],
+)
+def test_what_to_do_follows_from_the_verdict(
+    lead: float | None, interval: Any, head: Any, groups: Any, said: str, advice: str
+) -> None:
+    made = rows(0.0, 0.25, **head)
+    rival = {"head_lead_at_equal_em": lead, "head_lead_at_equal_em_interval": interval}
+    made[1] = made_frozen(frozen(0.0, known("confidence", 0.9, -0.002, 0.35), 0.05) | rival)
+    found = conclusion(made, groups, 400, evidence=True)
+    assert found.words.startswith(f"Verdict: {said}") and advice in found.advice
+    assert ("serve it at its own price." in found.advice) is (said == "ahead" and head is not LOST)
+
+
+def test_where_there_is_no_verdict_or_nothing_is_halted_no_head_is_to_be_served() -> None:
+    assert "do not serve it" in conclusion(rows(0.0, 0.25), [], 400, evidence=False).advice
+    never = conclusion(rows(0.0, None), [], 400, evidence=True).advice
+    assert never.startswith("By itself the head halts nothing") and "certify a price" in never
+
+
+def test_less_is_told_as_less() -> None:
+    made = rows(0.0, 0.25)
+    made[1] = made_frozen(frozen(0.0, known("confidence", 0.9, -0.002, 0.35), -0.211))
+    assert (
+        f"it saves 21.1 points less [{MINUS}23.1, {MINUS}19.1] than the strongest baseline"
+        in conclusion(made, [], 400, evidence=True).words
+    )
+
+
+def test_a_head_that_serves_another_price_by_now_says_what_that_comes_to() -> None:
+    found = report() | {"own_price": 0.75, "certificate": None}
+    assert made(found).other_price == ""
+    # A price of 0.3 saves 30 % at 2 points less, by the fixture's rows.
+    told = made(found | {"own_price": 0.3}).other_price
+    assert told.startswith(
+        "By now the head's own price is another one, 0.3, which here saves 30.0 %"
+    )
+    assert f"{MINUS}2.00 points" in told
+    unknown = "By now the head's own price is another one, 0.35."
+    assert made(found | {"own_price": 0.35}).other_price == unknown
+    learned = made(found | {"own_price": 0.3, "evidence": False})
+    assert learned.other_price == "By now the head's own price is another one, 0.3."
+    assert other_price(0.0, True, [made_row(known("head", 0.3, 0.0, 0.3))]) == (
+        "By now the head's own price is 0, at which it halts nothing; a request that names its "
+        "segment gets that of the segment."
     )
