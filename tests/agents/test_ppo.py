@@ -1,6 +1,8 @@
 """The agent learns, starts from traces, and is exported as it is."""
 
 import os
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from stable_baselines3.common.logger import Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,9 +36,11 @@ from envs.reward import halt_costs, never_costs
 from evaluation.outcome import halt_outcome, never_outcome
 from evaluation.protocol import folds
 from haltwise import HaltHead, Halting, HeadConfig, InputError
+from haltwise.session.stream import check_served
 from policies.observing import observing_of
 from tests.heads import random_head
 from traces import Traces
+from train import TrainConfig
 
 GROUPS = ("pace", "confidence", "agreement")
 HALTING = Halting("always", "every 50 tokens", "</think>", "source")
@@ -91,6 +96,26 @@ def test_it_learns_to_halt_when_the_answer_is_there(telling_traces: Traces) -> N
     full = float((never.em - 0.3 * never.cost / 1000).mean())
     reached = mean_return(telling_traces, halts, 0.3)
     assert reached - full > 0.9 * (best - full) > 0.05
+
+
+def test_the_flags_of_the_guide_leave_a_head_at_its_start_which_servers_take(
+    random_traces: Traces,
+) -> None:
+    told = (Path(__file__).parents[2] / "docs/YOUR_LM.md").read_text()
+    (flags,) = re.findall("`(--fit.pathwise.steps 0 [^`]+)`", told)
+    config = tyro.cli(TrainConfig, args=shlex.split(flags))
+    assert config.groups is not None
+    observing = observing_of(random_traces, config.groups, HALTING)
+    head = HeadConfig(observing, HALTING, default_price=1.0)
+    learned = fit(random_traces, head, config.fit, seed=0)
+    assert learned.num_timesteps > 1  # a rollout is played all the same
+    env = ReplayEnv(random_traces, observing, HALTING, config.fit.ppo.num_envs)
+    mean_points = random_traces.num_points / len(random_traces)
+    start = make_ppo(env, observing, config.fit.ppo, mean_points=mean_points, seed=0)
+    begun, left = export(start, head), export(learned, head)
+    for name, weights in begun.weights.items():
+        np.testing.assert_allclose(left.weights[name], weights, atol=1e-6)
+    check_served(left)
 
 
 def test_few_traces_are_soon_learned(make_traces: Callable[..., Traces]) -> None:
