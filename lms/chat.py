@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jinja2 import TemplateError
 
 from haltwise import InputError
-from haltwise.errors import json_fault, reason_of, what_failed
+from haltwise.errors import each_once, json_fault, reason_of, what_failed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,11 +132,12 @@ class ChatConfig:
         """
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for number, turn in _turns(self.examples):
-            if not (isinstance(turn, dict) and turn.keys() == {"user", "assistant"}):
+            is_turn = isinstance(turn, dict) and turn.keys() == {"user", "assistant"}
+            if not is_turn or not all(isinstance(text, str) for text in turn.values()):
                 raise InputError(
                     f'{self.examples}, line {number}: expected {{"user": TEXT, "assistant": TEXT}}'
                 )
-            told = ({"role": role, "content": str(turn[role])} for role in ("user", "assistant"))
+            told = ({"role": role, "content": turn[role]} for role in ("user", "assistant"))
             messages += told
         return tuple(messages)
 
@@ -323,7 +324,8 @@ def _turns(path: Path | None) -> list[tuple[int, Any]]:
     turns = []
     for number, line in enumerate(lines, 1):
         try:
-            turns += [(number, json.loads(line))] if line.strip() else []
+            turn = line.strip() and json.loads(line, object_pairs_hook=each_once)
+            turns += [(number, turn)] if line.strip() else []
         except (ValueError, RecursionError) as error:
             told = f"{json_fault(error)}: expected a JSON object"
             raise InputError(f"{path}, line {number}: {told}") from None

@@ -21,6 +21,7 @@ from recording.engine import RecordingEngine, open_engine
 from recording.shards import recorded_ids, told_of, write_shards
 from recording.trace_row import SeededQuestion, trace_id
 from traces import TraceFiles, import_json_lines, read_ids
+from traces.claims import broken_claims
 from traces.soundness import two_verdicts
 
 # The number of questions that the LM is tried with.
@@ -116,6 +117,8 @@ def collect(config: CollectConfig) -> None:
         _, recorder = read_ids(config.out)
         if why_not := Halting.of_recorder(recorder).why_not_run():
             warn(f"{why_not} (docs/TRACES.md says what the first line may tell)")
+        for told in broken_claims(TraceFiles.open(config.out), scorer_of):
+            warn(told)
         _warn_of_scorer(config.out)
         return
     # What cannot be asked is refused before anything is told or loaded.

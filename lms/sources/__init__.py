@@ -14,7 +14,7 @@ from lms.questions import Question
 from lms.scorers import check_scorer, scorer_of
 from lms.sources.builtin import BUILT_INS
 from lms.sources.data_rows import FORMATS, DataRows, rows_of, rows_of_hub
-from lms.sources.forms import NamedColumns
+from lms.sources.forms import NamedColumns, whole
 from lms.sources.gym_task import PREFIX, ReasoningGymTask
 from lms.sources.table_task import TableTask
 from lms.sources.task import AnswerFormat, DataConfig, NoQuestionError, QuestionTask
@@ -93,7 +93,8 @@ def _own(config: DataConfig) -> QuestionTask:
         raise InputError("--task names no task, expected a built-in one, or a file of questions")
     if path.suffix.lower() in FORMATS or path.exists():
         _refuse(config, "data_file")
-        rows, name = rows_of(path, bool(config.split_column)), path.resolve().stem
+        rows = rows_of(path, bool(config.split_column))
+        name = whole(path.resolve().stem, "--task")
     elif is_hub_name(name.partition(":")[0]):
         rows = _rows(config, name)
     else:

@@ -61,15 +61,15 @@ def words(row: DataRow, column: str) -> str:
     found = cell(row, column)
     if not isinstance(found, str) or not found.strip():
         raise InputError(f"{column} is {found!r}, expected a text that is not blank")
-    return _whole(found, column).strip()
+    return whole(found, column).strip()
 
 
-def _whole(text: str, column: str) -> str:
+def whole(text: str, name: str) -> str:
     """Returns a text, or raises InputError if it has halves of characters: no file can have it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{column} is {text!r:.80}, expected no half of a character") from None
+        raise InputError(f"{name} is {text!r:.80}, expected no half of a character") from None
     return text
 
 
@@ -79,7 +79,7 @@ def _scalar(found: Any, column: str) -> str:
         raise InputError(f"{column} is {found!r}, expected a text or a number")
     if isinstance(found, float | Decimal):
         return _digits(Decimal(str(found)))
-    return _whole(str(found), column).strip()
+    return whole(str(found), column).strip()
 
 
 def _digits(number: Decimal) -> str:

@@ -214,6 +214,8 @@ def test_examples_are_lines_and_may_begin_with_a_byte_order_mark(tmp_path: Path)
         (b"\n", r"examples.jsonl is empty, expected JSON lines"),
         (b"\n{oops\n", r"examples.jsonl, line 2: Expecting .*: expected a JSON object"),
         (b'\n{"user": "a"}\n', r'examples.jsonl, line 2: expected {"user": TEXT, "assistant"'),
+        (b'{"user": "a", "assistant": null}', r'examples.jsonl, line 1: expected {"user": TEXT'),
+        (b'{"user": "a", "user": "b"}', r"examples.jsonl, line 1: 'user' is there twice"),
         (b"\xff", r"--examples: .*: expected text in UTF-8"),
     ):
         path.write_bytes(content)

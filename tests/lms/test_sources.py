@@ -451,6 +451,7 @@ def test_a_row_that_cannot_be_asked_is_named(
         ("a.parquet", b"no parquet at all", r"cannot read .*a.parquet: "),
         ("a.txt", b"", r"a.txt does not end with one of .jsonl, .json, .csv, .parquet, expected q"),
         ("folder/a.txt", b"", r"folder has no file that ends with one of .jsonl"),
+        ("\udcff.jsonl", b"", r"--task is '\\udcff', expected no half of a character"),
         ("a.jsonl", b"\n", r"a.jsonl: no rows, expected questions with their answers"),
         ("a.csv", b"question,answer\n", r"a.csv: no rows, expected questions with their answers"),
     ],

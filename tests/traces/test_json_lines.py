@@ -83,13 +83,15 @@ RUNNABLE = {
         (RUNNABLE | {"confidence_rule": ""}, "confidence rule '' can be replayed but not run"),
         (RUNNABLE | {"confidence_rule": "", "probing": "at_halt"}, ""),
         (RUNNABLE, ""),
+        (RUNNABLE | {"decision_rule": "every 7 tokens"}, "1 of 1 traces contradict the decision"),
     ],
 )
 def test_an_import_says_whether_a_head_could_be_run(
     tmp_path: Path, make_row: MakeRow, recorder: Row, told: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    source = write(tmp_path / "x.jsonl", {"haltwise.recorder": recorder}, make_row())
+    row = make_row(position=[64, 128, 192], answer_logprobs=[[], [], []])
+    source = write(tmp_path / "x.jsonl", {"haltwise.recorder": recorder}, row)
     main(CollectConfig(out=tmp_path / "out", json_lines=source))
     error = capsys.readouterr().err
     assert error.startswith(f"warning: {told}") if told else not error
