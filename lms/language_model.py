@@ -86,15 +86,18 @@ class LanguageModel:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
             tokenizer = load_tokenizer(source)
+            check_settings(source)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
             model, found = loaded
             _check_weights(found)
-            check_settings(source)
         except LOAD_ERRORS as error:
-            reason = reason_of(error)
-            raise InputError(f"cannot load an LM from {str(name)!r}: {reason}") from None
+            is_weights = isinstance(error, SafetensorError)
+            told = ": expected whole weights, no pointer of Git LFS" if is_weights else ""
+            raise InputError(
+                f"cannot load an LM from {str(name)!r}: {reason_of(error)}{told}"
+            ) from None
         if model.num_parameters() < _SMALL:
             torch.set_num_threads(1)
         model.eval().to(device)
@@ -212,12 +215,16 @@ def check_settings(source: str) -> None:
     """Refuses a damaged generation config of a folder: transformers would pass over it.
 
     Raises:
-        OSError: If it is none; a folder may have no such file.
+        InputError: If it is none; a folder may have no such file.
     """
     from transformers import GenerationConfig
 
-    if (Path(source) / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(source)
+    file = Path(source) / "generation_config.json"
+    try:
+        if file.exists():
+            GenerationConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: {reason_of(error)}: expected an object of settings") from None
 
 
 def check_name(name: str | Path) -> None:

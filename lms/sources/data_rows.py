@@ -194,7 +194,7 @@ def rows_of(path: Path, by_column: bool = False) -> DataRows:
     formats = ", ".join(FORMATS)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    found = [p for p in sorted(path.rglob("*")) if not p.name.startswith(".") and _is_file(p)]
+    found = [p for p in sorted(path.rglob("*")) if _is_file(p) and not _is_hidden(p, path)]
     files = [p for p in found if p.suffix.lower() in FORMATS] if path.is_dir() else [path]
     if not files or files[0].suffix.lower() not in FORMATS:
         told = "has no file that ends" if path.is_dir() else "does not end"
@@ -223,6 +223,11 @@ def rows_of(path: Path, by_column: bool = False) -> DataRows:
 def _is_file(path: Path) -> bool:
     """Says whether there is a file, or a link to one: that it is gone is told once it is read."""
     return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Says whether a file in a folder, or one of the folders on the way, is hidden."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _split_of_file(file: Path) -> str:

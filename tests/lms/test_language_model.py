@@ -205,12 +205,20 @@ def test_settings_that_do_not_fit_the_lm_are_told(
         _ = LanguageModel.load(folder).temperature
 
 
-def test_a_damaged_generation_config_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{oops", "", "[1]"])
+def test_a_damaged_generation_config_is_told(tmp_path: Path, content: str) -> None:
     folder = instruct_like().save(tmp_path / "lm")
-    (folder / "generation_config.json").write_text("{oops")
+    (folder / "generation_config.json").write_text(content)
     for load in (LanguageModel.load, lambda lm: load_weightless(LMConfig(lm=str(lm)))):
-        with pytest.raises(InputError, match=r"generation_config.json' is not a valid JSON file"):
+        with pytest.raises(InputError, match=r"generation_config.json: .*: expected an object of"):
             load(folder)
+
+
+def test_weights_that_are_a_pointer_are_told(tmp_path: Path) -> None:
+    folder = instruct_like().save(tmp_path / "lm")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(InputError, match="expected whole weights, no pointer of Git LFS"):
+        LanguageModel.load(folder)
 
 
 def test_a_temperature_of_0_is_greedy_and_tokens_that_cannot_come_end_nothing(

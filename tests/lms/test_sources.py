@@ -212,6 +212,7 @@ def test_own_splits_are_kept_and_dev_is_a_tenth_of_train(tmp_path: Path) -> None
     write(tmp_path / "train-0.jsonl", ROWS[:40])
     write(tmp_path / "more" / "train_1.jsonl", ROWS[40:50])
     write(tmp_path / "test.jsonl", [*ROWS[45:], {"question": " What is 3  + 3?", "answer": 6}])
+    write(tmp_path / ".copies" / "train.jsonl", [{"question": "Old?", "answer": "1"}])
     (tmp_path / "infos.json").write_text('{"rows": 60}')
     found = everything(own(tmp_path, instruction=""))
     splits = {question.text: question.split for question in found}
