@@ -451,6 +451,23 @@ PROMISES: dict[str, Tests] = {
     "what the server has written on its way is written once more": (
         test_probing.test_a_turn_ends_at_a_point_that_hangs_on_a_text,
     ),
+    "It is `late`, `timeout` or `no answer` where the second request": (
+        test_trouble.test_a_second_leg_that_waits_for_the_first_to_end_is_too_late,
+        test_trouble.test_if_the_second_leg_fails_the_first_one_goes_on,
+        test_units.test_a_second_leg_has_to_answer,
+    ),
+    "`answer refused` where an answer was checked": (
+        test_acceptance.test_where_no_answer_is_accepted_clients_get_what_they_would_have_got,
+    ),
+    "`large LM` where that did not answer": (
+        test_llama_server.test_a_large_lm_answers_while_it_lives_and_then_the_small_one,
+    ),
+    "Give the server as many slots as there are streams at once": (
+        test_probing.test_points_that_are_passed_for_want_of_slots_are_told,
+    ),
+    "The first time a warning says so, and `passed`": (
+        test_probing.test_points_that_are_passed_for_want_of_slots_are_told,
+    ),
     "While there are more streams than slots, points are passed": (
         test_probing.test_there_is_room_for_so_many_probes_and_not_in_the_place_of_streams,
     ),

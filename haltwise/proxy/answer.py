@@ -204,8 +204,8 @@ class ClientAnswer:
             report["turns"] = reader.num_turns
         if reader.is_closed and reader.thought.position > found.position:
             report["length"] = reader.thought.position
-        if reader.prober.usage.num:
-            report["probes"] = reader.prober.usage.report()
+        if (looks := reader.prober.usage).num or looks.num_passed:
+            report["probes"] = looks.report()
         for name in ("escalated", "not_escalated", "fallback"):
             if told := getattr(reader, name):
                 report[name] = told

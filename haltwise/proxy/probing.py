@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -42,6 +43,7 @@ class ProbeRoom:
         self.num_running = 0
         """Probes that run."""
         self._most, self._num_streams = most, num_streams
+        self._is_told = False  # that there were too few slots
         self._until: dict[bytes, float] = {}  # by key, on the clock of time.monotonic
 
     def leave_alone(self, headers: RawHeaders, seconds: float) -> None:
@@ -52,6 +54,17 @@ class ProbeRoom:
             until = time.monotonic() + seconds
             key = _key_in(headers)
             self._until[key] = max(until, self._until.get(key, 0.0))
+
+    def tell_if_crowded(self, num_slots: int | None) -> None:
+        """Warns of the first decision point that is passed since there are too few slots."""
+        if not (self._is_told or self.has_slots(num_slots)):
+            self._is_told = True
+            told = (
+                f"more streams than the {num_slots} that the LM's server runs at once: meanwhile "
+                "no answers are looked at, and the head halts next to nothing. Expected as many "
+                "slots as streams (llama-server --parallel)"
+            )
+            log.warning(json.dumps({"warning": told}))
 
     def has_slots(self, num_slots: int | None) -> bool:
         """Whether there are no more streams than a server runs at once, as far as it tells."""
@@ -81,6 +94,8 @@ class ProbeUsage:
     """Probes."""
     num_failed: int = 0
     """Those of them without an answer."""
+    num_passed: int = 0
+    """Decision points without one, since there was no room for it."""
     prompt_tokens: int = 0
     """Tokens of their prompts, as far as the server tells them; its cache has most of them."""
     completion_tokens: int = 0
@@ -89,6 +104,7 @@ class ProbeUsage:
     def report(self) -> Json:
         """The numbers as a client is told them."""
         told = {"num": self.num, "failed": self.num_failed}
+        told |= {"passed": self.num_passed} if self.num_passed else {}
         return told | {n: getattr(self, n) for n in ("prompt_tokens", "completion_tokens")}
 
 
@@ -157,6 +173,12 @@ class AnswerProber:
             return False
         num_slots, in_turn = self._server.num_parallel, self._request.comes_in_turns
         return self._room.is_free(num_slots, self._headers, in_turn)
+
+    def pass_point(self) -> None:
+        """Notes a decision point without a probe."""
+        self.usage.num_passed += 1
+        self._metrics.probes.labels("refused").inc()
+        self._room.tell_if_crowded(self._server.num_parallel)
 
     def start(self, seen: GeneratedSoFar) -> None:
         """Starts a probe behind what was generated up to a decision point."""

@@ -243,7 +243,7 @@ class ThoughtReader:
     def _look(self) -> None:
         """Starts to look at the answer of a decision point, unless there is no room for it."""
         if not self.prober.has_room:
-            self._metrics.probes.labels("refused").inc()
+            self.prober.pass_point()
             self.streamed.skip()
             return
         self.streamed.await_answer()

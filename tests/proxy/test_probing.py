@@ -200,7 +200,9 @@ def test_no_probe_takes_the_place_of_a_stream(pairs: Pairs, plan: Plan, chat: bo
     pair = pairs("llama-server", probing=True, fake={"num_slots": 1}, probe_anyway=True,
                  probe_beside=True, probe_timeout=0.1)  # fmt: skip
     reply = ask(pair.client, plan, chat)
-    assert thought_of(reply) == plan.thought() and "probes" not in reply.haltwise
+    assert thought_of(reply) == plan.thought()
+    told = reply.haltwise["probes"]
+    assert (told["num"], told["passed"]) == (0, 7)
     assert pair.proxy.metric("haltwise_probes_total", outcome="refused") >= 7
 
 
@@ -251,7 +253,7 @@ def test_no_probe_is_asked_for_before_a_server_wants_it(
         told = ask(
             pair.client, replace(plan, name=plan.name + name), chat, headers=headers
         ).haltwise
-        assert told["halted"] == ("probes" in told) == (headers is other)
+        assert told["halted"] == (told["probes"]["num"] > 0) == (headers is other)
 
 
 @BOTH
@@ -263,7 +265,7 @@ def test_a_client_that_is_refused_is_told_when_to_come_back_and_has_no_probes_un
     reply = ask(pair.client, replace(plan, trouble="429"), chat, headers=mine)
     assert (reply.status, reply.headers["retry-after"]) == (429, "7")
     plan = replace(plan, name=plan.name + "x")
-    assert "probes" not in ask(pair.client, plan, chat, headers=mine).haltwise
+    assert ask(pair.client, plan, chat, headers=mine).haltwise["probes"]["num"] == 0
 
 
 @BOTH
@@ -574,6 +576,28 @@ def test_a_sound_server_on_a_slow_machine_is_not_refused(
         create_server(ServeConfig(head, fake.url, probe_timeout=1e-4))
     assert lengths == [*trial_module._LENGTHS[:2]]
     assert any("later than --probe-timeout" in record.getMessage() for record in caplog.records)
+
+
+def test_points_that_are_passed_for_want_of_slots_are_told(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A head that cannot look halts nothing, which nobody is to take for its decision."""
+    head = saved_head(tmp_path, sure_head(probing="always"))
+    monkeypatch.setattr(ProbeRoom, "has_slots", lambda _, num: num != 2)
+    monkeypatch.setattr(ProbeRoom, "is_free", lambda *_: False)
+    with (
+        FakeUpstream("llama-server", num_slots=2, probed=True) as fake,
+        proxied(ServeConfig(head, fake.url)) as proxy,
+    ):
+        for name in ("a", "b"):
+            told = ask(proxy.client, replace(plan, name=plan.name + name)).haltwise
+            assert not told["halted"] and "fallback" not in told
+            # Of 28 tokens one every 4.
+            assert (told["probes"]["num"], told["probes"]["passed"]) == (0, 7)
+    warnings = [
+        r.getMessage() for r in caplog.records if "more streams than the 2" in r.getMessage()
+    ]
+    assert len(warnings) == 1
 
 
 def test_a_server_of_one_stream_is_refused_with_the_figures(
