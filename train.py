@@ -628,8 +628,11 @@ def _check_same(opened: Run, settings: Mapping[str, Any]) -> None:
     except InputError:
         begun_with = {}
     if begun_with != settings:
+        names = [name for name in settings if begun_with.get(name) != settings[name]]
+        differ = f"; {', '.join(names)} differ" if begun_with and names else ""
         raise InputError(
             f"{opened.folder} was not begun with these settings and traces: expected the same"
+            + differ
         )
 
 

@@ -247,6 +247,8 @@ def _record(config: CollectConfig, out: Path, engine: RecordingEngine) -> None:
     if num_done == total:
         print(f"{out}: all {total:,} traces are there, nothing is new")
         return
+    if others := len(done) - num_done:
+        print(f"{out}: {others:,} traces of other questions, or of other seeds, are there and stay")
     missing = (job for job in seeded_questions(config) if trace_id(model, *job) not in done)
     rows = write_shards(out, engine.record(missing), engine.recorder, config.shard_size)
     # The time left follows from the mean speed of this process.

@@ -323,6 +323,15 @@ def test_a_new_recording_begins_with_a_self_test_and_a_bad_lm_ends_there(
     assert "gave a question 256 tokens, the recording gives it 257" in capsys.readouterr().out
 
 
+def test_traces_of_other_questions_in_a_folder_are_told(
+    config: CollectConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(replace(config, split=("train",), num=2))
+    assert "of other questions" not in capsys.readouterr().out
+    main(replace(config, split=("dev",), num=3))
+    assert f"{config.out}: 2 traces of other questions" in capsys.readouterr().out
+
+
 def test_a_recording_knows_other_answers_and_segments_than_its_own(tmp_path: Path) -> None:
     """Who corrects an answer, or names a column of segments, is not told that all is well."""
     path = tmp_path / "questions.jsonl"

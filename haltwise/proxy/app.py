@@ -613,7 +613,7 @@ class Proxy:
         if math.isclose(asked, recorded, rel_tol=_OF_FLOATS):
             return
         self.metrics.other_temperatures.inc()
-        record.about["temperature"] = asked
+        record.about["temperature"] = float(f"{asked:g}")  # llama-server's own has 32 bits
         if not self._has_told_temperature:
             self._has_told_temperature = True
             whose = "the server's own" if named is None else "a client's"

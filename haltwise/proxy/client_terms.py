@@ -13,7 +13,7 @@ from haltwise.proxy.wire import Json
 TERMS = "x-haltwise-"
 # What beside terms such headers name.
 _TOLD = ("task", "session", "value", "max_cost", "thoughts")
-
+_KNOWN = ("price", "off", "min_tokens", "max_tokens", "segment", *_TOLD)
 # Digits of a number of thoughts; longer ones are none.
 _MOST_DIGITS = 10
 
@@ -47,6 +47,9 @@ def terms_of(
         RefusedError: If the headers make no sense, or name a value of an LM without a tariff.
     """
     named = named_by(client)
+    if unknown := named.keys() - {*_KNOWN}:
+        message = f"{_header(min(unknown))}: expected {', '.join(map(_header, _KNOWN))}"
+        raise RefusedError(400, "invalid_request_error", message)
     value = dollars_named("value", named.get("value"))
     if value is None and {"price", "off", "segment"}.isdisjoint(named):
         value = customer.value
@@ -73,7 +76,12 @@ def terms_of(
 def _headers_of(fault: str, named: Mapping[str, str]) -> str:
     """The header that a fault is about, which begins with the term's name; else all with terms."""
     about = [name for name in named if fault.startswith((f"{name} ", repr(name)))]
-    return ", ".join(f"{TERMS}{name.replace('_', '-')}".title() for name in about or named)
+    return ", ".join(map(_header, about or named))
+
+
+def _header(name: str) -> str:
+    """The header that names a term."""
+    return f"{TERMS}{name.replace('_', '-')}".title()
 
 
 def unknown_tariff(model: str) -> RefusedError:

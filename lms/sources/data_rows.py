@@ -93,7 +93,8 @@ def _csv(file: TextIO) -> Iterator[tuple[str, Any]]:
             place, before = f"line {before + 1}", reader.line_num
             if row and len(row) != len(names):
                 raise InputError(
-                    f"{place}: found {len(row)} fields, expected {len(names)}, as in line 1"
+                    f"{place}: found {len(row)} fields, expected {len(names)}, as in line 1 (one "
+                    "that has commas stands in double quotes)"
                 )
             if row:  # a line without anything is no row
                 yield place, dict(zip(names, row, strict=True))
