@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from haltwise import InputError
 from lms.questions import SPLITS, Question, question_digest, split_of
@@ -354,6 +354,8 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     monkeypatch.setattr(HfApi, "repo_info", lambda *args, **kwargs: None)
+    # Another test may have found the hub out of reach.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     told = r"^cannot load 'a/b:c' from the hub: no route to the hub: expected"
     with pytest.raises(InputError, match=told):
         open_task(DataConfig(task="a/b:c"))
