@@ -18,6 +18,7 @@ from evaluation.plot import plot_frontiers
 from evaluation.report import render
 from evaluation.results import Report
 from evaluation.table import format_table
+from evaluation.wording import percent
 from haltwise import HaltHead, InputError
 from policies.baselines import BASELINES
 from policies.head import HeadPolicy
@@ -115,6 +116,22 @@ def test_traces_of_another_engine_are_warned_of(
     evaluate.main(EvaluateConfig(head=run_folder, traces=tmp_path / "vllm.parquet", split="all"))
     told = "the head learned from other traces: engine 'hf', here 'vllm'"
     assert capsys.readouterr().err == f"warning: {tmp_path / 'vllm.parquet'}: {told}\n"
+
+
+def test_a_head_with_another_price_by_now_is_told_below_the_verdict(
+    run_folder: Path, traces_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = EvaluateConfig(head=run_folder, traces=traces_path, split="all")
+    found = evaluated(config)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Verdict")
+    head = Run(run_folder).head()
+    HaltHead(replace(head.config, default_price=10.0), head.weights).save(run_folder)
+    evaluate.main(config)
+    told = capsys.readouterr().out.splitlines()[-1]
+    saving = percent(frozen_row(found, 0.01, "head")["saving"])
+    assert told.startswith(
+        f"By now the head's own price is another one, 10, which here saves {saving}"
+    )
 
 
 def test_frozen_comparisons_add_up(run_folder: Path, traces_path: Path) -> None:
