@@ -47,7 +47,6 @@ from haltwise.proxy.client_terms import (
     ignored,
     logged,
     named_by,
-    names_price,
     terms_of,
     thoughts_named,
 )
@@ -414,9 +413,7 @@ class Proxy:
     ) -> None:
         """Does so once it is known what the answer may cost."""
         record, headers = client.record, request.headers
-        is_usual = terms.price == self._terms.price or terms.has_price_of_segment
-        names_own = names_price(client) or not is_usual
-        governed = self.control is not None and names_own
+        governed = self.control is not None and terms.is_named
         is_asked_only = governed or isinstance(self._settings.control, ConstantControl)
         off = is_asked_only and terms.price == 0 and terms.max_tokens is None
         is_large = aside.is_large(request.body)
@@ -433,7 +430,7 @@ class Proxy:
             if request.num_thoughts > 1:
                 _check_several(request, why_not)
         if why_not is None:
-            about = self._about(client, request, names_own, bill)
+            about = self._about(client, request, terms, bill)
             if self._takes_turns:
                 request = await server.in_turns(request) or request
             settings = self._serving(about)
@@ -479,7 +476,7 @@ class Proxy:
         self,
         client: RequestingClient,
         request: CompletionRequest,
-        names_own: bool,
+        terms: Terms,
         bill: Bill | None,
     ) -> Json:
         """What is known of a request beside its terms."""
@@ -487,7 +484,7 @@ class Proxy:
         about: Json = {"endpoint": record.endpoint, "model": request.model, "id": record.id}
         about["tenant"] = tenant_of(client.headers.get("authorization"))
         about |= {name: named.get(name, "") for name in ("task", "session")}
-        about |= {"user": request.user, "names_price": names_own}
+        about |= {"user": request.user, "names_price": terms.is_named}
         if self._settings.large is not None:
             about["question"] = request.question  # of which a cascade decides
             about["unescalated"] = bill is not None and bill.is_unescalated

@@ -1,7 +1,6 @@
 """What a client's headers name: its terms, and what else X-Haltwise-... tells of a request."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from haltwise import InputError, Terms
 from haltwise.control.tariffs import Tariffs
@@ -25,11 +24,6 @@ def named_by(client: RequestingClient) -> dict[str, str]:
         for name, value in client.headers.items()
         if name.startswith(TERMS)
     }
-
-
-def names_price(client: RequestingClient) -> bool:
-    """Whether the headers of a request name a price, or ask for none."""
-    return not {"price", "off", "value"}.isdisjoint(named_by(client))
 
 
 def terms_of(
@@ -67,7 +61,7 @@ def terms_of(
     if tariff is None:
         raise unknown_tariff(model)
     try:
-        return replace(terms, price=tariff.price_of(value), segment_prices={})
+        return terms.naming(tariff.price_of(value))
     except InputError as error:
         message = f"X-Haltwise-Value: {value} dollars: {error}"
         raise RefusedError(400, "invalid_request_error", message) from None

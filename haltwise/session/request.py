@@ -36,6 +36,9 @@ class Terms:
     """What kind of question it is, as the head's training traces name kinds; None is unknown."""
     segment_prices: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
     """By segment, the price of who names the segment and no price."""
+    is_named: bool = field(default=False, repr=False, compare=False)
+    """Whether somebody has named the price for this request or its client; else it is the usual
+    one."""
     looked_at: bool = False
     """Whether its decision points are looked at even at a price of 0; only a control asks that."""
 
@@ -65,14 +68,11 @@ class Terms:
             )
 
     @property
-    def has_price_of_segment(self) -> bool:
-        """Whether the price is that of the named segment, so that nobody has named one."""
-        return self.segment in self.segment_prices
-
-    @property
     def names_unknown_segment(self) -> bool:
         """Whether the named segment has no price of its own, though others have."""
-        return bool(self.segment and self.segment_prices) and not self.has_price_of_segment
+        return bool(self.segment and self.segment_prices) and (
+            self.segment not in self.segment_prices
+        )
 
     @classmethod
     def read(cls, asked: Mapping[str, Any], default: Terms) -> Terms:
@@ -94,14 +94,17 @@ class Terms:
             )
         terms = replace(default, **{key: asked[key] for key in asked if key != "off"})
         if "price" in asked:
-            terms = replace(terms, segment_prices={})
+            terms = terms.naming(terms.price)
         elif "segment" in asked:
             own = terms.segment_prices.get(terms.segment or "", default.price)
             if terms.names_unknown_segment:
                 _tell_unknown(str(terms.segment), tuple(terms.segment_prices))
             terms = replace(terms, price=own)
-        is_off = _truth("off", asked.get("off", False))
-        return replace(terms, price=0.0, segment_prices={}) if is_off else terms
+        return terms.naming(0.0) if _truth("off", asked.get("off", False)) else terms
+
+    def naming(self, price: float) -> Terms:
+        """Returns the terms with a price that somebody names, whatever the segment."""
+        return replace(self, price=price, segment_prices={}, is_named=True)
 
     @classmethod
     def within(cls, asked: Mapping[str, Any], limits: Terms) -> Terms:

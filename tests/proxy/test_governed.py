@@ -685,10 +685,10 @@ def test_apply_serves_a_segment_what_the_status_says_whatever_the_heads_own_pric
     own: float, plan: Plan, tmp_path: Path
 ) -> None:
     certified = certified_head()
-    config = replace(certified.config, segment_prices={"chains": own})
+    config = replace(certified.config, default_price=0.1, segment_prices={"chains": own})
     head = saved_head(tmp_path / "head", HaltHead(config, certified.weights))
     keys = tmp_path / "keys"
-    keys.write_text('{"k": {}, "cap": {"price": 0.2}}')
+    keys.write_text('{"k": {}, "cap": {"price": 0.2}, "same": {"price": 0.1}}')
     settings: dict[str, Any] = {"control": "apply", "state": tmp_path / "state", "keys": keys}
     with FakeUpstream("vllm") as upstream:
         settings |= {"upstream": upstream.url, "target": 0.3, "audit": 1e-9}
@@ -702,5 +702,6 @@ def test_apply_serves_a_segment_what_the_status_says_whatever_the_heads_own_pric
             assert served(Segment="chains") == served() == 0.5
             assert served(Segment="chains", Price="0.3") == 0.3
             assert served("cap", Segment="chains") == served("cap") == 0.2
+            assert served("same") == 0.1
             groups = status(proxy)["groups"]
     assert groups["everything"]["price"] == 0.5
