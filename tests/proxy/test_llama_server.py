@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from lms.questions import Question
 from lms.tasks import questions
 from tests.heads import sure_head
 from tests.proxy.fake_upstream import listening_socket
-from tests.proxy.llama_server import NAME, LlamaServer, llama_server
+from tests.proxy.llama_server import NAME, NUM_SLOTS, LlamaServer, llama_server
 from tests.proxy.proxies import PATIENCE, ROOT, Proxy, proxied, saved_head, wait_until
 from tests.proxy.test_large import cascade
 
 ASKED = questions("sum", "test", 4)
+MANY = questions("sum", "test", 12)
 PRICE = 10.0
 SOON, NEVER = {"X-Haltwise-Price": str(PRICE)}, {"X-Haltwise-Price": "1e-9"}
 
@@ -352,6 +354,21 @@ def test_a_closed_thought_goes_on_in_the_slot_that_has_computed_it(
     # Of the second leg the close text, and a token or two that the server had written by then.
     num_new = num_computed(server) - before - first["prompt_tokens"]
     assert second["prompt_tokens"] > 20 and num_new <= 4
+
+
+def test_thoughts_in_turns_are_not_computed_anew_beside_each_other(
+    server: LlamaServer, lm: LanguageModel, tmp_path: Path
+) -> None:
+    """As many streams as half of the slots, each the next one as soon as it has an answer."""
+    head = saved_head(tmp_path, sure_head(CLOSE, "every 12 tokens", probing="always"))
+    config = ServeConfig(head, server.url, probe_timeout=PATIENCE)
+    with proxied(config) as proxy, ThreadPoolExecutor(NUM_SLOTS // 2) as streams:
+        client = openai.OpenAI(base_url=proxy.url + "/v1", api_key="any", max_retries=0)
+        before = num_computed(server)
+        told = [found[2] for found in streams.map(lambda one: completed(client, one, NEVER), MANY)]
+    prompts = sum(len(ids_of(lm, prompt_of(question))) for question in MANY)
+    turns = sum(2 * one["probes"]["num"] + one["turns"] for one in told)
+    assert 0 < num_computed(server) - before <= prompts + turns
 
 
 @WAYS
