@@ -435,6 +435,9 @@ PROMISES: dict[str, Tests] = {
         test_probing.test_a_server_with_slots_ends_answers_itself_and_a_text_amid_one_ends_none,
         test_llama_server.test_an_answer_that_the_server_ends_has_the_tokens_of_one_that_its_client_leaves,
     ),
+    "The first time that this happens a warning says so": (
+        test_probing.test_a_turn_that_was_computed_anew_is_told,
+    ),
     "Start a llama-server of several slots with `--slot-prompt-similarity 0.8`": (
         test_llama_server.test_thoughts_in_turns_are_not_computed_anew_beside_each_other,
     ),

@@ -44,6 +44,7 @@ class ProbeRoom:
         """Probes that run."""
         self._most, self._num_streams = most, num_streams
         self._is_told = False  # that there were too few slots
+        self._is_loss_told = False  # that a turn was computed anew
         self._until: dict[bytes, float] = {}  # by key, on the clock of time.monotonic
 
     def leave_alone(self, headers: RawHeaders, seconds: float) -> None:
@@ -65,6 +66,23 @@ class ProbeRoom:
                 "slots as streams (llama-server --parallel)"
             )
             log.warning(json.dumps({"warning": told}))
+
+    def tell_if_lost(self, turn: LegUsage) -> None:
+        """Warns of the first turn that a server has computed anew for the most part.
+
+        Args:
+            turn: What a turn behind the first took.
+        """
+        computed, prompt = turn.computed_tokens, turn.prompt_tokens
+        if self._is_loss_told or computed is None or prompt is None or 2 * computed <= prompt:
+            return
+        self._is_loss_told = True
+        told = (
+            f"the LM's server has computed {computed} of {prompt} tokens anew for a turn of a "
+            "thought, whose slot another request had taken. Expected a llama-server with "
+            "--slot-prompt-similarity 0.8, and more slots than streams"
+        )
+        log.warning(json.dumps({"warning": told}))
 
     def has_slots(self, num_slots: int | None) -> bool:
         """Whether there are no more streams than a server runs at once, as far as it tells."""
@@ -173,6 +191,12 @@ class AnswerProber:
             return False
         num_slots, in_turn = self._server.num_parallel, self._request.comes_in_turns
         return self._room.is_free(num_slots, self._headers, in_turn)
+
+    def note_turn(self, usage: Json) -> None:
+        """Notes what a turn behind the first took, as far as the server tells it."""
+        turn = LegUsage()
+        turn.take(usage)
+        self._room.tell_if_lost(turn)
 
     def pass_point(self) -> None:
         """Notes a decision point without a probe."""

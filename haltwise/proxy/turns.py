@@ -165,6 +165,8 @@ class LegInTurns(UpstreamLeg):
 
     async def _end_turn(self) -> None:
         await self._turn.close()
+        if self._num_before:
+            self._reader.prober.note_turn(self._told)
         self._used, self._told = self._used_by_now(), {}
         self._num_before = self._said.num_tokens
         self._reader.usages[0].take(self._used.told)

@@ -578,6 +578,21 @@ def test_a_sound_server_on_a_slow_machine_is_not_refused(
     assert any("later than --probe-timeout" in record.getMessage() for record in caplog.records)
 
 
+def test_a_turn_that_was_computed_anew_is_told(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = saved_head(tmp_path, sure_head(probing="always"))
+    with (
+        FakeUpstream("llama-server", paced=4, probed=True) as fake,
+        proxied(ServeConfig(head, fake.url, probe_timeout=PATIENCE)) as proxy,
+    ):
+        for details, num in ((False, 0), (True, 1), (True, 1)):  # with them, one token was cached
+            asked = replace(plan, name=f"{plan.name}{details}", details=details)
+            assert ask(proxy.client, asked, headers=NEVER).haltwise["turns"] > 2
+            told = [r.getMessage() for r in caplog.records if "computed" in r.getMessage()]
+            assert len(told) == num and all("--slot-prompt-similarity 0.8" in one for one in told)
+
+
 def test_points_that_are_passed_for_want_of_slots_are_told(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
