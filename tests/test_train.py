@@ -145,6 +145,14 @@ def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
     assert [(run_dir / name).read_bytes() for name in names] == before
 
 
+def test_a_run_that_was_begun_with_other_settings_says_with_which(
+    config: TrainConfig, run_dir: Path
+) -> None:
+    asked = replace(config, run_dir=run_dir, resume=True, seeds=config.seeds + 1)
+    with pytest.raises(InputError, match="with these settings .*the same; seeds differ$"):
+        train.main(asked)
+
+
 def test_a_run_is_trained_by_one_process_at_a_time(config: TrainConfig, run_dir: Path) -> None:
     with alone(Run(run_dir).tensorboard), pytest.raises(InputError, match="another process writes"):
         train.main(replace(config, run_dir=run_dir, resume=True))
@@ -155,7 +163,9 @@ def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
     config.run_dir.mkdir()
     with pytest.raises(InputError, match="exists"):
         train.main(config)
-    with pytest.raises(InputError, match=r"not begun with these settings.*; \w+ differ"):
+    with pytest.raises(
+        InputError, match="not begun with these settings and traces: expected the same$"
+    ):
         train.main(replace(config, resume=True))
     assert not list(config.run_dir.iterdir())
 
