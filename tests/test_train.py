@@ -149,7 +149,7 @@ def test_a_run_that_was_begun_with_other_settings_says_with_which(
     config: TrainConfig, run_dir: Path
 ) -> None:
     asked = replace(config, run_dir=run_dir, resume=True, seeds=config.seeds + 1)
-    with pytest.raises(InputError, match="with these settings .*the same; seeds differ$"):
+    with pytest.raises(InputError, match=r"with these settings .*the same; seeds differ$"):
         train.main(asked)
 
 
@@ -164,7 +164,7 @@ def test_a_run_folder_is_not_overwritten(config: TrainConfig) -> None:
     with pytest.raises(InputError, match="exists"):
         train.main(config)
     with pytest.raises(
-        InputError, match="not begun with these settings and traces: expected the same$"
+        InputError, match=r"not begun with these settings and traces: expected the same$"
     ):
         train.main(replace(config, resume=True))
     assert not list(config.run_dir.iterdir())
