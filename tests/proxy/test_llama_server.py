@@ -64,9 +64,9 @@ def test_the_command_of_the_guide_tells_what_is_wrong(arguments: str, told: str)
         command = [sys.executable, "tests/proxy/llama_server.py"]
         command += arguments.format(taken=taken).split()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    *_, usage, error = done.stderr.splitlines()
-    assert done.returncode == 2 and usage.startswith("usage: llama_server.py ")
-    assert error.startswith(f"llama_server.py: error: {told.format(taken=taken)}")
+    # What llama.cpp says itself, in a thread of its own, may stand anywhere.
+    assert done.returncode == 2 and "usage: llama_server.py " in done.stderr
+    assert f"\nllama_server.py: error: {told.format(taken=taken)}" in done.stderr
 
 
 @pytest.fixture(scope="module")
