@@ -43,8 +43,7 @@ class ProbeRoom:
         self.num_running = 0
         """Probes that run."""
         self._most, self._num_streams = most, num_streams
-        self._is_told = False  # that there were too few slots
-        self._is_loss_told = False  # that a turn was computed anew
+        self._told: set[str] = set()  # what was warned of
         self._until: dict[bytes, float] = {}  # by key, on the clock of time.monotonic
 
     def leave_alone(self, headers: RawHeaders, seconds: float) -> None:
@@ -58,14 +57,13 @@ class ProbeRoom:
 
     def tell_if_crowded(self, num_slots: int | None) -> None:
         """Warns of the first decision point that is passed since there are too few slots."""
-        if not (self._is_told or self.has_slots(num_slots)):
-            self._is_told = True
-            told = (
+        if not self.has_slots(num_slots):
+            self._tell_once(
+                "crowded",
                 f"more streams than the {num_slots} that the LM's server runs at once: meanwhile "
                 "no answers are looked at, and the head halts next to nothing. Expected as many "
-                "slots as streams (llama-server --parallel)"
+                "slots as streams (llama-server --parallel)",
             )
-            log.warning(json.dumps({"warning": told}))
 
     def tell_if_lost(self, turn: LegUsage) -> None:
         """Warns of the first turn that a server has computed anew for the most part.
@@ -74,15 +72,18 @@ class ProbeRoom:
             turn: What a turn behind the first took.
         """
         computed, prompt = turn.computed_tokens, turn.prompt_tokens
-        if self._is_loss_told or computed is None or prompt is None or 2 * computed <= prompt:
-            return
-        self._is_loss_told = True
-        told = (
-            f"the LM's server has computed {computed} of {prompt} tokens anew for a turn of a "
-            "thought, whose slot another request had taken. Expected a llama-server with "
-            "--slot-prompt-similarity 0.8, and more slots than streams"
-        )
-        log.warning(json.dumps({"warning": told}))
+        if computed is not None and prompt is not None and 2 * computed > prompt:
+            self._tell_once(
+                "lost",
+                f"the LM's server has computed {computed} of {prompt} tokens anew for a turn of a "
+                "thought, whose slot another request had taken. Expected a llama-server with "
+                "--slot-prompt-similarity 0.8, and more slots than streams",
+            )
+
+    def _tell_once(self, what: str, told: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            log.warning(json.dumps({"warning": told}))
 
     def has_slots(self, num_slots: int | None) -> bool:
         """Whether there are no more streams than a server runs at once, as far as it tells."""
