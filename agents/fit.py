@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
 import pickle
@@ -328,8 +329,11 @@ class _Telling(BaseCallback):
 
     def _on_training_start(self) -> None:
         """Begins with those that are made already."""
-        done = self.model.num_timesteps
-        self._bar = progress(None, self._name, self._total, initial=done, unit=" decisions")
+        model: Any = self.model
+        done = model.num_timesteps
+        a_rollout = model.n_steps * model.n_envs
+        total = done + a_rollout * math.ceil((self._total - done) / a_rollout)  # whole ones alone
+        self._bar = progress(None, self._name, total, initial=done, unit=" decisions")
 
     def _on_step(self) -> bool:
         """Returns True: the training goes on."""

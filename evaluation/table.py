@@ -208,8 +208,9 @@ def _recording_cells(row: RecordingRow) -> tuple[str, ...]:
 
 def format_looking(rows: Sequence[LookingRow]) -> str:
     """Returns one table of decision rules; savings and leads are in points of a hundred."""
-    titles = ("policy", "decision rule", "points", *(f"-{loss}" for loss in rows[0].savings))
-    lines = [(*titles, "mean", "beside the first [95 %]"), *map(_looking_cells, rows)]
+    losses = (f"-{loss}" for loss in rows[0].savings)
+    titles = ("policy", "decision rule", "points a trace", *losses, "mean")
+    lines = [(*titles, "beside the first [95 %]"), *map(_looking_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     title = "Saving %, net of every look, by the points of exact match that may be lost"
     return "\n".join([title, *(_line(line, widths) for line in lines)])

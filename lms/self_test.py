@@ -17,7 +17,7 @@ from lms.chat import MARKERS
 from lms.language_model import LanguageModel
 from lms.left_out import left_out
 from lms.questions import Question
-from lms.tried import Tried, never_right, report, short
+from lms.tried import Tried, misspelt, never_right, report, short
 
 # The decision points of a thought that are probed: to look at more would teach nothing new.
 _POINTS = 8
@@ -126,7 +126,7 @@ def self_test(
             "leads the LM to its answer, or raise --max-answer-tokens"
         )
     warnings = [
-        *_warn_of_texts(decoder.rules, halting),
+        *misspelt(halting.close_text, decoder.rules.spelt_close()),
         *_warn_of_ends(answered, decoder),
         *_warn_of_markers(answered, halting),
         *never_right([one.told for one in answered]),
@@ -172,16 +172,6 @@ def _check_thoughts(answered: Sequence[TriedQuestion], halting: Halting) -> None
             f"no thought comes to a decision point: the longest has {longest} tokens, points are "
             f"{halting.decision_rule!r}; lower --every or raise --max-tokens"
         )
-
-
-def _warn_of_texts(rules: TokenRules, halting: Halting) -> list[str]:
-    """Returns a warning if the LM's tokens spell another close text."""
-    close_text = halting.close_text
-    back = rules.decode(rules.close_ids, skip_special_tokens=False)
-    # Tokenizers that split at blanks keep none of them.
-    if "".join(back.split()) == "".join(close_text.split()):
-        return []
-    return [f"the tokens of the close text {close_text!r} read {back!r}: the LM sees another text"]
 
 
 def _warn_of_ends(answered: Sequence[TriedQuestion], decoder: Decoder) -> list[str]:

@@ -85,6 +85,19 @@ def never_right(tried: Sequence[Tried]) -> list[str]:
     ]
 
 
+def misspelt(close_text: str, back: str) -> list[str]:
+    """Returns a warning if the LM's tokens spell another close text.
+
+    Args:
+        close_text: The close text.
+        back: What its tokens spell.
+    """
+    # Tokenizers that split at blanks keep none of them.
+    if "".join(back.split()) == "".join(close_text.split()):
+        return []
+    return [f"the tokens of the close text {close_text!r} read {back!r}: the LM sees another text"]
+
+
 def short(text: str) -> str:
     """Returns a text as Python writes it, without its middle if it is long."""
     shown = repr(text)

@@ -26,6 +26,7 @@ from haltwise.session.stream import FEWEST_TOP, StreamedSignals
 from haltwise.session.thought import PointRules, Probe, Thought
 from lms.ask import check_closes, check_room
 from lms.chat import chat_of
+from lms.tried import misspelt
 from recording.config import EngineConfig, TaskFormat
 from recording.served_lm import ServedLM
 from recording.trace_row import (
@@ -126,7 +127,7 @@ class OpenAIEngine:
         prompts = {question.question_id: prompt.text for (question, _), prompt in asked}
         try:
             rows = list(self._record(iter(asked), budget))
-            told = judged_trial(rows, prompts, self.description, self._halting)
+            told = judged_trial(rows, prompts, self.description, self._halting, self._warnings())
         except InputError as error:
             raise InputError(f"{error}; {_ALONE}") from None
         at_once = f"{self._num_slots} questions at once"
@@ -137,6 +138,12 @@ class OpenAIEngine:
                 "from, or others get wrong answers"
             )
         return "\n".join([told, at_once, *(f"not shown: {note}" for note in self._notes)])
+
+    def _warnings(self) -> list[str]:
+        """Returns a warning if the LM sees another close text, as far as the server tells."""
+        ids = self._close.ids
+        back = None if ids is None else self._lm.ask(lambda: self._lm.spelt(ids))
+        return [] if back is None else misspelt(self._halting.close_text, back)
 
     def close(self) -> None:
         """Ends the connections."""

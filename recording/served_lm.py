@@ -187,6 +187,10 @@ class ServedLM:
         """Returns a text with its tokens, if the server tells them."""
         return await self.patiently(lambda: self._dialect.tokenized(text, self.name, []))
 
+    async def spelt(self, ids: list[int]) -> str | None:
+        """Returns the text that tokens spell; None if the server does not tell."""
+        return await self.patiently(lambda: self._dialect.spelt(ids, self.name, []))
+
     async def rendered(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
         """Returns the text of messages; see `lms.chat.ChatTemplate.render`."""
         asks = self._asked_of_template(messages, is_open, thinking)

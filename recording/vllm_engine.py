@@ -27,6 +27,7 @@ from haltwise.session.thought import ForcedAnswer, Probe, Thought
 from lms.ask import check_closes, check_room
 from lms.language_model import source_of
 from lms.left_out import left_out
+from lms.tried import misspelt
 from recording.config import EngineConfig, TaskFormat
 from recording.trace_row import (
     PromptedQuestion,
@@ -127,7 +128,10 @@ class VllmEngine:
         fitting = fitting_prompts(self._lm, work, self._max_prompt)
         prompts = {question.question_id: prompt for (question, _), prompt in fitting}
         rows = list(self._answer(fitting, budget))
-        warnings = left_out(self._lm.model.generation_config, self._temperature)
+        warnings = [
+            *misspelt(self._halting.close_text, self._rules.spelt_close()),
+            *left_out(self._lm.model.generation_config, self._temperature),
+        ]
         return judged_trial(rows, prompts, self.description, self._halting, warnings)
 
     def close(self) -> None:

@@ -84,6 +84,10 @@ class TokenRules(PointRules):
         """Returns the text of some token ids."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
+    def spelt_close(self) -> str:
+        """Returns what the tokens of the close text spell: another text if some are unknown."""
+        return self.decode(self.close_ids, skip_special_tokens=False)
+
     def _encode(self, text: str) -> list[int]:
         """Returns the token ids of a text that closes a thought."""
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=False)

@@ -78,7 +78,7 @@ class DecisionRule:
         is_spaced = far and close and far % close == 0
         if not (is_spaced or self.after) or self.max_points == 0:
             raise InputError(
-                f"decision rule {self.text!r} can be replayed but not run: expected "
+                f"decision rule {self.text!r} is none that can be run: expected "
                 "'every K tokens', 'every K tokens, every J while the answer repeats' or "
                 "'after TEXT', and perhaps ', at most N'; J, K and N >= 1, K a multiple of J"
             )
@@ -199,7 +199,7 @@ class Halting:
         DecisionRule(self.decision_rule).check_runnable()
         if self.probing == "always" and self.confidence_rule != MEAN_LOGPROB:
             raise InputError(
-                f"confidence rule {self.confidence_rule!r} can be replayed but not run: expected "
+                f"confidence rule {self.confidence_rule!r} is none that can be run: expected "
                 f"{MEAN_LOGPROB!r}, or probing at_halt"
             )
 

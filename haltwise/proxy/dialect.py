@@ -96,6 +96,14 @@ class ServerDialect:
         """
         return ServedPrompt(text)
 
+    async def spelt(self, ids: list[int], model: str | None, headers: RawHeaders) -> str | None:
+        """The text that tokens spell; None if the server does not tell.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        return None
+
     def sampled(self, temperature: float, seed: int) -> Json:
         """Fields of a request whose tokens are sampled by temperature alone, at 0 the likeliest."""
         return _ALL_TOKENS | {"temperature": temperature, "seed": seed}
@@ -191,10 +199,8 @@ class VllmDialect(ServerDialect):
         Raises:
             UpstreamError: If the server does not tell.
         """
-        model = {"model": asks["model"]} if "model" in asks else {}
         ids = await self.ids_of(asks, headers)
-        found = await self.upstream.call("/detokenize", model | {"tokens": ids}, headers)
-        return ServedPrompt(str(found.get("prompt") or found.get("text") or ""), ids)
+        return ServedPrompt(await self.spelt(ids, asks.get("model"), headers), ids)
 
     async def tokenized(self, text: str, model: str, headers: RawHeaders) -> ServedPrompt:
         """A text with its tokens, none of which stands for the begin of a text.
@@ -204,6 +210,16 @@ class VllmDialect(ServerDialect):
         """
         asks = {"model": model, "prompt": text, "add_special_tokens": False}
         return ServedPrompt(text, await self.ids_of(asks, headers))
+
+    async def spelt(self, ids: list[int], model: str | None, headers: RawHeaders) -> str:
+        """The text that tokens spell, special ones too.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        asks = {"tokens": ids} | ({} if model is None else {"model": model})
+        found = await self.upstream.call("/detokenize", asks, headers)
+        return str(found.get("prompt") or found.get("text") or "")
 
     def sampled(self, temperature: float, seed: int) -> Json:
         """Without what the LM's own generation config says beside."""
@@ -317,6 +333,15 @@ class LlamaDialect(ServerDialect):
             UpstreamError: If the server does not answer.
         """
         return ServedPrompt(text, await self._ids_of(text, False, headers))
+
+    async def spelt(self, ids: list[int], model: str | None, headers: RawHeaders) -> str:
+        """The text that tokens spell, special ones too.
+
+        Raises:
+            UpstreamError: If the server does not answer.
+        """
+        found = await self.upstream.call("/detokenize", {"tokens": ids}, headers)
+        return str(found.get("content") or "")
 
     async def _ids_of(self, text: str, is_first: bool, headers: RawHeaders) -> list[int]:
         asks = {"content": text, "add_special": is_first, "parse_special": True}

@@ -48,8 +48,8 @@ class ProbeTrial:
     """Time until the answer was there."""
     num_parallel: int | None
     """Requests that the server runs at once; None if it does not tell."""
-    is_beside: bool
-    """Whether the answer came before the stream had ended."""
+    came_in_time: bool
+    """Whether the answer came before the thought had ended."""
     stream_seconds: float = 0.0
     """Time for which the stream went on beside it."""
     alone_seconds: float | None = None
@@ -61,13 +61,13 @@ class ProbeTrial:
     def is_sure(self) -> bool:
         """Whether the stream was long enough to tell: by the server's own pace, on this machine."""
         alone = self.alone_seconds
-        return self.is_beside or (alone is not None and self.stream_seconds >= _ENOUGH * alone)
+        return self.came_in_time or (alone is not None and self.stream_seconds >= _ENOUGH * alone)
 
     def problem(self) -> str:
         """What a head has to expect of such a server; no text if that is nothing bad."""
         if not self.is_sure:
             return ""
-        if not self.is_beside:
+        if not self.came_in_time:
             return "the answer was not there before the thought had ended"
         computed, prompt = self.computed_tokens, self.prompt_tokens
         if computed is not None and prompt is not None and 2 * computed > prompt:
@@ -159,11 +159,11 @@ async def _tried(server: LMServer, headers: RawHeaders, length: int) -> ProbeTri
         for _ in range(_NUM_PROBES):
             await _read(leg, generated, _STEP)
             trial = await _probed(server, request, leg, generated)
-            if not trial.is_beside:
+            if not trial.came_in_time:
                 break
     finally:
         await leg.close()
-    if trial.is_beside:
+    if trial.came_in_time:
         return trial
     alone = [await _alone(server, request, generated) for _ in range(_NUM_ALONE)]
     return replace(trial, alone_seconds=min(alone))
@@ -192,7 +192,7 @@ async def _tried_in_turn(server: LMServer, request: CompletionRequest) -> ProbeT
         0,
         seconds,
         server.num_parallel,
-        is_beside=True,
+        came_in_time=True,
         is_in_turn=True,
     )
 
@@ -233,11 +233,11 @@ async def _probed(
 ) -> ProbeTrial:
     """Forces an answer behind what was generated, and reads on until it is there."""
     seen = replace(generated, texts=list(generated.texts), ids=list(generated.ids))
-    started, usage, is_beside = time.perf_counter(), LegUsage(), True
+    started, usage, came_in_time = time.perf_counter(), LegUsage(), True
     probe = asyncio.create_task(_forced(server, request, seen, usage))
     try:
-        while is_beside and await leg.comes_before(probe):
-            is_beside = await _read(leg, generated, 1)
+        while came_in_time and await leg.comes_before(probe):
+            came_in_time = await _read(leg, generated, 1)
         stream_seconds = time.perf_counter() - started
         await probe
     finally:
@@ -248,7 +248,7 @@ async def _probed(
         generated.num_tokens - seen.num_tokens,
         time.perf_counter() - started,
         server.num_parallel,
-        is_beside,
+        came_in_time,
         stream_seconds,
     )
 

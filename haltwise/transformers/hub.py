@@ -218,6 +218,7 @@ def main() -> None:
         asked = parser.parse_args()
     try:
         export(HaltHead.load(asked.head), asked.out, asked.repo)
+        print(f"{asked.out} is written; {Path(asked.out) / 'README.md'} says how to run it")
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -18,6 +18,8 @@ from lms.sources.task import NoQuestionError, check_draw, with_instruction
 
 # The column that most data sets name their splits in.
 _USUAL_COLUMN = "split"
+# Libraries write these for an answer that is not there. They can be answers, too.
+_LIKE_NOTHING = ("nan", "NaN", "None", "null", "NULL", "<NA>")
 
 
 @dataclass
@@ -35,6 +37,8 @@ class _RowSurvey:
     """The number of rows that have no answer."""
     num_repeated: int = 0
     """The number of rows whose question stands in a row before."""
+    like_nothing: Counter[str] = field(default_factory=Counter)
+    """The number of rows by an answer that looks like none."""
 
     def split(self, own: str, digest: str) -> str | None:
         """Returns the split of a question; None if a later split has the same question.
@@ -177,6 +181,8 @@ class TableTask:
         skipped = f", {survey.num_skipped:,} skipped without an answer" * bool(survey.num_skipped)
         if survey.num_repeated:
             skipped += f", {survey.num_repeated:,} repeat a question, which is asked once"
+        for gold, num in survey.like_nothing.items():
+            skipped += f", {num:,} answered {gold!r}, which is to be left empty where it means none"
         if survey.divided:
             skipped += f", all of them named {survey.divided}, which is divided by a hash"
         if survey.is_hashed and (column := self._states_splits()):
@@ -202,6 +208,8 @@ class TableTask:
                 survey.num_skipped += 1
                 continue
             survey.rows[own, split_of(digest)] += 1
+            if item.gold in _LIKE_NOTHING:
+                survey.like_nothing[item.gold] += 1
             key = int(digest[:16], 16)
             survey.num_repeated += key in seen
             seen.add(key)

@@ -188,12 +188,12 @@ def test_logits_that_are_not_numbers_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"halting": halting("somewhere")}, "can be replayed but not run"),
-        ({"halting": halting("every 0 tokens")}, "can be replayed but not run"),
+        ({"halting": halting("somewhere")}, "is none that can be run"),
+        ({"halting": halting("every 0 tokens")}, "is none that can be run"),
         ({"halting": halting(close="")}, "has no tokens"),
         (
             {"halting": replace(halting(), confidence_rule="source")},
-            "rule 'source' can be replayed but not run",
+            "rule 'source' is none that can be run",
         ),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),

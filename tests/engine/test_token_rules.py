@@ -77,5 +77,5 @@ def test_bytes_that_are_no_character_are_let_go() -> None:
 def test_a_head_that_sees_no_answers_needs_no_confidence() -> None:
     tokenizer, halting = of_bytes(), Halting("at_halt", "every 4 tokens", "</think>", "")
     assert TokenRules(tokenizer, halting).every == 4
-    with pytest.raises(InputError, match="confidence rule '' can be replayed but not run"):
+    with pytest.raises(InputError, match="confidence rule '' is none that can be run"):
         TokenRules(tokenizer, replace(halting, probing="always"))

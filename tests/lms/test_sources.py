@@ -296,6 +296,13 @@ def test_rows_that_repeat_a_question_are_counted(tmp_path: Path) -> None:
     assert "repeat" not in own(write(tmp_path / "once.csv", ROWS)).describe()
 
 
+def test_answers_that_look_like_none_are_counted(tmp_path: Path) -> None:
+    unknown = [{"question": f"What is {word}?", "answer": "nan"} for word in ("it", "this")]
+    told = own(write(tmp_path / "own.csv", [*ROWS, *unknown])).describe()
+    assert "rows, 2 answered 'nan', which is to be left empty where it means none; scorer" in told
+    assert "answered" not in own(write(tmp_path / "whole.csv", ROWS)).describe()
+
+
 @pytest.mark.parametrize("flag", ["segment_column", "split_column", "answer_column"])
 def test_a_table_lacks_a_column_where_it_names_them(tmp_path: Path, flag: str) -> None:
     told = (

@@ -699,6 +699,6 @@ def test_a_trial_tells_of_a_probe_what_the_server_tells(
         assert num == (5 if trials[0].is_in_turn else 2)
     (trial,) = trials
     assert trial.is_in_turn == (kind == "llama-server" and not beside)
-    assert trial.is_beside and trial.overrun_tokens < 200 and trial.seconds > 0
+    assert trial.came_in_time and trial.overrun_tokens < 200 and trial.seconds > 0
     assert trial.num_parallel == (1000 if kind == "llama-server" else None)
     assert trial.prompt_tokens is not None and trial.prompt_tokens > 100

@@ -152,7 +152,7 @@ def test_a_head_that_learned_from_another_confidence_is_refused(tmp_path: Path) 
     policy = sure_head(probing="always")
     halting = replace(policy.config.halting, confidence_rule="by hand")
     saved_head(tmp_path, HaltHead(replace(policy.config, halting=halting), policy.weights))
-    with pytest.raises(InputError, match="confidence rule 'by hand' can be replayed but not run"):
+    with pytest.raises(InputError, match="confidence rule 'by hand' is none that can be run"):
         create_app(ServeConfig(head=tmp_path))
 
 

@@ -93,6 +93,14 @@ def test_the_recorder_tells_of_the_server(server: str, tmp_path: Path) -> None:
     assert len(rows_of(config.out)) == 2
 
 
+def test_a_close_text_that_the_served_lm_cannot_spell_is_warned_of(server: str) -> None:
+    config = replace(SUMS, base_url=server, num=1, close_text="</think> Therefore")
+    with closing(open_engine(config, SHORT)) as engine:
+        told = engine.self_test(list(seeded_questions(config)), None)
+    assert "warning: the tokens of the close text '</think> Therefore' read '</think>" in told
+    assert told.endswith("the LM sees another text") or "the LM sees another text\n" in told
+
+
 def command(url: str, out: Path) -> list[str]:
     """Records eight questions in another process, shard by shard."""
     flags = ["--engine=openai", f"--base-url={url}", "--task=sum", "--split", "test", "--num=8"]

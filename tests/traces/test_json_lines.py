@@ -79,8 +79,11 @@ RUNNABLE = {
     [
         ({}, "haltwise.recorder states no decision_rule and no close_text"),
         (RUNNABLE | {"close_text": ""}, "haltwise.recorder states no close_text"),
-        (RUNNABLE | {"decision_rule": "by hand"}, "decision rule 'by hand' can be replayed"),
-        (RUNNABLE | {"confidence_rule": ""}, "confidence rule '' can be replayed but not run"),
+        (
+            RUNNABLE | {"decision_rule": "by hand"},
+            "decision rule 'by hand' is none that can be run",
+        ),
+        (RUNNABLE | {"confidence_rule": ""}, "confidence rule '' is none that can be run"),
         (RUNNABLE | {"confidence_rule": "", "probing": "at_halt"}, ""),
         (RUNNABLE, ""),
         (RUNNABLE | {"decision_rule": "every 7 tokens"}, "1 of 1 traces contradict the decision"),

@@ -214,7 +214,7 @@ def test_other_stopping_criteria_hold_for_halted_rows_too() -> None:
     ("changes", "message"),
     [
         ({"tokenizer": "0123"}, "but the head was trained with 0123"),
-        ({"rule": "somewhere"}, "can be replayed but not run"),
+        ({"rule": "somewhere"}, "is none that can be run"),
         ({"close": ""}, "has no tokens"),
         ({"probing": "at_halt"}, "shows no forced answer"),
     ],

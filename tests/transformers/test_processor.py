@@ -398,7 +398,7 @@ def test_a_processor_is_for_one_call_of_its_own_lm() -> None:
             "looks at answers while it thinks: use haltwise.transformers.ProbingGeneration",
         ),
         (blind_head(tokenizer="0123"), "but the head was trained with 0123"),
-        (blind_head("somewhere"), "can be replayed but not run"),
+        (blind_head("somewhere"), "is none that can be run"),
         (blind_head(close=""), "has no tokens"),
     ],
 )

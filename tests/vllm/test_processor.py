@@ -623,9 +623,7 @@ def test_heads_that_vllm_cannot_serve_are_refused(vllm: Any, tmp_path: Path) -> 
     cases = {
         "head probes always: expected at_halt": always,
         f"tokenizer is {tokenizer_fingerprint(TOKENIZER)}, but the head was trained": other,
-        "decision rule 'boundaries' can be replayed but not run": replace(
-            head.config, halting=named
-        ),
+        "decision rule 'boundaries' is none that can be run": replace(head.config, halting=named),
         "close text '' has no tokens": replace(head.config, halting=mute),
     }
     for expected, changed in cases.items():
