@@ -153,6 +153,7 @@ class Session:
             return False
         position = int(signals.position[0])
         halts = self._ask_head(np.array([row]), signals)
+        self.look(row)
         if row not in halts or position < self.running[row].terms.min_tokens:
             return False
         self.note_halted(row, "halted", position)

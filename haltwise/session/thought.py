@@ -195,10 +195,15 @@ class Thought:
         num, look = self.num_tokens, NEVER
         if self.is_over:
             return NEVER
-        if at_points:
+        if at_points and self._has_points_left:
             every = self._rules.every_repeated
-            look = num + 1 if every is None else (num // every + 1) * every
+            look = num + 1 if every is None else (max(num, self._due - 1) // every + 1) * every
         return look if self.cap is None else min(look, max(self.cap, num + 1))
+
+    @property
+    def _has_points_left(self) -> bool:
+        most = self._rules.max_points
+        return most is None or self.num_points < most
 
     def add(self, token: Any) -> None:
         """Takes in the next token."""
@@ -213,8 +218,7 @@ class Thought:
         found = bool(marker) and marker in seen
         self._tail = seen[-len(marker) :] if marker and not found else ""
         if self.begun and not found:
-            within = rules.max_points is None or self.num_points < rules.max_points
-            is_due = within and self.num_tokens >= self._due
+            is_due = self._has_points_left and self.num_tokens >= self._due
             self.at_point = is_due and rules.is_point(self.num_tokens, self._before + text)
             if self.at_point:
                 self.num_points += 1

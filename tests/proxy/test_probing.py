@@ -127,14 +127,19 @@ def test_a_server_with_slots_ends_answers_itself_and_a_text_amid_one_ends_none(
 
 
 @BOTH
-def test_probes_come_closer_while_the_answer_repeats(pairs: Pairs, plan: Plan, chat: bool) -> None:
+@pytest.mark.parametrize("kind", ["vllm", "llama-server"], ids=["beside", "in turn"])
+def test_probes_come_closer_while_the_answer_repeats(
+    pairs: Pairs, plan: Plan, kind: Kind, chat: bool
+) -> None:
     rule = "every 8 tokens, every 4 while the answer repeats"
-    pair = pairs(probing=True, rule=rule)
+    pair = pairs(kind, probing=True, rule=rule)
     told = ask(pair.client, plan, chat, headers=NEVER).haltwise
-    assert told["probes"]["num"] == 3  # no answer can be read: at 8, 16 and 24
+    # No answer can be read: at 8, 16 and 24. The thought ends in the fourth turn.
+    assert (told["probes"]["num"], told.get("turns", 5)) == (3, 5)
     plan = replace(plan, name=f"{plan.name}b", mention=" Answer: 7\n")
     told = ask(pair.client, plan, chat, headers=NEVER).haltwise
-    assert told["probes"]["num"] == 5  # at 8, 16, 20, 24 and 28
+    # At 8, 16, 20, 24 and 28.
+    assert (told["probes"]["num"], told.get("turns", 7)) == (5, 7)
 
 
 @BOTH

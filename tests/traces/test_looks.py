@@ -72,8 +72,8 @@ def test_a_thought_looks_where_replay_does(
     for token in range(4 * len(answers)):
         ahead = thought.next_look()
         thought.add("x")
+        assert (ahead == thought.num_tokens) == thought.at_point
         if thought.at_point:
-            assert ahead <= thought.position
             looked.append(thought.position)
             thought.answered(int(answer_keys([answers[token // 4]])[0]))
     assert looked_at(traces, DecisionRule(rule)).position.tolist() == looked
