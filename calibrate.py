@@ -167,7 +167,7 @@ def _fresh(config: CalibrateConfig, certified: Run, head: HaltHead) -> Traces:
     learned = certified.learned()
     files = TraceFiles.of_head(config.traces, head.config, agreeing)
     rows = files.rows(*([] if config.split == "all" else [config.split]))
-    known = rows & (files.rows_of_questions(learned.questions) | files.rows_of_texts(learned.texts))
+    known = rows & files.rows_of_questions(learned.questions, learned.texts)
     dropped = len(np.unique(files.question[known]))
     if (known == rows).all():
         raise InputError(

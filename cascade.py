@@ -63,7 +63,7 @@ from policies.escalating import (
 from policies.head import HeadPolicy, price_grid
 from policies.observing import cascade_prices, observing_at_prices
 from runs import Learned, Run
-from traces import Pairs, check_recorded, read_pairs
+from traces import Pairs, TraceFiles, Traces, check_recorded, read_pairs
 
 # What begins the names of the policies of each kind that the verdict compares with.
 _KINDS = {
@@ -184,7 +184,7 @@ class _Material:
         fresh = is_fresh.copy()
         for folder in (config.head, config.large_head):
             if folder is not None:
-                fresh &= ~Run(folder).learned().among(pairs.small.question_id)
+                fresh &= ~_learned_from(Run(folder), config.small, pairs.small)
         if not fresh.any():
             raise InputError("a head learned from all test questions, expected others")
         known = pairs.select(~is_fresh)
@@ -215,6 +215,13 @@ class _Material:
         """Trains on some of the known pairs."""
         some, large = self.known.select(rows), self.large_known.select(rows)
         return fit_cascade(some, large, self.head, self.told, config.fit, config.seed)
+
+
+def _learned_from(run: Run, path: Path, traces: Traces) -> np.ndarray:
+    """Returns which of some traces (N,) of a file are of questions that a run learned from."""
+    learned, files = run.learned(), TraceFiles.open(path, agreeing)
+    ids = files.question_ids(files.rows_of_questions(learned.questions, learned.texts))
+    return np.isin(traces.question_id, list(ids))
 
 
 def _head(config: CascadeCommandConfig, known: Pairs) -> HaltHead | HeadConfig:

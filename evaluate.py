@@ -196,8 +196,9 @@ def _explained(recorded: TraceFiles, trace_id: str, price: float | None, trained
     price = trained.head.config.default_price if price is None else price
     question_id = str(traces.question_id[0])
     told = decision_path(traces, trained.trainings[0].judge(question_id), price, words)
-    known = trained.learned.among(traces.question_id).any()
-    if known and not any(question_id in fold for fold in trained.learned.folds.values()):
+    learned = trained.learned
+    known = (rows & recorded.rows_of_questions(learned.questions, learned.texts)).any()
+    if known and not any(question_id in fold for fold in learned.folds.values()):
         told = f"The head learned from this question: what it does here is no evidence.\n{told}"
     return told
 

@@ -40,9 +40,7 @@ class Parent:
 
     def fresh(self, files: TraceFiles) -> RowMask:
         """Returns the rows (N,) of questions that the parent has not learned from."""
-        known = files.rows_of_questions(self.learned.questions)
-        fresh: RowMask = ~(known | files.rows_of_texts(self.learned.texts))
-        return fresh
+        return ~files.rows_of_questions(self.learned.questions, self.learned.texts)
 
     def read(self, path: Path, max_traces: int) -> Traces:
         """Reads traces that the parent can look at.

@@ -33,6 +33,7 @@ from policies.head import HeadPolicy, judging_heads
 from policies.supervised import SUPERVISED, Supervised
 from runs import Gates, Learned, Run
 from traces import MAX_TRACES, TraceFiles, Traces
+from traces.stream import RowMask
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,28 @@ class Trained:
             InputError: If they cannot be read, or were recorded under other conditions.
         """
         return TraceFiles.of_head(path, self.head.config, agreeing)
+
+    def judged_rows(self, files: TraceFiles, split: str) -> RowMask:
+        """Returns the rows to judge: those of a split, or of "all".
+
+        Questions that the run learned from under another id are left out, with a message: of those
+        nobody knows which fold kept them back.
+
+        Raises:
+            InputError: If no row is left.
+        """
+        learned = self.learned
+        rows = files.rows(*([] if split == "all" else [split]))
+        by_text = files.rows_of_questions((), learned.texts)
+        renamed = rows & by_text & ~files.rows_of_questions(learned.questions)
+        num = len(np.unique(files.question[renamed]))
+        if num and (renamed == rows).all():
+            raise InputError(
+                f"the head learned from all {num} questions, under other ids: expected others"
+            )
+        if num:
+            print(f"Left out {num} questions that the head learned from, under other ids.")
+        return rows & ~renamed
 
     def open_under(self, path: Path, rule: str) -> TraceFiles:
         """Opens such traces under another decision rule than the head's own.
@@ -122,7 +145,7 @@ def evaluate_run(
         OSError: If a file cannot be written.
     """
     recorded = trained.open_traces(path)
-    rows = recorded.rows(*([] if split == "all" else [split]))
+    rows = trained.judged_rows(recorded, split)
     traces = recorded.read(recorded.sample(rows, max_traces))
     if not traces.num_points:
         raise InputError(f"{path}: no decision point in these {len(traces)} traces, expected some")

@@ -165,8 +165,9 @@ def report_rows(
 def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | None:
     """Returns the baseline that the head leads least at equal EM, which no doubter may miss.
 
-    A head that never halts has no EM of its own to be equal to. There it is the baseline that saves
-    most at its own point, of those that are not shown to lose more than they may.
+    Those to which it is shown to lose come first, by however little. A head that halts nothing has
+    no EM of its own to be equal to. There it is the baseline that saves most at its own point, of
+    those that are not shown to lose more than they may.
 
     Args:
         frozen: The frozen rows.
@@ -176,7 +177,7 @@ def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | 
         The name of the policy; None if no baseline is available.
     """
     rows = [row for row in frozen if isinstance(row, FrozenRow) and row.gate == gate]
-    halts = any(row.policy == "head" and row.parameter is not None for row in rows)
+    halts = any(row.policy == "head" and row.halts for row in rows)
     others = [row for row in rows if row.policy != "head"]
     if halts:
         baselines = [row for row in others if row.head_lead_at_equal_em is not None]
@@ -187,9 +188,12 @@ def strongest(frozen: Sequence[FrozenRow | MissingPoint], gate: float) -> str | 
     return None if best is None else best.policy
 
 
-def _strength(row: FrozenRow, head_halts: bool) -> float:
+def _strength(row: FrozenRow, head_halts: bool) -> tuple[bool, float]:
     """Returns what a baseline is ranked by: the saving that it is ahead of the head."""
-    return -(row.head_lead_at_equal_em or 0.0) if head_halts else row.saving
+    if not head_halts:
+        return False, row.saving
+    interval = row.head_lead_at_equal_em_interval
+    return interval is not None and interval[1] < 0, -(row.head_lead_at_equal_em or 0.0)
 
 
 def _loses_more(row: FrozenRow) -> bool:

@@ -62,7 +62,7 @@ def compare_rules(
     names = [trained.head.config.halting.decision_rule, *rules]
     if len(set(names)) < len(names):
         raise InputError(f"--rule: {sorted(names)} has one twice, the head's own is the first")
-    rows = own.sample(own.rows(*([] if split == "all" else [split])), max_traces)
+    rows = own.sample(trained.judged_rows(own, split), max_traces)
     found = looking_rows(trained, names, [files.read(rows) for files in every])
     print(format_looking(found))
     if json is not None:

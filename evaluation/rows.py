@@ -81,6 +81,11 @@ class FrozenRow(SweepRow):
     """The area under this policy's frontier and above AREA_FLOOR, see `frontier_area`; None for
     rules."""
 
+    @property
+    def halts(self) -> bool:
+        """Whether the policy halts any of the traces at its number."""
+        return self.parameter is not None and self.halt_rate > 0
+
 
 @dataclass(frozen=True)
 class HonestRow(SweepRow):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,14 @@ def _read(entrants: Sequence[Entrant], split: str, max_traces: int) -> list[Trac
     for entrant, each, of_split in zip(entrants[1:], files[1:], rows[1:], strict=True):
         found = each.question_ids(of_split)
         _check_questions(entrant.path, found, entrants[0].path, expected)
-    sample = files[0].question[files[0].sample(rows[0], max_traces)]
+    judged = [
+        each.question[entrant.trained.judged_rows(each, split)]
+        for entrant, each in zip(entrants, files, strict=True)
+    ]
+    left = rows[0] & np.isin(files[0].question, reduce(np.intersect1d, judged))
+    if not left.any():
+        raise InputError("some head learned from each of the questions: expected others")
+    sample = files[0].question[files[0].sample(left, max_traces)]
     return [
         each.read(of_split & np.isin(each.question, sample))
         for each, of_split in zip(files, rows, strict=True)

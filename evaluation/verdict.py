@@ -148,7 +148,7 @@ def conclusion(
     known = {(row.gate, row.policy): row for row in frozen if isinstance(row, FrozenRow)}
     gates = sorted(gate for gate, policy in known if policy == "head")
     rivals = {gate: known.get((gate, strongest(frozen, gate) or "")) for gate in gates}
-    if known[gates[0], "head"].parameter is None:
+    if not known[gates[0], "head"].halts:
         return Verdict(f"Verdict: {_of_never(gates, known, rivals[gates[0]])}.", _ADVICE["never"])
     head, rival = known[gates[0], "head"], rivals[gates[0]]
     name = None if rival is None else rival.policy
@@ -236,20 +236,29 @@ def _of_never(
     rival: FrozenRow | None,
 ) -> str:
     """Says what there is instead where the head's own price is never to halt."""
+    strictest, lost = known[gates[0], "head"], gate_title(gates[0])
     said = (
-        f"never halts: no price was found that was sure to lose {gate_title(gates[0])}, so that "
+        f"never halts: no price was found that was sure to lose {lost}, so that "
         "the head's own price is 0 and no thought is halted unless a request names a price"
+        if strictest.parameter is None
+        else f"halts nothing: at a price of {number(strictest.parameter)}, chosen to lose {lost}, "
+        f"none of these thoughts is halted{_looks_in_vain(strictest)}"
     )
     for gate in gates[1:]:
         head = known[gate, "head"]
-        if head.parameter is not None:
-            price = number(head.parameter)
+        if head.halts:
+            price = number(head.parameter or 0.0)
             return (
                 f"{said}; a price of {price}, chosen to lose {gate_title(gate)}, {_came_to(head)}"
             )
     if rival is None:
         return said
     return f"{said}; the best of the simple rules, {policy_title(rival.policy)}, {_came_to(rival)}"
+
+
+def _looks_in_vain(head: FrozenRow) -> str:
+    """Says in a clause what the looks of a head cost that halts nothing."""
+    return f", and looks cost {percent(-head.saving)} % of the tokens" if head.saving < 0 else ""
 
 
 def _came_to(row: SweepRow) -> str:
@@ -283,6 +292,11 @@ def _head_words(head: FrozenRow, gate: float, num_questions: int) -> str:
         return (
             f"No price was found that was sure to lose {gate_title(gate)}, so the head never halts "
             "here: it saves nothing and loses nothing."
+        )
+    if not head.halts:
+        return (
+            f"At a price of {number(head.parameter)} the head halts none of these thoughts: it "
+            f"saves nothing and loses nothing{_looks_in_vain(head)}."
         )
     saving = f"{percent(head.saving)} % of the tokens{_range(head, 'saving', percent)}"
     change = f"{points(head.em_delta)} points{_range(head, 'em_delta', points)}"
@@ -329,9 +343,9 @@ def _standing(head: FrozenRow, other: FrozenRow | None) -> tuple[tuple[str, str]
     Returns:
         A key for the style with a few words; and sentences.
     """
-    if head.parameter is None:
+    if not head.halts:
         found = [] if other is None else [_own_point("The best of the simple rules", other)]
-        return ("never", "never halts"), found
+        return ("never", "never halts" if head.parameter is None else "halts nothing"), found
     if other is None:
         return ("unknown", "no baseline"), ["No baseline is available to compare it with."]
     told = _own_point("The strongest baseline", other)

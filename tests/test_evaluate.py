@@ -25,7 +25,7 @@ from policies.head import HeadPolicy
 from runs import Learned, Points, Run
 from tests.conftest import random_rows
 from tests.evaluation.reports import known, made, made_row
-from traces import Traces, write_shard
+from traces import TraceFiles, Traces, write_shard
 
 MakeTraces = Callable[..., Traces]
 Row = dict[str, Any]
@@ -218,6 +218,31 @@ def test_what_the_head_learned_from_is_no_evidence(run_folder: Path, traces_path
     assert report["judged"].startswith("2 of the 20 questions were learned from")
     report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="dev"))
     assert report["evidence"] and report["judged"].startswith("None of the 7 questions")
+
+
+def test_what_the_head_learned_from_under_another_id_is_left_out(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "asked.parquet"
+    rows = [row | {"question": f"What is {row['question_id']}?"} for row in random_rows()]
+    write_shard(path, rows, {})
+    files = TraceFiles.open(path)
+    config = EvaluateConfig(head=run_folder, traces=path, split="all")
+    for asked in (config, replace(config, beside=(path,))):
+        texts = files.texts(files.rows_of_questions(["q0", "q3"]))
+        Run(run_folder).save_learned(Learned(frozenset({"elsewhere"}), texts=texts))
+        found = evaluate.main(asked)
+        told = "Left out 2 questions that the head learned from, under other ids.\n"
+        assert told in capsys.readouterr().out
+        if isinstance(found, Report):
+            assert found.judged == "None of the 18 questions was learned from." and found.evidence
+        texts = files.texts(files.rows())
+        Run(run_folder).save_learned(Learned(frozenset({"elsewhere"}), texts=texts))
+        with pytest.raises(InputError, match="learned from all 20 questions, under other ids"):
+            evaluate.main(asked)
+    trace_id = str(rows[0]["trace_id"])
+    evaluate.main(replace(config, explain=trace_id, price=1.0))
+    assert capsys.readouterr().out.startswith("The head learned from this question")
 
 
 def test_supervised_baselines_are_fitted_again_from_the_runs_own_traces(

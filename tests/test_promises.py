@@ -732,6 +732,15 @@ PROMISES: dict[str, Tests] = {
     "if a head was recorded from a server of another kind": (
         test_serve.test_a_head_that_was_recorded_from_another_server_is_told,
     ),
+    "the proxy warns of the first request above a temperature of 0 that is sampled by `top_k`": (
+        test_proxy.test_samplers_that_the_traces_were_recorded_without_are_told,
+    ),
+    "has no cap, and `ignored` in the header `X-Haltwise` names the terms that do not hold": (
+        test_proxy.test_a_cap_that_cannot_hold_is_named,
+    ),
+    "An `Off` that is false names nothing": (
+        test_request.test_what_a_request_leaves_out_is_as_in_the_default,
+    ),
     "first request of another temperature": (
         test_proxy.test_a_temperature_that_is_not_that_of_the_traces_is_told,
     ),

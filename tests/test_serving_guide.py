@@ -40,7 +40,7 @@ def test_every_integration_takes_ten_lines_at_most() -> None:
     [
         ("HaltProcessor", "</think>.*reason='halted'"),
         ("ProbingGeneration", "</think>.*reason='halted'"),
-        ("generate_all", "(?m)^8 halted .*</think>"),
+        ("generate_all", "(?m)^6 halted .*</think> 22 <eos>"),
         ("export", "</think> "),
         ("HaltHead, HaltMonitor, Signals", r"^\[False +True\]$"),
     ],

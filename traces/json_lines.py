@@ -12,6 +12,8 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ from traces.store import table_of, write_shard
 from traces.verdicts import are_digests
 
 _RECORDER, _LABEL = "haltwise.recorder", "haltwise.label"
+# How alike a misspelt name is to the one that is meant, of 1.
+_ALIKE = 0.85
 # The columns with one number a point that may be unknown.
 _NUMBERS = {field.name for field in SCHEMA if field.type == pa.list_(pa.float32())}
 
@@ -169,10 +173,23 @@ def _recorder(first: Line, others: Iterator[Line]) -> tuple[dict[str, Any], Iter
     if first.row or not isinstance(recorder, dict):
         raise InputError(f"{first.place}: expected {_RECORDER} alone, an object")
     try:
+        _check_spelling(recorder)
         Halting.of_recorder(recorder)
     except InputError as error:
         raise InputError(f"{first.place}: {_RECORDER}: {error}") from None
     return recorder, others
+
+
+def _check_spelling(recorder: dict[str, Any]) -> None:
+    """Refuses what looks like a condition of halting, and is kept without a word if it is none.
+
+    Raises:
+        InputError: If a name is nearly that of a condition.
+    """
+    known = [*(field.name for field in fields(Halting)), "answers"]
+    for name in recorder.keys() - {*known}:
+        if meant := get_close_matches(name, known, 1, _ALIKE):
+            raise InputError(f"has {name!r}, expected {meant[0]!r}, or another name if not that")
 
 
 def _lines(file: Path, may_be_cut: bool, having: bytes = b"") -> Iterator[Line]:

@@ -280,7 +280,7 @@ class _Examined:
                 (text,), values = found[0]
                 yield (
                     f"{len(found)} questions with the same text {told}: the first is "
-                    f"{text!r:.60}, {_listed(values)}."
+                    f"{text[:60]!r}, {_listed(values)}."
                 )
 
 

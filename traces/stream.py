@@ -233,19 +233,15 @@ class TraceFiles:
             raise InputError(f"no trace has split {' or '.join(map(repr, splits))}: found {found}")
         return rows
 
-    def rows_of_questions(self, question_ids: Iterable[str]) -> RowMask:
-        """Returns the rows of some questions."""
-        rows: RowMask = np.isin(self.question, _keys(question_ids))
+    def rows_of_questions(self, question_ids: Iterable[str], texts: Iterable[str] = ()) -> RowMask:
+        """Returns the rows of some questions, by their ids or by the digests of their texts."""
+        by_text = np.isin(self._text, list(texts)) & (self._text != "")
+        rows: RowMask = np.isin(self.question, _keys(question_ids)) | by_text
         return rows
 
     def texts(self, rows: RowMask) -> frozenset[str]:
         """Returns digests of the questions' texts in some rows; none of those not recorded."""
         return frozenset(self._text[rows].tolist()) - {""}
-
-    def rows_of_texts(self, texts: Iterable[str]) -> RowMask:
-        """Returns the rows whose questions have some texts, by their digests."""
-        rows: RowMask = np.isin(self._text, list(texts)) & (self._text != "")
-        return rows
 
     def one_id_a_text(self, traces: Traces) -> Traces:
         """Returns traces in which questions with the same text have the same id, the first one."""

@@ -149,9 +149,20 @@ class Standing:
 class ShortError(Exception):
     """A budget has not enough left for a request."""
 
-    def __init__(self, standing: Standing) -> None:
-        """Takes the first account that is short."""
-        super().__init__(f"the budget of {standing.account.scope} is spent")
+    def __init__(self, standing: Standing, amount: Amount) -> None:
+        """Takes the first account that is short, and the most that the request can cost.
+
+        What is left is not told: the account may be that of others too.
+        """
+        left, is_money = standing.left, standing.left.nano < amount.nano
+        told = f"the budget of {standing.account.scope} is spent"
+        if (left.nano if is_money else left.tokens) > 0:
+            most = f"{amount.nano / NANO:.6g} dollars" if is_money else f"{amount.tokens:,} tokens"
+            told = (
+                f"the budget of {standing.account.scope} has too little left for this request, "
+                f"which may take {most}: expected a smaller max_tokens"
+            )
+        super().__init__(told)
         self.standing = standing
 
 
@@ -204,7 +215,7 @@ class Budgets:
             standings = [_standing(opened, account, now) for account in accounts]
             for one in standings:
                 if one.left.nano < amount.nano or one.left.tokens < amount.tokens:
-                    raise ShortError(one)
+                    raise ShortError(one, amount)
             for one in standings:
                 self._hold(opened, request, one, amount, now)
             return standings

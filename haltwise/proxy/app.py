@@ -73,6 +73,7 @@ from haltwise.proxy.operator import OperatorPages, shows_key
 from haltwise.proxy.page import live_page
 from haltwise.proxy.probe_trial import check_probes
 from haltwise.proxy.probing import ProbeRoom
+from haltwise.proxy.sampling import SamplingWatch
 from haltwise.proxy.upstream import SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.voted_completion import VotedCompletion
 from haltwise.proxy.wire import (
@@ -81,6 +82,7 @@ from haltwise.proxy.wire import (
     RawHeaders,
     StreamEvent,
     UpstreamError,
+    error_body,
 )
 from haltwise.session.control import ConstantControl, load_control
 from haltwise.session.request import Spent
@@ -106,8 +108,6 @@ _OF_REQUESTS = {b"host", b"content-length", b"expect"}
 _CONTEXT_TIMEOUT = 5.0
 # Seconds for which a store may take to tell a number.
 _STORE_TAKES = 1.0
-# Temperatures are the same if they differ by no more than numbers of 32 bits can.
-_OF_FLOATS = 1e-6
 # Seconds for which the health of the upstream is believed.
 _CHECK_LASTS = 1.0
 # How an upstream fails that was never asked for anything.
@@ -194,7 +194,7 @@ class Proxy:
         self._next_trial: float | None = None
         self._trial: asyncio.Task[None] | None = None
         self._checked, self._answered = -math.inf, False
-        self._has_told_temperature = False
+        self._sampling = SamplingWatch(self.metrics)
         if self.control is not None and self.control.traces is not None:
             writer = self.control.traces.writer
             self.metrics.audit_traces_lost.set_function(lambda: writer.num_lost)
@@ -424,7 +424,8 @@ class Proxy:
             server = await self._find_server(headers)
             if server is not self._unknown:
                 self._try_probes_late(server, _authorization(headers))
-                self._note_temperature(server, request, record)
+                recorded = self._settings.head.config.recording.get("temperature")
+                record.about |= self._sampling.note(server.sampling, request.body, recorded)
             why_not = await aside.run(is_large, server.why_not_halted, request)
             why_not = why_not or self._why_unseen(server, request, terms)
             if request.num_thoughts > 1:
@@ -445,7 +446,7 @@ class Proxy:
         if why_not is not None:
             if bill is not None:
                 bill.spent = None  # of the answer that follows
-            told = self._why_not(why_not, record)
+            told = self._why_not(why_not, record, ignored(terms))
             if not await self._refer(client, request, body, told, bill):
                 await self._pass_on(client, body, told)
 
@@ -597,28 +598,6 @@ class Proxy:
                     if was != now:
                         told = f"recorded from a server with {name} {was!r}, this one has {now!r}"
                         log.warning(json.dumps({"warning": f"the head was {told}"[:1000]}))
-
-    def _note_temperature(
-        self, server: LMServer, request: CompletionRequest, record: RequestRecord
-    ) -> None:
-        """Notes a temperature that is not that of the head's traces; warns of the first one."""
-        named, config = request.body.get("temperature"), self._settings.head.config
-        asked = server.temperature if named is None else named
-        recorded = config.recording.get("temperature")
-        if not isinstance(asked, int | float) or not isinstance(recorded, int | float):
-            return
-        if math.isclose(asked, recorded, rel_tol=_OF_FLOATS):
-            return
-        self.metrics.other_temperatures.inc()
-        record.about["temperature"] = float(f"{asked:g}")  # llama-server's own has 32 bits
-        if not self._has_told_temperature:
-            self._has_told_temperature = True
-            whose = "the server's own" if named is None else "a client's"
-            told = (
-                f"a request of temperature {asked:g}, {whose}; the head's traces have {recorded:g}:"
-                " saving and loss are others at another one"
-            )
-            log.warning(json.dumps({"warning": told}))
 
     async def _watch(self, client: RequestingClient, completion: Completion) -> str | None:
         """Answers with a watched completion.
@@ -964,7 +943,16 @@ def app_of(proxy: Proxy) -> Starlette:
         ).routes,
         Route("/v1/{path:path}", proxy),
     ]
-    return Starlette(routes=routes, lifespan=lifespan)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: _tell_path})
+
+
+def _tell_path(request: Request, _: Exception) -> Response:
+    """Says what is expected to whom asks for a path that is not there, mostly one without /v1."""
+    told = (
+        f"no such path, {request.url.path!r:.80}: expected one that begins with /v1, such as "
+        "/v1/chat/completions"
+    )
+    return JSONResponse(error_body(told, "not_found"), 404)
 
 
 def _is_stream(content_type: bytes) -> bool:
@@ -1120,8 +1108,13 @@ def _told_at_start(config: ServeConfig, head: HaltHead, usual: Terms) -> list[st
             f"the head's certificate promises {promised:g}, which is more than --target "
             f"{config.target:g}: audits have to vouch for a price, and until then nothing is halted"
         )
+    segments = ", ".join(sorted(head.config.segment_prices))
+    if segments and not usual.segment_prices and config.control != "apply":
+        told.append(
+            f"--price {usual.price:g} is that of all requests that name none: the head's prices of "
+            f"segments ({segments}) are not served"
+        )
     if config.control == "apply" and usual.segment_prices:
-        segments = ", ".join(sorted(usual.segment_prices))
         told.append(
             f"segments ({segments}) have prices of their own, which --control apply goes beyond: "
             "audits vouch for all requests together, and for a segment by itself with "

@@ -370,10 +370,11 @@ class Cashier:
 
     def _refused(self, short: ShortError) -> RefusedError:
         """Counts, and returns what a client is told whose budget is spent."""
-        self._metrics.budget_refused.labels(short.standing.account.scope).inc()
-        until = short.standing.until
-        wait = _LATEST if until == math.inf else until - self.budgets.now()
-        seconds = math.ceil(min(max(wait, 1.0), _LATEST))
+        scope, until = short.standing.account.scope, short.standing.until
+        self._metrics.budget_refused.labels(scope).inc()
+        if until == math.inf:  # it does not help to wait
+            return RefusedError(400 if scope == "request" else 429, "budget", str(short))
+        seconds = math.ceil(min(max(until - self.budgets.now(), 1.0), _LATEST))
         return RefusedError(429, "budget", str(short), _retry_after(seconds))
 
     def size_of(
@@ -481,7 +482,7 @@ def _check(budget: Budget, amount: Amount) -> None:
         MOST if budget.tokens is None else budget.tokens,
     )
     if amount.nano > left.nano or amount.tokens > left.tokens:
-        raise ShortError(Standing(Account("request", budget), left, 0, math.inf, 0.0))
+        raise ShortError(Standing(Account("request", budget), left, 0, math.inf, 0.0), amount)
 
 
 def _limit(path: str, body: Json) -> int | None:

@@ -18,12 +18,18 @@ _MOST_DIGITS = 10
 
 
 def named_by(client: RequestingClient) -> dict[str, str]:
-    """What the headers of a request name about its terms and itself."""
-    return {
-        name.removeprefix(TERMS).replace("-", "_"): value
-        for name, value in client.headers.items()
-        if name.startswith(TERMS)
-    }
+    """What the headers of a request name about its terms and itself.
+
+    Raises:
+        RefusedError: If one is there twice.
+    """
+    found: dict[str, str] = {}
+    for header, value in client.headers.items():
+        name = header.removeprefix(TERMS).replace("-", "_")
+        if header.startswith(TERMS) and found.setdefault(name, value) is not value:
+            message = f"{_header(name)} is given twice, expected one"
+            raise RefusedError(400, "invalid_request_error", message)
+    return found
 
 
 def terms_of(
@@ -80,7 +86,10 @@ def _header(name: str) -> str:
 
 def unknown_tariff(model: str) -> RefusedError:
     """What a client is told that names an LM of which nobody knows what its tokens cost."""
-    message = f"nobody has said what the tokens of model {model!r:.80} cost"
+    message = (
+        f"nobody has said what the tokens of model {model!r:.80} cost: expected one that --tariffs "
+        "names, or '*' there for all"
+    )
     return RefusedError(400, "unknown_tariff", message)
 
 

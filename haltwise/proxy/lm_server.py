@@ -3,9 +3,11 @@
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import anyio
@@ -20,6 +22,7 @@ from haltwise.proxy.dialect import (
     listed_models,
     owner_of,
 )
+from haltwise.proxy.sampling import numbers_in
 from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError, json_object
 from haltwise.session.signal_collector import NUM_TOP
@@ -69,8 +72,9 @@ class LMServer(ServerDialect):
     """Whether a request beside another one has nothing of what that one has computed."""
     num_parallel: int | None = None
     """Requests that it runs at once; None if it does not tell."""
-    temperature: float | None = None
-    """The temperature of requests that name none; None if it does not tell."""
+    sampling: Mapping[str, float] = MappingProxyType({})
+    """How requests are sampled that name nothing, see `haltwise.proxy.sampling`; empty if it does
+    not tell."""
     num_close_tokens = 0
     """Number of tokens of the close text; 0 if it is not known."""
 
@@ -309,7 +313,7 @@ class LlamaServer(LlamaDialect, LMServer):
     _begins_with_space = False  # every text that its tokenizer reads
 
     async def learn(self, headers: RawHeaders) -> None:
-        """Asks for its slots and its temperature, how long the close text is, how texts begin.
+        """Asks for its slots and its sampling, how long the close text is, how texts begin.
 
         Raises:
             UpstreamError: If the server does not answer.
@@ -318,7 +322,7 @@ class LlamaServer(LlamaDialect, LMServer):
         found = await self.upstream.call("/tokenize", {"content": self.close_text}, headers)
         self.num_parallel = _count(props.get("total_slots"))
         self.one_at_a_time = self.num_parallel == 1
-        self.temperature = _own_temperature(props)
+        self.sampling = _own_sampling(props)
         self.num_close_tokens = len(found.get("tokens") or ())
         asks = {"content": _NO_ASCII, "with_pieces": True}
         first, *_ = (await self.upstream.call("/tokenize", asks, headers)).get("tokens") or [None]
@@ -531,12 +535,13 @@ def _count(told: Any) -> int | None:
     return told if isinstance(told, int) and told > 0 else None
 
 
-def _own_temperature(props: Json) -> float | None:
-    """The temperature that llama-server samples at where a request names none."""
+def _own_sampling(props: Json) -> dict[str, float]:
+    """How llama-server samples where a request names nothing: by those samplers that it runs."""
     settings = props.get("default_generation_settings")
     params = settings.get("params") if isinstance(settings, dict) else None
-    found = params.get("temperature") if isinstance(params, dict) else None
-    return found if isinstance(found, int | float) else None
+    found = numbers_in(params)
+    runs = params.get("samplers") if isinstance(params, dict) else None
+    return found if not isinstance(runs, list) else {k: v for k, v in found.items() if k in runs}
 
 
 def _bare(name: str) -> str:

@@ -602,7 +602,8 @@ class _WholeChoice:
         choice = {"finish_reason": None, "logprobs": self._logprobs or None} | self._choice
         if not chat:
             return choice | {"text": self._texts.get("text", "")}
-        message: Json = {"role": "assistant", "content": None} | self._texts
+        # Of a thought that was cut, no server streams a text; clients read one all the same.
+        message: Json = {"role": "assistant", "content": ""} | self._texts
         if self._calls:
             message["tool_calls"] = [self._calls[i] for i in sorted(self._calls)]
             message["content"] = message["content"] or None

@@ -118,6 +118,9 @@ class Terms:
             InputError: As `read`, and if the client's terms contradict the operator's.
         """
         terms = cls.read(asked, replace(limits, max_tokens=None))
+        if limits.max_tokens is not None and terms.min_tokens > limits.max_tokens:
+            told = f"min_tokens is {terms.min_tokens}, expected at most {limits.max_tokens}"
+            raise InputError(f"{told}, the operator's cap")
         caps = [cap for cap in (terms.max_tokens, limits.max_tokens) if cap is not None]
         return replace(terms, max_tokens=min(caps, default=None))
 

@@ -74,11 +74,16 @@ def test_it_is_held_back_in_all_accounts_or_in_none(store: Store) -> None:
     with opened(store) as (budgets,):
         budgets.reserve("a", [ALL, MINE], Amount(400, 10))
         for accounts in ([ALL, MINE], [MINE, ALL]):
-            with pytest.raises(ShortError, match="the budget of tenant is spent") as short:
+            told = "tenant has too little left for this request, which may take 3e-07 dollars: expe"
+            with pytest.raises(ShortError, match=told) as short:
                 budgets.reserve("b", accounts, Amount(300, 10))
             assert short.value.standing.left == Amount(200, 40)
-        with pytest.raises(ShortError):
+        with pytest.raises(ShortError, match="may take 41 tokens"):
             budgets.reserve("c", [MINE], Amount(1, 41))  # tokens are a limit too
+        budgets.reserve("d", [MINE], Amount(200, 0))
+        with pytest.raises(ShortError, match="the budget of tenant is spent"):
+            budgets.reserve("e", [MINE], Amount(1, 0))
+        budgets.settle("d", Amount(0, 0))
         assert (gone(budgets, ALL), gone(budgets, MINE), held(store)) == (400, 400, 2)
         budgets.settle("a", Amount(100, 5))
         budgets.settle("a", Amount(100, 5))  # told twice

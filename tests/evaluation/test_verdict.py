@@ -60,6 +60,29 @@ def test_a_head_without_a_price_says_what_a_rule_does() -> None:
     )
 
 
+def test_a_head_that_halts_nothing_at_its_price_is_no_tie() -> None:
+    nothing = {"saving": -0.02, "halt_rate": 0.0, "em_delta": 0.0}
+    found = conclusion(rows(0.0, 0.004, **nothing), [], 400, evidence=True)
+    assert found.words.startswith(
+        "Verdict: halts nothing: at a price of 0.004, chosen to lose nothing, none of these "
+        "thoughts is halted, and looks cost 2.0 % of the tokens; the best of the simple rules, "
+        "confidence threshold, saves 35.0 %"
+    )
+    assert found.advice.startswith("By itself the head halts nothing")
+    shown = judge(rows(0.0, 0.004, **nothing), 0.0, "confidence", [], 400)
+    assert shown.badge == ("never", "halts nothing")
+
+
+def test_a_head_is_compared_with_what_is_surely_ahead_of_it() -> None:
+    def baseline(name: str, lead: float, interval: list[float]) -> FrozenRow | MissingPoint:
+        row = frozen(0.0, known(name, 0.9, 0.0, 0.6), lead)
+        return made_frozen(row | {"head_lead_at_equal_em_interval": interval})
+
+    wide, sure = baseline("logistic", -0.6, [-0.7, 0.0]), baseline("entropy", -0.5, [-0.6, -0.4])
+    found = conclusion([*rows(0.0, 0.25), wide, sure], [], 400, evidence=True).words
+    assert found.startswith("Verdict: behind") and "the strongest baseline, entropy" in found
+
+
 def test_a_loss_is_called_one() -> None:
     lost = {"em_delta": -0.03, "em_delta_interval": [-0.05, -0.01]}
     assert (

@@ -44,6 +44,13 @@ NUM_OTHERS = 20
 PROBE_TOKENS = 16
 #: Tokens of prompt and answer together, where a server tells.
 CONTEXT = 100_000
+# llama-server's own, some of them in 32 bits.
+_SAMPLING = {
+    "temperature": 0.800000011920929,
+    "top_k": 40,
+    "top_p": 0.949999988079071,
+    "min_p": 0.05000000074505806,
+}
 #: Texts of the tokens that a proxy has read and, if it looks at answers there, decided about: a
 #: paced fake waits for it at each such place.
 DECIDED: set[str] = set()
@@ -305,7 +312,9 @@ class _Fake:
         paced: int = 0,
         probed: bool = False,
         trouble: str = "",
+        samplers: Sequence[str] = ("temperature",),
     ) -> None:
+        self._own_sampling = _SAMPLING | {"samplers": [*samplers]}
         self.probed, self.trouble, self.errs = probed, trouble, False
         self.kind, self.key, self.thoughts, self.paced = kind, key, thoughts, paced
         self.crowd, self.complete = crowd, asyncio.Event()
@@ -338,7 +347,7 @@ class _Fake:
             props = {
                 "total_slots": self.num_slots or 1_000,
                 "chat_template": "not shown",
-                "default_generation_settings": {"params": {"temperature": 0.800000011920929}},
+                "default_generation_settings": {"params": self._own_sampling},
             }
             yield Route("/props", lambda _: JSONResponse(props))
 
@@ -885,6 +894,7 @@ class FakeUpstream:
         paced: Tokens between places where a thought waits for the proxy's decision; 0 for none.
         probed: Whether a proxy looks at answers here; recorders ask alike.
         trouble: What happens here to all that is asked, after 30 tokens, see `Plan`.
+        samplers: Those that a llama-server runs.
     """
 
     def __init__(
@@ -896,9 +906,17 @@ class FakeUpstream:
         paced: int = 0,
         probed: bool = False,
         trouble: str = "",
+        samplers: Sequence[str] = ("temperature",),
     ) -> None:
         self._fake = _Fake(
-            kind, key, num_slots, thoughts, paced=paced, probed=probed, trouble=trouble
+            kind,
+            key,
+            num_slots,
+            thoughts,
+            paced=paced,
+            probed=probed,
+            trouble=trouble,
+            samplers=samplers,
         )
         self.kind = kind
         self._socket = listening_socket()

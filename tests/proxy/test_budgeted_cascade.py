@@ -182,7 +182,7 @@ def test_where_there_is_room_for_the_small_lm_alone_it_answers(
     assert cut.haltwise["not_escalated"] == "budget"
     assert (metric("unescalated"), metric("cut"), metric("refused")) == (2, 1, 0)
     refused = asked("0.0001")
-    assert refused.status == 429 and "retry-after" in refused.headers
+    assert refused.status == 400
     assert metric("refused") == 1 and len(two.large.of(plan)) == 1
     assert account(two.proxy)["spent_nano"] < 10**9
 

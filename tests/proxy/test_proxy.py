@@ -174,7 +174,9 @@ def test_other_paths_are_relayed_as_they_are(vllm: Pair, method: str) -> None:
     assert reply.headers["content-type"] == direct.headers["content-type"]
     assert vllm.client.get("/v1/models").json() == vllm.direct.get("/v1/models").json()
     assert vllm.client.get("/v1/nowhere").status_code == 404
-    assert vllm.client.get("/asked").status_code == 404
+    elsewhere = vllm.client.get("/asked")
+    told = "no such path, '/asked': expected one that begins with /v1"
+    assert elsewhere.status_code == 404 and told in elsewhere.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,8 @@ def test_what_cannot_be_halted_is_relayed_and_counted(
     direct = ask(vllm.direct, plan, chat, stream, **asked)
     reply = ask(vllm.client, plan, chat, stream, **asked)
     assert (reply.status, reply.body) == (direct.status, direct.body)
-    assert json.loads(reply.headers["x-haltwise"]) == {"halted": False, "reason": reason}
+    told_of = {"halted": False, "reason": reason, "ignored": ["price"]}
+    assert json.loads(reply.headers["x-haltwise"]) == told_of
     assert vllm.proxy.metric("haltwise_thoughts_total", reason=reason) == counted + 1
     first, second = vllm.upstream.of(plan)
     assert second.body == first.body
@@ -282,6 +285,48 @@ def test_a_temperature_that_is_not_that_of_the_traces_is_told(
         assert proxy.metric("haltwise_other_temperatures_total") == 2 * is_other
         assert sum("a request of temperature" in line for line in lines) == is_other
         assert ("temperature" in json.loads(lines[-1])) is is_other
+
+
+def test_a_cap_that_cannot_hold_is_named(vllm: Pair, plan: Plan) -> None:
+    reply = ask(vllm.client, plan, headers={"X-Haltwise-Max-Tokens": "9"}, n=2)
+    told = json.loads(reply.headers["x-haltwise"])
+    assert (told["reason"], told["ignored"]) == ("n is not 1", ["price", "max_tokens"])
+
+
+def test_a_term_is_named_once(vllm: Pair) -> None:
+    twice = [("X-Haltwise-Price", "2"), ("X-Haltwise-Price", "5")]
+    reply = vllm.client.post("/v1/chat/completions", json={"messages": []}, headers=twice)
+    told = "X-Haltwise-Price is given twice, expected one"
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, told)
+
+
+@pytest.mark.parametrize(
+    ("runs", "asked", "told"),
+    [
+        (["top_k", "top_p", "min_p", "temperature"], {}, "top_k 40, top_p 0.95, min_p 0.05 beside"),
+        (["temperature"], {}, None),
+        (["temperature"], {"top_p": 0.5}, "top_p 0.5 beside"),
+        (["top_k", "top_p", "min_p"], {"top_k": 0, "top_p": 1, "min_p": 0}, None),
+        (["top_k"], {"temperature": 0}, None),
+    ],
+)
+def test_samplers_that_the_traces_were_recorded_without_are_told(
+    runs: list[str], asked: dict[str, Any], told: str | None, plan: Plan, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    head = sure_head()
+    config = replace(head.config, recording={"temperature": 0.8})
+    saved = saved_head(tmp_path / "head", HaltHead(config, head.weights))
+    with (
+        FakeUpstream("llama-server", samplers=["temperature", *runs]) as upstream,
+        proxied(ServeConfig(head=saved, upstream=upstream.url)) as proxy,
+    ):
+        for _ in range(2):
+            ask(proxy.client, plan, **asked)
+    found = [
+        line for line in map(logging.LogRecord.getMessage, caplog.records) if "sampled by" in line
+    ]
+    assert len(found) == (told is not None) and (told or "") in "".join(found)
 
 
 def test_terms_of_what_is_not_watched_have_to_be_terms(vllm: Pair) -> None:
@@ -921,7 +966,7 @@ def test_a_stop_text_that_is_no_part_of_the_close_text_does_not_matter(
         plan = replace(plan, name=plan.name + "x")
         assert shown(ask(vllm.client, plan, chat, stop=stop)) == halted(plan, chat)
     reply = ask(vllm.client, plan, chat, stop=["</think>"])
-    assert json.loads(reply.headers["x-haltwise"]) == {"halted": False, "reason": "stop"}
+    assert json.loads(reply.headers["x-haltwise"])["reason"] == "stop"
 
 
 # Keys

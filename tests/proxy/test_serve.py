@@ -171,10 +171,13 @@ def test_what_is_found_out_late_is_told_at_start(
     create_app(ServeConfig(head=tmp_path / "head", label_hours=1.0, **control))
     unpriced = control | {"target": 0.1, "state": tmp_path / "b.db", "price": 1.0}
     create_app(ServeConfig(head=tmp_path / "head", **unpriced))
+    create_app(ServeConfig(head=tmp_path / "head", price=2.0))
     told = [json.loads(record.getMessage())["warning"] for record in caplog.records]
     assert [one.split(", which")[0] for one in told] == [
         "--label-hours waits for labels", "the head's certificate promises 0.1",
         "segments (a, b) have prices of their own",
+        "--price 2 is that of all requests that name none: the head's prices of segments (a, b) "
+        "are not served",
     ]  # fmt: skip
 
 

@@ -72,6 +72,9 @@ def test_no_client_lifts_the_operators_cap(asked: dict[str, Any], cap: int, off:
     terms = Terms.within({**asked, "off": off}, DEFAULT)
     assert terms == Terms(0.0 if off else DEFAULT.price, 10, cap)
     assert Terms.within(asked, Terms(1.0)).max_tokens == asked.get("max_tokens")
+    told = "min_tokens is 101, expected at most 100, the operator's cap"
+    with pytest.raises(InputError, match=told):
+        Terms.within({"off": off, "min_tokens": 101}, DEFAULT)
 
 
 @pytest.mark.parametrize(

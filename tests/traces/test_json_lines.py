@@ -67,6 +67,23 @@ def test_a_question_is_one_question(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("answr_rule", "answer_rule"),
+        ("max_answer_token", "max_answer_tokens"),
+        ("anwers", "answers"),
+    ],
+)
+def test_a_misspelt_condition_is_refused(
+    tmp_path: Path, make_row: MakeRow, name: str, meant: str
+) -> None:
+    recorder = {"close_tokens": 1, "max_tokens": 9, "version": "1", name: "x"}
+    source = write(tmp_path / "x.jsonl", {"haltwise.recorder": recorder}, make_row())
+    with pytest.raises(InputError, match=f"line 1: .* has '{name}', expected '{meant}', or"):
+        import_json_lines(source, tmp_path / "out", 1)
+
+
 RUNNABLE = {
     "decision_rule": "every 16 tokens",
     "close_text": "</think>",
