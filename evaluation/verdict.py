@@ -40,14 +40,6 @@ _UNJUDGED = "Nothing is known of the head by that: do not serve it before it is 
 # By how the head stands, see `GateVerdict.badge`, what to do.
 _ADVICE = {
     "ahead": "The head is ahead: serve it at its own price.",
-    "tie": (
-        "A simple rule does as well, as far as these questions tell: take that one, or record more "
-        "questions, which may tell them apart."
-    ),
-    "behind": (
-        "The head loses against a simple rule: do not serve it, take that rule, or record more "
-        "questions and train again."
-    ),
     "unknown": (
         "What the head is worth cannot be told: do not serve it, and record more questions first."
     ),
@@ -59,6 +51,13 @@ _ADVICE = {
         "By itself the head halts nothing, so that serving it saves nothing: record more "
         "questions, or certify a price."
     ),
+}
+# So few questions decide nothing by themselves, whatever their intervals.
+_FEW_QUESTIONS = 100
+# How the simple rules are served that can be served.
+_SERVED = {
+    "budget": "haltwise serve --max-thinking-tokens caps thoughts",
+    "evidence": "docs/YOUR_LM.md, section 3, tells how",
 }
 # Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
@@ -158,19 +157,53 @@ def conclusion(
         f"lose {gate_title(head.gate)}, the head {_came_to(head)}, on "
         f"{counted(num_questions, 'question')}{_against(rival)}."
     )
-    return Verdict(words, _advice(verdict.badge[0], head))
+    return Verdict(words, _advice(verdict.badge[0], head, rival, num_questions))
 
 
-def _advice(kind: str, head: FrozenRow) -> str:
+def _advice(kind: str, head: FrozenRow, rival: FrozenRow | None, num_questions: int) -> str:
     """Says whether to serve a head at its own price, by how it stands and what EM it may lose."""
     change = head.em_delta_interval
     if kind in ("ahead", "tie") and is_known(change) and change[1] < 0:
         return _ADVICE["mixed"]
+    if rival is not None and kind == "tie":
+        return _of_tie(rival)
+    if rival is not None and kind == "behind":
+        return _of_behind(head, rival, num_questions)
     if kind != "ahead" or not is_known(change) or change[0] >= 0:
         return _ADVICE[kind]
     return (
         f"{_ADVICE[kind]} These questions do not exclude a loss of {exact_match(-change[0])} "
         "points: if that is too much, certify a price first."
+    )
+
+
+def _of_tie(rival: FrozenRow) -> str:
+    """Says what to do about a head that is as good as a simple rule."""
+    how = _SERVED.get(rival.policy)
+    instead = "that one runs in replays alone" if how is None else f"take that one ({how})"
+    return (
+        f"A simple rule does as well, as far as these questions tell: {instead}, or record more "
+        "questions, which may tell them apart."
+    )
+
+
+def _of_behind(head: FrozenRow, rival: FrozenRow, num_questions: int) -> str:
+    """Says what to do about a head that saves less than a simple rule at equal EM."""
+    if num_questions < _FEW_QUESTIONS:
+        return (
+            f"These are few questions to go by: judge it on {_FEW_QUESTIONS} or more before you "
+            "serve it or give it up."
+        )
+    if rival.saving <= head.saving or rival.em < head.em:
+        return (
+            f"Each at the setting that was chosen for it, {policy_title(rival.policy)} is not "
+            "better: the head's price is low for these questions. Certify a higher one on others."
+        )
+    how = _SERVED.get(rival.policy)
+    instead = "which runs in replays alone" if how is None else f"which can be served ({how})"
+    return (
+        f"The head loses against a simple rule, {instead}: do not serve it, or record more "
+        "questions and train again."
     )
 
 

@@ -53,6 +53,7 @@ def report(
     one = next(one for one in tried if one.forced)
     forced = [answer for each in tried for answer in each.forced]
     whole = f"{short(one.forced_text)}, " if one.forced_text else ""
+    own = short(one.answer) + ("" if one.finished else " (cut)")
     shares = {} if begun is None else {"thought begun": begun}
     shares["ended by the LM"] = float(np.mean([each.finished for each in tried]))
     shares["right"] = float(np.mean([each.is_right for each in tried]))
@@ -63,7 +64,7 @@ def report(
         *([f"prompt:     {short(one.prompt)}"] if one.prompt else []),
         f"goes on:    {short(one.text)}",
         f"forced:     {whole}read as {short(one.forced[0])}",
-        f"own answer: {short(one.answer)}, gold {short(one.gold)}",
+        f"own answer: {own}, gold {short(one.gold)}",
         f"{len(tried)} questions: "
         f"{', '.join(f'{name} {share:.0%}' for name, share in shares.items())}, "
         f"{mean:,.0f} tokens on average",

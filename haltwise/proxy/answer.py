@@ -134,6 +134,8 @@ class ClientAnswer:
             for name in ("prompt_tokens", "completion_tokens"):
                 usage[name] += getattr(probes, name)
             usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+            cached = {"prompt_tokens_details": {"cached_tokens": probes.cached_tokens}}
+            usage = summed(usage, cached) if probes.cached_tokens else usage
         return usage | {"haltwise": self.report()}
 
     def spent(self) -> Spent:
@@ -165,7 +167,7 @@ class ClientAnswer:
         num_prompts = sum(prompts) + num_unknown * max(prompts, default=0)
         return Spent(
             input_tokens=num_prompts + probes.prompt_tokens if prompts else None,
-            cached_tokens=sum(cached) if cached else None,
+            cached_tokens=sum(cached) + probes.cached_tokens if cached else None,
             output_tokens=sum(one.completion_tokens for one in legs) + probes.completion_tokens,
         )
 

@@ -117,6 +117,8 @@ class ProbeUsage:
     """Decision points without one, since there was no room for it."""
     prompt_tokens: int = 0
     """Tokens of their prompts, as far as the server tells them; its cache has most of them."""
+    cached_tokens: int = 0
+    """Those of them that its cache had, as far as it tells."""
     completion_tokens: int = 0
     """Tokens that they generated."""
 
@@ -304,6 +306,7 @@ class AnswerProber:
             said = await asked_to_go_on(server, body, self._headers, events, said.tokens)
         num_prompt = first.prompt_tokens
         usage.prompt_tokens += num_prompt or 0
+        usage.cached_tokens += first.cached_tokens or 0
         self._metrics.probe_tokens.inc(usage.completion_tokens - before)
         num_before = None
         if num_prompt is not None:

@@ -120,6 +120,7 @@ def test_a_group_that_loses_stands_in_the_verdict() -> None:
 
 
 LOST = {"em_delta": -0.03, "em_delta_interval": [-0.05, -0.01]}
+WORSE = {"saving": 0.3, "em": 0.5}
 HARD = [made_group(group("task", "hard", 0.0, "head"))]
 
 
@@ -137,9 +138,10 @@ HARD = [made_group(group("task", "hard", 0.0, "head"))]
         (0.05, [0.03, 0.07], {}, [], "ahead", "do not exclude a loss of 2.10 points"),
         (0.05, [0.03, 0.07], LOST, [], "ahead", "do not serve it"),
         (0.05, [0.03, 0.07], {}, HARD, "ahead, but", "do not serve it"),
-        (0.01, [-0.01, 0.03], {}, [], "tie", "take that one, or record more"),
+        (0.01, [-0.01, 0.03], {}, [], "tie", "that one runs in replays alone, or record more"),
         (0.01, [-0.01, 0.03], LOST, [], "tie", "do not serve it"),
-        (-0.05, [-0.07, -0.03], {}, [], "behind", "do not serve it, take that rule"),
+        (-0.05, [-0.07, -0.03], {}, [], "behind", "confidence threshold is not better: the head"),
+        (-0.05, [-0.07, -0.03], WORSE, [], "behind", "replays alone: do not serve it, or record"),
         (0.05, [0.05, 0.05], {}, [], "cannot be told", "do not serve it, and record more"),
         (0.05, None, {}, [], "no interval", "do not serve it, and record more"),
         (None, None, {}, [], "no baseline", "do not serve it, and record more"),
@@ -154,6 +156,23 @@ def test_what_to_do_follows_from_the_verdict(
     found = conclusion(made, groups, 400, evidence=True)
     assert found.words.startswith(f"Verdict: {said}") and advice in found.advice
     assert ("serve it at its own price." in found.advice) is (said == "ahead" and head is not LOST)
+
+
+@pytest.mark.parametrize(
+    ("name", "num", "advice"),
+    [
+        ("budget", 400, "which can be served (haltwise serve --max-thinking-tokens caps thoughts)"),
+        ("evidence", 400, "which can be served (docs/YOUR_LM.md, section 3, tells how)"),
+        ("evidence", 99, "These are few questions to go by: judge it on 100 or more"),
+    ],
+)
+def test_a_rule_that_is_better_is_named_with_how_it_is_served(
+    name: str, num: int, advice: str
+) -> None:
+    made = rows(0.0, 0.25, **WORSE)
+    behind = {"head_lead_at_equal_em": -0.05, "head_lead_at_equal_em_interval": [-0.07, -0.03]}
+    made[1] = made_frozen(frozen(0.0, known(name, 0.9, -0.002, 0.35), 0.05) | behind)
+    assert advice in conclusion(made, [], num, evidence=True).advice
 
 
 def test_where_there_is_no_verdict_or_nothing_is_halted_no_head_is_to_be_served() -> None:

@@ -89,6 +89,7 @@ def serve(model: str, num_slots: int, port: int) -> None:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.slot_prompt_similarity = 0.8  # as docs/SERVING.md says for thoughts in turns
+    params.sampling.samplers = "temperature"  # as traces are recorded
     params.cache_ram_mib = 0  # what no slot has any more is computed anew, and never found again
     params.warmup = False
     params.endpoint_metrics = True

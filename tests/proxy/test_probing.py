@@ -159,6 +159,16 @@ def test_usage_counts_every_probe(seen: Pair, plan: Plan, chat: bool, stream: bo
 
 
 @BOTH
+def test_what_the_servers_cache_had_of_probes_is_told_and_billed(
+    seen: Pair, plan: Plan, chat: bool
+) -> None:
+    reply = ask(seen.client, replace(plan, details=True), chat, headers=NEVER)
+    num_legs, num_probes = len(reply.haltwise["legs"]), reply.haltwise["probes"]["num"]
+    # One token of each prompt; that of all turns together is one.
+    assert reply.usage["prompt_tokens_details"]["cached_tokens"] == num_legs + num_probes == 8
+
+
+@BOTH
 @pytest.mark.parametrize("trouble", ["500", "html", "dies", "ends", "malformed", "says"])
 def test_probes_that_fail_halt_nothing(seen: Pair, plan: Plan, chat: bool, trouble: str) -> None:
     failed = seen.proxy.metric("haltwise_probes_total", outcome="failed")
