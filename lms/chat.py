@@ -64,6 +64,9 @@ class ChatTemplate(Protocol):
             ValueError: If the template refuses them, or one of the other `REFUSALS`.
         """
 
+    def shown(self, text: str) -> str:
+        """Returns how a text reads in what `render` returns, if that is made of tokens."""
+
     def own_token(self, text: str) -> int | None:
         """Returns the token that a text begins with, if it is one that no plain text contains."""
 
@@ -89,6 +92,10 @@ class TokenizerTemplate:
         first = self.tokenizer.encode("")[:1]
         is_added = first == [self.tokenizer.bos_token_id]
         return str(self.tokenizer.bos_token) if is_added else ""
+
+    def shown(self, text: str) -> str:
+        """Returns the text itself: a template is rendered as one."""
+        return text
 
     def render(self, messages: list[Message], is_open: bool, thinking: bool) -> str:
         """Returns the text of messages; see `ChatTemplate.render`."""
@@ -299,7 +306,8 @@ def _check_before(chat: Chat) -> None:
     prompt = chat.prompt(_ASKED)
     for message in chat.messages(_ASKED):
         content = message["content"].strip()
-        if content not in prompt:
+        seen = content if content in prompt else chat.template.shown(content).strip()
+        if content and (not seen or seen not in prompt):
             often = " (earlier thoughts are often dropped)" * (message["role"] == "assistant")
             raise InputError(
                 f"the chat template drops or changes the {message['role']} message "

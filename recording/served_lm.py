@@ -295,6 +295,15 @@ class ServedTemplate:
         """
         return self._lm.run(self._lm.rendered(messages, is_open, thinking))
 
+    def shown(self, text: str) -> str:
+        """Returns what the tokens of a text spell, as far as the server tells.
+
+        Some servers tell prompts as ids alone, and some tokenizers know few words.
+        """
+        ids = self._lm.run(self._lm.tokenized(text)).ids
+        spelt = None if ids is None else self._lm.run(self._lm.spelt(ids))
+        return text if spelt is None else spelt
+
     def own_token(self, text: str) -> int | None:
         """Returns the token that is a whole text, if there is one."""
         ids = self._lm.run(self._lm.tokenized(text)).ids

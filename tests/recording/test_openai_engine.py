@@ -31,7 +31,14 @@ from recording.engine import RecordingEngine, open_engine
 from recording.hf_engine import HfEngine
 from recording.openai_engine import OpenAIEngine
 from recording.trace_row import TraceRow
-from tests.proxy.fake_upstream import CONTEXT, FakeUpstream, Kind, Plan, listening_socket
+from tests.proxy.fake_upstream import (
+    CONTEXT,
+    FakeUpstream,
+    Kind,
+    Plan,
+    _Fake,
+    listening_socket,
+)
 from tests.proxy.llama_server import llama_server
 from tests.recordings import assert_same, rows_of
 from traces import read_traces
@@ -236,6 +243,15 @@ def test_every_kind_of_server_goes_on_from_where_the_thought_is_closed(kind: Kin
         assert all(len(logprobs) == plan.answer for logprobs in row["answer_logprobs"])
     kinds = {type(body["messages"][-1] if kind == "ollama" else body["prompt"]) for body in forced}
     assert kinds == {{"plain": str, "ollama": dict}.get(kind, list)}
+
+
+def test_prompts_may_be_told_as_tokens_that_have_not_all_of_a_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decode = _Fake.decode
+    monkeypatch.setattr(_Fake, "decode", lambda fake, ids: decode(fake, ids).replace("Is", "?"))
+    with FakeUpstream("vllm") as fake:
+        assert len(recorded(fake.url, Plan("p", thinking=20))) == 1
 
 
 def test_no_more_is_asked_at_once_than_the_server_takes() -> None:
