@@ -193,7 +193,9 @@ def _strength(row: FrozenRow, head_halts: bool) -> tuple[bool, float]:
     if not head_halts:
         return False, row.saving
     interval = row.head_lead_at_equal_em_interval
-    return interval is not None and interval[1] < 0, -(row.head_lead_at_equal_em or 0.0)
+    return interval is not None and interval[0] < interval[1] < 0, -(
+        row.head_lead_at_equal_em or 0.0
+    )
 
 
 def _loses_more(row: FrozenRow) -> bool:

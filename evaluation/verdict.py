@@ -54,11 +54,6 @@ _ADVICE = {
 }
 # So few questions decide nothing by themselves, whatever their intervals.
 _FEW_QUESTIONS = 100
-# How the simple rules are served that can be served.
-_SERVED = {
-    "budget": "haltwise serve --max-thinking-tokens caps thoughts",
-    "evidence": "docs/YOUR_LM.md, section 3, tells how",
-}
 # Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
@@ -179,7 +174,7 @@ def _advice(kind: str, head: FrozenRow, rival: FrozenRow | None, num_questions: 
 
 def _of_tie(rival: FrozenRow) -> str:
     """Says what to do about a head that is as good as a simple rule."""
-    how = _SERVED.get(rival.policy)
+    how = _how_served(rival)
     instead = "that one runs in replays alone" if how is None else f"take that one ({how})"
     return (
         f"A simple rule does as well, as far as these questions tell: {instead}, or record more "
@@ -199,12 +194,19 @@ def _of_behind(head: FrozenRow, rival: FrozenRow, num_questions: int) -> str:
             f"Each at the setting that was chosen for it, {policy_title(rival.policy)} is not "
             "better: the head's price is low for these questions. Certify a higher one on others."
         )
-    how = _SERVED.get(rival.policy)
+    how = _how_served(rival)
     instead = "which runs in replays alone" if how is None else f"which can be served ({how})"
     return (
         f"The head loses against a simple rule, {instead}: do not serve it, or record more "
         "questions and train again."
     )
+
+
+def _how_served(rule: FrozenRow) -> str | None:
+    """Says how a simple rule is served; None if it runs in replays alone."""
+    if rule.policy == "budget":
+        return f"haltwise serve --max-thinking-tokens {rule.parameter or 0:.0f}"
+    return "docs/YOUR_LM.md, section 3, tells how" if rule.policy == "evidence" else None
 
 
 def other_price(own: float, has_segments: bool, rows: Sequence[SweepRow | MissingSweep]) -> str:

@@ -65,7 +65,7 @@ class ChatTemplate(Protocol):
         """
 
     def shown(self, text: str) -> str:
-        """Returns how a text reads in what `render` returns, if that is made of tokens."""
+        """Returns a text as it reads in what `render` returns: some servers tell that as tokens."""
 
     def own_token(self, text: str) -> int | None:
         """Returns the token that a text begins with, if it is one that no plain text contains."""

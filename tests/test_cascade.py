@@ -18,7 +18,7 @@ from haltwise.policy.cascade import Cascade
 from haltwise.policy.question import Question
 from runs import Learned, Run
 from tests.heads import random_head
-from traces import write_shard
+from traces import TraceFiles, write_shard
 
 MakeRow = Callable[..., dict[str, Any]]
 
@@ -79,9 +79,12 @@ def test_a_run_holds_the_cascade_and_what_it_is_worth(
 def test_given_heads_stay_as_they_are(make_row: MakeRow, tmp_path: Path) -> None:
     config = population(make_row, tmp_path, num=60)
     head = random_head(1)
-    for name, learned in (("own", "q3"), ("big", "q4")):
+    files = TraceFiles.open(config.small)
+    texts = files.texts(files.rows_of_questions(["q4"]))  # which was learned under another id
+    learned = {"own": Learned(frozenset(["q3"])), "big": Learned(frozenset(["x"]), texts=texts)}
+    for name, known in learned.items():
         head.save(tmp_path / name)
-        Run(tmp_path / name).save_learned(Learned(frozenset([learned])))
+        Run(tmp_path / name).save_learned(known)
     head = random_head(1)
     halting = replace(head.config.halting, decision_rule="every 50 tokens")
     replace_head = type(head)(replace(head.config, halting=halting), head.weights)

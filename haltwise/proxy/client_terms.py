@@ -25,10 +25,13 @@ def named_by(client: RequestingClient) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for header, value in client.headers.items():
+        if not header.startswith(TERMS):
+            continue
         name = header.removeprefix(TERMS).replace("-", "_")
-        if header.startswith(TERMS) and found.setdefault(name, value) is not value:
+        if name in found:
             message = f"{_header(name)} is given twice, expected one"
             raise RefusedError(400, "invalid_request_error", message)
+        found[name] = value
     return found
 
 

@@ -161,7 +161,7 @@ def test_what_to_do_follows_from_the_verdict(
 @pytest.mark.parametrize(
     ("name", "num", "advice"),
     [
-        ("budget", 400, "which can be served (haltwise serve --max-thinking-tokens caps thoughts)"),
+        ("budget", 400, "which can be served (haltwise serve --max-thinking-tokens 96)"),
         ("evidence", 400, "which can be served (docs/YOUR_LM.md, section 3, tells how)"),
         ("evidence", 99, "These are few questions to go by: judge it on 100 or more"),
     ],
@@ -171,7 +171,7 @@ def test_a_rule_that_is_better_is_named_with_how_it_is_served(
 ) -> None:
     made = rows(0.0, 0.25, **WORSE)
     behind = {"head_lead_at_equal_em": -0.05, "head_lead_at_equal_em_interval": [-0.07, -0.03]}
-    made[1] = made_frozen(frozen(0.0, known(name, 0.9, -0.002, 0.35), 0.05) | behind)
+    made[1] = made_frozen(frozen(0.0, known(name, 96.0, -0.002, 0.35), 0.05) | behind)
     assert advice in conclusion(made, [], num, evidence=True).advice
 
 
