@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -555,6 +556,31 @@ def test_a_trial_asks_for_no_longer_thought_than_the_server_has_room_for(
     else:
         with pytest.raises(UpstreamError, match="too long"):
             asyncio.run(found)
+
+
+@pytest.mark.parametrize("is_in_turn", [True, False])
+@pytest.mark.parametrize(
+    ("computed", "num"), [([20, 20], 2), ([300, 20], 2), ([300, 300, 300, 20], 4), ([300] * 9, 5)]
+)
+def test_a_cache_that_a_probe_misses_by_chance_is_looked_for_again(
+    computed: list[int], num: int, is_in_turn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot of the probe before may not be free yet."""
+    left = iter(computed)
+
+    async def probed(*_: Any) -> ProbeTrial:
+        return ProbeTrial(300, next(left), 5, 0.1, 4, True, is_in_turn=is_in_turn)
+
+    name = "_probed_in_turn" if is_in_turn else "_probed"
+    monkeypatch.setattr(trial_module, name, probed)
+    head = saved_head(tmp_path, sure_head(probing="always"))
+    is_refused = computed[num - 1] == 300
+    with (
+        FakeUpstream("llama-server") as fake,
+        pytest.raises(InputError, match="300 of 300") if is_refused else nullcontext(),
+    ):
+        create_server(ServeConfig(head, fake.url, probe_beside=not is_in_turn))
+    assert len(list(left)) == len(computed) - num
 
 
 def test_a_sound_server_on_a_slow_machine_is_not_refused(
