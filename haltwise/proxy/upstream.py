@@ -5,7 +5,10 @@ halted has a second, which goes on behind the closed thought, and sometimes a th
 """
 
 import asyncio
+import functools
 import itertools
+import os
+import ssl
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -34,6 +37,8 @@ _CALL_TIMEOUT = 5.0
 _SILENCE_LASTS = 10.0
 # Bytes of an answer that is read as a whole; no honest one is longer.
 _LONGEST_BODY = 64 * 2**20
+# Where the environment may say whom to trust.
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 # Statuses that an answer can have.
 _STATUSES = range(200, 600)
 # Those of a server that has too much to do, or that has had enough of a client.
@@ -371,6 +376,12 @@ def _is_count(told: Any) -> TypeGuard[int]:
     return isinstance(told, int) and not isinstance(told, bool) and 0 <= told <= _MOST_TOKENS
 
 
+@functools.cache  # reading its certificates takes longer than all else that a proxy does at start
+def _whom_the_system_trusts(*_: str | None) -> ssl.SSLContext:
+    """What checks servers' certificates, for these values of `_CERTIFICATES`."""
+    return httpx2.create_ssl_context(trust_env=True)
+
+
 class Upstream:
     """The connections to the LM's server.
 
@@ -390,7 +401,7 @@ class Upstream:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self._timeout = httpx2.Timeout(config.read_timeout, connect=config.connect_timeout)
         # A pool looks at each of its connections at every request: many small ones look less.
-        context = httpx2.create_ssl_context(trust_env=True)  # whom the system trusts
+        context = _whom_the_system_trusts(*map(os.environ.get, _CERTIFICATES))
         self._pools = [
             httpx2.AsyncHTTPTransport(verify=context, trust_env=False, limits=limits)
             for _ in range(-(-config.max_streams // _STREAMS_A_POOL))

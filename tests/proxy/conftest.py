@@ -3,10 +3,13 @@
 No test depends on how fast a proxy is: what is given up early is given up late here.
 """
 
+import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 
 from haltwise.proxy import app, lm_server, second_leg, upstream
 from haltwise.proxy.completion import WatchedCompletion
@@ -23,6 +26,20 @@ def patient() -> Iterator[None]:
         patch.setattr(lm_server, "_NAMES_TIMEOUT", PATIENCE)
         patch.setattr(second_leg, "_SOON", PATIENCE)
         patch.setattr(app, "_CHECK_LASTS", PATIENCE)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def soon_ended() -> Iterator[None]:
+    """uvicorn looks ten times a second whether it is to end; thousands of tests wait for that."""
+
+    async def briefly(seconds: float) -> None:
+        await asyncio.sleep(seconds / 10)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            uvicorn.server, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": briefly})
+        )
         yield
 
 

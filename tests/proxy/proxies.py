@@ -33,6 +33,8 @@ from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, listening_socket
 PATIENCE = 600.0
 #: Why a proxy leaves a thought alone that it was to halt, if a busy machine makes it late.
 LATE = ("timeout", "late", "unknown server")
+#: Of connections without TLS, for which no certificate need be read.
+PLAIN = httpx2.create_ssl_context(verify=False)
 PATHS = {True: "/v1/chat/completions", False: "/v1/completions"}
 
 
@@ -45,7 +47,7 @@ class Proxy:
     client: httpx2.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx2.Client(base_url=self.url, timeout=PATIENCE)
+        self.client = httpx2.Client(base_url=self.url, timeout=PATIENCE, verify=PLAIN)
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum over all samples of a name that have these labels."""
@@ -154,7 +156,9 @@ class Pairs:
             wanted: dict[str, Any] = {"head": head, "upstream": upstream.url} | settings
             config = ServeConfig(**wanted)
             proxy = stack.enter_context(proxied(config))
-            direct = stack.enter_context(httpx2.Client(base_url=upstream.url, timeout=PATIENCE))
+            direct = stack.enter_context(
+                httpx2.Client(base_url=upstream.url, timeout=PATIENCE, verify=PLAIN)
+            )
             self._pairs[key] = Pair(upstream, proxy, direct)
         return self._pairs[key]
 

@@ -27,7 +27,7 @@ from tests.control.test_governed import certified_head
 from tests.heads import CLOSE, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Plan
 from tests.proxy.llama_server import NAME, llama_server
-from tests.proxy.proxies import PATIENCE, Proxy, Reply, ask, proxied, wait_until
+from tests.proxy.proxies import PATIENCE, PLAIN, Proxy, Reply, ask, proxied, wait_until
 from tests.proxy.test_governed import answers_of, status
 from tests.proxy.test_large import Serving, Two, cascade
 
@@ -85,7 +85,7 @@ def serving(
                 proxy = stack.enter_context(proxied(config))
             else:
                 proxy = once(f"{where} {trouble} {looks} {settings}", lambda: proxied(config))
-            direct = httpx2.Client(base_url=large.url, timeout=PATIENCE)
+            direct = httpx2.Client(base_url=large.url, timeout=PATIENCE, verify=PLAIN)
             stack.enter_context(direct)
             return Two(proxy, small, large, direct)
 

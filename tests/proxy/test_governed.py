@@ -257,7 +257,7 @@ def test_a_client_that_leaves_makes_no_audit(serving: Governed, plan: Plan) -> N
     assert status(looking)["groups"]["everything"]["audits"] == 0
 
 
-@pytest.mark.parametrize(("days", "num"), [(1e-9, 0), (1.0, 1)])
+@pytest.mark.parametrize(("days", "num"), [(1e-12, 0), (1.0, 1)])
 def test_the_state_keeps_rows_for_as_many_days_as_are_asked(
     days: float, num: int, plan: Plan, tmp_path: Path
 ) -> None:

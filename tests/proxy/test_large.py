@@ -22,6 +22,7 @@ from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan
 from tests.proxy.proxies import (
     PATHS,
     PATIENCE,
+    PLAIN,
     Proxy,
     Reply,
     ask,
@@ -95,7 +96,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
                 wanted: dict[str, Any] = {"large": large.url, "read_timeout": PATIENCE} | settings
                 config = ServeConfig(head=folder, upstream=small.url, **wanted)
                 proxy = stack.enter_context(proxied(config))
-                direct = httpx2.Client(base_url=large.url, timeout=PATIENCE)
+                direct = httpx2.Client(base_url=large.url, timeout=PATIENCE, verify=PLAIN)
                 stack.enter_context(direct)
                 found[key] = Two(proxy, small, large, direct)
             return found[key]
