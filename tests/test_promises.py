@@ -67,7 +67,14 @@ PROMISES: dict[str, Tests] = {
         test_vllm.test_heads_that_vllm_cannot_serve_are_refused,
     ),
     "| `generate`, `HaltProcessor` |": (
-        test_processor.test_a_halted_lm_answers_by_itself_while_others_think_on,
+        test_processor.test_a_halted_lm_answers_greedily_by_itself_while_others_think_on,
+    ),
+    "Behind a thought that was halted or capped only the likeliest token is left": (
+        test_processor.test_a_halted_lm_answers_greedily_by_itself_while_others_think_on,
+        test_processor.test_the_likeliest_token_is_that_of_the_scores_that_other_processors_have_left,
+    ),
+    "`HaltProcessor(..., free_answers=True)` has answers sampled as the call says": (
+        test_processor.test_free_answers_are_sampled_as_the_call_has_it,
     ),
     "| `generate`, `ProbingGeneration` |": (
         test_probing_generation.test_a_halted_row_gets_its_forced_answer_and_others_go_on,

@@ -28,6 +28,8 @@ class GeneratedRows:
         input_ids: (R, T) the prompts of the call.
         asked: Price, min_tokens and max_tokens: of each one value, or one for each row.
         control: Sets terms and prices; None for constant ones.
+        free_answers: Whether what follows the pending tokens of a closed thought is the call's to
+            choose, instead of the likeliest tokens.
 
     Raises:
         InputError: If what is asked makes no sense, or is not for this number of rows.
@@ -40,6 +42,7 @@ class GeneratedRows:
         input_ids: LongTensor,
         asked: tuple[Any, Any, Any],
         control: Control | None,
+        free_answers: bool,
     ) -> None:
         """Begins one thought and one request for each row."""
         num_rows = len(input_ids)
@@ -54,6 +57,9 @@ class GeneratedRows:
         self.reducer = SignalReducer(rules, signals, num_rows, input_ids.device)
         #: The tokens of each row that are known but not generated.
         self.pending: list[deque[int]] = [deque() for _ in prompts]
+        self._free_answers = free_answers
+        # The rows whose thoughts were closed here.
+        self._closed: list[int] = []
 
     def measure(self, logits: Tensor, tokens: Tensor) -> None:
         """Measures the newest token (R,) of every row, and the logits (R, V) that led to it."""
@@ -86,14 +92,23 @@ class GeneratedRows:
         """Closes the thought of a row: the close text follows, and the tokens of an answer."""
         self.thoughts[row].closed = True
         self.pending[row].extend([*self.rules.close_ids, *answer])
+        self._closed.append(row)
 
     def force_next(self, scores: Tensor) -> Tensor:
-        """Returns scores (R, V) that leave rows with pending tokens no choice but the first."""
-        forced = [row for row, tokens in enumerate(self.pending) if tokens]
-        if forced:
-            scores = scores.clone()  # `generate` may keep what it passed
-            scores[forced] = -torch.inf
+        """Returns scores (R, V) that leave rows whose thoughts were closed here one choice.
+
+        It is the first pending token; and behind those, if answers are not free, the likeliest.
+        """
+        forced = [row for row in self._closed if self.pending[row]]
+        answering = [row for row in self._closed if not self.pending[row]]
+        if self._free_answers:
+            answering = []
+        if forced or answering:
+            given, scores = scores, scores.clone()  # `generate` may keep what it passed
+            scores[forced + answering] = -torch.inf
             scores[forced, [self.pending[row].popleft() for row in forced]] = 0.0
+            likeliest = given[answering].argmax(dim=-1)
+            scores[answering, likeliest] = given[answering, likeliest]
         return scores
 
     def finish(self) -> list[ThoughtReport]:

@@ -121,6 +121,7 @@ def generate(
     report: list[ThoughtReport] | None = None,
     control: Control | None = None,
     revision: str | None = None,
+    free_answers: bool = False,
     **arguments: Any,
 ) -> Any:
     """Generates with a head beside the LM; the code in a repository calls it.
@@ -138,6 +139,8 @@ def generate(
         report: A list that is filled with what happened to each row.
         control: It sets terms and prices; by default those that are asked for are constant.
         revision: The revision of the repository; by default its newest.
+        free_answers: Whether the answers of rows whose thoughts were closed are sampled as the call
+            has it, see `HaltProcessor`. A head that looks at answers gives those it has seen.
         arguments: What else `model.generate` takes.
 
     Returns:
@@ -155,7 +158,7 @@ def generate(
         eos = arguments.get("eos_token_id")
         if eos is None and arguments.get("generation_config") is not None:
             eos = arguments["generation_config"].eos_token_id
-        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos, control)
+        runner = HaltProcessor(loaded, model, tokenizer, *asked, eos, control, free_answers)
         arguments["logits_processor"] = [*(arguments.get("logits_processor") or ()), runner]
     elif arguments.get("streamer") is not None:
         raise InputError("the head looks at answers while the LM thinks: expected no streamer")

@@ -149,7 +149,8 @@ class _ProbedRows(GeneratedRows, LogitsProcessor):
         sees_hidden = "hidden" in head.config.observing.signals
         self.states = HiddenStateHook(model) if sees_hidden else None
         self.eos_ids = end_tokens(generation_config)
-        super().__init__(head, generation.rules, input_ids, generation.asked, generation.control)
+        of_call = (generation.rules, input_ids, generation.asked, generation.control)
+        super().__init__(head, *of_call, free_answers=True)  # behind pending ones there is none
         self.model, self.halting = model, head.config.halting
         self.accepts = generation.accepts
         self.cache, self.mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")

@@ -5,7 +5,8 @@
     processor.report
 
 A head that does not look at answers needs no more than what the LM computes anyway: the cache is
-never touched, so any will do, and the LM answers by itself.
+never touched, so any will do, and the LM answers by itself: with its likeliest tokens, as the
+answers behind halted thoughts that the head has been trained and certified on.
 
 Shapes: R rows in the batch, T tokens in each, V vocabulary, D size of a hidden state.
 """
@@ -32,10 +33,12 @@ _SAME = 1e-3
 class HaltProcessor(LogitsProcessor):
     """Lets a head halt the rows of one `generate` call: pass it in `logits_processor`.
 
-    A halted row is given the close text, token by token; then its LM answers as the call has it.
-    It works with greedy decoding and sampling, any cache, other processors, streamers and left
-    padding. Make one for each call: it looks at the LM from then on until the last thought has
-    ended, or until it is gone. Calls in other threads do not disturb it.
+    A row whose thought is closed, since the head halts it or at its cap, is given the close text,
+    token by token. Then its LM answers with the likeliest tokens, also where the call samples;
+    other rows are sampled as ever. It works with greedy decoding and sampling, any cache, other
+    processors in front of it, streamers and left padding. Make one for each call: it looks at the
+    LM from then on until the last thought has ended, or until it is gone. Calls in other threads
+    do not disturb it.
 
     Args:
         head: The policy; its probing is at_halt.
@@ -49,6 +52,8 @@ class HaltProcessor(LogitsProcessor):
             number, or one for each row; None for no such cap.
         eos_token_id: The end tokens of the call, if it names others than the LM's own.
         control: It sets terms and prices; by default those that are asked for are constant.
+        free_answers: Whether the answer of a row whose thought was closed is sampled as the call
+            has it. What a certificate says is about likeliest answers.
 
     Raises:
         InputError: If the head looks at answers, the tokenizer is not the one that it was trained
@@ -65,6 +70,7 @@ class HaltProcessor(LogitsProcessor):
         max_tokens: Any = None,
         eos_token_id: int | list[int] | None = None,
         control: Control | None = None,
+        free_answers: bool = False,
     ) -> None:
         """Begins to look at the LM."""
         if head.config.halting.probing != "at_halt":
@@ -74,7 +80,7 @@ class HaltProcessor(LogitsProcessor):
             )
         check_tokenizer(head, tokenizer)
         check_asked(head, price, min_tokens, max_tokens)
-        self._head, self._control = head, control
+        self._head, self._control, self._free_answers = head, control, free_answers
         self._rules = TokenRules(tokenizer, head.config.halting)
         self._asked = (price, min_tokens, max_tokens)
         self._eos_ids = end_tokens(model.generation_config, eos_token_id)
@@ -99,14 +105,20 @@ class HaltProcessor(LogitsProcessor):
             scores: (R, V) what the next tokens are chosen by.
 
         Returns:
-            Scores (R, V) that leave a halted row no choice but the close text.
+            Scores (R, V) that leave a row whose thought was closed no choice but the close text,
+            and behind it the likeliest token.
 
         Raises:
             InputError: If this kind of generation cannot be halted.
         """
         if self._rows is None:
             self._rows = GeneratedRows(
-                self._head, self._rules, input_ids, self._asked, self._control
+                self._head,
+                self._rules,
+                input_ids,
+                self._asked,
+                self._control,
+                self._free_answers,
             )
             self._unreported.append(self._rows)
             self._num_prompt, self._known = input_ids.shape[1], input_ids

@@ -15,7 +15,15 @@ from haltwise.session.request import ThoughtReport
 from haltwise.transformers import HaltProcessor, ProbingGeneration, hub
 from tests.families import qwen3_like
 from tests.tiny_lm import tiny_lm
-from tests.transformers.hf_cases import ALWAYS, NEVER, TOKENIZER, blind_head, generate, head
+from tests.transformers.hf_cases import (
+    ALWAYS,
+    NEVER,
+    SAMPLING,
+    TOKENIZER,
+    blind_head,
+    generate,
+    head,
+)
 
 PRICES = [NEVER, ALWAYS, NEVER]
 
@@ -92,12 +100,18 @@ def test_a_repository_of_the_hub_finds_its_own_head(
 
 def test_an_lm_whose_generate_is_the_repositorys_runs_it_once(tmp_path: Path) -> None:
     model = tiny_lm(seed=3)
-    looking = HaltProcessor(blind_head(), model, TOKENIZER, ALWAYS)
-    expected = generate(model, logits_processor=[looking])
     hub.export(blind_head(), tmp_path)
+    sampling: dict[str, Any] = SAMPLING
+    expected = []
+    for free in (False, True):
+        looking = HaltProcessor(blind_head(), model, TOKENIZER, ALWAYS, free_answers=free)
+        expected.append(generate(model, **sampling, logits_processor=[looking]))
+    assert not torch.equal(*expected)
     # As transformers does with an LM that is kept beside a head.
     model.generate = lambda **arguments: hub.generate(model, str(tmp_path), **arguments)
-    assert torch.equal(generate(model, tokenizer=TOKENIZER, price=ALWAYS), expected)
+    terms = sampling | {"tokenizer": TOKENIZER, "price": ALWAYS}
+    assert torch.equal(generate(model, **terms), expected[0])
+    assert torch.equal(generate(model, **terms, free_answers=True), expected[1])
 
 
 def test_the_card_tells_what_the_head_is_for(tmp_path: Path) -> None:

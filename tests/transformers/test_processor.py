@@ -80,18 +80,54 @@ def test_a_head_that_never_halts_changes_nothing(rule: str, arguments: dict[str,
         assert (row.reason, row.position) == expected
 
 
-def test_a_halted_lm_answers_by_itself_while_others_think_on() -> None:
+# A batch whose first row is halted at 4 tokens and whose last is capped at 6.
+CLOSES: dict[str, Any] = {"price": [ALWAYS, NEVER, NEVER], "max_tokens": [None, None, 6]}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_a_halted_lm_answers_greedily_by_itself_while_others_think_on(
+    sampling: dict[str, Any],
+) -> None:
     model = tiny_lm(seed=3)
-    plain = generate(model)
-    looking = processor(model, blind_head(close="so . </think>"), price=[ALWAYS, NEVER, ALWAYS])
-    out = generate(model, logits_processor=[looking])
+    plain = generate(model, **sampling)
+    looking = processor(model, blind_head(close="so . </think>"), **CLOSES)
+    out = generate(model, **sampling, logits_processor=[looking])
     assert new_tokens(out[1]) == new_tokens(plain[1])
-    for i, start in ((0, 2), (2, 0)):
-        closed = [*plain[i, 6:10].tolist(), IDS["so"], IDS["."], CLOSE]
+    for i, start, position in ((0, 2, 4), (2, 0, 6)):
+        closed = [*plain[i, 6 : 6 + position].tolist(), IDS["so"], IDS["."], CLOSE]
         answer = answer_to(model, [*plain[i, start:6].tolist(), *closed], 40 - len(closed))
         assert new_tokens(out[i]) == closed + answer
-        assert looking.report[i].position == 4
+        assert looking.report[i].position == position
         assert looking.report[i].answer == ""
+
+
+def test_free_answers_are_sampled_as_the_call_has_it() -> None:
+    model, arguments = tiny_lm(seed=3), SAMPLING | OPEN_END
+
+    class CloseAlone(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            for row, num_before in ((0, 10), (2, 12)):
+                if input_ids.shape[1] == num_before:
+                    scores[row] = -torch.inf
+                    scores[row, CLOSE] = 0.0
+            return scores
+
+    free = processor(model, **CLOSES, free_answers=True)
+    out = generate(model, **arguments, logits_processor=[free])
+    assert torch.equal(out, generate(model, **arguments, logits_processor=[CloseAlone()]))
+    likeliest = generate(model, **arguments, logits_processor=[processor(model, **CLOSES)])
+    assert [torch.equal(*rows) for rows in zip(out, likeliest, strict=True)] == [False, True, False]
+
+
+def test_the_likeliest_token_is_that_of_the_scores_that_other_processors_have_left() -> None:
+    model, arguments = tiny_lm(seed=3), SAMPLING | OPEN_END | {"repetition_penalty": 1.5}
+    looking = processor(model, price=ALWAYS)
+    out = generate(model, PROMPTS[:1], **arguments, logits_processor=[looking])
+    # The penalty looks at the prompt too, so the call may begin again behind the close text.
+    greedy = arguments | {"do_sample": False, "max_new_tokens": 35}
+    assert out[0, 4:9].tolist()[-1] == CLOSE
+    going_on = model.generate(input_ids=out[:, :9], attention_mask=torch.ones(1, 9), **greedy)
+    assert torch.equal(out, going_on)
 
 
 def test_rows_are_halted_on_their_own_terms_and_in_their_own_time() -> None:
