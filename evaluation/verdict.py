@@ -152,53 +152,101 @@ def conclusion(
         f"lose {gate_title(head.gate)}, the head {_came_to(head)}, on "
         f"{counted(num_questions, 'question')}{_against(rival)}."
     )
-    return Verdict(words, _advice(verdict.badge[0], head, rival, num_questions))
+    rules = [row for (gate, _), row in known.items() if gate == gates[0] and _how_served(row)]
+    return Verdict(words, _advice(verdict.badge[0], head, rival, rules, num_questions))
 
 
-def _advice(kind: str, head: FrozenRow, rival: FrozenRow | None, num_questions: int) -> str:
-    """Says whether to serve a head at its own price, by how it stands and what EM it may lose."""
-    change = head.em_delta_interval
-    if kind in ("ahead", "tie") and is_known(change) and change[1] < 0:
-        return _ADVICE["mixed"]
-    if rival is not None and kind == "tie":
-        return _of_tie(rival)
-    if rival is not None and kind == "behind":
-        return _of_behind(head, rival, num_questions)
-    if kind != "ahead" or not is_known(change) or change[0] >= 0:
-        return _ADVICE[kind]
-    return (
-        f"{_ADVICE[kind]} These questions do not exclude a loss of {exact_match(-change[0])} "
-        "points: if that is too much, certify a price first."
-    )
+def _advice(
+    kind: str,
+    head: FrozenRow,
+    rival: FrozenRow | None,
+    rules: Sequence[FrozenRow],
+    num_questions: int,
+) -> str:
+    """Says what to serve, by how the head stands and what EM it may lose.
 
-
-def _of_tie(rival: FrozenRow) -> str:
-    """Says what to do about a head that is as good as a simple rule."""
-    how = _how_served(rival)
-    instead = "that one runs in replays alone" if how is None else f"take that one ({how})"
-    return (
-        f"A simple rule does as well, as far as these questions tell: {instead}, or record more "
-        "questions, which may tell them apart."
-    )
-
-
-def _of_behind(head: FrozenRow, rival: FrozenRow, num_questions: int) -> str:
-    """Says what to do about a head that saves less than a simple rule at equal EM."""
-    if num_questions < _FEW_QUESTIONS:
+    Args:
+        kind: How it stands, see `GateVerdict.badge`.
+        head: The head at its own price.
+        rival: The strongest baseline, if there is one.
+        rules: The simple rules that can be served, as they were chosen.
+        num_questions: The number of questions that the rows are of.
+    """
+    change = head.em_delta_interval if is_known(head.em_delta_interval) else None
+    if kind == "behind" and num_questions < _FEW_QUESTIONS:
         return (
             f"These are few questions to go by: judge it on {_FEW_QUESTIONS} or more before you "
             "serve it or give it up."
         )
-    if rival.saving <= head.saving or rival.em < head.em:
+    better = _better_to_serve(head, rules) if kind == "behind" else None
+    if better is not None:
         return (
-            f"Each at the setting that was chosen for it, {policy_title(rival.policy)} is not "
-            "better: the head's price is low for these questions. Certify a higher one on others."
+            f"A simple rule does better, {policy_title(better.policy)}, which can be served "
+            f"({_how_served(better)}): do not serve the head, or record more questions and train "
+            "again."
         )
-    how = _how_served(rival)
-    instead = "which runs in replays alone" if how is None else f"which can be served ({how})"
+    if kind in ("ahead", "tie", "behind") and change is not None and change[1] < 0:
+        return _ADVICE["mixed"]
+    if rival is None or kind not in ("tie", "behind"):
+        said = _ADVICE[kind]
+    elif kind == "tie" and _how_served(rival) is not None:
+        return (
+            "A simple rule does as well, as far as these questions tell: take that one "
+            f"({_how_served(rival)}), or record more questions, which may tell them apart."
+        )
+    elif kind == "behind" and not _is_better(rival, head):
+        return _of_better_head(rival)
+    else:
+        said = _best_to_serve(kind, rival, rules)
+    if kind in ("ahead", "tie", "behind") and change is not None and change[0] < 0:
+        said += (
+            f" These questions do not exclude a loss of {exact_match(-change[0])} points: if that "
+            "is too much, certify a price first."
+        )
+    return said
+
+
+def _is_better(rule: FrozenRow, head: FrozenRow) -> bool:
+    """Returns whether a rule saves more and is right as often, each as it was chosen."""
+    return rule.saving > head.saving and rule.em >= head.em
+
+
+def _better_to_serve(head: FrozenRow, rules: Sequence[FrozenRow]) -> FrozenRow | None:
+    """Returns the one of some rules that the head is furthest behind; None if surely behind none.
+
+    It also has to be better as it was chosen: its setting has to be known before it is served.
+    """
+    ends = {row.policy: row.head_lead_at_equal_em_interval for row in rules}
+    surely = [row for row in rules if is_known(end := ends[row.policy]) and end[1] < 0]
+    found = [row for row in surely if _is_better(row, head)]
+    return min(found, key=lambda row: row.head_lead_at_equal_em or 0.0, default=None)
+
+
+def _of_better_head(rival: FrozenRow) -> str:
+    """Says what to do about a head that a rule beats only with a setting that nobody had chosen."""
     return (
-        f"The head loses against a simple rule, {instead}: do not serve it, or record more "
-        "questions and train again."
+        "The verdict compares savings at the head's exact match, where the rule may take whichever "
+        "setting is best on these very questions. The setting that was chosen for "
+        f"{policy_title(rival.policy)} {_came_to(rival)}: that is not better than the head's own "
+        "price. A higher price may save more: certify one on other questions."
+    )
+
+
+def _best_to_serve(kind: str, rival: FrozenRow, rules: Sequence[FrozenRow]) -> str:
+    """Says that the head is the best that can be served, though a rule of replays is as good."""
+    how_good = "does as well, as far as these questions tell" if kind == "tie" else "does better"
+    compared = "; ".join(
+        f"at equal exact match it saves {_more(row.head_lead_at_equal_em)} "
+        f"{between(row.head_lead_at_equal_em_interval, lead)}".rstrip()
+        + f" than {policy_title(row.policy)}"
+        for row in rules
+        if row.head_lead_at_equal_em is not None
+    )
+    return (
+        f"A simple rule, {policy_title(rival.policy)}, {how_good}, but in replays alone: it cannot "
+        f"be served. No rule that can be served is surely better than the head"
+        f"{f' ({compared})' if compared else ''}: of what can be served, serve the head at its own "
+        "price. More questions, or signals that it lacks, may close the gap."
     )
 
 

@@ -33,7 +33,7 @@ from haltwise.control.course import Course, halts_of
 from haltwise.control.draws import AuditDraw, check_key, draw, draw_audit
 from haltwise.control.estimates import LOSSES, Audit
 from haltwise.control.governor import GroupState
-from haltwise.control.group_names import LONGEST_NAME, groups_of, usual_price
+from haltwise.control.group_names import LONGEST_NAME, Usual, groups_of, usual_price
 from haltwise.control.groups import (
     EVERYTHING,
     BrokenOff,
@@ -165,6 +165,12 @@ class GovernedControl:
         """Tokens that were generated for audits alone, since the process has begun."""
         # Audits whose label is on its way into the books.
         self._labelled: set[str] = set()
+        if self._usual_prices() != self.keeper.library.usual:
+            self.keeper.put(Note(usual=self._usual_prices()))
+
+    def _usual_prices(self) -> Usual:
+        """Returns what the books are told, so that a state tells by itself what is served."""
+        return Usual(self.usual.price, dict(self.usual.segment_prices), self.mode == "observe")
 
     @property
     def champion(self) -> str:
@@ -208,6 +214,7 @@ class GovernedControl:
         self.usual = usual
         if self.mode == "observe":
             self.history.usual = usual
+        self.keeper.put(Note(usual=self._usual_prices()))
 
     def price_of(self, step: int) -> float:
         """Returns the price that a step stands for."""

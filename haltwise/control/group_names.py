@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from haltwise.session.request import Terms, ThoughtRequest
@@ -13,6 +14,16 @@ SEGMENT = "segment:"
 #: The most characters of a task, segment or tenant in a group's name.
 LONGEST_NAME = 100
 _KINDS = ("task:", SEGMENT, TENANT)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """The prices of requests that name none, see `usual_price`."""
+
+    price: float
+    segment_prices: Mapping[str, float]
+    is_served: bool
+    """Whether they are served, as in observe mode; else the governor says what is served."""
 
 
 def groups_of(request: ThoughtRequest) -> list[str]:
@@ -39,13 +50,13 @@ def tenant_group(about: Mapping[str, Any]) -> str:
     return f"{TENANT}{tenant}{of_task}" if tenant else ""
 
 
-def usual_price(name: str, usual: Terms) -> float:
+def usual_price(name: str, usual: Terms | Usual) -> float:
     """Returns the price that those of a group's requests ask for that name none.
 
     Args:
         name: The group's name. Only a segment has a price of its own: in other groups it is that
             of who names no segment either.
-        usual: The terms of requests that ask for no others.
+        usual: The terms of requests that ask for no others, or their prices.
     """
     own = {f"{SEGMENT}{one[:LONGEST_NAME]}": price for one, price in usual.segment_prices.items()}
     return own.get(name, usual.price)

@@ -23,6 +23,7 @@ from haltwise.control.books import Books, Entry
 from haltwise.control.canary import Arms, Canary
 from haltwise.control.estimates import LOSSES
 from haltwise.control.governor import is_open
+from haltwise.control.group_names import Usual
 from haltwise.control.groups import EVERYTHING, Expired, Gone, Told, UnderWay
 from haltwise.control.trial import MARGIN, Pair, Side, Trial
 from haltwise.errors import InputError
@@ -99,6 +100,8 @@ class Note:
     learned: frozenset[str] = frozenset()
     """The heads that may have learned from the question of the audit, so that it is no pair of
     theirs."""
+    usual: Usual | None = None
+    """The usual prices from now on; None if they stay."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -110,6 +113,7 @@ class Note:
             "rolls_back": self.rolls_back,
             "arms": None if self.arms is None else asdict(self.arms),
             "learned": sorted(self.learned),
+            "usual": None if self.usual is None else asdict(self.usual),
         }
 
     @classmethod
@@ -122,7 +126,7 @@ class Note:
         try:
             entries = {head: Entry.from_json(one) for head, one in data["entries"].items()}
             joins = {head: Shelved.from_json(one) for head, one in data["joins"].items()}
-            tries, arms = data["tries"], data["arms"]
+            tries, arms, usual = data["tries"], data["arms"], data.get("usual")
             return cls(
                 entries,
                 joins,
@@ -131,6 +135,7 @@ class Note:
                 data["rolls_back"],
                 None if arms is None else Arms.from_json(arms),
                 frozenset(data["learned"]),
+                None if usual is None else Usual(**usual),
             )
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"note of the books is not readable ({error!r})") from None
@@ -149,6 +154,8 @@ class Library:
     back."""
     canary: Canary | None = None
     """The challenger that serves a share of all requests; None if none does."""
+    usual: Usual | None = None
+    """The usual prices of the process that has begun last; None where no process has told them."""
 
     @property
     def books(self) -> Books:
@@ -187,7 +194,8 @@ class Library:
                 shelf[head] = replace(shelf[head], books=shelf[head].books.after(entry))
         if canary is not None and note.arms is not None:
             canary = replace(canary, arms=canary.arms + note.arms)
-        return replace(self, shelf=shelf, canary=canary)._moved(note)
+        usual = note.usual or self.usual
+        return replace(self, shelf=shelf, canary=canary, usual=usual)._moved(note)
 
     def _moved(self, note: Note) -> Library:
         """Returns it after what a note wants of who serves, and what the canary has come to."""
@@ -206,7 +214,7 @@ class Library:
             return self
         prices, shelf = self.shelf[head].prices, self.shelf.items()
         begun = {name: Shelved.begin(one.books, one.prices, prices) for name, one in shelf}
-        return Library(head, begun, self.champion)
+        return Library(head, begun, self.champion, usual=self.usual)
 
     def _rolled_back(self) -> Library:
         """Returns it without its canary, or with the head before as the champion."""
@@ -310,8 +318,9 @@ class Library:
         """Returns a JSON object."""
         shelf = {head: one.to_json() for head, one in self.shelf.items()}
         canary = None if self.canary is None else asdict(self.canary)
+        usual = None if self.usual is None else asdict(self.usual)
         told = {"champion": self.champion, "previous": self.previous, "canary": canary}
-        return told | {"shelf": shelf}
+        return told | {"shelf": shelf, "usual": usual}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Library:
@@ -323,7 +332,8 @@ class Library:
         try:
             shelf = {head: Shelved.from_json(one) for head, one in data["shelf"].items()}
             canary = None if data["canary"] is None else Canary.from_json(data["canary"])
-            return cls(data["champion"], shelf, data["previous"], canary)
+            usual = None if data.get("usual") is None else Usual(**data["usual"])
+            return cls(data["champion"], shelf, data["previous"], canary, usual)
         except (TypeError, KeyError, AttributeError) as error:
             raise InputError(f"books are not readable ({error!r})") from None
 

@@ -14,6 +14,7 @@ from haltwise.control.bookkeeper import after
 from haltwise.control.books import Books
 from haltwise.control.estimates import LOSSES, Interval
 from haltwise.control.governor import GroupState, is_open
+from haltwise.control.group_names import usual_price
 from haltwise.control.groups import EVERYTHING
 from haltwise.control.ledger import Ledger
 from haltwise.control.library import Library, Note, Shelved, experiment, promotion, rollback
@@ -23,6 +24,7 @@ from haltwise.errors import InputError
 from haltwise.policy.cascade_head import is_cascade
 
 _NET, _DISAGREEMENT = LOSSES.index("net-em-loss"), LOSSES.index("disagreement")
+_SERVED_BESIDE = "; the usual price: what --control observe serves, as here"
 
 
 def group_status(
@@ -203,7 +205,11 @@ def _write(state: str | Path, note: Note) -> None:
 
 
 def table_of(library: Library) -> str:
-    """Returns what a person is told of the books, a line for each group, and for each head."""
+    """Returns what a person is told of the books, a line for each group, and for each head.
+
+    Where the usual prices are served, a group has a line for its usual price too: what audits vouch
+    for is served to nobody there.
+    """
     books, prices = library.books, np.array(library.shelf[library.champion].prices)
     target = books.groups.promise.target
     due = books.groups.audits_due()
@@ -213,20 +219,47 @@ def table_of(library: Library) -> str:
         f"labels due, {due} audits due before {_what_is_due(library)}",
         *_lines_of_broken_off(books),
         *_lines_of_range(books),
+        "price: what the audits vouch for, which --control apply serves"
+        f"{_SERVED_BESIDE * _serves_usual(library)}",
         f"{'group':{width}}{'requests':>10}{'audits':>8}{'price':>10}{'ceiling':>10}  "
         f"{'breaker':8}{'target, %':>10}"
         f"{'differs, %':>23}{'EM loss, %':>23}{'saving, %':>23}",
     ]
     for name in books.groups.groups:
-        one = group_status(books, name, prices, _DISAGREEMENT, 0.0)
-        net = group_status(books, name, prices, _NET, 0.0)["at_price"]["loss"]
-        at = one["at_price"]
+        usual = 0.0 if library.usual is None else usual_price(name, library.usual)
+        one = group_status(books, name, prices, _DISAGREEMENT, usual)
+        net = group_status(books, name, prices, _NET, usual)
         lines.append(
             f"{name:{width}}{one['requests']:>10}{one['audits']:>8}{one['price']:>10.4g}"
             f"{one['ceiling']:>10.4g}  {one['breaker']:8}{100 * one['target']:>10.4g}"
-            + "".join(f"{_percent(part):>23}" for part in (at["loss"], net, at["saving"]))
+            f"{_measured(library, one['at_price'], net['at_price'])}"
         )
+        if _serves_usual(library):
+            at = one["at_usual_price"]
+            lines.append(
+                f"{'  at the usual price':{width + 18}}{at['price']:>10.4g}{'':30}"
+                f"{_measured(library, at, net['at_usual_price'])}"
+            )
     return "\n".join([*lines, "", *_lines_of_heads(library), *_lines_of_canary(library)])
+
+
+def _serves_usual(library: Library) -> bool:
+    """Returns whether requests are served the usual prices, whatever the audits vouch for."""
+    return library.usual is not None and library.usual.is_served
+
+
+def _measured(library: Library, at: Mapping[str, Any], net: Mapping[str, Any]) -> str:
+    """Returns the cells of what a group loses and saves at one price.
+
+    Args:
+        library: The books.
+        at: The price, and the share of answers that differ and the saving there.
+        net: The same with the exact match that is lost.
+    """
+    if not at["price"]:  # no measurement: what halts nothing loses nothing
+        nobody = "the large LM answers" if is_cascade(library.champion) else "nothing is halted"
+        return f"{nobody:>23}"
+    return "".join(f"{_percent(part):>23}" for part in (at["loss"], net["loss"], at["saving"]))
 
 
 def _lines_of_broken_off(books: Books) -> list[str]:

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from haltwise import InputError
-from haltwise.control.status import read_library, table_of
-from tests.control.test_books import ENTRIES, opened, settle, shelved
+from haltwise import InputError, Terms
+from haltwise.control.group_names import Usual
+from haltwise.control.groups import EVERYTHING
+from haltwise.control.status import group_status, read_library, table_of
+from tests.control.test_books import ENTRIES, begun, opened, settle, shelved
+from tests.control.test_governed import control
 from tests.control.test_history import state_of
 from tests.control.test_library import answered, drawn, fold
 from tests.stores import NewName
@@ -25,12 +28,15 @@ def test_the_table_is_of_the_newest_books(new_name: NewName) -> None:
     assert read_library(name).to_json() == keeper.library.to_json()
     keeper.close()
     lines = table_of(read_library(name)).splitlines()
-    head, broken_off, figures, names, everything, task, *heads = lines
+    head, broken_off, figures, priced, names, everything, task, *heads = lines
     assert head.startswith("target 0.1; 1 audits under way, 1 labels due, ")
     assert broken_off == "1 audits broken off, which tell nothing; the newest: timeout"
     assert figures == "figures are of requests of up to 100 tokens"
+    assert priced == "price: what the audits vouch for, which --control apply serves"
     assert names.split()[:4] == ["group", "requests", "audits", "price"]
-    assert everything.split()[:6] == ["everything", "20", "4", "0", "0", "closed"]
+    # Where nothing is halted nothing is measured: zeros would read as a head that loses nothing.
+    assert everything.split()[5:] == ["closed", "10", "nothing", "is", "halted"]
+    assert everything.split()[:5] == ["everything", "20", "4", "0", "0"]
     # It might go further by itself, but nothing is certified for everything.
     assert task.split()[0] == "task:a" and task.split()[2:5] == ["4", "0", "0"]
     assert [line.split()[:2] for line in heads[1:]] == [["head", "role"], ["h", "champion"]]
@@ -48,6 +54,36 @@ def test_what_is_served_is_told_with_its_intervals(tmp_path: Path) -> None:
     assert task.split()[3:5] == ["2", "2"]
     # Of 80 tokens 60 are saved at the second price; four audits are too few for an interval.
     assert task.split("closed")[1].split()[-3:] == ["75.0", "[-100.0,", "100.0]"]
+
+
+def test_under_observe_the_usual_price_is_told_beside_what_apply_would_serve() -> None:
+    books = begun()
+    for entry in ENTRIES:
+        books = books.after(entry)
+    usual = Usual(1.0, {}, is_served=True)
+    library = replace(shelved(books), usual=usual)
+    _, _, _, priced, _, everything, at_usual, *others = table_of(library).splitlines()
+    assert priced.endswith("apply serves; the usual price: what --control observe serves, as here")
+    assert everything.endswith(" nothing is halted")
+    # Of 20 requests 2 differ at price 1, and one of these is known to be won.
+    words, cells = at_usual[:29], at_usual[29:].replace("[-100.0, 100.0]", "").split()
+    assert words.strip() == "at the usual price" and cells[0] == "1"
+    found = group_status(books, EVERYTHING, np.array([1.0, 2.0]), 2, 1.0)["at_usual_price"]
+    estimates = [100 * found[part]["estimate"] for part in ("loss", "saving")]
+    assert estimates == pytest.approx([10.0, 50.0]) and cells[1] == "10.0" and "50.0" in cells
+    assert len([line for line in others if "at the usual price" in line]) == 1
+    # Under apply it is served to nobody.
+    assert "usual" not in table_of(replace(library, usual=replace(usual, is_served=False)))
+
+
+def test_what_is_usual_is_kept_in_the_state(tmp_path: Path) -> None:
+    usual = Terms(1.0, segment_prices={"easy": 2.0})
+    with control(tmp_path, usual=usual) as steering:
+        pass
+    assert read_library(tmp_path / "state").usual == Usual(1.0, {"easy": 2.0}, is_served=True)
+    with control(tmp_path, mode="apply", usual=usual) as steering:
+        steering.reprice(Terms(3.0))
+    assert read_library(tmp_path / "state").usual == Usual(3.0, {}, is_served=False)
 
 
 def test_the_evidence_is_told_by_what_it_is_against() -> None:

@@ -138,10 +138,11 @@ HARD = [made_group(group("task", "hard", 0.0, "head"))]
         (0.05, [0.03, 0.07], {}, [], "ahead", "do not exclude a loss of 2.10 points"),
         (0.05, [0.03, 0.07], LOST, [], "ahead", "do not serve it"),
         (0.05, [0.03, 0.07], {}, HARD, "ahead, but", "do not serve it"),
-        (0.01, [-0.01, 0.03], {}, [], "tie", "that one runs in replays alone, or record more"),
+        (0.01, [-0.01, 0.03], {}, [], "tie", "does as well, as far as these questions tell, but"),
         (0.01, [-0.01, 0.03], LOST, [], "tie", "do not serve it"),
-        (-0.05, [-0.07, -0.03], {}, [], "behind", "confidence threshold is not better: the head"),
-        (-0.05, [-0.07, -0.03], WORSE, [], "behind", "replays alone: do not serve it, or record"),
+        (-0.05, [-0.07, -0.03], {}, [], "behind", "not better than the head's own price. A high"),
+        (-0.05, [-0.07, -0.03], WORSE, [], "behind", "does better, but in replays alone"),
+        (-0.05, [-0.07, -0.03], WORSE | LOST, [], "behind", "do not serve it at its own price"),
         (0.05, [0.05, 0.05], {}, [], "cannot be told", "do not serve it, and record more"),
         (0.05, None, {}, [], "no interval", "do not serve it, and record more"),
         (None, None, {}, [], "no baseline", "do not serve it, and record more"),
@@ -155,7 +156,11 @@ def test_what_to_do_follows_from_the_verdict(
     made[1] = made_frozen(frozen(0.0, known("confidence", 0.9, -0.002, 0.35), 0.05) | rival)
     found = conclusion(made, groups, 400, evidence=True)
     assert found.words.startswith(f"Verdict: {said}") and advice in found.advice
-    assert ("serve it at its own price." in found.advice) is (said == "ahead" and head is not LOST)
+    serve = "serve it at its own price." in found.advice
+    assert serve is (said == "ahead" and head is not LOST)
+    # A rule that runs in replays alone leaves nothing else to serve.
+    best = (said == "tie" and head is not LOST) or (said == "behind" and head is WORSE)
+    assert (": of what can be served, serve the head at its own price." in found.advice) is best
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,31 @@ def test_a_rule_that_is_better_is_named_with_how_it_is_served(
     behind = {"head_lead_at_equal_em": -0.05, "head_lead_at_equal_em_interval": [-0.07, -0.03]}
     made[1] = made_frozen(frozen(0.0, known(name, 96.0, -0.002, 0.35), 0.05) | behind)
     assert advice in conclusion(made, [], num, evidence=True).advice
+
+
+@pytest.mark.parametrize(
+    ("lead", "interval", "saving", "advice"),
+    [
+        (0.094, [0.07, 0.12], 0.2, "equal exact match it saves 9.4 points more [+7.0, +12.0] than"),
+        (-0.02, [-0.05, 0.01], 0.5, ": of what can be served, serve the head at its own price."),
+        (-0.02, [-0.05, -0.01], 0.2, ": of what can be served, serve the head at its own price."),
+        (-0.02, [-0.05, -0.01], 0.5, "max-thinking-tokens 96): do not serve the head, or record"),
+    ],
+)
+def test_a_rule_of_replays_alone_is_no_reason_not_to_serve_a_head(
+    lead: float, interval: list[float], saving: float, advice: str
+) -> None:
+    def rule(name: str, saving: float, lead: float, interval: list[float]) -> Any:
+        row = frozen(0.0, known(name, 96.0, 0.0, saving), lead)
+        return made_frozen(row | {"head_lead_at_equal_em_interval": interval})
+
+    trees, budget = (
+        rule("boosted", 0.6, -0.145, [-0.2, -0.1]),
+        rule("budget", saving, lead, interval),
+    )
+    found = conclusion([*rows(0.0, 0.25, em=0.5), trees, budget], [], 400, evidence=True)
+    assert found.words.startswith("Verdict: behind") and advice in found.advice
+    assert ("do not serve" in found.advice) is ("do not serve" in advice)
 
 
 def test_where_there_is_no_verdict_or_nothing_is_halted_no_head_is_to_be_served() -> None:
