@@ -106,7 +106,7 @@ PROMISES: dict[str, Tests] = {
     ),
     "| vLLM's engine, `haltwise.vllm.generate_all` |": (
         test_vllm_job.test_answers_are_those_of_transformers,
-        test_vllm_job.test_an_lm_whose_head_does_not_look_answers_freely,
+        test_vllm_job.test_an_lm_whose_head_does_not_look_answers_by_itself,
         test_vllm_job.test_what_cannot_be_run_is_refused,
     ),
     "without the groups `ending`, `hidden`": (
@@ -204,6 +204,13 @@ PROMISES: dict[str, Tests] = {
     ),
     "gives a slot to the next prompt as soon as its answer is known": (
         test_batch_job.test_prompts_are_taken_as_slots_become_free,
+    ),
+    "the LM answers behind a closed thought with its likeliest tokens at any temperature": (
+        test_batch_job.test_behind_closed_thoughts_answers_are_the_likeliest_tokens_and_free_ones_are_drawn,
+        test_batch_job.test_a_thought_goes_on_where_its_answer_is_refused,
+    ),
+    "but for likeliest ones behind a closed thought as there": (
+        test_vllm_job.test_behind_closed_thoughts_answers_are_the_likeliest_tokens_unless_they_are_free,
     ),
     "It needs full attention in every layer, and samples by temperature alone": (
         test_batch_job.test_what_cannot_be_run_is_refused,

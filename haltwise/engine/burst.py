@@ -30,6 +30,10 @@ DeviceWork = Callable[[], None]
 """Something that a device does to tensors that stay where they are."""
 
 
+# In place of a number in [0, 1) that a token is sampled with: it is the likeliest one.
+LIKELIEST = -1.0
+
+
 @dataclass(frozen=True)
 class BurstShape:
     """What a step of a burst is captured for: another shape needs another capture."""
@@ -58,7 +62,7 @@ class BurstStart:
     scratch: int
     """A column of the cache that no row uses: the rows that fill up the width write there."""
     uniforms: Float | None = None
-    """(S, B) the numbers in [0, 1) that the tokens are sampled with, if they are sampled."""
+    """(S, B) the numbers in [0, 1), or `LIKELIEST`, that tokens are sampled with, if they are."""
 
 
 class Burst:
@@ -209,7 +213,7 @@ def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple
     Args:
         logits: (B, V) float32, the logits of the tokens.
         temperature: The temperature of sampling; 0 takes the likeliest token.
-        uniforms: (B,) numbers in [0, 1); only sampling looks at them.
+        uniforms: (B,) numbers in [0, 1), or `LIKELIEST`; only sampling looks at them.
 
     Returns:
         The tokens (B,), and whether the logits made sense (B,).
@@ -220,5 +224,7 @@ def choose(logits: Tensor, temperature: float, uniforms: Tensor | None) -> tuple
     assert uniforms is not None
     cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)[:, 0]
-    return tokens.clamp(max=logits.shape[1] - 1), total[:, 0].isfinite()
+    drawn = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)[:, 0]
+    drawn = drawn.clamp(max=logits.shape[1] - 1)
+    tokens = torch.where(uniforms == LIKELIEST, logits.argmax(dim=-1), drawn)
+    return tokens, total[:, 0].isfinite()

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from haltwise import Halting, InputError, Signals
-from haltwise.engine.burst import choose
+from haltwise.engine.burst import LIKELIEST, choose
 from haltwise.engine.signal_reducer import SignalReducer
 from haltwise.engine.slot_thoughts import SlotThoughts
 from haltwise.engine.slots import SequenceSlots
@@ -50,6 +50,8 @@ class Decoder(SlotThoughts):
             default is 0 on a CPU and 64 on a GPU.
         keeps_on: Whether a slot that cannot go on only stands still, see `troubles`. Otherwise
             that is an error, which ends the work of all slots.
+        free_answers: Whether answers behind thoughts that `close` has closed are sampled too,
+            instead of being the likeliest tokens.
 
     Raises:
         InputError: If the LM or the halting conditions cannot be run.
@@ -66,6 +68,7 @@ class Decoder(SlotThoughts):
         signals: Collection[str] = (),
         burst: int | None = None,
         keeps_on: bool = False,
+        free_answers: bool = False,
     ) -> None:
         """Starts with every slot empty."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", np.inf)
@@ -77,6 +80,7 @@ class Decoder(SlotThoughts):
             temperature,
             context,
             keeps_on,
+            free_answers,
         )
         if burst is None:
             burst = 0 if model.device.type == "cpu" else _BURST_ON_GPU
@@ -204,7 +208,9 @@ class Decoder(SlotThoughts):
         if not self.temperature:
             return None
         nums = np.array([thought.num_tokens for thought in self._thoughts_in(slots)])
-        return self._uniforms[slots, nums + np.arange(num)[:, None]]
+        uniforms = self._uniforms[slots, nums + np.arange(num)[:, None]]
+        is_sampled = np.array([self.temperature_of(slot) > 0 for slot in slots.tolist()])
+        return np.where(is_sampled, uniforms, np.float32(LIKELIEST))
 
     @torch.inference_mode()
     def _generate_one(self, slots: Index) -> None:

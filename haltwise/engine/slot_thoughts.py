@@ -21,6 +21,8 @@ class SlotThoughts:
         context: The most tokens of a prompt with all that follows.
         keeps_on: Whether a slot that cannot go on only stands still, see `troubles`. Otherwise
             that is an error, which ends the work of all slots.
+        free_answers: Whether answers behind thoughts that were closed here are sampled too,
+            instead of being the likeliest tokens.
 
     Raises:
         InputError: If a setting makes no sense.
@@ -35,6 +37,7 @@ class SlotThoughts:
         temperature: float,
         context: float,
         keeps_on: bool,
+        free_answers: bool,
     ) -> None:
         """Starts with every slot empty."""
         if max_tokens < 1:
@@ -51,7 +54,7 @@ class SlotThoughts:
         self.max_prompt = context - max_tokens - len(rules.close_ids) - rules.max_answer_tokens
         #: Tokens that a look at an answer takes beside those of the answer.
         self.tokens_beside = 0
-        self._keeps_on = keeps_on
+        self._keeps_on, self._free_answers = keeps_on, free_answers
         # What the thoughts that were closed here were before that.
         self._open: dict[int, Thought] = {}
 
@@ -64,6 +67,7 @@ class SlotThoughts:
         ids: list[int] = self.rules.tokenizer.encode(prompt, add_special_tokens=False)
         self.thoughts[slot] = Thought(self.rules, prompt)
         self.troubles.pop(slot, None)
+        self._open.pop(slot, None)
         if 0 < len(ids) <= self.max_prompt:
             return ids
         self._cannot_go_on(
@@ -76,6 +80,10 @@ class SlotThoughts:
     def is_going(self, slot: int) -> bool:
         """Tells whether a slot generates more tokens."""
         return slot not in self.troubles and not self.thoughts[slot].ended
+
+    def temperature_of(self, slot: int) -> float:
+        """Returns the temperature of a slot's next token: 0 behind a thought closed here."""
+        return 0.0 if slot in self._open and not self._free_answers else self.temperature
 
     def add(self, slot: int, token: int) -> None:
         """Adds the next token to the thought in a slot, which may end with it."""

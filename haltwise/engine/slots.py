@@ -159,7 +159,8 @@ class SequenceSlots:
             rows: (B,) the rows, each at most once.
             num: S, at most the constructor's `burst`.
             temperature: The temperature of sampling; 0 takes the likeliest token.
-            uniforms: (S, B) the numbers that the tokens are sampled with, if they are sampled.
+            uniforms: (S, B) the numbers that the tokens are sampled with, if they are sampled;
+                see `haltwise.engine.burst.BurstStart`.
             num_logprobs: How many log probabilities of each token to return, see
                 `haltwise.engine.burst.BurstShape`.
 

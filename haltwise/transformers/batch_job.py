@@ -25,6 +25,7 @@ def generate_all(
     control: Control | None = None,
     accepts: Callable[[str], bool] | None = None,
     num_thoughts: int = 1,
+    free_answers: bool = False,
 ) -> Iterator[BatchAnswer]:
     """Answers prompts in refilled slots, with a head that halts their thoughts.
 
@@ -32,7 +33,9 @@ def generate_all(
     the prompt's. They run in turn, and none begins that could not change it any more.
 
     What a prompt gets depends on itself and the seed alone, not on the other slots. A row that is
-    not halted gets the tokens of a plain `generate`, if greedy.
+    not halted gets the tokens of a plain `generate`, if greedy. A head that looks at answers gives
+    those it has seen; with another one the LM answers by itself behind a thought that was closed,
+    with its likeliest tokens at any temperature.
 
     Args:
         model: The LM: decoder-only, with full attention in every layer.
@@ -52,6 +55,8 @@ def generate_all(
             head's answer rule can read. Where the head has halted a thought and it cannot, the
             thought goes on to its end.
         num_thoughts: The most thoughts of a prompt.
+        free_answers: Whether the LM's answers behind thoughts that were closed are sampled too.
+            What a certificate says is about likeliest answers.
 
     Returns:
         An iterator that gives each answer as soon as it is known.
@@ -73,6 +78,7 @@ def generate_all(
         temperature,
         signals=head.config.observing.signals if measures else (),
         keeps_on=True,
+        free_answers=free_answers,
     )
     session = Session(head, num_slots, control)
     return BatchJob(session, decoder, terms, accepts, num_thoughts, seed).run(prompts)

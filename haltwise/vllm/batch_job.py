@@ -27,6 +27,7 @@ def generate_all(
     control: Control | None = None,
     accepts: Callable[[str], bool] | None = None,
     num_thoughts: int = 1,
+    free_answers: bool = False,
 ) -> Iterator[BatchAnswer]:
     """Answers prompts on a vLLM engine, with a head that halts their thoughts.
 
@@ -53,6 +54,8 @@ def generate_all(
             head's answer rule can read. Where the head has halted a thought and it cannot, the
             thought goes on to its end.
         num_thoughts: The most thoughts of a prompt.
+        free_answers: Whether the LM's answers behind thoughts that were closed are sampled too.
+            What a certificate says is about likeliest answers.
 
     Returns:
         An iterator that gives each answer as soon as it is known.
@@ -80,6 +83,7 @@ def generate_all(
         temperature,
         head.config.observing.signals if measures else (),
         session.next_look,
+        free_answers,
     )
     job = BatchJob(session, decoder, terms, accepts, num_thoughts, seed)
     return _answers(decoder, job.run(prompts))

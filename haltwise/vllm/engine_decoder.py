@@ -64,6 +64,8 @@ class EngineDecoder(SlotThoughts):
         signals: Names of the signals to measure beside position and forced answer.
         next_look: (num_slots,) tokens of each slot before which there is nothing to decide; the
             session keeps them up to date.
+        free_answers: Whether answers behind thoughts that `close` has closed are sampled too,
+            instead of being the likeliest tokens.
 
     Raises:
         InputError: If the engine or the halting conditions cannot be run.
@@ -77,6 +79,7 @@ class EngineDecoder(SlotThoughts):
         temperature: float,
         signals: Collection[str],
         next_look: Index,
+        free_answers: bool,
     ) -> None:
         """Starts with every slot empty."""
         config, tokenizer = llm.llm_engine.model_config, llm.get_tokenizer()
@@ -89,6 +92,7 @@ class EngineDecoder(SlotThoughts):
             temperature,
             config.max_model_len,
             keeps_on=True,
+            free_answers=free_answers,
         )
         self._engine, self._next_look = llm.llm_engine, next_look
         self._collector = SignalCollector(self.rules, signals, len(next_look))
@@ -249,6 +253,7 @@ class EngineDecoder(SlotThoughts):
         self._looks.pop(slot, None)
         thought, (prompt, _, seed) = self.thoughts[slot], self._prompts[slot]
         num, look = thought.num_tokens, int(self._next_look[slot])
+        temperature = self.temperature_of(slot)
         # Where points follow a text, `_think` sees them.
         end = min(self.max_tokens, look if self.rules.every else NEVER)
         self._ask(
@@ -257,8 +262,8 @@ class EngineDecoder(SlotThoughts):
             end - num,
             partial(self._think, slot),
             num_top=self._num_top if look < NEVER else 0,
-            temperature=self.temperature,
-            seed=segment_seed(prompt, seed, num) if self.temperature else None,
+            temperature=temperature,
+            seed=segment_seed(prompt, seed, num) if temperature else None,
         )
 
     def _think(self, slot: int, token: int, logprobs: Logprobs) -> bool:

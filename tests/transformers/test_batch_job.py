@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from haltwise import HaltHead, InputError
-from haltwise.engine.decoder import Decoder
+from haltwise.engine.decoder import Decoder, sampling_uniforms
 from haltwise.engine.token_rules import TokenRules
 from haltwise.policy.votes import elected, is_settled
 from haltwise.transformers import BatchAnswer, HaltProcessor, ProbingGeneration, generate_all
@@ -17,6 +18,7 @@ from tests.transformers.hf_cases import (
     NEVER,
     TOKENIZER,
     accept,
+    answer_to,
     blind_head,
     generate,
     head,
@@ -147,6 +149,41 @@ def test_sampled_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
     assert few == many
     others = answers(model, head(), 2, **arguments, seed=1)
     assert sum(a.ids != b.ids for a, b in zip(few, others, strict=True)) > 6
+
+
+@pytest.mark.parametrize("burst", [0, 16])
+def test_behind_closed_thoughts_answers_are_the_likeliest_tokens_and_free_ones_are_drawn(
+    burst: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other token is drawn, by the numbers that it has without a head."""
+    monkeypatch.setattr("haltwise.transformers.batch_job.Decoder", partial(Decoder, burst=burst))
+    model = tiny_lm(seed=3)
+    policy = picky_head(2, policy=blind_head("every 8 tokens", close="so </think>"))
+    sampled: dict[str, Any] = {"temperature": 0.9, "seed": 4}
+    terms = sampled | {"price": 1.0, "max_tokens": 18, "accepts": accept}
+    plain = answers(model, policy, price=0, **sampled)
+    likeliest, free = (
+        answers(model, policy, **terms, free_answers=is_free) for is_free in (False, True)
+    )
+    for answer, other, before in zip(likeliest, free, plain, strict=True):
+        assert answer.report == other.report
+        position, prompt = answer.report.position, PROMPTS[answer.index]
+        if not answer.report.halted:
+            assert answer.ids == other.ids == before.ids
+            continue
+        closed = [*before.ids[:position], IDS["so"], CLOSE]
+        known = [*TOKENIZER.encode(prompt, add_special_tokens=False), *closed]
+        assert answer.ids == closed + answer_to(model, known, 40 - len(closed))
+        uniforms, drawn = sampling_uniforms(prompt, 4, 40), closed.copy()
+        while len(drawn) < 40 and drawn[-1] != EOS:
+            logits = model(torch.tensor([known])).logits[0, -1]
+            cumulative = (logits / 0.9).softmax(-1).cumsum(-1)
+            drawn.append(int((cumulative <= float(uniforms[len(drawn)])).sum()))
+            known.append(drawn[-1])
+        assert other.ids == drawn
+    reasons = {answer.report.reason for answer in likeliest}
+    assert reasons == {"halted", "capped", "closed by the LM"}
+    assert sum(a.ids != b.ids for a, b in zip(likeliest, free, strict=True)) > 3
 
 
 @pytest.mark.parametrize("policy", [head(), blind_head()])

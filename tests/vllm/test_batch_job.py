@@ -24,6 +24,7 @@ from tests.transformers.hf_cases import (
     NEVER,
     TOKENIZER,
     accept,
+    answer_to,
     blind_head,
     head,
     picky_head,
@@ -85,7 +86,7 @@ def test_answers_are_those_of_transformers(vllm: Any, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES[:2])
-def test_an_lm_whose_head_does_not_look_answers_freely(vllm: Any, rule: str) -> None:
+def test_an_lm_whose_head_does_not_look_answers_by_itself(vllm: Any, rule: str) -> None:
     model, policy = tiny_lm(seed=3), blind_head(rule, groups=BLIND, close="so </think>")
     for terms in ({}, {"accepts": accept}, {"accepts": lambda text: False}, {"max_tokens": 6}):
         answers = done(vllm, fake(model), policy, price=ALWAYS, **terms)
@@ -156,6 +157,34 @@ def test_sampled_tokens_hang_on_the_prompt_the_seed_and_the_place(vllm: Any) -> 
     assert num_alike == 2 and len(set(llm.seeds)) < len(llm.seeds)
     others = done(vllm, fake(tiny_lm(seed=3)), head(), prompts=twice, **terms, seed=1)
     assert sum(a.ids != b.ids for a, b in zip(few, others, strict=True)) > 3
+
+
+def test_behind_closed_thoughts_answers_are_the_likeliest_tokens_unless_they_are_free(
+    vllm: Any,
+) -> None:
+    model, policy = tiny_lm(seed=3), picky_head(4, BLIND, blind_head(groups=BLIND))
+    terms: dict[str, Any] = {"temperature": 0.9, "price": 1.0, "max_tokens": 18, "accepts": accept}
+    jobs, seeds = [], []
+    for is_free in (False, True):
+        llm = fake(model)
+        jobs.append(done(vllm, llm, policy, **terms, free_answers=is_free))
+        seeds.append(set(llm.seeds))
+    answering, nums = set(), []
+    for answer, free in zip(*jobs, strict=True):
+        assert answer.report == free.report
+        num = answer.report.position + 1  # with the close text
+        if answer.report.halted:
+            prompt = PROMPTS[answer.index]
+            known = TOKENIZER.encode(prompt, add_special_tokens=False) + free.ids[:num]
+            greedy = answer_to(model, known, NUM_TOKENS - num)
+            assert answer.ids == free.ids[:num] + greedy
+            answering.add(vllm.engine_decoder.segment_seed(prompt, 0, num))
+            nums.append(answer.ids != free.ids)
+        else:
+            assert answer.ids == free.ids
+    assert seeds[1] - seeds[0] == answering and sum(nums) > 1
+    reasons = {answer.report.reason for answer in jobs[0]}
+    assert reasons == {"halted", "capped", "closed by the LM"}
 
 
 def test_several_thoughts_of_a_prompt_vote(vllm: Any) -> None:
