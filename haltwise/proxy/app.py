@@ -186,7 +186,9 @@ class Proxy:
         own = _own_budgets(self._keys)
         self.cashier = _cashier(config, own, self._tariffs, PointRules(halting), self.metrics)
         self.upstream = Upstream(config.connections)
-        self._unknown = LMServer(self.upstream, PointRules(halting), halting.close_text)
+        samples_answers = config.answers == "free"
+        rules = PointRules(halting)
+        self._unknown = LMServer(self.upstream, rules, halting.close_text, samples_answers)
         self._server = self._unknown
         self._finding = SharedQuestion(partial(find_lm_server, self._unknown, config.kind))
         self._checking = anyio.Lock()

@@ -190,8 +190,10 @@ class ServeConfig:
     """Most thoughts that a request may ask for by X-Haltwise-Thoughts; it gets the answer that most
     of them give."""
     answers: Answers = "seen"
-    """What follows a thought that a head has halted which looks at answers. seen: the answer that
-    it has seen, if that is whole, and else as with free. free: whatever the LM answers."""
+    """What follows a thought that was halted. seen: the answer that the head has seen, if it looks
+    at answers and that one is whole; else the LM's likeliest answer, whatever the request samples
+    by: such answers were recorded and certified. free: what the LM answers as the request samples,
+    which loses more than the certificate says at temperatures above 0."""
     check_answers: str = "off"
     """readable or MODULE:NAME: the answer behind a thought that the head has halted is held back
     until it is whole. If the head's answer rule cannot read it, or that function of the request's

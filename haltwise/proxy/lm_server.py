@@ -64,6 +64,9 @@ class LMServer(ServerDialect):
         upstream: The connections to it.
         rules: The think markers, and where thoughts have decision points.
         close_text: What closes a thought.
+        samples_answers: Whether the answer behind a closed thought is sampled as its request says.
+            Otherwise it is the likeliest one: such answers were recorded, and a price is chosen and
+            certified by them.
     """
 
     one_at_a_time = False
@@ -78,10 +81,17 @@ class LMServer(ServerDialect):
     num_close_tokens = 0
     """Number of tokens of the close text; 0 if it is not known."""
 
-    def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        rules: PointRules,
+        close_text: str,
+        samples_answers: bool = False,
+    ) -> None:
         """Asks nothing yet."""
         super().__init__(upstream)
         self.rules = rules
+        self.samples_answers = samples_answers
         self.close_text = close_text
         has_marker = bool(rules.think_end) and rules.think_end in close_text
         before, after = close_text.split(rules.think_end, 1) if has_marker else ("", close_text)
@@ -174,6 +184,17 @@ class LMServer(ServerDialect):
             raise UpstreamError("no token ids", "upstream did not tell the ids of a chat's tokens")
         return request.continued_body(prompt=request.prompt + seen.text + tail)
 
+    async def answer_body(
+        self, request: CompletionRequest, seen: GeneratedSoFar, tail: str
+    ) -> Json:
+        """The body of the request for the answer behind a closed thought.
+
+        Raises:
+            UpstreamError: As `body_after`.
+        """
+        body = await self.body_after(request, seen, tail)
+        return body if self.samples_answers else body | {"temperature": 0}
+
     async def probe_body(self, request: CompletionRequest, seen: GeneratedSoFar) -> Json:
         """The body of the request that forces an answer: greedy, and as when it was recorded.
 
@@ -226,9 +247,15 @@ class LMServer(ServerDialect):
 class VllmServer(VllmDialect, LMServer):
     """vLLM: tells the ids of the prompt and of every token, and takes ids as a prompt."""
 
-    def __init__(self, upstream: Upstream, rules: PointRules, close_text: str) -> None:
+    def __init__(
+        self,
+        upstream: Upstream,
+        rules: PointRules,
+        close_text: str,
+        samples_answers: bool = False,
+    ) -> None:
         """Asks nothing yet; what is asked once is asked once, however many streams need it."""
-        super().__init__(upstream, rules, close_text)
+        super().__init__(upstream, rules, close_text, samples_answers)
         self._close_ids: dict[bytes, SharedQuestion[list[int]]] = {}
         self._context = SharedQuestion(self._ask_context_length)
 
@@ -362,9 +389,21 @@ class LlamaServer(LlamaDialect, LMServer):
         return sum(slot.get("is_processing") is True for slot in slots)
 
     def _controls(self, request: CompletionRequest) -> bool:
-        """Whether the server can end this request's thought by itself."""
+        """Whether the server is to end this request's thought by itself.
+
+        It answers in the same stream then, with the request's own sampling.
+        """
         own = request.body.get("reasoning_budget_message")
-        return request.chat and self.ends_with_marker and not own
+        can_end = request.chat and self.ends_with_marker and not own
+        return can_end and (self.samples_answers or not self._is_better_continued(request))
+
+    def _is_better_continued(self, request: CompletionRequest) -> bool:
+        """Whether a chat would sample its answer, and a second request for the likeliest can do."""
+        temperature = request.body.get("temperature")
+        samples = self.sampling.get("temperature") if temperature is None else temperature
+        last = (request.body.get("messages") or [{}])[-1]
+        can_be = request.why_not_continued(self.close_text) is None and request.num_top is None
+        return bool(samples) and can_be and last.get("role") != "assistant"
 
     def why_not_halted(self, request: CompletionRequest) -> str | None:
         """A thought that the server ends by itself can always be halted: it has no second leg.
@@ -525,7 +564,7 @@ async def find_lm_server(unknown: LMServer, kind: str, headers: RawHeaders) -> L
             raise UpstreamError("status", "upstream names no model yet")
         owner = owner_of(models)
         found = next((known for known in _SERVERS if known.owner == owner), LMServer)
-    server = found(unknown.upstream, unknown.rules, unknown.close_text)
+    server = found(unknown.upstream, unknown.rules, unknown.close_text, unknown.samples_answers)
     server.names = [str(m[name]) for m in models for name in ("id", "root") if m.get(name)]
     await server.learn(headers)
     return server

@@ -299,8 +299,8 @@ class ThoughtCloser:
         return await self.begun(await self._body_after(self._tail), may_be_empty, held)
 
     async def _body_after(self, tail: str) -> Json:
-        """The body of a request that goes on from the thought and a tail behind it."""
-        body = await self._server.body_after(self._request, self._reader.generated, tail)
+        """The body of a request that answers behind the thought and a tail that closes it."""
+        body = await self._server.answer_body(self._request, self._reader.generated, tail)
         self._reader.note_prompt()
         num_used = sum(usage.completion_tokens for usage in self._reader.usages)
         return self._request.less_tokens(body, num_used)

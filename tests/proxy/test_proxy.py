@@ -452,12 +452,12 @@ def test_every_kind_of_server_is_halted(pairs: Pairs, kind: Kind, plan: Plan, ch
     pair = pairs(kind)
     for stream in (True, False):
         plan = replace(plan, name=f"{plan.name}{stream}".lower(), **WAITS)
-        reply = ask(pair.client, plan, chat, stream)
+        reply = ask(pair.client, plan, chat, stream, temperature=0)
         assert shown(reply) == halted(plan, chat)
         assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
         first, *others = pair.upstream.of(plan)
         assert first.gone.wait(PATIENCE)
-        # llama-server is told to end a chat's thought; others are left, and asked anew.
+        # llama-server is told to end a greedy chat's thought; others are left, and asked anew.
         by_itself = kind == "llama-server" and chat
         assert (first.ended, len(others)) == (("done", 0) if by_itself else ("closed", 1))
 
@@ -501,9 +501,42 @@ def test_the_second_leg_has_exactly_the_prompt_the_thought_and_the_close_text(
     assert second.path == "/v1/completions"
     for name, value in sampling.items():
         assert first.body[name] == value
-        assert second.body[name] == (80 if name == "max_tokens" else value)
+        assert second.body[name] == {"max_tokens": 80, "temperature": 0}.get(name, value)
     assert second.body["model"] == "fake" and second.body["user"] == "somebody"
     assert not {"messages", "tools"} & set(second.body)
+
+
+@BOTH
+@ALL_KINDS
+@pytest.mark.parametrize("answers", ["seen", "free"])
+def test_behind_a_halted_thought_the_likeliest_answer_follows_as_it_was_recorded(
+    pairs: Pairs, kind: Kind, plan: Plan, chat: bool, answers: str
+) -> None:
+    """An unhalted one is the request's own, and what nobody can continue the server ends itself."""
+    pair, is_free = pairs(kind, answers=answers), answers == "free"
+    ends_itself = kind == "llama-server" and chat
+    for asked, num in (({"temperature": 0.7}, 2 - (ends_itself and is_free)), ({}, None)):
+        named = replace(plan, name=f"{plan.name}{num}".lower(), **WAITS)
+        assert ask(pair.client, named, chat, **asked).haltwise["halted"]
+        first, *others = pair.upstream.of(named)
+        assert first.body.get("temperature") == asked.get("temperature")
+        assert num is None or len(others) == num - 1
+        expected = asked.get("temperature") if is_free else 0
+        assert all(other.body.get("temperature") == expected for other in others)
+    ask(pair.client, plan, chat, headers=NEVER, temperature=0.7)
+    (only,) = pair.upstream.of(plan)
+    assert only.body["temperature"] == 0.7
+
+
+@pytest.mark.parametrize(
+    "beside", [{"logprobs": True}, {"response_format": {"type": "json_object"}}, {"temperature": 0}]
+)
+def test_what_a_second_request_cannot_do_or_need_not_llama_server_ends_itself(
+    pairs: Pairs, plan: Plan, beside: dict[str, Any]
+) -> None:
+    pair, plan = pairs("llama-server"), replace(plan, **WAITS)
+    assert ask(pair.client, plan, **{"temperature": 0.7} | beside).haltwise["halted"]
+    assert len(pair.upstream.of(plan)) == 1
 
 
 def test_what_is_left_of_the_newer_limit_goes_to_the_second_leg(vllm: Pair, plan: Plan) -> None:
@@ -548,7 +581,8 @@ def test_a_chat_s_thought_may_stand_in_its_content(
     pairs: Pairs, kind: Kind, plan: Plan, thoughts: Thoughts, stream: bool
 ) -> None:
     plan = replace(plan, **WAITS)
-    reply = ask(pairs(kind, fake={"thoughts": thoughts}).client, plan, stream=stream)
+    pair = pairs(kind, fake={"thoughts": thoughts})
+    reply = ask(pair.client, plan, stream=stream, temperature=0)
     # The LM's own marker is a token too.
     start, seen = ("<think>", 19) if thoughts == "written" else ("", 20)
     close = CLOSE.rstrip() if kind == "llama-server" else CLOSE  # which it writes by itself
@@ -625,7 +659,7 @@ def test_a_close_that_the_lm_does_not_heed_is_followed_through(
     pairs: Pairs, kind: Kind, plan: Plan, chat: bool, stream: bool, closes: str
 ) -> None:
     plan = replace(plan, closes=closes, **WAITS)
-    reply = ask(pairs(kind).client, plan, chat, stream)
+    reply = ask(pairs(kind).client, plan, chat, stream, temperature=0)
     assert shown(reply) == halted(plan, chat)
     assert reply.haltwise["halted"]
     by_itself = kind == "llama-server" and chat
@@ -650,7 +684,7 @@ def test_a_close_that_the_server_writes_itself_is_followed_through(
     plan = replace(plan, closes=closes, **WAITS)
     if closes == "deaf":
         plan = replace(plan, thinking=1000)
-    reply = ask(pair.client, plan, stream=stream)
+    reply = ask(pair.client, plan, stream=stream, temperature=0)
     assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
     assert reply.text.count("</think>") == (thoughts == "written") and reply.finish == "stop"
     assert reply.text.count("<think>") == (thoughts == "written")
@@ -766,7 +800,7 @@ def test_details_of_the_usage_of_both_legs_are_kept(
 
 
 def test_a_thought_that_goes_on_behind_its_halt_has_two_lengths(pairs: Pairs, plan: Plan) -> None:
-    told = ask(pairs("llama-server").client, replace(plan, **WAITS)).haltwise
+    told = ask(pairs("llama-server").client, replace(plan, **WAITS), temperature=0).haltwise
     # The token that closes it is the server's own.
     assert (told["position"], told["length"]) == (20, 21)
     assert "length" not in ask(pairs("vllm").client, plan).haltwise
