@@ -592,7 +592,20 @@ PROMISES: dict[str, Tests] = {
         test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
         test_probing.test_the_official_client_takes_a_seen_answer,
     ),
-    "is the LM's, as with `free`": (
+    "with `seen`, an answer behind a thought that was cut is therefore the likeliest one too": (
+        test_proxy.test_behind_a_halted_thought_the_likeliest_answer_follows_as_it_was_recorded,
+        test_llama_server.test_behind_a_halted_thought_that_is_sampled_the_likeliest_answer_follows,
+    ),
+    "A thought that nobody halted is answered as the request samples": (
+        test_proxy.test_behind_a_halted_thought_the_likeliest_answer_follows_as_it_was_recorded,
+    ),
+    "With `free` all answers are sampled as the request says": (
+        test_proxy.test_behind_a_halted_thought_the_likeliest_answer_follows_as_it_was_recorded,
+    ),
+    "answers are sampled all the same": (
+        test_proxy.test_what_a_second_request_cannot_do_or_need_not_llama_server_ends_itself,
+    ),
+    "or fewer tokens than it has, is the LM's own": (
         test_probing.test_an_answer_that_is_more_than_was_seen_is_the_lm_s,
         test_probing.test_a_limit_of_the_client_holds_for_a_seen_answer,
     ),
@@ -717,7 +730,7 @@ PROMISES: dict[str, Tests] = {
     "runs before every server that goes on from prompts": (
         test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
     ),
-    "`--answers` says what follows": (
+    "What follows a halted or capped thought, `--answers` says": (
         test_probing.test_a_thought_is_halted_by_what_was_seen_of_its_answers,
     ),
     "It has to be whole": (test_probing.test_an_answer_that_is_more_than_was_seen_is_the_lm_s,),
@@ -865,6 +878,7 @@ TELLS = (
     "processor cannot go back",
     "It costs a stream the time of",
     "Take `free` if clients expect explanations",
+    "Forced answers are recorded as the LM's likeliest tokens",
     "give llama-server at least one slot more",
     "*In turn*, on llama-server",
     "Looking pays in time where",

@@ -204,7 +204,7 @@ def test_a_thought_that_was_halted_is_not_escalated_at_its_end(
 ) -> None:
     """Servers that close it themselves show its end like any other one's."""
     two, waiting = serving("end", kind), replace(plan, trouble="hangs", at=20, legs=(1,))
-    reply = ask(two.proxy.client, waiting)
+    reply = ask(two.proxy.client, waiting, temperature=0)
     assert reply.haltwise["halted"] and reply.haltwise["position"] == 20
     assert "escalated" not in reply.haltwise and two.large.of(plan) == []
     assert len(reply.haltwise["legs"]) == (1 if kind == "llama-server" else 2)

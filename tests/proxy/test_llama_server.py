@@ -121,13 +121,13 @@ def text_of(lm: LanguageModel, ids: list[int]) -> str:
 
 
 def chat(
-    client: openai.OpenAI, question: Question, headers: dict[str, str]
+    client: openai.OpenAI, question: Question, headers: dict[str, str], temperature: float = 0
 ) -> tuple[str, str, Any]:
     """Thought, answer and what the proxy tells."""
     stream: Any = client.chat.completions.create(
         model=NAME,
         messages=[{"role": "user", "content": prompt_of(question).removesuffix("<think>").strip()}],
-        temperature=0,
+        temperature=temperature,
         stream=True,
         stream_options={"include_usage": True},
         extra_headers=headers,
@@ -220,17 +220,28 @@ def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
 
 
 def completed(
-    client: openai.OpenAI, question: Question, headers: dict[str, str]
+    client: openai.OpenAI, question: Question, headers: dict[str, str], temperature: float = 0
 ) -> tuple[str, str, Any]:
     """As `chat`, of a completion."""
+    prompt = prompt_of(question)
     done: Any = client.completions.create(
-        model=NAME, prompt=prompt_of(question), temperature=0, extra_headers=headers
+        model=NAME, prompt=prompt, temperature=temperature, extra_headers=headers
     )
     thought, _, answer = done.choices[0].text.partition(CLOSE)
     return thought, answer, done.usage.haltwise
 
 
 WAYS = pytest.mark.parametrize("ask", [chat, completed])
+
+
+@WAYS
+def test_behind_a_halted_thought_that_is_sampled_the_likeliest_answer_follows(
+    client: openai.OpenAI, lm: LanguageModel, ask: Any
+) -> None:
+    for question in MANY:
+        thought, answer, told = ask(client, question, SOON, temperature=1.5)
+        closed = prompt_of(question) + thought + CLOSE
+        assert not told["halted"] or ids_of(lm, answer) == greedy(lm, closed)
 
 
 @WAYS
