@@ -111,6 +111,11 @@ def main(config: CalibrateConfig) -> Certificate:
     print(_told(certificate, prices, pooled))
     own = head.config.default_price
     print(f"\nThe head's own price, {own:.6g}, {_came_to(own, policy, signal, traces)}.")
+    print(
+        "What training has told is an estimate from its own questions, by other heads. A "
+        f"certificate is about this one, and rests on these {certificate.num_questions} new "
+        "questions alone: the fewer, the less it vouches for."
+    )
     # Whoever names no price gets what is certified: at a price of 0 the head never halts.
     price = certificate.price or 0.0
     if not config.apply:

@@ -30,7 +30,7 @@ from lms.chat import RecordedChat
 from lms.fine_tune import Example, FineTuneConfig, fine_tune, save_lm
 from lms.grpo import GrpoConfig, reinforce
 from lms.held_out import HeldOut
-from lms.language_model import LanguageModel
+from lms.language_model import LanguageModel, check_device
 from lms.questions import Question
 from recording.cut_thoughts import cut_thoughts
 from recording.own_return import OwnReturn, recorded_questions
@@ -86,6 +86,7 @@ class DistillConfig:
             raise InputError(
                 "--fine-tune.epochs and --grpo.steps are 0: expected something to learn"
             )
+        check_device(self.device)
 
 
 def main(config: DistillConfig) -> Path:

@@ -33,7 +33,10 @@ _GATES = [gate for gate in GATES if gate > 0]
 def honest_point(traces: Traces, outcomes: Mapping[float, Outcome], gate: float) -> float | None:
     """Chooses the parameter with the largest saving that is sure to keep the gate.
 
-    Parameters are tested from the strictest on, until the first that does not pass.
+    Parameters are tested from the strictest on, until the first that does not pass. The confidence
+    is that of a certificate if the outcomes are the policy's own. Of a head they are those of the
+    heads of folds, out of fold, which stand for the one that has learned from all questions: for
+    that one it is an estimate.
 
     Args:
         traces: N traces to choose on, of questions that are drawn independently.
@@ -131,8 +134,10 @@ def price_words(
     num = len(np.unique(traces.question_id))
     promises = [_promise(row, own, num) for row in rows if row.policy == "head"]
     certify_it = (
-        "calibrate.py --apply gives the head a price that is certified on other questions: where "
-        "it vouches for less than this, go by the certificate."
+        "That is an estimate and no certificate: these questions are those of the training, judged "
+        "by heads that had not learned from them, and not by this one. calibrate.py --apply gives "
+        "this one a price that is certified, on new questions: where it vouches for less, or for "
+        "nothing as these are few, go by the certificate."
     )
     own_words = f"{_own_words(own, sorted(segments))} {advice}".rstrip()
     return "\n".join([own_words, *promises, certify_it])
@@ -150,11 +155,11 @@ def _own_words(own: float, segments: Sequence[str]) -> str:
 
 
 def _promise(row: HonestRow, own: float, num_questions: int) -> str:
-    """Says which price to serve so that the promise of one gate holds on new questions too."""
-    said = (
-        f"To lose {gate_title(row.gate)} on new questions of this kind too, with a confidence of "
-        f"{row.confidence:.0%}"
-    )
+    """Says which price is estimated to keep one gate on new questions too.
+
+    It says no confidence: that of the test is about other heads, see `honest_point`.
+    """
+    said = f"To lose {gate_title(row.gate)} on new questions of this kind too, by an estimate"
     if row.parameter is not None:
         price = number(row.parameter)
         told = (

@@ -135,8 +135,8 @@ def _honest_table(rows: Sequence[HonestRow]) -> str:
     lines = [_HONEST_TITLES, *map(_honest_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     title = (
-        f"Points that lose at most {rows[0].gate:.1%} of exact match on new questions too, with "
-        f"{rows[0].confidence:.0%} confidence; traces: {rows[0].split}"
+        f"Points that are estimated to lose at most {rows[0].gate:.1%} of exact match on new "
+        f"questions too, by a test at {rows[0].confidence:.0%}; traces: {rows[0].split}"
     )
     return "\n".join([title, *(_line(line, widths) for line in lines)])
 

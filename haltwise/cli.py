@@ -51,7 +51,7 @@ def main() -> None:
     # Only `serve` needs more packages than haltwise itself: help and version do without.
     parser = _Parser(prog="haltwise", description="Halts the thoughts of an LM.")
     parser.add_argument("--version", action="version", version=f"haltwise {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     about = "halt thoughts between OpenAI clients and the server of an LM (serve --help: how)"
     commands.add_parser("serve", help=about, add_help=False)
     about = "tell what a control knows: what every group loses, saves and is served"
@@ -82,6 +82,8 @@ def main() -> None:
     try:
         with printing():
             known, settings = parser.parse_known_args()
+            if known.command is None:
+                parser.error(f"found no command, expected one of {', '.join(commands.choices)}")
             if known.command != "serve" and settings:
                 parser.error(f"unrecognized arguments: {' '.join(settings)}")
             _obey(known, settings)

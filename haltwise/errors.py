@@ -25,9 +25,10 @@ _LONGEST_REASON = 300
 def reason_of(error: BaseException) -> str:
     """Returns what another library says went wrong, in one line: whole, or cut where it is long.
 
-    Many messages go on after their first line with the very thing that a person needs.
+    What the system says of a file comes without its number. Many messages go on after their first
+    line with the very thing that a person needs.
     """
-    said = " ".join(str(error).split()) or type(error).__name__
+    said = " ".join(what_failed(error).split()) or type(error).__name__
     return said if len(said) <= _LONGEST_REASON else f"{said[:_LONGEST_REASON].rstrip()} ..."
 
 
@@ -77,7 +78,7 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[bool, str]], place
             raise InputError(f"{found}, expected {expected}")
 
 
-def what_failed(error: Exception) -> str:
+def what_failed(error: BaseException) -> str:
     """Returns an error's message; that of a file that failed begins with its path, not a number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"

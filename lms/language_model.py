@@ -73,15 +73,11 @@ class LanguageModel:
                 sense, or nothing ends what it says.
         """
         source = source_of(name)
+        check_device(device)
         import torch
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
-        try:
-            torch.empty(1, device=device).cpu()
-        except (RuntimeError, AssertionError) as error:
-            reason = reason_of(error)
-            raise InputError(f"cannot use device {device!r}: {reason}") from None
         disable_progress_bar()  # else it is shown for the smallest LM, amid an error's one line
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         try:
@@ -185,6 +181,28 @@ class LanguageModel:
             digest.update(name.encode())
             digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that PyTorch does not reach here.
+
+    Args:
+        device: As PyTorch names it.
+
+    Raises:
+        InputError: If there is none of that name, or this build of PyTorch is not for it.
+    """
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"cannot use device {device!r}: {reason_of(error)}; expected --device cpu, or a build "
+            "of torch for a device of this machine"
+        ) from None
 
 
 def _listed(tokens: Any) -> list[Any]:

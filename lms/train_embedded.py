@@ -41,6 +41,7 @@ from lms.embedded import (
     prompt_of,
     think,
 )
+from lms.language_model import check_device
 from lms.questions import Question
 from lms.tasks import TASKS, draw, questions
 
@@ -510,9 +511,11 @@ def main(config: EmbeddedTrainingConfig) -> None:
 
     Raises:
         FileExistsError: If `config.out` holds a finished model.
+        InputError: If there is no such device.
     """
     if (config.out / "model.safetensors").exists():
         raise FileExistsError(f"{config.out} holds a finished model: choose another --out")
+    check_device(config.device)
     torch.set_num_threads(1)  # at this size threads wait for each other more than they work
     model, progress, losses = train(config)
     model.generation_config = generation(config)

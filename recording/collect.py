@@ -13,6 +13,7 @@ from command import alone, progress, warn
 from haltwise import Halting, InputError
 from haltwise.errors import check_ranges
 from lms.ask import questions
+from lms.language_model import check_device
 from lms.questions import SPLITS
 from lms.scorers import needed, scorer_of
 from lms.sources import NoQuestionError
@@ -81,6 +82,8 @@ class CollectConfig(EngineConfig):
         if not self.split:
             raise InputError("no split to record: expected one of train, dev, test or more")
         self._check_place()
+        if self.engine == "hf" and not (self.ray or self.json_lines):  # workers have their own
+            check_device(self.device)
 
     def _check_place(self) -> None:
         if self.out is None and (self.json_lines or not self.self_test):

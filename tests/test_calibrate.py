@@ -75,6 +75,7 @@ def test_without_apply_nothing_is_written(
     told = capsys.readouterr().out
     # At its own price, 1, the head halts at two equal answers.
     assert "The head's own price, 1, saves 27.8% here and loses 0 points, uncertified." in told
+    assert "What training has told is an estimate from its own questions" in told
     assert f"--apply would make {certificate.price:.6g} its own price." in told
     assert told.endswith("each segment the price that the table above has for it.\n")
 

@@ -397,7 +397,7 @@ def test_bad_settings_are_refused(
     with pytest.raises(InputError, match="--every is 0, expected at least 1"):
         main(replace(config, every=0))
     with pytest.raises(InputError, match="cannot use device 'abacus'"):
-        main(replace(config, device="abacus"))
+        main(replace(config, device="abacus", task="no.jsonl"))  # before anything is read
     with pytest.raises(InputError, match="cannot load an LM from"):
         main(replace(config, lm="no/where"))
     damaged = tmp_path / "damaged"

@@ -120,6 +120,17 @@ def test_the_command_tells_of_a_wrong_flag_in_the_same_way(
     assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {told}{where}\n")
 
 
+def test_the_command_alone_names_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["haltwise"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = "found no command, expected one of serve, status, promote, experiment, rollback, mix"
+    where = "For full helptext, run haltwise --help"
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {told}; {where}\n")
+
+
 def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress(range(3), "steps")) == [0, 1, 2]
     first, last = capsys.readouterr().err.splitlines()

@@ -118,6 +118,7 @@ def test_what_cannot_be_learned_is_refused(
         assert not (tmp_path / "lm").exists()
 
     refused("no train questions", row=THOUGHT | {"split": "dev"})
+    refused("cannot use device 'abacus'", row=THOUGHT | {"split": "dev"}, device="abacus")
     refused("answer_rule is 'number', the head expects", recorder={"answer_rule": "number"})
     refused("no answer is right", row=THOUGHT | {"correct": [False] * 3, "final_correct": False})
     refused("expected a folder", head=tmp_path / "nothing")

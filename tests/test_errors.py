@@ -11,6 +11,7 @@ def test_a_reason_is_one_line_and_whole() -> None:
         "cannot load: (1) sentencepiece (2) tiktoken"
     )
     assert reason_of(KeyError()) == "KeyError"
+    assert reason_of(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert reason_of(ValueError("ab " * 200)) == "ab " * 99 + "ab ..."
 
 

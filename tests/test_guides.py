@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -221,6 +222,24 @@ def test_every_block_of_a_page_runs_or_says_why_not(path: Path) -> None:
     if running and path.stem not in ELSEWHERE:
         source = Path(__file__).read_text() + (ROOT / "tests/test_readme.py").read_text()
         assert f'"{path.stem}"' in source
+
+
+def test_git_ignores_what_guides_write_in_the_clone() -> None:
+    text = "".join(block.text for path in PAGES for block in all_blocks(path.read_text()))
+    options = r"--(?:out|run-dir|report|html|json|plot|state|keys|tariffs|budgets|audit-traces)[ =]"
+    of_python = r'Path\("|export\(.*, "|save\("'
+    named = {*re.findall(rf'(?:{options}|{of_python}|--task )([a-z][^\s"`:]*)', text)}
+    tracked = {"checkpoints/embedded-head", "checkpoints/embedded-blind-head"}
+    # What has no suffix is a folder, or a task that is built in.
+    files = {name for name in named - tracked if "." in name or "/" in name} | {"served.html"}
+    folders = {f"{name}/file" for name in ("my-head", "audits", *named) if name.count("/") == 1}
+    assert {"first.html", "haltwise.db", "two-heads.html", "questions.csv"} <= files
+    told = "\n".join(sorted(files | folders - tracked))
+    asked = ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--stdin"]
+    found = subprocess.run(asked, input=told, capture_output=True, text=True)
+    if found.returncode == 128:
+        pytest.skip("no clone")
+    assert sorted({*told.splitlines()} - {*found.stdout.splitlines()}) == []
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -217,6 +217,8 @@ def test_what_does_not_go_together_is_refused(config: TrainConfig) -> None:
         train.main(replace(config, seed=2**31 - 1, seeds=2))
     with pytest.raises(InputError, match="--every is 0, expected at least 1"):
         train.main(replace(config, traces=None, every=0))
+    with pytest.raises(InputError, match=r"device 'abacus'.*; expected --device cpu, or"):
+        train.main(replace(config, traces=None, device="abacus"))
     for change, told in (
         ({"batch_size": 1}, "--fit.ppo.batch-size is 1, expected at least 2"),
         ({"learning_rate": 0.0}, "--fit.ppo.learning-rate is 0.0, expected positive"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haltwise.errors import InputError, from_clone, reason_of
+from haltwise.errors import InputError, from_clone, reason_of, what_failed
 
 #: Nano-dollars in a dollar.
 NANO = 10**9
@@ -175,7 +175,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{what} {what_failed(error)}, expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} {path}: {reason_of(error)}, expected a JSON file") from None
     if not isinstance(told, dict):
         raise InputError(f"{what} {path}: expected a JSON object")

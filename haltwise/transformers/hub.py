@@ -215,12 +215,15 @@ def main() -> None:
     about = str(export.__doc__).partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m haltwise.transformers.hub", description=about)
     parser.add_argument("--head", required=True, help="folder of the head")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", required=True, help="folder to write, a new one")
     parser.add_argument("--repo", help="the hub repository that it will be, OWNER/NAME")
     with printing():  # of its help
         asked = parser.parse_args()
     try:
-        export(HaltHead.load(asked.head), asked.out, asked.repo)
+        head = HaltHead.load(asked.head)
+        if Path(asked.out).is_dir():
+            raise InputError(f"{asked.out} exists: expected a new folder")
+        export(head, asked.out, asked.repo)
         print(f"{asked.out} is written; {Path(asked.out) / 'README.md'} says how to run it")
     except (InputError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)

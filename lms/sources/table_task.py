@@ -223,13 +223,12 @@ class TableTask:
         Raises:
             InputError: If a row cannot be asked; the message says which.
         """
-        compare = scorer_of(self.scorer)
         for own, place, row in self.rows():
             try:
                 own = self._own_split(own, row)
                 item = self.form(row)
                 if item:
-                    compare("", item.gold)  # refuses a gold answer that cannot be compared
+                    self._check_gold(item.gold)
             except NoColumnError as error:
                 raise InputError(f"{columns_of(place)}: {error}") from None
             except InputError as error:
@@ -237,6 +236,13 @@ class TableTask:
             # The same words have the same digest, whatever the instruction or the blanks.
             digest = question_digest(" ".join(item.text.split())) if item else ""
             yield own, place, digest, item
+
+    def _check_gold(self, gold: str) -> None:
+        """Raises InputError if no answer can be compared with a gold answer."""
+        try:
+            scorer_of(self.scorer)("", gold)
+        except InputError as error:
+            raise InputError(f"{error}, as --scorer {self.scorer} reads it") from None
 
     def _own_split(self, own: str, row: DataRow) -> str:
         if not self.split_column:

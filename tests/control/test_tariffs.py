@@ -58,7 +58,7 @@ def test_a_list_is_asked_about_lms_that_the_file_does_not_have(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (None, "expected a JSON file"),
+        (None, r"json: No such file or directory, expected a JSON file"),
         ("{", "expected a JSON file"),
         ("[]", "expected a JSON object"),
         ({"models": {"r1": ENTRY}}, '"unit": "dollars per 1,000,000 tokens"'),

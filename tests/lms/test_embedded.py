@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from haltwise import InputError
 from haltwise.policy.answers import read_answer
 from lms.embedded import (
     CLOSE,
@@ -176,6 +177,11 @@ def test_a_finished_model_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FileExistsError, match="another --out"):
         main(EmbeddedTrainingConfig(out=tmp_path))
+
+
+def test_a_device_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot use device 'abacus'"):
+        main(EmbeddedTrainingConfig(out=tmp_path, device="abacus"))
 
 
 def test_training_resumes_after_a_kill_and_writes_a_whole_model(tmp_path: Path) -> None:

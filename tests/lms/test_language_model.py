@@ -17,7 +17,7 @@ from lms import gguf_file
 from lms.chat import ChatConfig
 from lms.embedded import EMBEDDED
 from lms.gguf_file import folder_of
-from lms.language_model import LanguageModel, LMConfig, check_name
+from lms.language_model import LanguageModel, LMConfig, check_device, check_name
 from recording.weightless import load_weightless
 from tests.families import (
     FAMILIES,
@@ -172,6 +172,8 @@ def test_lms_and_devices_that_are_not_there(tmp_path: Path) -> None:
         LanguageModel.load("embedded", "abacus")
     with pytest.raises(InputError, match="cannot use device 'meta'"):
         LanguageModel.load("embedded", "meta")
+    with pytest.raises(InputError, match="; expected --device cpu, or a build of torch for a dev"):
+        check_device("cuda:99")
 
 
 def edit(file: Path, **changes: Any) -> None:

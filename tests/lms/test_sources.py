@@ -414,6 +414,24 @@ def test_a_row_that_cannot_be_asked_is_named(
         own(path, **flags).describe()
 
 
+@pytest.mark.parametrize("name", ["a.jsonl, line 2", "a.json, row 2", "a.csv, line 3", "a.parquet"])
+def test_an_answer_that_the_scorer_cannot_read_is_named_in_every_format(
+    tmp_path: Path, name: str
+) -> None:
+    rows = [{"question": "2 + 3", "answer": "five"}, {"question": "1 + 3", "answer": "a lot"}]
+    path = tmp_path / name.partition(",")[0]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        path.write_text("question,answer\n2 + 3,five\n1 + 3,a lot\n")
+    else:
+        lines = "\n".join(map(json.dumps, rows))
+        path.write_text(json.dumps(rows) if path.suffix == ".json" else lines)
+    told = "gold answer 'a lot' cannot be compared: expected a number, as --scorer number reads it"
+    with pytest.raises(InputError, match=f"{name}.*: {told}"):
+        own(path, scorer="number").describe()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

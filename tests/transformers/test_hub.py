@@ -176,6 +176,9 @@ def test_the_command_exports(
     hub.main()
     assert hub.load(str(out)).digest == blind_head().digest
     assert "someone/halting" in (out / "README.md").read_text()
+    with pytest.raises(SystemExit, match="2"):
+        hub.main()
+    assert capsys.readouterr().err == f"error: {out} exists: expected a new folder\n"
     monkeypatch.setattr(sys, "argv", [*command, str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         hub.main()
