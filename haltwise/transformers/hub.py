@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from haltwise import Control, HaltHead, HeadConfig, InputError, ThoughtReport
-from haltwise.errors import printing, reason_of
+from haltwise.errors import printing, reason_of, what_failed
 from haltwise.transformers.probing import ProbingGeneration
 from haltwise.transformers.processor import HaltProcessor
 
@@ -226,7 +226,7 @@ def main() -> None:
         export(head, asked.out, asked.repo)
         print(f"{asked.out} is written; {Path(asked.out) / 'README.md'} says how to run it")
     except (InputError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(what_failed(error).split()), file=sys.stderr)
         sys.exit(2)
 
 

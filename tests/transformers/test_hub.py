@@ -187,3 +187,8 @@ def test_the_command_exports(
     with pytest.raises(SystemExit, match="2"):
         hub.main()
     assert "is a file, expected a folder to write" in capsys.readouterr().err
+    below = f"{__file__}/out"  # what the system refuses is told without its number
+    monkeypatch.setattr(sys, "argv", ["hub", "--head", str(tmp_path / "run"), "--out", below])
+    with pytest.raises(SystemExit, match="2"):
+        hub.main()
+    assert capsys.readouterr().err == f"error: {below}: Not a directory\n"
