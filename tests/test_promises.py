@@ -104,6 +104,16 @@ PROMISES: dict[str, Tests] = {
         test_vllm.test_heads_that_vllm_cannot_serve_are_refused,
         test_vllm.test_a_head_that_reads_hidden_states_is_refused,
     ),
+    'also where the request is sampled, unless `"free_answers": true` stands beside `head`': (
+        test_vllm.test_a_sampled_request_is_answered_with_likeliest_tokens_behind_a_closed_thought,
+        test_vllm.test_v1_requests_go_as_each_does_alone,
+        test_vllm.test_v2_requests_go_as_each_does_alone,
+        test_vllm.test_likeliest_tokens_need_no_copy_to_the_host_and_greedy_requests_none_of_them,
+    ),
+    "Where a grammar or the like forbids the close text": (
+        test_vllm.test_a_token_that_is_forbidden_is_not_forced_nor_is_what_follows,
+        test_vllm.test_v2_leaves_a_request_that_it_takes_up_again_to_the_lm_and_its_cap,
+    ),
     "| vLLM's engine, `haltwise.vllm.generate_all` |": (
         test_vllm_job.test_answers_are_those_of_transformers,
         test_vllm_job.test_an_lm_whose_head_does_not_look_answers_by_itself,

@@ -49,6 +49,8 @@ class SlotHalting:
         device: The LM's.
         tells: Whether to log what happens.
         control: Sets terms and prices.
+        free_answers: Whether answers behind thoughts that were closed here are left to requests'
+            own sampling, instead of being the likeliest tokens.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class SlotHalting:
         device: torch.device,
         tells: bool,
         control: Control,
+        free_answers: bool,
     ) -> None:
         """Starts without a request."""
         self._rules, self._device, self._tells = rules, device, tells
+        self._free_answers = free_answers
         self._markers = _single_tokens(rules)
         # The marker with which a thought begins, if it is one token.
         self._start = next((t for t, s in self._markers.items() if s == rules.think_start), None)
@@ -76,6 +80,8 @@ class SlotHalting:
         self.num_tokens: Index = np.full(num_slots, -1)
         # (S,) tokens after which the close text begins, or -1.
         self._halted_at: Index = np.full(num_slots, -1)
+        # (S,) whether what follows the close text is to be the likeliest tokens, and is not anyway.
+        self._likeliest: Bools = np.zeros(num_slots, dtype=np.bool_)
         # (S,) whether the thought is closed as soon as it begins, which the device sees by itself;
         # and the tokens after which it did, where the device can see them.
         self._armed: Bools = np.zeros(num_slots, dtype=np.bool_)
@@ -119,6 +125,7 @@ class SlotHalting:
         self._reducer.reset(np.array([slot]))
         self.num_tokens[slot] = self._halted_at[slot] = -1
         self._armed[slot], self._opened_at[slot], self._strays[slot] = False, NEVER, False
+        self._likeliest[slot] = not self._free_answers and params.temperature > 0
         return self._session.join(slot, request, Thought(self._rules))
 
     @torch.inference_mode()
@@ -134,10 +141,10 @@ class SlotHalting:
             self._force(rows, logits)
 
     def _is_active(self, slots: Index) -> Bools:
-        """Returns which slots (B,) are watched or being closed."""
+        """Returns which slots (B,) are watched, being closed, or given likeliest tokens."""
         halted_at = self._halted_at[slots]
-        closing = (halted_at >= 0) & (self.num_tokens[slots] - halted_at < len(self._close))
-        return self._session.open[slots] | closing
+        closing = self.num_tokens[slots] - halted_at < len(self._close)
+        return self._session.open[slots] | (halted_at >= 0) & (closing | self._likeliest[slots])
 
     def _take_in(self, rows: StepRows) -> None:
         """Measures the newest tokens."""
@@ -245,27 +252,30 @@ class SlotHalting:
             self._logits[self._on(rows.slots[kept])] = logits[self._on(rows.index[kept])]
 
     def _force(self, rows: StepRows, logits: Tensor) -> None:
-        """Lets nothing but the close text follow a halted thought.
+        """Lets nothing but the close text follow a halted thought, and then the likeliest tokens.
 
         Where its next token is comes from the number of tokens, never from what they are: those
         that vLLM shows may be old. Nothing more is forced where another token came.
         """
-        place, last = rows.num_tokens - self._halted_at[rows.slots], len(self._close) - 1
-        closing = (self._halted_at[rows.slots] >= 0) & (place >= 0) & (place <= last)
-        chosen = np.flatnonzero(closing | self._armed[rows.slots])
+        place, length = rows.num_tokens - self._halted_at[rows.slots], len(self._close)
+        halted = (self._halted_at[rows.slots] >= 0) & (place >= 0)
+        halted &= (place < length) | self._likeliest[rows.slots]
+        chosen = np.flatnonzero(halted | self._armed[rows.slots])
         if not len(chosen):
             return
         slots, index = self._on(rows.slots[chosen]), self._on(rows.index[chosen])
-        newest, at = rows.newest[index], self._on(np.where(closing, place, -1)[chosen])
+        newest, at = rows.newest[index], self._on(np.where(halted, place, -1)[chosen])
         if self._armed[rows.slots].any():
             at = torch.maximum(at, self._place_since_opened(rows, chosen, newest))
-        closes, at = (at >= 0) & (at <= last), at.clamp(0, last)
-        came = (at == 0) | (newest < 0) | (newest == self._close[at - 1])
-        self._strays[slots] |= closes & ~came
-        token = self._close[at]
+        before = self._close[(at - 1).clamp(0, length - 1)]
+        came = (at <= 0) | (at > length) | (newest < 0) | (newest == before)
+        self._strays[slots] |= ~came
+        closes, given = (at >= 0) & (at < length), logits[index]
+        answers = (at >= length) & self._on(self._likeliest[rows.slots[chosen]])
+        token = torch.where(closes, self._close[at.clamp(0, length - 1)], given.argmax(dim=-1))
         own = logits[index, token]
-        forced = closes & ~self._strays[slots] & (own != -torch.inf)
-        logits[index] = torch.where(forced[:, None], -torch.inf, logits[index])
+        forced = (closes | answers) & ~self._strays[slots] & (own != -torch.inf)
+        logits[index] = torch.where(forced[:, None], -torch.inf, given)
         logits[index, token] = torch.where(forced, 0.0, own)
 
     def _place_since_opened(self, rows: StepRows, chosen: Index, newest: Tensor) -> Tensor:

@@ -5,14 +5,17 @@
 
 `head` is a folder written by train.py, and HALTWISE_HEAD in the environment will do instead. Beside
 it may stand the terms of requests that ask for nothing (`price`, `min_tokens`, `max_tokens`,
-`off`), and a `control` as MODULE:NAME (see `haltwise.Control`). The LM's markers are the head's. A
-request asks with `vllm_xargs` over HTTP, or `SamplingParams(extra_args=...)`: `haltwise_price`,
-`haltwise_min_tokens`, `haltwise_max_tokens`, `haltwise_off`. A bad value is that request's error
-(HTTP 400). No request lifts the engine's own `max_tokens`, with whatever it contradicts it.
+`off`), a `control` as MODULE:NAME (see `haltwise.Control`), and `free_answers`, see below. The LM's
+markers are the head's. A request asks with `vllm_xargs` over HTTP, or
+`SamplingParams(extra_args=...)`: `haltwise_price`, `haltwise_min_tokens`, `haltwise_max_tokens`,
+`haltwise_off`. A bad value is that request's error (HTTP 400). No request lifts the engine's own
+`max_tokens`, with whatever it contradicts it.
 
-A thought that is halted is closed token by token with the head's close text, and then the LM goes
-on freely with the request's own sampling. A token that something else forbids, such as a grammar,
-is never forced: there the LM takes over, and what is left of the close text is dropped.
+A thought that is halted or capped is closed token by token with the head's close text. Then the LM
+answers with its likeliest tokens, also where the request is sampled: so were the answers that the
+head has been trained and certified on. `"free_answers": true` has them sampled as the request says.
+A token that something else forbids, such as a grammar, is never forced: there the LM takes over as
+the request says, and what is left of the close text is dropped.
 
 vLLM's own `thinking_token_budget` works beside it, and wins; one that ends within the close text
 doubles its end.
@@ -22,8 +25,9 @@ halted request (logger `vllm.haltwise`, no content), and in `HaltProcessor.count
 
 What the head sees are the logits that vLLM gives to processors: before temperature, after
 `allowed_token_ids`, `bad_words`, `logit_bias` and a grammar; V2 has applied penalties by then, V1
-has not. Each request's newest logits are kept until its next token: on the device, float32, for
-`max_num_seqs` requests (V1: 64 more), such as 160 MB for 256 requests and 152,000 tokens.
+has not. The likeliest token of a sampled request's answer is that of these logits. Each request's
+newest logits are kept until its next token: on the device, float32, for `max_num_seqs` requests
+(V1: 64 more), such as 160 MB for 256 requests and 152,000 tokens.
 
 The host waits for the device once a decision point, and in V2, if there is a control, once more for
 each request that it is told of when the slot goes to another. With the rule "after TEXT" every
@@ -36,7 +40,7 @@ most.
   token and is never halted. LoRA adapters are not told apart from the LM that the head knows.
 - A request that vLLM takes out of the batch and back is known again in V1. In V2, or if its slot
   was needed, the head decides no more about it, and a close text under way is dropped; its cap
-  holds.
+  holds. What is left of an answer is then sampled.
 - Speculative decoding and diffusion LMs are refused at start. vLLM itself refuses pooling models.
 """
 
@@ -91,6 +95,7 @@ class HaltProcessor(*_INTERFACES):  # type: ignore[misc]
             self._slots.device,
             is_first(vllm_config.parallel_config),
             settings.control,
+            settings.free_answers,
         )
         #: What has happened since the start.
         self.counts = self._halting.counts

@@ -31,6 +31,8 @@ class Settings:
     """How thoughts are read and closed."""
     control: Control
     """Sets terms and prices."""
+    free_answers: bool
+    """Whether answers behind closed thoughts are sampled as requests have it."""
 
 
 def read_settings(vllm_config: Any) -> Settings:
@@ -45,6 +47,12 @@ def read_settings(vllm_config: Any) -> Settings:
     if control.moves_prices and vllm_config.parallel_config.tensor_parallel_size > 1:
         raise InputError(
             "a control that moves prices: expected one GPU an LM, since each process asks its own"
+        )
+    free_answers = terms.pop("free_answers", False)
+    if not isinstance(free_answers, bool):
+        raise InputError(
+            f"haltwise in additional-config: free_answers is {free_answers!r}, expected true or "
+            "false"
         )
     folder = terms.pop("head", None) or os.environ.get("HALTWISE_HEAD")
     if not folder:
@@ -63,7 +71,8 @@ def read_settings(vllm_config: Any) -> Settings:
     if tokenizer is None:
         raise InputError("the engine has no tokenizer: expected one, without skip_tokenizer_init")
     check_tokenizer(head, tokenizer)
-    return Settings(head, default, TokenRules(tokenizer, head.config.halting), control)
+    rules = TokenRules(tokenizer, head.config.halting)
+    return Settings(head, default, rules, control, free_answers)
 
 
 def _check_engine(vllm_config: Any) -> None:
@@ -74,7 +83,7 @@ def _check_engine(vllm_config: Any) -> None:
 
 
 def _stated(additional_config: Any) -> dict[str, Any]:
-    """Returns what the engine's config says: the head's folder, a control, and terms."""
+    """Returns what the engine's config says: the head, a control, `free_answers`, and terms."""
     stated = additional_config.get("haltwise", {}) if isinstance(additional_config, dict) else {}
     if not isinstance(stated, dict):
         raise InputError(

@@ -112,7 +112,10 @@ def config(folder: str | None, tokenizer: Any, **changes: Any) -> Any:
 
 
 def params(
-    asked: dict[str, Any] | None, max_tokens: int | None = None, ends: tuple[int, ...] = ()
+    asked: dict[str, Any] | None,
+    max_tokens: int | None = None,
+    ends: tuple[int, ...] = (),
+    temperature: float = 0.0,
 ) -> Any:
     """Sampling parameters, as far as processors read them."""
     return SimpleNamespace(
@@ -121,6 +124,7 @@ def params(
         ignore_eos=False,
         stop_token_ids=[],
         all_stop_token_ids=set(ends),
+        temperature=temperature,
     )
 
 
@@ -137,19 +141,27 @@ class Request:
     """Steps that prefill takes."""
     ends: tuple[int, ...] = ()
     """Tokens that end it."""
+    temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        self.params = params(self.asked, self.num_tokens, self.ends)
+        self.params = params(self.asked, self.num_tokens, self.ends, self.temperature)
 
     @property
     def is_done(self) -> bool:
         return len(self.output) >= self.num_tokens or self.output[-1:] in [[t] for t in self.ends]
 
     def take(self, logits: Tensor) -> None:
-        """Takes the likeliest token, or throws it away in prefill."""
+        """Takes a token, or throws it away in prefill."""
         self.num_chunks -= 1
         if self.num_chunks < 1:
-            self.output.append(int(logits.argmax()))
+            self.output.append(self.choose(logits))
+
+    def choose(self, logits: Tensor) -> int:
+        """Samples the next token: the draws hang on the request and its place in it alone."""
+        if not self.temperature:
+            return int(logits.argmax())
+        noise = np.random.default_rng([self.name, len(self.output), 1]).gumbel(size=len(logits))
+        return int((logits / self.temperature + torch.from_numpy(noise)).argmax())
 
 
 class V1Engine:

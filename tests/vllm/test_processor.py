@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -32,6 +33,7 @@ from haltwise.policy.features import signals_of
 from haltwise.policy.head import NEVER_HALTS
 from haltwise.session.request import Terms
 from haltwise.session.thought import Thought
+from tests.engine.test_burst import NoHost
 from tests.heads import random_head
 from tests.projections import some_projection
 from tests.tiny_lm import CLOSE, EOS, IDS, WORDS, tiny_tokenizer
@@ -101,7 +103,7 @@ def dull(request: Request) -> Tensor:
     return logits
 
 
-def alone(head: HaltHead, request: Request) -> list[int]:
+def alone(head: HaltHead, request: Request, free_answers: bool) -> list[int]:
     """What a request gives by itself: one row, token by token, nothing kept in slots."""
     terms = Terms.read(request.asked, Terms(head.config.default_price))
     rules = TokenRules(TOKENIZER, head.config.halting)
@@ -120,7 +122,11 @@ def alone(head: HaltHead, request: Request) -> list[int]:
         halted |= is_open and cap is not None and thought.num_tokens > 0 and thought.position >= cap
         if is_open and halted:
             pending = list(CLOSE_IDS)
-        token = pending.pop(0) if pending else int(logits.argmax())
+        if pending:
+            token = pending.pop(0)
+        else:
+            is_free = free_answers or not halted
+            token = request.choose(logits[0]) if is_free else int(logits.argmax())
         reducer.add(row, logits, torch.tensor([token]))
         request.output.append(token)
         thought.add(token)
@@ -179,7 +185,8 @@ def requests(draw: st.DrawFn) -> list[Request]:
             asked["max_tokens"] = draw(st.integers(max(asked.get("min_tokens", 0), 1), 25))
         if draw(st.integers(0, 5)) == 0:
             asked["off"] = "true"
-        made.append(Request(name, [IDS["5"], *marks], draw(st.integers(1, 40)), asked))
+        num, temperature = draw(st.integers(1, 40)), draw(st.sampled_from([0.0, 1.0]))
+        made.append(Request(name, [IDS["5"], *marks], num, asked, temperature=temperature))
     return made
 
 
@@ -192,7 +199,12 @@ RULES = st.sampled_from([RULE, "every 3 tokens, at most 2", "after 1"])
 
 
 @given(
-    made=requests(), rule=RULES, seed=st.integers(1, 9), order=st.randoms(), is_async=st.booleans()
+    made=requests(),
+    rule=RULES,
+    seed=st.integers(1, 9),
+    order=st.randoms(),
+    is_async=st.booleans(),
+    is_free=st.booleans(),
 )
 @settings(max_examples=20, deadline=None)
 def test_v1_requests_go_as_each_does_alone(
@@ -203,14 +215,22 @@ def test_v1_requests_go_as_each_does_alone(
     seed: int,
     order: Random,
     is_async: bool,
+    is_free: bool,
 ) -> None:
     head, batch = head_of(rule, seed=seed), as_asked(made)
     path = tmp_path_factory.mktemp("head")
-    v1_engine(vllm, head, path, order=order, is_async=is_async).run(batch)
-    assert [r.output for r in batch] == [alone(head, r) for r in made]
+    stated: dict[str, Any] = {"is_async": is_async, "free_answers": is_free}
+    v1_engine(vllm, head, path, order=order, **stated).run(batch)
+    assert [r.output for r in batch] == [alone(head, r, is_free) for r in made]
 
 
-@given(made=requests(), rule=RULES, seed=st.integers(1, 9), order=st.integers())
+@given(
+    made=requests(),
+    rule=RULES,
+    seed=st.integers(1, 9),
+    order=st.integers(),
+    is_free=st.booleans(),
+)
 @settings(max_examples=20, deadline=None)
 def test_v2_requests_go_as_each_does_alone(
     vllm: Any,
@@ -219,10 +239,51 @@ def test_v2_requests_go_as_each_does_alone(
     rule: str,
     seed: int,
     order: int,
+    is_free: bool,
 ) -> None:
     head, batch = head_of(rule, seed=seed), as_asked(made)
-    v2_engine(vllm, head, tmp_path_factory.mktemp("head"), seed=order).run(batch)
-    assert [r.output for r in batch] == [alone(head, r) for r in made]
+    path = tmp_path_factory.mktemp("head")
+    v2_engine(vllm, head, path, seed=order, free_answers=is_free).run(batch)
+    assert [r.output for r in batch] == [alone(head, r, is_free) for r in made]
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+@pytest.mark.parametrize("engine", [v1_engine, v2_engine])
+def test_a_sampled_request_is_answered_with_likeliest_tokens_behind_a_closed_thought(
+    vllm: Any, tmp_path: Path, engine: Any, is_free: bool
+) -> None:
+    """Halted, capped, capped where it opens; whoever gets such a slot next is sampled."""
+
+    def lm(request: Request) -> Tensor:
+        logits = dull(request)
+        if request.name == 3 and len(request.output) == 5:
+            logits[IDS["<think>"]] = 99.0
+        return logits
+
+    made = engine(vllm, head_of("every 16 tokens"), tmp_path, lm, free_answers=is_free)
+    closed = [
+        Request(1, THINKS, 60, asking(price=ALWAYS), temperature=2.0),
+        Request(2, THINKS, 60, asking(max_tokens=3), temperature=2.0),
+        Request(3, [IDS["3"]], 60, asking(max_tokens=2), temperature=2.0),
+    ]
+    others = [Request(name, THINKS, 60, asking(off=1), temperature=2.0) for name in range(4, 9)]
+    made.run([*closed, *others])
+    for request, start in zip(closed, (16, 3, 6), strict=True):
+        behind = start + len(CLOSE_IDS)
+        assert request.output[start:behind] == CLOSE_IDS
+        drawn = sampled(request, behind, lm)
+        assert request.output[behind:] == (drawn if is_free else [IDS["wait"]] * len(drawn))
+    for request in others:
+        assert request.output == sampled(request, 0, lm)
+
+
+def sampled(request: Request, start: int, lm: Any) -> list[int]:
+    """What follows the first tokens of a request if the LM goes on as it asks; not all the same."""
+    plain = replace(request, output=request.output[:start])
+    while not plain.is_done:
+        plain.take(lm(plain))
+    assert len(set(plain.output[start:])) > 1
+    return plain.output[start:]
 
 
 @pytest.mark.parametrize("engine", [V1Engine, V2Engine])
@@ -432,18 +493,44 @@ def test_logits_that_are_no_numbers_never_halt_and_are_counted(
     assert made.processor.counts == vllm.HaltCounts(2, num_halted=2, num_bad_signals=1)
 
 
+@pytest.mark.parametrize("place", range(len(CLOSE_IDS)))
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("engine", [v1_engine, v2_engine])
 def test_a_token_that_is_forbidden_is_not_forced_nor_is_what_follows(
-    vllm: Any, tmp_path: Path, engine: Any
+    vllm: Any, tmp_path: Path, engine: Any, temperature: float, place: int
 ) -> None:
     def lm(request: Request) -> Tensor:
         logits = dull(request)
-        logits[CLOSE] = -torch.inf
+        logits[CLOSE_IDS[place]] = -torch.inf
         return logits
 
-    request = Request(0, THINKS, 10, asking(price=ALWAYS))
+    request = Request(0, THINKS, 40, asking(price=ALWAYS), temperature=temperature)
     engine(vllm, head_of(), tmp_path, lm).run([request])
-    assert request.output == [IDS["wait"]] * 4 + CLOSE_IDS[:1] + [IDS["wait"]] * 5
+    expected = replace(request, output=[])
+    while not expected.is_done:
+        at = len(expected.output) - 4
+        if 0 <= at < place:
+            expected.output.append(CLOSE_IDS[at])
+        else:
+            expected.take(lm(expected))
+    assert request.output == expected.output
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_likeliest_tokens_need_no_copy_to_the_host_and_greedy_requests_none_of_them(
+    vllm: Any, tmp_path: Path, temperature: float
+) -> None:
+    output: list[int] = []
+    asked = params(asking(price=ALWAYS), temperature=temperature)
+    processor = joined(vllm, tmp_path, asked, output)
+    for step in range(12):
+        logits = dull(Request(0, THINKS, 9))[None]
+        with NoHost() if step > 4 else nullcontext():
+            given = processor.apply(logits)
+        is_given = step >= 4 and (temperature > 0 or step < 4 + len(CLOSE_IDS))
+        assert int((given > -torch.inf).sum()) == (1 if is_given else len(WORDS))
+        output.append(int(given.argmax()))
+    assert output == [IDS["wait"]] * 4 + CLOSE_IDS + [IDS["wait"]] * 5
 
 
 def joined(module: Any, tmp_path: Path, params: Any, output: list[int]) -> Any:
@@ -493,6 +580,10 @@ def test_v2_leaves_a_request_that_it_takes_up_again_to_the_lm_and_its_cap(
     assert batch[1].output == [IDS["wait"]] * 6 + CLOSE_IDS + [IDS["wait"]] * 11
     assert batch[2].output == [IDS["wait"]] * 2 + CLOSE_IDS + [IDS["wait"]] * 15
     assert engine.processor.counts == vllm.HaltCounts(num_capped=2, num_lost=3)
+    answered = [*[IDS["wait"]] * 4, *CLOSE_IDS, IDS["wait"]]
+    back = Request(3, THINKS, 40, asking(price=ALWAYS), output=answered.copy(), temperature=2.0)
+    engine.run([back])
+    assert back.output == answered + sampled(back, len(answered), dull)
 
 
 def test_v2_reads_tokens_on_the_host_at_decision_points_only(vllm: Any, tmp_path: Path) -> None:
@@ -667,6 +758,7 @@ def test_the_head_may_be_named_in_the_environment(
         ),
         ({"price": "dear"}, "haltwise in additional-config: price is 'dear', expected a number"),
         ({"think_begin": "<t>"}, "haltwise in additional-config: 'think_begin': expected price,"),
+        ({"free_answers": "no"}, "free_answers is 'no', expected true or false"),
         ({"head": ""}, "haltwise in additional-config: head is '', expected text"),
         ({"tokenizer": None}, "the engine has no tokenizer: expected one"),
         ({"is_diffusion": True}, "a diffusion LM: expected one that generates token by token"),

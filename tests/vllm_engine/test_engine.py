@@ -136,6 +136,35 @@ def test_thoughts_are_halted_where_they_are_beside_transformers(runner: str, hea
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
+def test_sampled_requests_are_answered_greedily_behind_closed_thoughts_unless_answers_are_free(
+    runner: str, head: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(LM)
+    model: Any = AutoModelForCausalLM.from_pretrained(LM, dtype=torch.float32)
+    terms = ({"haltwise_price": NEVER}, {"haltwise_price": PRICES[-1], "haltwise_max_tokens": 30})
+    sampling = {"temperature": 1.5, "max_tokens": NUM_TOKENS}
+    batch: Batch = [
+        (prompt, sampling | {"seed": i, "extra_args": terms[i % 2]})
+        for i, prompt in enumerate(PROMPTS * 3 + PROMPTS[::-1])
+    ]
+    (rows,) = generated(runner, [batch], **plugin(head))
+    (free,) = generated(runner, [batch], **plugin(head, free_answers=True))
+    close, num_closed = tokenizer.encode(CLOSE_TEXT), 0
+    for (prompt, _), row, other in zip(batch, rows, free, strict=True):
+        starts = [i for i in range(len(row)) if row[i : i + len(close)] == close]
+        if not starts:
+            assert row == other
+            continue
+        num_closed, end = num_closed + 1, starts[0] + len(close)
+        assert row[:end] == other[:end]
+        known = torch.tensor([tokenizer.encode(prompt) + row[:end]])
+        answer = model.generate(known, max_new_tokens=NUM_TOKENS - end, do_sample=False)
+        assert row[end:] == answer[0, known.shape[1] :].tolist()
+    assert len(rows) - 5 > num_closed > 5
+    assert sum(row != other for row, other in zip(rows, free, strict=True)) > 2
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
 def test_load_changes_no_decision(runner: str, head: Path) -> None:
     """Chunked prefill; and in V1 so little memory that requests make way and come back."""
     batches = [[(prompt, greedy(price=PRICES[-1])) for prompt in PROMPTS]]
