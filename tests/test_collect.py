@@ -168,6 +168,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.whole
 def test_a_recording_killed_at_any_moment_is_completed(
     config: CollectConfig, tmp_path: Path
 ) -> None:

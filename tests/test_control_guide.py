@@ -52,6 +52,7 @@ def ask(proxy: Proxy, client: Block = ASK) -> None:
     exec(compile(text, "client", "exec"), {})
 
 
+@pytest.mark.whole
 def test_the_guide_certifies_a_price_and_halts_at_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,7 @@ def test_the_guide_certifies_a_price_and_halts_at_it(
     assert status.startswith("0 {'price': ")
 
 
+@pytest.mark.whole
 def test_the_guide_halts_nothing_of_a_stricter_group_yet(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_guide_halts_nothing_of_a_stricter_group_yet(
     assert "23 more are due" in (ROOT / "docs" / "CONTROL.md").read_text()
 
 
+@pytest.mark.whole
 def test_the_guide_labels_what_differs_and_opens_the_breaker(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +94,7 @@ def test_the_guide_labels_what_differs_and_opens_the_breaker(
     assert printed == ["True", "0 True", "open 0.0"]
 
 
+@pytest.mark.whole
 def test_the_guide_spends_no_more_than_it_has(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +108,7 @@ def test_the_guide_spends_no_more_than_it_has(
     assert spent == "True"
 
 
+@pytest.mark.whole
 def test_the_guide_learns_from_what_it_has_served(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def loss_of(lm: LanguageModel, text: str) -> float:
         return float(model(input_ids=ids, labels=ids).loss)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_lm_learns_its_own_cut_thoughts(
     told: Callable[..., DistillConfig], capsys: pytest.CaptureFixture[str], rank: int
@@ -86,6 +87,7 @@ def test_an_lm_learns_from_its_own_answers_alone(
     assert record["grpo"]["steps"] == 2 and "thoughts" not in record["fine_tune"]
 
 
+@pytest.mark.whole
 def test_held_out_questions_end_the_fine_tuning(told: Callable[..., DistillConfig]) -> None:
     """Two of four questions are held out: no evaluation is 10 points above all before it."""
     config = told(steps=40, recorder={"max_tokens": 32}, held_out=0.5, least_gain=10.0)

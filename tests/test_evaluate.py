@@ -118,6 +118,7 @@ def test_traces_of_another_engine_are_warned_of(
     assert capsys.readouterr().err == f"warning: {tmp_path / 'vllm.parquet'}: {told}\n"
 
 
+@pytest.mark.whole
 def test_a_head_with_another_price_by_now_is_told_below_the_verdict(
     run_folder: Path, traces_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_split_is_evaluated_alone(run_folder: Path, traces_path: Path) -> None
         evaluate.main(EvaluateConfig(head=run_folder, traces=traces_path, split="tset"))
 
 
+@pytest.mark.whole
 def test_files_are_written_and_hold_what_was_returned(
     run_folder: Path, traces_path: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +177,7 @@ def test_files_are_written_and_hold_what_was_returned(
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.whole
 def test_the_report_and_its_figures_are_written(
     run_folder: Path, traces_path: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +214,7 @@ def test_questions_that_were_learned_from_are_judged_by_heads_that_never_saw_the
     assert frozen_row(report, 0.01, "head")["halt_rate"] == pytest.approx(expected)
 
 
+@pytest.mark.whole
 def test_what_the_head_learned_from_is_no_evidence(run_folder: Path, traces_path: Path) -> None:
     Run(run_folder).save_learned(Learned(frozenset({"q0", "q3"})))
     report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path, split="all"))
@@ -245,6 +249,7 @@ def test_what_the_head_learned_from_under_another_id_is_left_out(
     assert capsys.readouterr().out.startswith("The head learned from this question")
 
 
+@pytest.mark.whole
 def test_supervised_baselines_are_fitted_again_from_the_runs_own_traces(
     run_folder: Path, traces_path: Path, random_traces: Traces, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -431,6 +436,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         command.run(main, EvaluateConfig)
 
 
+@pytest.mark.whole
 def test_the_script_runs_from_another_folder(
     run_folder: Path, traces_path: Path, tmp_path: Path
 ) -> None:
@@ -448,6 +454,7 @@ def test_the_script_runs_from_another_folder(
     assert failed.stderr.count("\n") == 1
 
 
+@pytest.mark.whole
 def test_a_head_that_never_halts_is_still_reported(run_folder: Path, traces_path: Path) -> None:
     Run(run_folder).save_operating_points({0.0: {"head": None, "confidence": 0.5}})
     report = evaluated(EvaluateConfig(head=run_folder, traces=traces_path))

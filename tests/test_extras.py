@@ -42,6 +42,7 @@ def command(*arguments: str) -> str:
         ("gguf", "lms.gguf", "-e '.[gguf]' -c constraints.txt"),
     ],
 )
+@pytest.mark.whole
 def test_an_adapter_names_what_it_needs(missing: str, module: str, install: str) -> None:
     done = run_without(missing, f"import {module}")
     told = done.stderr.splitlines()[-1]
@@ -96,6 +97,7 @@ def test_a_script_names_the_extra_that_it_needs(script: str, missing: str) -> No
         ("gguf", "--lm README.gguf", "'.[gguf]'"),
     ],
 )
+@pytest.mark.whole
 def test_a_recording_names_the_extra_that_it_needs(
     missing: str, arguments: str, told: str, tmp_path: Path
 ) -> None:

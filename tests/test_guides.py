@@ -122,6 +122,7 @@ def found_commands(name: str, folder: Path, replaced: dict[str, str]) -> list[li
         pytest.param("CLUSTER", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.whole
 def test_every_command_of_a_page_runs(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
@@ -184,6 +185,7 @@ def luck(question: Question, answer: str) -> bool:
         ),
     ],
 )
+@pytest.mark.whole
 def test_the_small_lm_goes_the_way_of_its_guide(
     real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +298,7 @@ def test_a_command_that_cannot_work_is_found(command: str, monkeypatch: pytest.M
         guides.run(command.split(), {}, monkeypatch)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num", [0, 9001])
 def test_a_small_lm_has_so_many_questions(num: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"num is {num}, expected 1 to 9000"):

@@ -162,6 +162,7 @@ def without_words(path: Path) -> str:
         ("train, cascade, scorecard, search", {"transformers", "sklearn", "optuna"}),
     ],
 )
+@pytest.mark.whole
 def test_what_takes_long_to_load_is_imported_where_it_is_used(
     modules: str, heavy: set[str]
 ) -> None:

@@ -62,6 +62,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Installation:
     return installation
 
 
+@pytest.mark.whole
 def test_a_child_learns_from_the_audits_that_are_not_kept_back(learned: Installation) -> None:
     run, parent = Run(learned.folder / "new"), learned.head
     audits = read_traces(run.audits)
@@ -185,6 +186,7 @@ QUICK = {"recording.audits.import_json_lines", "train.fit"}
     "step",
     [pytest.param(step, marks=() if step in QUICK else pytest.mark.slow) for step in KILLED_AT],
 )
+@pytest.mark.whole
 def test_whoever_is_killed_leaves_no_half_run_and_the_champion_serving(
     step: str, served: Installation
 ) -> None:

@@ -34,6 +34,7 @@ def run(random_traces_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 GROUPS = ("pace", "confidence", "agreement")
 
 
+@pytest.mark.whole
 def test_a_run_becomes_a_card_that_is_a_run_like_any_other(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_run_becomes_a_card_that_is_a_run_like_any_other(
     assert "out of fold" in report.judged
 
 
+@pytest.mark.whole
 def test_the_json_is_enough_to_decide_as_the_head_does(run: Path, tmp_path: Path) -> None:
     folder = scorecard.main(ScorecardConfig(run, tmp_path / "card", rules=5))
     head, content = HaltHead.load(folder), json.loads((folder / "scorecard.json").read_text())

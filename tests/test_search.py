@@ -50,6 +50,7 @@ def found(folder: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.whole
 def test_a_search_tries_the_defaults_and_others_out_of_fold_and_judges_elsewhere(
     config: SearchConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,6 +101,7 @@ def test_the_best_candidate_is_judged_on_questions_that_the_search_did_not_see(
     assert judged.area_more == (0.0, [0.0, 0.0])
 
 
+@pytest.mark.whole
 def test_test_questions_change_nothing(config: SearchConfig, tmp_path: Path) -> None:
     table = pq.read_table(config.traces)
     spoiled = np.array(table["final_correct"].to_pylist())
@@ -113,6 +115,7 @@ def test_test_questions_change_nothing(config: SearchConfig, tmp_path: Path) -> 
     assert found(search.main(changed))["tried"] == own["tried"]
 
 
+@pytest.mark.whole
 def test_a_search_that_is_killed_goes_on_with_the_same_command(
     config: SearchConfig, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def curves(run_dir: Path, name: str) -> set[str]:
     return set(events.Tags()["scalars"])
 
 
+@pytest.mark.whole
 def test_a_run_folder_is_complete(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= {
         "config.json",
@@ -114,6 +115,7 @@ def test_points_are_chosen_on_train_and_dev_out_of_fold(run_dir: Path) -> None:
         assert by_policy["head"] == best["parameter"]
 
 
+@pytest.mark.whole
 def test_test_questions_change_nothing(config: TrainConfig, run_dir: Path, tmp_path: Path) -> None:
     assert config.traces is not None and config.run_dir is not None
     spoiled = tmp_path / "spoiled.parquet"
@@ -136,6 +138,7 @@ def _spoil_test_rows(source: Path, target: Path) -> None:
     pq.write_table(table.set_column(at, table.schema.field(at), pa.array(final)), target)
 
 
+@pytest.mark.whole
 def test_an_interrupted_run_goes_on(config: TrainConfig, run_dir: Path) -> None:
     names = ("head.json", "operating_points.json", "out_of_fold.json", "head.safetensors")
     before = [(run_dir / name).read_bytes() for name in names]
@@ -190,6 +193,7 @@ def recorded_every(num_tokens: int, path: Path) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_a_coarser_rule_learns_and_is_judged_as_on_a_recording_of_its_own(
     config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -264,6 +268,7 @@ def test_a_training_that_ends_early_says_so(
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("live", [False, True])
 def test_the_embedded_lm_from_recording_to_running_beside_it(
     live: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,6 +292,7 @@ def test_the_embedded_lm_from_recording_to_running_beside_it(
     assert isinstance(report, Report) and report.traces.num == 10
 
 
+@pytest.mark.whole
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "train.py", "--traces", tmp_path / "no.parquet"],

@@ -35,6 +35,7 @@ def recorded(path: Path, rows: list[Row], labelled: bool) -> Path:
     return path
 
 
+@pytest.mark.whole
 def test_agreement_is_what_labels_say_where_every_full_answer_is_right(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

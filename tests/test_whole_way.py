@@ -87,6 +87,7 @@ def beside(lm: LanguageModel, question: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "looks"), [(name, i % 2 == 0) for i, name in enumerate(FAMILIES)]
 )
+@pytest.mark.whole
 def test_a_random_lm_of_every_family_goes_the_whole_way(
     family: str, looks: bool, luck: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_the_front_is_what_no_candidate_beats_at_any_price(tmp_path: Path) -> No
     assert sorted(candidates.front()) == [(1, 1.0), (1, 10.0)]
 
 
+@pytest.mark.whole
 def test_a_search_comes_nearer_to_what_is_better(tmp_path: Path) -> None:
     found = tried(opened(tmp_path / "search.sqlite"), 30)
     rates = np.log([candidate.settings["learning_rate"] for candidate, _ in found])
@@ -69,6 +70,7 @@ def test_a_search_comes_nearer_to_what_is_better(tmp_path: Path) -> None:
     assert next(iter(shares)) == "learning_rate" and sum(shares.values()) == pytest.approx(1)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("written", [0, 2])
 def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(
     written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -94,6 +96,7 @@ def test_a_search_that_is_killed_goes_on_as_if_it_had_not_been(
     assert len(again._study.trials) == sum(len(found) for _, found in whole)  # none twice
 
 
+@pytest.mark.whole
 def test_another_seed_proposes_something_else(tmp_path: Path) -> None:
     one, other = (tried(opened(tmp_path / f"{seed}", seed), 2)[1][0] for seed in (0, 1))
     assert one.settings != other.settings

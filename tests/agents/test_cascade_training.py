@@ -108,6 +108,7 @@ def test_where_escalating_always_pays_everything_is_escalated_at_once(
     assert course.escalated.all() and (course.point == AT_START).all()
 
 
+@pytest.mark.whole
 def test_it_learns_to_answer_what_is_easy_and_to_escalate_what_is_hard(
     make_traces: MakeTraces,
 ) -> None:

@@ -86,6 +86,7 @@ def telling_traces(make_traces) -> Traces:  # type: ignore[no-untyped-def]
     return make_traces(changes)  # type: ignore[no-any-return]
 
 
+@pytest.mark.whole
 def test_it_learns_to_halt_when_the_answer_is_there(telling_traces: Traces) -> None:
     config = FitConfig(NONE, replace(PPO, total_timesteps=40_000, learning_rate=3e-3))
     head_config = head_of(telling_traces)
@@ -321,6 +322,7 @@ def test_an_agent_is_restored_from_tensors_alone(random_traces: Traces, tmp_path
         restore_agent(other, path)
 
 
+@pytest.mark.whole
 def test_out_of_fold_decisions_come_from_the_other_folds(
     random_traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

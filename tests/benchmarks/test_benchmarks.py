@@ -111,6 +111,7 @@ def test_a_seed_begins_the_same_series_of_plain_episodes_again(synthetic: Traces
     assert series[0] == series[1] and series[0][0] != series[0][1]
 
 
+@pytest.mark.whole
 def test_questions_of_the_recorder_fill_the_budget_with_the_tokens_of_generate() -> None:
     lm = LanguageModel.load(EMBEDDED)
     model: Any = lm.model
@@ -164,6 +165,7 @@ def test_a_head_that_never_halts_is_timed_beside_the_same_tokens() -> None:
     assert min(value for result in results for value in result.values) > 0
 
 
+@pytest.mark.whole
 def test_tokens_saved_do_not_depend_on_how_many_run_at_once() -> None:
     config = WallClockConfig(num_questions=4, num_slots=2, batch_sizes=(2,), max_tokens=120)
     results = wall_clock.measure(config, repeats=1)
@@ -173,6 +175,7 @@ def test_tokens_saved_do_not_depend_on_how_many_run_at_once() -> None:
         assert saved == pytest.approx([saved[0]] * 3, abs=1e-9)
 
 
+@pytest.mark.whole
 def test_parts_yield_their_lines_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,6 +221,7 @@ def test_memory_jobs_do_what_they_say(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read_traces(tmp_path / "embedded")) == 2
 
 
+@pytest.mark.whole
 def test_a_peak_is_that_of_the_job_alone(tmp_path: Path) -> None:
     ballast = np.ones(125_000_000)  # 1,000 MB that a job must not be charged for
     found = memory.peak("write", 5, tmp_path)

@@ -36,6 +36,7 @@ def generated(seed: int, first: float = 0.002) -> Population:
     )
 
 
+@pytest.mark.whole
 def test_the_promise_is_kept_at_rest() -> None:
     found = {result.name: result.median for result in at_rest(generated(0), CONFIG, Promise())}
     best = found["best fixed price in hindsight: saving"]
@@ -46,6 +47,7 @@ def test_the_promise_is_kept_at_rest() -> None:
     assert found["audits decay to 2.5%: late loss"] < 2
 
 
+@pytest.mark.whole
 def test_a_sudden_loss_is_found_and_a_stranger_is_learned() -> None:
     found = {result.name: result.median for result in sudden(generated(1), CONFIG, Promise())}
     assert found["8 points lost: requests until it stops, median"] < 2000

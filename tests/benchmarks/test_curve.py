@@ -19,6 +19,7 @@ from policies.head import HeadPolicy
 _SMALL = CurveConfig(num_questions=(12, 40), num_draws=2, steps=20)
 
 
+@pytest.mark.whole
 def test_heads_learn_from_so_many_questions_and_none_that_they_judge() -> None:
     traces = synthetic_traces(6 * 90)  # six of each question
     with (

@@ -69,6 +69,7 @@ def test_the_live_environment_generates_what_is_counted() -> None:
     assert contest._refilled(2, price=1.0) == 4 * setup.num_tokens
 
 
+@pytest.mark.whole
 def test_checks_pass_here() -> None:
     checks = [*check_bursts("cpu"), *check_head("cpu"), *check_live("cpu")]
     assert [check.name for check in checks if not check.passed] == []

@@ -27,6 +27,7 @@ def generated(seed: int, num: int = 2_000) -> Rival:
     return Rival((at < [0.005, 0.01, 0.02]).astype(float), np.array([0.2, 0.3, 0.4]) * each)
 
 
+@pytest.mark.whole
 def test_challengers_take_over_where_they_should() -> None:
     """20 streams each: of as good ones at most 5 % and two standard deviations, 3."""
     champion, found = generated(0), {}
@@ -43,6 +44,7 @@ def test_challengers_take_over_where_they_should() -> None:
     assert (found["better"].quarter >= found["better"].promoted).all()
 
 
+@pytest.mark.whole
 def test_the_simulation_is_what_the_books_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same audits in the same order move a challenger at the same ones."""
     for module in (trial, promotion):

@@ -22,6 +22,7 @@ def test_the_head_halts_from_one_place_on_and_at_a_small_price_never(price: floa
     assert halted == ([False, False, True, True] if price == 1.0 else [False] * 4)
 
 
+@pytest.mark.whole
 def test_looks_are_counted_and_only_those_that_halt_save_tokens() -> None:
     config = ServersConfig(num_streams=(1,), num_questions=2, halts_at=32)
     found = {result.name: result.median for result in servers.measure(config, 1)}

@@ -6,6 +6,7 @@ from benchmarks.stopping import StoppingBenchConfig, _told, measure
 from benchmarks.synthetic import synthetic_traces
 
 
+@pytest.mark.whole
 def test_both_are_told_of_each_learning_rate() -> None:
     config = StoppingBenchConfig(num_draws=2, steps=40, learning_rates=(3e-3,))
     found = {

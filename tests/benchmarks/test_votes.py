@@ -118,6 +118,7 @@ def test_test_questions_are_judged_by_numbers_of_the_others(
     assert change[name] == -100
 
 
+@pytest.mark.whole
 def test_thoughts_that_agree_cost_less_jointly_than_to_their_ends() -> None:
     traces = synthetic_traces(600)
     asked = np.array([f"q{n // 3}" for n in range(len(traces))])

@@ -96,6 +96,7 @@ SLOW = pytest.mark.slow
         pytest.param(for_a_while(0.08), 60_000, 100, 1_000, True, marks=SLOW),
     ],
 )
+@pytest.mark.whole
 def test_whatever_changes_the_loss_is_soon_within_the_target_again(
     drift: Drift, num: int, draws: int, soon: int, is_over: bool
 ) -> None:

@@ -78,6 +78,7 @@ def population(rng: np.random.Generator, num: int) -> tuple[Any, ...]:
     return full, right.astype(float), full_right.astype(float), cost
 
 
+@pytest.mark.whole
 def test_estimates_hold_at_all_times_at_once() -> None:
     """Audits are drawn with 0.02 to 1, more often after one that lost."""
     num, draws, rng = 800, 40, np.random.default_rng(1)
@@ -118,6 +119,7 @@ def test_intervals_say_something() -> None:
     assert 0.5 < saved.low[0] < 0.605 < saved.high[0] < 0.7
 
 
+@pytest.mark.whole
 def test_a_capital_that_may_be_looked_at_at_any_time() -> None:
     """Of fair games, at most a tenth ever reach 10; some do."""
     rng = np.random.default_rng(0)

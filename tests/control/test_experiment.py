@@ -182,6 +182,7 @@ def test_verdicts(told: dict[str, float], budget: int | None, verdict: str, tmp_
     assert compare(state, ready(running), budget).verdict.startswith(verdict)
 
 
+@pytest.mark.whole
 def test_the_command_tells_a_comparison_and_draws_it(tmp_path: Path) -> None:
     state = recorded(tmp_path)
     groups = Groups.begin(Promise(), 1, certified=1)

@@ -161,6 +161,7 @@ def test_observe_without_audits_changes_nothing(tmp_path: Path) -> None:
     assert len(rows(tmp_path, "request", "id")) == 2
 
 
+@pytest.mark.whole
 def test_apply_halts_nothing_before_the_first_certificate(tmp_path: Path) -> None:
     with control(tmp_path, "apply", audit=0.05) as steering:
         due, num = steering.status()["audits_due"], 0

@@ -137,6 +137,7 @@ def play(
         yield state, step
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("draws", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_level_and_power(draws: int) -> None:
     """A price over the target is seldom served, and what is served is not far from the best."""
@@ -147,6 +148,7 @@ def test_level_and_power(draws: int) -> None:
     assert step.mean() > 4.5
 
 
+@pytest.mark.whole
 def test_a_sudden_loss_opens_the_breaker_and_a_calm_does_not() -> None:
     promise = Promise()
     rested = GroupState.begin(12, np.full(200, 0.1), certified=6)

@@ -67,6 +67,7 @@ def story(num: int = 300, seed: int = 0) -> list[Event]:
     return events
 
 
+@pytest.mark.whole
 def test_a_state_is_the_fold_of_its_events_wherever_it_is_cut() -> None:
     whole, state = fold(story()), BEGUN
     for event in story():

@@ -103,6 +103,7 @@ def killed_after(name: str, num: int) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.whole
 def test_a_process_that_is_killed_loses_no_event(new_name: NewName) -> None:
     told, name = 0, new_name()
     for num in (1, 13, 30):

@@ -316,6 +316,7 @@ def seen(steering: Any) -> list[Any]:
     return list(audit.replays.values())
 
 
+@pytest.mark.whole
 def test_a_head_is_promoted_by_whoever_has_the_state_and_rolled_back(tmp_path: Path) -> None:
     with control(tmp_path, challengers=[bolder()]) as steering:
         first, second = steering.champion, bolder().digest

@@ -78,6 +78,7 @@ def test_it_is_right_in_the_mean_and_sharper_than_audits_alone() -> None:
     assert missed <= 5
 
 
+@pytest.mark.whole
 def test_the_command_tells_it_from_a_state(tmp_path: Path) -> None:
     state = str(tmp_path / "state")
     record = Record(store_of(state))

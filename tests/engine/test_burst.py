@@ -108,6 +108,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     answer_end=st.sampled_from(["", "7", "."]),
     burst=st.sampled_from([1, 2, 3, 5, 64]),
 )
+@pytest.mark.whole
 def test_any_burst_gives_what_token_by_token_gives(
     seed: int,
     temperature: float,

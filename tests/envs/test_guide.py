@@ -19,6 +19,7 @@ GUIDE = (Path(__file__).parents[2] / "docs" / "ENVIRONMENTS.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
 
 
+@pytest.mark.whole
 def test_the_blocks_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,7 @@ def play(env: LiveEnv, num_steps: int, seed: int, halt_rate: float = 0.3) -> lis
     return finished
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("probing", ["always", "at_halt"])
 def test_returns_are_exact_match_minus_price_times_cost(probing: Probing) -> None:
     groups = tuple(FEATURE_GROUPS) if probing == "always" else ("pace", "hidden")
@@ -135,6 +136,7 @@ def test_returns_are_exact_match_minus_price_times_cost(probing: Probing) -> Non
         assert len(episode.rewards) == info["num_points"]
 
 
+@pytest.mark.whole
 def test_one_seed_decides_everything() -> None:
     runs = [play(LiveEnv(**arguments(), num_envs=5), 15, seed) for seed in (7, 7, 8)]
     assert [episode.info for episode in runs[0]] != [episode.info for episode in runs[2]]
@@ -151,6 +153,7 @@ def test_one_seed_decides_everything() -> None:
         (0.9, "every 8 tokens, every 2 while the answer repeats"),
     ],
 )
+@pytest.mark.whole
 def test_live_and_replay_agree(temperature: float, rule: str, tmp_path: Path) -> None:
     """The same questions and seeds, recorded alone: the same observations and rewards."""
     lm = LanguageModel("tiny", tiny_lm(seed=2), tiny_tokenizer())
@@ -242,6 +245,7 @@ def test_bad_input_is_refused() -> None:
         HaltEnv(**arguments()).reset(options={"price": -1.0})
 
 
+@pytest.mark.whole
 def test_questions_without_a_point_are_skipped_but_not_for_ever() -> None:
     with pytest.raises(InputError, match="questions in a row ended before their first"):
         HaltEnv(**arguments(halting=halting(rule="after never"), max_tokens=2)).reset(seed=0)

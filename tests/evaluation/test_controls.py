@@ -108,6 +108,7 @@ def supervised_outcomes(name: str, traces: Traces) -> dict[float, Outcome]:
 NOISE = 4 * np.sqrt(0.6 * 0.4 / NUM) * 0.895 / 0.3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("change", [shuffled_labels, white_noise])
 def test_nothing_to_see_saves_nothing_beyond_random_halting(change: Change, tmp_path: Path) -> None:
     traces = population(tmp_path, change)
@@ -116,6 +117,7 @@ def test_nothing_to_see_saves_nothing_beyond_random_halting(change: Change, tmp_
         assert leads(traces, supervised_outcomes(name, traces)).max() < NOISE
 
 
+@pytest.mark.whole
 def test_the_same_check_finds_what_there_is_to_see(tmp_path: Path) -> None:
     traces = population(tmp_path, as_it_is)
     assert leads(traces, head_outcomes(traces, tmp_path)).max() > 2 * NOISE

@@ -95,6 +95,7 @@ CASES: dict[str, tuple[World, int, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", CASES)
 def test_what_has_changed_is_told_in_nine_of_ten_cases(name: str, base: Traces) -> None:
     world, num, expected = CASES[name]
@@ -102,6 +103,7 @@ def test_what_has_changed_is_told_in_nine_of_ten_cases(name: str, base: Traces) 
     assert found[expected] >= 18, found
 
 
+@pytest.mark.whole
 def test_nothing_is_told_of_what_has_not_changed_more_often_than_the_level(base: Traces) -> None:
     alarms = sum(bool(told(base, World(), 60, seed).changed) for seed in range(100))
     assert alarms <= 100 * LEVEL + 3 * (100 * LEVEL * (1 - LEVEL)) ** 0.5

@@ -167,6 +167,7 @@ def drawn() -> dict[str, str]:
         }
 
 
+@pytest.mark.whole
 def test_an_svg_has_text_as_text_and_only_variables_as_colours(drawn: dict[str, str]) -> None:
     for element in drawn.values():
         root = ElementTree.fromstring(element)
@@ -188,6 +189,7 @@ def test_ids_of_two_figures_never_collide_and_none_dangles(drawn: dict[str, str]
         assert set(used) | {f"{name}-title", f"{name}-desc"} == ids[name]
 
 
+@pytest.mark.whole
 def test_the_same_figure_gives_the_same_bytes(drawn: dict[str, str]) -> None:
     drawing = draw(made(report()))["frontier"]
     with style():

@@ -82,6 +82,7 @@ def fold_of(traces: Traces, num_folds: int = 5, seed: int = 0) -> dict[str, int]
     return dict(zip(traces.question_id.tolist(), of.tolist(), strict=True))
 
 
+@pytest.mark.whole
 def test_supervised_points_are_chosen_out_of_fold(finished: Run) -> None:
     assert [model.name for model in finished.in_train] == list(SUPERVISED)
     for model in finished.in_train:
@@ -107,6 +108,7 @@ def test_the_kept_heads_are_those_of_the_best_checkpoint(finished: Run) -> None:
             assert kept != contents(checkpoints / str(len(CHECKPOINTS) - 1))
 
 
+@pytest.mark.whole
 def test_a_fold_s_head_knows_nothing_of_the_questions_that_it_keeps_back(
     random_traces: Traces, tmp_path: Path
 ) -> None:
@@ -180,6 +182,7 @@ def auc(name: str, traces: Traces, fold: Mapping[str, int]) -> float:
     return float(roc_auc_score(traces.correct, signal))
 
 
+@pytest.mark.whole
 def test_what_trees_know_by_heart_is_no_better_than_chance_out_of_fold(noise: Traces) -> None:
     """A line has too few weights to know noise by heart, so in sample it need not be ahead.
 

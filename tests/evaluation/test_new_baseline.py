@@ -38,6 +38,7 @@ class Toy:
         return halts
 
 
+@pytest.mark.whole
 def test_a_new_baseline_is_in_the_table_the_page_and_the_json(
     run_head: HaltHead, random_traces_path: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

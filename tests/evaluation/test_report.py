@@ -90,6 +90,7 @@ def minus(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+@pytest.mark.whole
 def test_the_page_is_balanced_and_every_figure_is_an_image_with_words(page: str) -> None:
     found = Page(page)
     svgs = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
@@ -135,6 +136,7 @@ def test_the_json_holds_all_that_the_page_is_made_from() -> None:
     assert list(made(report() | {"ran_live": True}).to_json()) == [*report(), "live"]
 
 
+@pytest.mark.whole
 def test_the_same_report_gives_the_same_page(page: str) -> None:
     assert render(json.loads(json.dumps(report()))) == page
 
@@ -251,6 +253,7 @@ def test_no_change_at_all_is_no_proof_of_no_loss(num: int, words: str) -> None:
     assert "no loss" not in told
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("lead", [0.05, -0.05])
 def test_a_lead_without_a_width_is_neither_ahead_nor_behind(lead: float) -> None:
     found = short(lead)
@@ -346,6 +349,7 @@ def test_the_reliability_is_read_aloud(page: str) -> None:
     assert low in Page(page).text and high in Page(page).text
 
 
+@pytest.mark.whole
 def test_decisions_of_several_trainings_are_said_to_be_together(page: str) -> None:
     together = "decisions (all trainings together)"
     assert together not in Page(page).text.lower()
@@ -354,6 +358,7 @@ def test_decisions_of_several_trainings_are_said_to_be_together(page: str) -> No
     assert sum(together.capitalize() in table[0] for table in told.tables) == 2
 
 
+@pytest.mark.whole
 def test_gates_at_one_price_share_their_behaviour() -> None:
     found = report() | {"behaviour": [behaviour(0.0, 0.5), behaviour(0.01, 0.5)]}
     text = Page(render(found)).text
@@ -367,6 +372,7 @@ def test_groups_that_lose_are_named(page: str) -> None:
     assert Page(page).text.count(minus(f"{lost} [-10.25, -6.25]. {chance}")) == 2
 
 
+@pytest.mark.whole
 def test_groups_that_lose_have_their_kind_and_the_worst_ten_are_named() -> None:
     found = report()
     same = [group(by, "hard", 0.0, "head") for by in ("segment", "task")]
@@ -409,6 +415,7 @@ def test_a_certificate_is_told_in_words(page: str) -> None:
     assert "a bound of 1.75 points would have allowed some saving" in none
 
 
+@pytest.mark.whole
 def test_what_counts_as_right_is_told_where_nobody_knows(page: str) -> None:
     assert "reference answer:" not in Page(page).text
     found = report() | {"certificate": certificate() | {"num_unlabelled": 1000}}
@@ -418,6 +425,7 @@ def test_what_counts_as_right_is_told_where_nobody_knows(page: str) -> None:
     assert "1,000 of 3,000 traces have no reference answer: there an answer counts" in text
 
 
+@pytest.mark.whole
 def test_one_is_singular() -> None:
     found = report() | {"certificate": certificate() | {"num_questions": 1, "num_traces": 1}}
     found["traces"] |= {"num": 1, "num_questions": 1}
@@ -450,6 +458,7 @@ def test_the_page_is_written_whole_or_not_at_all(
     assert (tmp_path / "out.html").read_bytes() == before
 
 
+@pytest.mark.whole
 def test_tensorboard_gets_the_same_figures_and_numbers(tmp_path: Path) -> None:
     log_to_tensorboard(made(report()), tmp_path)
     events = EventAccumulator(str(tmp_path)).Reload()

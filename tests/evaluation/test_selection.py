@@ -68,6 +68,7 @@ def two_tasks(make_traces: MakeTraces, num: int) -> Asked:
     return asked(pair_up(small, make_traces([big] * num)), 4.0)
 
 
+@pytest.mark.whole
 def test_a_selector_that_knows_the_task_goes_all_the_way(make_traces: MakeTraces) -> None:
     """At a price of 0.5 the large LM returns 0.4, the small one 0.7 or -0.3: 0.2 in the mean.
 

@@ -198,6 +198,7 @@ def test_training_resumes_after_a_kill_and_writes_a_whole_model(tmp_path: Path) 
     assert AutoModelForCausalLM.from_pretrained(config.out).config.hidden_size == 16
 
 
+@pytest.mark.whole
 def test_held_out_questions_end_the_training(tmp_path: Path) -> None:
     """5 nats in each 100 steps are too much to ask: that is told twice, and a fifth follows."""
     config = EmbeddedTrainingConfig(

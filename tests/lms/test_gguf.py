@@ -61,6 +61,7 @@ def test_every_word_and_every_question_has_the_same_ids(
         assert server.post("/tokenize", {"content": text})["tokens"] == encode(lm, text)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("question", ASKED, ids=TASKS)
 def test_greedy_answers_are_the_same_tokens_and_their_text_has_the_same_ids(
     lm: LanguageModel, server: LlamaServer, question: Question

@@ -25,6 +25,7 @@ def shortness(_: Question, tokens: Sequence[int]) -> float:
     return -len(tokens) / 8
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rank", [0, 4])
 def test_an_lm_finds_the_optimum(rank: int) -> None:
     """Where each of at most 8 tokens costs an eighth, the best answer is the end token alone."""
@@ -62,6 +63,7 @@ def test_an_lm_reads_what_it_reads_when_it_is_recorded(
     assert read[0].tolist() == lm.tokenizer.encode(prompt, add_special_tokens=False)
 
 
+@pytest.mark.whole
 def test_nothing_is_learned_where_all_answers_are_worth_the_same() -> None:
     lm = LanguageModel("tiny", tiny_lm(seed=1), tiny_tokenizer())
     before = {name: weight.clone() for name, weight in lm.model.state_dict().items()}

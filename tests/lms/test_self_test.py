@@ -68,6 +68,7 @@ def test_settings_of_the_lm_that_are_left_out_are_told() -> None:
     assert any("sets top_k 20, which is left out" in warning for warning in run(lm).warnings)
 
 
+@pytest.mark.whole
 def test_an_lm_that_is_never_right_is_warned_of() -> None:
     lm = LanguageModel.load(EMBEDDED)
     asked = [replace(question, gold="none") for question in questions("sum", "train", 2)]

@@ -47,6 +47,7 @@ def config() -> HeadConfig:
     return HeadConfig(observing, Halting("always", "every 50 tokens", "</think>", "source"), 1.0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SUPERVISED)
 def test_probabilities_are_calibrated_on_questions_that_were_kept_back(
     name: str, told: Traces, config: HeadConfig

@@ -142,6 +142,7 @@ def test_a_missing_confidence_spoils_its_own_point_only() -> None:
 answers = st.lists(st.sampled_from(["", "1", "2", "3"]), min_size=1, max_size=12)
 
 
+@pytest.mark.whole
 @settings(deadline=None)
 @given(st.lists(answers, min_size=1, max_size=4), st.randoms())
 def test_a_row_of_a_batch_is_as_it_would_be_alone(rows: list[list[str]], random: object) -> None:

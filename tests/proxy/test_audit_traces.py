@@ -156,6 +156,7 @@ def test_the_trace_of_a_head_that_looks_at_answers_has_what_it_saw(
         assert measured["saving"]["estimate"] == pytest.approx(saved, abs=1e-6)
 
 
+@pytest.mark.whole
 def test_a_share_of_the_audits_is_dense(keeping: Kept, plan: Plan, tmp_path: Path) -> None:
     proxy = keeping(dense_audits=0.5)
     for _ in range(30):

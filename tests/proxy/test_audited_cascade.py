@@ -192,6 +192,7 @@ def test_labels_tell_who_of_the_two_was_right(
     assert (lowest["loss"]["estimate"], highest["loss"]["estimate"]) == (0, -1)
 
 
+@pytest.mark.whole
 def test_the_large_lm_alone_serves_until_a_price_is_certified_and_again_after_a_drift(
     serving: Serving, plan: Plan
 ) -> None:
@@ -429,6 +430,7 @@ def test_a_certificate_of_the_head_alone_is_none_of_the_cascade(tmp_path: Path) 
         proxy.control.close()
 
 
+@pytest.mark.whole
 def test_two_real_lms_are_audited_and_then_the_small_one_answers(tmp_path: Path) -> None:
     """Both have the embedded LM here: unhalted, the small one says what the large one says."""
     write_gguf(tmp_path / "embedded.gguf")

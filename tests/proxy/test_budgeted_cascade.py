@@ -187,6 +187,7 @@ def test_where_there_is_room_for_the_small_lm_alone_it_answers(
     assert account(two.proxy)["spent_nano"] < 10**9
 
 
+@pytest.mark.whole
 def test_many_requests_at_once_leave_no_more_to_the_large_lm_than_there_is_money_for(
     serving: Serving, plan: Plan
 ) -> None:

@@ -620,6 +620,7 @@ def test_a_state_that_is_none_is_refused_or_made(content: bytes, tmp_path: Path)
         create_app(config)
 
 
+@pytest.mark.whole
 def test_apply_certifies_by_audits_and_then_halts_a_real_lm(tmp_path: Path) -> None:
     write_gguf(tmp_path / "embedded.gguf")
     asked = [

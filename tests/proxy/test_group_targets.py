@@ -68,6 +68,7 @@ def halts(proxy: Proxy, plan: Plan, headers: dict[str, str]) -> bool:
     return bool(ask(proxy.client, certain, headers=headers).haltwise["halted"])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("by", ["flag", "key"])
 def test_nothing_of_a_group_is_halted_before_its_own_audits_vouch(
     by: str, serving: Serving, plan: Plan, tmp_path: Path

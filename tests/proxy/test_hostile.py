@@ -363,6 +363,7 @@ def test_requests_that_come_at_once_are_answered_in_turn(vllm: Pair) -> None:
     assert places == sorted(places) and min(places) > 0
 
 
+@pytest.mark.whole
 def test_requests_of_one_name_are_not_mixed_up(vllm: Pair) -> None:
     plans = [Plan(f"named{i}") for i in range(20)]
     with ThreadPoolExecutor(20) as pool:

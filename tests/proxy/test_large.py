@@ -210,6 +210,7 @@ def test_a_thought_that_was_halted_is_not_escalated_at_its_end(
     assert len(reply.haltwise["legs"]) == (1 if kind == "llama-server" else 2)
 
 
+@pytest.mark.whole
 def test_a_request_that_names_no_price_is_served_the_cascades_own(
     tmp_path: Path, plan: Plan
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_request_that_names_no_price_is_served_the_cascades_own(
     assert (reply.haltwise["price"], reply.haltwise["escalated"]) == (1.0, "point")
 
 
+@pytest.mark.whole
 def test_a_cap_asks_the_cascade_too(serving: Serving, plan: Plan) -> None:
     """Before the first decision point it knows nothing, and the small LM answers."""
     capped = [{"X-Haltwise-Max-Tokens": num} for num in ("6", "2")]
@@ -243,6 +245,7 @@ def test_a_cap_asks_the_cascade_too(serving: Serving, plan: Plan) -> None:
         ({"head": "plain"}, "no cascade.json in .*: expected a folder written by cascade.py"),
     ],
 )
+@pytest.mark.whole
 def test_what_makes_no_sense_is_refused(
     settings: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:

@@ -139,6 +139,7 @@ def chat(
     return thought, answer, getattr(chunks[-1].usage, "haltwise", {})
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("where", ["start", "point", "end"])
 def test_a_large_lm_answers_while_it_lives_and_then_the_small_one(
     where: str, gguf: Path, server: LlamaServer, tmp_path: Path
@@ -167,6 +168,7 @@ def is_number(lm: LanguageModel, answer: str) -> bool:
     return answer.strip().isdigit() and len(ids_of(lm, answer)) == 1
 
 
+@pytest.mark.whole
 def test_chats_are_halted_by_reasoning_control(
     client: openai.OpenAI, lm: LanguageModel, head: Path
 ) -> None:
@@ -194,6 +196,7 @@ def halting_point(lm: LanguageModel, head: Path, question: Question, own: list[i
     return next(int(seen.position[0]) for seen in points if monitor.observe(seen, row)[0])
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("question", ASKED, ids=lambda question: question.question_id)
 def test_a_completion_is_halted_by_going_on_from_a_closed_thought(
     client: openai.OpenAI, lm: LanguageModel, head: Path, question: Question
@@ -244,6 +247,7 @@ def test_behind_a_halted_thought_that_is_sampled_the_likeliest_answer_follows(
         assert not told["halted"] or ids_of(lm, answer) == greedy(lm, closed)
 
 
+@pytest.mark.whole
 @WAYS
 def test_a_head_that_looks_at_answers_halts_where_its_replay_does(
     server: LlamaServer, lm: LanguageModel, tmp_path: Path, ask: Any
@@ -288,6 +292,7 @@ def turned(in_turn: Proxy) -> openai.OpenAI:
     return openai.OpenAI(base_url=in_turn.url + "/v1", api_key="any", max_retries=0)
 
 
+@pytest.mark.whole
 @WAYS
 def test_a_thought_in_turns_has_the_tokens_of_one_stream(
     turned: openai.OpenAI, one_slot: LlamaServer, lm: LanguageModel, ask: Any
@@ -367,6 +372,7 @@ def test_a_closed_thought_goes_on_in_the_slot_that_has_computed_it(
     assert second["prompt_tokens"] > 20 and num_new <= 4
 
 
+@pytest.mark.whole
 def test_thoughts_in_turns_are_not_computed_anew_beside_each_other(
     server: LlamaServer, lm: LanguageModel, tmp_path: Path
 ) -> None:
@@ -382,6 +388,7 @@ def test_thoughts_in_turns_are_not_computed_anew_beside_each_other(
     assert 0 < num_computed(server) - before <= prompts + turns
 
 
+@pytest.mark.whole
 @WAYS
 def test_in_turn_a_thought_is_halted_exactly_where_its_replay_is(
     turned: openai.OpenAI, lm: LanguageModel, ask: Any
@@ -554,6 +561,7 @@ def test_a_server_that_dies_between_two_turns_is_a_clean_error(
         assert proxy.metric("haltwise_streams_in_flight") == 0
 
 
+@pytest.mark.whole
 def test_a_server_that_dies_amid_a_thought_is_a_clean_error(gguf: Path, head: Path) -> None:
     with (
         llama_server(gguf) as server,

@@ -135,6 +135,7 @@ async def everything(cases: Sequence[Case], acting: str, shadow: str) -> list[Fe
     return await asyncio.gather(*map(one, cases))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num", [300, pytest.param(NUM_STREAMS, marks=pytest.mark.slow)])
 def test_many_streams_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
     cases = [Case(number) for number in range(num)]
@@ -178,6 +179,7 @@ class GovernedCase(Case):
         return not self.audited and super().is_halted
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num", [150, pytest.param(NUM_STREAMS, marks=pytest.mark.slow)])
 def test_many_streams_under_control_lose_and_mix_up_nothing(num: int, tmp_path: Path) -> None:
     certificate = Certificate(
@@ -280,6 +282,7 @@ def check_metrics(cases: list[Case], reports: list[Any], proxies: list[Proxy]) -
     assert shadow.metric("haltwise_fallbacks_total") == 0
 
 
+@pytest.mark.whole
 def test_the_benchmark_tells_times_and_what_the_proxy_adds() -> None:
     results = proxy.measure(ProxyBenchConfig((1, 3), 60), repeats=2)
     assert {result.part for result in results} == {"proxy, 1 streams", "proxy, 3 streams"}

@@ -42,6 +42,7 @@ def all_know(proxies: Sequence[Proxy], num: int) -> bool:
     return all(audits(proxy) == num for proxy in proxies)
 
 
+@pytest.mark.whole
 def test_proxies_certify_a_price_together(new_name: NewName, plan: Plan, tmp_path: Path) -> None:
     with two_proxies(tmp_path, new_name()) as both:
         num = 0

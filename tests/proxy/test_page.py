@@ -128,6 +128,7 @@ def shown(page: Page, name: str) -> str:
 # The endpoint
 
 
+@pytest.mark.whole
 def test_the_page_runs_nothing_but_its_own_and_asks_nobody_else(busy: Watched) -> None:
     found = busy.proxy.client.get("/haltwise")
     rules = dict(
@@ -292,6 +293,7 @@ def test_everything_has_a_name_for_those_who_listen(page: Page) -> None:
     assert page.run("[...document.querySelectorAll('[role=group]')].every(g => g.ariaLabel)")
 
 
+@pytest.mark.whole
 @chromium
 def test_ten_minutes_of_updates_leave_the_page_as_large_as_it_was(
     page: Page, busy: Watched
@@ -560,6 +562,7 @@ def test_budgets_fit_a_telephone_and_are_heard(page: Page, limited: Watched, sch
     assert page.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
+@pytest.mark.whole
 @chromium
 def test_without_a_control_budgets_alone_are_shown(page: Page, tmp_path: Path) -> None:
     config = ServeConfig(

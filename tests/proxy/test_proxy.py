@@ -1158,6 +1158,7 @@ def test_the_official_client_takes_a_whole_completion(vllm: Pair, plan: Plan) ->
     assert client.models.list().data[0].id == "fake"
 
 
+@pytest.mark.whole
 def test_the_official_client_may_ask_many_things_at_once(vllm: Pair, plan: Plan) -> None:
     plans = [replace(plan, name=f"{plan.name}x{n}") for n in range(20)]
 
@@ -1214,6 +1215,7 @@ def test_health_tells_how_the_server_is(pairs: Pairs, kind: Kind, plan: Plan) ->
     assert told.json() == expected
 
 
+@pytest.mark.whole
 def test_the_proxy_loads_no_framework() -> None:
     heavy = "{'torch', 'transformers', 'vllm', 'gymnasium', 'pyarrow', 'openai'}"
     code = f"import sys, haltwise.proxy; print(sorted({heavy} & set(sys.modules)))"

@@ -70,11 +70,13 @@ def test_help_ends_without_a_word_where_nobody_reads_on() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.whole
 def test_an_unknown_flag_ends_with_status_2(head: Path) -> None:
     assert run("--head", str(head), "--colour", "red").returncode == 2
     assert run().returncode == 2
 
 
+@pytest.mark.whole
 def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
     with listening_socket() as taken:
         port = str(taken.getsockname()[1])
@@ -90,6 +92,7 @@ def test_what_a_person_got_wrong_is_told_in_one_line(head: Path) -> None:
             assert line.startswith("error: ") and expected in line
 
 
+@pytest.mark.whole
 def test_what_is_refused_at_the_start_makes_no_state(head: Path, tmp_path: Path) -> None:
     """Else it would be about the head and the target of somebody who never served."""
     bad = tmp_path / "bad.json"
@@ -345,6 +348,7 @@ def test_requests_that_run_are_finished_before_it_ends(head: Path, tmp_path: Pat
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.whole
 def test_a_reload_and_an_end_lose_none_of_200_streams(head: Path, tmp_path: Path) -> None:
     plans = [Plan(f"stream{n}", thinking=28, trouble="hangs", at=5, legs=(1,)) for n in range(200)]
     log = tmp_path / "log"
@@ -370,6 +374,7 @@ def test_a_reload_and_an_end_lose_none_of_200_streams(head: Path, tmp_path: Path
         assert process_of(proxy).wait(PATIENCE) in (0, -signal.SIGTERM)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_request_that_never_ends_does_not_hold_it_up(
     head: Path, tmp_path: Path, twice: bool
@@ -391,6 +396,7 @@ def test_a_request_that_never_ends_does_not_hold_it_up(
     assert [line["outcome"] for line in lines if "outcome" in line] == ["cut off"]
 
 
+@pytest.mark.whole
 def test_clients_that_leave_do_not_fill_the_log(head: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with FakeUpstream("vllm") as upstream:
@@ -431,6 +437,7 @@ def test_tokens_are_sent_at_once(head: Path, monkeypatch: pytest.MonkeyPatch) ->
     cli.serve(ServeConfig(head=head, port=0))
 
 
+@pytest.mark.whole
 def test_the_head_and_the_keys_are_read_anew_and_no_stream_is_dropped(
     plan: Plan, tmp_path: Path
 ) -> None:
@@ -485,6 +492,7 @@ def test_another_head_is_not_read_under_a_control(tmp_path: Path) -> None:
     proxy.control.close()
 
 
+@pytest.mark.whole
 def test_processes_that_share_a_port_share_its_requests(tmp_path: Path, plan: Plan) -> None:
     head, logs = saved_head(tmp_path / "head"), [tmp_path / "one", tmp_path / "two"]
     with FakeUpstream("vllm") as upstream, ExitStack() as stack:

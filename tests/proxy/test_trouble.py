@@ -597,6 +597,7 @@ def test_a_client_that_leaves_ends_what_was_asked_for_it(
     wait_until(lambda: watching.proxy.metric("haltwise_streams_in_flight") == 0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("headers", [NEVER, OFF], ids=["watched", "off"])
 def test_a_client_that_does_not_read_is_dropped_and_nobody_else(
     vllm: Pair, plan: Plan, headers: dict[str, str], hurried: dict[str, str]

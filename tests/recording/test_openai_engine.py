@@ -62,6 +62,7 @@ def server(gguf: Path) -> Iterator[str]:
         yield found.url
 
 
+@pytest.mark.whole
 def test_one_slot_in_float32_gives_the_tokens_and_numbers_of_transformers(
     server: str, tmp_path: Path
 ) -> None:
@@ -127,6 +128,7 @@ def wait_for_shards(process: subprocess.Popen[str], out: Path, num: int) -> None
         time.sleep(0.005)
 
 
+@pytest.mark.whole
 def test_deaths_of_recorder_and_server_change_no_trace(
     gguf: Path, server: str, tmp_path: Path
 ) -> None:
@@ -441,6 +443,7 @@ def test_a_server_of_chats_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         recorded(fake.url, Plan("p"))
 
 
+@pytest.mark.whole
 def test_a_busy_server_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recording.served_lm._FIRST_PAUSE", 0.01)
     with FakeUpstream("vllm") as fake:

@@ -35,6 +35,7 @@ def test_an_answer_is_judged_by_hand(lm: LanguageModel) -> None:
     assert judge.of_answer(replace(ASKED, gold="99"), tokens[:5]) == pytest.approx(-0.05)
 
 
+@pytest.mark.whole
 def test_an_lm_is_judged_as_each_of_its_answers_is(lm: LanguageModel) -> None:
     asked = questions("all", "train", 6)
     free, dear = (OwnReturn(lm, HALTING, 768, price) for price in (0.0, 1.0))

@@ -137,6 +137,7 @@ def test_workers_that_die_as_they_load_are_not_replaced_for_ever(
         RayEngine(config, DeadlyTaskFormat("short", "", "", ""), "local", 2, job_size=1)
 
 
+@pytest.mark.whole
 def test_a_cluster_without_room_is_refused(
     local_ray: None, lm_folder: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def test_what_is_seen_of_the_tokens_since_is_seen_of_all_of_them(tmp_path: Path)
 RULES = (CLOSER, f"{CLOSER}, at most 5", "every 8 tokens", "every 4 tokens, at most 3")
 
 
+@pytest.mark.whole
 @given(st.lists(st.sampled_from(["", "1", "2"]), min_size=1, max_size=40), st.sampled_from(RULES))
 def test_a_thought_looks_where_replay_does(
     tmp_path_factory: pytest.TempPathFactory, answers: list[str], rule: str

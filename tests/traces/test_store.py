@@ -380,6 +380,7 @@ def test_a_recorder_that_is_no_json_object_is_refused(tmp_path: Path, make_row: 
             read_traces(tmp_path / "x.parquet")
 
 
+@pytest.mark.whole
 def test_a_recorder_that_was_damaged_is_refused_wherever_a_bit_has_flipped(
     tmp_path: Path, make_row: MakeRow
 ) -> None:

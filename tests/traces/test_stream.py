@@ -253,6 +253,7 @@ def test_words_are_read_of_the_traces_that_are_asked_for(
     assert TraceFiles.open(tmp_path).words(["q0-0", "t4"])["q0-0"] == Words("7", "7")
 
 
+@pytest.mark.whole
 def test_more_traces_than_may_be_in_memory_train_end_to_end(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ def ran(text: str, **given: Any) -> dict[str, Any]:
     return given
 
 
+@pytest.mark.whole
 def test_the_trainer_of_the_guide_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +39,7 @@ def test_the_trainer_of_the_guide_stops(
     assert found["returns_of"](found["trainer"].model) == [1.0] * 400
 
 
+@pytest.mark.whole
 def test_the_agent_of_the_guide_stops() -> None:
     rule = ran(SB3.text)["stopping"].rule
     assert rule.is_over and max(rule.curve.means) > 48 and rule.curve.steps[-1] < 100_000
@@ -50,6 +52,7 @@ def test_the_loop_of_the_guide_stops() -> None:
     assert "expected" in found["rule"].latest.reason
 
 
+@pytest.mark.whole
 def test_the_search_of_the_guide_runs(
     random_traces_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

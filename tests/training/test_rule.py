@@ -52,6 +52,7 @@ CURVES = pytest.mark.parametrize(
 Draw = Callable[[np.random.Generator, Iterable[float]], Iterable[Any]]
 
 
+@pytest.mark.whole
 @CURVES
 def test_noise_stops_no_more_runs_that_gain_than_stated(config: StoppingConfig, draw: Draw) -> None:
     rng, rises = np.random.default_rng(0), 0.1 + GAIN * np.arange(40)
@@ -61,6 +62,7 @@ def test_noise_stops_no_more_runs_that_gain_than_stated(config: StoppingConfig, 
     assert by_points > 300  # which is why there are intervals
 
 
+@pytest.mark.whole
 @CURVES
 def test_no_run_that_gains_nothing_goes_on_for_ever(config: StoppingConfig, draw: Draw) -> None:
     rng = np.random.default_rng(1)
@@ -69,6 +71,7 @@ def test_no_run_that_gains_nothing_goes_on_for_ever(config: StoppingConfig, draw
     assert max(at) <= most and np.median(at) < most / 2
 
 
+@pytest.mark.whole
 @CURVES
 def test_a_known_optimum_is_passed_before_the_run_stops(config: StoppingConfig, draw: Draw) -> None:
     # It gains 0.06 with each evaluation until it is at its optimum, the 11th, and falls slowly.

@@ -68,6 +68,7 @@ class Told(KVWriter):
         pass
 
 
+@pytest.mark.whole
 def test_it_stops_at_the_optimum_and_keeps_the_best_policy() -> None:
     config = StoppingConfig(least_gain=0.01, interval="normal")
     best = BestWeights(3)

@@ -139,6 +139,7 @@ def test_the_best_weights_or_their_average_are_kept(tmp_path: Path) -> None:
     assert best.means == pytest.approx([best.means[0]] * 4)
 
 
+@pytest.mark.whole
 def test_it_stops_for_a_budget_or_a_vanished_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +159,7 @@ def test_it_stops_for_a_budget_or_a_vanished_gradient(
         )  # fmt: skip
 
 
+@pytest.mark.whole
 def test_a_training_that_goes_on_from_a_checkpoint_stops_where_it_would(tmp_path: Path) -> None:
     config = StoppingConfig(least_gain=0.01, interval="normal", span=20.0, reductions=1)
     whole, first, second = (StoppingCallback(config, returns_of) for _ in range(3))

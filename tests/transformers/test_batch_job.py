@@ -42,6 +42,7 @@ def alone(model: Any, prompt: str, **arguments: Any) -> list[int]:
     return new_tokens(generate(model, [prompt], **arguments)[0], len(prompt.split()))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num_slots", [1, 4, 20])
 @pytest.mark.parametrize("policy", [head(), blind_head("after 1")], ids=["probing", "blind"])
 @pytest.mark.parametrize("price", [0, NEVER])
@@ -61,6 +62,7 @@ def test_a_head_that_never_halts_changes_nothing(
     assert (looked > 0) == (price > 0 and policy.config.halting.probing == "always")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num_slots", [1, 4])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_rows_are_halted_as_beside_generate(seed: int, num_slots: int) -> None:
@@ -207,6 +209,7 @@ def test_the_trouble_of_a_prompt_is_its_own(policy: HaltHead, num_slots: int) ->
     assert {answer.report.reason for answer in troubled[:3]} == {"cut off"}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("num_slots", [1, 4])
 @pytest.mark.parametrize("policy", [head(), blind_head()], ids=["probing", "blind"])
 def test_the_answer_of_most_thoughts_is_given(policy: HaltHead, num_slots: int) -> None:

@@ -68,6 +68,7 @@ def beside(model: Any, policy: HaltHead, **arguments: Any) -> list[BatchAnswer]:
     return sorted(answers, key=lambda answer: answer.index)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rule", RULES)
 def test_answers_are_those_of_transformers(vllm: Any, rule: str) -> None:
     model, policy = tiny_lm(seed=3), picky_head(3, GROUPS, head(rule=rule))
@@ -187,6 +188,7 @@ def test_behind_closed_thoughts_answers_are_the_likeliest_tokens_unless_they_are
     assert reasons == {"halted", "capped", "closed by the LM"}
 
 
+@pytest.mark.whole
 def test_several_thoughts_of_a_prompt_vote(vllm: Any) -> None:
     terms: dict[str, Any] = {"temperature": 0.9, "price": NEVER, "num_thoughts": 3}
     votes = [

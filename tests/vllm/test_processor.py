@@ -206,6 +206,7 @@ RULES = st.sampled_from([RULE, "every 3 tokens, at most 2", "after 1"])
     is_async=st.booleans(),
     is_free=st.booleans(),
 )
+@pytest.mark.whole
 @settings(max_examples=20, deadline=None)
 def test_v1_requests_go_as_each_does_alone(
     vllm: Any,
