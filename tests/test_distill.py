@@ -71,6 +71,7 @@ def test_an_lm_learns_its_own_cut_thoughts(
     assert record["fine_tune"]["thoughts"] == 4 and record["fine_tune"]["lora_rank"] == rank
 
 
+@pytest.mark.whole
 def test_an_lm_learns_from_its_own_answers_alone(
     told: Callable[..., DistillConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

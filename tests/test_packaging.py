@@ -51,6 +51,7 @@ def test_the_wheel_holds_the_runtime_only(built: Path) -> None:
     assert needed <= set(names)
 
 
+@pytest.mark.whole
 def test_the_wheel_imports_without_the_clone(built: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(tmp_path)

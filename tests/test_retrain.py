@@ -77,6 +77,7 @@ def test_a_child_learns_from_the_audits_that_are_not_kept_back(learned: Installa
     assert run.operating_points()[0.0]["head"] == (head.config.default_price or None)
 
 
+@pytest.mark.whole
 def test_the_run_tells_where_it_comes_from(learned: Installation) -> None:
     told = json.loads((learned.folder / "new/config.json").read_text())
     parent = {"run": str(learned.parent), "digest": learned.head.digest}

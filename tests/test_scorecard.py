@@ -76,6 +76,7 @@ def test_the_json_is_enough_to_decide_as_the_head_does(run: Path, tmp_path: Path
         assert (halts == (points >= bar)).mean() > 0.99
 
 
+@pytest.mark.whole
 def test_what_has_no_card_is_refused_and_leaves_nothing(
     run: Path, random_traces_path: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_snippet_runs_as_it_stands(
     assert re.search(expected, capsys.readouterr().out.strip())
 
 
+@pytest.mark.whole
 def test_the_proxy_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

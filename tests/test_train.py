@@ -87,6 +87,7 @@ def test_a_run_folder_is_complete(run_dir: Path) -> None:
     assert curves(run_dir, "folds_start") == over_training
 
 
+@pytest.mark.whole
 def test_the_trade_off_over_the_training_is_in_the_results_and_on_the_page(run_dir: Path) -> None:
     content = Run(run_dir).out_of_fold()
     curve = content["curve"]

@@ -55,6 +55,7 @@ def test_a_level_curve_is_told_by_no_number_of_questions() -> None:
     assert last.median == np.inf
 
 
+@pytest.mark.whole
 def test_heads_see_the_groups_that_are_named() -> None:
     config = replace(_SMALL, num_questions=(12,), num_draws=1, groups=("confidence",))
     with patch("benchmarks.curve.HeadPolicy", wraps=HeadPolicy) as made:

@@ -76,6 +76,7 @@ def test_checks_pass_here() -> None:
     assert len(checks) == 6
 
 
+@pytest.mark.whole
 def test_a_check_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_checks, "_NUM_TOKENS", 16)
     take_in = Decoder._take_in

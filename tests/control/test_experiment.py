@@ -76,6 +76,7 @@ def test_intervals_hold_at_all_times_and_are_of_use(share: float) -> None:
     assert told >= (90 if share == 0.5 else 0)
 
 
+@pytest.mark.whole
 def test_the_randomised_comparison_and_the_pairs_of_audits_agree() -> None:
     """Full answers have 1,000 tokens, of which the challenger saves 10 % more in the mean.
 

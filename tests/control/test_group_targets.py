@@ -109,6 +109,7 @@ def test_a_group_with_a_target_has_room_and_what_has_none_is_in_its_tenants() ->
     assert fold([Complained(TASK, 1.0)], state).num_refused == 1
 
 
+@pytest.mark.whole
 def test_a_state_with_targets_is_the_fold_of_its_events_wherever_it_is_cut() -> None:
     begun = Groups.begin(PROMISE, K, certified=3, most_groups=5, targets={"task:math": 0.05})
     events: list[Event] = [

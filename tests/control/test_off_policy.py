@@ -54,6 +54,7 @@ def test_spending_by_hand() -> None:
     assert spending(PRICES, [nothing_halted]).tokens.tolist() == [90, 30, 20]
 
 
+@pytest.mark.whole
 def test_it_is_right_in_the_mean_and_sharper_than_audits_alone() -> None:
     """Hard questions are audited less and served less: a plain mean of either is wrong."""
     rng, told, missed = np.random.default_rng(0), [], 0

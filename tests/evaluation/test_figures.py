@@ -131,6 +131,7 @@ def test_of_many_groups_those_with_the_most_questions_are_drawn() -> None:
     ]
 
 
+@pytest.mark.whole
 def test_groups_are_of_the_head_and_the_strongest_baseline_alone() -> None:
     found = report()
     found["groups"] += [group("segment", "easy", gate, "random") for gate in (0.0, 0.01)]
@@ -180,6 +181,7 @@ def test_an_svg_has_text_as_text_and_only_variables_as_colours(drawn: dict[str, 
     assert "a $\\frac$ <b> group name" in list(names)
 
 
+@pytest.mark.whole
 def test_ids_of_two_figures_never_collide_and_none_dangles(drawn: dict[str, str]) -> None:
     ids = {name: set(re.findall(r' id="([^"]*)"', element)) for name, element in drawn.items()}
     for one, other in itertools.combinations(ids.values(), 2):

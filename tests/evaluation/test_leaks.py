@@ -89,6 +89,7 @@ def test_supervised_points_are_chosen_out_of_fold(finished: Run) -> None:
         assert model.fold == fold_of(finished.learned, NUM_FOLDS, SEED)
 
 
+@pytest.mark.whole
 def test_evaluation_keeps_the_same_questions_back_from_supervised_baselines(finished: Run) -> None:
     assert [model.name for model in finished.in_evaluate] == list(SUPERVISED)
     for model in finished.in_evaluate:

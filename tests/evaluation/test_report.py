@@ -111,6 +111,7 @@ def test_the_page_is_balanced_and_every_figure_is_an_image_with_words(page: str)
         assert table
 
 
+@pytest.mark.whole
 def test_the_page_loads_nothing_and_runs_nothing(page: str) -> None:
     without = page.replace("http://www.w3.org/2000/svg", "").replace(
         "http://www.w3.org/1999/xlink", ""
@@ -204,6 +205,7 @@ def test_the_verdict_tells_saving_change_and_the_strongest_baseline(page: str) -
         (-0.05, "the head saves 5.0 points less (95 % interval -7.0 to -3.0): it loses."),
     ],
 )
+@pytest.mark.whole
 def test_the_verdict_is_what_the_interval_says(lead: float, words: str) -> None:
     assert sentences(render(short(lead))).count(minus(words)) == 2
 
@@ -286,6 +288,7 @@ def test_numbers_that_are_no_evidence_say_so_first() -> None:
     assert text.count("! not evidence") == 2
 
 
+@pytest.mark.whole
 def test_words_in_the_report_are_text_and_not_markup(tmp_path: Path) -> None:
     bad = "</title><script>alert(1)</script>&$x^$"
     found = report() | {"head": bad, "command": bad, "judged": bad, "split": bad}

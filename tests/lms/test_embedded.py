@@ -216,6 +216,7 @@ def test_held_out_questions_end_the_training(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.whole
 def test_shipped_model_is_small_and_answers() -> None:
     assert (EMBEDDED / "model.safetensors").stat().st_size <= 8_000_000
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED).eval()

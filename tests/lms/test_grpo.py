@@ -41,6 +41,7 @@ def test_an_lm_finds_the_optimum(rank: int) -> None:
     assert {name: weight.shape for name, weight in lm.model.state_dict().items()} == shape
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_lm_reads_what_it_reads_when_it_is_recorded(
     family: str, monkeypatch: pytest.MonkeyPatch

@@ -115,6 +115,7 @@ def test_two_letters_are_no_choice(one: str, other: str) -> None:
 @given(
     st.text() | st.from_regex(r"(\\text\{|\}|[-$ .,0-9A-c\u0660\uff11\u00bd\u00b2]|\\[,% ]){0,9}")
 )
+@pytest.mark.whole
 def test_canonical_spelling_is_its_own(text: str) -> None:
     assert canonical(canonical(text)) == canonical(text)
 

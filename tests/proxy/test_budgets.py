@@ -102,6 +102,7 @@ def test_a_request_is_billed_what_its_own_usage_tells(
     assert found["requests"] == 1
 
 
+@pytest.mark.whole
 def test_64_requests_at_once_spend_no_more_than_there_is(serving: Serving, plan: Plan) -> None:
     proxy = serving({"everything": {"dollars": 0.01}})
 

@@ -508,6 +508,7 @@ def test_a_promoted_head_halts_from_the_next_request_on(plan: Plan, rivals: Riva
         assert rivals.position(plan, "d") == 20
 
 
+@pytest.mark.whole
 def test_a_challenger_serves_a_share_of_the_sessions_until_a_rollback(
     plan: Plan, rivals: Rivals, tmp_path: Path
 ) -> None:

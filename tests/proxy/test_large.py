@@ -163,6 +163,7 @@ def test_without_a_reason_the_small_lm_answers_as_by_its_head_alone(
     assert two.large.of(plan) == []
 
 
+@pytest.mark.whole
 @BOTH
 @STREAMED
 @WHERE
@@ -198,6 +199,7 @@ def test_who_wants_no_halting_has_no_large_lm_either(serving: Serving, plan: Pla
     assert two.large.of(plan) == []
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", ["vllm", "llama-server", "sglang"])
 def test_a_thought_that_was_halted_is_not_escalated_at_its_end(
     serving: Serving, plan: Plan, kind: Kind

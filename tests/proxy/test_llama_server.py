@@ -542,6 +542,7 @@ def measured(lm: LanguageModel, head: HaltHead, prompt: str, own: list[int]) -> 
     return found
 
 
+@pytest.mark.whole
 def test_a_server_that_dies_between_two_turns_is_a_clean_error(
     gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

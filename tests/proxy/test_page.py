@@ -146,6 +146,7 @@ def test_the_page_runs_nothing_but_its_own_and_asks_nobody_else(busy: Watched) -
     assert "innerHTML" not in found.text and "style=" not in found.text
 
 
+@pytest.mark.whole
 def test_one_group_is_told_of_with_its_history(busy: Watched) -> None:
     client = busy.proxy.client
     everything = client.get("/v1/haltwise/control").raise_for_status().json()
@@ -543,6 +544,7 @@ def test_what_is_wrong_with_budgets_and_load_is_said(page: Page, limited: Watche
     assert "unknown\nthe server does not tell; target 20" in shown(page, "means-numbers")
 
 
+@pytest.mark.whole
 @chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_budgets_fit_a_telephone_and_are_heard(page: Page, limited: Watched, scheme: str) -> None:

@@ -74,6 +74,7 @@ ASKED = ThoughtRequest(TERMS)
     st.sampled_from(["\n", "\r\n", "\r"]),
     st.integers(1, 40),
 )
+@pytest.mark.whole
 def test_events_do_not_depend_on_how_their_bytes_are_cut(
     chunks: list[Json], end: str, size: int
 ) -> None:
@@ -340,6 +341,7 @@ def with_value(value: Any, place: tuple[Any, ...], odd: Any) -> Any:
     return found
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("chat", [True, False])
 def test_no_value_of_a_chunk_makes_the_proxy_itself_fail(chat: bool) -> None:
     chunks = CHAT_CHUNKS if chat else TEXT_CHUNKS
@@ -1051,6 +1053,7 @@ def test_a_template_that_is_silent_is_waited_for_once() -> None:
     assert asyncio.run(play()) == 1
 
 
+@pytest.mark.whole
 def test_large_bodies_are_read_and_written_while_streams_go_on() -> None:
     body = {"messages": [{"role": "user", "content": "é\ud800"}], "deep": [[]] * 300_000}
     data = json.dumps(body).encode()

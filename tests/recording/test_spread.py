@@ -65,6 +65,7 @@ def deadly(job: SeededQuestion) -> SeededQuestion:
     return Deadly(**vars(question)), seed
 
 
+@pytest.mark.whole
 def test_a_killed_worker_is_replaced_and_its_questions_are_asked_again(
     local_ray: None, lm_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +110,7 @@ def test_only_what_is_missing_is_spread_and_a_plain_recording_gives_the_same(
         assert_same(row, expected[name])
 
 
+@pytest.mark.whole
 def test_what_is_wrong_with_an_lm_is_told_by_its_worker(local_ray: None, tmp_path: Path) -> None:
     nowhere = small_config(tmp_path / "nowhere", tmp_path / "traces", ray="local", workers=1)
     with pytest.raises(InputError, match=r"^cannot load an LM from "):

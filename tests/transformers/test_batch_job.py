@@ -145,6 +145,7 @@ def test_prompts_are_taken_as_slots_become_free() -> None:
     assert (num_done, num_taken) == (10, 11)
 
 
+@pytest.mark.whole
 def test_sampled_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
     model, arguments = tiny_lm(seed=3), {"temperature": 0.9, "price": NEVER}
     few, many = (answers(model, head(), num, **arguments) for num in (2, 7))
@@ -153,6 +154,7 @@ def test_sampled_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
     assert sum(a.ids != b.ids for a, b in zip(few, others, strict=True)) > 6
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("burst", [0, 16])
 def test_behind_closed_thoughts_answers_are_the_likeliest_tokens_and_free_ones_are_drawn(
     burst: int, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +252,7 @@ def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) ->
         answers(**arguments | changes)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("burst", [0, 16])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_thought_goes_on_where_its_answer_is_refused(

@@ -86,6 +86,7 @@ def test_answers_are_those_of_transformers(vllm: Any, rule: str) -> None:
     assert len({reason for reason, _ in places}) >= 3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_an_lm_whose_head_does_not_look_answers_by_itself(vllm: Any, rule: str) -> None:
     model, policy = tiny_lm(seed=3), blind_head(rule, groups=BLIND, close="so </think>")
@@ -147,6 +148,7 @@ def test_looks_of_some_run_beside_the_thoughts_of_others(vllm: Any) -> None:
     assert llm.most_at_once == 3  # as many as the engine runs at once
 
 
+@pytest.mark.whole
 def test_sampled_tokens_hang_on_the_prompt_the_seed_and_the_place(vllm: Any) -> None:
     terms: dict[str, Any] = {"temperature": 0.9, "price": NEVER}
     twice = [*PROMPTS, PROMPTS[0]]
