@@ -67,7 +67,7 @@ class LiveConfig:
     """What is asked at first: a task of the embedded LM, or TASK:SEGMENT."""
     after: str = "let:long"
     """What is asked from the shift on."""
-    target: float = 0.05
+    target: float = 0.03
     """The mean loss that is promised."""
     audit: float = 0.25
     """The share of requests that is audited until the governor is settled. The fewer requests there
