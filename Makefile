@@ -22,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 4 --dist worksteal -m "not (slow or whole)"
+	$(BIN)/pytest -n 3 --dist worksteal -m "not (slow or whole)"
 
 # The rest of what has to pass: commands, guides, servers and trainings as a whole.
 test-whole: export OMP_NUM_THREADS := 1

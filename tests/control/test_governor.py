@@ -103,6 +103,7 @@ def of_one_group(num: int, delay: int) -> Iterator[Request]:
         yield members, 1.0 if n % 2 else -1.0, delay, (0.1, 0.5)[n % 5 == 0], False
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("adversary", [greedy, in_turns, of_one_group])
 @pytest.mark.parametrize("delay", [0, 7, 60])
 @pytest.mark.parametrize("promise", [PROMISE, NO_BREAKER], ids=["breaker", "no breaker"])

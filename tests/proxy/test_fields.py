@@ -48,6 +48,7 @@ VALUES = [
         ("llama-server", "reasoning_budget_message", FEW),
     ],
 )
+@pytest.mark.whole
 def test_what_is_malformed_is_the_server_s_to_answer(
     pairs: Pairs, kind: Kind | Literal["probed"], field: str, values: list[str], chat: bool
 ) -> None:

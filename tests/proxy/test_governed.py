@@ -121,6 +121,7 @@ def mac(state: Path, reply: Reply, halted: bool, is_open: bool) -> str:
     ]
     + [("plain", False)],
 )
+@pytest.mark.whole
 def test_an_audit_knows_the_answers_that_halting_would_have_given(
     kind: Kind,
     chat: bool,
@@ -228,6 +229,7 @@ FAILURES += ["Roster.head_for", "Roster.ended", "Raters.rater_of"]
 @pytest.mark.parametrize(
     ("control", "audit"), [("observe", 1e-9), ("observe", 1.0), ("apply", 1.0)]
 )
+@pytest.mark.whole
 def test_no_failure_of_the_control_moves_a_byte(
     broken: str,
     control: str,

@@ -196,6 +196,7 @@ def got(proxy: Proxy, name: str, stream: bool, headers: dict[str, str]) -> tuple
         return reply.status_code, told
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", SERVERS)
 def test_whatever_a_server_sends_its_client_gets_an_answer_or_an_error(
     hostile: Proxy, name: str

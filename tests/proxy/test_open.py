@@ -45,6 +45,7 @@ def text_of(reply: Reply) -> str:
     return reply.text
 
 
+@pytest.mark.whole
 @BOTH
 @STREAMED
 @KINDS

@@ -120,6 +120,7 @@ def test_a_watched_thought_that_is_not_halted_is_what_the_server_says(
     ("kind", "probing"),
     [*((kind, False) for kind in KINDS), ("vllm", True), ("llama-server", True)],
 )
+@pytest.mark.whole
 def test_choices_that_nobody_asked_for_are_passed_on_each_by_itself(
     pairs: Pairs, kind: Kind, probing: bool, plan: Plan, chat: bool, stream: bool, choices: str,
     num: int | None,
@@ -664,6 +665,7 @@ def test_a_close_that_the_lm_does_not_heed_is_followed_through(
     assert len(pairs(kind).upstream.of(plan)) == 3 - (closes == "repeats") - by_itself
 
 
+@pytest.mark.whole
 @STREAMED
 @pytest.mark.parametrize("closes", ["", "repeats", "thinks", "both", "deaf"])
 @pytest.mark.parametrize("thoughts", ["field", "written"])

@@ -183,6 +183,7 @@ FORMS = (
 )
 
 
+@pytest.mark.whole
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("form", FORMS)
@@ -249,6 +250,7 @@ def test_a_silent_server_is_given_up(
 # The first leg goes wrong
 
 
+@pytest.mark.whole
 @BOTH
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "list", "says"])
 @pytest.mark.parametrize("at", [0, 10, 30])
@@ -352,6 +354,7 @@ def test_an_answer_behind_a_thought_that_the_client_has_closed_is_left_alone(
     assert len(pair.upstream.of(plan)) == 1 and not pair.upstream.of(plan, probes=True)
 
 
+@pytest.mark.whole
 @HEADS
 @BOTH
 @STREAMED
@@ -414,6 +417,7 @@ def test_a_policy_that_fails_lets_the_lm_think_on(
 # The second leg goes wrong
 
 
+@pytest.mark.whole
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("trouble", ["500", "html", "dies", "ends", "malformed", "says"])
@@ -479,6 +483,7 @@ ONE_STREAM = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.whole
 @HEADS
 @ONE_STREAM
 @STREAMED
@@ -541,6 +546,7 @@ def test_a_server_of_one_stream_is_halted(pairs: Pairs, kind: Kind, plan: Plan, 
     assert [leg.ended for leg in legs] == ["closed", "done"]
 
 
+@pytest.mark.whole
 @BOTH
 @STREAMED
 @pytest.mark.parametrize("trouble", ["dies", "ends", "malformed", "says"])
