@@ -129,6 +129,9 @@ def main(config: CalibrateConfig) -> Certificate:
     head_config = replace(
         head.config, certificate=certificate, default_price=price, segment_prices=by_segment
     )
+    if head_config == head.config:  # what came before it is to be had back still
+        print("The head has this certificate and its prices already: it is as it was.")
+        return certificate
     undo = certified.replace_prices(HaltHead(head_config, head.weights))
     print(_replaced(head.config, head_config))
     print(f"To have the former prices back: {undo}")

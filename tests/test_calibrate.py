@@ -95,6 +95,8 @@ def test_what_apply_has_replaced_is_told_and_can_be_undone(
         f"Prices of segments were replaced too: easy 2 -> {now}, gone 3 -> none of its own, "
         f"toy none of its own -> {now}."
     )
+    calibrate.main(replace(config, apply=True))  # once more by mistake
+    assert "has this certificate and its prices already" in capsys.readouterr().out
     subprocess.run(shlex.split(undo.removeprefix("To have the former prices back: ")), check=True)
     assert HaltHead.load(config.head).config == changed
 
