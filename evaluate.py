@@ -95,7 +95,7 @@ def main(config: EvaluateConfig) -> Report | list[RecordingRow] | list[LookingRo
             trained, path, config.rule, config.split, config.max_traces, config.json
         )
     outputs = Outputs(config.json, config.report, config.plot)
-    return evaluate_run(
+    report = evaluate_run(
         trained,
         path,
         config.split,
@@ -104,6 +104,9 @@ def main(config: EvaluateConfig) -> Report | list[RecordingRow] | list[LookingRo
         live=config.live,
         verbose=config.verbose,
     )
+    if not report.other_price:  # else the verdict is not about the price that is served
+        print(report.verdict.advice)
+    return report
 
 
 def _entrants(config: EvaluateConfig, trained: Trained) -> list[Entrant]:

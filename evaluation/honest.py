@@ -136,8 +136,8 @@ def price_words(
     certify_it = (
         "That is an estimate and no certificate: these questions are those of the training, judged "
         "by heads that had not learned from them, and not by this one. calibrate.py --apply gives "
-        "this one a price that is certified, on new questions: where it vouches for less, or for "
-        "nothing as these are few, go by the certificate."
+        "this one a price that is certified, on new questions: go by that one, be it "
+        "higher, lower, or none at all, as such questions are few."
     )
     own_words = f"{_own_words(own, sorted(segments))} {advice}".rstrip()
     return "\n".join([own_words, *promises, certify_it])

@@ -54,6 +54,10 @@ _ADVICE = {
 }
 # So few questions decide nothing by themselves, whatever their intervals.
 _FEW_QUESTIONS = 100
+# What is true of every head that is behind at the price of a verdict.
+_OTHER_PRICE = (
+    "A higher price may save more: see what calibrate.py certifies on questions that are new to it."
+)
 # Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
@@ -176,14 +180,14 @@ def _advice(
     if kind == "behind" and num_questions < _FEW_QUESTIONS:
         return (
             f"These are few questions to go by: judge it on {_FEW_QUESTIONS} or more before you "
-            "serve it or give it up."
+            f"serve it or give it up. {_OTHER_PRICE}"
         )
     better = _better_to_serve(head, rules) if kind == "behind" else None
     if better is not None:
         return (
             f"A simple rule does better, {policy_title(better.policy)}, which can be served "
-            f"({_how_served(better)}): do not serve the head, or record more questions and train "
-            "again."
+            f"({_how_served(better)}): do not serve the head at this price. {_OTHER_PRICE} Or "
+            "record more questions and train again."
         )
     if kind in ("ahead", "tie", "behind") and change is not None and change[1] < 0:
         return _ADVICE["mixed"]
@@ -228,7 +232,7 @@ def _of_better_head(rival: FrozenRow) -> str:
         "The verdict compares savings at the head's exact match, where the rule may take whichever "
         "setting is best on these very questions. The setting that was chosen for "
         f"{policy_title(rival.policy)} {_came_to(rival)}: that is not better than the head's own "
-        "price. A higher price may save more: certify one on other questions."
+        f"price. {_OTHER_PRICE}"
     )
 
 

@@ -124,7 +124,8 @@ def test_a_head_with_another_price_by_now_is_told_below_the_verdict(
 ) -> None:
     config = EvaluateConfig(head=run_folder, traces=traces_path, split="all")
     found = evaluated(config)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("Verdict")
+    *_, verdict, advice = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("Verdict") and "judge it on 100 or more" in advice
     head = Run(run_folder).head()
     HaltHead(replace(head.config, default_price=10.0), head.weights).save(run_folder)
     evaluate.main(config)

@@ -186,7 +186,7 @@ def test_a_rule_that_is_better_is_named_with_how_it_is_served(
         (0.094, [0.07, 0.12], 0.2, "equal exact match it saves 9.4 points more [+7.0, +12.0] than"),
         (-0.02, [-0.05, 0.01], 0.5, ": of what can be served, serve the head at its own price."),
         (-0.02, [-0.05, -0.01], 0.2, ": of what can be served, serve the head at its own price."),
-        (-0.02, [-0.05, -0.01], 0.5, "max-thinking-tokens 96): do not serve the head, or record"),
+        (-0.02, [-0.05, -0.01], 0.5, "max-thinking-tokens 96): do not serve the head at this"),
     ],
 )
 def test_a_rule_of_replays_alone_is_no_reason_not_to_serve_a_head(
