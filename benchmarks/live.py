@@ -7,7 +7,7 @@ Clients ask some thousands of questions, from one on all of a harder kind: there
 been certified loses more than is promised, so that the governor has to take it back. The right
 answers are known to the driver alone, which tells them as an operator would: of the audits that
 wait for a label. What is lost in truth is measured aside: a sample of the questions is answered
-once more, in full, by the server itself. All answers are sampled, as the embedded LM makes no
+once more, in full, by the server itself. All thoughts are sampled, as the embedded LM makes no
 mistakes otherwise.
 """
 
