@@ -27,26 +27,16 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
 from benchmarks.timing import BenchResult, take_turns
 from examples.stories import stories
-from haltwise import (
-    MEAN_LOGPROB,
-    HaltHead,
-    Halting,
-    HeadConfig,
-    InputError,
-    Observing,
-    feature_names,
-)
+from haltwise import MEAN_LOGPROB, HaltHead, Halting, InputError
 from haltwise.policy.answers import READERS
 from haltwise.policy.halting import Probing
 from lms.embedded import CLOSE
 from lms.gguf import write_gguf
 from lms.questions import Question
-from lms.sources.task import with_instruction
 from lms.tasks import questions
+from tests.heads import place_head
 from tests.proxy.proxies import Fetched, Proxy, cpu_seconds_of, fetch, saved_head, spawned_proxy
 
 if TYPE_CHECKING:
@@ -145,13 +135,6 @@ _HALTING: tuple[Way, ...] = ("no looks", *_LOOKING)
 def _head(config: ServersConfig, probing: Probing) -> HaltHead:
     """A head that halts from one place on, at a price of 1; at 0.1 never."""
     groups = ("pace", "confidence" if probing == "always" else "distribution")
-    names = feature_names(groups)
-    mean = [np.log1p(config.halts_at - 0.5) if name == "log_position" else 0.0 for name in names]
-    observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
-    w0 = np.zeros((1, observing.size), dtype=np.float32)
-    w0[0, [names.index("log_position"), -1]] = 1.0, 10.0
-    one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
-    weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
     markers = {} if config.lm is None else {"think_start": "", "think_end": "", "answer_end": "\n"}
     halting = Halting(
         probing,
@@ -161,7 +144,7 @@ def _head(config: ServersConfig, probing: Probing) -> HaltHead:
         max_answer_tokens=8,
         **markers,
     )
-    return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
+    return place_head(config.halts_at, groups, halting)
 
 
 class _Asked:
@@ -176,15 +159,17 @@ class _Asked:
     def __init__(self, config: ServersConfig, num_streams: int, server: LlamaServer) -> None:
         self.num_streams, self._server = num_streams, server
         num = max(config.num_questions, num_streams)
+        self._system: list[dict[str, str]]
         if config.lm is None:
-            self.questions = questions("all", "test", num)
+            self.questions, self._system = questions("all", "test", num), []
         else:
             self.questions = [_story(row) for row in stories(num, seed=1)]
+            self._system = [{"role": "system", "content": _INSTRUCTION}]
         self._common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
 
     def body(self, question: Question) -> dict[str, Any]:
         """The body of a request."""
-        return self._common | {"messages": [{"role": "user", "content": question.text}]}
+        return self._common | {"messages": [*self._system, {"role": "user", "content": question.text}]}
 
     def cpu_seconds(self) -> float:
         """The CPU time that the server has taken."""
@@ -197,7 +182,7 @@ class _Asked:
 
 
 def _story(row: dict[str, str]) -> Question:
-    text = with_instruction(row["question"], _INSTRUCTION)
+    text = row["question"]
     return Question(text, "stories", row["segment"], text, row["answer"], "test", "number")
 
 

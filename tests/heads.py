@@ -55,3 +55,21 @@ def sure_head(
     start, end = ("<think>", "</think>") if "</think>" in close else ("", "")
     halting = Halting(probing, rule, close, MEAN_LOGPROB, think_start=start, think_end=end)
     return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)
+
+
+def place_head(halts_at: int, groups: tuple[str, ...], halting: Halting) -> HaltHead:
+    """Halts from some token on at a price of 1, and never at 0.1, whatever else it sees.
+
+    Args:
+        halts_at: The number of that token.
+        groups: What it sees, with the pace among it.
+        halting: Its conditions.
+    """
+    names = feature_names(groups)
+    mean = [np.log1p(halts_at - 0.5) if name == "log_position" else 0.0 for name in names]
+    observing = Observing(groups, tuple(mean), (1.0,) * len(names), (0.1, 10.0))
+    w0 = np.zeros((1, observing.size), dtype=np.float32)
+    w0[0, [names.index("log_position"), -1]] = 1.0, 10.0
+    one, zero = np.ones((1, 1), dtype=np.float32), np.zeros(1, dtype=np.float32)
+    weights = {"w0": w0, "b0": zero, "w1": one, "b1": zero, "w2": one, "b2": zero}
+    return HaltHead(HeadConfig(observing, halting, default_price=1.0), weights)

@@ -449,6 +449,16 @@ PROMISES: dict[str, Tests] = {
         test_proxy.test_headers_of_the_proxy_are_not_passed_on_and_others_are,
         test_proxy.test_the_price_is_the_header_s_or_the_key_s_or_the_default,
     ),
+    "Turns are asked for by the native endpoint, `/completion`": (
+        test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
+        test_probing.test_where_a_gateway_lets_no_native_path_through_turns_are_completions,
+    ),
+    "A head without the group `distribution` reads none of the thought's own": (
+        test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
+    ),
+    "Elsewhere tokens cannot be told apart without them": (
+        test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
+    ),
     "The thought is asked for in turns, each a request that ends at the next decision point": (
         test_probing.test_a_thought_in_turns_that_nobody_halts_is_that_of_one_stream,
     ),
@@ -854,6 +864,7 @@ PROMISES: dict[str, Tests] = {
 #: Of sentences that promise nothing, or nothing that a test could hold: how the page goes on, what
 #: a reader may do, what was decided and why, and what was measured once, in docs/LOG.md.
 TELLS = (
+    "Log probabilities cost the server time at every token",
     "This page says how a head runs",
     "What a head looks at is called its `probing`",
     "That decides where it can run:",

@@ -201,7 +201,9 @@ class WatchedCompletion(Completion):
                 return large
         goes_on = not settings.shadow or settings.head.config.halting.probing == "always"
         extra = server.extra_fields(self.request) if goes_on else {}
-        body = self.request.watched_body(extra, server.shows_numbers(self.request))
+        wants_numbers = self._streamed.wants_logprobs or server.needs_numbers(self.request)
+        has_numbers = wants_numbers and server.shows_numbers(self.request)
+        body = self.request.watched_body(extra, has_numbers)
         if self.request.comes_in_turns:
             return await self._closer.ask_in_turns(body)
         return await self._closer.ask(body, self.request.chat)

@@ -14,6 +14,7 @@ import anyio
 
 from haltwise.proxy.completion_request import CompletionRequest, numbers_asked
 from haltwise.proxy.dialect import (
+    NO_SUCH_PATH,
     LlamaDialect,
     OllamaDialect,
     ServerDialect,
@@ -22,6 +23,7 @@ from haltwise.proxy.dialect import (
     listed_models,
     owner_of,
 )
+from haltwise.proxy.native import NATIVE_PATH, NativeLeg, native_body
 from haltwise.proxy.sampling import numbers_in
 from haltwise.proxy.upstream import GeneratedSoFar, SharedQuestion, Upstream, UpstreamLeg
 from haltwise.proxy.wire import Json, RawHeaders, UpstreamError, json_object
@@ -140,6 +142,10 @@ class LMServer(ServerDialect):
         """Whether the server tells log probabilities of such a request's stream."""
         return True
 
+    def needs_numbers(self, request: CompletionRequest) -> bool:
+        """Whether it tells such a request's tokens apart by their log probabilities alone."""
+        return True
+
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """How many of the likeliest tokens the client expects to see; None for no numbers."""
         return request.num_top
@@ -172,6 +178,18 @@ class LMServer(ServerDialect):
             None if it cannot, or if answers are better forced beside it on this kind of server.
         """
         return None
+
+    async def open_turn(self, body: Json, headers: RawHeaders) -> UpstreamLeg:
+        """Asks for a turn of a thought, as a completion.
+
+        Args:
+            body: The body of the completion; one without `logprobs` asks for the ids alone.
+            headers: The client's.
+
+        Raises:
+            UpstreamError: If no answer comes.
+        """
+        return await self.upstream.stream("/v1/completions", body, headers)
 
     async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """The body of the request that goes on from what was generated, and a tail behind it.
@@ -263,6 +281,10 @@ class VllmServer(VllmDialect, LMServer):
         """Chats can be halted as well as completions, since both can be continued."""
         return request.why_not_continued(self.close_text)
 
+    def needs_numbers(self, request: CompletionRequest) -> bool:
+        """It tells their ids."""
+        return False
+
     def extra_fields(self, request: CompletionRequest) -> Json:
         """Asks for the ids of the tokens."""
         return {"return_token_ids": True}
@@ -314,6 +336,10 @@ class VllmServer(VllmDialect, LMServer):
 class SglangServer(SglangDialect, VllmServer):
     """SGLang: as vLLM, but its streams of chats have no ids."""
 
+    def needs_numbers(self, request: CompletionRequest) -> bool:
+        """Without ids it does."""
+        return request.chat
+
     def extra_fields(self, request: CompletionRequest) -> Json:
         """Asks for ids in completions alone: a stream of a chat would be refused with it."""
         return {} if request.chat else super().extra_fields(request)
@@ -338,6 +364,7 @@ class LlamaServer(LlamaDialect, LMServer):
 
     caches_by_slot = True
     _begins_with_space = False  # every text that its tokenizer reads
+    _has_native = True  # as far as is known; a gateway may let other paths through alone
 
     async def learn(self, headers: RawHeaders) -> None:
         """Asks for its slots and its sampling, how long the close text is, how texts begin.
@@ -421,6 +448,10 @@ class LlamaServer(LlamaDialect, LMServer):
         """It refuses to, where a chat has tools: only a cap can end such a thought."""
         return not (request.chat and request.body.get("tools"))
 
+    def needs_numbers(self, request: CompletionRequest) -> bool:
+        """Its native endpoint tells ids, and is asked for turns."""
+        return not request.comes_in_turns
+
     def num_top_shown(self, request: CompletionRequest) -> int | None:
         """In a chat it shows some even if no number is named; in completions none if it is 0."""
         if request.chat:
@@ -481,6 +512,20 @@ class LlamaServer(LlamaDialect, LMServer):
             request = request.of_prompt(prompt)
         is_closed = opened_in_text(request.prompt, self.rules) is False
         return None if is_closed else replace(request, comes_in_turns=True)
+
+    async def open_turn(self, body: Json, headers: RawHeaders) -> UpstreamLeg:
+        """By the native endpoint; where there is none, ids come with log probabilities alone.
+
+        Raises:
+            UpstreamError: If no answer comes.
+        """
+        if self._has_native:
+            leg = await self.upstream.stream(NATIVE_PATH, native_body(body), headers)
+            if leg.response.status_code not in NO_SUCH_PATH:
+                return NativeLeg(leg.response, str(body.get("model") or next(iter(self.names), "")))
+            await leg.close()
+            self._has_native = False
+        return await super().open_turn(numbers_asked(False, 1) | body, headers)
 
     async def body_after(self, request: CompletionRequest, seen: GeneratedSoFar, tail: str) -> Json:
         """Goes on from the text of the prompt, the ids of the tokens and the text of the tail.

@@ -213,11 +213,11 @@ async def _read_turn(
 ) -> LegUsage:
     """Reads a turn of a thought, which adds to what was generated; returns what it took."""
     numbers = numbers_asked(False, NUM_TOP)
-    leg = await server.upstream.stream("/v1/completions", body | numbers, request.headers)
+    leg = await server.open_turn(body | numbers, request.headers)
     usage = LegUsage()
     try:
         if not leg.is_readable:
-            raise await refusal("/v1/completions", leg)
+            raise await refusal("a turn of a thought", leg)
         async for event in counting(usage, leg):
             seen.add(event.chunk or {})
     finally:

@@ -6,7 +6,7 @@ No answer is lost: whatever fails on the way, the LM thinks on, and its client s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, suppress
 
 import anyio
@@ -68,13 +68,19 @@ class ThoughtCloser:
         Raises:
             UpstreamError: If no answer comes.
         """
-        self.has_asked = True
         path = "/v1/chat/completions" if chat else "/v1/completions"
-        leg = await self._server.upstream.stream(path, body, self._headers)
+        return await self._asked(self._server.upstream.stream(path, body, self._headers))
+
+    async def _asked(self, answer: Awaitable[UpstreamLeg]) -> UpstreamLeg:
+        self.has_asked = True
+        leg = await answer
         self._running.push_async_callback(leg.close)
         # Two requests must not have one name.
         self._headers = [pair for pair in self._headers if pair[0] != b"x-request-id"]
         return leg
+
+    async def _ask_turn(self, body: Json) -> UpstreamLeg:
+        return await self._asked(self._server.open_turn(body, self._headers))
 
     async def ask_in_turns(self, body: Json) -> LegInTurns:
         """As `ask`, for a leg that comes in turns with the answers that are forced.
@@ -83,7 +89,9 @@ class ThoughtCloser:
             UpstreamError: If no answer comes.
         """
         prober = self._reader.prober
-        prober.leg = leg = await LegInTurns.begun(body, self._reader, self.ask, self._patience)
+        prober.leg = leg = await LegInTurns.begun(
+            body, self._reader, self._ask_turn, self._patience
+        )
         self._running.push_async_callback(leg.close)
         return leg
 

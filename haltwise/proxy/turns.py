@@ -36,8 +36,8 @@ _NUM_SEEDS = 2**32 - 1
 # What the chunks of all turns have in common.
 _ENVELOPE = ("id", "created")
 
-#: Sends a request: its body, and whether it is for a chat.
-Ask = Callable[[Json, bool], Awaitable[UpstreamLeg]]
+#: Sends the request of a turn, of which this is the body.
+Ask = Callable[[Json], Awaitable[UpstreamLeg]]
 
 
 class LegInTurns(UpstreamLeg):
@@ -83,7 +83,7 @@ class LegInTurns(UpstreamLeg):
             UpstreamError: If no answer comes.
         """
         limit = _num_until_look(reader, 0)
-        return cls(await ask(_limited(body, limit), False), limit, reader, ask, patience)
+        return cls(await ask(_limited(body, limit)), limit, reader, ask, patience)
 
     async def comes_before(self, other: asyncio.Future[Any]) -> bool:
         """Waits for something else, before which nothing comes."""
@@ -198,12 +198,12 @@ class LegInTurns(UpstreamLeg):
         if isinstance(seed := body.get("seed"), int) and seed >= 0:
             # Other draws than those of the turns before.
             body["seed"] = (seed + self._used.completion_tokens) % _NUM_SEEDS
-        if reader.is_thinking and reader.may_halt:
-            body |= numbers_asked(request.chat, max(NUM_TOP, request.num_top or 0))
-        turn = await self._ask(_limited(body, limit), request.chat)
+        if reader.is_thinking and reader.may_halt and reader.streamed.wants_logprobs:
+            body |= numbers_asked(False, max(NUM_TOP, request.num_top or 0))
+        turn = await self._ask(_limited(body, limit))
         try:
             if not turn.is_readable:
-                raise await refusal("/v1/completions", turn)
+                raise await refusal("the next turn of a thought", turn)
             turn.put_back(await anext(turn))
         except StopAsyncIteration:
             raise UpstreamError("cut", "upstream broke off its answer") from None

@@ -357,11 +357,12 @@ class ServedToken:
 def tokens_of(choice: Json) -> list[ServedToken]:
     """The tokens of a choice, read from its log probabilities in either of their two forms.
 
-    Without log probabilities there are no tokens. A number that is malformed is unknown, no error.
+    Without log probabilities those have no text whose ids are told, and there are no others. A
+    number that is malformed is unknown, no error.
     """
-    logprobs = choice.get("logprobs")
+    logprobs, ids = choice.get("logprobs"), choice.get("token_ids")
     if not isinstance(logprobs, dict):
-        return []
+        return [ServedToken("") for _ in ids] if isinstance(ids, list) else []
     content = logprobs.get("content")
     entries = content if isinstance(content, list) else _chat_entries(logprobs)
     return [_token(entry) for entry in entries if isinstance(entry, dict)]

@@ -120,6 +120,11 @@ class StreamedThought:
         looks = self._looks and has_places and bool(self._session.watched[0])
         return self.thought.next_look(looks)
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the head sees log probabilities of the thought's own tokens."""
+        return self._signals.wants_logprobs
+
     def skip(self) -> None:
         """Passes the decision point where the thought stands: nobody forces its answer."""
         self._session.skip(0)
@@ -191,8 +196,15 @@ class StreamedSignals:
         self._logprobs: list[float] = []
         self._top: list[Sequence[float]] = []
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether a wanted signal is made from log probabilities."""
+        return self._collector.wants_logprobs
+
     def add(self, logprob: float, top: Sequence[float]) -> None:
         """Takes in the next token; the arguments are those of `StreamedThought.add`."""
+        if not self.wants_logprobs:
+            return
         self._logprobs.append(logprob)
         self._top.append(top)
         if len(self._top) == _MOST_WAITING:

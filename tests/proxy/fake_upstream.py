@@ -62,6 +62,13 @@ _REASONING = {"vllm": "reasoning", "ollama": "reasoning"}
 _EOS = "<eos>"
 
 
+# llama-server's own endpoint, and its names for the fields of a completion.
+_NATIVE = "/completion"
+_OF_NATIVE = {
+    "max_tokens": "n_predict",
+    "logprobs": "n_probs",
+    "return_token_ids": "return_tokens",
+}
 _VLLM_WAITING = "vllm:num_requests_waiting"
 
 
@@ -342,6 +349,7 @@ class _Fake:
             yield Route("/tokenize", self.tokenize, methods=["POST"])
             yield Route("/detokenize", self.detokenize, methods=["POST"])
         if self.kind == "llama-server":
+            yield Route("/completion", self.generate, methods=["POST"])
             yield Route("/v1/chat/completions/control", self.control, methods=["POST"])
             yield Route("/apply-template", self.apply_template, methods=["POST"])
             props = {
@@ -423,6 +431,8 @@ class _Fake:
         """Both of chat and completions."""
         try:
             body = await request.json()
+            if request.url.path == _NATIVE:
+                body |= {own: body[name] for own, name in _OF_NATIVE.items() if name in body}
             chat = request.url.path.endswith("/chat/completions")
             prompt = self.prompt_of(body, chat)
             plan = Plan.read(prompt)
@@ -573,6 +583,7 @@ class _Writer:
     def __init__(self, fake: _Fake, asked: Asked, plan: Plan, prompt: str, happens: bool) -> None:
         self.fake, self.asked, self.plan, self.happens = fake, asked, plan, happens
         self.body = asked.body
+        self.native = asked.path == _NATIVE
         self.chat = asked.path.endswith("/chat/completions")
         self.prompt_ids = fake.ids_of(prompt if self.chat else self.body["prompt"])
         self.tokens = continuation(plan, prompt)
@@ -660,9 +671,9 @@ class _Writer:
             for group in self.groups():
                 yield self._event([self._choice(i, "", None) for i in group], usage=self.usage())
         options = self.body.get("stream_options") or {}
-        if options.get("include_usage"):
+        if options.get("include_usage") and not self.native:
             yield self._event([], usage=self.usage())
-        if self.plan.trouble != "ends" or not self.happens:
+        if (self.plan.trouble != "ends" or not self.happens) and not self.native:
             yield "[DONE]"
         if self.plan.trouble == "goes on" and self.happens:
             yield self._event([self._of(0, [Token(" behind the end", "answer")])])
@@ -753,8 +764,26 @@ class _Writer:
             where["prompt_token_ids"] = self.prompt_ids
         if usage is not None:
             event["usage"] = usage
+        if self.native:
+            event = self._native(choices[-1], usage)  # it has one
         # NaN is what a careless server writes.
         return json.dumps(event, ensure_ascii=False)
+
+    def _native(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> dict[str, Any]:
+        """A chunk as llama-server's own endpoint has it."""
+        event = {"index": choice["index"], "content": choice["text"], "stop": usage is not None}
+        event |= {"tokens": choice.get("token_ids", []), "tokens_predicted": self.num_tokens}
+        event["tokens_evaluated"] = len(self.prompt_ids)
+        if choice["logprobs"] is not None:
+            event["completion_probabilities"] = choice["logprobs"]["content"]
+        if usage is not None:
+            event["stop_type"] = {"length": "limit", "stop": "eos"}.get(self.finish or "", "none")
+            for own, name in (("evaluated", "prompt_tokens"), ("predicted", "completion_tokens")):
+                event[f"tokens_{own}"] = usage.get(name)
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict):
+                event["timings"] = {"cache_n": details.get("cached_tokens")}
+        return event
 
     def usage(self) -> dict[str, Any]:
         """Both counts and their sum, and the details."""

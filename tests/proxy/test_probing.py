@@ -13,16 +13,17 @@ import openai
 import pytest
 
 from haltwise import HaltHead, InputError
-from haltwise.proxy import ServeConfig, app, create_server, turns
+from haltwise.policy.halting import Probing
+from haltwise.proxy import ServeConfig, app, create_server, lm_server, turns
 from haltwise.proxy import probe_trial as trial_module
 from haltwise.proxy.chat_form import ChatForm
+from haltwise.proxy.lm_server import LlamaServer
 from haltwise.proxy.probe_trial import ProbeTrial
 from haltwise.proxy.probing import ProbeRoom
-from haltwise.proxy.second_leg import ThoughtCloser
 from haltwise.proxy.upstream import UpstreamLeg
-from haltwise.proxy.wire import StreamEvent, UpstreamError
+from haltwise.proxy.wire import RawHeaders, StreamEvent, UpstreamError
 from haltwise.session.thought import PointRules
-from tests.heads import CLOSE, sure_head
+from tests.heads import CLOSE, place_head, sure_head
 from tests.proxy.fake_upstream import FakeUpstream, Kind, Plan, is_probe
 from tests.proxy.proxies import PATIENCE, Pair, Pairs, Reply, ask, proxied, saved_head, wait_until
 
@@ -409,15 +410,15 @@ def test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then(
     in_turn: Pair, plan: Plan, chat: bool, num: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "_BREATH", 0.0)
-    ask_for, bodies = ThoughtCloser.ask, list[Any]()
+    ask_for, bodies = LlamaServer.open_turn, list[Any]()
 
-    async def failing(closer: ThoughtCloser, body: Any, chat: bool) -> UpstreamLeg:
+    async def failing(server: LlamaServer, body: Any, headers: RawHeaders) -> UpstreamLeg:
         bodies.append(body)
         if 3 <= len(bodies) < 3 + num:
             raise UpstreamError("unreachable", "upstream cannot be reached")
-        return await ask_for(closer, body, chat)
+        return await ask_for(server, body, headers)
 
-    monkeypatch.setattr(ThoughtCloser, "ask", failing)
+    monkeypatch.setattr(LlamaServer, "open_turn", failing)
     reply = ask(in_turn.client, plan, chat)
     if num == 2:
         assert thought_of(reply) == plan.thought(8) and not reply.done and reply.error["message"]
@@ -426,6 +427,51 @@ def test_a_turn_that_fails_is_tried_once_more_and_nobody_looks_then(
     told = reply.haltwise
     assert not told["halted"] and told["fallback"] == "unreachable" and reply.done
     assert told["probes"]["num"] == 2 and "logprobs" not in bodies[-1]
+
+
+def numberless(folder: Path, probing: Probing) -> Path:
+    """A saved head that halts behind 20 tokens, and sees no log probability of the thought's."""
+    groups = ("pace", "confidence") if probing == "always" else ("pace", "reflection")
+    halting = sure_head(CLOSE, "every 4 tokens", probing).config.halting
+    return saved_head(folder, place_head(20, groups, halting))
+
+
+@BOTH
+@pytest.mark.parametrize("per_chunk", [1, 3])
+@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server"])
+def test_log_probabilities_that_nobody_reads_are_not_asked_for(
+    plan: Plan, kind: Kind, chat: bool, per_chunk: int, tmp_path: Path
+) -> None:
+    """Tokens are counted by their ids; SGLang's chats have none."""
+    in_turn = kind == "llama-server"
+    plan = replace(plan, per_chunk=1 if in_turn else per_chunk)
+    head = numberless(tmp_path, "always" if in_turn else "at_halt")
+    with FakeUpstream(kind, probed=in_turn) as upstream:
+        with proxied(ServeConfig(head, upstream.url, probe_timeout=PATIENCE)) as proxy:
+            told = [
+                ask(proxy.client, plan, chat, max_tokens=40, headers=headers)
+                for headers in ({}, NEVER)
+            ]
+        asked = upstream.of(plan)
+    assert thought_of(told[0]).startswith(plan.thought(20)) and told[0].haltwise["position"] == 20
+    assert thought_of(told[1]) == plan.thought() and not told[1].haltwise["halted"]
+    assert told[1].text.endswith(plan.answer_text()) and told[1].finish == "stop"
+    are_asked = any("logprobs" in one.body for one in asked if not is_probe(one.body))
+    assert are_asked == ((kind, chat) == ("sglang", True))
+
+
+@BOTH
+def test_where_a_gateway_lets_no_native_path_through_turns_are_completions(
+    plan: Plan, chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lm_server, "NATIVE_PATH", "/not/there")
+    with FakeUpstream("llama-server", probed=True) as upstream:
+        config = ServeConfig(numberless(tmp_path, "always"), upstream.url, probe_timeout=PATIENCE)
+        with proxied(config) as proxy:
+            reply = ask(proxy.client, plan, chat)
+        turns = upstream.of(plan)
+    assert thought_of(reply) == plan.thought(20) and reply.haltwise["turns"] == 5
+    assert {(one.path, one.body["logprobs"]) for one in turns} == {("/v1/completions", 1)}
 
 
 @BOTH
