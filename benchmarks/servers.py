@@ -159,17 +159,18 @@ class _Asked:
     def __init__(self, config: ServersConfig, num_streams: int, server: LlamaServer) -> None:
         self.num_streams, self._server = num_streams, server
         num = max(config.num_questions, num_streams)
-        self._system: list[dict[str, str]]
+        # As services have it; slots keep what prompts begin with.
+        self._system = [{"role": "system", "content": _INSTRUCTION}] if config.lm else []
         if config.lm is None:
-            self.questions, self._system = questions("all", "test", num), []
+            self.questions = questions("all", "test", num)
         else:
             self.questions = [_story(row) for row in stories(num, seed=1)]
-            self._system = [{"role": "system", "content": _INSTRUCTION}]
         self._common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
 
     def body(self, question: Question) -> dict[str, Any]:
         """The body of a request."""
-        return self._common | {"messages": [*self._system, {"role": "user", "content": question.text}]}
+        asked = {"role": "user", "content": question.text}
+        return self._common | {"messages": [*self._system, asked]}
 
     def cpu_seconds(self) -> float:
         """The CPU time that the server has taken."""
@@ -182,8 +183,8 @@ class _Asked:
 
 
 def _story(row: dict[str, str]) -> Question:
-    text = row["question"]
-    return Question(text, "stories", row["segment"], text, row["answer"], "test", "number")
+    asked, segment = row["question"], row["segment"]
+    return Question(asked, "stories", segment, asked, row["answer"], "test", "number")
 
 
 @dataclass

@@ -5,9 +5,11 @@ session, else user, else request. So what replays of audits cannot see is the he
 time, failures, complaints, and what answers cost in truth. Of each unit the mean over its requests
 counts once. With p the probability of the challenger, A whether it was drawn and m the mean of the
 units before, (A / p - (1 - A) / (1 - p)) (Y - m) has the effect on Y as its mean (Horvitz and
-Thompson, 1952, centred). The interval around it holds at all times at once: of what happens or does
-not by `betting.half_width`; of tokens and seconds, whose largest values are far from usual ones, by
-`betting.normal_half_width` from `FEWEST` units on.
+Thompson, 1952, centred). A request that is an audit tells nothing of its head, which halted
+nothing; one that is none stands for 1 / (1 - its probability to be one), since each head's requests
+are audited at a rate of their own. The interval around the mean holds at all times at once: of what
+happens or does not by `betting.half_width`; of tokens and seconds, whose largest values are far
+from usual ones, by `betting.normal_half_width` from `FEWEST` units on.
 
 What exact match is lost is not told here but by pairs, `haltwise.control.trial`: there an audit
 tells it of both heads at once, and nobody has to be served worse for it.
@@ -56,6 +58,8 @@ class Served:
     """Of the challenger."""
     values: Mapping[Kind, float | None]
     """What is measured of it; None is unknown."""
+    weight: float = 1.0
+    """What it stands for, in the mean 1; 0 if it was an audit, or all of a unit were."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class Comparison:
     """The head that serves the others."""
     challenger: str
     units: tuple[int, int]
-    """The champion's and the challenger's."""
+    """The champion's and the challenger's of which something could be seen."""
+    unseen: tuple[int, int]
+    """Their other ones: all of their requests were audits, or came before both heads halted."""
     mismatch: float
     """Evidence that units were not drawn as they were to be."""
     effects: tuple[Effect, ...]
@@ -105,27 +111,31 @@ def compare(state: str | Path, library: Library, budget: int | None = None) -> C
         raise InputError(f"budget is {budget}, expected at least 1 unit")
     rows = _rows(state)
     champion, challenger = _heads(library, rows)
-    served = [_served(row, challenger) for row in rows if row["head"] in (champion, challenger)]
-    units = _units(served)
+    rows = [row for row in rows if row["head"] in (champion, challenger)]
+    drawn = _units(_served(row, challenger) for row in rows)
+    units = _units(_served(row, challenger) for row in _observable(rows))
     kinds: tuple[Kind, ...] = tuple(LARGEST)
     effects = tuple(effect(units, kind) for kind in kinds)
-    nums = sum(not one.is_challenger for one in units), sum(one.is_challenger for one in units)
-    mismatch = evidence_of_mismatch(units)
+    seen, of_all = _by_head(one for one in units if one.weight), _by_head(drawn)
+    unseen = of_all[0] - seen[0], of_all[1] - seen[1]
+    mismatch = evidence_of_mismatch(drawn)
     found = {one.kind: one for one in effects}
-    verdict = _verdict(library, challenger, mismatch, found, sum(nums), budget)
-    return Comparison(champion, challenger, nums, mismatch, effects, verdict)
+    verdict = _verdict(library, challenger, mismatch, found, seen, budget)
+    return Comparison(champion, challenger, seen, unseen, mismatch, effects, verdict)
 
 
 def effect(units: Sequence[Served], kind: Kind) -> Effect:
     """Returns what the challenger changes, from units in the order in which they began."""
-    known = [one for one in units if one.values[kind] is not None]
-    values = np.array([one.values[kind] for one in known], dtype=np.float64)
+    known = [one for one in units if one.values[kind] is not None or not one.weight]
+    values = np.array([one.values[kind] or 0.0 for one in known], dtype=np.float64)
     values = values.clip(0, LARGEST[kind]) / LARGEST[kind]
     drawn = np.array([one.is_challenger for one in known], dtype=bool)
     share = np.array([one.probability for one in known], dtype=np.float64)
+    counts = np.array([one.weight for one in known], dtype=np.float64)
     num = len(known)
-    before = (np.cumsum(values) - values) / np.maximum(np.arange(num), 1)  # 0 before the first
-    weights = np.where(drawn, 1 / share, -1 / (1 - share)) if num else values
+    sums, total = np.cumsum(counts * values) - counts * values, np.cumsum(counts) - counts
+    before = np.divide(sums, total, out=np.zeros(num), where=total > 0)
+    weights = counts * np.where(drawn, 1 / share, -1 / (1 - share)) if num else values
     scale = float(np.abs(weights).max(initial=1.0))
     scores = weights * (values - before) / scale
     width = _half_width(scores, kind)
@@ -134,8 +144,9 @@ def effect(units: Sequence[Served], kind: Kind) -> Effect:
         for end in (-width, 0.0, width)
     )
     most = LARGEST[kind]
-    old, new = (most * _mean(values[drawn == arm]) for arm in (False, True))
-    return Effect(kind, num, old, new, max(low, -most), estimate, min(high, most))
+    old, new = (most * _mean(values, counts * (drawn == arm)) for arm in (False, True))
+    told = int((counts > 0).sum())
+    return Effect(kind, told, old, new, max(low, -most), estimate, min(high, most))
 
 
 def _half_width(scores: Float, kind: Kind) -> float:
@@ -172,29 +183,65 @@ def _units(served: Iterable[Served]) -> list[Served]:
     for unit, requests in by_unit.items():
         first = requests[0]
         mine = [one for one in requests if one.is_challenger == first.is_challenger]
-        values: dict[Kind, float | None] = {}
-        for kind in LARGEST:
-            known = [value for one in mine if (value := one.values[kind]) is not None]
-            values[kind] = sum(known) / len(known) if known else None
-        found.append(Served(unit, first.is_challenger, first.probability, values))
+        values = {kind: _mean_of_unit(mine, kind) for kind in LARGEST}
+        weight = sum(one.weight for one in mine) / len(mine)
+        found.append(Served(unit, first.is_challenger, first.probability, values, weight))
     return found
 
 
+def _mean_of_unit(requests: Iterable[Served], kind: Kind) -> float | None:
+    known = [
+        (one.weight, value)
+        for one in requests
+        if one.weight and (value := one.values[kind]) is not None
+    ]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if known else None
+
+
+def _observable(rows: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Returns the requests behind the last one, of tenant and segment, that had to be an audit.
+
+    As long as a head's price is not certified, all of its requests are: nothing is seen of it then.
+    """
+
+    def traffic(row: Mapping[str, object]) -> tuple[object, object]:
+        return row["tenant"], row["segment"]
+
+    last = {traffic(row): n for n, row in enumerate(rows) if row["audited"] and not _weight(row)}
+    return [row for n, row in enumerate(rows) if n > last.get(traffic(row), -1)]
+
+
+def _weight(row: Mapping[str, object]) -> float:
+    """Returns what a request would stand for if it was no audit; 0 if it had to be one."""
+    left = 1.0 - float(str(row["audit_probability"]))
+    return 1.0 / left if left > 0 else 0.0
+
+
+def _by_head(units: Iterable[Served]) -> tuple[int, int]:
+    """Returns the numbers of the champion's and of the challenger's units."""
+    are_challengers = [one.is_challenger for one in units]
+    return len(are_challengers) - sum(are_challengers), sum(are_challengers)
+
+
 def _rows(state: str | Path) -> list[dict[str, object]]:
-    """Returns the requests whose head was drawn, the oldest first; those of audits tell nothing."""
+    """Returns the requests whose head was drawn, the oldest first."""
     asked = (
-        'SELECT id, tenant, session, "user", head, head_probability, output_tokens, seconds, '
-        "outcome, (SELECT max(1 - value) FROM label WHERE label.request = request.id AND "
-        "source = 'user') FROM request WHERE head_probability IS NOT NULL AND NOT audited "
-        "ORDER BY at"
+        'SELECT id, tenant, session, "user", segment, head, head_probability, audited, '
+        "audit_probability, output_tokens, seconds, outcome, (SELECT max(1 - value) FROM label "
+        "WHERE label.request = request.id AND source = 'user') "
+        "FROM request WHERE head_probability IS NOT NULL ORDER BY at"
     )
     names = [
         "id",
         "tenant",
         "session",
         "user",
+        "segment",
         "head",
         "probability",
+        "audited",
+        "audit_probability",
         "tokens",
         "seconds",
         "outcome",
@@ -242,6 +289,7 @@ def _served(row: Mapping[str, object], challenger: str) -> Served:
             "failures": float(row["outcome"] == FAILED),
             "complaints": 0.0 if complaint is None else float(str(complaint)),
         },
+        0.0 if row["audited"] else _weight(row),
     )
 
 
@@ -250,12 +298,17 @@ def _verdict(
     challenger: str,
     mismatch: float,
     effects: Mapping[Kind, Effect],
-    num: int,
+    seen: tuple[int, int],
     budget: int | None,
 ) -> str:
     """Returns what may be concluded; that nobody wins is what holds until something is known."""
     if mismatch >= _MISMATCH:
         return "The shares do not fit the draws, so that nothing can be concluded: look for why."
+    if 0 in seen:
+        return (
+            "Nothing is known yet: all requests of a head are audits until a price of it is "
+            "certified, and audits tell of no head; haltwise status tells how far both are."
+        )
     harms = [kind for kind in ("seconds", "failures", "complaints") if effects[kind].low > 0]
     one = library.shelf.get(challenger)
     if one is not None and one.trial.is_worse:
@@ -268,22 +321,26 @@ def _verdict(
         return "The challenger wins: it costs fewer tokens, and serves all requests already."
     if effects["tokens"].high < 0 and library.known(challenger) == "ready":
         return "The challenger wins: it costs fewer tokens, and audits tell that it is as good."
-    if budget is not None and num >= budget:
+    if budget is not None and (num := sum(seen)) >= budget:
         return f"No winner: {num} units have been served, and the budget is {budget}."
     if effects["tokens"].high < 0:
         return "No winner yet: it costs fewer tokens, but nobody knows yet that it is as good."
     return "No winner yet: it is not known which of them costs fewer tokens."
 
 
-def _mean(values: Float) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def _mean(values: Float, weights: Float) -> float:
+    return float(np.average(values, weights=weights)) if weights.any() else math.nan
+
+
+def _more(unseen: int) -> str:
+    return f" and {unseen} unseen (audits)" if unseen else ""
 
 
 def table_of(found: Comparison) -> str:
     """Returns what a person is told, a line for each kind of effect."""
     lines = [
-        f"champion {found.champion[:12]}: {found.units[0]} units; "
-        f"challenger {found.challenger[:12]}: {found.units[1]}; "
+        f"champion {found.champion[:12]}: {found.units[0]} units{_more(found.unseen[0])}; "
+        f"challenger {found.challenger[:12]}: {found.units[1]}{_more(found.unseen[1])}; "
         f"evidence that they were not drawn so: {found.mismatch:.3g} of {_MISMATCH:g}",
         f"{'of a unit':14}{'units':>8}{'champion':>12}{'challenger':>12}{'it adds, 95 %':>32}",
     ]

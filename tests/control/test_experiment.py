@@ -49,6 +49,14 @@ def test_an_effect_by_hand() -> None:
     assert effect([], "tokens").high == LARGEST["tokens"]
 
 
+def test_what_is_no_audit_stands_for_those_that_are() -> None:
+    """Weights 4, -2 and 0; the means before are 0 and 0.4, and three units count."""
+    seen = replace(served(True, failures=0.4), weight=2.0)
+    found = effect([seen, served(False, failures=0.6), replace(seen, weight=0.0)], "failures")
+    assert (found.units, found.champion, found.challenger) == (2, 0.6, pytest.approx(0.4))
+    assert found.estimate == pytest.approx((4 * 0.4 - 2 * (0.6 - 0.4)) / 3)
+
+
 def test_mismatch_by_hand() -> None:
     """B(3, 2) / 0.5^3 = 8 / 12, for two of three; a share of its own counts by itself."""
     units = [served(True), served(True), served(False)]
@@ -112,14 +120,25 @@ def library(**more: Any) -> Library:
     return Library("old", {"old": one, "new": one}, **more)
 
 
-def recorded(folder: Path, saves: float = 500.0, share: float = 0.5, fails: float = 0.0) -> str:
-    """A store with 400 sessions of two requests each, half of them of either head."""
+def recorded(
+    folder: Path,
+    saves: float = 500.0,
+    share: float = 0.5,
+    fails: float = 0.0,
+    audits: tuple[float, float] = (0.0, 0.0),
+    until: int = 400,
+) -> str:
+    """A store with 400 sessions of two requests each, half of them of either head.
+
+    Of the two heads' requests these shares are audits, which save nothing, up to some session.
+    """
     state, rng = str(folder / "state"), np.random.default_rng(1)
     record = Record(store_of(state))
     for n in range(400):
         is_new = bool(rng.random() < 0.5)
         for m in range(2):
-            tokens = int(rng.normal(1_500, 100) - saves * is_new)
+            audited = (probability := audits[is_new] * (n < until)) > rng.random()
+            tokens = int(rng.normal(1_500, 100) - saves * (is_new and not audited))
             failed = is_new and rng.random() < fails
             record.put(
                 RequestRow(
@@ -131,6 +150,8 @@ def recorded(folder: Path, saves: float = 500.0, share: float = 0.5, fails: floa
                     output_tokens=tokens,
                     seconds=2.0,
                     outcome="cut off" if failed else "stop",
+                    audited=audited,
+                    audit_probability=probability,
                 )
             )
     record.put(RequestRow("audit", 1.0, head="old", head_probability=0.5, audited=True))
@@ -150,7 +171,7 @@ def test_a_comparison_is_told_from_the_record(tmp_path: Path) -> None:
     state, running = recorded(tmp_path), library(canary=Canary.begin("new", 0.5))
     found = compare(state, running)
     assert (found.champion, found.challenger) == ("old", "new")
-    assert sum(found.units) == 400 and found.mismatch < 10
+    assert sum(found.units) == 400 and found.mismatch < 10 and found.unseen == (1, 0)
     tokens, seconds, failures, complaints = found.effects
     assert tokens.low < -500 < tokens.high < 0 and tokens.units == 400
     assert seconds.champion == pytest.approx(2) == seconds.challenger
@@ -181,6 +202,30 @@ def test_a_comparison_is_told_from_the_record(tmp_path: Path) -> None:
 def test_verdicts(told: dict[str, float], budget: int | None, verdict: str, tmp_path: Path) -> None:
     state, running = recorded(tmp_path, **told), library(canary=Canary.begin("new", 0.5))
     assert compare(state, ready(running), budget).verdict.startswith(verdict)
+
+
+@pytest.mark.parametrize("until", [400, 200])
+def test_heads_that_are_audited_at_rates_of_their_own_are_compared(
+    tmp_path: Path, until: int
+) -> None:
+    state = recorded(tmp_path, audits=(0.1, 0.9), until=until)
+    found = compare(state, library(canary=Canary.begin("new", 0.5)))
+    assert found.mismatch < 10 and sum(found.units) + sum(found.unseen) == 401
+    tokens = found.effects[0]
+    assert tokens.low < -500 < tokens.high and tokens.challenger == pytest.approx(1_000, abs=30)
+
+
+def test_of_a_head_whose_requests_are_all_audits_nothing_is_known(tmp_path: Path) -> None:
+    """As they are until its price is certified, after 300 sessions in the second record."""
+    (tmp_path / "later").mkdir()
+    states = (
+        recorded(tmp_path, audits=(0.1, 1.0)),
+        recorded(tmp_path / "later", audits=(0.1, 1.0), until=300),
+    )
+    never, later = (compare(one, library(canary=Canary.begin("new", 0.5))) for one in states)
+    assert never.units == (0, 0) and never.verdict.startswith("Nothing is known yet: all requests")
+    assert never.mismatch < 10 and "unseen (audits)" in table_of(never)
+    assert sum(later.units) == pytest.approx(100, abs=2) and later.effects[0].high < 0
 
 
 @pytest.mark.whole

@@ -438,12 +438,14 @@ def numberless(folder: Path, probing: Probing) -> Path:
 
 @BOTH
 @pytest.mark.parametrize("per_chunk", [1, 3])
-@pytest.mark.parametrize("kind", ["vllm", "sglang", "llama-server"])
+@pytest.mark.parametrize(
+    ("kind", "in_turn"),
+    [("vllm", False), ("sglang", False), ("llama-server", True), ("llama-server", False)],
+)
 def test_log_probabilities_that_nobody_reads_are_not_asked_for(
-    plan: Plan, kind: Kind, chat: bool, per_chunk: int, tmp_path: Path
+    plan: Plan, kind: Kind, in_turn: bool, chat: bool, per_chunk: int, tmp_path: Path
 ) -> None:
-    """Tokens are counted by their ids; SGLang's chats have none."""
-    in_turn = kind == "llama-server"
+    """Tokens are counted by their ids, which not every stream has by themselves."""
     plan = replace(plan, per_chunk=1 if in_turn else per_chunk)
     head = numberless(tmp_path, "always" if in_turn else "at_halt")
     with FakeUpstream(kind, probed=in_turn) as upstream:
@@ -457,7 +459,8 @@ def test_log_probabilities_that_nobody_reads_are_not_asked_for(
     assert thought_of(told[1]) == plan.thought() and not told[1].haltwise["halted"]
     assert told[1].text.endswith(plan.answer_text()) and told[1].finish == "stop"
     are_asked = any("logprobs" in one.body for one in asked if not is_probe(one.body))
-    assert are_asked == ((kind, chat) == ("sglang", True))
+    has_ids = kind == "vllm" or in_turn or (kind, chat) == ("sglang", False)
+    assert are_asked != has_ids
 
 
 @BOTH
