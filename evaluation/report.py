@@ -19,7 +19,7 @@ from evaluation.behaviour import Behaviour, ReliabilityBin
 from evaluation.figures import Drawing, compared_groups, draw, style
 from evaluation.frontier import AREA_FLOOR
 from evaluation.results import Report
-from evaluation.rows import FrozenRow, GroupRow, MissingPoint
+from evaluation.rows import FrozenRow, GroupRow, MissingPoint, SweepRow
 from evaluation.svg import PALETTE, svg
 from evaluation.verdict import GateVerdict, judge
 from evaluation.wording import (
@@ -110,6 +110,8 @@ def render(report: Report) -> str:
         main_columns=_MAIN,
         more_columns=_MORE,
         group_columns=_OF_GROUPS,
+        price_columns=_OF_PRICES,
+        prices=[row for row in report.rows if row.policy == "head"],
     )
 
 
@@ -146,7 +148,7 @@ class Column:
     form: Callable[[float], str]
     """Returns a value as it is printed."""
 
-    def cell(self, row: FrozenRow | GroupRow) -> tuple[str, str]:
+    def cell(self, row: FrozenRow | GroupRow | SweepRow) -> tuple[str, str]:
         """Returns a row's value and its interval as they are printed, empty where there is none."""
         value, interval = getattr(row, self.key), getattr(row, f"{self.key}_interval", None)
         if value is None or (row.policy == "head" and self.key.startswith("head_")):
@@ -222,6 +224,11 @@ _MORE = (
         "policy's numbers: the area under its frontier.",
         exact_match,
     ),
+)
+_OF_PRICES = (
+    Column("parameter", "Price", "Right answers that 1,000 tokens have to buy.", number),
+    *_MAIN[:3],
+    *_MORE[1:3],
 )
 _OF_GROUPS = (
     Column(

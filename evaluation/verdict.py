@@ -54,10 +54,10 @@ _ADVICE = {
 }
 # So few questions decide nothing by themselves, whatever their intervals.
 _FEW_QUESTIONS = 100
-# What is true of every head that is behind at the price of a verdict.
-_OTHER_PRICE = (
-    "A higher price may save more: see what calibrate.py certifies on questions that are new to it."
-)
+# What may help a head that is behind at the price of a verdict.
+_CERTIFIED = "see what calibrate.py certifies on questions that are new to it."
+_HIGHER_PRICE = f"A higher price may save more: {_CERTIFIED}"
+_LOWER_PRICE = f"A lower price may lose less: {_CERTIFIED}"
 # Changes of EM that differ by no more than this are equal.
 _ROUNDING = 1e-9
 
@@ -177,19 +177,21 @@ def _advice(
         num_questions: The number of questions that the rows are of.
     """
     change = head.em_delta_interval if is_known(head.em_delta_interval) else None
+    loses = change is not None and change[1] < 0
+    better_price = _LOWER_PRICE if loses else _HIGHER_PRICE
     if kind == "behind" and num_questions < _FEW_QUESTIONS:
         return (
             f"These are few questions to go by: judge it on {_FEW_QUESTIONS} or more before you "
-            f"serve it or give it up. {_OTHER_PRICE}"
+            f"serve it or give it up. {better_price}"
         )
     better = _better_to_serve(head, rules) if kind == "behind" else None
     if better is not None:
         return (
             f"A simple rule does better, {policy_title(better.policy)}, which can be served "
-            f"({_how_served(better)}): do not serve the head at this price. {_OTHER_PRICE} Or "
+            f"({_how_served(better)}): do not serve the head at this price. {better_price} Or "
             "record more questions and train again."
         )
-    if kind in ("ahead", "tie", "behind") and change is not None and change[1] < 0:
+    if kind in ("ahead", "tie", "behind") and loses:
         return _ADVICE["mixed"]
     if rival is None or kind not in ("tie", "behind"):
         said = _ADVICE[kind]
@@ -232,7 +234,7 @@ def _of_better_head(rival: FrozenRow) -> str:
         "The verdict compares savings at the head's exact match, where the rule may take whichever "
         "setting is best on these very questions. The setting that was chosen for "
         f"{policy_title(rival.policy)} {_came_to(rival)}: that is not better than the head's own "
-        f"price. {_OTHER_PRICE}"
+        f"price. {_HIGHER_PRICE}"
     )
 
 

@@ -199,7 +199,7 @@ def test_a_comparison_is_told_from_the_record(tmp_path: Path) -> None:
         ({"saves": 0.0}, 401, "No winner yet"),
     ],
 )
-def test_verdicts(told: dict[str, float], budget: int | None, verdict: str, tmp_path: Path) -> None:
+def test_verdicts(told: dict[str, Any], budget: int | None, verdict: str, tmp_path: Path) -> None:
     state, running = recorded(tmp_path, **told), library(canary=Canary.begin("new", 0.5))
     assert compare(state, ready(running), budget).verdict.startswith(verdict)
 

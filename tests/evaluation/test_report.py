@@ -180,6 +180,15 @@ def test_every_frozen_figure_stands_in_the_policys_rows(
     assert len(expected) >= 11
 
 
+def test_the_head_has_a_row_for_every_price(page: str) -> None:
+    (table,) = (table for table in Page(page).tables if table[0][0] == "Price")
+    heads = [row for row in report()["rows"] if row["policy"] == "head"]
+    assert [(line[0], line[4]) for line in table[1:]] == [
+        (FORMS["parameter"](row["parameter"]), FORMS["tokens"](row["tokens"])) for row in heads
+    ]
+    assert len(heads) > 1
+
+
 def sentences(page: str) -> str:
     text = Page(page).text
     return text[text.index("Verdict Every question") : text.index("Frontier Every policy has")]

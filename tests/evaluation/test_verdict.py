@@ -177,7 +177,11 @@ def test_a_rule_that_is_better_is_named_with_how_it_is_served(
     made = rows(0.0, 0.25, **WORSE)
     behind = {"head_lead_at_equal_em": -0.05, "head_lead_at_equal_em_interval": [-0.07, -0.03]}
     made[1] = made_frozen(frozen(0.0, known(name, 96.0, -0.002, 0.35), 0.05) | behind)
-    assert advice in conclusion(made, [], num, evidence=True).advice
+    told = conclusion(made, [], num, evidence=True).advice
+    assert advice in told and "A higher price may save more" in told
+    made[0] = made_frozen(frozen(0.0, known("head", 0.25, -0.1, 0.4) | WORSE | LOST))
+    told = conclusion(made, [], num, evidence=True).advice
+    assert advice in told and "A lower price may lose less" in told
 
 
 @pytest.mark.parametrize(
