@@ -7,6 +7,9 @@ them beside the thought, and one in turn with it. At last both look and halt not
 what a look costs. With `--servers.head`, a trained head stands in place of these: it halts where it
 will, at its own price.
 
+Every round asks other questions, all ways the same; machines change over minutes, so that many
+short rounds tell more than a long one. What they come to together is told beside.
+
 Prompts take time that no head saves, and none of it is a token that anybody counts as saved. So
 the same questions are also asked for one token each, and what is saved of the time is told with
 the prompts and without them. No slot has a prompt from the way before.
@@ -71,7 +74,7 @@ class ServersConfig:
     num_streams: tuple[int, ...] = (1, 8, 32)
     """The numbers of streams at once."""
     num_questions: int = 64
-    """The number of questions, of which each stream takes the next one."""
+    """The number of questions of a round, of which each stream takes the next one."""
     every: int = 16
     """The number of tokens between decision points."""
     halts_at: int = 64
@@ -112,7 +115,7 @@ def measure(config: ServersConfig, repeats: int) -> list[BenchResult]:
                     "beside, never halts": (beside, _NEVER),
                     "in turn, never halts": (in_turn, _NEVER),
                 }
-                asked = _Asked(config, num, server)
+                asked = _Asked(config, num, server, repeats)
                 ways = {
                     _PLAIN: _WayToAsk(asked, server.url),
                     _PROMPTS: _WayToAsk(asked, server.url, max_tokens=1),
@@ -154,17 +157,21 @@ class _Asked:
         config: The settings.
         num_streams: The number of streams at once.
         server: The server, which has twice as many slots.
+        repeats: The number of rounds.
     """
 
-    def __init__(self, config: ServersConfig, num_streams: int, server: LlamaServer) -> None:
+    def __init__(
+        self, config: ServersConfig, num_streams: int, server: LlamaServer, repeats: int
+    ) -> None:
         self.num_streams, self._server = num_streams, server
         num = max(config.num_questions, num_streams)
         # As services have it; slots keep what prompts begin with.
         self._system = [{"role": "system", "content": _INSTRUCTION}] if config.lm else []
         if config.lm is None:
-            self.questions = questions("all", "test", num)
+            found = questions("all", "test", num * repeats)
         else:
-            self.questions = [_story(row) for row in stories(num, seed=1)]
+            found = [_story(row) for row in stories(num * repeats, seed=1)]
+        self.rounds = [found[i * num : (i + 1) * num] for i in range(repeats)]
         self._common = {"model": "lm", "temperature": 0, "max_tokens": config.max_tokens}
 
     def body(self, question: Question) -> dict[str, Any]:
@@ -230,7 +237,7 @@ class _WayToAsk:
 
     async def _ask_all(self) -> list[tuple[Question, Fetched]]:
         """All questions and what was answered."""
-        waiting = iter(self.asked.questions)
+        waiting = iter(self.asked.rounds[len(self.measured.get("tokens", ()))])
         answers: list[tuple[Question, Fetched]] = []
 
         async def stream() -> None:
@@ -270,20 +277,42 @@ def _compared(part: str, ways: dict[str, _WayToAsk], repeats: int) -> list[Bench
         ))))
         for name in ways
     }  # fmt: skip
+    clocks = {"time": found, "CPU time": cpu}
     for name in [name for name in ways if name in _HALTING]:
-        tokens = _saved(told["tokens"], name)
-        results.append(BenchResult(part, f"tokens saved: {name}", "%", _percent(tokens)))
-        for clock, times in (("time", found), ("CPU time", cpu)):
-            for which, clocked in ((clock, times), (f"{clock} behind prompts", _behind(times))):
-                saved = _saved(clocked, name)
-                results.append(BenchResult(part, f"{which} saved: {name}", "%", _percent(saved)))
-                ratios = tuple(mine / theirs for mine, theirs in zip(saved, tokens, strict=True))
-                title = f"{which} saved / tokens saved: {name}"
-                results.append(BenchResult(part, title, "x", ratios))
+        results += _savings(part, name, told["tokens"], clocks)
+        if repeats > 1:
+            of_all = {clock: _summed(times) for clock, times in clocks.items()}
+            results += _savings(part, name, _summed(told["tokens"]), of_all, ", all rounds")
     for name in [name for name in ways if name in _NEVER_HALTING]:
         clocks = {"time": _behind(found), "CPU time": _behind(cpu)}
         results += _cost_of_a_look(part, name, told, clocks)
     return results
+
+
+def _savings(
+    part: str,
+    name: str,
+    tokens: dict[str, BenchResult],
+    clocks: dict[str, dict[str, BenchResult]],
+    when: str = "",
+) -> list[BenchResult]:
+    """What a way saves of tokens and of time, and how much of the one is left as the other."""
+    of_tokens = _saved(tokens, name)
+    results = [BenchResult(part, f"tokens saved{when}: {name}", "%", _percent(of_tokens))]
+    for clock, times in clocks.items():
+        for which, clocked in ((clock, times), (f"{clock} behind prompts", _behind(times))):
+            saved = _saved(clocked, name)
+            title = f"{which} saved{when}: {name}"
+            results.append(BenchResult(part, title, "%", _percent(saved)))
+            ratios = tuple(mine / theirs for mine, theirs in zip(saved, of_tokens, strict=True))
+            title = f"{which} saved / tokens saved{when}: {name}"
+            results.append(BenchResult(part, title, "x", ratios))
+    return results
+
+
+def _summed(results: dict[str, BenchResult]) -> dict[str, BenchResult]:
+    """What all rounds come to together."""
+    return {name: replace(one, values=(sum(one.values),)) for name, one in results.items()}
 
 
 def _named(what: str, results: Any) -> list[BenchResult]:

@@ -41,6 +41,18 @@ def test_looks_are_counted_and_only_those_that_halt_save_tokens() -> None:
     assert found["tokens saved: looks in turn"] == pytest.approx(saved)
 
 
+@pytest.mark.whole
+def test_every_round_asks_other_questions_and_all_of_them_are_summed_up() -> None:
+    config = ServersConfig(num_streams=(1,), num_questions=1, halts_at=32, ways=("looks in turn",))
+    found = {result.name: result.values for result in servers.measure(config, 2)}
+    one = replace(config, num_questions=2)
+    together = {result.name: result.values for result in servers.measure(one, 1)}
+    tokens = found["tokens: server alone"]
+    assert tokens[0] != tokens[1] and sum(tokens) == together["tokens: server alone"][0]
+    title = "tokens saved{}: looks in turn"
+    assert found[title.format(", all rounds")] == pytest.approx(together[title.format("")])
+
+
 def test_a_trained_head_halts_at_its_own_price_and_never_else() -> None:
     config = ServersConfig(head=Path("run"), ways=("looks in turn",))
     for refused in (config, replace(config, lm=Path("lm.gguf"), ways=("in turn, never halts",))):
