@@ -456,7 +456,10 @@ PROMISES: dict[str, Tests] = {
     "A head without the group `distribution` reads none of the thought's own": (
         test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
     ),
-    "Elsewhere tokens cannot be told apart without them": (
+    "Where a busy server then tells several tokens at once": (
+        test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
+    ),
+    "Elsewhere tokens cannot be told apart without log probabilities": (
         test_probing.test_log_probabilities_that_nobody_reads_are_not_asked_for,
     ),
     "The thought is asked for in turns, each a request that ends at the next decision point": (

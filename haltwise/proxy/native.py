@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
 
 import httpx2
 
@@ -71,10 +70,10 @@ def completion_chunk(told: Json) -> Json:
 
 
 def _usage(told: Json) -> Json:
-    prompt, generated = told.get("tokens_evaluated"), told.get("tokens_predicted")
-    timings: Any = told.get("timings")
+    """The usage that the last chunk tells, as far as it does."""
+    timings = told.get("timings")
     cached = timings.get("cache_n") if isinstance(timings, dict) else None
-    usage: Json = {"prompt_tokens": prompt, "completion_tokens": generated}
-    if isinstance(prompt, int) and isinstance(generated, int):
-        usage["total_tokens"] = prompt + generated
-    return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+    named = {"prompt_tokens": "tokens_evaluated", "completion_tokens": "tokens_predicted"}
+    usage: Json = {name: told[own] for name, own in named.items() if isinstance(told.get(own), int)}
+    usage["total_tokens"] = sum(usage.values())
+    return usage | ({} if cached is None else {"prompt_tokens_details": {"cached_tokens": cached}})

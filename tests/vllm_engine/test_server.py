@@ -20,7 +20,7 @@ import pytest
 from haltwise.proxy import ServeConfig
 from lms.embedded import CLOSE, prompt_of
 from lms.tasks import questions
-from tests.heads import sure_head
+from tests.heads import place_head, sure_head
 from tests.proxy.proxies import PATIENCE, proxied, saved_head, wait_until
 from tests.recordings import assert_same
 from tests.vllm_engine.recorder import CPU, ROOT, recorded
@@ -92,12 +92,16 @@ def complete(client: httpx2.Client, prompt: str, price: float = 0.0, most: int =
     return answer["choices"][0]["text"], answer["usage"].get("haltwise", {})
 
 
+@pytest.mark.parametrize("has_numbers", [True, False], ids=["", "without log probabilities"])
 @pytest.mark.parametrize("answers", ["seen", "free"])
 def test_a_head_that_looks_at_answers_halts_behind_the_proxy(
-    server: str, answers: Any, tmp_path: Path
+    server: str, answers: Any, has_numbers: bool, tmp_path: Path
 ) -> None:
-    head = saved_head(tmp_path, sure_head(CLOSE, "every 12 tokens", probing="always"))
-    config = ServeConfig(head, server, answers=answers, probe_timeout=PATIENCE)
+    head = sure_head(CLOSE, "every 12 tokens", probing="always")
+    if not has_numbers:
+        head = place_head(24, ("pace", "confidence"), head.config.halting)
+    folder = saved_head(tmp_path, head)
+    config = ServeConfig(folder, server, answers=answers, probe_timeout=PATIENCE)
     direct = httpx2.Client(base_url=server, timeout=PATIENCE)
     num_halted = 0
     with proxied(config) as proxy:
