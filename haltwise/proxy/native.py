@@ -43,7 +43,7 @@ class NativeLeg(UpstreamLeg):
     async def _read(self) -> AsyncGenerator[StreamEvent, None]:
         async with aclosing(super()._read()) as events:
             async for event in events:
-                if event.chunk is None or "choices" in event.chunk:
+                if event.chunk is None or event.chunk.get("choices"):
                     yield event
                     continue
                 yield StreamEvent(chunk=self._envelope | completion_chunk(event.chunk))

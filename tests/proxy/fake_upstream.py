@@ -771,13 +771,14 @@ class _Writer:
 
     def _native(self, choice: dict[str, Any], usage: dict[str, Any] | None) -> dict[str, Any]:
         """A chunk as llama-server's own endpoint has it."""
-        event = {"index": choice["index"], "content": choice["text"], "stop": usage is not None}
+        ends = usage is not None and bool(self.finish)
+        event = {"index": choice["index"], "content": choice["text"], "stop": ends}
         event |= {"tokens": choice.get("token_ids", []), "tokens_predicted": self.num_tokens}
         event["tokens_evaluated"] = len(self.prompt_ids)
         if choice["logprobs"] is not None:
             event["completion_probabilities"] = choice["logprobs"]["content"]
         if usage is not None:
-            event["stop_type"] = {"length": "limit", "stop": "eos"}.get(self.finish or "", "none")
+            event["stop_type"] = "limit" if self.finish == "length" else "eos"
             for own, name in (("evaluated", "prompt_tokens"), ("predicted", "completion_tokens")):
                 event[f"tokens_{own}"] = usage.get(name)
             details = usage.get("prompt_tokens_details")
